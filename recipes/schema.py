@@ -1,0 +1,145 @@
+"""What a recipe may say: one frozen pydantic model a table, unknown keys forbidden.
+
+A recipe is data. Everything here is declared, checked and given a default; nothing is built.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A table of a recipe. Unknown keys are errors; numbers are not made of strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Model(Section):
+    """`[model]`: the stock LLaMA, by preset, with single fields overridden where a value is given."""
+
+    preset: str
+    vocab_size: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    num_key_value_heads: PositiveInt | None = None
+    rope_theta: PositiveFloat | None = None
+    tie_word_embeddings: bool | None = None
+    initializer_range: PositiveFloat | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """The fields given beside `preset`."""
+        return {name: value for name, value in self if name != "preset" and value is not None}
+
+
+class Tokenizer(Section):
+    """`[tokenizer]`: a `tokenizer.json`, a Hub name, or a byte-level BPE trained once on the source."""
+
+    name: str = "bpe"
+    vocab_size: PositiveInt = 4096  # of the trained BPE; ignored by the others
+
+
+class Data(Section):
+    """`[data]`: where rows of tokens come from (`tools/data`)."""
+
+    source: Literal["hf", "files", "builtin", "shards"] = "hf"
+    dataset: str = "allenai/c4"
+    subset: str | None = "en"
+    train_split: str = "train"
+    heldout_split: str = "validation"
+    text_field: str = "text"
+    train_files: tuple[str, ...] = ()
+    heldout_files: tuple[str, ...] = ()
+    shards: str | None = None  # folder written by `act24 data prepare`
+    rows: Literal["packed", "padded"] = "packed"
+    max_length: PositiveInt = 256  # tokens a row
+    shuffle_seed: NonNegativeInt = 42
+
+    @model_validator(mode="after")
+    def _source_has_its_keys(self) -> Data:
+        if self.source == "files" and not self.train_files:
+            raise ValueError('source = "files" needs data.train_files, a list of globs')
+        if self.source == "shards" and not self.shards:
+            raise ValueError('source = "shards" needs data.shards, a folder written by `act24 data prepare`')
+        return self
+
+
+class Train(Section):
+    """`[train]`: how long, how much at once, in which precision."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt  # rows a process and micro-batch
+    total_batch_size: PositiveInt  # rows an optimizer step, over all processes
+    dtype: Literal["float32", "bfloat16", "bfloat16_autocast"] = "bfloat16_autocast"
+    seed: NonNegativeInt = 0
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0 switches clipping off
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
+    activation_checkpointing: bool = False
+
+
+class Optimizer(Section):
+    """`[optimizer]`."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    decay: Literal["matrices", "all"] = "matrices"  # what weight decay acts on
+    state_dtype: Literal["float32", "parameter"] = "float32"
+
+
+class Schedule(Section):
+    """`[schedule]`: the learning-rate multiplier over optimizer steps."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class Evaluation(Section):
+    """`[eval]`: the held-out measure, the same rows each time."""
+
+    every: NonNegativeInt = 1000  # optimizer steps; 0: only at the end
+    tokens: PositiveInt = 10_000_000  # predicted tokens, as a target: whole rows until it is reached
+    batch_size: PositiveInt | None = None  # rows; None: train.batch_size
+
+
+class Checkpoint(Section):
+    """`[checkpoint]`."""
+
+    every: NonNegativeInt = 1000  # optimizer steps; 0: only at the end
+    keep: PositiveInt = 2  # the newest that stay
+
+
+class Log(Section):
+    """`[log]`: terminal and TensorBoard."""
+
+    every: PositiveInt = 10  # optimizer steps
+    activation_statistics: bool = True  # zeros after relu², and what 2:4 drops, by layer
+    weight_sparsity_every: NonNegativeInt = 1000  # optimizer steps; 0: never
+
+
+class Recipe(Section):
+    """A whole recipe, resolved: no `extends` left, every default filled in."""
+
+    description: str = ""
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    train: Train
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    eval: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    passes: tuple[Any, ...] = ()  # validated by the loader against the registry of passes
