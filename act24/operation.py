@@ -1,0 +1,44 @@
+"""Operations that stay one node whenever a graph is traced.
+
+Tracing through `torch.autograd.Function.apply` inlines its forward and silently drops its backward
+(pytorch issue 84515). A function marked `@operation` is therefore never traced through: called with a
+`torch.fx.Proxy`, by whichever tracer and however often, it records itself as one `call_function` node.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def operation(function: Function) -> Function:
+    """Make `function` atomic to `torch.fx`, and to anything else that speaks `__torch_function__`.
+
+    All tensors must be positional arguments: only those are looked at.
+    """
+
+    @functools.wraps(function)
+    def dispatched(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args):
+            return handle_torch_function(dispatched, args, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return dispatched  # type: ignore[return-value]
+
+
+def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in the dtype that autocast would give a matrix product, or as they are outside it.
+
+    A hand-written backward runs outside autocast, so the casts have to lie outside the function.
+    """
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)

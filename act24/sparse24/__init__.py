@@ -1,0 +1,1 @@
+"""2:4 sparsity: which entries stay, and the operations built on that."""
