@@ -1,0 +1,34 @@
+"""Graph passes: a traced model in, a rewritten model out."""
+
+if __name__ != "act24.passes":
+    raise ImportError("import act24.passes: the folder `passes` is a part of the package act24")
+
+from act24.passes.activation24 import Activation24
+from act24.passes.activation_statistics import ActivationStatistics
+from act24.passes.base import Match, Pass, PassError, PassResult, Plan, StateMap
+from act24.passes.pipeline import Pipeline, apply_, plan
+from act24.passes.region import Region
+from act24.passes.relu2_ffn import Relu2FFN
+from act24.passes.tracing import trace
+
+#: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
+#: happen to lie in a folder.
+REGISTRY: dict[str, type[Pass]] = {cls.name: cls for cls in (Relu2FFN, Activation24, ActivationStatistics)}
+
+__all__ = [
+    "REGISTRY",
+    "Activation24",
+    "ActivationStatistics",
+    "Match",
+    "Pass",
+    "PassError",
+    "PassResult",
+    "Pipeline",
+    "Plan",
+    "Region",
+    "Relu2FFN",
+    "StateMap",
+    "apply_",
+    "plan",
+    "trace",
+]

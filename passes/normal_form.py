@@ -1,0 +1,149 @@
+"""The normal form of a region's graph, and how to read it.
+
+Every linear is a node `linear(x, weight, bias)` whose weight is a `get_attr` node under the parameter's own
+name, or the transpose of one. SiLU is `silu(x)`, relu squared in any spelling is `relu2(x)`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from act24.relu2 import relu2
+
+_MULTIPLY = (operator.mul, torch.mul, "mul")
+_SQUARE = (torch.square, "square")
+_POWER = (operator.pow, torch.pow, "pow")
+_RELU = (F.relu, torch.relu, "relu")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes x Wᵀ + b and nothing else: nn.Linear, or transformers' Conv1D."""
+    plain = type(module).forward is nn.Linear.forward or _is_conv1d(module)
+    return plain and module._parameters.get("weight") is not None  # a parametrised weight is computed
+
+
+def linear_arguments(module: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
+    """The weight, the bias, and whether the weight is stored `[in, out]`."""
+    return module.weight, module.bias, _is_conv1d(module)  # type: ignore[return-value]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # GPT-2's linear, known by name: transformers is no dependency.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
+    """Bring a traced graph into normal form, in place."""
+    for node in list(graph.nodes):
+        if node.op == "call_module":
+            _open_activation(graph, node, module.get_submodule(node.target))
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is F.linear:
+            _positional(node, ("input", "weight", "bias"), (None, None, None))
+        elif node.op == "call_function" and node.target is F.silu:
+            node.args, node.kwargs = (_argument(node, 0, "input"),), {}
+        elif (hidden := _squared_relu(node)) is not None:
+            with graph.inserting_before(node):
+                replacement = graph.call_function(relu2, (hidden,))
+            replace_node(graph, node, replacement)
+    graph.lint()
+    return graph
+
+
+def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
+    function = {nn.SiLU: F.silu, nn.ReLU: F.relu}.get(type(module))
+    if function is None:
+        return
+    with graph.inserting_before(node):
+        replacement = graph.call_function(function, (_argument(node, 0, "input"),))
+    replace_node(graph, node, replacement)
+
+
+def _squared_relu(node: fx.Node) -> fx.Node | None:
+    """The pre-activation h of relu(h)², if the node is one."""
+    if (
+        (node.target in _MULTIPLY and len(node.args) == 2 and node.args[0] is node.args[1])
+        or (node.target in _SQUARE and node.args)
+        or (node.target in _POWER and len(node.args) == 2 and node.args[1] == 2)
+    ):
+        base = node.args[0]
+    else:
+        return None
+    if isinstance(base, fx.Node) and base.target in _RELU and len(base.users) == 1:
+        return _argument(base, 0, "input")
+    return None
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs[name]
+
+
+def _positional(node: fx.Node, names: tuple[str, ...], defaults: tuple[Any, ...]) -> None:
+    given = dict(zip(names, defaults, strict=True)) | dict(zip(names, node.args, strict=False)) | node.kwargs
+    node.args, node.kwargs = tuple(given[name] for name in names), {}
+
+
+def replace_node(graph: fx.Graph, node: fx.Node, replacement: fx.Node) -> None:
+    """Let every user of `node` use `replacement`, and remove `node` and what only it needed."""
+    node.replace_all_uses_with(replacement)
+    erase(graph, node)
+
+
+def erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Remove a node without users, and then its inputs as far as they have none left; not placeholders."""
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        if not source._erased and not source.users and source.op != "placeholder":
+            erase(graph, source)
+
+
+def nodes_of(graph: fx.Graph, target: Callable[..., Any]) -> Iterator[fx.Node]:
+    """The nodes that call a function, in order."""
+    return (node for node in list(graph.nodes) if node.op == "call_function" and node.target is target)
+
+
+def is_call(node: Any, target: Callable[..., Any]) -> bool:
+    """Whether something is a node that calls a function."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def parameter_name(argument: Any) -> str | None:
+    """The parameter that an argument is, or is the transpose of; None for anything else."""
+    if isinstance(argument, fx.Node) and argument.op == "call_method" and argument.target == "t":
+        argument = argument.args[0]
+    return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def weight_name(linear: fx.Node) -> str | None:
+    """The parameter that is a linear's weight."""
+    return parameter_name(linear.args[1])
+
+
+def bias_name(linear: fx.Node) -> str | None:
+    """The parameter that is a linear's bias."""
+    return parameter_name(linear.args[2])
+
+
+def is_transposed(linear: fx.Node) -> bool:
+    """Whether the parameter holds the transpose of the weight."""
+    weight = linear.args[1]
+    return isinstance(weight, fx.Node) and weight.op == "call_method"
+
+
+def common_path(*names: str) -> str:
+    """The innermost module path above all parameters named: `mlp.up_proj.weight`, `mlp.down_proj.weight`
+    give `mlp`; a single name gives its module."""
+    paths = [name.split(".")[:-1] for name in names]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -1,0 +1,298 @@
+"""Plan all passes over all regions, and only then touch the model.
+
+Planning runs the real passes on copies of the regions' graphs, in order, so that a later pass sees what an
+earlier one leaves. When every pass has matched, the new modules are built, and only when all are built do
+they take their places. Structural passes are applied once; operational ones are applied again whenever
+their step ranges say so (`Pipeline.lower_`), over the same parameters and buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from act24.initialise import generator_for
+from act24.passes.base import Match, OperationalPass, Pass, PassError, StructuralPass
+from act24.passes.flops import region_flops
+from act24.passes.normal_form import is_linear
+from act24.passes.region import Region, RegionModule, lower_, materialise
+from act24.passes.report import Report, Row
+from act24.passes.tracing import trace
+
+
+def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
+    """Rewrite a model in place.
+
+    Args:
+        model: the stock model, or any other whose regions can be traced (`act24.passes.tracing`).
+        passes: in order.
+        seed: of the initial values of new parameters, each from a generator of (seed, its name).
+        step: updates already made; decides which operational passes are in force.
+
+    Returns:
+        the pipeline: print it for the report, keep it for `lower_` when passes have step ranges.
+
+    Raises:
+        PassError: a pass matches nothing and is not optional, passes collide, a module has forward hooks,
+            or the model was already rewritten. The model is then as it was.
+    """
+    pipeline = Pipeline(model, passes, seed=seed, step=step)
+    pipeline.commit_()
+    return pipeline
+
+
+def plan(model: nn.Module, passes: Sequence[Pass]) -> Report:
+    """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`."""
+    return Pipeline(model, passes).report
+
+
+@dataclass
+class _Site:
+    """A region on its way: as traced, after the structural passes, and the module once it stands."""
+
+    traced: Region
+    base: Region
+    matches: list[Match] = field(default_factory=list)
+    claims: dict[str, Pass] = field(default_factory=dict)
+    touched: bool = False
+    module: RegionModule | None = None
+
+
+class Pipeline:
+    """Passes over one model, planned at construction.
+
+    Attributes:
+        report: what it does.
+        boundaries: the steps at which the set of operational passes changes, without 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        passes: Sequence[Pass],
+        *,
+        seed: int = 0,
+        step: int = 0,
+        keep_all: bool = False,
+    ) -> None:
+        """Plan. Arguments as for `apply_`.
+
+        Args:
+            keep_all: let regions stand as graph modules even where no pass acts, single linears excepted.
+        """
+        self._model = model
+        self._passes = tuple(passes)
+        self._seed = seed
+        self._step = step
+        self._classes: dict[tuple[Any, ...], type] = {}
+        self._rows: list[Row] = []
+        self._misses: list[tuple[str, str, str]] = []
+        self._operational = [p for p in self._passes if isinstance(p, OperationalPass)]
+        self._check_order()
+        limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
+        self.boundaries: tuple[int, ...] = tuple(sorted(limits))
+        self._sites = [
+            _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
+            for region in trace(model)
+        ]
+        self._plan_structural()
+        lowered = self._plan_operational()
+        for site in self._sites:
+            if site.touched:
+                _refuse_hooks(site.traced)
+        self.report = self._make_report(lowered)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def commit_(self) -> None:
+        """Build all new modules, then put each where its region was traced."""
+        built: list[tuple[_Site, RegionModule]] = [
+            (site, materialise(site.base, lambda name: generator_for(self._seed, name)))
+            for site in self._sites
+            if site.touched
+        ]
+        for site, module in built:
+            for fqn in site.traced.fqns:
+                parent, _, leaf = fqn.rpartition(".")
+                setattr(self._model.get_submodule(parent), leaf, module)
+            site.module = module
+            # The stock tensors that a pass replaced must not live on through the plan.
+            site.traced.module = site.base.module = module
+        self._lower()
+
+    def lower_(self, step: int) -> bool:
+        """Bring the operations in line with the passes in force once `step` updates are made.
+
+        Returns:
+            whether anything changed. Parameters and buffers never do.
+        """
+        changed = self._active(step) != self._active(self._step)
+        self._step = step
+        if changed:
+            self._lower()
+        return changed
+
+    @property
+    def modules(self) -> tuple[RegionModule, ...]:
+        """The graph modules that stand in the model."""
+        return tuple(site.module for site in self._sites if site.module is not None)
+
+    def state_from_stock(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """A stock state dict as the rewritten model's, and the names that it cannot fill."""
+        result, fresh = dict(state), []
+        for site in self._sites:
+            for match in site.matches:
+                if match.state is None:
+                    continue
+                for fqn in site.traced.fqns:
+                    prefix = f"{fqn}." if fqn else ""
+                    removed = {n: result.pop(prefix + n) for n in match.state.removes if prefix + n in result}
+                    if match.state.from_stock is None:
+                        fresh += [prefix + name for name in match.state.creates]
+                    else:
+                        made = match.state.from_stock(removed)
+                        result.update({prefix + name: value for name, value in made.items()})
+        return result, tuple(fresh)
+
+    def state_to_stock(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rewritten model's state dict as a stock one of the same function.
+
+        Raises:
+            PassError: a pass has no such form, with its reason.
+        """
+        result = dict(state)
+        for site in self._sites:
+            for match in reversed(site.matches):
+                if match.state is None:
+                    continue
+                if match.state.to_stock is None:
+                    raise PassError(f"{site.traced.name(match.path)} has no stock form: {match.state.why}")
+                for fqn in site.traced.fqns:
+                    prefix = f"{fqn}." if fqn else ""
+                    created = {name: result.pop(prefix + name) for name in match.state.creates}
+                    made = match.state.to_stock(created)
+                    result.update({prefix + name: value for name, value in made.items()})
+        return result
+
+    def _check_order(self) -> None:
+        kinds = [isinstance(p, StructuralPass) for p in self._passes]
+        if kinds != sorted(kinds, reverse=True):
+            late = next(p for i, p in enumerate(self._passes) if kinds[i] and not all(kinds[:i]))
+            raise PassError(
+                f"{late.name} changes parameters and must stand before passes that only change operations"
+            )
+
+    def _plan_structural(self) -> None:
+        for p in self._passes:
+            if isinstance(p, StructuralPass):
+                self._plan_pass(p, [site.base for site in self._sites])
+
+    def _plan_operational(self) -> list[Region]:
+        """Run every interval of steps once, so that no pass can fail in the middle of a run.
+
+        Returns:
+            the regions as of the last interval in which most is in force, for the report's figures.
+        """
+        reported: set[int] = set()
+        final = [site.base for site in self._sites]
+        for step in (0, *self.boundaries):
+            lowered = [site.base.copy() for site in self._sites]
+            for index, p in enumerate(self._operational):
+                if p.active(step):
+                    self._plan_pass(p, lowered, report=index not in reported)
+                    reported.add(index)
+            for site, region in zip(self._sites, lowered, strict=True):
+                site.base.buffers.update(region.buffers)
+            if any(p.active(step) for p in self._operational):
+                final = lowered
+        return final
+
+    def _plan_pass(self, p: Pass, regions: list[Region], report: bool = True) -> None:
+        matched, absent = 0, []
+        for site, region in zip(self._sites, regions, strict=True):
+            planned = p.plan(region)
+            if isinstance(p, StructuralPass):
+                self._claim(p, site, region, planned.matches)
+            p.apply(region, planned)
+            matched += len(planned.matches)
+            site.touched |= bool(planned.matches)
+            misses = [(p.name, region.name(path), reason) for path, reason in planned.misses]
+            absent += [f"{fqn}: {reason}" for _, fqn, reason in misses]
+            if not planned.matches and not misses:
+                absent.append(f"{region.fqn} [{region.class_name('')}]: {planned.absent}")
+            if report and not p.observes:
+                self._rows += [_row(p, region, match) for match in planned.matches]
+                self._misses += misses
+        if not matched and not p.optional:
+            raise PassError(_no_match(p, absent))
+
+    def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
+        """One structural pass a place: the second would take apart what the first one built."""
+        for match in matches:
+            other = site.claims.setdefault(match.path, p)
+            if other is not p:
+                raise PassError(f"{other.name} and {p.name} both rewrite {region.name(match.path)}")
+        site.matches += matches
+
+    def _active(self, step: int) -> list[OperationalPass]:
+        return [p for p in self._operational if p.active(step)]
+
+    def _lower(self) -> None:
+        for site in self._sites:
+            if site.module is None:
+                continue
+            region = site.base.copy()
+            for p in self._active(self._step):
+                p.apply(region, p.plan(region))
+            lower_(site.module, region.graph, self._classes)
+
+    def _make_report(self, lowered: list[Region]) -> Report:
+        tensors = {id(t): t.numel() for t in self._model.parameters()}
+        before = sum(tensors.values())
+        change = sum(site.base.numel() - site.traced.numel() for site in self._sites)
+        traced = [site.traced for site in self._sites]
+        return Report(
+            rows=tuple(self._rows),
+            misses=tuple(self._misses),
+            parameters_before=before,
+            parameters_after=before + change,
+            flops_before=sum(region_flops(r) * len(r.fqns) for r in traced),
+            flops_after=sum(region_flops(r) * len(r.fqns) for r in lowered),
+        )
+
+
+def _row(p: Pass, region: Region, match: Match) -> Row:
+    steps = ""
+    if isinstance(p, OperationalPass) and (p.from_step or p.until_step is not None):
+        steps = f"from {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
+    return Row(
+        pass_name=p.name,
+        fqn=region.name(match.path),
+        before=match.before,
+        after=match.after,
+        parameters_before=match.parameters_before,
+        parameters_after=match.parameters_after,
+        steps=steps,
+        note=match.note,
+    )
+
+
+def _no_match(p: Pass, absent: list[str]) -> str:
+    """Why nothing matched: the first few regions stand for the rest."""
+    where = "" if p.targets == ("*",) and not p.ignore else f" within targets {list(p.targets)}"
+    shown = "; ".join(absent[:3]) + (f"; and {len(absent) - 3} more" if len(absent) > 3 else "")
+    return f"{p.name} matches nothing{where}. " + (shown or "No region of the model traces cleanly.")
+
+
+def _refuse_hooks(region: Region) -> None:
+    for path, module in region.module.named_modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if getattr(module, kind):
+                raise PassError(
+                    f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would lose: "
+                    "remove it, apply the passes, and register it again"
+                )

@@ -1,0 +1,190 @@
+"""`relu2_ffn`: a gated feed-forward network becomes a plain one with squared ReLU.
+
+    down(silu(gate(x)) * up(x))   ==>   down(relu(up(x))²)
+
+Two matrices instead of three, so F grows to 1.5 F at equal parameters, rounded to the nearest multiple of
+128, which the 2:4 kernels' tiles need (arXiv 2503.16672, section 1). The function changes and no weight of
+the wider network comes from the old one: training starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from act24.passes.base import Match, PassError, Plan, StateMap, StructuralPass
+from act24.passes.normal_form import (
+    bias_name,
+    common_path,
+    is_call,
+    is_transposed,
+    nodes_of,
+    replace_node,
+    weight_name,
+)
+from act24.passes.region import ParameterSpec, Region
+from act24.relu2 import relu2
+
+_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class _SwiGLU:
+    """The three linears of a gated network, and the product between them."""
+
+    product: fx.Node
+    gate: fx.Node
+    up: fx.Node
+    down: fx.Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relu2FFN(StructuralPass):
+    """Options of `relu2_ffn`.
+
+    Attributes:
+        width: `"parity"` takes F to 1.5 F, rounded to a multiple of 128, which keeps the parameter count;
+            `"keep"` leaves F, and then `up` and `down` keep their weights too.
+        initializer_range: standard deviation of fresh weights (LLaMA's 0.02).
+    """
+
+    name: ClassVar[str] = "relu2_ffn"
+
+    width: Literal["parity", "keep"] = "parity"
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.initializer_range <= 0:
+            raise PassError(f"relu2_ffn: initializer_range must be positive, got {self.initializer_range}")
+
+    def plan(self, region: Region) -> Plan:
+        matches, misses = [], []
+        for node in nodes_of(region.graph, F.silu):
+            found = _find(node)
+            if found is None:
+                continue
+            names = [weight_name(linear) for linear in (found.gate, found.up, found.down)]
+            path = common_path(*(name for name in names if name))
+            if not self.selects(region, path):
+                continue
+            if reason := _obstacle(region, found):
+                misses.append((path, reason))
+            else:
+                matches.append(self._match(region, path, found))
+        return Plan(tuple(matches), tuple(misses), absent=_describe(region))
+
+    def _match(self, region: Region, path: str, found: _SwiGLU) -> Match:
+        width, d_model = region.parameters[weight_name(found.up) or ""].shape
+        new = width if self.width == "keep" else _parity(width)
+        removed = _parameters(found.gate, found.up, found.down)
+        kept = _parameters(found.up, found.down)
+        before = sum(region.parameters[name].numel() for name in removed)
+        fresh = () if new == width else tuple(n for n in kept if n != bias_name(found.down))
+        after = sum(_resized(region, name, width, new).numel() for name in kept)
+        carried = tuple(name for name in kept if name not in fresh)
+        return Match(
+            path=path,
+            before=f"silu(gate)·up, F {width}",
+            after=f"relu2(up), F {new}",
+            nodes=(found, width, new),
+            parameters_before=before,
+            parameters_after=after,
+            state=StateMap(
+                removes=tuple(name for name in removed if name not in carried),
+                creates=fresh,
+                from_stock=None if fresh else lambda removed: {},
+                why="SwiGLU and relu² are different functions",
+            ),
+            note=f"fresh: {', '.join(name.removeprefix(path + '.') for name in fresh)}"
+            if fresh
+            else "weights kept",
+        )
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        found, width, new = match.nodes
+        assert match.state is not None
+        specs = {name: _resized(region, name, width, new) for name in match.state.creates}
+        region.create(specs, self._initialise(specs), replaces=match.state.removes)
+        with region.graph.inserting_before(found.product):
+            activation = region.graph.call_function(relu2, (found.up,))
+        replace_node(region.graph, found.product, activation)
+
+    def _initialise(self, specs: Mapping[str, ParameterSpec]) -> Any:
+        def initialise(old: Mapping[str, Tensor], generator: Any) -> dict[str, Tensor]:
+            return {
+                name: torch.zeros(spec.shape)
+                if len(spec.shape) == 1
+                else torch.empty(spec.shape).normal_(0, self.initializer_range, generator=generator(name))
+                for name, spec in specs.items()
+            }
+
+        return initialise
+
+
+def _parity(width: int) -> int:
+    """1.5 F to the nearest multiple of 128, at least one."""
+    return max(1, (3 * width + _MULTIPLE) // (2 * _MULTIPLE)) * _MULTIPLE
+
+
+def _find(silu: fx.Node) -> _SwiGLU | None:
+    """The gated network around a silu, in either order of the product."""
+    gate = silu.args[0]
+    users = list(silu.users)
+    if not is_call(gate, F.linear) or len(users) != 1:
+        return None
+    product = users[0]
+    if not (product.name.startswith("mul") or getattr(product.target, "__name__", "") == "mul"):
+        return None
+    up = next((arg for arg in product.args if arg is not silu), None)
+    down = next(iter(product.users), None)
+    if not is_call(up, F.linear) or len(product.users) != 1 or not is_call(down, F.linear):
+        return None
+    assert isinstance(gate, fx.Node)
+    assert isinstance(up, fx.Node)
+    assert isinstance(down, fx.Node)
+    return _SwiGLU(product, gate, up, down) if down.args[0] is product else None
+
+
+def _obstacle(region: Region, found: _SwiGLU) -> str:
+    """Why a gated network that was found cannot be rewritten, or the empty string."""
+    linears = (found.gate, found.up, found.down)
+    if found.gate.args[0] is not found.up.args[0]:
+        return "gate and up read different inputs"
+    for linear in (found.gate, found.up):
+        if len(linear.users) != 1:
+            return f"the output of {weight_name(linear)} is used elsewhere too"
+    for linear in linears:
+        name = weight_name(linear)
+        if name is None or name not in region.parameters or is_transposed(linear):
+            return "a weight is not a plain parameter"
+    for name in (name for linear in linears for name in _parameters(linear)):
+        if shared := region.parameters[name].shared:
+            return f"{region.name(name)} is tied to {shared[0]}"
+    return ""
+
+
+def _parameters(*linears: fx.Node) -> tuple[str, ...]:
+    names = [name for linear in linears for name in (weight_name(linear), bias_name(linear))]
+    return tuple(name for name in names if name)
+
+
+def _resized(region: Region, name: str, width: int, new: int) -> ParameterSpec:
+    """The parameter with F made `new` wherever it occurs; D is never F in the dimension concerned."""
+    spec = region.parameters[name]
+    return ParameterSpec(
+        torch.Size(new if size == width else size for size in spec.shape),
+        spec.dtype,
+        spec.device,
+        spec.requires_grad,
+    )
+
+
+def _describe(region: Region) -> str:
+    """What the region has instead of a gated network."""
+    linears = len(list(nodes_of(region.graph, F.linear)))
+    return "a single linear" if linears == 1 else f"{linears} linears, but no down(silu(gate(x)) * up(x))"
