@@ -1,0 +1,94 @@
+"""Cross-entropy of a language model straight from its hidden states, without ever holding the [T, V] logits.
+
+At 65,536 tokens and a vocabulary of 32,000 the logits are 4.2 GB in bfloat16, and 8.4 GB more in float32.
+Here they exist for one chunk of tokens at a time, and the gradients are taken in the forward pass while they
+do. (The idea: Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989; here in plain PyTorch.)
+
+What that costs: the head's gradient [V, D] is held in float32 from the loss to its backward, and only first
+derivatives exist. What it spares: recomputing the head's product in the backward pass, a third more of the
+head's work, which is what checkpointing each chunk would cost. Run it compiled on a GPU
+(`torch.compile(cross_entropy_sum)`): that fuses the passes over a chunk's logits into two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from act24.operation import cast_for_autocast, operation
+
+IGNORE = -100  # the label of a position without a target, as in F.cross_entropy
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[T, D], [V, D] -> [T, V]: the product in the inputs' dtype, the softmax in at least float32."""
+    logits = hidden @ weight.T
+    return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The summed loss and its gradients. hidden [T, D], weight [V, D], targets and valid [T, 1]."""
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, chunk_tokens: int):
+        projection = weight.to(hidden.dtype)
+        # Chunks add up in float32: summing them in bfloat16 would lose what one undivided product keeps.
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_hidden, chosen = [], []
+        for rows, target, keep in zip(
+            hidden.split(chunk_tokens), targets.split(chunk_tokens), valid.split(chunk_tokens), strict=True
+        ):
+            log_probabilities = _log_probabilities(rows, projection)
+            chosen.append(log_probabilities.gather(1, target))
+            # softmax - onehot. The target's entry is written, not subtracted from: expm1 stays exact where p
+            # is near 1, which p - 1 in bfloat16 does not.
+            grad_logits = log_probabilities.exp_().to(rows.dtype)
+            grad_logits.scatter_(1, target, chosen[-1].expm1().to(rows.dtype))
+            # Tokens without a target are dropped on the narrow side, [T, D], which spares a pass over [T, V].
+            grad_hidden.append((grad_logits @ projection).where(keep, 0.0))
+            grad_weight += grad_logits.T @ rows.where(keep, 0.0)
+        loss = -torch.cat(chosen).where(valid, 0.0).sum()
+        return loss, torch.cat(grad_hidden), grad_weight.to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, grad_hidden, grad_weight = output
+        ctx.mark_non_differentiable(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, *_: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+
+
+@operation
+def cross_entropy_sum(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_tokens: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(hidden @ head_weightᵀ)[label] over the labels that are not -100, and their number.
+
+    hidden [B, S, D]; head_weight [V, D]; labels [B, S] int64, already shifted: `labels[b, s]` is the target
+    of position s. The product runs in the dtype of `hidden`, under autocast in autocast's; the softmax in
+    float32. Returns (loss, count): a float32 scalar (float64 for float64 inputs) and an int64 scalar. Divide
+    by the count of the whole optimizer step, over all micro-batches and processes, to get the mean over its
+    tokens. `chunk_tokens` bounds memory: about 10 bytes x chunk_tokens x V. Without grad mode only the loss
+    is computed.
+    """
+    # The weight is cast inside, so that its gradient comes back as it was summed, in float32.
+    (hidden,) = cast_for_autocast(hidden.flatten(0, -2))  # pyright: ignore[reportAssignmentType]
+    labels = labels.flatten()[:, None]
+    valid = labels != IGNORE
+    targets = labels.where(valid, 0)
+    if torch.is_grad_enabled():
+        loss, _, _ = _LinearCrossEntropy.apply(hidden, head_weight, targets, valid, chunk_tokens)
+    else:
+        projection = head_weight.to(hidden.dtype)
+        chosen = [
+            _log_probabilities(rows, projection).gather(1, target)
+            for rows, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        ]
+        loss = -torch.cat(chosen).where(valid, 0.0).sum()
+    return loss, valid.sum()
