@@ -156,7 +156,7 @@ class OperationalPass(Pass):
             raise PassError(f"{self.name}: from_step must be 0 or more, got {self.from_step}")
         if self.until_step is not None and self.until_step <= self.from_step:
             raise PassError(
-                f"{self.name}: until_step ({self.until_step}) must be larger than from_step ({self.from_step})"
+                f"{self.name}: until_step ({self.until_step}) must be above from_step ({self.from_step})"
             )
 
     def active(self, step: int) -> bool:

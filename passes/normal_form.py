@@ -67,13 +67,10 @@ def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
 
 def _squared_relu(node: fx.Node) -> fx.Node | None:
     """The pre-activation h of relu(h)², if the node is one."""
-    if (
-        (node.target in _MULTIPLY and len(node.args) == 2 and node.args[0] is node.args[1])
-        or (node.target in _SQUARE and node.args)
-        or (node.target in _POWER and len(node.args) == 2 and node.args[1] == 2)
-    ):
-        base = node.args[0]
-    else:
+    base, *rest = node.args or (None,)
+    product = node.target in _MULTIPLY and rest == [base]
+    power = node.target in _POWER and rest == [2]
+    if not (product or power or node.target in _SQUARE):
         return None
     if isinstance(base, fx.Node) and base.target in _RELU and len(base.users) == 1:
         return _argument(base, 0, "input")

@@ -10,7 +10,7 @@ the wider network comes from the old one: training starts anew.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -79,19 +79,20 @@ class Relu2FFN(StructuralPass):
         return Plan(tuple(matches), tuple(misses), absent=_describe(region))
 
     def _match(self, region: Region, path: str, found: _SwiGLU) -> Match:
-        width, d_model = region.parameters[weight_name(found.up) or ""].shape
+        width = region.parameters[weight_name(found.up) or ""].shape[0]
         new = width if self.width == "keep" else _parity(width)
         removed = _parameters(found.gate, found.up, found.down)
         kept = _parameters(found.up, found.down)
         before = sum(region.parameters[name].numel() for name in removed)
         fresh = () if new == width else tuple(n for n in kept if n != bias_name(found.down))
-        after = sum(_resized(region, name, width, new).numel() for name in kept)
+        specs = _resized(region, found, new)
+        after = sum(spec.numel() for spec in specs.values())
         carried = tuple(name for name in kept if name not in fresh)
         return Match(
             path=path,
             before=f"silu(gate)·up, F {width}",
             after=f"relu2(up), F {new}",
-            nodes=(found, width, new),
+            nodes=(found, specs),
             parameters_before=before,
             parameters_after=after,
             state=StateMap(
@@ -106,9 +107,9 @@ class Relu2FFN(StructuralPass):
         )
 
     def _rewrite(self, region: Region, match: Match) -> None:
-        found, width, new = match.nodes
+        found, resized = match.nodes
         assert match.state is not None
-        specs = {name: _resized(region, name, width, new) for name in match.state.creates}
+        specs = {name: resized[name] for name in match.state.creates}
         region.create(specs, self._initialise(specs), replaces=match.state.removes)
         with region.graph.inserting_before(found.product):
             activation = region.graph.call_function(relu2, (found.up,))
@@ -173,15 +174,17 @@ def _parameters(*linears: fx.Node) -> tuple[str, ...]:
     return tuple(name for name in names if name)
 
 
-def _resized(region: Region, name: str, width: int, new: int) -> ParameterSpec:
-    """The parameter with F made `new` wherever it occurs; D is never F in the dimension concerned."""
-    spec = region.parameters[name]
-    return ParameterSpec(
-        torch.Size(new if size == width else size for size in spec.shape),
-        spec.dtype,
-        spec.device,
-        spec.requires_grad,
-    )
+def _resized(region: Region, found: _SwiGLU, width: int) -> dict[str, ParameterSpec]:
+    """The parameters of up and down for another F: rows of up, columns of down."""
+    specs = {}
+    for linear, dimension in ((found.up, 0), (found.down, 1)):
+        for name in _parameters(linear):
+            spec = region.parameters[name]
+            shape = list(spec.shape)
+            if dimension < len(shape):  # the bias of down has no F
+                shape[dimension] = width
+            specs[name] = replace(spec, shape=torch.Size(shape), shared=())
+    return specs
 
 
 def _describe(region: Region) -> str:

@@ -62,7 +62,7 @@ def _search(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
         seen.add(module)
         if isinstance(module, RegionModule):
             raise PassError(
-                "this model was already rewritten: give all passes in one call of apply_, which plans them together"
+                "this model was already rewritten: give all passes in one call, which plans them together"
             )
         below = [child for child in module.modules() if child is not module]
         composite = [
