@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
+
+from act24.passes.base import Pass
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -18,7 +20,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A table of a recipe. Unknown keys are errors; numbers are not made of strings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), arbitrary_types_allowed=True
+    )
 
 
 class Model(Section):
@@ -142,4 +146,13 @@ class Recipe(Section):
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
-    passes: tuple[Any, ...] = ()  # validated by the loader against the registry of passes
+    passes: SkipValidation[tuple[Pass, ...]] = ()  # built and checked by the loader, against the registry
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Recipe:
+        if self.train.total_batch_size % self.train.batch_size:
+            raise ValueError(
+                f"train.total_batch_size ({self.train.total_batch_size}) must be a multiple of "
+                f"train.batch_size ({self.train.batch_size})"
+            )
+        return self

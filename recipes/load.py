@@ -1,0 +1,252 @@
+"""From a recipe's name to a checked `Recipe`: find, extend, override, validate.
+
+Order of precedence, lowest first: defaults of the schema, the recipe named by `extends` (one at most, and so
+on upwards), the file itself, overrides `key.path=value`. Tables merge key by key; a list, `[[passes]]` too,
+replaces the one it overrides.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from act24.errors import Act24Error, nearest
+from act24.passes import REGISTRY
+from act24.passes.base import OperationalPass, Pass
+from act24.recipes.schema import Recipe
+
+
+class RecipeError(Act24Error):
+    """A recipe that cannot be found, read or run; one line for each thing that is wrong."""
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with act24, by name (`demo`, `c4/130m-dense`)."""
+    root = files("act24.recipes")
+    return sorted(_toml_names(root, ""))
+
+
+def recipe_source(reference: str) -> tuple[str, str]:
+    """The text of a recipe and where it came from.
+
+    Args:
+        reference: the path of a file ending in `.toml`, or the name of a shipped recipe.
+
+    Raises:
+        RecipeError: there is no such file or recipe.
+    """
+    if reference.endswith(".toml"):
+        path = Path(reference)
+        if not path.is_file():
+            raise RecipeError(f"recipe file '{reference}' does not exist")
+        return path.read_text(encoding="utf-8"), str(path)
+    if reference not in recipe_names():
+        raise RecipeError(
+            f"unknown recipe '{reference}': {nearest(reference, recipe_names())} (a file's name ends in .toml)"
+        )
+    return files("act24.recipes").joinpath(f"{reference}.toml").read_text(encoding="utf-8"), reference
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Find, extend, override and validate a recipe.
+
+    Args:
+        reference: as for `recipe_source`.
+        overrides: `key.path=value` with a TOML value; a bare word counts as a string. A pass is addressed by
+            position or by name: `passes.activation24.from_step=500`.
+
+    Raises:
+        RecipeError: with every mistake found, each with its path and the nearest valid name.
+    """
+    text, origin = recipe_source(reference)
+    table = _extended(text, origin, seen=())
+    for override in overrides:
+        _override(table, override)
+    return _validate(table, origin)
+
+
+def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
+    """A recipe from its text, as stored in a run or a checkpoint; raises RecipeError."""
+    return _validate(_extended(text, origin, seen=()), origin)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as TOML: every value, defaults included, and nothing to extend."""
+    table = recipe.model_dump(exclude={"passes"}, exclude_none=True)
+    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for section, values in table.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+    for p in recipe.passes:
+        options = {f.name: getattr(p, f.name) for f in dataclass_fields(p)}
+        lines += ["", "[[passes]]", f"use = {_toml(p.name)}"]
+        lines += [f"{key} = {_toml(value)}" for key, value in options.items() if value is not None]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _toml_names(folder: Any, prefix: str) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _toml_names(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".toml"):
+            yield prefix + entry.name.removesuffix(".toml")
+
+
+def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{origin}: not valid TOML: {error}") from None
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise RecipeError(f"{origin}: extends names one recipe, a string, not {parent!r}")
+    if parent in (*seen, origin):
+        raise RecipeError(f"{origin}: extends goes in a circle: {' → '.join((*seen, origin, parent))}")
+    if parent.endswith(".toml"):  # a file extends a file beside it
+        parent = str(Path(origin).parent / parent)
+    parent_text, parent_origin = recipe_source(parent)
+    return _merged(_extended(parent_text, parent_origin, (*seen, origin)), table)
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override '{override}' is not of the form key.path=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node: Any = table
+    for key in keys[:-1]:
+        node = _listed(node, key, path) if isinstance(node, list) else node.setdefault(key, {})
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"override '{path}': '{key}' is a value, not a table")
+    if isinstance(node, list):
+        raise RecipeError(f"override '{path}': name a key of the pass, as in passes.0.optional=true")
+    node[keys[-1]] = value
+
+
+def _listed(passes: list[dict[str, Any]], key: str, path: str) -> dict[str, Any]:
+    names = [p.get("use", "") for p in passes]
+    if key.isdecimal() and int(key) < len(passes):
+        return passes[int(key)]
+    if names.count(key) == 1:
+        return passes[names.index(key)]
+    hint = "it is there more than once: use its position" if key in names else nearest(key, names)
+    raise RecipeError(f"override '{path}': no single pass '{key}' in this recipe: {hint}")
+
+
+def _validate(table: dict[str, Any], origin: str) -> Recipe:
+    table = dict(table)
+    errors: list[str] = []
+    passes = table.pop("passes", [])
+    if not isinstance(passes, list):
+        errors.append('passes: expected [[passes]] tables, each with use = "..."')
+        passes = []
+    built = [_build_pass(entry, f"passes.{i}", errors) for i, entry in enumerate(passes)]
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(_tuples(table))
+    except ValidationError as error:
+        errors += _explain(error, Recipe, "")
+    if errors or recipe is None:
+        raise RecipeError("\n".join(f"{origin}: {message}" for message in errors))
+    return recipe.model_copy(update={"passes": tuple(p for p in built if p is not None)})
+
+
+def _build_pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("use"), str):
+        errors.append(f'{path}: expected a table with use = "<pass>"; {nearest("", REGISTRY)}')
+        return None
+    options = dict(entry)
+    name = options.pop("use")
+    if name not in REGISTRY:
+        errors.append(f"{path}.use: unknown pass '{name}': {nearest(name, REGISTRY)}")
+        return None
+    cls = REGISTRY[name]
+    if not issubclass(cls, OperationalPass):
+        for key in ("from_step", "until_step"):
+            if key in options:
+                errors.append(
+                    f"{path}.{key}: {name} changes parameters, so it holds for the whole run and takes no step range"
+                )
+                return None
+    model = _options_model(cls)
+    try:
+        values = model.model_validate(_tuples(options))
+        return cls(**{field: getattr(values, field) for field in options})
+    except ValidationError as error:
+        errors += _explain(error, model, path)
+    except Act24Error as error:
+        errors.append(f"{path}: {error}")
+    return None
+
+
+def _options_model(cls: type[Pass]) -> type[BaseModel]:
+    """A pass's dataclass as a strict pydantic model: dataclasses alone would ignore unknown keys."""
+    hints = get_type_hints(cls)
+    definitions: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclass_fields(cls)}
+    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=True), **definitions)
+
+
+def _tuples(value: Any) -> Any:
+    """TOML's lists as tuples: the schema is frozen, and strict about the difference."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(entry) for entry in value)
+    return value
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
+    """One line an error: the path, what is wrong, what was expected."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in ((prefix, *item["loc"]) if prefix else item["loc"]))
+        if item["type"] == "extra_forbidden":
+            names = _names_at(model, item["loc"][:-1])
+            lines.append(f"{path}: unknown key: {nearest(str(item['loc'][-1]), names)}")
+        elif item["type"] == "missing":
+            lines.append(f"{path}: missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+            lines.append(f"{path}: {message}{shown}" if path else f"{message}")
+    return lines
+
+
+def _names_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return [*model.model_fields, *(["extends"] if model is Recipe else [])]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml(entry) for entry in value)}]"
+    return repr(value)
