@@ -1,0 +1,226 @@
+"""Rows to batches: endless ones to train on, with their position, and the fixed ones to evaluate on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from act24.errors import Act24Error
+from act24.recipes.schema import Data
+from act24.tools.data.documents import Split, open_documents
+from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows
+from act24.tools.data.shards import TokenShards
+from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary
+
+IGNORED = -100  # a label that is no token; `torch.nn.functional.cross_entropy` skips it by default
+PREFETCHED = 4  # batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of S = `data.max_length` positions.
+
+    Attributes:
+        input_ids: int64 `[B, S]`; `pad_id` where a row is short.
+        labels: int64 `[B, S]`, already shifted: `labels[b, s]` is the token after `input_ids[b, s]`, or -100
+            where nothing is predicted.
+        state: the position after this batch, JSON-able; empty for held-out batches.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class TokenRows(Iterator[Batch]):
+    """Endless training batches of `batch_size` rows, made in one background thread.
+
+    Positions are by row, so a run may go on with another batch size, and `state_dict()` is that of the last
+    batch handed out, never of one that was only prefetched. Use as a context manager, or `close()`, to stop
+    the thread.
+
+    Raises (while iterating):
+        Act24Error: whatever is wrong with the source, or an id that a model of `vocab_size` tokens cannot
+            take.
+    """
+
+    def __init__(
+        self, rows: Rows, tokenizer: Tokenizer, max_length: int, batch_size: int, vocab_size: int
+    ) -> None:
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._max_length, self._batch_size, self._vocab_size = max_length, batch_size, vocab_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="act24-data")
+        self._prefetched: deque[Future[Batch]] = deque()
+        self._state = self._state_of_rows()
+
+    def __next__(self) -> Batch:
+        while len(self._prefetched) <= PREFETCHED:
+            self._prefetched.append(self._thread.submit(self._make))
+        batch = self._prefetched[
+            0
+        ].result()  # an error stays at the front: what is behind it has a gap before it
+        self._prefetched.popleft()
+        self._state = batch.state
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch handed out, with the fingerprint of the data."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the row after that position.
+
+        Raises:
+            Act24Error: the state is of other data, another tokenizer, row length, rank or number of
+                processes.
+        """
+        was, now = state["fingerprint"], self._rows.fingerprint
+        changed = [
+            f"{key} was {was.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key)
+        ]
+        if changed:
+            raise Act24Error(f"the data are not those of the saved position: {'; '.join(changed)}")
+        for future in self._prefetched:
+            future.cancel()
+        self._prefetched.clear()
+        # In the thread, and so after the batch that it may still be at.
+        self._thread.submit(self._rows.load_state_dict, state["position"]).result()
+        self._state = state
+
+    def close(self) -> None:
+        """Stop the thread, once it is done with the batch at hand."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> TokenRows:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _make(self) -> Batch:
+        rows = list(itertools.islice(self._rows, self._batch_size))
+        check_ids(rows, self._tokenizer, self._vocab_size)
+        return collate(rows, self._max_length, self._tokenizer.pad_id, self._state_of_rows())
+
+    def _state_of_rows(self) -> dict[str, Any]:
+        return {"fingerprint": self._rows.fingerprint, "position": self._rows.state_dict()}
+
+
+@dataclass(frozen=True)
+class HeldoutRows:
+    """The rows to evaluate on: the first of the held-out stream, the same for any batch size and number of
+    processes.
+
+    Attributes:
+        rows: of this rank: every `world_size`-th.
+        total_rows: of all ranks.
+        tokens: predicted tokens, of all ranks.
+        bytes: of UTF-8 text that those tokens stand for (`Tokenizer.token_bytes`).
+        fingerprint: sha256 of all rows' tokens. Losses under different ones are not comparable.
+    """
+
+    rows: list[np.ndarray]
+    total_rows: int
+    tokens: int
+    bytes: int
+    fingerprint: str
+    max_length: int
+    pad_id: int
+    world_size: int
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches of exactly `batch_size` rows, as many on every rank: rows without labels fill the last
+        ones, so that shapes stay fixed and collectives match. Average over tokens, not over batches."""
+        rows_a_rank = -(-self.total_rows // self.world_size)
+        nothing = np.array([self.pad_id])
+        for start in range(0, rows_a_rank, batch_size):
+            rows = self.rows[start : start + batch_size]
+            yield collate(rows + [nothing] * (batch_size - len(rows)), self.max_length, self.pad_id)
+
+
+def open_rows(
+    data: Data, tokenizer: Tokenizer, *, batch_size: int, vocab_size: int, rank: int = 0, world_size: int = 1
+) -> TokenRows:
+    """Training batches of `data` for one rank.
+
+    Args:
+        batch_size: rows in a batch of this rank.
+        vocab_size: of the model; see `check_vocabulary`.
+
+    Raises:
+        Act24Error: the source cannot be opened, or the tokenizer does not fit the model.
+    """
+    check_vocabulary(tokenizer, vocab_size)
+    rows = _rows(data, tokenizer, "train", rank, world_size)
+    return TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size)
+
+
+def heldout_rows(
+    data: Data, tokenizer: Tokenizer, tokens: int, *, vocab_size: int, rank: int = 0, world_size: int = 1
+) -> HeldoutRows:
+    """Whole held-out rows until they predict at least `tokens` tokens, or all there are. Read once, kept in
+    memory.
+
+    Raises:
+        Act24Error: the source cannot be opened, holds nothing out, or the tokenizer does not fit the model.
+    """
+    check_vocabulary(tokenizer, vocab_size)
+    mine, total, predicted, size = [], 0, 0, 0
+    digest = hashlib.sha256()
+    for row in _rows(data, tokenizer, "heldout", 0, 1):
+        check_ids([row], tokenizer, vocab_size)
+        if total % world_size == rank:
+            mine.append(row)
+        total += 1
+        predicted += len(row) - 1
+        size += int(tokenizer.token_bytes[row[1:]].sum())
+        digest.update(row.astype(np.int64).tobytes())
+        if predicted >= tokens:
+            break
+    return HeldoutRows(
+        mine, total, predicted, size, digest.hexdigest(), data.max_length, tokenizer.pad_id, world_size
+    )
+
+
+def collate(
+    rows: Sequence[np.ndarray], max_length: int, pad_id: int, state: dict[str, Any] | None = None
+) -> Batch:
+    """Rows of up to `max_length` + 1 tokens to a batch, shifted and filled up on the right."""
+    input_ids = np.full((len(rows), max_length), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), max_length), IGNORED, dtype=np.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = row[:max_length]
+        labels[index, : len(row) - 1] = row[1:]
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), state or {})
+
+
+def _rows(data: Data, tokenizer: Tokenizer, split: Split, rank: int, world_size: int) -> Rows:
+    training = split == "train"
+    seed = data.shuffle_seed if training else None
+    if data.source == "shards":
+        shards = TokenShards(Path(str(data.shards)), split)
+        return ShardRows(
+            shards,
+            data.rows,
+            data.max_length,
+            shuffle_seed=seed,
+            endless=training,
+            rank=rank,
+            world_size=world_size,
+        )
+    documents = open_documents(
+        data, split, shuffle_seed=seed, endless=training, rank=rank, world_size=world_size
+    )
+    return (PackedRows if data.rows == "packed" else PaddedRows)(documents, tokenizer, data.max_length)

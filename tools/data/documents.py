@@ -1,0 +1,224 @@
+"""Text documents in an order that any later process can continue.
+
+Every source is a list of shards (files, or the shards of a Hub data set), and a shard is a sequence of
+records. So one class owns the order, the split by rank, the held-out rule and the position for all of them;
+what differs is only how a shard is read. In particular the position is ours and not the `datasets` library's,
+whose own resume repeated or lost rows in several releases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from act24.errors import Act24Error
+from act24.recipes.schema import Data
+from act24.tools.data.files import find_files, read_documents
+
+Split = Literal["train", "heldout"]
+Shard = Callable[[Callable[[int], bool]], Iterator[str | None]]
+"""`shard(wanted)` yields one item a record: its text where `wanted(index)`, else None."""
+
+HELDOUT_ONE_IN = 20
+
+
+class Documents(Iterator[str]):
+    """The non-empty documents of one rank.
+
+    Rank r of W takes every W-th shard where W divides their number, and otherwise reads all shards and takes
+    every W-th record: always disjoint, together complete, and in the second case W times the reading.
+
+    Args:
+        shards: what there is to read.
+        fingerprint: what identifies the text, JSON-able, its values short; a state is refused under another
+            one.
+        keep: which documents belong to this split.
+        shuffle_seed: each epoch visits the shards in an order of its own, drawn from (seed, epoch); None
+            keeps the given order. Records inside a shard keep theirs.
+        endless: start a new epoch after the last shard; otherwise stop there.
+        empty: the error message for an epoch without any document.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        fingerprint: dict[str, Any],
+        *,
+        keep: Callable[[str], bool] = lambda text: True,
+        shuffle_seed: int | None = None,
+        endless: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        empty: str = "no document",
+    ) -> None:
+        self.fingerprint = {
+            **fingerprint,
+            "shuffle_seed": shuffle_seed,
+            "rank": rank,
+            "world_size": world_size,
+        }
+        self._shards = shards
+        self._keep = keep
+        self._shuffle_seed = shuffle_seed
+        self._endless = endless
+        self._rank, self._world_size = rank, world_size
+        self._by_shard = len(shards) % world_size == 0
+        self._empty = empty
+        self.load_state_dict({"epoch": 0, "shard": 0, "record": 0, "passed": 0})
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next document is looked for: epoch; position in this epoch's order of shards; record in
+        that shard; records in this epoch's earlier shards."""
+        return {"epoch": self._epoch, "shard": self._shard, "record": self._record, "passed": self._passed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epoch, self._passed = state["epoch"], state["passed"]
+        self._shard, self._record = state["shard"], state["record"]
+        self._found = (
+            self._record > 0 or self._passed > 0
+        )  # a document in this epoch, so that it is not empty
+        self._order = self._order_of(self._epoch)
+        self._records = self._open()
+
+    def __next__(self) -> str:
+        while True:
+            for index, text in self._records:
+                self._record = index + 1
+                if text and self._keep(text):
+                    self._found = True
+                    return text
+            self._next_shard()
+
+    def _next_shard(self) -> None:
+        if self._shard < len(self._order):
+            self._shard, self._record, self._passed = self._shard + 1, 0, self._passed + self._record
+        if self._shard == len(self._order):
+            if not self._found:
+                raise Act24Error(self._empty)
+            if not self._endless:
+                raise StopIteration
+            self._epoch, self._shard, self._passed, self._found = self._epoch + 1, 0, 0, False
+            self._order = self._order_of(self._epoch)
+        self._records = self._open()
+
+    def _open(self) -> Iterator[tuple[int, str | None]]:
+        if self._shard == len(self._order):
+            return iter(())
+        start, passed = self._record, self._passed
+
+        def wanted(index: int) -> bool:
+            mine = self._by_shard or (passed + index) % self._world_size == self._rank
+            return mine and index >= start
+
+        return itertools.islice(enumerate(self._shards[self._order[self._shard]](wanted)), start, None)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        order = list(range(len(self._shards)))
+        if self._shuffle_seed is not None:  # sorted by a hash: the same on every version of every library
+            order.sort(key=lambda shard: _hash(f"{self._shuffle_seed}/{epoch}/{shard}"))
+        return order[self._rank :: self._world_size] if self._by_shard else order
+
+
+def open_documents(
+    data: Data,
+    split: Split,
+    *,
+    shuffle_seed: int | None = None,
+    endless: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Documents:
+    """The documents of `data` (any source but "shards", which holds tokens and no text).
+
+    Where nothing says what is held out (`builtin`; `files` without `heldout_files`; `hf` with `heldout_split`
+    equal to `train_split`), it is the documents whose hash is 0 modulo 20: about 5 %, the same ones whatever
+    stands around them.
+
+    Raises:
+        Act24Error: files that are missing or of an unknown kind, a Hub data set that cannot be reached; and,
+            while iterating, whatever is wrong with a file or record, or no document at all.
+    """
+    by_hash = False
+    if data.source == "hf":
+        from act24.tools.data.hub import hub_shards
+
+        by_hash = data.heldout_split == data.train_split
+        name = data.train_split if split == "train" else data.heldout_split
+        shards, fingerprint = hub_shards(data, name)
+        what = f"{data.dataset}, split {name!r}"
+    elif data.source in ("files", "builtin"):
+        by_hash = data.source == "builtin" or not data.heldout_files
+        files = _builtin_files() if data.source == "builtin" else _given_files(data, split)
+        shards = [_file_shard(path, data.text_field) for path in files]
+        fingerprint = {"source": data.source, "files": _identity(files), "text_field": data.text_field}
+        what = f"{len(files)} files ({files[0]}{', …' if len(files) > 1 else ''})"
+    else:
+        raise Act24Error(
+            'data.source = "shards" holds tokens, not text; use the source they were prepared from'
+        )
+
+    heldout = split == "heldout"
+    empty = f"no document to {'evaluate' if heldout else 'train'} on in {what}"
+    if world_size > 1:
+        empty += f" for rank {rank} of {world_size}"
+    if heldout and by_hash:
+        empty += ": none of so few is among the 5 % held out by hash"
+        empty += "; name data.heldout_files" if data.source == "files" else ""
+    return Documents(
+        shards,
+        {**fingerprint, "split": split, "heldout_by_hash": by_hash},
+        keep=(lambda text: is_heldout(text) == heldout) if by_hash else (lambda text: True),
+        shuffle_seed=shuffle_seed,
+        endless=endless,
+        rank=rank,
+        world_size=world_size,
+        empty=empty,
+    )
+
+
+def is_heldout(text: str) -> bool:
+    """Whether the document is among the 5 % that are held out by their own hash."""
+    return _hash(text) % HELDOUT_ONE_IN == 0
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _file_shard(path: Path, text_field: str) -> Shard:
+    return lambda wanted: read_documents(path, text_field, wanted)
+
+
+def _given_files(data: Data, split: Split) -> list[Path]:
+    heldout = find_files(data.heldout_files) if data.heldout_files else []
+    if split == "heldout" and heldout:
+        return heldout
+    # `train_files = ["text/*.md"], heldout_files = ["text/last.md"]` must not train on what it evaluates on.
+    files = [path for path in find_files(data.train_files) if path not in set(heldout)]
+    if not files:
+        raise Act24Error("every file of data.train_files is also in data.heldout_files")
+    return files
+
+
+def _builtin_files() -> list[Path]:
+    """The standard library's own modules: real text, code and prose, that is wherever Python is."""
+    root = Path(sysconfig.get_path("stdlib"))
+    elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = sorted(path for path in root.rglob("*.py") if not elsewhere & set(path.relative_to(root).parts))
+    if not files:
+        raise Act24Error(f"no Python source beneath {root}; use data.source = 'files'")
+    return files
+
+
+def _identity(files: Sequence[Path]) -> str:
+    """A hash of names and sizes. Names are relative to what all have in common, so a folder may move as a
+    whole."""
+    root = os.path.commonpath([path.absolute().parent for path in files])
+    listing = [[os.path.relpath(path.absolute(), root), path.stat().st_size] for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
