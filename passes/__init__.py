@@ -5,7 +5,7 @@ if __name__ != "act24.passes":
 
 from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
-from act24.passes.base import Match, Pass, PassError, PassResult, Plan, StateMap
+from act24.passes.base import Match, OperationalPass, Pass, PassError, PassResult, Plan, StateMap
 from act24.passes.pipeline import Pipeline, apply_, plan
 from act24.passes.region import Region
 from act24.passes.relu2_ffn import Relu2FFN
@@ -20,6 +20,7 @@ __all__ = [
     "Activation24",
     "ActivationStatistics",
     "Match",
+    "OperationalPass",
     "Pass",
     "PassError",
     "PassResult",

@@ -86,11 +86,11 @@ class Pipeline:
         self._model = model
         self._passes = tuple(passes)
         self._seed = seed
-        self._step = step
         self._classes: dict[tuple[Any, ...], type] = {}
         self._rows: list[Row] = []
         self._misses: list[tuple[str, str, str]] = []
         self._operational = [p for p in self._passes if isinstance(p, OperationalPass)]
+        self._active = [p for p in self._operational if p.active(step)]
         self._check_order()
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
@@ -124,14 +124,18 @@ class Pipeline:
             site.traced.module = site.base.module = module
         self._lower()
 
-    def lower_(self, step: int) -> bool:
+    def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         """Bring the operations in line with the passes in force once `step` updates are made.
+
+        Args:
+            without: names of passes to leave out, in force or not; to see a model without 2:4, say.
 
         Returns:
             whether anything changed. Parameters and buffers never do.
         """
-        changed = self._active(step) != self._active(self._step)
-        self._step = step
+        active = [p for p in self._operational if p.active(step) and p.name not in without]
+        changed = active != self._active
+        self._active = active
         if changed:
             self._lower()
         return changed
@@ -238,15 +242,12 @@ class Pipeline:
                 raise PassError(f"{other.name} and {p.name} both rewrite {region.name(match.path)}")
         site.matches += matches
 
-    def _active(self, step: int) -> list[OperationalPass]:
-        return [p for p in self._operational if p.active(step)]
-
     def _lower(self) -> None:
         for site in self._sites:
             if site.module is None:
                 continue
             region = site.base.copy()
-            for p in self._active(self._step):
+            for p in self._active:
                 p.apply(region, p.plan(region))
             lower_(site.module, region.graph, self._classes)
 

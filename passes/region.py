@@ -194,16 +194,29 @@ def lower_(module: RegionModule, graph: fx.Graph, classes: dict[tuple[Any, ...],
     code = graph.python_code("self")
     key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
     if key not in classes:
-        module.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})
-        module.graph = graph
-        type(module)._shared = True
-        classes[key] = type(module)
-        return
-    module.__class__ = classes[key]
+        prototype = RegionModule(nn.Module(), fx.Graph())
+        prototype.graph = copy_graph(graph)
+        type(prototype)._shared = True
+        classes[key] = type(prototype)
+    _set_class(module, classes[key], classes)
     module._graph = graph
     module._code = code.src
     module._lineno_map = code._lineno_map
     graph.owning_module = module
+
+
+def _set_class(module: RegionModule, region_class: type, classes: dict[tuple[Any, ...], type]) -> None:
+    """Change the class, also where a wrapper derived its own from it: FSDP2 puts a subclass of itself and
+    of the module's class in place, which has to stay on top."""
+    wrapper = type(module)
+    if not vars(wrapper).get("_shared", False) and wrapper.__bases__ != (RegionModule,):
+        key = (wrapper.__bases__[:-1], region_class)
+        if key not in classes:
+            bases = (*wrapper.__bases__[:-1], region_class)
+            members = {name: value for name, value in vars(wrapper).items() if name == "__deepcopy__"}
+            classes[key] = type(wrapper.__name__, bases, members)
+        region_class = classes[key]
+    module.__class__ = region_class
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -48,7 +48,7 @@ def recipe_source(reference: str) -> tuple[str, str]:
         return path.read_text(encoding="utf-8"), str(path)
     if reference not in recipe_names():
         raise RecipeError(
-            f"unknown recipe '{reference}': {nearest(reference, recipe_names())} (a file's name ends in .toml)"
+            f"unknown recipe '{reference}': {nearest(reference, recipe_names())} (files end in .toml)"
         )
     return files("act24.recipes").joinpath(f"{reference}.toml").read_text(encoding="utf-8"), reference
 
@@ -185,7 +185,7 @@ def _build_pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
         for key in ("from_step", "until_step"):
             if key in options:
                 errors.append(
-                    f"{path}.{key}: {name} changes parameters, so it holds for the whole run and takes no step range"
+                    f"{path}.{key}: {name} changes parameters: it holds all run long, without step range"
                 )
                 return None
     model = _options_model(cls)

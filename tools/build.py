@@ -1,0 +1,100 @@
+"""From a recipe to the model that it describes: the stock LLaMA, rewritten by the recipe's passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from act24.errors import Act24Error
+from act24.initialise import build_llama
+from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
+from act24.passes import ActivationStatistics, Pass, Pipeline
+from act24.recipes.load import parse_recipe
+from act24.recipes.schema import Recipe
+from act24.tools import checkpoint, checkpoint_folder
+
+#: Passes that make products 2:4; evaluation compares the same weights with and without them.
+SPARSE_PASSES = ("activation24", "weight24")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model and the pipeline that rewrote it."""
+
+    recipe: Recipe
+    model: LlamaForCausalLM
+    pipeline: Pipeline
+
+
+def model_config(recipe: Recipe) -> LlamaConfig:
+    """The stock configuration that a recipe starts from."""
+    return llama_config(recipe.model.preset, **recipe.model.overrides())
+
+
+def parameter_dtype(recipe: Recipe) -> torch.dtype:
+    """What parameters are stored in: float32 under autocast too."""
+    return torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
+
+
+def passes_of(recipe: Recipe) -> tuple[Pass, ...]:
+    """The recipe's passes, and the counting of activations if the recipe logs it."""
+    watch = (ActivationStatistics(optional=True),) if recipe.log.activation_statistics else ()
+    return (*recipe.passes, *watch)
+
+
+def build(recipe: Recipe, device: torch.device, step: int = 0) -> Built:
+    """The model at its start, rewritten. All of its regions stand as graph modules, whatever the passes.
+
+    Raises:
+        PassError: the recipe's passes do not fit the model.
+    """
+    model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
+    return _rewritten(recipe, model, step)
+
+
+def plan_recipe(recipe: Recipe) -> Pipeline:
+    """What the recipe's passes would do, with no weights allocated."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(model_config(recipe))
+    return Pipeline(model, recipe.passes)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
+    """Open a run's last checkpoint, or a checkpoint: the recipe in it is applied again, then its weights.
+
+    Raises:
+        Act24Error: there is no checkpoint, or it is damaged.
+    """
+    opened = open_checkpoint(Path(path))
+    recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
+    with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
+        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
+    built = _rewritten(recipe, model, opened.step)
+    model.to_empty(device=device)
+    checkpoint.load_weights_(opened, model)
+    for name, buffer in model.named_buffers():
+        if name not in model.state_dict():
+            buffer.zero_()  # statistics, which are not saved
+    return built
+
+
+def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
+    """The checkpoint at a path, or the last one of the run there, verified.
+
+    Raises:
+        Act24Error: neither is there.
+    """
+    if (path / checkpoint_folder.MANIFEST).is_file() or path.name.startswith("step-"):
+        return checkpoint.load(path)
+    latest = checkpoint_folder.latest(path)
+    if latest is None:
+        raise Act24Error(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
+    return checkpoint.load(latest)
+
+
+def _rewritten(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Built:
+    pipeline = Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
+    pipeline.commit_()
+    return Built(recipe, model, pipeline)

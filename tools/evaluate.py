@@ -1,0 +1,106 @@
+"""The held-out measure: a token-weighted exact mean, cross-entropy in float32.
+
+The mean is over tokens, not over batches, so that batch size and number of processes do not enter. The
+public scripts of the GaLore family count batches from 1 and report sum / (n + 1), which makes perplexities
+depend on the batch; `legacy_loss` gives that figure for comparison with their tables, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from act24.llama import LlamaForCausalLM
+from act24.loss import cross_entropy_sum
+from act24.passes import OperationalPass, Pipeline
+from act24.recipes.schema import Recipe
+from act24.tools.build import SPARSE_PASSES
+from act24.tools.data import HeldoutRows
+from act24.tools.processes import Processes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on the held-out rows.
+
+    Attributes:
+        loss: nats per predicted token.
+        perplexity: exp(loss).
+        bits_per_byte: of the UTF-8 text that the tokens stand for.
+        tokens: predicted tokens.
+        legacy_loss: mean of batch means times n / (n + 1), over this many batches of the size used.
+        data: fingerprint of the rows; other rows give losses that cannot be compared.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    legacy_loss: float
+    data: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, rows: HeldoutRows, recipe: Recipe, processes: Processes) -> Evaluation:
+    """Measure `model` as it stands on the held-out rows; its mode and its statistics are as before after."""
+    device = processes.device
+    batch_size = recipe.eval.batch_size or recipe.train.batch_size
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
+    losses, counts = [], []
+    with _evaluating(model), autocast:
+        for batch in rows.batches(batch_size):
+            hidden = model.model(batch.input_ids.to(device))
+            loss, count = cross_entropy_sum(hidden, model.head_weight, batch.labels.to(device))
+            losses.append(loss.double())
+            counts.append(count)
+    table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
+    total, tokens = (float(x) for x in table.sum(1).tolist())
+    means = (table[0] / table[1].clamp(min=1))[table[1] > 0]
+    loss = total / tokens
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=total / math.log(2) / max(rows.bytes, 1),
+        tokens=int(tokens),
+        legacy_loss=float(means.sum()) / (len(means) + 1),
+        data=rows.fingerprint,
+    )
+
+
+def dense_and_sparse(pipeline: Pipeline, recipe: Recipe, step: int) -> Iterator[str]:
+    """Lower the model without and, if the recipe has such passes, with 2:4; yields the name of each form.
+
+    Where no 2:4 pass is in force at `step`, the sparse form is that of the first step at which one is. The
+    model is lowered for `step` again in the end.
+    """
+    sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
+    try:
+        pipeline.lower_(step, without=SPARSE_PASSES)
+        yield "dense"
+        if sparse:
+            pipeline.lower_(step if any(p.active(step) for p in sparse) else sparse[0].from_step)
+            yield "2:4"
+    finally:
+        pipeline.lower_(step)
+
+
+@contextmanager
+def _evaluating(model: LlamaForCausalLM) -> Iterator[None]:
+    """Evaluation mode, with the training statistics put aside."""
+    training = model.training
+    kept = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for buffer in model.buffers():
+            buffer.copy_(kept[id(buffer)])

@@ -1,0 +1,63 @@
+"""The processes of a run, as torchrun starts them, and the device of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those of the run.
+
+    Attributes:
+        rank, world_size: over all machines; 0 and 1 without torchrun.
+        device: the one that this process computes on.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and logs."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over all processes, in place, without waiting for it on the host."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in some process. Goes over the CPU, so it never waits for the GPU."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes)
+        return bool(votes)
+
+
+@contextmanager
+def open_processes() -> Iterator[Processes]:
+    """Join the process group that torchrun announces in the environment, if any, and leave it in the end."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        # gloo beside NCCL: flags travel by CPU and cost no synchronisation.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
