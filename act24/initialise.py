@@ -24,7 +24,7 @@ def initialise_(model: LlamaForCausalLM, seed: int) -> None:
     """Fill every parameter in place: matrices N(0, initializer_range²), biases zero, norms one.
 
     Matrices are drawn in float32 on the CPU and then copied to the parameter's dtype and device, which makes
-    the start the same everywhere. The cost is one CPU core's time: some 10 s for each thousand million
+    the start the same everywhere. The cost is one CPU core's time: some 15 s for each thousand million
     parameters.
     """
     for name, parameter in model.named_parameters():

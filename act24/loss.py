@@ -4,13 +4,18 @@ At 65,536 tokens and a vocabulary of 32,000 the logits are 4.2 GB in bfloat16, a
 Here they exist for one chunk of tokens at a time, and the gradients are taken in the forward pass while they
 do. (The idea: Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989; here in plain PyTorch.)
 
-What that costs: the head's gradient [V, D] is held in float32 from the loss to its backward, and only first
-derivatives exist. What it spares: recomputing the head's product in the backward pass, a third more of the
-head's work, which is what checkpointing each chunk would cost. Run it compiled on a GPU
-(`torch.compile(cross_entropy_sum)`): that fuses the passes over a chunk's logits into two.
+What that costs: the head's gradient [V, D] is held from the loss to its backward, and only first derivatives
+exist. What it spares: recomputing the head's product in the backward pass, a third more of the head's work,
+which is what checkpointing each chunk would cost.
+
+On a GPU run it compiled: `torch.compile(cross_entropy_sum, dynamic=False)`. Forward and backward on an H200,
+bfloat16, 65,536 tokens of width 768: 19.1 ms and 1.2 GB; not compiled 33.7 ms and 3.9 GB; all logits at once,
+compiled, 19.2 ms and 3.9 GB.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -27,6 +32,11 @@ def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def _chunks(tokens: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors' rows, `tokens` of each at a time."""
+    return zip(*(tensor.split(tokens) for tensor in tensors), strict=True)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The summed loss and its gradients. hidden [T, D], weight [V, D], targets and valid [T, 1]."""
 
@@ -35,20 +45,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         projection = weight.to(hidden.dtype)
         # Chunks add up in float32: summing them in bfloat16 would lose what one undivided product keeps.
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        grad_hidden, chosen = [], []
-        for rows, target, keep in zip(
-            hidden.split(chunk_tokens), targets.split(chunk_tokens), valid.split(chunk_tokens), strict=True
-        ):
+        loss = torch.zeros((), dtype=grad_weight.dtype, device=hidden.device)
+        grad_hidden = []
+        for rows, target, keep in _chunks(chunk_tokens, hidden, targets, valid):
             log_probabilities = _log_probabilities(rows, projection)
-            chosen.append(log_probabilities.gather(1, target))
+            chosen = log_probabilities.gather(1, target)
+            # Summed now: a sum over collected chunks is fused by the compiler, which then holds all logits.
+            loss -= chosen.where(keep, 0.0).sum()
             # softmax - onehot. The target's entry is written, not subtracted from: expm1 stays exact where p
             # is near 1, which p - 1 in bfloat16 does not.
             grad_logits = log_probabilities.exp_().to(rows.dtype)
-            grad_logits.scatter_(1, target, chosen[-1].expm1().to(rows.dtype))
+            grad_logits.scatter_(1, target, chosen.expm1().to(rows.dtype))
             # Tokens without a target are dropped on the narrow side, [T, D], which spares a pass over [T, V].
             grad_hidden.append((grad_logits @ projection).where(keep, 0.0))
             grad_weight += grad_logits.T @ rows.where(keep, 0.0)
-        loss = -torch.cat(chosen).where(valid, 0.0).sum()
         return loss, torch.cat(grad_hidden), grad_weight.to(weight.dtype)
 
     @staticmethod
@@ -74,8 +84,8 @@ def cross_entropy_sum(
     of position s. The product runs in the dtype of `hidden`, under autocast in autocast's; the softmax in
     float32. Returns (loss, count): a float32 scalar (float64 for float64 inputs) and an int64 scalar. Divide
     by the count of the whole optimizer step, over all micro-batches and processes, to get the mean over its
-    tokens. `chunk_tokens` bounds memory: about 10 bytes x chunk_tokens x V. Without grad mode only the loss
-    is computed.
+    tokens. `chunk_tokens` bounds memory: below 8192 the products lose speed, at 16384 the compiler was seen
+    to hold all chunks at once. Without grad mode only the loss is computed.
     """
     # The weight is cast inside, so that its gradient comes back as it was summed, in float32.
     (hidden,) = cast_for_autocast(hidden.flatten(0, -2))  # pyright: ignore[reportAssignmentType]
@@ -86,9 +96,7 @@ def cross_entropy_sum(
         loss, _, _ = _LinearCrossEntropy.apply(hidden, head_weight, targets, valid, chunk_tokens)
     else:
         projection = head_weight.to(hidden.dtype)
-        chosen = [
-            _log_probabilities(rows, projection).gather(1, target)
-            for rows, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-        ]
-        loss = -torch.cat(chosen).where(valid, 0.0).sum()
+        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for rows, target, keep in _chunks(chunk_tokens, hidden, targets, valid):
+            loss -= _log_probabilities(rows, projection).gather(1, target).where(keep, 0.0).sum()
     return loss, valid.sum()
