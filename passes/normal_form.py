@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from act24.relu2 import relu2
 
-_MULTIPLY = (operator.mul, torch.mul, "mul")
+_MULTIPLY = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
 _SQUARE = (torch.square, "square")
 _POWER = (operator.pow, torch.pow, "pow")
 _RELU = (F.relu, torch.relu, "relu")
@@ -25,7 +25,8 @@ _RELU = (F.relu, torch.relu, "relu")
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x Wᵀ + b and nothing else: nn.Linear, or transformers' Conv1D."""
     plain = type(module).forward is nn.Linear.forward or _is_conv1d(module)
-    return plain and module._parameters.get("weight") is not None  # a parametrised weight is computed
+    stored = module._parameters.get("weight") is not None  # a parametrised weight is computed
+    return plain and stored and "forward" not in vars(module)  # as frameworks that offload replace it
 
 
 def linear_arguments(module: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
@@ -44,10 +45,11 @@ def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
         if node.op == "call_module":
             _open_activation(graph, node, module.get_submodule(node.target))
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is F.linear:
+        if is_call(node, F.linear):
             _positional(node, ("input", "weight", "bias"), (None, None, None))
-        elif node.op == "call_function" and node.target is F.silu:
-            node.args, node.kwargs = (_argument(node, 0, "input"),), {}
+        elif is_call(node, F.silu):
+            kwargs = {} if _pure(node) else {"inplace": True}
+            node.args, node.kwargs = (_argument(node, 0, "input"),), kwargs
         elif (hidden := _squared_relu(node)) is not None:
             with graph.inserting_before(node):
                 replacement = graph.call_function(relu2, (hidden,))
@@ -58,7 +60,7 @@ def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
 
 def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
     function = {nn.SiLU: F.silu, nn.ReLU: F.relu}.get(type(module))
-    if function is None:
+    if function is None or (module.inplace and not _alone(_argument(node, 0, "input"))):
         return
     with graph.inserting_before(node):
         replacement = graph.call_function(function, (_argument(node, 0, "input"),))
@@ -68,13 +70,36 @@ def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
 def _squared_relu(node: fx.Node) -> fx.Node | None:
     """The pre-activation h of relu(h)², if the node is one."""
     base, *rest = node.args or (None,)
-    product = node.target in _MULTIPLY and rest == [base]
-    power = node.target in _POWER and rest == [2]
-    if not (product or power or node.target in _SQUARE):
+    product = _calls(node, _MULTIPLY) and rest == [base]
+    power = _calls(node, _POWER) and rest == [2]
+    if not (product or power or _calls(node, _SQUARE)):
         return None
-    if isinstance(base, fx.Node) and base.target in _RELU and len(base.users) == 1:
+    if _calls(base, _RELU) and len(base.users) == 1 and _pure(base):
         return _argument(base, 0, "input")
     return None
+
+
+def _calls(node: Any, spellings: tuple[Any, ...]) -> bool:
+    """Whether something is a node that calls one of these functions or methods."""
+    return (
+        isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in spellings
+    )
+
+
+def is_product(node: Any) -> bool:
+    """Whether something is the elementwise product of two values, in any spelling."""
+    return _calls(node, _MULTIPLY) and len(node.args) == 2
+
+
+def _pure(activation: fx.Node) -> bool:
+    """Whether an activation can be taken as a function, though it may be written in place."""
+    written = activation.kwargs.get("inplace") or True in activation.args[1:]
+    return not written or _alone(_argument(activation, 0, "input"))
+
+
+def _alone(value: fx.Node) -> bool:
+    """Whether nobody sees a write into a value but its one user."""
+    return len(value.users) == 1 and value.op != "placeholder"
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:
@@ -116,6 +141,11 @@ def parameter_name(argument: Any) -> str | None:
     if isinstance(argument, fx.Node) and argument.op == "call_method" and argument.target == "t":
         argument = argument.args[0]
     return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def readers(graph: fx.Graph, name: str) -> int:
+    """How often a graph reads a parameter: more than once in a module that is called twice."""
+    return sum(len(node.users) for node in graph.nodes if node.op == "get_attr" and node.target == name)
 
 
 def weight_name(linear: fx.Node) -> str | None:

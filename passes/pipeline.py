@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -109,7 +110,13 @@ class Pipeline:
         return str(self.report)
 
     def commit_(self) -> None:
-        """Build all new modules, then put each where its region was traced."""
+        """Build all new modules, then put each where its region was traced.
+
+        Raises:
+            PassError: that was done before.
+        """
+        if self.modules:
+            raise PassError("this pipeline was already committed")
         built: list[tuple[_Site, RegionModule]] = [
             (site, materialise(site.base, lambda name: generator_for(self._seed, name)))
             for site in self._sites
@@ -177,18 +184,21 @@ class Pipeline:
                     raise PassError(f"{site.traced.name(match.path)} has no stock form: {match.state.why}")
                 for fqn in site.traced.fqns:
                     prefix = f"{fqn}." if fqn else ""
+                    if missing := [name for name in match.state.creates if prefix + name not in result]:
+                        raise PassError(f"the state dict has no {prefix}{missing[0]}, which {fqn} needs")
                     created = {name: result.pop(prefix + name) for name in match.state.creates}
                     made = match.state.to_stock(created)
                     result.update({prefix + name: value for name, value in made.items()})
         return result
 
     def _check_order(self) -> None:
-        kinds = [isinstance(p, StructuralPass) for p in self._passes]
-        if kinds != sorted(kinds, reverse=True):
-            late = next(p for i, p in enumerate(self._passes) if kinds[i] and not all(kinds[:i]))
-            raise PassError(
-                f"{late.name} changes parameters and must stand before passes that only change operations"
-            )
+        rank = lambda p: (not isinstance(p, StructuralPass), p.observes)  # noqa: E731
+        for first, second in pairwise(self._passes):
+            if rank(first) > rank(second):
+                raise PassError(
+                    f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
+                    "passes that only change operations, passes that only look"
+                )
 
     def _plan_structural(self) -> None:
         for p in self._passes:
@@ -199,7 +209,7 @@ class Pipeline:
         """Run every interval of steps once, so that no pass can fail in the middle of a run.
 
         Returns:
-            the regions as of the last interval in which most is in force, for the report's figures.
+            the regions as of the last interval in which a pass is in force, for the report's figures.
         """
         reported: set[int] = set()
         final = [site.base for site in self._sites]
@@ -211,7 +221,7 @@ class Pipeline:
                     reported.add(index)
             for site, region in zip(self._sites, lowered, strict=True):
                 site.base.buffers.update(region.buffers)
-            if any(p.active(step) for p in self._operational):
+            if any(p.active(step) and not p.observes for p in self._operational):
                 final = lowered
         return final
 

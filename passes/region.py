@@ -135,12 +135,19 @@ class RegionModule(fx.GraphModule):
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
-        duplicate = super().__deepcopy__(memo)
-        duplicate.__class__ = type(self)
+        # GraphModule's own copy makes a class for each module, leaves out what the graph does not read, and
+        # makes every buffer persistent.
+        duplicate = nn.Module.__new__(type(self))
+        memo[id(self)] = duplicate
+        vars(duplicate).update(copy.deepcopy(self.__getstate__(), memo))
+        duplicate._graph.owning_module = duplicate
         return duplicate
 
     def recompile(self) -> Any:
         if vars(type(self)).get("_shared", False):
+            code = self._graph.python_code("self")
+            if code.src == self._code:  # as when pickle asks for the code
+                return code
             self.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})
         return super().recompile()
 
@@ -235,6 +242,6 @@ def _namespace(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     *path, leaf = name.split(".")
     for part in path:
         if part not in root._modules:
-            root.add_module(part, nn.Module())
+            root.add_module(part, nn.Module().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
     return root, leaf

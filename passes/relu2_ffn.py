@@ -22,8 +22,10 @@ from act24.passes.normal_form import (
     bias_name,
     common_path,
     is_call,
+    is_product,
     is_transposed,
     nodes_of,
+    readers,
     replace_node,
     weight_name,
 )
@@ -118,9 +120,11 @@ class Relu2FFN(StructuralPass):
     def _initialise(self, specs: Mapping[str, ParameterSpec]) -> Any:
         def initialise(old: Mapping[str, Tensor], generator: Any) -> dict[str, Tensor]:
             return {
-                name: torch.zeros(spec.shape)
+                name: torch.zeros(spec.shape, device="cpu")
                 if len(spec.shape) == 1
-                else torch.empty(spec.shape).normal_(0, self.initializer_range, generator=generator(name))
+                else torch.empty(spec.shape, dtype=torch.float32, device="cpu").normal_(
+                    0, self.initializer_range, generator=generator(name)
+                )
                 for name, spec in specs.items()
             }
 
@@ -139,7 +143,7 @@ def _find(silu: fx.Node) -> _SwiGLU | None:
     if not is_call(gate, F.linear) or len(users) != 1:
         return None
     product = users[0]
-    if not (product.name.startswith("mul") or getattr(product.target, "__name__", "") == "mul"):
+    if not is_product(product):
         return None
     up = next((arg for arg in product.args if arg is not silu), None)
     down = next(iter(product.users), None)
@@ -166,6 +170,8 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
     for name in (name for linear in linears for name in _parameters(linear)):
         if shared := region.parameters[name].shared:
             return f"{region.name(name)} is tied to {shared[0]}"
+        if readers(region.graph, name) > 1:
+            return f"{region.name(name)} is used more than once"
     return ""
 
 

@@ -31,7 +31,14 @@ def matches(selector: str, fqn: str, class_name: str) -> bool:
 
 
 def selected(targets: Iterable[str], ignore: Iterable[str], fqn: str, class_name: str) -> bool:
-    """Whether some target takes the module and nothing in `ignore` does."""
+    """Whether some target takes the module and nothing in `ignore` does.
+
+    Raises:
+        SelectorError: a selector that cannot be read, or one where a list of them is due.
+    """
+    for given in (targets, ignore):
+        if isinstance(given, str):
+            raise SelectorError(f"selectors come as a list: write ['{given}'] for '{given}'")
     return any(matches(s, fqn, class_name) for s in targets) and not any(
         matches(s, fqn, class_name) for s in ignore
     )

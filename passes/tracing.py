@@ -6,9 +6,10 @@ are hooked and recorded by class, the MLPs and single linears inside them. A mod
 a region too when nothing below it repeats.
 
 Clean means that the graph says all that the module does: a closed signature without defaults, no control
-flow on values, no hand-written backward (tracing would drop it), no attribute written in forward, and every
-linear visible. Modules that read `self.training` stay leaves, or tracing would freeze the mode; if such a
-leaf holds linears, what surrounds it is not clean and the search goes on inside.
+flow on values or on an argument being None, no hand-written backward and no grad or autocast mode of its own
+(tracing would drop them), no attribute written in forward, no tensor that is neither parameter nor buffer,
+and every linear visible. Modules that read `self.training` stay leaves, or tracing would freeze the mode; if
+such a leaf holds linears, what surrounds it is not clean and the search goes on inside.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.autograd import Function
+from torch.fx._symbolic_trace import _assert_is_none
+from torch.fx.node import map_arg
 
 from act24.passes.base import PassError
 from act24.passes.normal_form import is_linear, linear_arguments, normalise
@@ -36,13 +40,25 @@ def trace(model: nn.Module) -> list[Region]:
     """The regions of a model, in the order of their names. The model is not touched.
 
     Raises:
-        PassError: a region, or the module around it, was already traced.
+        PassError: the model was already rewritten.
     """
     places: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, RegionModule):
+            raise PassError(
+                f"{fqn or 'this model'} was already rewritten: give all passes in one call of apply_, which "
+                "plans them together"
+            )
         places.setdefault(module, []).append(fqn)
     owners = _owners(model)
-    return [_region(module, graph, places[module], owners) for module, graph in _search(model)]
+    found = list(_search(model))
+    # A module that is shared may be a region in one place and a part of a larger one in another, where
+    # nothing must take its place.
+    taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module])
+    return [
+        _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners)
+        for module, graph in found
+    ]
 
 
 def _search(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
@@ -107,7 +123,23 @@ class _Tracer(fx.Tracer):
             weight, bias, transposed = linear_arguments(m)
             x = args[0] if args else kwargs["input"]
             return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
+        if "forward" in vars(m):
+            raise Unclean(f"the forward of {self.path_of_module(m)} was replaced")
         return super().call_module(m, forward, args, kwargs)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self._modes = _modes()
+        return super().trace(root, concrete_args)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise Unclean("computes under a grad or autocast mode of its own")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _trace(module: nn.Module) -> fx.Graph:
@@ -119,22 +151,27 @@ def _trace(module: nn.Module) -> fx.Graph:
     if is_linear(module):
         return _trace_linear(module)
     _check_signature(module)
-    if _reads_training(type(module)):
-        raise Unclean("reads self.training")
     before = _attributes(module)
-    original_apply = vars(Function)["apply"]
     try:
-        Function.apply = _refuse_function  # type: ignore[method-assign]
-        graph = _Tracer().trace(module)
+        with _refusals():
+            graph = _Tracer().trace(module)
+            _check_none(module, graph)
     except Unclean:
         raise
     except Exception as error:  # whatever a forward may raise when it is given a proxy
         raise Unclean(f"{type(error).__name__}: {error}") from error
     finally:
-        Function.apply = original_apply  # type: ignore[method-assign]
         written = _restore(module, before)
     if written:
         raise Unclean(f"forward writes {written}")
+    held = {
+        name
+        for named in (module.named_parameters, module.named_buffers)
+        for name, _ in named("", True, False)
+    }
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in held:
+            raise Unclean(f"reads {node.target}, neither parameter nor buffer")
     return normalise(graph, module)
 
 
@@ -162,6 +199,38 @@ def _check_signature(module: nn.Module) -> None:
             raise Unclean(f"argument '{parameter.name}' of its forward has a default")
 
 
+def _check_none(module: nn.Module, graph: fx.Graph) -> None:
+    """Refuse a forward that asks whether an argument is None: tracing has given it a proxy, which never is.
+
+    Traced again with None in its place, it either fails, and so would the graph, or says the same with None.
+    """
+
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    for argument in arguments[1:]:  # the first is what the module works on
+        try:
+            other = _Tracer().trace(module, {argument.target: None})
+        except Exception:
+            continue
+        if _said(other) != _said(graph, absent=argument):
+            raise Unclean(f"does something else where its argument '{argument.target}' is None")
+
+
+def _said(graph: fx.Graph, absent: fx.Node | None = None) -> list[Any]:
+    """A graph as data that compares, whatever its nodes are called, with None for one of its inputs."""
+    nodes = [node for node in graph.nodes if node.target is not _assert_is_none]
+    places = {node: place for place, node in enumerate(nodes)}
+    place = lambda node: None if node is absent else places[node]  # noqa: E731
+    return [
+        (
+            node.op,
+            node.op == "placeholder" or node.target,
+            map_arg(node.args, place),
+            map_arg(node.kwargs, place),
+        )
+        for node in nodes
+    ]
+
+
 def _reads_training(cls: type) -> bool:
     """Whether a method of the class, own or inherited up to nn.Module, mentions `.training`."""
     functions = (
@@ -181,8 +250,25 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _refuse_function(*args: Any, **kwargs: Any) -> Any:
-    raise Unclean("calls an autograd.Function, whose backward tracing would drop")
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Within, calling an autograd.Function and reading `training` raise Unclean."""
+
+    def refuse_function(*args: Any, **kwargs: Any) -> Any:
+        raise Unclean("calls an autograd.Function, whose backward tracing would drop")
+
+    def refuse_training(module: nn.Module) -> bool:
+        raise Unclean("reads self.training")
+
+    apply = vars(Function)["apply"]
+    Function.apply = refuse_function  # type: ignore[method-assign]
+    # Every module has `training` in its own __dict__; a property on the class goes before that.
+    nn.Module.training = property(refuse_training)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Function.apply = apply  # type: ignore[method-assign]
+        del nn.Module.training
 
 
 def _attributes(module: nn.Module) -> dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]]:

@@ -65,15 +65,15 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with every mistake found, each with its path and the nearest valid name.
     """
     text, origin = recipe_source(reference)
+    return parse_recipe(text, origin, overrides)
+
+
+def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from its text, as stored in a run or a checkpoint; see `load_recipe`."""
     table = _extended(text, origin, seen=())
     for override in overrides:
         _override(table, override)
     return _validate(table, origin)
-
-
-def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
-    """A recipe from its text, as stored in a run or a checkpoint; raises RecipeError."""
-    return _validate(_extended(text, origin, seen=()), origin)
 
 
 def dump_recipe(recipe: Recipe) -> str:

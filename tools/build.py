@@ -21,11 +21,12 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model and the pipeline that rewrote it."""
+    """A model, the pipeline that rewrote it, and the updates already made."""
 
     recipe: Recipe
     model: LlamaForCausalLM
     pipeline: Pipeline
+    step: int
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -97,4 +98,4 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
 def _rewritten(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Built:
     pipeline = Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
     pipeline.commit_()
-    return Built(recipe, model, pipeline)
+    return Built(recipe, model, pipeline, step)

@@ -8,9 +8,10 @@ depend on the batch; `legacy_loss` gives that figure for comparison with their t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ import torch
 from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
+from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.build import SPARSE_PASSES
-from act24.tools.data import HeldoutRows
-from act24.tools.processes import Processes
+from act24.tools.build import SPARSE_PASSES, Built, load
+from act24.tools.data import HeldoutRows, heldout_rows, open_tokenizer
+from act24.tools.processes import Processes, open_processes
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,37 @@ def evaluate(model: LlamaForCausalLM, rows: HeldoutRows, recipe: Recipe, process
         legacy_loss=float(means.sum()) / (len(means) + 1),
         data=rows.fingerprint,
     )
+
+
+def evaluate_forms(
+    built: Built, rows: HeldoutRows, recipe: Recipe, processes: Processes
+) -> dict[str, Evaluation]:
+    """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`."""
+    forms = dense_and_sparse(built.pipeline, recipe, built.step)
+    return {form: evaluate(built.model, rows, recipe, processes) for form in forms}
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
+    """`evaluate_forms` of a run's last checkpoint, or of a checkpoint.
+
+    Args:
+        overrides: of the recipe in the checkpoint; those of `eval` and `data` make sense.
+
+    Raises:
+        Act24Error: no checkpoint, a damaged one, or data that cannot be read.
+    """
+    with open_processes() as processes:
+        built = load(path, processes.device)
+        recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
+        rows = heldout_rows(
+            recipe.data,
+            open_tokenizer(recipe.data, recipe.tokenizer),
+            recipe.eval.tokens,
+            vocab_size=built.model.config.vocab_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        return evaluate_forms(built, rows, recipe, processes)
 
 
 def dense_and_sparse(pipeline: Pipeline, recipe: Recipe, step: int) -> Iterator[str]:

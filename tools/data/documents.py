@@ -80,9 +80,7 @@ class Documents(Iterator[str]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._epoch, self._passed = state["epoch"], state["passed"]
         self._shard, self._record = state["shard"], state["record"]
-        self._found = (
-            self._record > 0 or self._passed > 0
-        )  # a document in this epoch, so that it is not empty
+        self._found = self._record > 0 or self._passed > 0  # anything in this epoch, or it counts as empty
         self._order = self._order_of(self._epoch)
         self._records = self._open()
 
@@ -208,12 +206,15 @@ def _given_files(data: Data, split: Split) -> list[Path]:
 
 def _builtin_files() -> list[Path]:
     """The standard library's own modules: real text, code and prose, that is wherever Python is."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = sysconfig.get_path("stdlib")
     elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = sorted(path for path in root.rglob("*.py") if not elsewhere & set(path.relative_to(root).parts))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in elsewhere]  # not to walk all that is installed
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise Act24Error(f"no Python source beneath {root}; use data.source = 'files'")
-    return files
+    return sorted(files)
 
 
 def _identity(files: Sequence[Path]) -> str:

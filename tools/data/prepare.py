@@ -29,7 +29,7 @@ Progress = Callable[[Split, int, int], None]
 """`progress(split, documents, tokens)`: what is written so far."""
 
 
-def prepare(
+def prepare_shards(
     data: Data,
     tokenizer: Tokenizer,
     out: Path,

@@ -224,8 +224,8 @@ class ShardRows(Rows):
 
 
 def truncated(tokens: np.ndarray, max_length: int) -> np.ndarray:
-    """A document that ends with end-of-text, cut to `max_length` tokens that end with it."""
-    return np.append(tokens[: max_length - 1], tokens[-1])
+    """A document that ends with end-of-text, cut to at most `max_length` tokens that still do."""
+    return tokens if len(tokens) <= max_length else np.append(tokens[: max_length - 1], tokens[-1])
 
 
 def too_short(tokens: int, max_length: int) -> str:

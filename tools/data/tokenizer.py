@@ -153,8 +153,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     highest = tokenizer.highest_text_id
     if highest >= vocab_size:
         raise Act24Error(
-            f"tokenizer {tokenizer.name!r} gives ids up to {highest}, but the model's vocabulary has {vocab_size} "
-            f"entries; set model.vocab_size to {highest + 1} or more"
+            f"tokenizer {tokenizer.name!r} gives ids up to {highest}, but the model's vocabulary has "
+            f"{vocab_size} entries; set model.vocab_size to {highest + 1} or more"
         )
 
 

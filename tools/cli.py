@@ -1,0 +1,196 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from act24.errors import Act24Error
+
+app = typer.Typer(
+    name="act24",
+    help="Train LLaMA-style language models with low-rank weights and 2:4 sparsity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(help="List, show, check and copy recipes.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (act24 recipe ls) or a .toml file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a key, as in train.steps=100. Repeatable."
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line: user errors are one line and status 2, anything else is a bug."""
+    try:
+        app()
+    except Act24Error as error:
+        for line in str(error).splitlines():
+            print(f"act24: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<recipe>.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="never, auto (the run's last checkpoint, if any), or a checkpoint's folder.")
+    ] = "never",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
+    ] = False,
+) -> None:
+    """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …"""
+    from act24.recipes.load import load_recipe
+    from act24.tools.runs import default_run_dir
+    from act24.tools.show import show_outcome
+    from act24.tools.train import train as run_training
+
+    loaded = load_recipe(recipe, set_ or ())
+    run_dir = run or default_run_dir(recipe)
+    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run)
+    show_outcome(loaded, outcome, None if dry_run else run_dir)
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    set_: SetOption = None,
+    legacy_average: Annotated[
+        bool,
+        typer.Option(
+            "--legacy-average", help="Also the sum/(n+1) mean of the public scripts, for their tables."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
+    from act24.tools.checkpoint_eval import evaluate_checkpoint
+
+    from act24.tools.show import show_evaluations
+
+    show_evaluations(evaluate_checkpoint(path, set_ or ()), legacy_average, as_json)
+
+
+@app.command()
+def sample(
+    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Draw among the k most likely.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Continue a prompt with a trained model."""
+    from act24.tools.sample import sample_text
+
+    print(sample_text(path, prompt, tokens, temperature, top_k, seed))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, counts as whole integers.")] = False,
+) -> None:
+    """What each pass would rewrite, with parameters and FLOPs before and after. Allocates no weights."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.show import show_plan
+
+    show_plan(load_recipe(recipe, set_ or ()), as_json)
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option(help="The run's folder; what is there is replaced.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train the demo recipe, evaluate it dense and 2:4, print a sample: about three minutes on two cores."""
+    from act24.tools.demo import run_demo
+
+    run_demo(run)
+
+
+@recipe_app.command("ls")
+def recipe_ls() -> None:
+    """List the recipes that ship with act24."""
+    from act24.recipes.load import load_recipe, recipe_names
+
+    names = recipe_names()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name.ljust(width)}  {load_recipe(name).description}")
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Print a recipe resolved: extended, overridden, every default filled in."""
+    from act24.recipes.load import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(recipe, set_ or ())), end="")
+
+
+@recipe_app.command("validate")
+def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Check a recipe: its keys and values, and that every pass finds something to rewrite."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.build import plan_recipe
+
+    plan_recipe(load_recipe(recipe, set_ or ()))
+    print(f"{recipe}: valid")
+
+
+@recipe_app.command("cp")
+def recipe_cp(
+    recipe: RecipeArgument,
+    destination: Annotated[Path, typer.Argument(help="The .toml file to write.")],
+) -> None:
+    """Copy a shipped recipe's file, comments and all, to start your own from."""
+    from act24.recipes.load import RecipeError, recipe_source
+
+    text, _ = recipe_source(recipe)
+    if destination.is_dir():
+        destination = destination / f"{Path(recipe).name.removesuffix('.toml')}.toml"
+    if destination.exists():
+        raise RecipeError(f"{destination} exists already")
+    try:
+        destination.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot write {destination}: {error.strerror}") from None
+    print(destination)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Annotated[
+        str,
+        typer.Argument(help="builtin, a file, folder or glob, OWNER/NAME[:SUBSET] on the Hub, or a recipe."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bpe (trained on the source), a tokenizer.json, a Hub name.")
+    ] = "bpe",
+    vocab_size: Annotated[int, typer.Option(min=257, help="Of the trained BPE.")] = 32000,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop the training split there.")] = None,
+    max_heldout_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop the held-out split there.")
+    ] = None,
+) -> None:
+    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards")."""
+    from act24.tools.prepare_command import prepare_source
+
+    prepare_source(source, out, tokenizer, vocab_size, max_tokens, max_heldout_tokens)

@@ -1,0 +1,91 @@
+"""A layer × step picture of a whole run: which layers became sparse, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy
+from PIL import Image, ImageDraw
+
+WIDTH, ROW, LEFT, LINE = 768, 14, 30, 16  # pixels: the picture, a layer, layer numbers, a line of text
+MAX_COLUMNS = 128
+
+# Anchors of matplotlib's inferno (CC0), of high contrast because TensorBoard's page dulls colours.
+ANCHORS = [
+    (0, 0, 4),
+    (40, 11, 84),
+    (101, 21, 110),
+    (159, 42, 99),
+    (212, 72, 66),
+    (245, 125, 21),
+    (250, 193, 39),
+    (252, 255, 164),
+]
+
+
+@dataclass
+class History:
+    """One value a layer and point of time, over a whole run, in at most `MAX_COLUMNS` columns.
+
+    When the columns are full, neighbours are averaged: the picture always reaches back to the beginning, and
+    the number of times it has to be drawn grows with the logarithm of the run's length. All fields are JSON.
+    """
+
+    columns: list[list[float]] = field(default_factory=list)  # one value a layer, the mean of `stride` points
+    stride: int = 1
+    pending: list[list[float]] = field(default_factory=list)  # points of the column that is not full yet
+    first_step: int = 0
+    last_step: int = 0  # of the last full column
+
+    def add(self, values: Sequence[float], step: int) -> bool:
+        """Adds a point; True if that completed a column, so that the picture has changed."""
+        if not self.columns and not self.pending:
+            self.first_step = step
+        self.pending.append(list(values))
+        if len(self.pending) < self.stride:
+            return False
+        if len(self.columns) == MAX_COLUMNS:
+            self.columns = [_mean(self.columns[i : i + 2]) for i in range(0, MAX_COLUMNS, 2)]
+            self.stride *= 2  # so the pending column is now half full
+            return False
+        self.columns.append(_mean(self.pending))
+        self.pending = []
+        self.last_step = step
+        return True
+
+    def picture(self) -> numpy.ndarray:
+        """The history as uint8 [height, width, 3]: a row a layer, layer 0 at the top, time to the right.
+
+        Colours span the smallest to the largest value shown; the scale is printed under the picture.
+        """
+        values = numpy.array(self.columns).T
+        low, high = values.min(), values.max()
+        layers = len(values)
+        cells = Image.fromarray(colours((values - low) / (high - low) if high > low else values * 0))
+        canvas = Image.new("RGB", (LEFT + WIDTH, layers * ROW + 2 * LINE), "white")
+        canvas.paste(cells.resize((WIDTH, layers * ROW), Image.Resampling.NEAREST), (LEFT, 0))
+        scale = Image.fromarray(colours(numpy.linspace(0, 1, WIDTH // 4)[None, :]))
+        draw = ImageDraw.Draw(canvas)
+        for layer in range(layers):
+            draw.text((2, layer * ROW), str(layer), fill="black")
+        below = layers * ROW + 2
+        draw.text((LEFT, below), f"step {self.first_step}", fill="black")
+        draw.text((LEFT + WIDTH, below), f"step {self.last_step}", fill="black", anchor="ra")
+        middle = LEFT + (WIDTH - scale.width) // 2
+        canvas.paste(scale.resize((scale.width, LINE - 4)), (middle, below + LINE))
+        draw.text((middle - 4, below + LINE), f"{low:.4g}", fill="black", anchor="ra")
+        draw.text((middle + scale.width + 4, below + LINE), f"{high:.4g}", fill="black")
+        return numpy.asarray(canvas)
+
+
+def colours(fractions: numpy.ndarray) -> numpy.ndarray:
+    """Colours, uint8 [..., 3], of fractions [...] from 0 (dark) to 1 (bright)."""
+    anchors = numpy.array(ANCHORS)
+    positions = numpy.linspace(0, 1, len(anchors))
+    channels = [numpy.interp(fractions, positions, channel) for channel in anchors.T]
+    return numpy.stack(channels, axis=-1).round().astype(numpy.uint8)
+
+
+def _mean(points: list[list[float]]) -> list[float]:
+    return numpy.mean(points, axis=0).tolist()

@@ -1,0 +1,55 @@
+"""What a run shows while it goes on: a live bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console()
+_PLAIN_SECONDS = 10.0  # between plain lines: a log file has no use for ten a second
+
+
+class RunProgress:
+    """Says where the run is. Only the main process has one that speaks."""
+
+    def __init__(self, bar: Progress | None, first: int, steps: int, speaks: bool) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=steps, completed=first) if bar else None
+        self._steps = steps
+        self._speaks = speaks
+        self._spoken = 0.0
+
+    def update(self, step: int, figures: dict[str, str]) -> None:
+        """Show the figures of a logged step."""
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif time.monotonic() - self._spoken >= _PLAIN_SECONDS or step == self._steps:
+            self._spoken = time.monotonic()
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def say(self, line: str) -> None:
+        """Print one line that stays."""
+        if self._speaks:
+            # Rich would colour numbers and break long lines, which a log file should not have.
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def run_progress(first: int, steps: int, speaks: bool) -> Iterator[RunProgress]:
+    """The progress of a run from step `first` to `steps`."""
+    if not (speaks and console.is_terminal):
+        yield RunProgress(None, first, steps, speaks)
+        return
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield RunProgress(bar, first, steps, speaks)
