@@ -1,0 +1,160 @@
+"""The Hub source, through real `datasets` streams of local files, with the network's failures injected."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from act24.errors import Act24Error
+from act24.recipes.schema import Data
+from act24.tools.data import heldout_rows, hub, open_documents, open_rows
+from act24.tools.data.documents import is_heldout
+
+
+@pytest.fixture
+def local(corpora, monkeypatch) -> Data:
+    """An `hf` section whose data set is the corpus in C4's layout: 4 shards to train on, the last validates."""
+    import datasets
+
+    files = sorted(str(path) for path in corpora["json"].folder.iterdir())
+
+    def load_stream(dataset, subset, split):
+        return datasets.load_dataset(
+            "json", data_files={"train": files, "validation": files[-1:]}, split=split, streaming=True
+        )
+
+    monkeypatch.setattr(hub, "load_stream", load_stream)
+    return Data(source="hf", max_length=32)
+
+
+def test_documents_and_splits(local, corpora):
+    assert list(open_documents(local, "train")) == corpora["json"].documents
+    heldout = list(open_documents(local, "heldout"))
+    assert heldout == corpora["json"].documents[-len(heldout) :]
+    assert 1 < len(heldout) < 10
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])  # 2 and 4 divide the shards, 3 strides the documents
+def test_ranks_are_disjoint_and_together_complete(local, corpora, world_size):
+    ranks = [
+        list(open_documents(local, "train", shuffle_seed=1, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert all(ranks)
+    assert Counter(itertools.chain(*ranks)) == Counter(corpora["json"].documents)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_resuming_twice_continues_with_exactly_the_next_row(local, tokenizer, layout, world_size):
+    data = local.model_copy(update={"rows": layout})
+
+    def opened():
+        return open_rows(
+            data, tokenizer, batch_size=2, vocab_size=300, rank=1 % world_size, world_size=world_size
+        )
+
+    with opened() as rows:
+        straight = [next(rows).labels.tolist() for _ in range(40)]
+    got, state = [], None
+    for batches in (7, 9, 24):
+        with opened() as rows:
+            if state:
+                rows.load_state_dict(json.loads(state))
+            got += [next(rows).labels.tolist() for _ in range(batches)]
+            state = json.dumps(rows.state_dict())
+    assert got == straight
+
+
+def test_one_split_for_both_is_divided_by_hash(local, corpora, tokenizer):
+    data = local.model_copy(update={"heldout_split": "train"})
+    documents = corpora["json"].documents
+    assert list(open_documents(data, "train")) == [text for text in documents if not is_heldout(text)]
+    assert heldout_rows(local, tokenizer, 10, vocab_size=300).tokens >= 10
+
+
+def test_a_wrong_field_lists_those_present(local):
+    with pytest.raises(Act24Error, match=r"shard 0, record 0: no field 'body'; set .* one of: text, url"):
+        next(open_documents(local.model_copy(update={"text_field": "body"}), "train"))
+
+
+def test_an_unknown_split_is_named(local):
+    with pytest.raises(Act24Error, match=r"cannot open split 'test' of data set 'allenai/c4' \(en\): .*test"):
+        open_documents(local.model_copy(update={"heldout_split": "test"}), "heldout")
+
+
+class NetworkOfItsOwn(Exception):
+    """No OSError, known by the package that defines it, as the HTTP libraries' errors are."""
+
+    __module__ = "httpx"
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError, NetworkOfItsOwn])
+def test_a_failing_network_is_waited_for_and_no_record_lost_or_repeated(error):
+    fail_before = [0, 0, 3, 7, 7, 7, 9]  # records; the same one may fail repeatedly
+    waits = []
+
+    def shard(wanted):
+        for index in range(10):
+            if fail_before and fail_before[0] == index:
+                fail_before.pop(0)
+                raise error("gone")
+            yield str(index) if wanted(index) else None
+
+    read = hub.retried(shard, "c4", waits.append)
+    assert list(read(lambda index: index != 5)) == ["0", "1", "2", "3", "4", None, "6", "7", "8", "9"]
+    assert not fail_before
+    rounds = [1, 2, 1, 1, 2, 4, 1]  # doubling, and from the start again once a record came
+    assert all(0.5 * r <= wait <= 1.5 * r for r, wait in zip(rounds, waits, strict=True))
+
+
+def test_a_network_that_stays_away_ends_in_one_line():
+    waits = []
+
+    def shard(wanted):
+        yield "first"
+        raise ConnectionError("no route\nto host")
+
+    read = hub.retried(shard, "allenai/c4, split 'train'", waits.append)(lambda index: True)
+    assert next(read) == "first"
+    message = r"^reading allenai/c4, split 'train' failed 7 times in a row: no route to host\. `act24 data"
+    with pytest.raises(Act24Error, match=message):
+        next(read)
+    assert len(waits) == hub.RETRIES
+
+
+def test_other_errors_are_not_retried():
+    def shard(wanted):
+        raise Act24Error("no field")
+        yield
+
+    with pytest.raises(Act24Error, match="no field"):
+        next(hub.retried(shard, "c4", pytest.fail)(lambda index: True))
+
+
+def test_offline_is_said_at_once_and_with_a_way_out(tmp_path):
+    """In a process of its own: the libraries read HF_HUB_OFFLINE when they are imported."""
+    program = """
+from act24.errors import Act24Error
+from act24.recipes import schema
+from act24.tools.data import open_documents, open_tokenizer
+for attempt in (
+    lambda: open_documents(schema.Data(), "train"),
+    lambda: open_tokenizer(schema.Data(source="builtin"), schema.Tokenizer(name="t5-base")),
+):
+    try:
+        attempt()
+    except Act24Error as error:
+        print(str(error).replace("\\n", "NEWLINE"))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    data, tokenizer = run.stdout.splitlines()
+    assert data.startswith("cannot open split 'train' of data set 'allenai/c4' (en): ")
+    assert data.endswith("Without a network use data.source = 'builtin', 'files' or 'shards'")
+    assert tokenizer.startswith("cannot load tokenizer 't5-base' from the Hub, and there is no such file: ")
+    assert "NEWLINE" not in run.stdout

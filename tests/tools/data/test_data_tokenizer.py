@@ -1,0 +1,167 @@
+"""The tokenizer object, the trained one and its cache, and the vocabulary check."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from act24.errors import Act24Error
+from act24.recipes import schema
+from act24.tools.data import Tokenizer, check_vocabulary, open_tokenizer
+from act24.tools.data import tokenizer as module
+from act24.tools.data.tokenizer import check_ids
+
+text = st.text(st.characters(exclude_categories=["Cs"]))  # no halves of surrogate pairs
+
+
+@given(text)
+def test_bytes_per_token_add_up_to_the_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_bytes_of_a_sentencepiece_vocabulary():
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(
+            [("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), ("<0x0A>", -3.0), ("ü", -3.0)], 0
+        )
+    )
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.add_tokens([" ▁added"])
+    assert Tokenizer(backend, "t").token_bytes.tolist() == [0, 4, 1, 1, 2, 0, len(" ▁added".encode())]
+
+
+def test_special_tokens_in_text_are_text(tokenizer):
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == "a<|endoftext|>b"
+    assert tokenizer.token_bytes[tokenizer.eos_id] == 0
+
+
+def test_nothing_is_added_truncated_or_padded(t5_backend):
+    backend = tokenizers.Tokenizer.from_str(t5_backend.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=8)
+    wrapped = Tokenizer(backend, "t5")
+    assert wrapped.encode("the rank of two the").tolist() == [
+        t5_backend.token_to_id(word) for word in ("the", "rank", "of", "two", "the")
+    ]
+    assert (wrapped.pad_id, wrapped.eos_id) == (0, 1)
+
+
+def test_the_vocabulary_check_names_both_numbers(tokenizer, t5_backend):
+    check_vocabulary(tokenizer, tokenizer.vocab_size)
+    with pytest.raises(
+        Act24Error, match=r"ids up to 299, but the model's vocabulary has 299 entries.* 300 or"
+    ):
+        check_vocabulary(tokenizer, 299)
+    t5 = Tokenizer(t5_backend, "t5")
+    words = t5.vocab_size - 10  # the sentinels are past the end, as T5's 32,000 to 32,099 are
+    check_vocabulary(t5, words)
+    with pytest.raises(Act24Error, match=f"ids up to {words - 1}"):
+        check_vocabulary(t5, words - 1)
+    check_ids([np.array([words - 1])], t5, words)
+    with pytest.raises(Act24Error, match=f"the text holds id {words} of tokenizer 't5'.* {words} entries"):
+        check_ids([np.array([0, 1]), np.array([words])], t5, words)
+
+
+def test_a_vocabulary_without_end_of_text_is_refused():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(Act24Error, match=r"has no end-of-text token \(looked for <\|endoftext\|>"):
+        Tokenizer(backend, "words")
+
+
+def test_from_a_file_or_its_folder(corpora, tokenizer, tokenizer_file):
+    data = corpora["text"].data()
+    for name in (str(tokenizer_file), str(tokenizer_file.parent)):
+        opened = open_tokenizer(data, schema.Tokenizer(name=name))
+        assert opened.fingerprint == tokenizer.fingerprint
+        assert opened.encode("two of four").tolist() == tokenizer.encode("two of four").tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing/tokenizer.json", "no tokenizer file missing/tokenizer.json"), ("./x", "no tokenizer file x")],
+)
+def test_a_missing_file_is_named(corpora, name, message):
+    with pytest.raises(Act24Error, match=message):
+        open_tokenizer(corpora["text"].data(), schema.Tokenizer(name=name))
+
+
+def test_a_file_that_is_no_tokenizer_is_named(corpora, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(Act24Error, match=r"tokenizer\.json is not a tokenizer\.json: "):
+        open_tokenizer(corpora["text"].data(), schema.Tokenizer(name=str(path)))
+
+
+def test_training_is_cached_by_text_and_size(corpora, tmp_path, monkeypatch):
+    data, section = corpora["text"].data(), schema.Tokenizer(vocab_size=280)
+    trained = open_tokenizer(data, section, cache=tmp_path)
+    assert trained.vocab_size == 280
+    assert trained.name == "bpe"
+    (path,) = tmp_path.iterdir()
+
+    other_size = open_tokenizer(data, schema.Tokenizer(vocab_size=270), cache=tmp_path)
+    other_text = open_tokenizer(corpora["json"].data(), section, cache=tmp_path)
+    assert len({trained.fingerprint, other_size.fingerprint, other_text.fingerprint}) == 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+    def fail(*args):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(module, "_train", fail)
+    reseeded = data.model_copy(update={"shuffle_seed": 5, "rows": "padded"})
+    assert open_tokenizer(reseeded, section, cache=tmp_path).fingerprint == trained.fingerprint
+    path.write_text("cut sho")
+    with pytest.raises(Act24Error, match=path.name):
+        open_tokenizer(data, section, cache=tmp_path)
+
+
+def test_the_cache_has_its_place_in_xdg(corpora, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    open_tokenizer(corpora["text"].data(), schema.Tokenizer(vocab_size=260))
+    assert len(list((tmp_path / "act24/tokenizers").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(next((tmp_path / "act24/tokenizers").iterdir())))
+    with pytest.raises(Act24Error, match="cannot keep the trained tokenizer"):
+        open_tokenizer(corpora["text"].data(), schema.Tokenizer(vocab_size=261))
+
+
+def test_a_trained_vocabulary_needs_all_bytes(corpora):
+    with pytest.raises(Act24Error, match="vocab_size = 256: a byte-level BPE has at least 257 tokens"):
+        open_tokenizer(corpora["text"].data(), schema.Tokenizer(vocab_size=256))
+
+
+def test_training_is_the_same_in_every_process(corpora, tokenizer, tmp_path):
+    """Other hash seeds, other numbers of threads: hash tables must not decide between equal counts."""
+    program = (
+        "import sys, json; from act24.recipes import schema; from act24.tools.data import open_tokenizer; "
+        "from pathlib import Path; data = schema.Data.model_validate_json(sys.argv[1]); "
+        "print(open_tokenizer(data, schema.Tokenizer(vocab_size=400), cache=Path(sys.argv[2])).fingerprint)"
+    )
+    data = corpora["json"].data()
+    prints = {open_tokenizer(data, schema.Tokenizer(vocab_size=400), cache=tmp_path / "here").fingerprint}
+    for seed in ("1", "2"):
+        run = subprocess.run(
+            [sys.executable, "-c", program, data.model_dump_json(), str(tmp_path / seed)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        prints.add(run.stdout.strip())
+    assert len(prints) == 1
+
+
+def test_the_json_round_trips(tokenizer):
+    again = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.to_json()), "again")
+    assert again.fingerprint == tokenizer.fingerprint
+    assert json.loads(tokenizer.to_json())["truncation"] is None
