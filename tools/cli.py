@@ -25,9 +25,7 @@ app.add_typer(data_app, name="data")
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (act24 recipe ls) or a .toml file.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Override a key, as in train.steps=100. Repeatable."
-    ),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
 ]
 
 
@@ -78,7 +76,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
-    from act24.tools.checkpoint_eval import evaluate_checkpoint
+    from act24.tools.evaluate import evaluate_checkpoint
 
     from act24.tools.show import show_evaluations
 
@@ -115,9 +113,7 @@ def plan(
 
 @app.command()
 def demo(
-    run: Annotated[Path, typer.Option(help="The run's folder; what is there is replaced.")] = Path(
-        "runs/demo"
-    ),
+    run: Annotated[Path, typer.Option(help="The run's folder; a run there is replaced.")] = Path("runs/demo"),
 ) -> None:
     """Train the demo recipe, evaluate it dense and 2:4, print a sample: about three minutes on two cores."""
     from act24.tools.demo import run_demo
@@ -178,7 +174,7 @@ def recipe_cp(
 def data_prepare(
     source: Annotated[
         str,
-        typer.Argument(help="builtin, a file, folder or glob, OWNER/NAME[:SUBSET] on the Hub, or a recipe."),
+        typer.Argument(help="builtin, a file, folder or glob, OWNER/NAME[:SUBSET] of the Hub, a recipe."),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     tokenizer: Annotated[

@@ -45,7 +45,7 @@ def resume_point(run_dir: Path, resume: str, recipe: Recipe) -> checkpoint.Check
     if resume == "never":
         if (run_dir / "recipe.toml").exists() or (run_dir / "checkpoints").exists():
             raise RunError(
-                f"{run_dir} already holds a run: go on with --resume auto, or choose another folder with --run"
+                f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run"
             )
         return None
     folder = checkpoint_folder.latest(run_dir) if resume == "auto" else Path(resume)

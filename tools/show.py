@@ -67,9 +67,7 @@ def show_evaluations(evaluations: Mapping[str, Evaluation], legacy_average: bool
 
 def show_sparsity(outcome: Outcome) -> None:
     """Zeros after relu² and what 2:4 drops, by layer."""
-    table = Table(
-        box=None, pad_edge=False, title="relu² activations, last logged steps", title_justify="left"
-    )
+    table = Table(box=None, pad_edge=False, title="relu² activations at the end", title_justify="left")
     for column in ("layer", "zeros", "non-zeros dropped by 2:4", "energy dropped"):
         table.add_column(column, justify="right")
     for site in outcome.sites:

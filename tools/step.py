@@ -26,7 +26,7 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
         # Compiled, the softmax over a chunk's logits is two passes over them instead of six.
-        self._loss = torch.compile(cross_entropy_sum) if compiled else cross_entropy_sum
+        self._loss = torch.compile(cross_entropy_sum, dynamic=False) if compiled else cross_entropy_sum
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """input_ids, labels `[B, S]`; a scalar, float32."""
