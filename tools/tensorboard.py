@@ -66,13 +66,13 @@ class RunLog:
         Args:
             run_dir: where the event files go; its name is the run's in TensorBoard.
             layer_tags: those that will be logged; each gets its charts.
-            resumed_from: step of the checkpoint from which the run goes on; what was logged after it is hidden.
-                None hides all that an earlier run left in the folder.
+            resumed_from: step of the checkpoint from which the run goes on; what was logged after it is
+                hidden. None hides all that an earlier run left in the folder.
             state: what `state()` returned then. Without it the heatmaps begin anew.
         """
         self.broken = False
         self._histories = {tag: History(**history) for tag, history in (state or {}).items()}
-        # A new run gets its start event too: TensorBoard's server hides nothing at the first it meets in a folder.
+        # A new run gets a start event too: TensorBoard's server hides nothing at the first of a folder.
         first_step = 0 if resumed_from is None else resumed_from + 1
         self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
         self._writer.add_custom_scalars(layout(layer_tags))
@@ -100,11 +100,9 @@ class RunLog:
 
     @_never_fatal
     def hparams(self, recipe: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """The recipe's values by dotted name (`passes.0.mlp_rank`), beside the scalars with the tags
-        `metrics`.
+        """The recipe's values by dotted name (`passes.0.mlp_rank`), beside the scalars tagged `metrics`.
 
-        Not by `SummaryWriter.add_hparams`, which would add a run to the list and a made-up point to each
-        metric.
+        Not by `SummaryWriter.add_hparams`: it adds a run to the list, and to each metric a made-up point.
         """
         for summary in hparams_summaries(flat(recipe), dict.fromkeys(metrics, 0.0)):
             self._writer._get_file_writer().add_summary(summary)
