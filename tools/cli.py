@@ -77,7 +77,6 @@ def evaluate(
 ) -> None:
     """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
     from act24.tools.evaluate import evaluate_checkpoint
-
     from act24.tools.show import show_evaluations
 
     show_evaluations(evaluate_checkpoint(path, set_ or ()), legacy_average, as_json)

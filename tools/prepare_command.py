@@ -6,7 +6,8 @@ from pathlib import Path
 
 from act24.recipes.load import load_recipe, recipe_names
 from act24.recipes.schema import Tokenizer
-from act24.tools.data import data_from_argument, open_tokenizer, prepare
+from act24.tools.data import data_from_argument, open_tokenizer
+from act24.tools.data.prepare import prepare
 from act24.tools.progress import console
 
 
