@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,8 @@ def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
         if is_call(node, F.linear):
             _positional(node, ("input", "weight", "bias"), (None, None, None))
         elif is_call(node, F.silu):
-            kwargs = {} if _pure(node) else {"inplace": True}
-            node.args, node.kwargs = (_argument(node, 0, "input"),), kwargs
+            pure = _pure(node)
+            node.args, node.kwargs = (_argument(node, 0, "input"),), {} if pure else {"inplace": True}
         elif (hidden := _squared_relu(node)) is not None:
             with graph.inserting_before(node):
                 replacement = graph.call_function(relu2, (hidden,))
@@ -79,14 +79,14 @@ def _squared_relu(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _calls(node: Any, spellings: tuple[Any, ...]) -> bool:
+def _calls(node: Any, spellings: tuple[Any, ...]) -> TypeGuard[fx.Node]:
     """Whether something is a node that calls one of these functions or methods."""
     return (
         isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in spellings
     )
 
 
-def is_product(node: Any) -> bool:
+def is_product(node: Any) -> TypeGuard[fx.Node]:
     """Whether something is the elementwise product of two values, in any spelling."""
     return _calls(node, _MULTIPLY) and len(node.args) == 2
 
@@ -131,7 +131,7 @@ def nodes_of(graph: fx.Graph, target: Callable[..., Any]) -> Iterator[fx.Node]:
     return (node for node in list(graph.nodes) if node.op == "call_function" and node.target is target)
 
 
-def is_call(node: Any, target: Callable[..., Any]) -> bool:
+def is_call(node: Any, target: Callable[..., Any]) -> TypeGuard[fx.Node]:
     """Whether something is a node that calls a function."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 

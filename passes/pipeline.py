@@ -8,7 +8,7 @@ their step ranges say so (`Pipeline.lower_`), over the same parameters and buffe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from act24.initialise import generator_for
-from act24.passes.base import Match, OperationalPass, Pass, PassError, StructuralPass
+from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
 from act24.passes.flops import region_flops
 from act24.passes.normal_form import is_linear
 from act24.passes.region import Region, RegionModule, lower_, materialise
@@ -153,43 +153,47 @@ class Pipeline:
         return tuple(site.module for site in self._sites if site.module is not None)
 
     def state_from_stock(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """A stock state dict as the rewritten model's, and the names that it cannot fill."""
-        result, fresh = dict(state), []
-        for site in self._sites:
-            for match in site.matches:
-                if match.state is None:
-                    continue
-                for fqn in site.traced.fqns:
-                    prefix = f"{fqn}." if fqn else ""
-                    removed = {n: result.pop(prefix + n) for n in match.state.removes if prefix + n in result}
-                    if match.state.from_stock is None:
-                        fresh += [prefix + name for name in match.state.creates]
-                    else:
-                        made = match.state.from_stock(removed)
-                        result.update({prefix + name: value for name, value in made.items()})
+        """A stock state dict as the rewritten model's, and the names that it cannot fill.
+
+        Raises:
+            PassError: a name that a pass starts from is missing.
+        """
+        result, fresh = dict(state), dict[str, None]()
+        for site, _, change in self._changes():
+            for fqn in site.traced.fqns:
+                removes = {name: f"{fqn}.{name}" for name in change.removes}
+                creates = [f"{fqn}.{name}" for name in change.creates]
+                fill = change.from_stock if fresh.keys().isdisjoint(removes.values()) else None
+                if fill is None:
+                    for name in removes.values():
+                        result.pop(name, None)
+                        fresh.pop(name, None)
+                    fresh.update(dict.fromkeys(creates))
+                else:
+                    made = fill(_take(result, removes))
+                    result.update({f"{fqn}.{name}": value for name, value in made.items()})
         return result, tuple(fresh)
 
     def state_to_stock(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The rewritten model's state dict as a stock one of the same function.
 
         Raises:
-            PassError: a pass has no such form, with its reason.
+            PassError: a pass has no such form, with its reason, or a name is missing.
         """
         result = dict(state)
-        for site in self._sites:
-            for match in reversed(site.matches):
-                if match.state is None:
-                    continue
-                if match.state.to_stock is None:
-                    raise PassError(f"{site.traced.name(match.path)} has no stock form: {match.state.why}")
-                for fqn in site.traced.fqns:
-                    prefix = f"{fqn}." if fqn else ""
-                    if missing := [name for name in match.state.creates if prefix + name not in result]:
-                        raise PassError(f"the state dict has no {prefix}{missing[0]}, which {fqn} needs")
-                    created = {name: result.pop(prefix + name) for name in match.state.creates}
-                    made = match.state.to_stock(created)
-                    result.update({prefix + name: value for name, value in made.items()})
+        for site, match, change in reversed(list(self._changes())):
+            if change.to_stock is None:
+                raise PassError(f"{site.traced.name(match.path)} has no stock form: {change.why}")
+            for fqn in site.traced.fqns:
+                created = _take(result, {name: f"{fqn}.{name}" for name in change.creates})
+                made = change.to_stock(created)
+                result.update({f"{fqn}.{name}": value for name, value in made.items()})
         return result
+
+    def _changes(self) -> Iterator[tuple[_Site, Match, StateMap]]:
+        """The matches that change parameters, in the order in which they do."""
+        for site in self._sites:
+            yield from ((site, match, match.state) for match in site.matches if match.state is not None)
 
     def _check_order(self) -> None:
         rank = lambda p: (not isinstance(p, StructuralPass), p.observes)  # noqa: E731
@@ -290,6 +294,13 @@ def _row(p: Pass, region: Region, match: Match) -> Row:
         steps=steps,
         note=match.note,
     )
+
+
+def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Take tensors out of a state dict, by the keys of `names`."""
+    if missing := [fqn for fqn in names.values() if fqn not in state]:
+        raise PassError(f"the state dict has no {missing[0]}")
+    return {name: state.pop(fqn) for name, fqn in names.items()}
 
 
 def _no_match(p: Pass, absent: list[str]) -> str:

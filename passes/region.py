@@ -148,7 +148,7 @@ class RegionModule(fx.GraphModule):
             code = self._graph.python_code("self")
             if code.src == self._code:  # as when pickle asks for the code
                 return code
-            self.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})
+            self.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})  # type: ignore[assignment]
         return super().recompile()
 
 
@@ -203,7 +203,7 @@ def lower_(module: RegionModule, graph: fx.Graph, classes: dict[tuple[Any, ...],
     if key not in classes:
         prototype = RegionModule(nn.Module(), fx.Graph())
         prototype.graph = copy_graph(graph)
-        type(prototype)._shared = True
+        type(prototype)._shared = True  # type: ignore[attr-defined]
         classes[key] = type(prototype)
     _set_class(module, classes[key], classes)
     module._graph = graph

@@ -149,9 +149,6 @@ def _find(silu: fx.Node) -> _SwiGLU | None:
     down = next(iter(product.users), None)
     if not is_call(up, F.linear) or len(product.users) != 1 or not is_call(down, F.linear):
         return None
-    assert isinstance(gate, fx.Node)
-    assert isinstance(up, fx.Node)
-    assert isinstance(down, fx.Node)
     return _SwiGLU(product, gate, up, down) if down.args[0] is product else None
 
 

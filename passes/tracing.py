@@ -301,7 +301,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 def _region(module: nn.Module, graph: fx.Graph, fqns: list[str], owners: dict[int, list[str]]) -> Region:
     parameters = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
-        own = {f"{fqn}.{name}" if fqn else name for fqn in fqns}
+        own = {f"{fqn}.{name}" for fqn in fqns}
         shared = tuple(other for other in owners[id(tensor)] if other not in own)
         parameters[name] = ParameterSpec(
             tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared
