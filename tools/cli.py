@@ -21,6 +21,8 @@ recipe_app = typer.Typer(help="List, show, check and copy recipes.", no_args_is_
 data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Benchmarks on this machine's GPU.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (act24 recipe ls) or a .toml file.")]
 SetOption = Annotated[
@@ -189,3 +191,19 @@ def data_prepare(
     from act24.tools.prepare_command import prepare_source
 
     prepare_source(source, out, tokenizer, vocab_size, max_tokens, max_heldout_tokens)
+
+
+@bench_app.command("step")
+def bench_step(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows a step, in one micro-batch.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn; each side has two turns.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """A whole training step beside the same model written by hand: time, tokens/s, TFLOP/s, memory."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.bench.step import bench_step as run_bench
+    from act24.tools.show import show_step_bench
+
+    show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps), as_json)

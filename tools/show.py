@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -78,3 +79,19 @@ def show_sparsity(outcome: Outcome) -> None:
             f"{site.dropped_energy:.2%}",
         )
     console.print(table, highlight=False)
+
+
+def show_step_bench(result: dict[str, Any], as_json: bool) -> None:
+    """`act24 bench step`."""
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "ms a step", "tokens/s", "TFLOP/s", "peak GiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for side in result["sides"]:
+        figures = (f"{side['milliseconds']:.2f}", f"{side['tokens_per_second']:,.0f}")
+        table.add_row(side["name"], *figures, f"{side['teraflops']:.0f}", f"{side['peak_gib']:.2f}")
+    console.print(table, highlight=False)
+    print(f"rate {result['rate_ratio']:.3f}, memory {result['memory_ratio']:.3f} of the hand-written model")
+    print(f"{result['tokens_per_step']:,} tokens a step, {result['gpu']}, torch {result['torch']}")

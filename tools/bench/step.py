@@ -1,0 +1,180 @@
+"""`act24 bench step`: a whole training step, ours beside the same model written by hand, in one run.
+
+Both sides train on the same random tokens with the same optimizer and loss. They are built, warmed up, timed
+and freed in turn, twice, and the medians are over all steps of both turns: a machine that drifts moves both.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from act24.errors import Act24Error
+from act24.llama import LlamaConfig
+from act24.loss import cross_entropy_sum
+from act24.passes import Relu2FFN
+from act24.recipes.schema import Recipe
+from act24.tools.bench.handwritten import Handwritten
+from act24.tools.build import build, model_config, parameter_dtype, plan_recipe
+from act24.tools.data import Batch
+from act24.tools.optimizers import build_optimizer
+from act24.tools.processes import Processes
+from act24.tools.step import TrainingStep, uses_compile
+
+_WARMUP = 5
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One side of the comparison.
+
+    Attributes:
+        name: which.
+        milliseconds: median of an optimizer step.
+        tokens_per_second: from that.
+        teraflops: model FLOPs a second, forward and backward, 2:4 products counted as dense, attention's
+            scores included.
+        peak_gib: most memory allocated, parameters and optimizer state included.
+    """
+
+    name: str
+    milliseconds: float
+    tokens_per_second: float
+    teraflops: float
+    peak_gib: float
+
+
+def bench_step(recipe: Recipe, rows: int, steps: int, turns: int = 2) -> dict[str, Any]:
+    """Time one step of `recipe` with `rows` rows, at the step where most passes are in force.
+
+    Returns:
+        JSON values: both sides, the ratio of their rates (ours over hand-written), machine and versions.
+
+    Raises:
+        Act24Error: no hand-written form of this recipe, or no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise Act24Error("bench step times a GPU, and there is none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    train = recipe.train.model_copy(update={"batch_size": rows, "total_batch_size": rows})
+    recipe = recipe.model_copy(update={"train": train})
+    config = model_config(recipe)
+    network, width = _network(recipe, config)
+    sides: dict[str, Callable[[], Callable[[Batch], None]]] = {
+        "act24": lambda: _traced(recipe, device),
+        "hand-written": lambda: _handwritten(recipe, config, network, width, device),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    peaks = dict.fromkeys(sides, 0)
+    for _ in range(turns):
+        for name, make in sides.items():
+            step = make()
+            times[name] += _time(step, config.vocab_size, rows, recipe.data.max_length, steps)
+            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+            del step
+            gc.collect()
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+    tokens = rows * recipe.data.max_length
+    flops = tokens * _flops_per_token(recipe, config)
+    results = []
+    for name in sides:
+        seconds = statistics.median(times[name])
+        results.append(
+            StepTiming(name, 1e3 * seconds, tokens / seconds, flops / seconds / 1e12, peaks[name] / 2**30)
+        )
+    ours, other = results
+    return {
+        "sides": [asdict(side) for side in results],
+        "rate_ratio": ours.tokens_per_second / other.tokens_per_second,
+        "memory_ratio": ours.peak_gib / other.peak_gib,
+        "tokens_per_step": tokens,
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+
+
+def _network(recipe: Recipe, config: LlamaConfig) -> tuple[Any, int]:
+    """The feed-forward network that the hand-written model needs: what is left of the recipe without 2:4."""
+    relu2 = [p for p in recipe.passes if isinstance(p, Relu2FFN)]
+    known = {"relu2_ffn", "activation24"}
+    if unknown := {p.name for p in recipe.passes} - known:
+        raise Act24Error(f"bench step has no hand-written form of {', '.join(sorted(unknown))}")
+    if not relu2:
+        return "swiglu", config.intermediate_size
+    after = plan_recipe(recipe).report.rows[0].after
+    return "relu2", int(after.rpartition(" ")[2])
+
+
+def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
+    processes = Processes(0, 1, device)
+    sparse_from = max((getattr(p, "from_step", 0) for p in recipe.passes), default=0)
+    built = build(recipe, device, sparse_from)
+    step = TrainingStep(built.model, recipe.train, processes)
+    optimizer = build_optimizer(built.model, recipe.optimizer)
+
+    def one(batch: Batch) -> None:
+        step([batch], optimizer)
+
+    return one
+
+
+def _handwritten(
+    recipe: Recipe, config: LlamaConfig, network: Any, width: int, device: torch.device
+) -> Callable[[Batch], None]:
+    with device:
+        model = Handwritten(config, network, width).to(parameter_dtype(recipe))
+    loss = cross_entropy_sum
+    if uses_compile(recipe.train, device):
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+        loss = torch.compile(cross_entropy_sum, dynamic=False)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    parameters = list(model.parameters())
+    autocast = recipe.train.dtype == "bfloat16_autocast"
+
+    def step(batch: Batch) -> None:
+        inputs, labels = (
+            t.pin_memory().to(device, non_blocking=True) for t in (batch.input_ids, batch.labels)
+        )
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            total = loss(model(inputs), model.head.weight, labels)[0] / labels.numel()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.train.grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _time(step: Callable[[Batch], None], vocabulary: int, rows: int, length: int, steps: int) -> list[float]:
+    """Seconds of each step, by events: a batch of fresh random tokens each time."""
+    batches = [
+        Batch(torch.randint(vocabulary, (rows, length)), torch.randint(vocabulary, (rows, length)))
+        for _ in range(4)
+    ]
+    for index in range(_WARMUP):
+        step(batches[index % len(batches)])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for index in range(steps):
+        step(batches[index % len(batches)])
+        marks[index + 1].record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+
+
+def _flops_per_token(recipe: Recipe, config: LlamaConfig) -> float:
+    """Forward and backward: three times the forward's products. Causal scores count half the square."""
+    dense = recipe.model_copy(update={"passes": tuple(p for p in recipe.passes if p.kind == "structural")})
+    weights = plan_recipe(dense).report.flops_after
+    scores = 2 * recipe.data.max_length * config.num_attention_heads * config.head_width
+    return 3.0 * (weights + config.num_hidden_layers * scores)
