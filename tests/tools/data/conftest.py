@@ -47,18 +47,17 @@ class Corpus:
     glob: str
     documents: list[str]
 
-    def data(self, **changes: object) -> schema.Data:
+    def data(self) -> schema.Data:
         """These files, all of them in both splits, so that nothing depends on what is held out."""
         heldout = self.folder.parent / f"{self.folder.name}-heldout"
         if not heldout.exists():
             heldout.symlink_to(self.folder)  # another name: a file in both lists is not trained on
-        fields = {
-            "source": "files",
-            "train_files": (str(self.folder / self.glob),),
-            "heldout_files": (str(heldout / self.glob),),
-            "max_length": 32,
-        }
-        return schema.Data(**(fields | changes))
+        return schema.Data(
+            source="files",
+            train_files=(str(self.folder / self.glob),),
+            heldout_files=(str(heldout / self.glob),),
+            max_length=32,
+        )
 
 
 def write_text(folder: Path, texts: list[str]) -> None:
@@ -114,12 +113,12 @@ def tokenizer_file(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def t5_backend() -> tokenizers.Tokenizer:
-    template = tokenizers.processors.TemplateProcessing
-    backend.post_processor = template("$A </s>", special_tokens=[("</s>", 1)])
+    """Like T5's: adds "</s>" by itself, can truncate and pad, and has sentinels past the vocabulary."""
     words = sorted({word for text in make_documents(0, 50) for word in text.split()})
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(10))])
-    backend.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    template = tokenizers.processors.TemplateProcessing
+    backend.post_processor = template("$A </s>", special_tokens=[("</s>", 1)])
     return backend

@@ -17,7 +17,7 @@ from act24.tools.data.documents import is_heldout
 
 @pytest.fixture
 def local(corpora, monkeypatch) -> Data:
-    """An `hf` section whose data set is the corpus in C4's layout: 4 shards to train on, the last validates."""
+    """An `hf` section whose data set is the corpus in C4's layout: 4 training shards, the last validates."""
     import datasets
 
     files = sorted(str(path) for path in corpora["json"].folder.iterdir())
@@ -133,7 +133,7 @@ def test_other_errors_are_not_retried():
         yield
 
     with pytest.raises(Act24Error, match="no field"):
-        next(hub.retried(shard, "c4", pytest.fail)(lambda index: True))
+        next(hub.retried(shard, "c4", sleep=lambda seconds: pytest.fail("waited"))(lambda index: True))
 
 
 def test_offline_is_said_at_once_and_with_a_way_out(tmp_path):

@@ -22,6 +22,7 @@ from act24.tools.data import (
     open_tokenizer,
     prepare_shards,
 )
+from act24.tools.data.documents import Split
 from act24.tools.data.permutation import permuted
 from act24.tools.data.rows import PackedRows, PaddedRows, ShardRows
 from act24.tools.data.shards import TokenShards
@@ -43,7 +44,8 @@ def prepared(request, corpora, tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("max_length", [1, 7, 32, 10_000])
 def test_shards_hold_the_rows_that_packing_and_padding_give(prepared, tokenizer, max_length):
     data, folder = prepared
-    for split, seed in (("train", data.shuffle_seed), ("heldout", None)):
+    splits: list[tuple[Split, int | None]] = [("train", data.shuffle_seed), ("heldout", None)]
+    for split, seed in splits:
         shards = TokenShards(folder, split)
         for layout, kind in (("packed", PackedRows), ("padded", PaddedRows)):
             direct = kind(open_documents(data, split, shuffle_seed=seed), tokenizer, max_length)
