@@ -6,8 +6,7 @@ from pathlib import Path
 
 from act24.recipes.load import load_recipe, recipe_names
 from act24.recipes.schema import Tokenizer
-from act24.tools.data import data_from_argument, open_tokenizer
-from act24.tools.data.prepare import prepare
+from act24.tools.data import data_from_argument, open_tokenizer, prepare_shards
 from act24.tools.progress import console
 
 
@@ -27,7 +26,7 @@ def prepare_source(
         data, section = data_from_argument(source), Tokenizer(name=tokenizer, vocab_size=vocab_size)
     opened = open_tokenizer(data, section)
     with console.status("reading") as status:
-        index = prepare(
+        index = prepare_shards(
             data,
             opened,
             out,
