@@ -1,0 +1,44 @@
+# The two commands are `make demo` and `make test`. A fresh machine needs Python >= 3.11, make, and a C++ compiler
+# for torch.compile; the rest is installed into .venv, again whenever pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/installed
+	$(BIN)/act24 demo
+
+# Two workers of one thread each: torch's own threads would fight over the same cores. A file stays on one worker,
+# so that what its tests share is built once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed
+	$(PYTEST) -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Without an NVIDIA driver torch comes first and alone, as a CPU build: one that pip has at hand (its find-links),
+# or PyTorch's. PyPI's build for Linux would bring gigabytes of CUDA. `--no-deps` because the other index must be
+# asked for nothing else, and costs seconds, not minutes, where it cannot be reached.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "act24 needs Python >= 3.11: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	command -v nvidia-smi >/dev/null \
+		|| $(INSTALL) --no-deps --no-index torch 2>/dev/null \
+		|| $(INSTALL) --no-deps --extra-index-url $(CPU_BUILDS) torch
+	$(INSTALL) --editable '.[hf,test]'
+	touch $@
+
+# Runs stay: they are yours.
+clean:
+	rm -rf .venv build dist act24.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

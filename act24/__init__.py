@@ -1,0 +1,74 @@
+"""Train LLaMA-style language models with low-rank weights and 2:4 sparsity through torch.fx graph passes.
+
+This is the door to the whole: the names below are re-exported from where they live, on first use (PEP 562),
+so that `import act24`, and with it `act24 --help`, does not wait for torch.
+
+    model = act24.LlamaForCausalLM(act24.llama_config("llama-130m"))
+    print(act24.apply_(model, [Relu2FFN(), Activation24()]))  # from act24.passes
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from act24.errors import Act24Error
+    from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
+    from act24.passes import Pipeline, apply_, plan, trace
+    from act24.recipes.load import load_recipe
+    from act24.tools.build import load
+
+    __version__: str
+
+# A second list beside the imports above, which only type checkers read; a test keeps the two equal.
+_EXPORTS = {
+    "Act24Error": "act24.errors",
+    "LlamaConfig": "act24.llama",
+    "LlamaForCausalLM": "act24.llama",
+    "Pipeline": "act24.passes",
+    "apply_": "act24.passes",
+    "llama_config": "act24.llama",
+    "load": "act24.tools.build",
+    "load_recipe": "act24.recipes.load",
+    "plan": "act24.passes",
+    "trace": "act24.passes",
+}
+
+__all__ = [
+    "Act24Error",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "Pipeline",
+    "__version__",
+    "apply_",
+    "llama_config",
+    "load",
+    "load_recipe",
+    "plan",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _installed_version()
+    elif name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+    else:
+        raise AttributeError(f"module 'act24' has no attribute '{name}'")
+    globals()[name] = value  # from now on an ordinary attribute
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _installed_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("act24")
+    except metadata.PackageNotFoundError:  # a checkout on sys.path, never installed
+        return "0+unknown"
