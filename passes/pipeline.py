@@ -95,9 +95,10 @@ class Pipeline:
         self._check_order()
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
+        regions, self._unclean = trace(model)
         self._sites = [
             _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
-            for region in trace(model)
+            for region in regions
         ]
         self._plan_structural()
         lowered = self._plan_operational()
@@ -230,7 +231,7 @@ class Pipeline:
         return final
 
     def _plan_pass(self, p: Pass, regions: list[Region], report: bool = True) -> None:
-        matched, absent = 0, []
+        matched, absent = 0, list[tuple[str, str]]()
         for site, region in zip(self._sites, regions, strict=True):
             planned = p.plan(region)
             if isinstance(p, StructuralPass):
@@ -239,14 +240,14 @@ class Pipeline:
             matched += len(planned.matches)
             site.touched |= bool(planned.matches)
             misses = [(p.name, region.name(path), reason) for path, reason in planned.misses]
-            absent += [f"{fqn}: {reason}" for _, fqn, reason in misses]
+            absent += [(fqn, reason) for _, fqn, reason in misses]
             if not planned.matches and not misses:
-                absent.append(f"{region.fqn} [{region.class_name('')}]: {planned.absent}")
+                absent.append((f"{region.fqn} [{region.class_name('')}]", planned.absent))
             if report and not p.observes:
                 self._rows += [_row(p, region, match) for match in planned.matches]
                 self._misses += misses
         if not matched and not p.optional:
-            raise PassError(_no_match(p, absent))
+            raise PassError(_no_match(p, absent, self._unclean))
 
     def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""
@@ -303,11 +304,23 @@ def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tenso
     return {name: state.pop(fqn) for name, fqn in names.items()}
 
 
-def _no_match(p: Pass, absent: list[str]) -> str:
-    """Why nothing matched: the first few regions stand for the rest."""
+def _no_match(p: Pass, absent: list[tuple[str, str]], unclean: dict[str, str]) -> str:
+    """Why nothing matched: what the regions have instead, and what is no region."""
     where = "" if p.targets == ("*",) and not p.ignore else f" within targets {list(p.targets)}"
-    shown = "; ".join(absent[:3]) + (f"; and {len(absent) - 3} more" if len(absent) > 3 else "")
-    return f"{p.name} matches nothing{where}. " + (shown or "No region of the model traces cleanly.")
+    text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
+    return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
+
+
+def _by_reason(entries: list[tuple[str, str]]) -> str:
+    """(place, reason) as text: the first few reasons, and of each the first place."""
+    places: dict[str, list[str]] = {}
+    for place, reason in entries:
+        places.setdefault(reason, []).append(place)
+    groups = [
+        f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
+        for reason, (first, *others) in places.items()
+    ]
+    return "; ".join(groups[:3] + ([f"and {len(groups) - 3} more reasons"] if len(groups) > 3 else []))
 
 
 def _refuse_hooks(region: Region) -> None:

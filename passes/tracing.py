@@ -36,8 +36,12 @@ class Unclean(Exception):
     """Why a module cannot be a region."""
 
 
-def trace(model: nn.Module) -> list[Region]:
-    """The regions of a model, in the order of their names. The model is not touched.
+def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
+    """Find the regions of a model. The model is not touched.
+
+    Returns:
+        the regions in the order in which the model lists its modules, and the modules that were looked at
+        and are none, as "fqn [class]" with the reason.
 
     Raises:
         PassError: the model was already rewritten.
@@ -51,17 +55,19 @@ def trace(model: nn.Module) -> list[Region]:
             )
         places.setdefault(module, []).append(fqn)
     owners = _owners(model)
-    found = list(_search(model))
+    unclean: dict[nn.Module, str] = {}
+    found = list(_search(model, unclean))
     # A module that is shared may be a region in one place and a part of a larger one in another, where
     # nothing must take its place.
     taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module])
-    return [
+    regions = [
         _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners)
         for module, graph in found
     ]
+    return regions, {f"{places[m][0]} [{type(m).__name__}]": reason for m, reason in unclean.items()}
 
 
-def _search(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
+def _search(model: nn.Module, unclean: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, fx.Graph]]:
     counts = Counter(type(module) for module in model.modules())
     listed = {
         child
@@ -90,8 +96,8 @@ def _search(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
             try:
                 yield module, _trace(module)
                 return
-            except Unclean:
-                pass
+            except Unclean as reason:
+                unclean[module] = str(reason)
         for child in module.children():
             yield from visit(child)
 
