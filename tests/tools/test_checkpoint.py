@@ -16,6 +16,8 @@ from torch import nn
 from act24.tools import checkpoint, checkpoint_folder
 from act24.tools.checkpoint_folder import CheckpointError
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 class Tiny(nn.Module):
     """Tied weights, a persistent and a passing buffer, dropout (random numbers), a transposed weight."""
@@ -49,7 +51,7 @@ def adamw(model, **options):
 def train(model, optimizer, steps):
     losses = []
     for _ in range(steps):
-        ids = torch.randint(0, 32, (4, 9))
+        ids = torch.randint(0, 32, (4, 9)).to(model.scale.device)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
@@ -80,14 +82,15 @@ def assert_equal(model, other, optimizer, other_optimizer):
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, options, dtype):
-    model = Tiny(0).to(dtype)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, options, dtype, device):
+    model = Tiny(0).to(device, dtype)
     optimizer = adamw(model, **options)
     train(model, optimizer, 3)
     folder = save(tmp_path, 3, model, optimizer)
     straight = train(model, optimizer, 4)
 
-    other = Tiny(1).to(dtype)
+    other = Tiny(1).to(device, dtype)
     other_optimizer = adamw(other, **options)
     torch.rand(5)
     loaded = checkpoint.load(folder)
@@ -283,7 +286,7 @@ first = save(run, 1, model, optimizer)
 train(model, optimizer, 1)
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate")
 outcomes = []
-for fatal in range(1, 1000):
+for fatal in range(1, 1000):  # the first child is killed at its first touch of the file system, and so on
     child = os.fork()
     if child == 0:
         seen = 0
@@ -296,7 +299,9 @@ for fatal in range(1, 1000):
         sys.addaudithook(kill_at)
         save(run, 2, model, optimizer, keep=1)
         os._exit(0)
-    killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+    killed = status != 0
     latest = checkpoint_folder.latest(run)
     other = Tiny(1)
     checkpoint.restore_(checkpoint.load(latest), other, adamw(other))
@@ -316,7 +321,8 @@ print(json.dumps(outcomes))
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_latest_checkpoint(tmp_path):
     """A child is killed at its first touch of the file system, another at its second, until one survives."""
     script = [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(Path(__file__).parent), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Without a GPU: torch.distributed.checkpoint would start CUDA, which no fork survives.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     outcomes = json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""Two processes (gloo): replicated and sharded runs resume exactly, and an error on one reaches both."""
+"""Two processes: replicated and sharded runs resume exactly, and an error on one reaches both."""
 
 import errno
 import os
@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_checkpoint import adamw
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,20 +21,24 @@ from act24.tools import checkpoint, checkpoint_folder
 from act24.tools.checkpoint_folder import CheckpointError
 
 
-def model_of(seed):
+def model_of(seed, device="cpu"):
     torch.manual_seed(seed)  # 7 rows over 2 processes: uneven shards
-    return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Dropout(0.1), nn.Linear(7, 5, bias=False))
+    return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Dropout(0.1), nn.Linear(7, 5, bias=False)).to(device)
 
 
-def replicated(seed):
-    return DistributedDataParallel(model_of(seed))
+def replicated(seed, device):
+    return DistributedDataParallel(model_of(seed, device))
 
 
-def sharded(seed):
-    model = model_of(seed)
+def sharded(seed, device):
+    model, mesh = model_of(seed, device), init_device_mesh(device, (2,))
     for layer in (model[0], model[3]):
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
 def bare(model):
@@ -46,7 +49,7 @@ def train(model, optimizer, steps):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(torch.randn(4, 6)).square().mean()
+        loss = model(torch.randn(4, 6, device=next(model.parameters()).device)).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -65,22 +68,22 @@ def save(run, step, model, optimizer):
     )
 
 
-def resumes_exactly(run, build):
-    model = build(0)
+def resumes_exactly(run, build, device):
+    model = build(0, device)
     optimizer = adamw(model)
     torch.manual_seed(dist.get_rank())  # other data and dropout on each
     train(model, optimizer, 2)
     with torch.no_grad():
-        model(torch.randn(1, 6))  # an evaluation, which leaves FSDP2's root gathered
+        model(torch.randn(1, 6, device=device))  # an evaluation, which leaves FSDP2's root gathered
     folder = save(run, 2, model, optimizer)
-    weights = {name: whole(value).clone() for name, value in bare(model).state_dict().items()}
+    weights = {name: whole(value).cpu().clone() for name, value in bare(model).state_dict().items()}
     straight = train(model, optimizer, 3)
 
     saved = load_file(folder / "model.safetensors")
     assert saved.keys() == weights.keys()
     assert all(torch.equal(saved[name], weights[name]) for name in weights)
 
-    other = build(7)
+    other = build(7, device)
     other_optimizer = adamw(other)
     assert checkpoint_folder.latest(run) == folder
     loaded = checkpoint.load(folder)
@@ -124,13 +127,16 @@ def damage_is_found_by_both(run):
     dist.barrier()
 
 
-def process(rank, directory):
+def process(rank, directory, device):
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(f"{directory}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for build in (replicated, sharded):
         run = Path(directory) / build.__name__
-        model, optimizer = resumes_exactly(run, build)
+        model, optimizer = resumes_exactly(run, build, device)
         for failing in (0, 1):
             fails_on_both(run, model, optimizer, failing, Path, "write_text")
             fails_on_both(run, model, optimizer, failing, FileSystem, "create_stream")
@@ -139,8 +145,12 @@ def process(rank, directory):
     dist.destroy_process_group()
 
 
-def test_two_processes(tmp_path):
-    mp.spawn(process, (str(tmp_path),), nprocs=2)
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=two_gpus)])
+def test_two_processes(tmp_path, device):
+    mp.spawn(process, (str(tmp_path), device), nprocs=2)
     for name in ("replicated", "sharded"):
         loaded = checkpoint.load(tmp_path / name / "checkpoints" / "step-000002")
         alone = model_of(3)
