@@ -51,7 +51,7 @@ def complete(run_dir: Path) -> list[Path]:
     The order is that of writing, not of steps: after a run is resumed from an older checkpoint, what it
     writes from then on is what counts, although the abandoned branch had come further. A folder that only
     looks like a checkpoint is reported as a warning and left out. Sizes are compared here, hashes are not
-    (`verify`).
+    (`verify_files`).
     """
     found = []
     for folder in sorted((run_dir / "checkpoints").glob("step-*")):
