@@ -1,64 +1,171 @@
-"""`activation24`: relu² activations become 2:4 along the features.
+"""`activation24`: relu² (or relu) activations become 2:4 along the features.
 
-    linear_out(relu2(linear_in(x)))   ==>   relu2_linear24(x, W_in, b_in, W_out, b_out)
-    relu2(h), any other surroundings  ==>   relu2_24(h)
+    linear_out(relu2(linear_in(x)))   ==>   activation24(x, W_in, b_in, W_out, b_out, …)
+    linear_out(relu2(h))              ==>   activation24(h, None, None, W_out, b_out, …)
+    relu2(h), several consumers       ==>   activation24(h, None, None, None, None, …)
 
-wherever the pattern came from: the feed-forward network of `relu2_ffn`, or a low-rank bottleneck. Where
-what precedes relu2 is not one linear the operation starts at the pre-activation, and where relu2 has
-several consumers all of them see the same 2:4 activation.
+wherever the pattern came from: the feed-forward network of `relu2_ffn`, or a low-rank bottleneck. Where what
+precedes relu2 is not one linear, or one that another 2:4 product owns, the operation starts at the
+pre-activation; where relu2 has several consumers all of them see the same 2:4 activation.
+
+State is in buffers under the site's name. `<site>.activation24_scale`, β of the soft methods, is persistent;
+`<site>.activation24_seed`, of mvue, is set anew for every micro-batch. The shell writes both between
+updates (`act24.tools.sparsity_state`); the graph only reads them.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-from act24.passes.base import Match, OperationalPass, Plan
+import torch
+from torch import fx
+
+from act24.passes.activation_sites import ActivationSite, activation_sites, pads_node
+from act24.passes.base import Match, OperationalPass, PassError, Plan
 from act24.passes.normal_form import replace_node
 from act24.passes.region import Region
-from act24.passes.relu2_sites import Relu2Site, relu2_sites
-from act24.sparse24.activation import Backward, Method, relu2_24, relu2_linear24
+from act24.sparse24 import activation
+from act24.sparse24.activation import Backward, Estimator, Options24
+from act24.sparse24.calibration import CALIBRATION
+from act24.sparse24.feature_wise import TokenPermutation
+
+#: Last parts of the names of the buffers.
+SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
+
+Method = Literal["naive", "mvue", "soft_dynamic", "soft_threshold_weights"]
+_METHODS: dict[Method, activation.Method] = {
+    "naive": "naive",
+    "mvue": "mvue",
+    "soft_dynamic": "soft_threshold",
+    "soft_threshold_weights": "soft_threshold",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation24(OperationalPass):
-    """Options of `activation24`; their meaning is that of `act24.sparse24.activation`."""
+    """Options of `activation24`.
+
+    Attributes:
+        method: `"naive"` keeps the two largest of four. `"mvue"` draws two without bias, and is naive in
+            evaluation. `"soft_dynamic"` soft-thresholds and scales by β = ⟨H, S⟩/⟨S, S⟩, measured on
+            activations again and again. `"soft_threshold_weights"` does so with a β fixed at the first
+            sparse update.
+        scale_from: where the fixed β comes from. `"weight"`: the least squared error of the weights that
+            read the activation, before and after soft thresholding. `"output"`: the least squared error of
+            the layer's output.
+        dynamic_steps: optimizer updates between two measurements of soft_dynamic's β; 0 for each update.
+        calibration_samples: token rows, without padding, in one measurement, by each process.
+        backward, estimator, dense_ratio, token_permutation: as in `act24.sparse24.activation.Options24`.
+    """
 
     name: ClassVar[str] = "activation24"
 
     method: Method = "naive"
+    scale_from: Literal["weight", "output"] = "weight"
+    dynamic_steps: int = 10
+    calibration_samples: int = 100
     backward: Backward = "dense"
+    estimator: Estimator = "masked"
+    dense_ratio: float = 0.05
+    token_permutation: TokenPermutation = "batch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator == "ste" and self.backward != "dense":
+            raise PassError(
+                f"activation24: the straight-through gradient is not 2:4, so it has no {self.backward} "
+                'backward: set backward = "dense", or estimator = "masked"'
+            )
+        if not 0 <= self.dense_ratio < 1:
+            raise PassError(f"activation24: dense_ratio is a share below 1, got {self.dense_ratio}")
+        if self.dynamic_steps < 0 or self.calibration_samples < 1:
+            raise PassError(
+                "activation24: dynamic_steps must be 0 or more and calibration_samples 1 or more, got "
+                f"{self.dynamic_steps} and {self.calibration_samples}"
+            )
+
+    @property
+    def soft(self) -> bool:
+        """Whether the method has a scale."""
+        return _METHODS[self.method] == "soft_threshold"
+
+    def calibrates(self, step: int) -> bool:
+        """Whether a scale is due once `step` updates are made."""
+        since = step - self.from_step
+        every = max(self.dynamic_steps, 1)
+        return self.soft and (since == 0 or (self.method == "soft_dynamic" and since % every == 0))
+
+    def in_evaluation(self) -> Activation24:
+        return replace(self, method="naive") if self.method == "mvue" else self
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for site in relu2_sites(region):
+        for site in activation_sites(region):
             if not self.selects(region, site.path):
                 continue
             if site.width is not None and site.width % 4:
                 misses.append((site.path, f"F is {site.width}, not a multiple of 4"))
                 continue
+            parts = ("linear" if site.before else "", site.function, "linear" if site.after else "")
             matches.append(
                 Match(
                     path=site.path,
-                    before="linear · relu2 · linear" if site.fusible else "relu2",
-                    after="relu2_linear24" if site.fusible else "relu2_24",
+                    before=" · ".join(part for part in parts if part),
+                    after=f"2:4 {self.method}, {self.backward} backward",
                     nodes=site,
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
+                    note=self._note(),
                 )
             )
-        return Plan(tuple(matches), tuple(misses), absent="no relu2 (pass relu2_ffn makes one of SwiGLU)")
+        absent = "no relu² or relu (pass relu2_ffn makes one of SwiGLU)"
+        return Plan(tuple(matches), tuple(misses), absent=absent)
+
+    def _note(self) -> str:
+        if self.backward != "dense" and self.token_permutation == "none":
+            return "no token permutation: neighbouring tokens crowd the weight gradients (2.919 beside 2.652)"
+        return ""
 
     def _rewrite(self, region: Region, match: Match) -> None:
-        site: Relu2Site = match.nodes
+        site: ActivationSite = match.nodes
         graph = region.graph
-        end = site.after if site.fusible else site.node
+        end = site.after or site.node
         with graph.inserting_before(end):
-            if site.fusible:
-                arguments = (*site.before.args, *site.after.args[1:], self.method, self.backward)
-                fused = graph.call_function(relu2_linear24, arguments)
-            else:
-                fused = graph.call_function(relu2_24, (site.node.args[0], self.method))
-            output = graph.call_function(operator.getitem, (fused, 0))
+            x, weight_in, bias_in = site.before.args if site.before else (site.hidden, None, None)
+            _, weight_out, bias_out = site.after.args if site.after else (None, None, None)
+            linears = (x, weight_in, bias_in, weight_out, bias_out)
+            state = (self._scale(region, site), self._seed(region, site), pads_node(region))
+            options = Options24(
+                function=site.function,
+                method=_METHODS[self.method],
+                backward=self.backward,
+                estimator=self.estimator,
+                dense_ratio=self.dense_ratio,
+                token_permutation=self.token_permutation,
+            )
+            sparse = graph.call_function(activation.activation24, (*linears, *state, options))
+            output = graph.call_function(operator.getitem, (sparse, 0))
         replace_node(graph, end, output)
+
+    def _scale(self, region: Region, site: ActivationSite) -> fx.Node | None:
+        if not self.soft:
+            return None
+        name = site_buffer(site.path, SCALE)
+        region.add_buffer(name, (), torch.float32, persistent=True, initial=lambda _: torch.ones(()))
+        sums = site_buffer(site.path, SUMS)
+        region.add_buffer(sums, (len(CALIBRATION),), torch.float64, persistent=False)
+        return region.graph.get_attr(name)
+
+    def _seed(self, region: Region, site: ActivationSite) -> fx.Node | None:
+        if self.method != "mvue":
+            return None
+        name = site_buffer(site.path, SEED)
+        region.add_buffer(name, (), torch.int64, persistent=False)
+        return region.graph.get_attr(name)
+
+
+def site_buffer(path: str, name: str) -> str:
+    """The name of a site's buffer, local to the region."""
+    return f"{path}.{name}" if path else name

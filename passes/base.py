@@ -162,3 +162,7 @@ class OperationalPass(Pass):
     def active(self, step: int) -> bool:
         """Whether the pass is in force when `step` updates have been made."""
         return step >= self.from_step and (self.until_step is None or step < self.until_step)
+
+    def in_evaluation(self) -> OperationalPass | None:
+        """The pass as evaluation has it, which neither draws nor counts; None: not at all."""
+        return self

@@ -7,7 +7,7 @@ from torch import fx
 
 from act24.passes.normal_form import parameter_name
 from act24.passes.region import Region
-from act24.sparse24.activation import relu2_linear24
+from act24.sparse24.activation import activation24
 
 
 def region_flops(region: Region) -> int:
@@ -18,7 +18,7 @@ def region_flops(region: Region) -> int:
 def _node_flops(region: Region, node: fx.Node) -> int:
     if node.target is F.linear:
         return 2 * _numel(region, node.args[1])
-    if node.target is relu2_linear24:
+    if node.target is activation24:
         return 2 * _numel(region, node.args[1]) + _numel(region, node.args[3])
     return 0
 

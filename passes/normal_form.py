@@ -1,7 +1,7 @@
 """The normal form of a region's graph, and how to read it.
 
 Every linear is a node `linear(x, weight, bias)` whose weight is a `get_attr` node under the parameter's own
-name, or the transpose of one. SiLU is `silu(x)`, relu squared in any spelling is `relu2(x)`.
+name, or the transpose of one. SiLU is `silu(x)`, ReLU `relu(x)`, relu squared in any spelling `relu2(x)`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
         elif (hidden := _squared_relu(node)) is not None:
             with graph.inserting_before(node):
                 replacement = graph.call_function(relu2, (hidden,))
+            replace_node(graph, node, replacement)
+        elif _calls(node, _RELU) and node.target is not F.relu and _pure(node):
+            with graph.inserting_before(node):
+                replacement = graph.call_function(F.relu, (_argument(node, 0, "input"),))
             replace_node(graph, node, replacement)
     graph.lint()
     return graph

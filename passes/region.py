@@ -40,11 +40,16 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """A buffer that an operation needs: zeros of this shape at first."""
+    """A buffer that an operation needs.
+
+    Attributes:
+        initial: its first value, from the region's parameters by local name; None: zeros.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     persistent: bool
+    initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,16 @@ class Region:
             del self.parameters[name]
         self.parameters.update(specs)
 
-    def add_buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, persistent: bool) -> None:
-        """Add a buffer; several passes may ask for the same one."""
-        self.buffers[name] = BufferSpec(shape, dtype, persistent)
+    def add_buffer(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        persistent: bool,
+        initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    ) -> None:
+        """Add a buffer (`BufferSpec`); several passes may ask for the same one."""
+        self.buffers[name] = BufferSpec(shape, dtype, persistent, initial)
 
 
 class RegionModule(fx.GraphModule):
@@ -178,12 +190,14 @@ def materialise(region: Region, generator: Callable[[str], torch.Generator]) -> 
         persistent = leaf not in region.module.get_submodule(path)._non_persistent_buffers_set
         parent, leaf = _namespace(module, name)
         parent.register_buffer(leaf, buffer, persistent=persistent)
-    device = next((spec.device for spec in region.parameters.values()), torch.device("cpu"))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
     for name, spec in region.buffers.items():
+        buffer = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        if spec.initial is not None and not buffer.is_meta:
+            buffer.copy_(spec.initial(parameters))
         parent, leaf = _namespace(module, name)
-        parent.register_buffer(
-            leaf, torch.zeros(spec.shape, dtype=spec.dtype, device=device), persistent=spec.persistent
-        )
+        parent.register_buffer(leaf, buffer, persistent=spec.persistent)
     for node in region.graph.nodes:
         if node.op == "call_module":
             parent, leaf = _namespace(module, node.target)

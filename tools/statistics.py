@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from act24.passes.activation24 import SCALE
 from act24.passes.activation_statistics import BUFFER
 from act24.passes.normal_form import parameter_name
 from act24.passes.region import RegionModule
-from act24.relu2 import STATISTICS
+from act24.sparse24.statistics import STATISTICS
 from act24.tools.processes import Processes
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What passed one relu² since the statistics were last read.
+    """What passed one activation since the statistics were last read.
 
     Attributes:
         layer: index of its block, or None outside one.
         site: name inside the block, `mlp` for the feed-forward network.
-        sparsity: share of zeros after relu², before 2:4.
+        sparsity: share of zeros after the activation, before 2:4.
+        crowded_groups: share of the groups of 4 features with more than 2 non-zeros.
         dropped_nonzeros: share of the non-zeros that 2:4 drops.
         dropped_energy: share of the squared activations that it drops.
+        feature_dropped_nonzeros, feature_dropped_energy: the same of 2:4 along the tokens, in the weight
+            gradients; None where they are dense.
+        dense_feature_energy: share of the squared activations in the features that split_gemm leaves dense.
+        scale: β of a soft method, 1 for the others.
     """
 
     layer: int | None
     site: str
     sparsity: float
+    crowded_groups: float
     dropped_nonzeros: float
     dropped_energy: float
+    feature_dropped_nonzeros: float | None = None
+    feature_dropped_energy: float | None = None
+    dense_feature_energy: float | None = None
+    scale: float = 1.0
 
 
 def read_activation_statistics_(model: nn.Module, processes: Processes) -> list[SiteStatistics]:
@@ -39,28 +51,47 @@ def read_activation_statistics_(model: nn.Module, processes: Processes) -> list[
 
     Sites that nothing has passed since are left out. Collective: every process has to call it.
     """
-    named = [(name, b) for name, b in model.named_buffers() if name.rpartition(".")[2] == BUFFER]
+    buffers = dict(model.named_buffers())
+    named = {name: buffer for name, buffer in buffers.items() if name.rpartition(".")[2] == BUFFER}
     if not named:
         return []
-    table = processes.sum_(torch.stack([buffer for _, buffer in named]).double())
-    for _, buffer in named:
+    table = processes.sum_(torch.stack(list(named.values())).double())
+    one = table.new_ones(())
+    scales = [buffers.get(name.removesuffix(BUFFER) + SCALE, one).double() for name in named]
+    table = torch.cat((table, torch.stack(scales)[:, None]), dim=1)  # one transfer for both
+    for buffer in named.values():
         buffer.zero_()
-    found = []
-    for (name, _), row in zip(named, table.tolist(), strict=True):
-        counts = dict(zip(STATISTICS, row, strict=True))
-        if counts["elements"]:
-            layer, site = split_layer(name.rpartition(".")[0])
-            nonzeros = counts["elements"] - counts["zeros"]
-            found.append(
-                SiteStatistics(
-                    layer,
-                    site,
-                    counts["zeros"] / counts["elements"],
-                    counts["dropped_nonzeros"] / max(nonzeros, 1),
-                    counts["dropped_energy"] / max(counts["energy"], torch.finfo(torch.float32).tiny),
-                )
-            )
-    return found
+    return [
+        _site_statistics(name, dict(zip(STATISTICS, row, strict=False)), scale=row[-1])
+        for name, row in zip(named, table.tolist(), strict=True)
+        if row[0]  # elements
+    ]
+
+
+def _site_statistics(name: str, counts: Mapping[str, float], scale: float) -> SiteStatistics:
+    def share(part: str, whole: float) -> float:
+        return counts[part] / whole if whole > 0 else 0.0
+
+    layer, site = split_layer(name.rpartition(".")[0])
+    feature_wise = counts["feature_nonzeros"] > 0
+    return SiteStatistics(
+        layer,
+        site,
+        sparsity=share("zeros", counts["elements"]),
+        crowded_groups=share("crowded_groups", counts["groups"]),
+        dropped_nonzeros=share("dropped_nonzeros", counts["elements"] - counts["zeros"]),
+        dropped_energy=share("dropped_energy", counts["energy"]),
+        feature_dropped_nonzeros=share("feature_dropped_nonzeros", counts["feature_nonzeros"])
+        if feature_wise
+        else None,
+        feature_dropped_energy=share("feature_dropped_energy", counts["feature_energy"])
+        if feature_wise
+        else None,
+        dense_feature_energy=share("dense_feature_energy", counts["feature_energy"])
+        if feature_wise
+        else None,
+        scale=scale,
+    )
 
 
 def split_layer(fqn: str) -> tuple[int | None, str]:

@@ -1,1 +1,6 @@
-"""2:4 sparsity: which entries stay, and the operations built on that."""
+"""2:4 sparsity: which entries stay, and the operations built on that.
+
+selection, soft_threshold, mvue: from four numbers to at most two.
+activation, feature_wise, calibration, statistics: 2:4 activations, their weight gradients, scales and counts.
+transposable, weight, linear, semi_structured: 2:4 weights, a drop-in linear, PyTorch's packed tensors.
+"""

@@ -1,125 +1,269 @@
-"""2:4 activations behind relu² (arXiv 2503.16672): the operations that `activation24` puts into a graph.
+"""2:4 activations behind relu² or relu (arXiv 2503.16672): what the pass `activation24` puts into a graph.
 
-Of every 4 consecutive features of relu(h)² the 2 largest stay. Squaring keeps the order of non-negative
-numbers, so the selection is made on relu(h): kept values r serve both the product, through r², and the
-derivative 2·r, and a dropped position, whose r is stored as 0, has no gradient by itself.
+Of every 4 consecutive features of the activation the 2 largest stay. Squaring keeps the order of non-negative
+numbers, so the selection is made on relu(h), and what is saved for backward is relu(h) alone: the mask, the
+2:4 values and the derivative are made from it again, by the same function.
 
 This is the plain-PyTorch reference: masked dense products, on any device.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from act24.operation import cast_for_autocast, operation
-from act24.relu2 import describe
-from act24.sparse24.selection import top2_of_4
+from act24.sparse24.feature_wise import TokenPermutation, sparsify_feature_wise, token_permutation
+from act24.sparse24.mvue import mvue_factor
+from act24.sparse24.selection import densest, top2_of_4
+from act24.sparse24.soft_threshold import third_largest
+from act24.sparse24.statistics import STATISTICS, feature_wise_statistics, token_wise_statistics
 
-Method = Literal["naive"]
-Backward = Literal["dense"]
+Function = Literal["relu2", "relu"]
+Method = Literal["naive", "soft_threshold", "mvue"]
+Backward = Literal["dense", "split_gemm", "sparse"]
+Estimator = Literal["masked", "ste"]
 
 
-class _Relu2Sparse24(torch.autograd.Function):
-    @staticmethod
-    def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        positive = torch.relu(hidden)
+class Options24(NamedTuple):
+    """How `activation24` makes an activation 2:4, and how gradients come back.
+
+    Attributes:
+        function: the activation, relu(h)² or relu(h).
+        method: the 2:4 value of an activation a. `"naive"`: the two largest of four stay as they are.
+            `"soft_threshold"`: less the third largest. `"mvue"`: two drawn at random, over their
+            probability, which is unbiased (`act24.sparse24.mvue`).
+        backward: weight gradients. `"dense"`: exact. `"split_gemm"`: 2:4 along the tokens, but for the
+            densest features. `"sparse"`: the same without that exception.
+        estimator: `"masked"`, the gradient of the function that ran: dropped positions get none, and the
+            gradient of h is 2:4 where the activation is. `"ste"`, straight through: as if nothing had been
+            dropped; it is not 2:4, so it goes with the dense backward only.
+        dense_ratio: share of the features that split_gemm leaves dense, those with the most non-zeros.
+        token_permutation: see `act24.sparse24.feature_wise`; of no meaning for the dense backward.
+        statistics: count what 2:4 does; else the statistics are zeros and cost nothing.
+    """
+
+    function: Function = "relu2"
+    method: Method = "naive"
+    backward: Backward = "dense"
+    estimator: Estimator = "masked"
+    dense_ratio: float = 0.05
+    token_permutation: TokenPermutation = "batch"
+    statistics: bool = False
+
+
+#: relu², hard selection, exact gradients.
+PLAIN = Options24()
+
+
+class Sparse24(NamedTuple):
+    """A 2:4 activation.
+
+    Attributes:
+        dense: the activation before 2:4.
+        mask: what stays, boolean.
+        value: the activation after 2:4, without the scale.
+        slope: d value / d h as the estimator has it.
+    """
+
+    dense: Tensor
+    mask: Tensor
+    value: Tensor
+    slope: Tensor
+
+
+def sparsify_token_wise(positive: Tensor, seed: Tensor | None, options: Options24) -> Sparse24:
+    """Make an activation 2:4 along the features.
+
+    Args:
+        positive: relu(h), `[..., F]`, F a multiple of 4.
+        seed: int64 scalar, for `"mvue"`.
+    """
+    squared = options.function == "relu2"
+    dense = positive * positive if squared else positive
+    derivative = 2 * positive if squared else (positive > 0).to(positive.dtype)
+    if options.method == "mvue":
+        assert seed is not None
+        factor = mvue_factor(dense, seed)
+        mask, value = factor > 0, (dense * factor).to(dense.dtype)
+        slope = (derivative * factor).to(dense.dtype)
+    else:
         mask = top2_of_4(positive)
-        kept = torch.where(mask, positive, 0)
-        return kept * kept, describe(positive, mask), kept
+        value = dense - third_largest(dense, mask) if options.method == "soft_threshold" else dense
+        value, slope = torch.where(mask, value, 0), torch.where(mask, derivative, 0)
+    return Sparse24(dense, mask, value, derivative if options.estimator == "ste" else slope)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, statistics, kept = output
-        ctx.mark_non_differentiable(statistics, kept)
-        ctx.save_for_backward(kept)
 
-    @staticmethod
-    def backward(ctx: Any, grad_sparse: Tensor, *_: Any) -> Tensor:
-        (kept,) = ctx.saved_tensors
-        return 2 * kept * grad_sparse
+class _TokenGroups(NamedTuple):
+    """The two sides of a weight gradient, a product that reduces over tokens.
+
+    Attributes:
+        real: boolean `[T]`, tokens that are no padding; None for all.
+        permutation: int64 `[T]`, the order in which tokens are grouped; None as it is.
+        dense: boolean `[F]`, the features that stay dense; None for none.
+    """
+
+    real: Tensor | None
+    permutation: Tensor | None
+    dense: Tensor | None
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """The dense side, `[T, n]`: padding zeroed, tokens in order."""
+        rows = rows if self.real is None else rows * self.real[:, None]
+        return rows if self.permutation is None else rows[self.permutation]
+
+    def sparse(self, rows: Tensor) -> Tensor:
+        """The side `[T, F]` that becomes 2:4 along the tokens."""
+        return sparsify_feature_wise(self.ordered(rows), self.dense)
+
+
+def _token_groups(positive: Tensor, pads: Tensor | None, options: Options24) -> _TokenGroups:
+    real = _real(pads)
+    permutation = token_permutation(positive.shape[:-1], options.token_permutation, positive.device)
+    if options.backward == "sparse":
+        return _TokenGroups(real, permutation, None)
+    nonzero = positive.flatten(0, -2) > 0
+    counts = (nonzero if real is None else nonzero & real[:, None]).sum(0)
+    return _TokenGroups(real, permutation, densest(counts, options.dense_ratio))
+
+
+def _real(pads: Tensor | None) -> Tensor | None:
+    return None if pads is None or not pads.ndim else ~pads.flatten()
+
+
+def _statistics(positive: Tensor, sparse: Sparse24, pads: Tensor | None, options: Options24) -> Tensor:
+    if not options.statistics:
+        return positive.new_zeros(len(STATISTICS), dtype=torch.float32)
+    rows = lambda tensor: tensor.flatten(0, -2)  # noqa: E731
+    counts = token_wise_statistics(rows(sparse.dense), rows(sparse.mask), _real(pads))
+    if options.backward != "dense":
+        groups = _token_groups(positive, pads, options)
+        value = groups.ordered(rows(sparse.value))
+        counts += feature_wise_statistics(value, sparsify_feature_wise(value, groups.dense), groups.dense)
+    return counts
 
 
 @operation
-def relu2_24(hidden: Tensor, method: Method = "naive") -> tuple[Tensor, Tensor]:
-    """relu² and 2:4 along the features, for a pre-activation that has no single linear before it, or
-    an activation with several consumers.
+def dense_statistics(hidden: Tensor, pads: Tensor | None = None, function: Function = "relu2") -> Tensor:
+    """The statistics of a dense activation: what naive 2:4 would drop, were it on.
 
     Args:
-        hidden: pre-activation `[..., F]`, F a multiple of 4.
-        method: `"naive"`, the two largest stay as they are.
+        hidden: pre-activation `[..., F]`. Where F is no multiple of 4 there are no groups, and nothing is
+            counted as dropped.
+        pads: as for `activation24`.
 
     Returns:
-        the 2:4 activation `[..., F]`, stored dense, and its statistics (`act24.relu2.STATISTICS`).
-        The gradient is that of the masked function: dropped positions get zero.
+        float32 `[len(STATISTICS)]`.
     """
-    return _Relu2Sparse24.apply(hidden)[:2]
+    positive = torch.relu(hidden.detach()).flatten(0, -2)
+    dense = positive * positive if function == "relu2" else positive
+    mask = torch.ones_like(dense, dtype=torch.bool) if dense.shape[1] % 4 else top2_of_4(positive)
+    return token_wise_statistics(dense, mask, _real(pads))
 
 
-class _Relu2Linear24(torch.autograd.Function):
+class _Activation24(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
+        x: Tensor,
+        weight_in: Tensor | None,
+        bias_in: Tensor | None,
+        weight_out: Tensor | None,
+        bias_out: Tensor | None,
+        scale: Tensor | None,
+        seed: Tensor | None,
+        pads: Tensor | None,
+        options: Options24,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        positive = torch.relu(F.linear(x, weight_in, bias_in))
-        mask = top2_of_4(positive)
-        kept = torch.where(mask, positive, 0)
-        return F.linear(kept * kept, weight_out, bias_out), describe(positive, mask), kept
+        positive = torch.relu(x if weight_in is None else F.linear(x, weight_in, bias_in))
+        sparse = sparsify_token_wise(positive, seed, options)
+        y = sparse.value if weight_out is None else F.linear(sparse.value, weight_out)
+        y = y if scale is None else y * scale.to(y.dtype)
+        y = y if bias_out is None else y + bias_out
+        return y, _statistics(positive, sparse, pads, options), positive
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight_in, _, weight_out, _ = inputs
-        _, statistics, kept = output
-        ctx.mark_non_differentiable(statistics, kept)
-        ctx.save_for_backward(x, weight_in, weight_out, kept)
+        x, weight_in, _, weight_out, _, scale, seed, pads, options = inputs
+        _, statistics, positive = output
+        ctx.mark_non_differentiable(statistics, positive)
+        x = None if weight_in is None else x  # else the input is h itself, of which relu(h) is enough
+        ctx.save_for_backward(x, weight_in, weight_out, scale, seed, pads, positive)
+        ctx.options = options
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight_in, weight_out, kept = ctx.saved_tensors
-        need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad
-        # The mask is in `kept` itself, so this gradient is 2:4 along the features like the activation.
-        grad_hidden = 2 * kept * (grad_output @ weight_out)
-        tokens = lambda tensor: tensor.flatten(0, -2)  # noqa: E731
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight_in, weight_out, scale, seed, pads, positive = ctx.saved_tensors
+        options: Options24 = ctx.options
+        need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
+        rows = lambda tensor: tensor.flatten(0, -2)  # noqa: E731
+
+        sparse = sparsify_token_wise(positive, seed, options)
+        grad_product = grad_y if scale is None else grad_y * scale.to(grad_y.dtype)
+        # `slope` carries the forward mask, so this gradient is 2:4 along the features as the activation is.
+        # A selection of its own would let dropped positions back in (3.735 beside 2.651 in the paper).
+        grad_hidden = sparse.slope * (grad_product if weight_out is None else grad_product @ weight_out)
+
+        sparse_side, dense_side = rows, rows
+        if options.backward != "dense" and (need_weight_in or need_weight_out):
+            groups = _token_groups(positive, pads, options)
+            sparse_side = lambda tensor: groups.sparse(rows(tensor))  # noqa: E731
+            dense_side = lambda tensor: groups.ordered(rows(tensor))  # noqa: E731
+        grad_x = grad_hidden if weight_in is None else grad_hidden @ weight_in if need_x else None
         return (
-            grad_hidden @ weight_in if need_x else None,
-            tokens(grad_hidden).T @ tokens(x) if need_weight_in else None,
-            tokens(grad_hidden).sum(0) if need_bias_in else None,
-            tokens(grad_output).T @ tokens(kept * kept) if need_weight_out else None,
-            tokens(grad_output).sum(0) if need_bias_out else None,
+            grad_x,
+            sparse_side(grad_hidden).T @ dense_side(x) if need_weight_in else None,
+            rows(grad_hidden).sum(0) if need_bias_in else None,
+            dense_side(grad_product).T @ sparse_side(sparse.value) if need_weight_out else None,
+            rows(grad_y).sum(0) if need_bias_out else None,
+            *(None,) * 4,
         )
 
 
 @operation
-def relu2_linear24(
+def activation24(
     x: Tensor,
-    weight_in: Tensor,
+    weight_in: Tensor | None,
     bias_in: Tensor | None,
-    weight_out: Tensor,
+    weight_out: Tensor | None,
     bias_out: Tensor | None,
-    method: Method = "naive",
-    backward: Backward = "dense",
+    scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    pads: Tensor | None = None,
+    options: Options24 = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """A feed-forward network linear → relu² → linear whose activation is 2:4 along the features.
+    """linear → relu² → 2:4 → linear; either linear may be missing.
 
-        y = (M ∘ relu(x W_inᵀ + b_in)²) W_outᵀ + b_out
+        h = x W_inᵀ + b_in        y = β T(relu(h)²) W_outᵀ + b_out
 
-    with M the two largest of every 4 features. Saved for backward: x, the weights, and relu(h) under the
-    mask, one F-wide tensor where the dense network keeps two.
+    T makes every four consecutive features 2:4. Products of the forward and of dX have their 2:4 operand
+    along the features, the weight gradients along the tokens. Saved for backward: x, the weights and relu(h).
 
     Args:
-        x: `[..., D]`.
-        weight_in: `[F, D]`, F a multiple of 4; bias_in: `[F]` or None.
-        weight_out: `[D_out, F]`; bias_out: `[D_out]` or None.
-        method: `"naive"`, the two largest stay as they are.
-        backward: `"dense"`, the exact gradient of the masked function (M taken as constant).
+        x: `[..., D]`; the pre-activation h, `[..., F]`, where `weight_in` is None.
+        weight_in: `[F, D]` or None, F a multiple of 4; bias_in: `[F]` or None.
+        weight_out: `[D_out, F]` or None, and then y is the 2:4 activation itself, stored dense.
+        bias_out: `[D_out]` or None.
+        scale: β, a scalar; None for 1. It gets no gradient.
+        seed: int64 scalar, needed by `"mvue"`; the same seed draws the same.
+        pads: boolean, the shape of x without its last dimension: True for padding, which the weight
+            gradients' selection and the statistics leave out. Its gradient has to be zero anyway, as it is
+            for padding behind a causal sequence. None, or a scalar, for no padding.
+        options: see `Options24`.
 
     Returns:
-        y `[..., D_out]` and the statistics of the activation (`act24.relu2.STATISTICS`).
+        y `[..., D_out]` and the statistics (`act24.sparse24.statistics.STATISTICS`).
 
-    Source: arXiv 2503.16672, Fig. 4, with all products of the backward dense.
+    Raises:
+        ValueError: F is not a multiple of 4, or the options contradict each other.
+
+    Source: arXiv 2503.16672, Fig. 4; soft thresholding from arXiv 2409.09099.
     """
+    if options.estimator == "ste" and options.backward != "dense":
+        raise ValueError(f"the straight-through gradient is not 2:4: no '{options.backward}' backward for it")
+    if options.method == "mvue" and seed is None:
+        raise ValueError("mvue draws at random: give a seed")
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
-    return _Relu2Linear24.apply(*tensors)[:2]
+    return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]

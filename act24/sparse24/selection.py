@@ -1,30 +1,33 @@
-"""Which two of four entries stay."""
+"""Which entries stay: two of every four, and the features that stay dense."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
-def top2_of_4(scores: Tensor) -> Tensor:
-    """The mask of the two largest scores in every four consecutive entries of the last dimension.
+def top2_of_4(scores: Tensor, dim: int = -1) -> Tensor:
+    """The mask of the two largest scores in every four consecutive entries along `dim`.
 
     Exactly two stay in every group: of equal scores the one with the lower index wins, so that groups
     with fewer than two distinct scores, all-zero ones too, still name two positions. The order is by
     value, not magnitude; pass `x.abs()` for magnitudes.
 
     Args:
-        scores: `[..., K]`, K a multiple of 4, finite.
+        scores: finite; size K along `dim`, K a multiple of 4.
 
     Returns:
-        boolean `[..., K]`.
+        boolean, the shape of `scores`.
 
     Raises:
         ValueError: K is not a multiple of 4.
     """
-    if scores.shape[-1] % 4:
-        raise ValueError(f"2:4 needs a last dimension that is a multiple of 4, got {tuple(scores.shape)}")
-    a, b, c, d = scores.unflatten(-1, (-1, 4)).unbind(-1)
+    if scores.shape[dim] % 4:
+        raise ValueError(f"2:4 needs a multiple of 4 along dimension {dim}, got {tuple(scores.shape)}")
+    dim %= scores.ndim
+    a, b, c, d = scores.unflatten(dim, (-1, 4)).unbind(dim + 1)
     # A tournament of six comparisons instead of a sort: `>=` lets the lower index win a tie, and an
     # entry stays when it loses at most one of its three games.
     ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
@@ -32,4 +35,19 @@ def top2_of_4(scores: Tensor) -> Tensor:
     keep_b = (~ab & bc) | (~ab & bd) | (bc & bd)
     keep_c = (~ac & ~bc) | (~ac & cd) | (~bc & cd)
     keep_d = (~ad & ~bd) | (~ad & ~cd) | (~bd & ~cd)
-    return torch.stack((keep_a, keep_b, keep_c, keep_d), dim=-1).flatten(-2)
+    return torch.stack((keep_a, keep_b, keep_c, keep_d), dim=dim + 1).flatten(dim, dim + 1)
+
+
+def densest(counts: Tensor, ratio: float) -> Tensor:
+    """The mask of the ⌈ratio · F⌉ features with the highest counts; of equal ones the lower index wins.
+
+    Args:
+        counts: `[F]`, non-zeros of each feature.
+        ratio: share of the features, 0 to 1.
+
+    Returns:
+        boolean `[F]`.
+    """
+    number = math.ceil(ratio * len(counts))
+    chosen = torch.argsort(counts, descending=True, stable=True)[:number]
+    return torch.zeros_like(counts, dtype=torch.bool).scatter(0, chosen, True)
