@@ -32,7 +32,7 @@ def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
         for key in keys:
             left, right = right, (left + _mix(right ^ key) % side) % side
         images[outside] = left * side + right
-        outside &= images >= np.uint64(size)
+        outside = images >= np.uint64(size)
     return images.astype(np.int64)
 
 

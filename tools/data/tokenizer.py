@@ -90,9 +90,9 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int32 `[vocab_size]`: how many bytes of UTF-8 text each token stands for; special tokens none.
 
-        Bits per byte are the nats of all predicted tokens / ln 2 / the sum of this over them. Exact for byte-level
-        vocabularies without a normaliser, whose pieces spell one byte a character. For others ("▁" is a space,
-        "<0x0A>" a byte) it counts the normalised text, with the spaces that the tokenizer adds.
+        Bits per byte are the nats of all predicted tokens / ln 2 / the sum of this over them. It is exact for
+        byte-level vocabularies without a normaliser, whose pieces spell one byte a character. For others
+        ("▁" is a space, "<0x0A>" a byte) it counts the normalised text, with the spaces the tokenizer adds.
         """
         byte_level = "ByteLevel" in json.dumps(json.loads(self._backend.to_str())["decoder"])
         added = self._backend.get_added_tokens_decoder()

@@ -92,6 +92,13 @@ def test_files_of_every_kind(corpora, kind):
     assert all(by_rank)
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_that_ranks_cannot_share_evenly_are_shared_by_document(shards):
+    texts = [[f"{shard}:{i}" for i in range(30)] for shard in range(shards)]
+    for rank in range(3):
+        assert len(list(Documents(shards_of(texts), {}, rank=rank, world_size=3))) == 10 * shards
+
+
 def test_what_is_held_out_depends_on_the_document_alone(tmp_path):
     texts = [f"document {i}" for i in range(2000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))

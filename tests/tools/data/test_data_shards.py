@@ -127,6 +127,15 @@ def test_limits_stop_after_the_document_that_reaches_them(corpora, tokenizer, tm
     assert seen[-1] == ("train", train["documents"], train["tokens"])
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_limit_that_a_document_reaches_exactly_is_reached(corpora, tokenizer, tmp_path, more):
+    data = corpora["text"].data()
+    documents = list(open_documents(data, "train", shuffle_seed=data.shuffle_seed))
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in documents[:3])
+    index = prepare_shards(data, tokenizer, tmp_path / "out", max_tokens=tokens + more)
+    assert index["splits"]["train"]["documents"] == 3 + more
+
+
 def test_a_damaged_file_is_named(prepared, tokenizer):
     folder = prepared[1]
     for name in ("train-00000.bin", "train-documents.bin"):
