@@ -42,6 +42,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
     """Bring a traced graph into normal form, in place."""
     for node in list(graph.nodes):
+        node.type = None  # annotations, which may be strings that pickle cannot look up
         if node.op == "call_module":
             _open_activation(graph, node, module.get_submodule(node.target))
     for node in list(graph.nodes):
