@@ -39,7 +39,7 @@ def rows_of(batches, count):
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("source", SOURCES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_resuming_twice_continues_with_exactly_the_next_row(sources, tokenizer, source, layout, data):
     """Other batch sizes after each resume, states through JSON, prefetching on."""
