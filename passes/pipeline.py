@@ -9,6 +9,7 @@ their step ranges say so (`Pipeline.lower_`), over the same parameters and buffe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,7 @@ from act24.initialise import generator_for
 from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
 from act24.passes.flops import region_flops
 from act24.passes.normal_form import is_linear
-from act24.passes.region import Region, RegionModule, lower_, materialise
+from act24.passes.region import Lowering, Region, RegionModule, lower_, lowering, materialise
 from act24.passes.report import Report, Row
 from act24.passes.tracing import trace
 
@@ -88,6 +89,7 @@ class Pipeline:
         self._passes = tuple(passes)
         self._seed = seed
         self._classes: dict[tuple[Any, ...], type] = {}
+        self._lowerings: dict[tuple[OperationalPass, ...], list[Lowering | None]] = {}
         self._rows: list[Row] = []
         self._misses: list[tuple[str, str, str]] = []
         self._operational = [p for p in self._passes if isinstance(p, OperationalPass)]
@@ -142,11 +144,23 @@ class Pipeline:
             whether anything changed. Parameters and buffers never do.
         """
         active = [p for p in self._operational if p.active(step) and p.name not in without]
-        changed = active != self._active
-        self._active = active
-        if changed:
-            self._lower()
-        return changed
+        return self._lower_to(active)
+
+    @contextmanager
+    def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:
+        """The model through other operational passes, over the same parameters and buffers, for as long as
+        the context lasts. They may need no buffer that the pipeline's own passes do not have."""
+        before = self._active
+        self._lower_to(list(passes))
+        try:
+            yield
+        finally:
+            self._lower_to(before)
+
+    @property
+    def active(self) -> tuple[OperationalPass, ...]:
+        """The operational passes in force."""
+        return tuple(self._active)
 
     @property
     def modules(self) -> tuple[RegionModule, ...]:
@@ -257,14 +271,28 @@ class Pipeline:
                 raise PassError(f"{other.name} and {p.name} both rewrite {region.name(match.path)}")
         site.matches += matches
 
+    def _lower_to(self, active: list[OperationalPass]) -> bool:
+        changed = active != self._active
+        self._active = active
+        if changed:
+            self._lower()
+        return changed
+
     def _lower(self) -> None:
-        for site in self._sites:
-            if site.module is None:
-                continue
-            region = site.base.copy()
-            for p in self._active:
-                p.apply(region, p.plan(region))
-            lower_(site.module, region.graph, self._classes)
+        key = tuple(self._active)
+        if key not in self._lowerings:  # evaluation comes back to the same few again and again
+            self._lowerings[key] = [self._lowering(site) for site in self._sites]
+        for site, made in zip(self._sites, self._lowerings[key], strict=True):
+            if site.module is not None and made is not None:
+                lower_(site.module, made, self._classes)
+
+    def _lowering(self, site: _Site) -> Lowering | None:
+        if site.module is None:
+            return None
+        region = site.base.copy()
+        for p in self._active:
+            p.apply(region, p.plan(region))
+        return lowering(region.graph, self._classes)
 
     def _make_report(self, lowered: list[Region]) -> Report:
         tensors = {id(t): t.numel() for t in self._model.parameters()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 
 #: First values of new parameters: (old values by local name, generator by local name) -> new values.
 Initialise = Callable[[Mapping[str, Tensor], Callable[[str], torch.Generator]], Mapping[str, Tensor]]
@@ -206,8 +207,17 @@ def materialise(region: Region, generator: Callable[[str], torch.Generator]) -> 
     return module
 
 
-def lower_(module: RegionModule, graph: fx.Graph, classes: dict[tuple[Any, ...], type]) -> None:
-    """Give a region's module another graph over the same tensors.
+@dataclass(frozen=True)
+class Lowering:
+    """A graph ready to run: with its code, and the class whose forward that is."""
+
+    graph: fx.Graph
+    code: PythonCode
+    region_class: type
+
+
+def lowering(graph: fx.Graph, classes: dict[tuple[Any, ...], type]) -> Lowering:
+    """Make a graph ready to run.
 
     Args:
         classes: the classes by code, filled here: equal code gets the class of the first.
@@ -219,11 +229,16 @@ def lower_(module: RegionModule, graph: fx.Graph, classes: dict[tuple[Any, ...],
         prototype.graph = copy_graph(graph)
         type(prototype)._shared = True  # type: ignore[attr-defined]
         classes[key] = type(prototype)
-    _set_class(module, classes[key], classes)
-    module._graph = graph
-    module._code = code.src
-    module._lineno_map = code._lineno_map
-    graph.owning_module = module
+    return Lowering(graph, code, classes[key])
+
+
+def lower_(module: RegionModule, to: Lowering, classes: dict[tuple[Any, ...], type]) -> None:
+    """Give a region's module another graph over the same tensors; `classes` as for `lowering`."""
+    _set_class(module, to.region_class, classes)
+    module._graph = to.graph
+    module._code = to.code.src
+    module._lineno_map = to.code._lineno_map
+    to.graph.owning_module = module
 
 
 def _set_class(module: RegionModule, region_class: type, classes: dict[tuple[Any, ...], type]) -> None:
