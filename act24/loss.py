@@ -51,14 +51,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_probabilities = _log_probabilities(rows, projection)
             chosen = log_probabilities.gather(1, target)
             # Summed now: a sum over collected chunks is fused by the compiler, which then holds all logits.
-            loss -= chosen.where(keep, 0.0).sum()
+            # Not `loss -=`: torch 2.11 takes an output that was written in place for a constant, and the
+            # compiled gradient is then zero without a word (tools/bench/check_operations.py).
+            loss = loss - chosen.where(keep, 0.0).sum()
             # softmax - onehot. The target's entry is written, not subtracted from: expm1 stays exact where p
             # is near 1, which p - 1 in bfloat16 does not.
             grad_logits = log_probabilities.exp_().to(rows.dtype)
             grad_logits.scatter_(1, target, chosen.expm1().to(rows.dtype))
             # Tokens without a target are dropped on the narrow side, [T, D], which spares a pass over [T, V].
             grad_hidden.append((grad_logits @ projection).where(keep, 0.0))
-            grad_weight += grad_logits.T @ rows.where(keep, 0.0)
+            grad_weight = grad_weight + grad_logits.T @ rows.where(keep, 0.0)
         return loss, torch.cat(grad_hidden), grad_weight.to(weight.dtype)
 
     @staticmethod

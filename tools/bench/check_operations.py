@@ -1,0 +1,67 @@
+"""Compiled gradients against eager ones, for every operation with a hand-written backward, on this machine.
+
+    python -m act24.tools.bench.check_operations
+
+torch.compile inlines such backwards in its own way in each release, and can be wrong without an error: under
+torch 2.11 an output that was accumulated in place got gradients of zero. CI runs one release and no GPU, so
+this is a command, to be run on each machine and release that matters. Exits with status 1 on a difference.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from act24.loss import cross_entropy_sum
+from act24.sparse24.activation import relu2_24, relu2_linear24
+
+Case = tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Every operation at a small size, as a function of the tensors that get gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device).requires_grad_()
+
+    labels = torch.randint(50, (4, 64), generator=generator).to(device)
+    yield (
+        "cross_entropy_sum",
+        lambda hidden, weight: cross_entropy_sum(hidden, weight, labels, 64)[0],
+        (draw(4, 64, 32), draw(50, 32)),
+    )
+    yield "relu2_24", lambda hidden: relu2_24(hidden)[0].sin().sum(), (draw(64, 32),)
+    yield (
+        "relu2_linear24",
+        lambda x, w_in, w_out: relu2_linear24(x, w_in, None, w_out, None)[0].sin().sum(),
+        (draw(64, 32), draw(128, 32), draw(32, 128)),
+    )
+
+
+def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of the scalar that `function` returns."""
+    return torch.autograd.grad(function(*inputs), inputs)
+
+
+def main() -> None:
+    """Print one line an operation; the largest relative difference over its inputs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"torch {torch.__version__} on {device}")
+    failed = False
+    for name, function, inputs in cases(device):
+        torch._dynamo.reset()
+        eager = gradients(function, inputs)
+        compiled = gradients(torch.compile(function, fullgraph=True), inputs)
+        worst = max(float((a - b).norm() / a.norm()) for a, b in zip(eager, compiled, strict=True))
+        wrong = not worst < 1e-3  # tf32 products differ by some 1e-4
+        failed |= wrong
+        print(f"{name:24} {worst:.1e} {'WRONG' if wrong else 'ok'}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
