@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from act24.loss import cross_entropy_sum
-from act24.sparse24.activation import relu2_24, relu2_linear24
+from act24.sparse24.activation import Options24, activation24
 
 Case = tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]
 
@@ -34,12 +34,28 @@ def cases(device: str) -> Iterator[Case]:
         lambda hidden, weight: cross_entropy_sum(hidden, weight, labels, 64)[0],
         (draw(4, 64, 32), draw(50, 32)),
     )
-    yield "relu2_24", lambda hidden: relu2_24(hidden)[0].sin().sum(), (draw(64, 32),)
-    yield (
-        "relu2_linear24",
-        lambda x, w_in, w_out: relu2_linear24(x, w_in, None, w_out, None)[0].sin().sum(),
-        (draw(64, 32), draw(128, 32), draw(32, 128)),
-    )
+    seed = torch.tensor(7, device=device)
+    for options in (
+        Options24(),
+        Options24(method="soft_threshold"),
+        Options24(method="mvue"),
+        Options24(backward="split_gemm"),
+        Options24(backward="sparse"),
+        Options24(estimator="ste"),
+    ):
+        name = f"activation24, {options.method}, {options.backward}, {options.estimator}"
+
+        def network(x: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24 = options) -> Tensor:
+            return (
+                activation24(x, weight_in, None, weight_out, None, seed=seed, options=options)[0].sin().sum()
+            )
+
+        yield name, network, (draw(64, 32), draw(128, 32), draw(32, 128))
+
+    def bottleneck(hidden: Tensor) -> Tensor:
+        return activation24(hidden, None, None, None, None)[0].sin().sum()
+
+    yield "activation24, no linear", bottleneck, (draw(64, 32),)
 
 
 def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -59,7 +75,7 @@ def main() -> None:
         worst = max(float((a - b).norm() / a.norm()) for a, b in zip(eager, compiled, strict=True))
         wrong = not worst < 1e-3  # tf32 products differ by some 1e-4
         failed |= wrong
-        print(f"{name:24} {worst:.1e} {'WRONG' if wrong else 'ok'}")
+        print(f"{name:44} {worst:.1e} {'WRONG' if wrong else 'ok'}")
     sys.exit(failed)
 
 
