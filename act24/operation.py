@@ -35,10 +35,11 @@ def operation(function: Function) -> Function:
 def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in the dtype that autocast would give a matrix product, or as they are outside it.
 
-    A hand-written backward runs outside autocast, so the casts have to lie outside the function.
+    A hand-written backward runs outside autocast, so the casts have to lie outside the function. Float64
+    stays, as autocast has it.
     """
     device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,501 @@
+"""The pipeline: order, all or nothing, step ranges, seeds, state dicts in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from toys import Relu2MLP, SwiGLU, Trunk, features, llama, tokens
+
+from act24.initialise import generator_for
+from act24.llama import LlamaForCausalLM, llama_config
+from act24.passes import (
+    Activation24,
+    ActivationStatistics,
+    Match,
+    PassError,
+    Pipeline,
+    Plan,
+    Region,
+    Relu2FFN,
+    StateMap,
+    apply_,
+    plan,
+)
+from act24.passes.base import StructuralPass
+from act24.passes.normal_form import bias_name, nodes_of, weight_name
+from act24.passes.region import ParameterSpec, RegionModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubled(StructuralPass):
+    """`linear(x, W) ==> linear(x, H) + linear(x, H)` with H = W / 2: a pass whose way back is exact."""
+
+    name: ClassVar[str] = "doubled"
+
+    def plan(self, region: Region) -> Plan:
+        matches = []
+        for node in nodes_of(region.graph, F.linear):
+            name = weight_name(node) or ""
+            path = name.rpartition(".")[0]
+            if name.endswith("weight") and bias_name(node) is None and self.selects(region, path):
+                spec = region.parameters[name]
+                half = f"{path}.halved" if path else "halved"
+                matches.append(
+                    Match(
+                        path=path,
+                        before="linear",
+                        after="linear twice",
+                        nodes=(node, name, half),
+                        parameters_before=spec.numel(),
+                        parameters_after=spec.numel(),
+                        state=StateMap(
+                            removes=(name,),
+                            creates=(half,),
+                            from_stock=lambda old, n=name, h=half: {h: old[n] / 2},
+                            to_stock=lambda new, n=name, h=half: {n: new[h] * 2},
+                            exact=True,
+                        ),
+                    )
+                )
+        return Plan(tuple(matches), absent="no linear without bias")
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        node, name, half = match.nodes
+        spec = region.parameters[name]
+        region.create(
+            {half: ParameterSpec(spec.shape, spec.dtype, spec.device)},
+            lambda old, generator: {half: old[name] / 2},
+            replaces=(name,),
+        )
+        with region.graph.inserting_after(node):
+            total = region.graph.call_function(torch.mul, (node, 2))
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        with region.graph.inserting_before(node):
+            weight = region.graph.get_attr(half)
+        old = node.args[1]
+        node.args = (node.args[0], weight, node.args[2])
+        if not old.users:
+            region.graph.erase_node(old)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(StructuralPass):
+    """Finds its place and then fails to build what it planned."""
+
+    name: ClassVar[str] = "broken"
+
+    def plan(self, region: Region) -> Plan:
+        return Plan((Match("", "module", "ruin", None, 0, 0),))
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        spec = ParameterSpec(torch.Size((1,)), torch.float32, torch.device("cpu"))
+        region.create({"ruin": spec}, self._fail)
+
+    @staticmethod
+    def _fail(old: Mapping[str, Tensor], generator: Any) -> dict[str, Tensor]:
+        raise MemoryError("no room")
+
+
+def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Modules, parameters and buffers by identity, and their values."""
+    modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return [*modules, *((name, id(t), t.detach().clone().tolist()) for name, t in tensors.items())]
+
+
+# Order and collisions
+
+
+def test_structural_passes_come_first() -> None:
+    with pytest.raises(PassError, match="relu2_ffn stands behind activation24"):
+        Pipeline(llama(), [Activation24(), Relu2FFN()])
+
+
+def test_observing_passes_come_last() -> None:
+    with pytest.raises(PassError, match="activation24 stands behind activation_statistics"):
+        Pipeline(llama(), [Relu2FFN(), ActivationStatistics(), Activation24()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere(StructuralPass):
+    """Always finds the first projection of a block."""
+
+    name: ClassVar[str] = "elsewhere"
+
+    def plan(self, region: Region) -> Plan:
+        return Plan((Match("self_attn.q_proj", "linear", "linear", None, 0, 0),))
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        pass
+
+
+def test_two_structural_passes_on_one_place() -> None:
+    model = llama()
+    before = fingerprint(model)
+    both = r"doubled and elsewhere both rewrite model\.layers\.0\.self_attn\.q_proj"
+    with pytest.raises(PassError, match=both):
+        apply_(model, [Doubled(targets=("*.q_proj",)), Elsewhere()])
+    assert fingerprint(model) == before
+
+
+def test_passes_see_what_earlier_ones_left() -> None:
+    model = llama()
+    report = apply_(model, [Relu2FFN(), Doubled(targets=("*.up_proj",))]).report
+    assert [(row.pass_name, row.fqn) for row in report.rows] == [
+        *(("relu2_ffn", f"model.layers.{i}.mlp") for i in (0, 1)),
+        *(("doubled", f"model.layers.{i}.mlp.up_proj") for i in (0, 1)),
+    ]
+    assert model.model.layers[0].mlp.up_proj.halved.shape == (128, 32)
+
+
+# All or nothing
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        Doubled(targets=("nothing",)),
+        Relu2FFN(targets=("model.layers.0.*",)),  # the SwiGLU is gone by then
+        Broken(),
+    ],
+)
+def test_nothing_is_half_applied(late: StructuralPass) -> None:
+    model = llama()
+    before = fingerprint(model)
+    with pytest.raises((PassError, MemoryError)):
+        apply_(model, [Relu2FFN(), late])
+    assert fingerprint(model) == before
+    apply_(model, [Relu2FFN()])  # and the model is still good for another try
+
+
+def test_a_failing_operational_pass_of_a_later_interval_fails_at_once() -> None:
+    model = llama()
+    before = fingerprint(model)
+    with pytest.raises(PassError, match="activation24 matches nothing"):
+        apply_(model, [Activation24(from_step=1000)])
+    assert fingerprint(model) == before
+
+
+def test_planning_touches_nothing() -> None:
+    model = llama()
+    before = fingerprint(model)
+    report = plan(model, [Relu2FFN(), Activation24()])
+    assert len(report.rows) == 4
+    assert fingerprint(model) == before
+
+
+def test_planning_on_meta_allocates_nothing() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama_config("llama-1b", intermediate_size=5472))
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            assert not isinstance(result, Tensor) or result.is_meta, func
+            return result
+
+    with Watch():
+        report = plan(model, [Relu2FFN(), Activation24(from_step=10)])
+    assert report.parameters_before == 1_340_704_768
+    assert report.parameters_after == report.parameters_before + 24 * 2048 * (2 * 8192 - 3 * 5472)
+
+
+def test_meta_model_is_rewritten_on_meta() -> None:
+    with torch.device("meta"):
+        model = Trunk(SwiGLU)
+    apply_(model, [Relu2FFN(), Activation24()])
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert model(torch.empty(3, 16, device="meta")).shape == (3, 16)
+
+
+def test_committing_twice() -> None:
+    pipeline = apply_(llama(), [Relu2FFN()])
+    with pytest.raises(PassError, match="already committed"):
+        pipeline.commit_()
+
+
+def test_rewriting_twice() -> None:
+    model = llama()
+    apply_(model, [Relu2FFN()])
+    with pytest.raises(PassError, match="already rewritten"):
+        apply_(model, [Activation24()])
+
+
+# Hooks
+
+
+HOOKS = {
+    "register_forward_hook": lambda *_: None,
+    "register_forward_pre_hook": lambda *_: None,
+    "register_full_backward_hook": lambda *_: None,
+    "register_full_backward_pre_hook": lambda *_: None,
+}
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooks_inside_a_region_are_refused_by_name(register: str) -> None:
+    model = llama()
+    handle = getattr(model.model.layers[1].mlp.up_proj, register)(HOOKS[register])
+    before = fingerprint(model)
+    with pytest.raises(PassError, match=r"model\.layers\.1\.mlp\.up_proj has a hook"):
+        apply_(model, [Relu2FFN()])
+    assert fingerprint(model) == before
+    handle.remove()
+    apply_(model, [Relu2FFN()])
+
+
+def test_hooks_outside_what_is_rewritten_are_welcome() -> None:
+    model = Trunk(SwiGLU)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append("model"))
+    model.blocks[1].register_forward_hook(lambda *_: seen.append("block"))
+    apply_(model, [Relu2FFN(targets=("blocks.0.*",))])
+    model(features(2, 16))
+    assert seen == ["block", "model"]
+
+
+def test_hooks_on_what_stands_afterwards_work() -> None:
+    model = Trunk(SwiGLU)
+    apply_(model, [Relu2FFN()])
+    seen = []
+    model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    model(features(2, 16))
+    assert seen == [1]
+
+
+# Step ranges
+
+
+def targets_of(module: nn.Module) -> set[str]:
+    assert isinstance(module, fx.GraphModule)
+    return {node.target.__name__ for node in module.graph.nodes if node.op == "call_function"}
+
+
+def test_step_ranges_swap_operations_over_the_same_parameters() -> None:
+    model = Trunk(lambda: Relu2MLP(bias=True))
+    dense = Trunk(lambda: Relu2MLP(bias=True))
+    dense.load_state_dict(model.state_dict())
+    pipeline = apply_(model, [Activation24(from_step=10, until_step=20)])
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    x = features(4, 16)
+    assert pipeline.boundaries == (10, 20)
+    seen = {}
+    for step in (0, 9, 10, 19, 20, 100, 15, 3):
+        changed = pipeline.lower_(step)
+        sparse = 10 <= step < 20
+        seen[step] = changed
+        assert ("relu2" not in targets_of(model.blocks[0])) == sparse
+        assert torch.equal(model(x), dense(x)) != sparse
+        assert {name: id(p) for name, p in model.named_parameters()} == parameters
+        assert model.state_dict().keys() == dense.state_dict().keys()
+    assert seen == {0: False, 9: False, 10: True, 19: False, 20: True, 100: False, 15: True, 3: True}
+
+
+def test_a_run_may_begin_inside_a_range() -> None:
+    model, straight = (Trunk(Relu2MLP) for _ in range(2))
+    straight.load_state_dict(model.state_dict())
+    apply_(model, [Activation24(from_step=10)], step=12)
+    apply_(straight, [Activation24()])
+    assert torch.equal(model(features(4, 16)), straight(features(4, 16)))
+
+
+def test_passes_may_follow_each_other() -> None:
+    """Ranges of one pass that do not overlap; where they do, the second finds nothing to rewrite."""
+    model = Trunk(Relu2MLP)
+    pipeline = apply_(model, [Activation24(until_step=5), Activation24(from_step=7)])
+    assert pipeline.boundaries == (5, 7)
+    assert [bool(pipeline.lower_(step)) for step in (4, 5, 6, 7)] == [False, True, False, True]
+    with pytest.raises(PassError, match="activation24 matches nothing"):
+        apply_(Trunk(Relu2MLP), [Activation24(until_step=8), Activation24(from_step=7)])
+
+
+def test_leaving_a_pass_out() -> None:
+    model = Trunk(Relu2MLP)
+    x = features(4, 16)
+    expected = model(x)
+    pipeline = apply_(model, [Activation24()])
+    sparse = model(x)
+    pipeline.lower_(0, without=["activation24"])
+    assert torch.equal(model(x), expected)
+    pipeline.lower_(0)
+    assert torch.equal(model(x), sparse)
+
+
+def test_step_ranges_that_make_no_sense() -> None:
+    with pytest.raises(PassError, match="from_step must be 0 or more"):
+        Activation24(from_step=-1)
+    with pytest.raises(PassError, match=r"until_step \(5\)"):
+        Activation24(from_step=5, until_step=5)
+    with pytest.raises(TypeError):
+        Relu2FFN(from_step=5)  # type: ignore[call-arg]
+
+
+# Seeds
+
+
+def parameters_with(passes: list[Any], seed: int = 0) -> dict[str, Tensor]:
+    model = llama(3)
+    apply_(model, passes, seed=seed)
+    return dict(model.named_parameters())
+
+
+def test_a_pass_on_one_layer_does_not_move_the_start_of_others() -> None:
+    all_layers = parameters_with([Relu2FFN()])
+    some = parameters_with([Relu2FFN(ignore=("model.layers.1.*",))])
+    for name, value in some.items():
+        if ".layers.1." not in name:
+            assert torch.equal(value, all_layers[name])
+    assert "model.layers.1.mlp.gate_proj.weight" in some
+
+
+def test_starts_follow_seed_and_name() -> None:
+    first, again, other = (parameters_with([Relu2FFN()], seed) for seed in (0, 0, 1))
+    fresh = [f"model.layers.{i}.mlp.{p}_proj.weight" for i in range(3) for p in ("up", "down")]
+    for name in fresh:
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
+        expected = torch.empty(first[name].shape).normal_(0, 0.02, generator=generator_for(0, name))
+        assert torch.equal(first[name], expected)
+    assert not torch.equal(first[fresh[0]], first[fresh[2]])
+    kept = set(first) - set(fresh)
+    assert all(torch.equal(first[name], other[name]) for name in kept)
+
+
+def test_the_global_generator_and_default_dtype_play_no_part() -> None:
+    first = parameters_with([Relu2FFN()])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    default = torch.get_default_dtype()
+    model = llama(3)
+    try:
+        torch.set_default_dtype(torch.float64)
+        apply_(model, [Relu2FFN()])
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, first[name]) for name, value in model.named_parameters())
+
+
+# State dicts
+
+
+def test_state_dict_round_trip_of_an_exact_pass() -> None:
+    model, stock = llama(), llama(seed=1)
+    pipeline = apply_(model, [Doubled(targets=("*_proj",), ignore=("*.k_proj",))])
+    mapped, fresh = pipeline.state_from_stock(stock.state_dict())
+    assert fresh == ()
+    model.load_state_dict(mapped)
+    torch.testing.assert_close(model(tokens()), stock(tokens()))
+    back = pipeline.state_to_stock(model.state_dict())
+    assert back.keys() == stock.state_dict().keys()
+    assert all(torch.equal(back[name], value) for name, value in stock.state_dict().items())
+
+
+def test_values_are_carried_over_on_apply() -> None:
+    model = llama()
+    expected = model(tokens())
+    apply_(model, [Doubled(targets=("*_proj",))])
+    torch.testing.assert_close(model(tokens()), expected)
+
+
+def test_relu2_ffn_says_what_starts_anew_and_why_there_is_no_way_back() -> None:
+    stock = llama()
+    model = llama()
+    pipeline = apply_(model, [Relu2FFN()])
+    mapped, fresh = pipeline.state_from_stock(stock.state_dict())
+    assert fresh == tuple(f"model.layers.{i}.mlp.{p}_proj.weight" for i in (0, 1) for p in ("up", "down"))
+    result = model.load_state_dict(mapped, strict=False)
+    assert tuple(result.missing_keys) == fresh
+    assert not result.unexpected_keys
+    with pytest.raises(PassError, match=r"model\.layers\.1\.mlp has no stock form: SwiGLU and relu²"):
+        pipeline.state_to_stock(model.state_dict())
+
+
+def test_what_follows_from_a_fresh_parameter_is_fresh() -> None:
+    pipeline = Pipeline(llama(1), [Relu2FFN(), Doubled(targets=("*.up_proj", "*.q_proj"))])
+    stock = llama(1).state_dict()
+    mapped, fresh = pipeline.state_from_stock(stock)
+    assert fresh == ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.halved")
+    assert mapped.keys() | set(fresh) == (
+        stock.keys()
+        - {f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up")}
+        - {"model.layers.0.self_attn.q_proj.weight"}
+        | {"model.layers.0.mlp.up_proj.halved", "model.layers.0.self_attn.q_proj.halved"}
+    )
+
+
+def test_a_missing_name_is_named() -> None:
+    model = llama()
+    pipeline = apply_(model, [Doubled(targets=("*.q_proj",))])
+    stock = llama().state_dict()
+    del stock["model.layers.1.self_attn.q_proj.weight"]
+    with pytest.raises(PassError, match=r"no model\.layers\.1\.self_attn\.q_proj\.weight"):
+        pipeline.state_from_stock(stock)
+    own = model.state_dict()
+    del own["model.layers.0.self_attn.q_proj.halved"]
+    with pytest.raises(PassError, match=r"no model\.layers\.0\.self_attn\.q_proj\.halved"):
+        pipeline.state_to_stock(own)
+
+
+def test_state_of_a_shared_module() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False))
+    model = nn.ModuleList([mlp, nn.Sequential(nn.Linear(4, 4)), mlp])
+    stock = {name: value.clone() for name, value in model.state_dict().items()}
+    pipeline = apply_(model, [Doubled()])
+    assert model[0] is model[2]
+    assert isinstance(model[0], RegionModule)
+    mapped, fresh = pipeline.state_from_stock(stock)
+    assert not fresh
+    assert mapped.keys() == model.state_dict().keys()
+    back = pipeline.state_to_stock(model.state_dict())
+    assert back.keys() == stock.keys()
+    assert all(torch.equal(back[name], value) for name, value in stock.items())
+
+
+# Messages
+
+
+def test_no_match_names_what_is_there_instead() -> None:
+    with pytest.raises(PassError) as error:
+        apply_(Trunk(Relu2MLP, layers=3), [Relu2FFN()])
+    assert str(error.value) == (
+        "relu2_ffn matches nothing. blocks.0 [Block] and 2 more: "
+        "2 linears, but no down(silu(gate(x)) * up(x))"
+    )
+
+
+def test_no_match_names_targets_and_what_did_not_trace() -> None:
+    class Open(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+            return self.mlp(x)
+
+    with pytest.raises(PassError) as error:
+        apply_(nn.ModuleList([Open(), Open()]), [Relu2FFN(targets=("*.mlp",))])
+    assert str(error.value) == (
+        "relu2_ffn matches nothing within targets ['*.mlp']. 0.mlp [Linear] and 1 more: a single linear. "
+        "Not traced: 0 [Open] and 1 more: its forward takes open arguments"
+    )
+
+
+def test_no_match_where_there_is_no_linear_at_all() -> None:
+    with pytest.raises(PassError, match="The model has no region"):
+        apply_(nn.Sequential(nn.LayerNorm(4)), [Relu2FFN()])
+
+
+def test_optional_passes_may_find_nothing() -> None:
+    model = Trunk(Relu2MLP)
+    before = fingerprint(model)
+    report = apply_(model, [Relu2FFN(optional=True)]).report
+    assert report.rows == ()
+    assert str(report).startswith("nothing to rewrite")
+    assert fingerprint(model) == before
