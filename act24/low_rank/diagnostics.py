@@ -1,0 +1,29 @@
+"""What tells how factors fare, on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balance(weight_in: Tensor, weight_out: Tensor) -> Tensor:
+    """|weight_out| / |weight_in|, Frobenius norms: 1 for balanced factors. Stacks to `[n]`, float32."""
+    norm_in = weight_in.float().norm(dim=(-2, -1))
+    return weight_out.float().norm(dim=(-2, -1)) / norm_in.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def largest_singular_value(weight_in: Tensor, weight_out: Tensor, iterations: int = 20) -> Tensor:
+    """σ_max of W = weight_out weight_in, from below, by power iteration. Stacks to `[n]`, float32.
+
+    The iteration takes place in R dimensions: for x = weight_inᵀ q, WᵀW x = weight_inᵀ (G_out G_in q).
+    """
+    weight_in, weight_out = weight_in.float(), weight_out.float()
+    gram_in, gram_out = weight_in @ weight_in.mT, weight_out.mT @ weight_out
+    tiny = torch.finfo(torch.float32).tiny
+    q = torch.ones_like(gram_in[..., :1])  # the same in every run
+    for _ in range(iterations):
+        q = gram_out @ (gram_in @ q)
+        q = q / q.norm(dim=-2, keepdim=True).clamp(min=tiny)
+    image = gram_in @ q
+    stretch = (image * (gram_out @ image)).sum((-2, -1)) / (q * image).sum((-2, -1)).clamp(min=tiny)
+    return stretch.clamp(min=0).sqrt()

@@ -1,0 +1,53 @@
+"""The singular value decomposition of dense weights, cut off at a rank, through one eigendecomposition.
+
+Of the two Gram matrices the smaller is decomposed, in float64, where squaring the singular values costs
+nothing that float32 weights could show. For `[5461, 2048]` that is an order of magnitude less work than a
+full decomposition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def right_spectrum(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """The right singular vectors times their singular values, largest first.
+
+    Args:
+        dense: `[n, out, in]`, any floating dtype.
+
+    Returns:
+        float64: s `[n, k]` and the rows s_i v_i `[n, k, in]`, with k = min(out, in). Their column norms over
+        a window of rows are the column norms of that part of `dense`.
+    """
+    dense = dense.double()
+    if dense.shape[-2] >= dense.shape[-1]:
+        values, vectors = torch.linalg.eigh(dense.mT @ dense)
+        singular = values.flip(-1).clamp(min=0).sqrt()
+        return singular, singular[..., None] * vectors.flip(-1).mT
+    values, vectors = torch.linalg.eigh(dense @ dense.mT)
+    return values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1).mT @ dense
+
+
+def truncated_factors(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of rank R, with √s on each side.
+
+    Args:
+        dense: `[n, out, in]`.
+
+    Returns:
+        float32 or wider, as `dense`: weight_in `[n, R, in]` and weight_out `[n, out, R]`.
+    """
+    return factors_of(dense, *right_spectrum(dense), rank)
+
+
+def factors_of(dense: Tensor, singular: Tensor, scaled: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`truncated_factors` from a spectrum that `right_spectrum` gave."""
+    singular, scaled = singular[..., :rank, None], scaled[..., :rank, :]
+    # W v_i / √s_i = √s_i u_i; where s_i is zero the row is, and both factors get zeros.
+    root = torch.where(singular > 0, singular, torch.inf).sqrt()
+    weight_in = scaled / root
+    weight_out = dense.double() @ (scaled / root**3).mT
+    dtype = torch.promote_types(dense.dtype, torch.float32)
+    return weight_in.to(dtype), weight_out.to(dtype)
