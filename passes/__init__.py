@@ -6,6 +6,9 @@ if __name__ != "act24.passes":
 from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
 from act24.passes.base import Match, OperationalPass, Pass, PassError, PassResult, Plan, StateMap
+from act24.passes.cola import Cola
+from act24.passes.lost import Lost
+from act24.passes.low_rank import LowRank
 from act24.passes.pipeline import Pipeline, apply_, plan
 from act24.passes.region import Region
 from act24.passes.relu2_ffn import Relu2FFN
@@ -13,12 +16,17 @@ from act24.passes.tracing import trace
 
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
 #: happen to lie in a folder.
-REGISTRY: dict[str, type[Pass]] = {cls.name: cls for cls in (Relu2FFN, Activation24, ActivationStatistics)}
+REGISTRY: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (Relu2FFN, LowRank, Cola, Lost, Activation24, ActivationStatistics)
+}
 
 __all__ = [
     "REGISTRY",
     "Activation24",
     "ActivationStatistics",
+    "Cola",
+    "Lost",
+    "LowRank",
     "Match",
     "OperationalPass",
     "Pass",

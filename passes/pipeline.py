@@ -112,16 +112,38 @@ class Pipeline:
     def __str__(self) -> str:
         return str(self.report)
 
-    def commit_(self) -> None:
+    @property
+    def needs_column_scores(self) -> tuple[str, ...]:
+        """The dense weights of which `commit_` wants a score for each input channel, measured by the shell:
+        those that `lost` with `method = "gradient"` takes columns from."""
+        return tuple(
+            site.base.name(name)
+            for site in self._sites
+            for new in site.base.created
+            if new.scored
+            for name in new.sources
+        )
+
+    def commit_(self, column_scores: Mapping[str, Tensor] | None = None) -> None:
         """Build all new modules, then put each where its region was traced.
 
+        Args:
+            column_scores: `[in]` for each of `needs_column_scores`; not looked at on the meta device.
+
         Raises:
-            PassError: that was done before.
+            PassError: that was done before, or scores are missing.
         """
         if self.modules:
             raise PassError("this pipeline was already committed")
+        on_meta = any(p.is_meta for p in self._model.parameters())
+        missing = [n for n in self.needs_column_scores if n not in (column_scores or {}) and not on_meta]
+        if missing:
+            raise PassError(
+                f"{len(missing)} weights, {missing[0]} the first, need column scores, measured on the first "
+                "batch: pass them to Pipeline.commit_(column_scores=...)"
+            )
         built: list[tuple[_Site, RegionModule]] = [
-            (site, materialise(site.base, lambda name: generator_for(self._seed, name)))
+            (site, materialise(site.base, lambda name: generator_for(self._seed, name), column_scores))
             for site in self._sites
             if site.touched
         ]
@@ -162,10 +184,24 @@ class Pipeline:
         """The operational passes in force."""
         return tuple(self._active)
 
+    def places(self, pass_name: str) -> tuple[str, ...]:
+        """The fully qualified names of what a structural pass rewrites, each once."""
+        return tuple(
+            site.traced.name(path)
+            for site in self._sites
+            for path, p in site.claims.items()
+            if p.name == pass_name
+        )
+
     @property
     def modules(self) -> tuple[RegionModule, ...]:
         """The graph modules that stand in the model."""
-        return tuple(site.module for site in self._sites if site.module is not None)
+        return tuple(self.regions.values())
+
+    @property
+    def regions(self) -> dict[str, RegionModule]:
+        """The same, by the first place where each stands."""
+        return {site.traced.fqn: site.module for site in self._sites if site.module is not None}
 
     def state_from_stock(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """A stock state dict as the rewritten model's, and the names that it cannot fill.

@@ -55,11 +55,21 @@ class BufferSpec:
 
 @dataclass(frozen=True)
 class NewParameters:
-    """Parameters that a pass creates: `initialise` makes the values of `names` from those of `sources`."""
+    """Parameters that a pass creates: `initialise` makes the values of `names` from those of `sources`.
+
+    It may make first values of persistent buffers as well. Where `scored` is set it finds, beside each
+    source, what the shell measured of it, under `column_scores_key`.
+    """
 
     sources: tuple[str, ...]
     names: tuple[str, ...]
     initialise: Initialise
+    scored: bool = False
+
+
+def column_scores_key(weight: str) -> str:
+    """Where `initialise` finds the scores of a weight's input channels."""
+    return f"{weight}:column_scores"
 
 
 @dataclass
@@ -120,9 +130,10 @@ class Region:
         specs: Mapping[str, ParameterSpec],
         initialise: Initialise,
         replaces: tuple[str, ...] = (),
+        scored: bool = False,
     ) -> None:
         """Add parameters, and take away those that they replace; a name may be in both."""
-        self.created.append(NewParameters(replaces, tuple(specs), initialise))
+        self.created.append(NewParameters(replaces, tuple(specs), initialise, scored))
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)
@@ -165,14 +176,25 @@ class RegionModule(fx.GraphModule):
         return super().recompile()
 
 
-def materialise(region: Region, generator: Callable[[str], torch.Generator]) -> RegionModule:
-    """Build the module of a region: old tensors as they are, new ones from `generator(fqn)`."""
+def materialise(
+    region: Region,
+    generator: Callable[[str], torch.Generator],
+    column_scores: Mapping[str, Tensor] | None = None,
+) -> RegionModule:
+    """Build the module of a region: old tensors as they are, new ones from `generator(fqn)`.
+
+    Args:
+        column_scores: by fully qualified name, of the weights that a pass wants them of.
+    """
     old = dict(region.module.named_parameters(remove_duplicate=False))
     values: dict[str, Tensor] = dict(old)
     with torch.no_grad():
         for new in region.created:
             sources = {name: values.pop(name) for name in new.sources}
             if not any(tensor.is_meta for tensor in sources.values()):
+                if new.scored:
+                    scores = column_scores or {}
+                    sources |= {column_scores_key(n): scores[region.name(n)] for n in new.sources}
                 values.update(new.initialise(sources, lambda name: generator(region.name(name))))
     module = RegionModule(nn.Module(), fx.Graph())
     module.train(region.module.training)
@@ -195,7 +217,9 @@ def materialise(region: Region, generator: Callable[[str], torch.Generator]) -> 
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     for name, spec in region.buffers.items():
         buffer = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-        if spec.initial is not None and not buffer.is_meta:
+        if name in values:
+            buffer.copy_(values[name])
+        elif spec.initial is not None and not buffer.is_meta:
             buffer.copy_(spec.initial(parameters))
         parent, leaf = _namespace(module, name)
         parent.register_buffer(leaf, buffer, persistent=spec.persistent)

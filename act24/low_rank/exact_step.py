@@ -1,8 +1,8 @@
 """Steps of LORO on the manifold of matrices of rank R (ICLR 2025, Algorithms 1 and 2), for stacks of factors.
 
 W = M Nᵀ with M = weight_out and N = weight_inᵀ. The exact step replaces W by the best approximation of rank
-R of W - lr P_T(G), where P_T(G) = UUᵀG + GVVᵀ - UUᵀGVVᵀ projects the gradient G of W onto the tangent space at
-W, and returns balanced factors. W itself is never formed: with thin QR decompositions M = U R_M, N = V R_N,
+R of W - lr P_T(G), where P_T(G) = UUᵀG + GVVᵀ - UUᵀGVVᵀ projects the gradient G of W onto the tangent space
+at W, and returns balanced factors. W itself is never formed: with thin QRs M = U R_M and N = V R_N,
 
     W - lr P_T(G) = U C Vᵀ - lr U Y₁ᵀ - lr Y₂ Vᵀ,        UᵀY₂ = 0, VᵀY₁ = 0,
 

@@ -1,0 +1,100 @@
+"""`cola`: linears become bottlenecks with an activation inside, as in CoLA (arXiv 2502.10940).
+
+    linear(x, W, b)   ==>   linear(silu(linear(x, W_in)), W_out, b)
+
+with `weight_in` `[R, in]` and `weight_out` `[out, R]` (`act24.low_rank`). With `bottleneck = "relu2"` the
+activation is relu², and `activation24` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.node import Target
+
+from act24.low_rank.initialisation import initial_factors
+from act24.passes.base import Match, Plan, StateMap
+from act24.passes.linear_sites import (
+    FactorisingPass,
+    LinearSite,
+    factor_specs,
+    factorise,
+    parameters_before,
+)
+from act24.passes.normal_form import is_call, replace_node
+from act24.passes.region import Region
+from act24.relu2 import relu2
+
+#: What may stand between the factors.
+ACTIVATIONS: dict[str, Target | None] = {"silu": F.silu, "relu2": relu2, "none": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cola(FactorisingPass):
+    """Options of `cola`, besides scope and ranks. Both factors start with standard deviation
+    (R (in + out))^(-1/4), which gives their product the variance 1 / (in + out).
+
+    Attributes:
+        bottleneck: the activation between the factors.
+        mlp_activation: what becomes of the SiLU that stands behind a linear of an MLP (SwiGLU's): the
+            published 60m and 130m models `"keep"` it, the larger ones `"drop"` it.
+    """
+
+    name: ClassVar[str] = "cola"
+
+    bottleneck: Literal["silu", "relu2"] = "silu"
+    mlp_activation: Literal["keep", "drop"] = "keep"
+
+    def plan(self, region: Region) -> Plan:
+        plan = super().plan(region)
+        networks = [match for match in plan.matches if match.nodes[0].kind == "mlp"]
+        if self.mlp_activation == "drop" and networks and not any(_silus(m.nodes[0]) for m in networks):
+            return replace(plan, misses=(*plan.misses, (networks[0].path, "no SiLU behind it to drop")))
+        return plan
+
+    def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
+        specs = factor_specs(region, site, rank)
+        before = parameters_before(region, site)
+        dropped = bool(self.mlp_activation == "drop" and _silus(site))
+        return Match(
+            path=site.path,
+            before=f"linear {site.shape[1]}→{site.shape[0]}" + (" · silu" if dropped else ""),
+            after=f"{site.shape[1]}→{rank} · {self.bottleneck} · →{site.shape[0]}",
+            nodes=(site, specs),
+            parameters_before=before,
+            parameters_after=before
+            - region.parameters[site.weight].numel()
+            + sum(spec.numel() for spec in specs.values()),
+            state=StateMap(
+                removes=(site.weight,),
+                creates=tuple(specs),
+                why=f"between the factors stands {self.bottleneck}, so no single matrix computes the same",
+            ),
+        )
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        site, specs = match.nodes
+        if self.mlp_activation == "drop":
+            for silu in _silus(site):
+                replace_node(region.graph, silu, silu.args[0])  # type: ignore[arg-type]
+        factorise(region, site, ACTIVATIONS[self.bottleneck])
+
+        def initialise(
+            old: Mapping[str, Tensor], generator: Callable[[str], torch.Generator]
+        ) -> dict[str, Tensor]:
+            names = tuple(specs)
+            rank = specs[names[0]].shape[0]
+            factors = initial_factors("cola", site.dense(old), rank, *(generator(n) for n in names))
+            return dict(zip(names, factors, strict=True))
+
+        region.create(specs, initialise, replaces=(site.weight,))
+
+
+def _silus(site: LinearSite) -> list[fx.Node]:
+    """The SiLUs that read a linear of an MLP."""
+    return [user for call in site.nodes if site.kind == "mlp" for user in call.users if is_call(user, F.silu)]
