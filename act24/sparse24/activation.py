@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from act24.operation import cast_for_autocast, operation
 from act24.sparse24.feature_wise import TokenPermutation, sparsify_feature_wise, token_permutation
@@ -125,9 +126,14 @@ def _token_groups(positive: Tensor, pads: Tensor | None, options: Options24) -> 
     permutation = token_permutation(positive.shape[:-1], options.token_permutation, positive.device)
     if options.backward == "sparse":
         return _TokenGroups(real, permutation, None)
-    nonzero = positive.flatten(0, -2) > 0
+    nonzero = _rows(positive) > 0
     counts = (nonzero if real is None else nonzero & real[:, None]).sum(0)
     return _TokenGroups(real, permutation, densest(counts, options.dense_ratio))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`[..., n]` as `[T, n]`; a single token is one row."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _real(pads: Tensor | None) -> Tensor | None:
@@ -137,11 +143,10 @@ def _real(pads: Tensor | None) -> Tensor | None:
 def _statistics(positive: Tensor, sparse: Sparse24, pads: Tensor | None, options: Options24) -> Tensor:
     if not options.statistics:
         return positive.new_zeros(len(STATISTICS), dtype=torch.float32)
-    rows = lambda tensor: tensor.flatten(0, -2)  # noqa: E731
-    counts = token_wise_statistics(rows(sparse.dense), rows(sparse.mask), _real(pads))
+    counts = token_wise_statistics(_rows(sparse.dense), _rows(sparse.mask), _real(pads))
     if options.backward != "dense":
         groups = _token_groups(positive, pads, options)
-        value = groups.ordered(rows(sparse.value))
+        value = groups.ordered(_rows(sparse.value))
         counts += feature_wise_statistics(value, sparsify_feature_wise(value, groups.dense), groups.dense)
     return counts
 
@@ -158,13 +163,15 @@ def dense_statistics(hidden: Tensor, pads: Tensor | None = None, function: Funct
     Returns:
         float32 `[len(STATISTICS)]`.
     """
-    positive = torch.relu(hidden.detach()).flatten(0, -2)
+    positive = _rows(torch.relu(hidden.detach()))
     dense = positive * positive if function == "relu2" else positive
     mask = torch.ones_like(dense, dtype=torch.bool) if dense.shape[1] % 4 else top2_of_4(positive)
     return token_wise_statistics(dense, mask, _real(pads))
 
 
 class _Activation24(torch.autograd.Function):
+    generate_vmap_rule = True  # per-sample gradients: torch.func.vmap over torch.func.grad
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -194,11 +201,11 @@ class _Activation24(torch.autograd.Function):
         ctx.options = options
 
     @staticmethod
+    @once_differentiable  # relu(h) is saved as a constant, so a second derivative would be silently wrong
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight_in, weight_out, scale, seed, pads, positive = ctx.saved_tensors
         options: Options24 = ctx.options
         need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
-        rows = lambda tensor: tensor.flatten(0, -2)  # noqa: E731
 
         sparse = sparsify_token_wise(positive, seed, options)
         grad_product = grad_y if scale is None else grad_y * scale.to(grad_y.dtype)
@@ -206,18 +213,18 @@ class _Activation24(torch.autograd.Function):
         # A selection of its own would let dropped positions back in (3.735 beside 2.651 in the paper).
         grad_hidden = sparse.slope * (grad_product if weight_out is None else grad_product @ weight_out)
 
-        sparse_side, dense_side = rows, rows
+        sparse_side = dense_side = _rows
         if options.backward != "dense" and (need_weight_in or need_weight_out):
             groups = _token_groups(positive, pads, options)
-            sparse_side = lambda tensor: groups.sparse(rows(tensor))  # noqa: E731
-            dense_side = lambda tensor: groups.ordered(rows(tensor))  # noqa: E731
+            sparse_side = lambda tensor: groups.sparse(_rows(tensor))  # noqa: E731
+            dense_side = lambda tensor: groups.ordered(_rows(tensor))  # noqa: E731
         grad_x = grad_hidden if weight_in is None else grad_hidden @ weight_in if need_x else None
         return (
             grad_x,
             sparse_side(grad_hidden).T @ dense_side(x) if need_weight_in else None,
-            rows(grad_hidden).sum(0) if need_bias_in else None,
+            _rows(grad_hidden).sum(0) if need_bias_in else None,
             dense_side(grad_product).T @ sparse_side(sparse.value) if need_weight_out else None,
-            rows(grad_y).sum(0) if need_bias_out else None,
+            _rows(grad_y).sum(0) if need_bias_out else None,
             *(None,) * 4,
         )
 
