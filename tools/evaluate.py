@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from act24.llama import LlamaForCausalLM
-from act24.loss import cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.build import SPARSE_PASSES, Built, load
 from act24.tools.data import HeldoutRows, heldout_rows, open_tokenizer
 from act24.tools.processes import Processes, open_processes
+from act24.tools.step import SummedLoss
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, rows: HeldoutRows, recipe: Recipe, processes: Processes) -> Evaluation:
-    """Measure `model` as it stands on the held-out rows; its mode and its statistics are as before after."""
+def evaluate(model: SummedLoss, rows: HeldoutRows, recipe: Recipe, processes: Processes) -> Evaluation:
+    """Measure a model as it stands on the held-out rows; its mode and its statistics are as before after."""
     device = processes.device
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
     losses, counts = [], []
     with _evaluating(model), autocast:
         for batch in rows.batches(batch_size):
-            hidden = model.model(batch.input_ids.to(device))
-            loss, count = cross_entropy_sum(hidden, model.head_weight, batch.labels.to(device))
+            loss, count = model(batch.input_ids.to(device), batch.labels.to(device))
             losses.append(loss.double())
             counts.append(count)
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
@@ -82,7 +81,8 @@ def evaluate_forms(
 ) -> dict[str, Evaluation]:
     """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`."""
     forms = dense_and_sparse(built.pipeline, recipe, built.step)
-    return {form: evaluate(built.model, rows, recipe, processes) for form in forms}
+    model = SummedLoss(built.model)
+    return {form: evaluate(model, rows, recipe, processes) for form in forms}
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
@@ -126,7 +126,7 @@ def dense_and_sparse(pipeline: Pipeline, recipe: Recipe, step: int) -> Iterator[
 
 
 @contextmanager
-def _evaluating(model: LlamaForCausalLM) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with the training statistics put aside."""
     training = model.training
     kept = {id(buffer): buffer.clone() for buffer in model.buffers()}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from act24.passes.activation_statistics import BUFFER
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.build import Built
 from act24.tools.evaluate import Evaluation
 from act24.tools.processes import Processes
-from act24.tools.statistics import SiteStatistics, read_activation_statistics_, weight_sparsity
+from act24.tools.statistics import (
+    SiteStatistics,
+    block_weights,
+    read_activation_statistics_,
+    weight_sparsity,
+)
 from act24.tools.step import StepResult
 from act24.tools.tensorboard import RunLog, flat
 
@@ -83,7 +89,8 @@ class Monitor:
 
     def add(self, step: int, result: StepResult, rate: float, waited: float) -> None:
         """Take in one step. Nothing is read from the device."""
-        bad = ~torch.isfinite(result.loss)
+        # A gradient that overflows has already spoiled the weights, although its loss was finite.
+        bad = ~torch.isfinite(result.loss + result.grad_norm)
         self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
         self._sums += torch.stack((result.loss.double(), result.grad_norm.double(), result.tokens.double()))
         self._steps += 1
@@ -107,12 +114,12 @@ class Monitor:
         self.tokens += window.tokens
         self.loss = window.loss
         sites = read_activation_statistics_(self._built.model, self._processes)
+        every = self._recipe.log.weight_sparsity_every
+        weights = weight_sparsity(self._built.model) if every and step % every == 0 else {}
         if self._log is not None and self._steps:
             self._log.scalars(self._scalars(window, elapsed), step)
             self._write_sites(self._log, sites, step)
-            every = self._recipe.log.weight_sparsity_every
-            if every and step % every == 0:
-                self._write_weights(self._log, step)
+            self._write_weights(self._log, weights, step)
         self.sites = sites or self.sites
         self._restart()
         return window
@@ -179,9 +186,9 @@ class Monitor:
             scalars["lowrank_relu2_sparsity/average"] = sum(scalars.values()) / len(scalars)
             log.scalars(scalars, step)
 
-    def _write_weights(self, log: RunLog, step: int) -> None:
+    def _write_weights(self, log: RunLog, weights: Mapping[str, float], step: int) -> None:
         by_module: dict[str, list[float]] = {}
-        for name, share in weight_sparsity(self._built.model).items():
+        for name, share in weights.items():
             by_module.setdefault(name.partition("/")[2], []).append(share)
         for module, shares in by_module.items():
             log.layers(f"weight_sparsity/*/{module}", shares, step)
@@ -195,11 +202,9 @@ class Monitor:
 
 
 def _layer_tags(recipe: Recipe, built: Built) -> list[str]:
-    from act24.passes.activation_statistics import BUFFER
-
     watched = any(name.endswith(f"mlp.{BUFFER}") for name, _ in built.model.named_buffers())
     tags = list(FFN_TAGS) if watched else []
     if recipe.log.weight_sparsity_every:
-        modules = dict.fromkeys(name.partition("/")[2] for name in weight_sparsity(built.model))
+        modules = dict.fromkeys(name.partition("/")[2] for name in block_weights(built.model))
         tags += [f"weight_sparsity/*/{module}" for module in modules]
     return tags

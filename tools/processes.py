@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Processes:
         votes = torch.tensor(int(flag))
         dist.all_reduce(votes)
         return bool(votes)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is without sharding. Collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

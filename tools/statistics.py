@@ -14,7 +14,7 @@ from act24.passes.activation_statistics import BUFFER
 from act24.passes.normal_form import parameter_name
 from act24.passes.region import RegionModule
 from act24.sparse24.statistics import STATISTICS
-from act24.tools.processes import Processes
+from act24.tools.processes import Processes, whole
 
 
 @dataclass(frozen=True)
@@ -95,25 +95,34 @@ def _site_statistics(name: str, counts: Mapping[str, float], scale: float) -> Si
 
 
 def split_layer(fqn: str) -> tuple[int | None, str]:
-    """`model.layers.3.mlp.up_proj` is layer 3, `mlp.up_proj`."""
-    match = re.fullmatch(r"(?:.*\.)?(\d+)\.(.*)", fqn)
+    """`model.layers.3.mlp.up_proj` is layer 3, `mlp.up_proj`; also of a checkpointed block."""
+    match = re.fullmatch(r"(?:.*\.)?(\d+)\.(?:_checkpoint_wrapped_module\.)?(.*)", fqn)
     return (int(match[1]), match[2]) if match else (None, fqn)
 
 
-def weight_sparsity(model: nn.Module) -> dict[str, float]:
-    """Share of zeros in the weight of every linear of the traced blocks, with one transfer.
+def block_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight of every linear of the traced blocks.
 
     Keys are `layer_<i>/attn_q_proj`, `layer_<i>/mlp_up_proj`, …; factors end in `_in` and `_out`.
     """
-    shares = {}
+    weights = {}
     for fqn, module in model.named_modules():
         if isinstance(module, RegionModule):
-            weights = {name for node in module.graph.nodes for name in _weights(node)}
-            for name in sorted(weights):
-                shares[_weight_tag(f"{fqn}.{name}")] = (module.get_parameter(name) == 0).float().mean()
-    if not shares:
+            names = {name for node in module.graph.nodes for name in _weights(node)}
+            weights |= {_weight_tag(f"{fqn}.{name}"): module.get_parameter(name) for name in sorted(names)}
+    return weights
+
+
+def weight_sparsity(model: nn.Module) -> dict[str, float]:
+    """Share of zeros in each of `block_weights`, with one transfer.
+
+    Collective where the weights are sharded: every process has to call it.
+    """
+    weights = block_weights(model)
+    if not weights:
         return {}
-    return dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))
+    zeros = torch.stack([whole((weight == 0).sum()) for weight in weights.values()]).tolist()
+    return {name: count / weights[name].numel() for name, count in zip(weights, zeros, strict=True)}
 
 
 def _weights(node: torch.fx.Node) -> list[str]:

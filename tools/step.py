@@ -15,22 +15,22 @@ from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.recipes.schema import Train
 from act24.tools.data import Batch
-from act24.tools.processes import Processes
+from act24.tools.processes import Processes, whole
 
 
 class SummedLoss(nn.Module):
-    """Token ids and labels to the summed loss: the one module whose forward a training step calls, so that
-    data parallelism wraps the head and the loss too."""
+    """Token ids and labels to the summed loss: the one module whose forward training and evaluation call, so
+    that data parallelism wraps the head and the loss too."""
 
-    def __init__(self, model: LlamaForCausalLM, compiled: bool) -> None:
+    def __init__(self, model: LlamaForCausalLM, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
         # Compiled, the softmax over a chunk's logits is two passes over them instead of six.
         self._loss = torch.compile(cross_entropy_sum, dynamic=False) if compiled else cross_entropy_sum
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, labels `[B, S]`; a scalar, float32."""
-        return self._loss(self.model.model(input_ids), self.model.head_weight, labels)[0]
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids, labels `[B, S]`; the summed loss, a float32 scalar, and the number of its tokens."""
+        return self._loss(self.model.model(input_ids), self.model.head_weight, labels)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class StepResult:
 
 class TrainingStep:
     """A model made ready to train on the processes at hand: compiled by region, checkpointed, replicated or
-    sharded. Calling it makes one optimizer step and never waits for the device."""
+    sharded. Calling it makes one optimizer step and never waits for the device.
+
+    Attributes:
+        summed_loss: the model with its loss, for evaluation: replicas need not talk there.
+    """
 
     def __init__(self, model: LlamaForCausalLM, train: Train, processes: Processes) -> None:
         """Wrap `model` in place; build the optimizer afterwards, its parameters may be other objects now."""
@@ -64,23 +68,24 @@ class TrainingStep:
         if compiled:
             for layer in model.model.layers:
                 layer.compile(fullgraph=True)
-        self._loss: nn.Module = SummedLoss(model, compiled)
+        self.summed_loss = SummedLoss(model, compiled)
+        self._loss: nn.Module = self.summed_loss
         if processes.world_size > 1 and train.parallel == "ddp":
             self._loss = DistributedDataParallel(
-                self._loss,
+                self.summed_loss,
                 device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
                 broadcast_buffers=False,  # statistics belong to their process; the rest is equal anyway
                 gradient_as_bucket_view=True,
             )
         elif processes.world_size > 1:
-            _shard_(self._loss, model)
+            _shard_(self.summed_loss)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, batches: Sequence[Batch], optimizer: Optimizer) -> StepResult:
         """Forward and backward over the micro-batches of one step, clip, update, clear the gradients."""
         assert len(batches) == self._accumulated
         device, world_size = self._processes.device, self._processes.world_size
-        counted = torch.tensor(sum(int((b.labels >= 0).sum()) for b in batches))
+        counted = torch.stack([(batch.labels >= 0).sum() for batch in batches]).sum()
         tokens = self._processes.sum_(_to(counted, device).clone())
         # Parallel wrappers average gradients over the processes; the loss is to be a mean over all tokens.
         scale = world_size / tokens.clamp(min=1)
@@ -88,14 +93,15 @@ class TrainingStep:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with self._synchronised(last), self._precision():
-                loss = self._loss(_to(batch.input_ids, device), _to(batch.labels, device)) * scale
+                summed, _ = self._loss(_to(batch.input_ids, device), _to(batch.labels, device))
+                loss = summed * scale
             with self._synchronised(last):
                 loss.backward()
             total += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(self._processes.sum_(total) / world_size, _whole(grad_norm), tokens)
+        return StepResult(self._processes.sum_(total) / world_size, whole(grad_norm), tokens)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self._processes.device.type, torch.bfloat16, enabled=self._autocast)
@@ -137,10 +143,6 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)  # an unpinned copy would wait for the device
 
 
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-
-
 def _checkpoint_blocks_(model: LlamaForCausalLM) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -149,9 +151,9 @@ def _checkpoint_blocks_(model: LlamaForCausalLM) -> None:
         layers[index] = checkpoint_wrapper(layer)
 
 
-def _shard_(loss: nn.Module, model: LlamaForCausalLM) -> None:
+def _shard_(loss: SummedLoss) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.model.layers:
+    for layer in loss.model.model.layers:
         fully_shard(layer)
     fully_shard(loss)  # the rest: embedding, last norm and head, gathered for the whole forward

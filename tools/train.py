@@ -21,14 +21,14 @@ from act24.tools.monitor import Monitor
 from act24.tools.optimizers import build_optimizer, learning_rate
 from act24.tools.processes import Processes, open_processes
 from act24.tools.progress import RunProgress, run_progress
-from act24.tools.runs import resume_point
+from act24.tools.runs import describe_run, resume_point
 from act24.tools.signals import StopRequest, stop_on_signal
 from act24.tools.statistics import SiteStatistics
 from act24.tools.step import StepResult, TrainingStep, accumulation
 
 
 class TrainingError(Act24Error):
-    """A run that cannot go on: the loss is not finite."""
+    """A run that cannot go on: the loss or its gradient is not finite."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Outcome:
         step: optimizer steps made in all.
         finished: all steps of the recipe are made; False after SIGTERM or Ctrl-C.
         tokens: predicted tokens trained on, in all.
-        tokens_per_second: of this process's share of the run, training steps only.
-        loss: training loss of the last logged steps.
+        tokens_per_second: since this process took up the run, training steps only; 0 if it made none.
+        loss: training loss of the last logged steps; nan if this process made none.
         evaluation: at the end; None when stopped early.
         parameters: trained elements.
         peak_memory: bytes allocated on the GPU, 0 on a CPU.
@@ -71,11 +71,13 @@ def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = 
         dry_run: build, plan, print, make one step, and write no file.
 
     Raises:
-        Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss that is
-            not finite.
+        Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
+            gradient that is not finite.
     """
     with open_processes() as processes, stop_on_signal() as stop:
-        accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
+        # What is wrong is said before anything is built.
+        accumulation(recipe.train, processes.world_size)
+        learning_rate(recipe, 0)
         start = None if dry_run else resume_point(run_dir, resume, recipe)
         run = _Run(recipe, run_dir, processes, start, dry_run)
         try:
@@ -111,6 +113,10 @@ class _Run:
         if start:
             rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
             self._rows.load_state_dict(rank_state["data"])
+        self._rows.start()
+        # From here on there is a run: all that can be wrong with its input would have shown.
+        if processes.is_main and not dry_run:
+            describe_run(run_dir, recipe, str(self._built.pipeline))
         self._monitor = Monitor(
             recipe,
             self._built,
@@ -126,14 +132,12 @@ class _Run:
 
     def go(self, stop: StopRequest) -> Outcome:
         recipe, monitor = self._recipe, self._monitor
-        if self._processes.is_main and not self._dry_run:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            (self._run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
-            (self._run_dir / "plan.txt").write_text(f"{self._built.pipeline}\n", encoding="utf-8")
         last = self._step + 1 if self._dry_run else recipe.train.steps
         stopped, evaluation = False, None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
+            if self._step == last:
+                progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             while self._step < last and not stopped:
                 self._advance()
                 stopped = self._processes.any(bool(stop))
@@ -184,7 +188,7 @@ class _Run:
             self._tokens += window.tokens
             if window.first_bad_step is not None:
                 raise TrainingError(
-                    f"the loss is not finite at step {window.first_bad_step}; "
+                    f"the loss or its gradient is not finite at step {window.first_bad_step}; "
                     + (
                         f"the last good checkpoint is {self._last_checkpoint}"
                         if self._last_checkpoint
@@ -194,7 +198,7 @@ class _Run:
             progress.update(step, window.shown())
         evaluation = None
         if evaluates and self._heldout is not None:
-            evaluation = evaluate(self._built.model, self._heldout, recipe, self._processes)
+            evaluation = evaluate(self._training_step.summed_loss, self._heldout, recipe, self._processes)
             self._monitor.evaluated(step, evaluation)
             progress.say(
                 f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
@@ -229,9 +233,12 @@ def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
         ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
         ("parameters", f"{outcome.parameters:,}"),
         ("tokens", f"{outcome.tokens:,}"),
-        ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
-        ("training loss", f"{outcome.loss:.4f}"),
     ]
+    if outcome.tokens_per_second:
+        rows += [
+            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
+            ("training loss", f"{outcome.loss:.4f}"),
+        ]
     if outcome.evaluation:
         rows += [
             ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
