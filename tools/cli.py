@@ -45,7 +45,8 @@ def main() -> None:
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    run: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<recipe>.")] = None,
+    # Not --run: torchrun, which reads all options first, takes that for one of its own.
+    run_dir: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<recipe>.")] = None,
     resume: Annotated[
         str, typer.Option(help="never, auto (the run's last checkpoint, if any), or a checkpoint's folder.")
     ] = "never",
@@ -60,7 +61,7 @@ def train(
     from act24.tools.train import train as run_training
 
     loaded = load_recipe(recipe, set_ or ())
-    run_dir = run or default_run_dir(recipe)
+    run_dir = run_dir or default_run_dir(recipe)
     outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run)
     show_outcome(loaded, outcome, None if dry_run else run_dir)
 
@@ -114,12 +115,14 @@ def plan(
 
 @app.command()
 def demo(
-    run: Annotated[Path, typer.Option(help="The run's folder; a run there is replaced.")] = Path("runs/demo"),
+    run_dir: Annotated[Path, typer.Option(help="The run's folder; a run there is replaced.")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
     """Train the demo recipe, evaluate it dense and 2:4, print a sample: about three minutes on two cores."""
     from act24.tools.demo import run_demo
 
-    run_demo(run)
+    run_demo(run_dir)
 
 
 @recipe_app.command("ls")

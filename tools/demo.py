@@ -18,7 +18,7 @@ def run_demo(run_dir: Path) -> None:
     """Train the recipe `demo`, evaluate the weights dense and 2:4, print a sample and the sparsity."""
     if run_dir.exists():
         if any(run_dir.iterdir()) and not (run_dir / "recipe.toml").exists():
-            raise Act24Error(f"{run_dir} holds something else than a run; choose another folder with --run")
+            raise Act24Error(f"{run_dir} holds something else than a run; choose another with --run-dir")
         shutil.rmtree(run_dir)
     recipe = load_recipe("demo")
     outcome = train(recipe, run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console()
+# A line into a pipe or a file stays whole; rich would break it, and squeeze tables, at 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 10_000)
 _PLAIN_SECONDS = 10.0  # between plain lines: a log file has no use for ten a second
 
 

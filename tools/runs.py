@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from act24.errors import Act24Error
-from act24.recipes.load import parse_recipe
+from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools import checkpoint, checkpoint_folder
 
@@ -45,7 +45,7 @@ def resume_point(run_dir: Path, resume: str, recipe: Recipe) -> checkpoint.Check
     if resume == "never":
         if (run_dir / "recipe.toml").exists() or (run_dir / "checkpoints").exists():
             raise RunError(
-                f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run"
+                f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run-dir"
             )
         return None
     folder = checkpoint_folder.latest(run_dir) if resume == "auto" else Path(resume)
@@ -56,6 +56,20 @@ def resume_point(run_dir: Path, resume: str, recipe: Recipe) -> checkpoint.Check
     if differences:
         raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(differences[:4])}")
     return opened
+
+
+def describe_run(run_dir: Path, recipe: Recipe, plan: str) -> None:
+    """Make the run's folder and write what it is a run of.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+        (run_dir / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
 
 
 def _differences(then: Recipe, now: Recipe) -> list[str]:

@@ -63,12 +63,12 @@ class TokenRows(Iterator[Batch]):
         self._prefetched: deque[Future[Batch]] = deque()
         self._state = self._state_of_rows()
 
+    def start(self) -> None:
+        """Wait for the first batch, which is handed out later: what is wrong with the source shows now."""
+        self._prefetch().result()
+
     def __next__(self) -> Batch:
-        while len(self._prefetched) <= PREFETCHED:
-            self._prefetched.append(self._thread.submit(self._make))
-        batch = self._prefetched[
-            0
-        ].result()  # an error stays at the front: what is behind it has a gap before it
+        batch = self._prefetch().result()  # an error stays at the front: a gap is before what follows it
         self._prefetched.popleft()
         self._state = batch.state
         return batch
@@ -108,6 +108,11 @@ class TokenRows(Iterator[Batch]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _prefetch(self) -> Future[Batch]:
+        while len(self._prefetched) <= PREFETCHED:
+            self._prefetched.append(self._thread.submit(self._make))
+        return self._prefetched[0]
 
     def _make(self) -> Batch:
         rows = list(itertools.islice(self._rows, self._batch_size))

@@ -1,0 +1,42 @@
+"""Functions in processes of their own: to be killed, or to be the ranks of one run."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+# One server imports torch once, and forks: a child is there at once, and inherits no thread.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["act24.tools.train", "torch.utils.tensorboard"])
+
+
+def exit_code(function: Callable[..., None], *arguments: Any) -> int | None:
+    """Run `function` in a child to its end; minus the signal's number if that killed it."""
+    child = CONTEXT.Process(target=function, args=arguments)
+    child.start()
+    child.join(120)
+    child.kill()
+    return child.exitcode
+
+
+def run_ranks(count: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function` on `count` processes, as torchrun would start them; none may fail."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(rank, count, port, function, arguments)) for rank in range(count)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0] * count
+
+
+def _rank(rank: int, count: int, port: int, function: Callable[..., None], arguments: Any) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "localhost", **{name: str(value) for name, value in places.items()}}
+    function(*arguments)
