@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from act24.errors import Act24Error, nearest
 from act24.passes import REGISTRY
 from act24.passes.base import OperationalPass, Pass
+from act24.recipes.checks import contradictions
 from act24.recipes.schema import Recipe
 
 
@@ -166,9 +167,12 @@ def _validate(table: dict[str, Any], origin: str) -> Recipe:
         recipe = Recipe.model_validate(_tuples(table))
     except ValidationError as error:
         errors += _explain(error, Recipe, "")
+    if recipe is not None and not errors:
+        recipe = recipe.model_copy(update={"passes": tuple(p for p in built if p is not None)})
+        errors += contradictions(recipe)
     if errors or recipe is None:
         raise RecipeError("\n".join(f"{origin}: {message}" for message in errors))
-    return recipe.model_copy(update={"passes": tuple(p for p in built if p is not None)})
+    return recipe
 
 
 def _build_pass(entry: Any, path: str, errors: list[str]) -> Pass | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from act24 import schedules
 from act24.passes.base import Pass
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -90,24 +91,118 @@ class Train(Section):
     activation_checkpointing: bool = False
 
 
-class Optimizer(Section):
-    """`[optimizer]`."""
+#: What `[optimizer]` has where the recipe says nothing, by name.
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "loro_adamw": {
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "type": "loro",
+        "lr_scaler": -1.0,
+        "exact_every": 500,
+        "exact_lr_scale": 1.0,
+        "refresh": "all",
+        "restarts": 0,
+    },
+    "cola_adamw": {"betas": (0.9, 0.999), "weight_decay": 0.01, "decay": "all"},
+    "lost_adamw": {"betas": (0.9, 0.95)},
+}
+_OPTIMIZER_ALIASES = {"adamw_cola": "cola_adamw", "adamw_lost": "lost_adamw"}
+_LORO_KEYS = ("type", "lr_scaler", "exact_every", "exact_lr_scale", "refresh", "refresh_every", "restarts")
 
-    name: Literal["adamw"] = "adamw"
+
+class Optimizer(Section):
+    """`[optimizer]`. `cola_adamw` and `lost_adamw` are AdamW with the settings of the method.
+
+    The keys from `type` on are those of `loro_adamw` (`act24.optim.LOROAdamW`) and of no other.
+    """
+
+    name: Literal["adamw", "loro_adamw", "cola_adamw", "lost_adamw"] = "adamw"
     lr: PositiveFloat
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     decay: Literal["matrices", "all"] = "matrices"  # what weight decay acts on
     state_dtype: Literal["float32", "parameter"] = "float32"
+    momentum_reset_steps: NonNegativeInt = 0  # zero the moments after every so many updates; 0: never
+    momentum_reset_warmup: NonNegativeInt = 0  # updates over which the learning rate climbs after that
+    type: Literal["loro", "eucl", "loro_raw"] | None = None
+    lr_scaler: float | None = None  # on the factors' learning rate in lazy updates; -1: rank / hidden_size
+    exact_every: NonNegativeInt | None = None  # updates from one exact one to the next; 0: none
+    exact_lr_scale: PositiveFloat | None = None
+    refresh: Literal["all", "reg", "lrk", "none"] | None = None  # moments zeroed: factors are lrk, others reg
+    refresh_every: NonNegativeInt | None = None  # updates; not given: after each exact one
+    restarts: NonNegativeInt | None = (
+        None  # updates from one refactoring of the products to the next; 0: never
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_name(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name: Any = given.get("name", "adamw")
+        name = _OPTIMIZER_ALIASES.get(name, name)
+        return {**_OPTIMIZER_DEFAULTS.get(name, {}), **given, "name": name}
+
+    @model_validator(mode="after")
+    def _keys_fit_the_name(self) -> Optimizer:
+        if self.name != "loro_adamw":
+            for key in _LORO_KEYS:
+                if getattr(self, key) is not None:
+                    raise ValueError(f'{key} belongs to name = "loro_adamw", not to "{self.name}"')
+        if self.momentum_reset_warmup and not self.momentum_reset_steps:
+            raise ValueError("momentum_reset_warmup has no meaning without momentum_reset_steps")
+        if self.momentum_reset_steps and self.momentum_reset_warmup >= self.momentum_reset_steps:
+            raise ValueError(
+                f"momentum_reset_warmup ({self.momentum_reset_warmup}) must be below momentum_reset_steps "
+                f"({self.momentum_reset_steps})"
+            )
+        return self
+
+    def loro_options(self) -> dict[str, Any]:
+        """The keys that are `loro_adamw`'s, as `act24.optim.LOROAdamW` takes them."""
+        return {key: getattr(self, key) for key in _LORO_KEYS if key != "lr_scaler"}
+
+
+_RESTART_KEYS = ("restart_every", "restart_warmup_steps", "lr_adjust_steps", "restart_in_warmup")
 
 
 class Schedule(Section):
-    """`[schedule]`: the learning-rate multiplier over optimizer steps."""
+    """`[schedule]`: the learning-rate multiplier over optimizer steps (`act24.schedules`).
 
-    name: Literal["cosine"] = "cosine"
+    The keys from `restart_every` on are those of `cosine_restart` and of no other.
+    """
+
+    name: Literal["cosine", "linear", "constant", "cosine_restart"] = "cosine"
     warmup_steps: NonNegativeInt = 0
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1  # constant has none
+    restart_every: PositiveInt | None = None
+    restart_warmup_steps: NonNegativeInt | None = None  # not given: 5
+    lr_adjust_steps: int | None = None  # 0 or negative: delay of the cosine
+    restart_in_warmup: bool | None = None  # not given: true
+
+    @model_validator(mode="after")
+    def _keys_fit_the_name(self) -> Schedule:
+        if self.name == "cosine_restart":
+            if self.restart_every is None:
+                raise ValueError('name = "cosine_restart" needs restart_every')
+            return self
+        for key in _RESTART_KEYS:
+            if getattr(self, key) is not None:
+                raise ValueError(f'{key} belongs to name = "cosine_restart", not to "{self.name}"')
+        return self
+
+    def arguments(self, total_steps: int) -> dict[str, Any]:
+        """What the schedule's function is called with, beside the step."""
+        if self.name == "constant":
+            return {"warmup_steps": self.warmup_steps}
+        given = {key: getattr(self, key) for key in _RESTART_KEYS if getattr(self, key) is not None}
+        return {
+            "total_steps": total_steps,
+            "warmup_steps": self.warmup_steps,
+            "min_lr_ratio": self.min_lr_ratio,
+            **given,
+        }
 
 
 class Evaluation(Section):
@@ -156,3 +251,13 @@ class Recipe(Section):
                 f"train.batch_size ({self.train.batch_size})"
             )
         return self
+
+    def lr_multiplier(self, step: int) -> float:
+        """The factor on `optimizer.lr` at update `step`, counted from 0."""
+        softened = schedules.rewarm(
+            step,
+            every=self.optimizer.momentum_reset_steps,
+            warmup_steps=self.optimizer.momentum_reset_warmup,
+        )
+        schedule = schedules.SCHEDULES[self.schedule.name]
+        return schedule(step, **self.schedule.arguments(self.train.steps)) * softened

@@ -1,36 +1,89 @@
-"""The optimizer and the learning rate that a recipe asks for."""
+"""The optimizer and the learning rate that a recipe asks for.
+
+A training loop sets `lr` of every group to `learning_rate(recipe, step)` and calls `optimizer.step()`. Exact
+updates, refreshes, restarts and resets of moments are the optimizer's own affair, by its own count of
+updates, which its state carries.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from collections.abc import Callable
+from functools import partial
 
-from act24 import schedules
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from act24.optim import AdamW, LOROAdamW, loro_parameter_groups, parameter_groups
+from act24.optim.loro import unshared
+from act24.passes import Pipeline
 from act24.recipes import schema
+from act24.tools.batched_eigh import batched_eigh
+from act24.tools.processes import Processes
 
 
-def build_optimizer(model: nn.Module, section: schema.Optimizer) -> Optimizer:
-    """AdamW over the trainable parameters; weight decay acts as `section.decay` says."""
-    decayed, other = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 or section.decay == "all" else other).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": section.weight_decay},
-        {"params": other, "weight_decay": 0.0},
-    ]
-    fused = all(p.is_cuda for p in decayed)
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=section.lr, betas=section.betas, eps=section.eps, fused=fused
+def build_optimizer(
+    model: nn.Module,
+    section: schema.Optimizer,
+    *,
+    pipeline: Pipeline | None = None,
+    processes: Processes | None = None,
+) -> AdamW:
+    """The optimizer over the trainable parameters of a model.
+
+    Args:
+        pipeline: what rewrote the model; `loro_adamw` asks it which linears `low_rank` factorised.
+        processes: of the run; `loro_adamw` shares its exact updates out over them.
+
+    Raises:
+        Act24Error: `loro_adamw` without a factorised linear, or options that are out of range.
+    """
+    shared = {
+        "lr": section.lr,
+        "betas": section.betas,
+        "eps": section.eps,
+        "state_dtype": section.state_dtype,
+        "momentum_reset_steps": section.momentum_reset_steps,
+    }
+    if section.name != "loro_adamw":
+        return AdamW(parameter_groups(model, section.weight_decay, section.decay), **shared)
+    groups = loro_parameter_groups(
+        model,
+        pipeline.places("low_rank") if pipeline else (),
+        section.weight_decay,
+        section.decay,
+        hidden_size=getattr(getattr(model, "config", None), "hidden_size", None),
+        lr_scale=section.lr_scaler or -1.0,
+    )
+    return LOROAdamW(
+        groups,
+        **section.loro_options(),
+        eigh=batched_eigh,
+        share=partial(shared_out, processes) if processes and processes.world_size > 1 else unshared,
+        **shared,
     )
 
 
 def learning_rate(recipe: schema.Recipe, step: int) -> float:
     """The learning rate of update `step`, counted from 0."""
-    return recipe.optimizer.lr * schedules.cosine(
-        step,
-        total_steps=recipe.train.steps,
-        warmup_steps=recipe.schedule.warmup_steps,
-        min_lr_ratio=recipe.schedule.min_lr_ratio,
-    )
+    return recipe.optimizer.lr * recipe.lr_multiplier(step)
+
+
+def shared_out(
+    processes: Processes, compute: Callable[[slice], tuple[Tensor, ...]], count: int
+) -> tuple[Tensor, ...]:
+    """An `act24.optim.loro.Share`: each process computes its part of a stack and hands it to all others.
+
+    Parts are equally long, as a gather wants them; the last ones overlap where `count` is no multiple.
+    """
+    size = -(-count // processes.world_size)
+    starts = [min(rank * size, count - size) for rank in range(processes.world_size)]
+    mine = starts[processes.rank]
+    results = []
+    for part in compute(slice(mine, mine + size)):
+        gathered = part.new_empty(processes.world_size, *part.shape)
+        dist.all_gather_into_tensor(gathered, part.contiguous())
+        whole = part.new_empty(count, *part.shape[1:])
+        for start, piece in zip(starts, gathered, strict=True):
+            whole[start : start + size] = piece
+        results.append(whole)
+    return tuple(results)

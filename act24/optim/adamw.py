@@ -172,6 +172,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         state_dtype: StateDtype = "float32",
         momentum_reset_steps: int = 0,
+        **group_defaults: Any,
     ) -> None:
         """
         Args:
@@ -180,6 +181,7 @@ class AdamW(torch.optim.Optimizer):
             state_dtype: of the moments: `"float32"`, or float64 for float64 parameters; `"parameter"` takes
                 the parameter's, which reproduces pure bfloat16 training.
             momentum_reset_steps: zero all moments after every so many updates; 0: never.
+            group_defaults: further entries of groups that lack them, for rules that build on this one.
 
         Raises:
             Act24Error: an option is out of range.
@@ -206,6 +208,7 @@ class AdamW(torch.optim.Optimizer):
             "state_dtype": state_dtype,
             "updates": 0,
             "step": 0,
+            **group_defaults,
         }
         super().__init__(params, defaults)
 
