@@ -8,8 +8,10 @@ CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-slow lint clean
 
+# Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
+# or worse, and on an idle one gains nothing.
 demo: .venv/installed
-	$(BIN)/act24 demo
+	OMP_WAIT_POLICY=passive $(BIN)/act24 demo
 
 # Two workers of one thread each: torch's own threads would fight over the same cores. A file stays on one worker,
 # so that what its tests share is built once.
