@@ -17,12 +17,13 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.autograd import Function
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
-from act24.passes.normal_form import is_linear, linear_arguments, normalise
+from act24.passes.normal_form import is_call, is_linear, linear_arguments, normalise
 
 
 class Unclean(Exception):
@@ -56,12 +57,21 @@ def clean_trace(module: nn.Module) -> fx.Graph:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in held:
             raise Unclean(f"reads {node.target}, neither parameter nor buffer")
-    return normalise(graph, module)
+    normalise(graph, module)
+    if not any(is_call(node, F.linear) for node in graph.nodes):
+        raise Unclean("holds no linear")
+    return graph
 
 
-def has_linears(module: nn.Module) -> bool:
-    """Whether a module is or holds a linear."""
-    return any(is_linear(child) for child in module.modules())
+def matrices(module: nn.Module) -> int:
+    """How many matrices a module holds that a linear may read, its own or called by function; none of
+    torch's own modules but Linear, and no embeddings."""
+    return sum(
+        parameter is not None and parameter.ndim == 2
+        for child in module.modules()
+        if not is_closed(child) and not isinstance(child, nn.Embedding)
+        for parameter in child._parameters.values()
+    )
 
 
 def is_closed(module: nn.Module) -> bool:
@@ -82,7 +92,7 @@ class _Tracer(fx.Tracer):
         if is_linear(m):
             return False
         if _reads_training(type(m)) or is_closed(m):
-            if has_linears(m):
+            if matrices(m) or any(is_linear(child) for child in m.modules()):
                 raise Unclean(f"holds linears in {self.path_of_module(m)}, which cannot be opened")
             return True
         return False
@@ -91,7 +101,7 @@ class _Tracer(fx.Tracer):
         if is_linear(m):
             weight, bias, transposed = linear_arguments(m)
             x = args[0] if args else kwargs["input"]
-            return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
+            return F.linear(x, weight.t() if transposed else weight, bias)
         if "forward" in vars(m):
             raise Unclean(f"the forward of {self.path_of_module(m)} was replaced")
         return super().call_module(m, forward, args, kwargs)
@@ -119,7 +129,7 @@ def _trace_linear(module: nn.Module) -> fx.Graph:
     if linear_arguments(module)[2]:
         weight = graph.call_method("t", (weight,))
     bias = graph.get_attr("bias") if module.bias is not None else None
-    graph.output(graph.call_function(torch.nn.functional.linear, (x, weight, bias)))
+    graph.output(graph.call_function(F.linear, (x, weight, bias)))
     return graph
 
 

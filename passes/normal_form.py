@@ -39,7 +39,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
+def normalise(graph: fx.Graph, module: nn.Module) -> None:
     """Bring a traced graph into normal form, in place."""
     for node in list(graph.nodes):
         node.type = None  # annotations, which may be strings that pickle cannot look up
@@ -60,7 +60,6 @@ def normalise(graph: fx.Graph, module: nn.Module) -> fx.Graph:
                 replacement = graph.call_function(F.relu, (_argument(node, 0, "input"),))
             replace_node(graph, node, replacement)
     graph.lint()
-    return graph
 
 
 def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:

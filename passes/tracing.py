@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from act24.passes.base import PassError
-from act24.passes.clean_trace import Unclean, clean_trace, has_linears, is_closed
-from act24.passes.normal_form import is_linear
+from act24.passes.clean_trace import Unclean, clean_trace, is_closed, matrices
 from act24.passes.region import ParameterSpec, Region, RegionModule
 
 
@@ -68,11 +67,9 @@ def _search(model: nn.Module, unclean: dict[nn.Module, str]) -> Iterator[tuple[n
         if is_closed(module):
             return
         below = [child for child in module.modules() if child is not module]
-        composite = [
-            child for child in below if child in repeating and has_linears(child) and not is_linear(child)
-        ]
+        composite = [child for child in below if child in repeating and matrices(child) > 1]
         if module is not model and (module in repeating or not composite):
-            if not has_linears(module):
+            if not matrices(module):
                 return
             try:
                 yield module, clean_trace(module)

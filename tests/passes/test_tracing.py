@@ -436,6 +436,57 @@ def test_computed_weights_are_no_linears() -> None:
     assert torch.equal(stand(model)[0](x), expected)  # type: ignore[index]
 
 
+def test_own_linear_classes_are_seen_through() -> None:
+    """A subclass of Linear that casts, and parameters that are read by a function."""
+
+    class Cast(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight.to(input.dtype))
+
+    class Factors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight_in, self.weight_out = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.weight_in), self.weight_out)
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cast, self.factors = Cast(4, 4), Factors()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factors(self.cast(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(3, 4)
+            self.positions = nn.Embedding(5, 4)
+            self.body = Mixed()
+
+    model = Model()
+    assert regions(model) == {"body": "Mixed"}
+    x = features(2, 4)
+    expected = model.body(x)
+    assert torch.equal(stand(model).body(x), expected)
+
+
+def test_matrices_without_a_linear_are_no_region() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.ones(3, 4))
+
+        def forward(self, index: Tensor) -> Tensor:
+            return self.rows[index]
+
+    found, unclean = trace(nn.ModuleList([Table(), Table()]))
+    assert not found
+    assert unclean == {f"{i} [Table]": "holds no linear" for i in (0, 1)}
+
+
 # Sharing
 
 
