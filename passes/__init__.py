@@ -13,11 +13,12 @@ from act24.passes.pipeline import Pipeline, apply_, plan
 from act24.passes.region import Region
 from act24.passes.relu2_ffn import Relu2FFN
 from act24.passes.tracing import trace
+from act24.passes.weight24 import Weight24
 
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
 #: happen to lie in a folder.
 REGISTRY: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Relu2FFN, LowRank, Cola, Lost, Activation24, ActivationStatistics)
+    cls.name: cls for cls in (Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, ActivationStatistics)
 }
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Region",
     "Relu2FFN",
     "StateMap",
+    "Weight24",
     "apply_",
     "plan",
     "trace",

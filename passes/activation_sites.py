@@ -24,6 +24,7 @@ from act24.passes.normal_form import (
 from act24.passes.region import Region
 from act24.relu2 import relu2
 from act24.sparse24.activation import Function, activation24
+from act24.sparse24.weight import linear24
 
 #: A buffer at the root of a region: True where a token is padding, one value a token. A scalar, which is how
 #: it starts, says that there is none; the shell puts another tensor in its place for each micro-batch.
@@ -99,10 +100,9 @@ def function_of(node: fx.Node) -> Function:
 
 def site_path(node: fx.Node) -> str:
     """The name of the site of an activation, dense or 2:4."""
-    own = _weights(node)
-    up = own[:1] if own and node.args[1] is not None else _reach(node, up=True)
-    down = own[-1:] if own and node.args[3] is not None else _reach(node, up=False)
-    return common_path(*up, *down)
+    weights = node.args[1:5:2] if node.target is activation24 else (None, None)
+    up, down = ([name] if (name := parameter_name(weight)) else None for weight in weights)
+    return common_path(*(up or _reach(node, up=True)), *(down or _reach(node, up=False)))
 
 
 def consumers(site: ActivationSite) -> Iterator[tuple[fx.Node, ...]]:
@@ -123,7 +123,7 @@ def pads_node(region: Region) -> fx.Node:
 
 def _weights(node: fx.Node) -> list[str]:
     """The weights that a linear, or the fused operation, reads."""
-    positions = {F.linear: (1,), activation24: (1, 3)}.get(node.target, ())  # type: ignore[arg-type]
+    positions = {F.linear: (1,), linear24: (1,), activation24: (1, 3)}.get(node.target, ())  # type: ignore[arg-type]
     return [name for position in positions if (name := parameter_name(node.args[position]))]
 
 

@@ -8,10 +8,11 @@ from torch import fx
 from act24.passes.normal_form import parameter_name
 from act24.passes.region import Region
 from act24.sparse24.activation import activation24
+from act24.sparse24.weight import linear24
 
 
 def region_flops(region: Region) -> int:
-    """Two per weight that takes part in a dense product, one where the activation is 2:4."""
+    """Two per weight that takes part in a dense product, one where an operand is 2:4."""
     return sum(_node_flops(region, node) for node in region.graph.nodes)
 
 
@@ -20,6 +21,8 @@ def _node_flops(region: Region, node: fx.Node) -> int:
         return 2 * _numel(region, node.args[1])
     if node.target is activation24:
         return 2 * _numel(region, node.args[1]) + _numel(region, node.args[3])
+    if node.target is linear24:
+        return _numel(region, node.args[1])
     return 0
 
 

@@ -63,8 +63,12 @@ class LinearSite:
         return dense.T.contiguous() if self.transposed else dense
 
 
-def linear_sites(region: Region) -> Iterator[LinearSite]:
-    """The linears of a region, in graph order; weights that something else reads too are left out."""
+def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
+    """The linears of a region, in graph order; weights that something else reads too are left out.
+
+    Args:
+        factors: also those that a low-rank pass made, whose parameters are not named `weight`.
+    """
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes_of(region.graph, F.linear):
         name = weight_name(node)
@@ -72,7 +76,7 @@ def linear_sites(region: Region) -> Iterator[LinearSite]:
             calls.setdefault(name, []).append(node)
     for name, nodes in calls.items():
         transposed = is_transposed(nodes[0])
-        if _reads(region.graph, name) > len(nodes) or not name.endswith("weight"):
+        if _reads(region.graph, name) > len(nodes) or not (factors or name.endswith("weight")):
             continue
         path = name.rpartition(".")[0]
         rows, columns = region.parameters[name].shape
@@ -93,6 +97,13 @@ def _kind(fqn: str) -> Literal["attn", "mlp", "other"]:
     if any(word in part for part in parts for word in _ATTENTION):
         return "attn"
     return "mlp" if any(word in part for part in parts for word in _MLP) else "other"
+
+
+def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
+    """Whether a linear stands where `scope` says; one outside attention and MLPs has to be named."""
+    if site.kind == "other":
+        return "*" not in targets
+    return scope in ("all", site.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +144,7 @@ class FactorisingPass(StructuralPass):
         return Plan(matches, tuple(misses), absent=f"no linear in scope '{self.scope}'")
 
     def _takes(self, region: Region, site: LinearSite) -> bool:
-        in_scope = site.kind in ("attn", "mlp") if self.scope == "all" else site.kind == self.scope
-        named = site.kind == "other" and "*" not in self.targets
-        return (in_scope or named) and self.selects(region, site.path)
+        return in_scope(self.scope, self.targets, site) and self.selects(region, site.path)
 
     def _rank(self, region: Region, site: LinearSite) -> int:
         key = "attn_rank" if site.kind == "attn" else "mlp_rank"

@@ -63,6 +63,15 @@ class _Site:
     module: RegionModule | None = None
 
 
+@dataclass(frozen=True)
+class _Lowered:
+    """A region through certain operational passes, and what each of them matched."""
+
+    site: _Site
+    lowering: Lowering
+    matches: list[tuple[Match, ...]]
+
+
 class Pipeline:
     """Passes over one model, planned at construction.
 
@@ -89,7 +98,7 @@ class Pipeline:
         self._passes = tuple(passes)
         self._seed = seed
         self._classes: dict[tuple[Any, ...], type] = {}
-        self._lowerings: dict[tuple[OperationalPass, ...], list[Lowering | None]] = {}
+        self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
         self._misses: list[tuple[str, str, str]] = []
         self._operational = [p for p in self._passes if isinstance(p, OperationalPass)]
@@ -183,6 +192,12 @@ class Pipeline:
     def active(self) -> tuple[OperationalPass, ...]:
         """The operational passes in force."""
         return tuple(self._active)
+
+    def matches(self, p: OperationalPass) -> list[tuple[str, Match]]:
+        """What a pass in force has rewritten, each with the name of its region."""
+        index = self._active.index(p)
+        lowered = self._lowered[tuple(self._active)]
+        return [(done.site.traced.fqn, match) for done in lowered for match in done.matches[index]]
 
     def places(self, pass_name: str) -> tuple[str, ...]:
         """The fully qualified names of what a structural pass rewrites, each once."""
@@ -316,19 +331,19 @@ class Pipeline:
 
     def _lower(self) -> None:
         key = tuple(self._active)
-        if key not in self._lowerings:  # evaluation comes back to the same few again and again
-            self._lowerings[key] = [self._lowering(site) for site in self._sites]
-        for site, made in zip(self._sites, self._lowerings[key], strict=True):
-            if site.module is not None and made is not None:
-                lower_(site.module, made, self._classes)
+        if key not in self._lowered:  # evaluation comes back to the same few again and again
+            self._lowered[key] = [self._lower_region(site) for site in self._sites if site.module]
+        for done in self._lowered[key]:
+            assert done.site.module is not None
+            lower_(done.site.module, done.lowering, self._classes)
 
-    def _lowering(self, site: _Site) -> Lowering | None:
-        if site.module is None:
-            return None
-        region = site.base.copy()
+    def _lower_region(self, site: _Site) -> _Lowered:
+        region, matches = site.base.copy(), []
         for p in self._active:
-            p.apply(region, p.plan(region))
-        return lowering(region.graph, self._classes)
+            planned = p.plan(region)
+            p.apply(region, planned)
+            matches.append(planned.matches)
+        return _Lowered(site, lowering(region.graph, self._classes), matches)
 
     def _make_report(self, lowered: list[Region]) -> Report:
         tensors = {id(t): t.numel() for t in self._model.parameters()}
