@@ -80,10 +80,10 @@ def shared_out(
     mine = starts[processes.rank]
     results = []
     for part in compute(slice(mine, mine + size)):
-        gathered = part.new_empty(processes.world_size, *part.shape)
+        gathered = part.new_empty(processes.world_size * size, *part.shape[1:])
         dist.all_gather_into_tensor(gathered, part.contiguous())
         whole = part.new_empty(count, *part.shape[1:])
-        for start, piece in zip(starts, gathered, strict=True):
+        for start, piece in zip(starts, gathered.split(size), strict=True):
             whole[start : start + size] = piece
         results.append(whole)
     return tuple(results)
