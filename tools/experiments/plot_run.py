@@ -11,7 +11,6 @@ import re
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 _PANELS = (("sparsity_relu", "zeros after relu²"), ("dropped_energy", "share of energy that 2:4 drops"))
@@ -19,6 +18,8 @@ _PANELS = (("sparsity_relu", "zeros after relu²"), ("dropped_energy", "share of
 
 def main() -> None:
     """Draw three panels into one picture."""
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+
     run, picture = Path(sys.argv[1]), Path(sys.argv[2])
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
