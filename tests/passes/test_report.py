@@ -1,0 +1,137 @@
+"""The report: its text, its parameter counts, its FLOPs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from toys import SwiGLU, Trunk, llama, tokens
+
+from act24.passes import Activation24, ActivationStatistics, Relu2FFN, apply_, plan
+from act24.passes.report import Report
+
+
+def test_printed_table() -> None:
+    """Two layers; the text as a user sees it."""
+    report = apply_(llama(), [Relu2FFN(), Activation24(from_step=10, until_step=100)]).report
+    assert str(report).splitlines() == [
+        "pass          module              before                   after                      "
+        "parameters     steps              note",
+        "relu2_ffn     model.layers.0.mlp  silu(gate)·up, F 48      relu2(up), F 128           "
+        "4,608 → 8,192                     fresh: up_proj.weight, down_proj.weight",
+        "relu2_ffn     model.layers.1.mlp  silu(gate)·up, F 48      relu2(up), F 128           "
+        "4,608 → 8,192                     fresh: up_proj.weight, down_proj.weight",
+        "activation24  model.layers.0.mlp  linear · relu2 · linear  2:4 naive, dense backward  "
+        "8,192 → 8,192  from 10 until 100",
+        "activation24  model.layers.1.mlp  linear · relu2 · linear  2:4 naive, dense backward  "
+        "8,192 → 8,192  from 10 until 100",
+        "parameters 23,776 → 30,944, FLOPs per token, forward 41,024 → 47,168",
+    ]
+
+
+def test_columns_that_say_nothing_are_left_out_and_misses_are_listed() -> None:
+    model = Trunk(SwiGLU, layers=3)
+    model.blocks[2].mlp.up.weight = model.blocks[0].mlp.up.weight
+    report = plan(model, [Relu2FFN(width="keep")])
+    head, row, *misses, total = str(report).splitlines()
+    assert re.split(r"\s{2,}", head) == ["pass", "module", "before", "after", "parameters", "note"]
+    assert re.split(r"\s{2,}", row)[1] == "blocks.1.mlp"
+    assert misses == [
+        "relu2_ffn leaves blocks.0.mlp as it is: blocks.0.mlp.up.weight is tied to blocks.2.mlp.up.weight",
+        "relu2_ffn leaves blocks.2.mlp as it is: blocks.2.mlp.up.weight is tied to blocks.0.mlp.up.weight",
+    ]
+    assert total.startswith("parameters ")
+
+
+# Parameters
+
+
+class Tied(nn.Module):
+    def __init__(self, tie: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.trunk = Trunk(SwiGLU)
+        self.head = nn.Linear(16, 11, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.trunk(self.embed(ids)))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("passes", [[], [Relu2FFN()], [Relu2FFN(width="keep"), Activation24()]])
+def test_parameters_are_those_of_the_model_tied_ones_once(tie: bool, passes: list[Any]) -> None:
+    model = Tied(tie)
+    before = sum(p.numel() for p in model.parameters())
+    report = apply_(model, passes).report
+    assert report.parameters_before == before
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_shared_block_has_its_parameters_once_and_its_flops_twice(shared: bool) -> None:
+    model = Trunk(SwiGLU)
+    if shared:
+        model.blocks[1] = model.blocks[0]
+    report = apply_(model, [Relu2FFN(width="keep")]).report
+    blocks = 1 if shared else 2
+    assert report.parameters_before == blocks * (3 * 16 * 32 + 2 * 16)
+    assert report.parameters_after == blocks * (2 * 16 * 32 + 2 * 16)
+    assert report.flops_before == 2 * 2 * 3 * 16 * 32
+    assert report.flops_after == 2 * 2 * 2 * 16 * 32
+
+
+# FLOPs
+
+
+def counted(model: nn.Module, *inputs: Tensor) -> int:
+    """Forward FLOPs of matrix products by PyTorch's own counter, attention scores left out."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(*inputs)
+    products = ("mm", "addmm", "bmm")
+    return sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if str(op).split(".")[-1] in products
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}]
+)
+def test_dense_flops_against_torchs_counter(sizes: dict[str, Any]) -> None:
+    ids = tokens(2, 8)
+    model = llama(3, **sizes)
+    assert counted(model, ids) == plan(model, []).flops_before * ids.numel()
+    report = apply_(model, [Relu2FFN()]).report
+    assert counted(model, ids) == report.flops_after * ids.numel()
+    assert report.flops_before == plan(llama(3, **sizes), []).flops_after
+
+
+def test_2_4_halves_the_product_behind_it() -> None:
+    dense = plan(llama(), [Relu2FFN()])
+    sparse = plan(llama(), [Relu2FFN(), Activation24()])
+    assert sparse.flops_before == dense.flops_before
+    assert dense.flops_after - sparse.flops_after == 2 * 32 * 128  # of 2 · D · F a layer, half, in two layers
+
+
+@pytest.mark.parametrize("until", [None, 20])
+def test_flops_are_those_of_the_last_interval_with_a_pass_in_force(until: int | None) -> None:
+    """A dense warm-up before and a dense finish behind it are not what a run is about."""
+    passes = [Relu2FFN(), Activation24(from_step=10, until_step=until)]
+    expected = plan(llama(), [Relu2FFN(), Activation24()]).flops_after
+    assert plan(llama(), passes).flops_after == expected
+    assert plan(llama(), [*passes, ActivationStatistics()]).flops_after == expected
+
+
+def test_the_report_is_data() -> None:
+    with torch.device("meta"):
+        model = Trunk(SwiGLU)
+    report: Report = plan(model, [Relu2FFN()])
+    row = report.rows[0]
+    assert (row.pass_name, row.fqn) == ("relu2_ffn", "blocks.0.mlp")
+    assert all(type(n) is int for n in (report.parameters_after, report.flops_after, row.parameters_after))
