@@ -1,0 +1,237 @@
+"""Passes on transformers' models, built from small configurations with random weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from act24.passes import Activation24, PassError, Pipeline, Relu2FFN, apply_, trace
+from act24.passes.normal_form import is_transposed, weight_name
+from act24.passes.region import RegionModule
+from act24.sparse24.activation import activation24
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GATED = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "GPT2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "OPT": {
+        **{k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")},
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+    },
+}
+
+
+def build(family: str, **more: Any) -> Any:
+    """A small model of a family with seeded weights, in evaluation mode."""
+    sizes = OTHERS[family] if family in OTHERS else {**SIZES, **GATED[family]}
+    special = {"bos_token_id": 1, "eos_token_id": 2} if family == "GPT2" else {}
+    config = getattr(transformers, f"{family}Config")(**sizes, **special, **more)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def ids(batch: int = 2, sequence: int = 9) -> Tensor:
+    return torch.randint(3, 97, (batch, sequence), generator=torch.Generator().manual_seed(0))
+
+
+def sparse_by_hand(model: Any) -> Any:
+    """The family's own class with its MLPs replaced by modules that say what they should compute."""
+
+    class MLP(nn.Module):
+        def __init__(self, mlp: Any) -> None:
+            super().__init__()
+            self.up_proj, self.down_proj = mlp.up_proj, mlp.down_proj
+
+        def forward(self, x: Tensor) -> Tensor:
+            groups = F.linear(x, self.up_proj.weight).relu().square().unflatten(-1, (-1, 4))
+            ranks = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            return F.linear((groups * (ranks < 2)).flatten(-2), self.down_proj.weight)
+
+    for layer in model.model.layers:
+        layer.mlp = MLP(layer.mlp)
+    return model
+
+
+@pytest.fixture(params=GATED)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_mlp_is_rewritten_and_computes_what_it_should(family: str) -> None:
+    model = build(family)
+    report = apply_(model, [Relu2FFN(), Activation24()]).report
+    assert [row.fqn for row in report.rows] == 2 * [f"model.layers.{i}.mlp" for i in range(3)]
+    assert report.parameters_after == model.num_parameters()
+    for layer in model.model.layers:
+        calls = [node.target for node in layer.mlp.graph.nodes if node.op == "call_function"]
+        assert calls[0] is activation24
+        assert type(layer.mlp) is type(model.model.layers[0].mlp)
+        assert type(layer.self_attn.q_proj) is nn.Linear  # nothing to do there
+    by_hand = sparse_by_hand(copy.deepcopy(model))
+    torch.testing.assert_close(model(ids()).logits, by_hand(ids()).logits)
+
+
+def test_rewritten_models_train(family: str) -> None:
+    model = build(family).train()
+    apply_(model, [Relu2FFN(), Activation24()])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(ids(), labels=ids()).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert all(p.grad is not None for p in model.parameters())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_rewritten_models_generate_with_a_cache(family: str) -> None:
+    model = build(family)
+    apply_(model, [Relu2FFN(), Activation24()])
+    given = ids(1, 4)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached = model.generate(given, **options, use_cache=True)
+    assert cached.shape == (1, 10)
+    tokens = given
+    for _ in range(6):
+        logits = model(tokens).logits[:, -1].clone()
+        logits[:, 2] = -torch.inf  # the end, which min_new_tokens forbids
+        tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), 1)
+    assert torch.equal(cached, tokens)
+
+
+def test_state_dict_saves_and_loads(family: str, tmp_path: Any) -> None:
+    model = build(family)
+    apply_(model, [Relu2FFN(), Activation24()])
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = build(family)
+    apply_(other, [Relu2FFN(), Activation24()], seed=1)
+    assert not torch.equal(model(ids()).logits, other(ids()).logits)
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(model(ids()).logits, other(ids()).logits)
+
+
+def test_hidden_states_are_still_recorded(family: str) -> None:
+    model = build(family)
+    apply_(model, [Relu2FFN(), Activation24()])
+    output = model(ids(), output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_gradient_checkpointing_still_checkpoints_by_block(family: str) -> None:
+    model = build(family).train()
+    apply_(model, [Relu2FFN(), Activation24()])
+    model(ids(), labels=ids()).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    calls = []
+    # A hook before forward: recomputing stops as soon as the last saved tensor is there again.
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    model(ids(), labels=ids()).loss.backward()
+    assert len(calls) == 2  # once forward, once again for backward
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = build("Llama", tie_word_embeddings=True)
+    report = apply_(model, [Relu2FFN()]).report
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert report.parameters_after == model.num_parameters()
+
+
+def test_biased_mlps() -> None:
+    model = build("Llama", mlp_bias=True)
+    apply_(model, [Relu2FFN(), Activation24()])
+    assert model.model.layers[0].mlp.up_proj.bias.shape == (128,)
+    assert model(ids()).logits.isfinite().all()
+
+
+# Models without a gate
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_linear_is_in_normal_form(family: str) -> None:
+    model = build(family)
+    regions, _ = trace(model)
+    seen = set()
+    for region in regions:
+        for node in region.graph.nodes:
+            if node.target is F.linear:
+                name = weight_name(node)
+                assert name in region.parameters
+                weight = region.parameters[name]
+                seen.add(region.name(name))
+                assert is_transposed(node) == (family == "GPT2" and "lm_head" not in region.fqn)
+                assert len(weight.shape) == 2
+    embeddings = ("wte.weight", "wpe.weight", "embed_tokens.weight", "embed_positions.weight")
+    matrices = {
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.ndim == 2 and not name.endswith(embeddings)
+    }
+    assert seen == matrices
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_regions_stand_without_changing_a_number(family: str) -> None:
+    model = build(family)
+    expected = model(ids()).logits
+    state = list(model.state_dict())
+    pipeline = Pipeline(model, [], keep_all=True)
+    pipeline.commit_()
+    assert len(pipeline.modules) == (2 if family == "GPT2" else 0)  # OPT's linears lie bare in the block
+    assert torch.equal(model(ids()).logits, expected)
+    assert list(model.state_dict()) == state
+    assert model.generate(ids(1, 4), max_new_tokens=3, do_sample=False).shape[0] == 1
+
+
+def test_why_relu2_ffn_does_not_match_gpt2() -> None:
+    with pytest.raises(PassError) as error:
+        apply_(build("GPT2"), [Relu2FFN()])
+    message = str(error.value)
+    assert (
+        "transformer.h.0.mlp [GPT2MLP] and 1 more: 2 linears, but no down(silu(gate(x)) * up(x))" in message
+    )
+    assert "Not traced: transformer.h.0 [GPT2Block] and 1 more: its forward is decorated" in message
+
+
+def test_why_relu2_ffn_does_not_match_opt() -> None:
+    with pytest.raises(PassError) as error:
+        apply_(build("OPT"), [Relu2FFN()])
+    message = str(error.value)
+    assert "self_attn.k_proj [Linear] and 18 more: a single linear" in message
+    assert "Not traced: model.decoder.layers.0 [OPTDecoderLayer] and 2 more" in message
+
+
+def test_dropout_of_gpt2_stays_alive() -> None:
+    model = build("GPT2", resid_pdrop=0.5, embd_pdrop=0.0, attn_pdrop=0.0)
+    Pipeline(model, [], keep_all=True).commit_()
+    mlp = model.transformer.h[0].mlp
+    assert isinstance(mlp, RegionModule)
+    x = torch.ones(4, 32)
+    assert torch.equal(mlp(x), mlp(x))
+    model.train()
+    assert not torch.equal(mlp(x), mlp(x))
