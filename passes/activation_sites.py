@@ -127,15 +127,20 @@ def _weights(node: fx.Node) -> list[str]:
     return [name for position in positions if (name := parameter_name(node.args[position]))]
 
 
-def _reach(node: fx.Node, up: bool) -> Iterator[str]:
+def _reach(node: fx.Node, up: bool) -> list[str]:
     """The weights of the nearest linears on one side."""
-    for neighbour in node.all_input_nodes if up else node.users:
-        if neighbour.op in ("placeholder", "get_attr"):
-            continue
-        if weights := _weights(neighbour):
-            yield weights[-1 if up else 0]
-        else:
-            yield from _reach(neighbour, up)
+    found, seen, frontier = [], {node}, [node]
+    while frontier:
+        node = frontier.pop()
+        for neighbour in node.all_input_nodes if up else node.users:
+            if neighbour in seen or neighbour.op in ("placeholder", "get_attr"):
+                continue
+            seen.add(neighbour)
+            if weights := _weights(neighbour):
+                found.append(weights[-1 if up else 0])
+            else:
+                frontier.append(neighbour)
+    return found
 
 
 def _features(region: Region, linear: fx.Node, dimension: int) -> int | None:

@@ -269,6 +269,22 @@ def test_names_of_sites_are_the_same_dense_and_sparse() -> None:
     assert names == [["mlp"], ["mlp"]]
 
 
+def test_linears_far_away_give_the_name_too() -> None:
+    """Past forty forks and joins, which have a million million paths."""
+
+    class Far(Relu2MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x)
+            for _ in range(40):
+                h = h + h.cos()
+            h = F.relu(h).square()
+            for _ in range(40):
+                h = h + h.sin()
+            return self.down(h)
+
+    assert [row.fqn for row in plan(Trunk(Far), [Activation24()]).rows] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
 def test_the_plan_does_not_touch_the_region() -> None:
     region: Region = trace(Trunk(Relu2MLP))[0][0]
     before = str(region.graph)

@@ -139,6 +139,7 @@ def test_hidden_states_are_still_recorded(family: str) -> None:
     torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 def test_gradient_checkpointing_still_checkpoints_by_block(family: str) -> None:
     model = build(family).train()
     apply_(model, [Relu2FFN(), Activation24()])
