@@ -91,6 +91,11 @@ class Activation24(OperationalPass):
         """Whether the method has a scale."""
         return _METHODS[self.method] == "soft_threshold"
 
+    @property
+    def draws(self) -> bool:
+        """Whether the forward draws from a seed."""
+        return self.method == "mvue"
+
     def calibrates(self, step: int) -> bool:
         """Whether a scale is due once `step` updates are made."""
         since = step - self.from_step
@@ -98,7 +103,7 @@ class Activation24(OperationalPass):
         return self.soft and (since == 0 or (self.method == "soft_dynamic" and since % every == 0))
 
     def in_evaluation(self) -> Activation24:
-        return replace(self, method="naive") if self.method == "mvue" else self
+        return replace(self, method="naive") if self.draws else self
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
@@ -159,7 +164,7 @@ class Activation24(OperationalPass):
         return region.graph.get_attr(name)
 
     def _seed(self, region: Region, site: ActivationSite) -> fx.Node | None:
-        if self.method != "mvue":
+        if not self.draws:
             return None
         name = site_buffer(site.path, SEED)
         region.add_buffer(name, (), torch.int64, persistent=False)

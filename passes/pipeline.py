@@ -189,6 +189,11 @@ class Pipeline:
             self._lower_to(before)
 
     @property
+    def passes(self) -> tuple[Pass, ...]:
+        """All passes, in order."""
+        return self._passes
+
+    @property
     def active(self) -> tuple[OperationalPass, ...]:
         """The operational passes in force."""
         return tuple(self._active)

@@ -50,14 +50,17 @@ class Relu2FFN(StructuralPass):
     """Options of `relu2_ffn`.
 
     Attributes:
+        activation: `"relu"` gives down(relu(up(x))) instead, which is less sparse.
         width: `"parity"` takes F to 1.5 F, rounded to a multiple of 128, which keeps the parameter count;
-            `"keep"` leaves F, and then `up` and `down` keep their weights too.
+            `"exact"` rounds down to a whole number, as the public scripts do, and takes only multiples of 4
+            (kernels want more); `"keep"` leaves F, and then `up` and `down` keep their weights too.
         initializer_range: standard deviation of fresh weights (LLaMA's 0.02).
     """
 
     name: ClassVar[str] = "relu2_ffn"
 
-    width: Literal["parity", "keep"] = "parity"
+    activation: Literal["relu2", "relu"] = "relu2"
+    width: Literal["parity", "exact", "keep"] = "parity"
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -74,15 +77,24 @@ class Relu2FFN(StructuralPass):
             path = common_path(*(name for name in names if name))
             if not self.selects(region, path):
                 continue
-            if reason := _obstacle(region, found):
+            if reason := _obstacle(region, found) or self._unfit(region, found):
                 misses.append((path, reason))
             else:
                 matches.append(self._match(region, path, found))
         return Plan(tuple(matches), tuple(misses), absent=_describe(region))
 
+    def _unfit(self, region: Region, found: _SwiGLU) -> str:
+        """Why F cannot become what `width` says, or the empty string."""
+        new = self._width(region.parameters[weight_name(found.up) or ""].shape[0])
+        unfit = self.width == "exact" and new % 4
+        return f'F would be {new}, not a multiple of 4: width = "parity" rounds it' if unfit else ""
+
+    def _width(self, width: int) -> int:
+        return {"keep": width, "exact": 3 * width // 2, "parity": _parity(width)}[self.width]
+
     def _match(self, region: Region, path: str, found: _SwiGLU) -> Match:
         width = region.parameters[weight_name(found.up) or ""].shape[0]
-        new = width if self.width == "keep" else _parity(width)
+        new = self._width(width)
         removed = _parameters(found.gate, found.up, found.down)
         kept = _parameters(found.up, found.down)
         before = sum(region.parameters[name].numel() for name in removed)
@@ -93,7 +105,7 @@ class Relu2FFN(StructuralPass):
         return Match(
             path=path,
             before=f"silu(gate)·up, F {width}",
-            after=f"relu2(up), F {new}",
+            after=f"{self.activation}(up), F {new}",
             nodes=(found, specs),
             parameters_before=before,
             parameters_after=after,
@@ -114,7 +126,8 @@ class Relu2FFN(StructuralPass):
         specs = {name: resized[name] for name in match.state.creates}
         region.create(specs, self._initialise(specs), replaces=match.state.removes)
         with region.graph.inserting_before(found.product):
-            activation = region.graph.call_function(relu2, (found.up,))
+            function = relu2 if self.activation == "relu2" else F.relu
+            activation = region.graph.call_function(function, (found.up,))
         replace_node(region.graph, found.product, activation)
 
     def _initialise(self, specs: Mapping[str, ParameterSpec]) -> Any:

@@ -7,10 +7,11 @@ In order, for update `step` (updates already made), after `pipeline.lower_(step)
         begin_micro_batch_(pipeline, seed=…, step=…, …)       random seeds, padding
         forward, backward
     clip the gradients
-    masked_decay_(pipeline, step, lr)                          what 2:4 weights add to gradients or weights
+    decay_dropped_weights_(pipeline, lr)                       masked decay of 2:4 weights
     optimizer.step()
 
-and `with evaluation(pipeline):` around whatever is not training. Nothing here waits for the device, but for
+and `with evaluation(pipeline):` around whatever is not training. The buffers are named by the passes
+(`act24.passes.activation24`, `act24.passes.weight24`). Nothing here waits for the device, but for
 the one line that `begin_update_` returns at a scale's first measurement.
 """
 
@@ -19,25 +20,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from act24.passes import Activation24, OperationalPass, Pipeline
-from act24.passes.activation24 import SCALE, SEED, SUMS
+from act24.errors import Act24Error
+from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
+from act24.passes.activation24 import SCALE, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.activation_sites import PADS
-from act24.passes.normal_form import nodes_of, parameter_name
-from act24.sparse24.activation import activation24
+from act24.passes.linear_sites import LinearSite
+from act24.passes.region import RegionModule
+from act24.passes.weight24 import stored_mask
 from act24.sparse24.calibration import CALIBRATION
 from act24.sparse24.soft_threshold import scale_from_sums
+from act24.sparse24.weight import flip_rate, masked_decay_, weight_scale
 from act24.tools.processes import Processes
-from act24.tools.statistics import SiteStatistics
-
-#: Share of the squared activations that 2:4 may drop before it is said. About what it drops of activations
-#: of which half are zero; at 90% zeros it drops a thirtieth of this.
-DROPPED_ENERGY_ALARM = 0.01
 
 
 def begin_update_(
@@ -55,6 +55,9 @@ def begin_update_(
     Returns:
         at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
     """
+    for p in pipeline.active:
+        if isinstance(p, Weight24):
+            _renew_masks_(pipeline, p, step)
     due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
     if not due:
         return None
@@ -71,7 +74,7 @@ def _calibrate_(
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
-    with torch.no_grad(), pipeline.lowered([*measuring, *_without_counting(pipeline.active)]):
+    with torch.no_grad(), pipeline.lowered([*measuring, *without_counting(pipeline.active)]):
         forward()
     table = processes.sum_(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
@@ -79,7 +82,7 @@ def _calibrate_(
     for name, row, new in zip(sums, table, measured, strict=True):
         # A site of a pass that is not due has summed up nothing.
         scales[name].copy_(torch.where(row[-1] > 0, new, scales[name]))
-    return list(sums), table
+    return [name.removesuffix(".") for name in sums], table
 
 
 def _calibration_text(names: Sequence[str], table: Tensor) -> str:
@@ -106,6 +109,86 @@ def _calibration_text(names: Sequence[str], table: Tensor) -> str:
     )
 
 
+@torch.no_grad()
+def _renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
+    """Masks that are due, the scales at the first sparse update, and how much the masks changed."""
+    if not p.renews_masks(step):
+        return
+    for weight in sparse_weights(pipeline, p):
+        if isinstance(weight.parameter, DTensor):
+            raise Act24Error('weight24 does not run on sharded parameters: set train.parallel = "ddp"')
+        mask = stored_mask(weight.parameter, weight.transposed, p.method)
+        if step == p.from_step:
+            if p.method == "soft_threshold":
+                dense = weight.parameter.T if weight.transposed else weight.parameter
+                weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
+        else:
+            weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
+        weight.buffer(weight24.MASK).copy_(mask)
+
+
+@torch.no_grad()
+def decay_dropped_weights_(pipeline: Pipeline, lr: float) -> None:
+    """Masked decay, between clipping and the optimizer step: on the gradients for transposable masks, on the
+    weights for SR-STE.
+
+    Args:
+        lr: learning rate of the update to come.
+    """
+    for p in pipeline.active:
+        if isinstance(p, Weight24) and p.decay and p.method in ("transposable", "sr_ste"):
+            for weight in sparse_weights(pipeline, p):
+                mask = weight.buffer(weight24.MASK)
+                if p.method == "sr_ste":
+                    masked_decay_(weight.parameter, weight.parameter, mask, -lr * p.decay)
+                elif weight.parameter.grad is not None:
+                    masked_decay_(weight.parameter.grad, weight.parameter, mask, p.decay)
+
+
+def refuse_exact_steps(pipeline: Pipeline) -> None:
+    """To be called where LORO's optimizer takes exact steps.
+
+    Raises:
+        Act24Error: `weight24` has factors of `low_rank`, which such a step makes anew.
+    """
+    for p in pipeline.passes:
+        if not isinstance(p, Weight24):
+            continue
+        with pipeline.lowered([p]):
+            factors = [w.name for w in sparse_weights(pipeline, p) if not w.name.endswith(".weight")]
+        if factors:
+            raise Act24Error(
+                f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: at "
+                "each such step half of the mask flips, and the effective weight jumps though the product of "
+                'the factors does not. Use type "eucl" for the optimizer, or leave the factors out of weight24'
+            )
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A weight under `weight24`, the region where it stands, and its names."""
+
+    module: RegionModule
+    name: str
+    local: str
+    transposed: bool
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.module.get_parameter(self.local)
+
+    def buffer(self, kind: str) -> Tensor:
+        return self.module.get_buffer(self.local + kind)
+
+
+def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
+    """What a `weight24` in force has taken."""
+    for fqn, match in pipeline.matches(p):
+        site: LinearSite = match.nodes
+        name = f"{fqn}.{site.weight}"
+        yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
+
+
 def begin_micro_batch_(
     pipeline: Pipeline,
     *,
@@ -122,8 +205,8 @@ def begin_micro_batch_(
             four draw the same, in a recomputation and after a resume too.
         pads: boolean, the shape of the token ids; None for rows without padding.
     """
-    seeds = site_buffers(pipeline, SEED)
-    if seeds:
+    if any(p.draws for p in pipeline.active if isinstance(p, Activation24 | Weight24)):
+        seeds = site_buffers(pipeline, weight24.SEED)  # which the name of the other kind ends in too
         values = [_hash(seed, name, step, micro_batch, rank) for name in seeds]
         buffers = list(seeds.values())
         torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
@@ -132,11 +215,11 @@ def begin_micro_batch_(
 
 
 def set_pads_(pipeline: Pipeline, pads: Tensor | None) -> None:
-    """Put the padding of the next forward into the regions that ask for it."""
+    """Put the padding of the next forward into the regions that ask for it; None takes it out."""
     for module in pipeline.modules:
-        if PADS in module._buffers:
-            empty = torch.zeros((), dtype=torch.bool, device=module._buffers[PADS].device)  # type: ignore[union-attr]
-            module._buffers[PADS] = empty if pads is None else pads
+        old = module._buffers.get(PADS)
+        if old is not None and (pads is not None or old.ndim):
+            module._buffers[PADS] = torch.zeros_like(old[(0,) * old.ndim]) if pads is None else pads
 
 
 def _hash(*parts: object) -> int:
@@ -158,64 +241,16 @@ def evaluation(pipeline: Pipeline, without: Sequence[str] = ()) -> Iterator[None
         yield
 
 
-def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """How far 2:4 bends the weight gradients: the cosine to the exact ones of the same forward.
-
-    The input gradients are exact in every backward, so each cosine shows what happens at its own weight.
-
-    Args:
-        loss: the loss of one micro-batch; called twice. Statistics do not count it.
-
-    Returns:
-        by the weight's name, a scalar on the device; empty where every backward is dense.
-    """
-    passes = _without_counting(pipeline.active)
-    exact = [replace(p, backward="dense") if isinstance(p, Activation24) else p for p in passes]
-    if exact == passes:
-        return {}
-    weights = {
-        f"{fqn}.{name}": module.get_parameter(name)
-        for fqn, module in pipeline.regions.items()
-        for node in nodes_of(module.graph, activation24)
-        for position in (1, 3)
-        if (name := parameter_name(node.args[position]))
-    }
-    gradients = []
-    for chosen in (passes, exact):
-        with pipeline.lowered(chosen):
-            gradients.append(torch.autograd.grad(loss(), list(weights.values())))
-    cosines = [
-        torch.nn.functional.cosine_similarity(sparse.float().flatten(), dense.float().flatten(), dim=0)
-        for sparse, dense in zip(*gradients, strict=True)
-    ]
-    return dict(zip(weights, cosines, strict=True))
-
-
-def alarms(sites: Sequence[SiteStatistics]) -> list[str]:
-    """What a person should know: activations of which 2:4 drops more than `DROPPED_ENERGY_ALARM`."""
-    texts = []
-    for name, what in (
-        ("dropped_energy", "of the squared activations"),
-        ("feature_dropped_energy", "of the squared activations from weight gradients, along the tokens"),
-    ):
-        loud = [s for s in sites if (getattr(s, name) or 0) > DROPPED_ENERGY_ALARM]
-        if loud:
-            worst = max(loud, key=lambda s: getattr(s, name))
-            others = f", and more than {DROPPED_ENERGY_ALARM:.0%} at {len(loud) - 1} others" * (len(loud) > 1)
-            place = f"layer {worst.layer}, {worst.site}" if worst.layer is not None else worst.site
-            texts.append(f"2:4 drops {getattr(worst, name):.1%} {what} at {place}{others}")
-    return texts
-
-
 def site_buffers(pipeline: Pipeline, kind: str) -> dict[str, Tensor]:
-    """The buffers of one kind, by the fully qualified name of their site."""
+    """The buffers whose names end in `kind`, by the rest of their fully qualified names."""
     return {
-        f"{fqn}.{name}".removesuffix(f".{kind}"): buffer
+        f"{fqn}.{name}".removesuffix(kind): buffer
         for fqn, module in pipeline.regions.items()
         for name, buffer in module.named_buffers()
-        if name.rpartition(".")[2] == kind
+        if name.endswith(kind)
     }
 
 
-def _without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+    """The passes that do something."""
     return [p for p in passes if not p.observes]

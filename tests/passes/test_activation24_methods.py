@@ -82,6 +82,12 @@ def test_the_ffn_of_relu2_ffn_can_be_relu() -> None:
     assert [o.function for o in options] == ["relu", "relu"]
 
 
+def test_exact_width_takes_multiples_of_four_only() -> None:
+    assert "F 72" in str(plan(llama(1), [Relu2FFN(width="exact")]))  # 1.5 · 48
+    with pytest.raises(PassError, match="F would be 81, not a multiple of 4"):
+        plan(llama(1, intermediate_size=54), [Relu2FFN(width="exact")])
+
+
 def low_rank_passes(name: str) -> list[Any]:
     rank = {"attn_rank": 8, "mlp_rank": 8}
     return {

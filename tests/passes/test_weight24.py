@@ -1,0 +1,220 @@
+"""`weight24`: rewrites linears where it should, numerics, state, refusals."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import SwiGLU, Trunk, features, llama, tokens
+
+from act24.passes import Activation24, LowRank, PassError, Relu2FFN, Weight24, apply_, plan
+from act24.sparse24.soft_threshold import soft_threshold24
+from act24.sparse24.weight import linear24, weight_mask, weight_scale
+
+METHODS = ("transposable", "soft_threshold", "ste", "sr_ste")
+
+
+def sparse_by_hand(model: nn.Module, method: Any, prefix: str) -> None:
+    """Put the 2:4 form of every linear's weight below `prefix` in its place."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(prefix):
+            weight = module.weight.data
+            if method == "soft_threshold":
+                module.weight.data = soft_threshold24(weight) * weight_scale(weight)
+            else:
+                module.weight.data = weight * weight_mask(weight, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_runs_on_its_sparse_weights(method: Any) -> None:
+    model, reference = llama(), llama()
+    sparse_by_hand(reference, method, "model.layers")
+    apply_(model, [Weight24(method=method)])
+    assert torch.allclose(model(tokens()), reference(tokens()), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_pass_straight_through(method: Any) -> None:
+    model, reference = llama(1), llama(1)
+    sparse_by_hand(reference, method, "model.layers")
+    apply_(model, [Weight24(method=method, weight_gradient="dense")])
+    for m in (model, reference):
+        m(tokens()).square().mean().backward()
+    dense = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, dense[name].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scope", "count"), [("attn", 4), ("mlp", 3), ("all", 7)])
+def test_scope(scope: Any, count: int) -> None:
+    report = plan(llama(1), [Weight24(scope=scope)])
+    assert len(report.rows) == count
+    assert all(("self_attn" in row.fqn) == (scope == "attn") for row in report.rows) or scope == "all"
+    assert "lm_head" not in str(report)
+
+
+def test_the_head_has_to_be_named() -> None:
+    report = plan(llama(1, vocab_size=96), [Weight24(targets=("lm_head",))])
+    assert [row.fqn for row in report.rows] == ["lm_head"]
+
+
+def test_report_counts_half_the_products() -> None:
+    before, after = (plan(llama(1), [Weight24(scope=s)]) for s in ("all", "attn"))
+    dense = before.flops_before
+    head = 2 * 97 * 32
+    assert before.flops_after - head == (dense - head) // 2
+    assert dense - after.flops_after == 4 * 32 * 32
+
+
+def test_sizes_that_do_not_fit_are_left_and_said() -> None:
+    model = Trunk(lambda: SwiGLU(16, 30))
+    report = plan(model, [Weight24(scope="mlp", method="ste")])
+    assert [row.fqn.rpartition(".")[2] for row in report.rows] == ["gate", "up"] * 2, "30 inputs: not down"
+    assert all("multiples of 4" in reason for _, _, reason in report.misses)
+    with pytest.raises(PassError, match="multiples of 4"):
+        plan(Trunk(lambda: SwiGLU(18, 30), width=18), [Weight24(scope="mlp")])
+
+
+def test_a_tied_weight_is_left_alone() -> None:
+    model = Trunk(lambda: SwiGLU(16, 16))
+    model.blocks[1].mlp.up.weight = model.blocks[0].mlp.up.weight
+    report = plan(model, [Weight24(scope="mlp")])
+    assert len(report.rows) == 4
+    assert all("tied" in reason for _, _, reason in report.misses)
+
+
+def test_a_shared_module_is_rewritten_once_and_everywhere() -> None:
+    mlp = SwiGLU()
+    model = nn.Sequential(mlp, mlp)
+    reference = copy.deepcopy(model)
+    sparse_by_hand(reference, "ste", "0")
+    apply_(model, [Weight24(targets=("0*",), method="ste")])
+    x = features(3, 16)
+    assert model[0] is model[1]
+    assert torch.allclose(model(x), reference(x), atol=1e-6)
+
+
+def test_biases_stay() -> None:
+    model = Trunk(lambda: SwiGLU(bias=True))
+    reference = copy.deepcopy(model)
+    sparse_by_hand(reference, "transposable", "blocks")
+    apply_(model, [Weight24(scope="mlp")])
+    assert torch.allclose(model(features(3, 16)), reference(features(3, 16)), atol=1e-6)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear, whose weight is stored [in, out]."""
+
+    def __init__(self, out: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = out
+        self.weight = nn.Parameter(torch.randn(inputs, out))
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class TransposedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = Conv1D(32, 16), Conv1D(16, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+@pytest.mark.parametrize("method", ["ste", "soft_threshold", "transposable"])
+def test_groups_lie_along_the_reduction_of_a_transposed_weight(method: Any) -> None:
+    model = Trunk(TransposedMLP)
+    reference = copy.deepcopy(model)
+    for block in reference.blocks:
+        for linear in (block.mlp.c_fc, block.mlp.c_proj):
+            weight = linear.weight.data.T
+            soft = method == "soft_threshold"
+            sparse = (
+                soft_threshold24(weight) * weight_scale(weight)
+                if soft
+                else weight * weight_mask(weight, method)
+            )
+            linear.weight.data = sparse.T.contiguous()
+    apply_(model, [Weight24(scope="mlp", method=method)])
+    x = features(3, 16)
+    assert torch.allclose(model(x), reference(x), atol=1e-5)
+
+
+def test_groups_of_factors_lie_along_the_reduction() -> None:
+    """The old overlay grouped along the rank, which no hardware reduces over."""
+    model = llama(1)
+    apply_(model, [LowRank(attn_rank=8, mlp_rank=8), Weight24(scope="mlp", method="ste")])
+    masks = {n: b for n, b in model.named_buffers() if n.endswith("24_mask")}
+    assert len(masks) == 6
+    for name, mask in masks.items():
+        weight = model.get_parameter(name.removesuffix("24_mask"))
+        assert torch.equal(mask, weight_mask(weight, "ste"))
+        assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all())
+
+
+def test_state_is_named_by_the_weight_and_persistent() -> None:
+    model = llama(1)
+    apply_(model, [Weight24(method="soft_threshold", scope="attn")])
+    state = model.state_dict()
+    for linear in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        prefix = f"model.layers.0.self_attn.{linear}.weight"
+        weight = model.get_parameter(prefix)
+        assert torch.equal(state[f"{prefix}24_mask"], weight_mask(weight, "ste"))
+        assert float(state[f"{prefix}24_scale"]) == pytest.approx(float(weight_scale(weight)))
+        assert f"{prefix}24_seed" not in state
+
+
+def test_linears_that_activation24_took_are_none_any_more() -> None:
+    report = plan(llama(1), [Relu2FFN(), Activation24(), Weight24()])
+    taken = [row.fqn for row in report.rows if row.pass_name == "weight24"]
+    assert len(taken) == 4
+    assert all("self_attn" in fqn for fqn in taken)
+
+
+def test_the_dense_finish_is_the_dense_model() -> None:
+    model, dense = llama(), llama()
+    pipeline = apply_(model, [Weight24(until_step=10)])
+    assert not torch.allclose(model(tokens()), dense(tokens()), atol=1e-4)
+    pipeline.lower_(10)
+    assert torch.equal(model(tokens()), dense(tokens()))
+
+
+def test_planned_on_meta_and_untouched_without_a_match() -> None:
+    with torch.device("meta"):
+        model = Trunk(SwiGLU)
+    assert len(plan(model, [Weight24(scope="mlp")]).rows) == 6
+    with pytest.raises(PassError, match="no linear in scope 'attn'"):
+        plan(model, [Weight24(scope="attn")])
+
+
+def test_layers_share_one_class_and_copies_keep_their_state() -> None:
+    model = llama(3)
+    apply_(model, [Weight24()])
+    assert len({type(layer) for layer in model.model.layers}) == 1
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(duplicate(tokens()), model(tokens()))
+    targets = [node.target for node in model.model.layers[0].graph.nodes]  # type: ignore[union-attr]
+    assert targets.count(linear24) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"mask_every": 0}, "mask_every"), ({"decay": -1.0}, "decay")]
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        Weight24(**options)
+
+
+def test_masks_are_due_when_they_should_be() -> None:
+    kept = Weight24(from_step=3, mask_every=5)
+    assert [s for s in range(3, 20) if kept.renews_masks(s)] == [3, 8, 13, 18]
+    assert all(Weight24(method=m).renews_masks(7) for m in ("ste", "sr_ste", "soft_threshold"))
+    assert [Weight24(method=m).draws for m in METHODS] == [True, True, False, False]
+    assert Weight24(method="ste", weight_gradient="mvue").draws
