@@ -4,12 +4,13 @@ Of every 4 consecutive features of the activation the 2 largest stay. Squaring k
 numbers, so the selection is made on relu(h), and what is saved for backward is relu(h) alone: the mask, the
 2:4 values and the derivative are made from it again, by the same function.
 
-This is the plain-PyTorch reference: masked dense products, on any device.
+This is the plain-PyTorch reference, masked dense products on any device, and the choice between it and the
+kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,85 +18,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from act24.operation import cast_for_autocast, operation
-from act24.sparse24.feature_wise import TokenPermutation, sparsify_feature_wise, token_permutation
-from act24.sparse24.mvue import mvue_factor
+from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.packed_activation import packed_activation24, why_not_packed
 from act24.sparse24.selection import densest, top2_of_4
-from act24.sparse24.soft_threshold import third_largest
 from act24.sparse24.statistics import STATISTICS, feature_wise_statistics, token_wise_statistics
+from act24.sparse24.token_wise import (
+    PLAIN,
+    Backward,
+    Estimator,
+    Function,
+    Method,
+    Options24,
+    Sparse24,
+    sparsify_token_wise,
+)
 
-Function = Literal["relu2", "relu"]
-Method = Literal["naive", "soft_threshold", "mvue"]
-Backward = Literal["dense", "split_gemm", "sparse"]
-Estimator = Literal["masked", "ste"]
-
-
-class Options24(NamedTuple):
-    """How `activation24` makes an activation 2:4, and how gradients come back.
-
-    Attributes:
-        function: the activation, relu(h)² or relu(h).
-        method: the 2:4 value of an activation a. `"naive"`: the two largest of four stay as they are.
-            `"soft_threshold"`: less the third largest. `"mvue"`: two drawn at random, over their
-            probability, which is unbiased (`act24.sparse24.mvue`).
-        backward: weight gradients. `"dense"`: exact. `"split_gemm"`: 2:4 along the tokens, but for the
-            densest features. `"sparse"`: the same without that exception.
-        estimator: `"masked"`, the gradient of the function that ran: dropped positions get none, and the
-            gradient of h is 2:4 where the activation is. `"ste"`, straight through: as if nothing had been
-            dropped; it is not 2:4, so it goes with the dense backward only.
-        dense_ratio: share of the features that split_gemm leaves dense, those with the most non-zeros.
-        token_permutation: see `act24.sparse24.feature_wise`; of no meaning for the dense backward.
-        statistics: count what 2:4 does; else the statistics are zeros and cost nothing.
-    """
-
-    function: Function = "relu2"
-    method: Method = "naive"
-    backward: Backward = "dense"
-    estimator: Estimator = "masked"
-    dense_ratio: float = 0.05
-    token_permutation: TokenPermutation = "batch"
-    statistics: bool = False
-
-
-#: relu², hard selection, exact gradients.
-PLAIN = Options24()
-
-
-class Sparse24(NamedTuple):
-    """A 2:4 activation.
-
-    Attributes:
-        dense: the activation before 2:4.
-        mask: what stays, boolean.
-        value: the activation after 2:4, without the scale.
-        slope: d value / d h as the estimator has it.
-    """
-
-    dense: Tensor
-    mask: Tensor
-    value: Tensor
-    slope: Tensor
-
-
-def sparsify_token_wise(positive: Tensor, seed: Tensor | None, options: Options24) -> Sparse24:
-    """Make an activation 2:4 along the features.
-
-    Args:
-        positive: relu(h), `[..., F]`, F a multiple of 4.
-        seed: int64 scalar, for `"mvue"`.
-    """
-    squared = options.function == "relu2"
-    dense = positive * positive if squared else positive
-    derivative = 2 * positive if squared else (positive > 0).to(positive.dtype)
-    if options.method == "mvue":
-        assert seed is not None
-        factor = mvue_factor(dense, seed)
-        mask, value = factor > 0, (dense * factor).to(dense.dtype)
-        slope = (derivative * factor).to(dense.dtype)
-    else:
-        mask = top2_of_4(positive)
-        value = dense - third_largest(dense, mask) if options.method == "soft_threshold" else dense
-        value, slope = torch.where(mask, value, 0), torch.where(mask, derivative, 0)
-    return Sparse24(dense, mask, value, derivative if options.estimator == "ste" else slope)
+__all__ = [
+    "PLAIN",
+    "Backward",
+    "Estimator",
+    "Function",
+    "Method",
+    "Options24",
+    "activation24",
+    "dense_statistics",
+]
 
 
 class _TokenGroups(NamedTuple):
@@ -273,4 +220,6 @@ def activation24(
     if options.method == "mvue" and seed is None:
         raise ValueError("mvue draws at random: give a seed")
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
+    if not why_not_packed(tensors, options):
+        return packed_activation24(tensors, scale, seed, _real(pads), options)
     return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]

@@ -38,16 +38,20 @@ def top2_of_4(scores: Tensor, dim: int = -1) -> Tensor:
     return torch.stack((keep_a, keep_b, keep_c, keep_d), dim=dim + 1).flatten(dim, dim + 1)
 
 
-def densest(counts: Tensor, ratio: float) -> Tensor:
-    """The mask of the ⌈ratio · F⌉ features with the highest counts; of equal ones the lower index wins.
+def densest_features(counts: Tensor, ratio: float) -> Tensor:
+    """The ⌈ratio · F⌉ features with the highest counts; of equal ones the lower index wins.
 
     Args:
         counts: `[F]`, non-zeros of each feature.
         ratio: share of the features, 0 to 1.
 
     Returns:
-        boolean `[F]`.
+        their indices, int64, from the highest count down.
     """
-    number = math.ceil(ratio * len(counts))
-    chosen = torch.argsort(counts, descending=True, stable=True)[:number]
+    return torch.argsort(counts, descending=True, stable=True)[: math.ceil(ratio * len(counts))]
+
+
+def densest(counts: Tensor, ratio: float) -> Tensor:
+    """`densest_features` as a mask, boolean `[F]`."""
+    chosen = densest_features(counts, ratio)
     return torch.zeros_like(counts, dtype=torch.bool).scatter(0, chosen, True)

@@ -1,0 +1,334 @@
+"""Backward: one pass over the incoming gradient and what forward saved, to the 2:4 operands of three
+products.
+
+    dZ = f'(h) ∘ dS under the forward's mask      packed along the features, with the forward's metadata
+    f(h) and dZ, 2:4 along the tokens on top      packed along the tokens, for the two weight gradients
+
+Bytes an element: 3.125 read (dS and the saved activation), 1.125 written for each of the three, together 6.5.
+A thread holds 4 tokens × 8 features, so that groups along either side lie inside it: four loads of every
+fourth token make one tensor each, and all selection is between tensors. Only the results cross threads, on
+their way to rows that run along the tokens.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from act24.kernels.compiler import jit, tl
+from act24.kernels.keys import (
+    as_float,
+    as_signed,
+    by_position,
+    complement_field,
+    load_bits,
+    metadata_field,
+    round16,
+    sort4,
+    upper,
+)
+from act24.sparse24.packed import Packed24
+
+#: Features of a tile. Tokens: 128, or 64 where T is no multiple of 128.
+FEATURES = 64
+
+
+@jit
+def _rotate_left(bits):
+    return bits << 1 | bits >> 31
+
+
+@jit
+def _rotate_right(bits):
+    return bits >> 1 | bits << 31
+
+
+@jit
+def spread(low, high, first, second, code: tl.constexpr):
+    """The two entries of a packed group at their places among four, as keys."""
+    zero = first & 0
+    return (
+        tl.where(low == 0, first, zero) | code,
+        tl.where(low == 1, first, tl.where(high == 4, second, zero)) | code,
+        tl.where(low == 2, first, tl.where(high == 8, second, zero)) | code,
+        tl.where(high == 12, second, zero) | code,
+    )
+
+
+@jit
+def masked_gradient(pairs, both, slope, low, high, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
+    """dZ at the kept places.
+
+    Args:
+        pairs: dS, words [rows, features / 2].
+        both, slope: the saved activation and its slope, words [rows, features / 4], of no negative numbers.
+        low, high: the metadata of every group, in its bits 0 to 1 and 2 to 3.
+
+    Returns:
+        bfloat16 [rows, features / 4, 2].
+    """
+    even, odd = tl.split(tl.reshape(pairs, [both.shape[0], both.shape[1], 2]))
+    grad0 = as_float(even << 16)
+    grad1 = as_float(upper(even))
+    grad2 = as_float(odd << 16)
+    grad3 = as_float(upper(odd))
+    first = tl.where(low == 0, grad0, tl.where(low == 1, grad1, grad2))
+    second = tl.where(high == 12, grad3, tl.where(high == 8, grad2, grad1))
+    if SLOPE:
+        first *= as_float(slope << 16)
+        second *= as_float(upper(slope))
+    elif FUNCTION == "relu2":
+        # Rounded to 16 bits the root of the rounded square is relu(h) again, exactly: nothing else is saved.
+        first *= 2 * round16(tl.sqrt(as_float(both << 16)), tl.bfloat16)
+        second *= 2 * round16(tl.sqrt(as_float(upper(both))), tl.bfloat16)
+    else:
+        first = tl.where(both << 16 != 0, first, 0.0)
+        second = tl.where(upper(both) != 0, second, 0.0)
+    return tl.join(first, second).to(tl.bfloat16)
+
+
+@jit
+def _read(
+    grad,
+    values,
+    metadata,
+    slopes,
+    grad_values,
+    permutation,
+    real,
+    features,
+    token,
+    feature,
+    nth: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    PADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """The nth of every four tokens: writes dZ, and returns keys of f(h) and of |dZ| for the four features of
+    every group. A key of |dZ| has its magnitude in the 15 upper bits, and its sign below the position."""
+    groups: tl.constexpr = FEATURES // 4
+    rows: tl.constexpr = TOKENS // 4
+    pair = tl.arange(0, FEATURES // 2)[None, :]
+    group = tl.arange(0, groups)[None, :]
+    word = tl.arange(0, FEATURES // 8)[None, :]
+    row = (tl.arange(0, rows) * 4 + nth)[:, None]
+    # T·F may pass 2^31: without a permutation one 64-bit number does for the tile, else each row has its own.
+    if PERMUTED:
+        row = tl.load(permutation + token + row).to(tl.int32)
+        slab = (row // 64).to(tl.int64) * (2 * features) + feature * 2
+        field = metadata_field(row % 64, word * 8, features)
+        half_row = row.to(tl.int64) * (features // 2) + feature // 2
+        quarter_row = row.to(tl.int64) * (features // 4) + feature // 4
+    else:
+        slab = token.to(tl.int64) // 64 * (2 * features) + feature * 2
+        field = metadata_field(row, word * 8, features)
+        start = token.to(tl.int64) * (features // 4) + feature // 4
+        grad += start * 2
+        grad_values += start * 2
+        values += start
+        slopes += start
+        half_row = row * (features // 2)
+        quarter_row = row * (features // 4)
+    both = load_bits(values + (quarter_row + group)) & 0x7FFF7FFF  # a -0 would sort above everything
+    if PADS:
+        token = row if PERMUTED else token + row
+        is_real = tl.load(real + token)
+        both = tl.where(is_real, both, both & 0)
+    fields = load_bits(metadata + slab + tl.max_contiguous(field // 8, (1, 2)))
+    fields >>= (field % 8 * 4).to(tl.uint32)
+    fields = tl.reshape(tl.join(fields, fields >> 16), [rows, groups])
+    low = fields & 3
+    high = fields & 12
+
+    slope = load_bits(slopes + (quarter_row + group)) if SLOPE else both
+    if PADS and SLOPE:
+        slope = tl.where(is_real, slope, slope & 0)
+    rounded = masked_gradient(load_bits(grad + (half_row + pair)), both, slope, low, high, FUNCTION, SLOPE)
+    target = grad_values + (half_row + pair)
+    tl.store(target, tl.reshape(rounded, [rows, FEATURES // 2]))
+    first_bits, second_bits = tl.split(rounded.to(tl.uint16, bitcast=True))
+    first_bits = _rotate_left(first_bits.to(tl.uint32) << 16)
+    second_bits = _rotate_left(second_bits.to(tl.uint32) << 16)
+
+    code: tl.constexpr = 3 - nth
+    value0, value1, value2, value3 = spread(low, high, both << 16, upper(both), code)
+    grad0, grad1, grad2, grad3 = spread(low, high, first_bits, second_bits, code * 2)
+    return value0, value1, value2, value3, grad0, grad1, grad2, grad3
+
+
+@jit
+def _pair(larger, smaller):
+    """The two selected values in one word, and their metadata (inverted)."""
+    first, second = by_position(larger, smaller)
+    return first >> 16 | upper(second), complement_field(first, second)
+
+
+@jit
+def _select_value(key0, key1, key2, key3):
+    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
+    return _pair(larger, smaller)
+
+
+@jit
+def _select_grad(key0, key1, key2, key3):
+    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
+    return _pair(_rotate_right(larger), _rotate_right(smaller))
+
+
+@jit
+def _along_tokens(x0, x1, x2, x3, rows: tl.constexpr, FEATURES: tl.constexpr):
+    """Four tensors [tokens / 4, features / 4], one for each feature of a group, as [features, tokens / 4]."""
+    return tl.trans(tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [rows, FEATURES]))
+
+
+@jit
+def _gather_fields(bytes4):
+    """The low four bits of each byte of a word, next to each other in its lower half."""
+    fields = bytes4 & 0x0F0F0F0F
+    fields = fields | fields >> 4
+    return (fields & 0xFF) | (fields >> 8 & 0xFF00)
+
+
+@jit
+def _pack_gradient(
+    grad,
+    values,
+    metadata,
+    slopes,
+    permutation,
+    real,
+    grad_values,
+    grad_metadata,
+    value_rows,
+    value_row_metadata,
+    grad_rows,
+    grad_row_metadata,
+    tokens,
+    features,
+    FUNCTION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    PADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    rows: tl.constexpr = TOKENS // 4
+    # Neighbouring programs share rows that run along the tokens, where the writes are the narrower ones.
+    token = tl.program_id(0) * TOKENS
+    feature = tl.program_id(1) * FEATURES
+    v00, v01, v02, v03, g00, g01, g02, g03 = _read(
+        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
+        0, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+    )  # fmt: skip
+    v10, v11, v12, v13, g10, g11, g12, g13 = _read(
+        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
+        1, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+    )  # fmt: skip
+    v20, v21, v22, v23, g20, g21, g22, g23 = _read(
+        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
+        2, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+    )  # fmt: skip
+    v30, v31, v32, v33, g30, g31, g32, g33 = _read(
+        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
+        3, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+    )  # fmt: skip
+
+    start = feature.to(tl.int64) * (tokens // 4) + token // 4
+    tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]
+    x0, m0 = _select_value(v00, v10, v20, v30)
+    x1, m1 = _select_value(v01, v11, v21, v31)
+    x2, m2 = _select_value(v02, v12, v22, v32)
+    x3, m3 = _select_value(v03, v13, v23, v33)
+    tl.store(value_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
+    x0, n0 = _select_grad(g00, g10, g20, g30)
+    x1, n1 = _select_grad(g01, g11, g21, g31)
+    x2, n2 = _select_grad(g02, g12, g22, g32)
+    x3, n3 = _select_grad(g03, g13, g23, g33)
+    tl.store(grad_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
+
+    # One byte a group holds both fields on the way to where the eight groups of a word meet.
+    byte = _along_tokens(m0 + n0 * 16, m1 + n1 * 16, m2 + n2 * 16, m3 + n3 * 16, rows, FEATURES)
+    # A feature is (16s, upper 8 of 16, 8s), a group of tokens (32s, upper 16 of 32, upper 8 of 16, odd).
+    byte = tl.reshape(byte.to(tl.uint8), [FEATURES // 16, 2, 8, TOKENS // 32, 2, 2, 2])
+    byte = tl.permute(byte, (3, 0, 2, 5, 6, 4, 1))
+    row_a, row_b = tl.split(byte)  # rows 8 apart
+    row_a_near, row_a_far = tl.split(row_a)  # groups 16 tokens apart
+    row_b_near, row_b_far = tl.split(row_b)
+    byte0, byte4 = tl.split(row_a_near)  # groups 4 tokens apart
+    byte1, byte5 = tl.split(row_b_near)
+    byte2, byte6 = tl.split(row_a_far)
+    byte3, byte7 = tl.split(row_b_far)
+    lower4 = _word(byte0, byte1, byte2, byte3)
+    upper4 = _word(byte4, byte5, byte6, byte7)
+    value_words = (_gather_fields(lower4) | _gather_fields(upper4) << 16) ^ 0xFFFFFFFF
+    grad_words = (_gather_fields(lower4 >> 4) | _gather_fields(upper4 >> 4) << 16) ^ 0xFFFFFFFF
+    slab = feature.to(tl.int64) * (tokens // 32) + token * 2
+    place = slab + tl.arange(0, TOKENS // 32)[:, None] * 64 + tl.arange(0, FEATURES)[None, :]
+    shape: tl.constexpr = [TOKENS // 32, FEATURES]
+    tl.store(value_row_metadata + place, as_signed(tl.reshape(value_words, shape)))
+    tl.store(grad_row_metadata + place, as_signed(tl.reshape(grad_words, shape)))
+
+    slab = token.to(tl.int64) * (features // 32) + feature * 2
+    words = tl.arange(0, TOKENS // 64)[:, None] * (2 * features) + tl.arange(0, FEATURES * 2)[None, :]
+    tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
+
+
+@jit
+def _word(byte0, byte1, byte2, byte3):
+    low = byte0.to(tl.uint32) | byte1.to(tl.uint32) << 8
+    return low | byte2.to(tl.uint32) << 16 | byte3.to(tl.uint32) << 24
+
+
+def pack_gradient(
+    grad: Tensor,
+    saved: Packed24,
+    slope: Tensor | None,
+    permutation: Tensor | None,
+    real: Tensor | None,
+    grad_packed: Packed24,
+    value_rows: Packed24,
+    grad_rows: Packed24,
+    function: str,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        saved: the activation, 2:4 along the features, `[T, F]`.
+        slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
+        permutation: int64 `[T]`, the order in which tokens are grouped; None as it is.
+        real: boolean `[T]`, False for tokens to leave out; None for none.
+        grad_packed: dZ `[T, F]`, unwritten.
+        value_rows, grad_rows: the activation and dZ, 2:4 along the tokens, `[F, T]`, unwritten.
+        function: as in `act24.sparse24.activation.Options24`.
+    """
+    tokens, features = grad.shape
+    tile = 128 if tokens % 128 == 0 else 64
+    unused = words = grad.view(torch.int32)
+    _pack_gradient[(tokens // tile, features // FEATURES)](
+        words,
+        saved.values.view(torch.int32),
+        saved.metadata.view(torch.int32),
+        unused if slope is None else slope.view(torch.int32),
+        unused if permutation is None else permutation,
+        unused if real is None else real,
+        grad_packed.values,
+        grad_packed.metadata.view(torch.int32),
+        value_rows.values.view(torch.int32),
+        value_rows.metadata.view(torch.int32),
+        grad_rows.values.view(torch.int32),
+        grad_rows.metadata.view(torch.int32),
+        tokens,
+        features,
+        FUNCTION=function,
+        SLOPE=slope is not None,
+        PERMUTED=permutation is not None,
+        PADS=real is not None,
+        TOKENS=tile,
+        FEATURES=FEATURES,
+        num_warps=8 if tile == 128 else 4,
+    )

@@ -1,0 +1,320 @@
+"""The packed operations as PyTorch operators: a compiled graph has one node for each and never breaks.
+
+For every one: its schema, its reference in plain PyTorch, which is what it does on a CPU and what tests hold
+the kernel against, the kernel that CUDA runs, and the shapes for tracing. Matrices in packed form are passed
+as their buffer (`act24.sparse24.packed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from act24.sparse24.packed import Packed24, empty_packed, pack, unpack
+from act24.sparse24.products import multiply24
+from act24.sparse24.token_wise import Function, Method, Options24, sparsify_token_wise
+
+_LIBRARY = torch.library.Library("act24", "DEF")
+
+
+def _operator(
+    schema: str, reference: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]
+):
+    name = schema[: schema.index("(")]
+    # Packed buffers and rows that run along the tokens mean nothing in other strides.
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+    _LIBRARY.impl(name, reference, "CPU")
+    _LIBRARY.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"act24::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.act24, name)
+
+
+def _pack_activation_reference(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: Function,
+    method: Method,
+    slope: bool,
+    counts: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positive = torch.relu(hidden)
+    sparse = sparsify_token_wise(positive, seed, Options24(function=function, method=method))
+    packed = pack(sparse.value, sparse.mask)
+    nonzero = positive > 0 if real is None else (positive > 0) & real[:, None]
+    energy = torch.where(nonzero, sparse.dense.float().square(), 0)
+    sums = (
+        (nonzero.unflatten(-1, (-1, 4)).sum(-1) > 2).sum(),
+        (nonzero & ~sparse.mask).sum(),
+        energy.sum(),
+        torch.where(sparse.mask, 0, energy).sum(),
+    )
+    return (
+        packed.buffer,
+        pack(sparse.slope, sparse.mask).values.clone() if slope else hidden.new_empty(0),
+        nonzero.sum(0, dtype=torch.int32) if counts else hidden.new_empty(0, dtype=torch.int32),
+        torch.stack([s.float() for s in sums]) if statistics else hidden.new_empty(0, dtype=torch.float32),
+    )
+
+
+def _pack_activation_kernel(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: Function,
+    method: Method,
+    slope: bool,
+    counts: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from act24.kernels.pack_activation import pack_activation
+
+    _, features = hidden.shape
+    packed, slopes, _, sums = _pack_activation_fake(
+        hidden, seed, real, function, method, slope, counts, statistics
+    )
+    number = hidden.new_zeros(features if counts or statistics else 0, dtype=torch.int32)
+    made = pack_activation(
+        hidden,
+        Packed24(packed),
+        slopes if slope else None,
+        number if counts or statistics else None,
+        statistics,
+        seed,
+        real,
+        function,
+        method,
+    )
+    return packed, slopes, number if counts else number[:0].clone(), sums if made is None else made
+
+
+def _pack_activation_fake(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: Function,
+    method: Method,
+    slope: bool,
+    counts: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, features = hidden.shape
+    return (
+        empty_packed(tokens, features, hidden),
+        hidden.new_empty(tokens, features // 2) if slope else hidden.new_empty(0),
+        hidden.new_empty(features if counts else 0, dtype=torch.int32),
+        hidden.new_empty(4 if statistics else 0, dtype=torch.float32),
+    )
+
+
+#: Activation, selection and packing along the features, for `hidden` bfloat16 `[T, F]`.
+#: Returns: the packed activation; its slope at the kept places `[T, F/2]`, if asked for; non-zeros before 2:4
+#: by feature, int32 `[F]`, if asked for; and if asked for float32 `[4]`: groups with more than two non-zeros,
+#: non-zeros dropped, energy, energy dropped. Tokens that are not `real` count nowhere.
+pack_activation = _operator(
+    "pack_activation(Tensor hidden, Tensor? seed, Tensor? real, str function, str method, bool slope, "
+    "bool counts, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+    _pack_activation_reference,
+    _pack_activation_kernel,
+    _pack_activation_fake,
+)
+
+
+def _slope(saved: Packed24, slope: Tensor | None, function: Function) -> Tensor:
+    """d activation / d hidden at the places of `saved.values`."""
+    if slope is not None:
+        return slope
+    if function == "relu":
+        return (saved.values > 0).to(saved.values.dtype)
+    return 2 * saved.values.float().sqrt().to(saved.values.dtype)  # the exact relu(h): see the kernel
+
+
+def _with_values(saved: Packed24, values: Tensor) -> Packed24:
+    """A packed matrix with the metadata of another."""
+    return Packed24(torch.cat((values.flatten(), saved.metadata.view(values.dtype))).view_as(saved.buffer))
+
+
+def _masked_gradient(grad: Tensor, saved: Packed24, slope: Tensor | None, function: Function) -> Packed24:
+    """slope ∘ grad under the mask of `saved`."""
+    kept = unpack(_with_values(saved, torch.ones_like(saved.values))) != 0
+    return _with_values(saved, pack(grad, kept).values * _slope(saved, slope, function))
+
+
+def _pack_gradient_reference(
+    grad: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    permutation: Tensor | None,
+    real: Tensor | None,
+    function: Function,
+) -> tuple[Tensor, Tensor, Tensor]:
+    value = Packed24(saved)
+    masked = _masked_gradient(grad, value, slope, function)
+    rows = []
+    for matrix in (unpack(value), unpack(masked)):
+        matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+        rows.append(pack((matrix if permutation is None else matrix[permutation]).T.contiguous()).buffer)
+    return masked.buffer, rows[0], rows[1]
+
+
+def _pack_gradient_kernel(
+    grad: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    permutation: Tensor | None,
+    real: Tensor | None,
+    function: Function,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from act24.kernels.pack_gradient import pack_gradient
+
+    packed = _pack_gradient_fake(grad, saved, slope, permutation, real, function)
+    masked, value_rows, grad_rows = map(Packed24, packed)
+    pack_gradient(grad, Packed24(saved), slope, permutation, real, masked, value_rows, grad_rows, function)
+    return packed
+
+
+def _pack_gradient_fake(
+    grad: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    permutation: Tensor | None,
+    real: Tensor | None,
+    function: Function,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, features = grad.shape
+    return (
+        torch.empty_like(saved),
+        empty_packed(features, tokens, grad),
+        empty_packed(features, tokens, grad),
+    )
+
+
+#: From dS `[T, F]` and what forward saved to the 2:4 operands of backward: dZ packed along the features `[T,
+#: F]`, and the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four
+#: tokens in the order of `permutation`, tokens that are not `real` as zeros. `slope` None: made from the
+#: activation.
+pack_gradient = _operator(
+    "pack_gradient(Tensor grad, Tensor saved, Tensor? slope, Tensor? permutation, Tensor? real, "
+    "str function) -> (Tensor, Tensor, Tensor)",
+    _pack_gradient_reference,
+    _pack_gradient_kernel,
+    _pack_gradient_fake,
+)
+
+
+def _unpack_gradient_reference(
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function
+) -> tuple[Tensor, Tensor, Tensor]:
+    masked = _masked_gradient(grad, Packed24(saved), slope, function)
+    return masked.buffer, unpack(Packed24(saved)), unpack(masked)
+
+
+def _unpack_gradient_kernel(
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function
+) -> tuple[Tensor, Tensor, Tensor]:
+    from act24.kernels.unpack_gradient import unpack_gradient
+
+    packed, value, dense = _unpack_gradient_fake(grad, saved, slope, function)
+    unpack_gradient(grad, Packed24(saved), slope, Packed24(packed), value, dense, function)
+    return packed, value, dense
+
+
+def _unpack_gradient_fake(
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(saved), torch.empty_like(grad), torch.empty_like(grad)
+
+
+#: From dS `[T, F]` and what forward saved: dZ packed along the features, and the activation and dZ with their
+#: zeros filled in, `[T, F]`, for exact weight gradients.
+unpack_gradient = _operator(
+    "unpack_gradient(Tensor grad, Tensor saved, Tensor? slope, str function) -> (Tensor, Tensor, Tensor)",
+    _unpack_gradient_reference,
+    _unpack_gradient_kernel,
+    _unpack_gradient_fake,
+)
+
+
+def _gather_features_reference(
+    value: Tensor, grad: Tensor, index: Tensor, permutation: Tensor | None, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows = []
+    for packed in (value, grad):
+        matrix = unpack(Packed24(packed))[:, index]
+        matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+        rows.append((matrix if permutation is None else matrix[permutation]).T.contiguous())
+    return rows[0], rows[1]
+
+
+def _gather_features_kernel(
+    value: Tensor, grad: Tensor, index: Tensor, permutation: Tensor | None, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from act24.kernels.gather_features import gather_features
+
+    rows = _gather_features_fake(value, grad, index, permutation, real)
+    gather_features(Packed24(value), Packed24(grad), index, permutation, real, *rows)
+    return rows
+
+
+def _gather_features_fake(
+    value: Tensor, grad: Tensor, index: Tensor, permutation: Tensor | None, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = (index.shape[0], value.shape[0])
+    return value.new_empty(shape), grad.new_empty(shape)
+
+
+#: The features `index` `[n]` of two matrices packed along the features with equal metadata, each as a row
+#: `[n, T]` along the tokens in the order of `permutation`, tokens that are not `real` as zeros.
+gather_features = _operator(
+    "gather_features(Tensor value, Tensor grad, Tensor index, Tensor? permutation, Tensor? real) "
+    "-> (Tensor, Tensor)",
+    _gather_features_reference,
+    _gather_features_kernel,
+    _gather_features_fake,
+)
+
+
+def _product24_reference(
+    packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
+) -> Tensor:
+    result = unpack(Packed24(packed)) @ dense
+    return _replace_rows(result.T.contiguous() if transposed else result, dense, transposed, rows, index)
+
+
+def _product24_kernel(
+    packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
+) -> Tensor:
+    result = multiply24(packed, dense, algorithm, transposed)
+    return _replace_rows(result, dense, transposed, rows, index)
+
+
+def _product24_fake(
+    packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
+) -> Tensor:
+    shape = (packed.shape[0], dense.shape[1])
+    return packed.new_empty(shape[::-1] if transposed else shape)
+
+
+def _replace_rows(
+    result: Tensor, dense: Tensor, transposed: bool, rows: Tensor | None, index: Tensor | None
+) -> Tensor:
+    if rows is None or index is None:
+        return result
+    exact = rows @ dense
+    return result.index_copy_(1, index, exact.T) if transposed else result.index_copy_(0, index, exact)
+
+
+#: A 2:4 matrix `[M, K]` times a dense one `[K, N]`, `[M, N]`, or transposed `[N, M]`; with `rows` `[n, K]`
+#: the rows `index` of the 2:4 matrix are these dense ones instead. The algorithm is cuSPARSELt's; on a CPU it
+#: means nothing.
+product24 = _operator(
+    "product24(Tensor packed, Tensor dense, int algorithm, bool transposed, Tensor? rows, Tensor? index) "
+    "-> Tensor",
+    _product24_reference,
+    _product24_kernel,
+    _product24_fake,
+)

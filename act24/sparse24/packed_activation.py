@@ -1,0 +1,221 @@
+"""`activation24` on packed operands: one pass of a kernel on either way, and four 2:4 products of six.
+
+The same function as the reference in `act24.sparse24.activation`, selection for selection; only the rounding
+of sums differs. Saved for backward are x, the weights and the packed activation: 1.125 bytes a feature in
+place of 2 (and 2 more for the slope under the random and the soft method), for with relu² the slope is a root
+away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from act24.sparse24 import operators
+from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.packed import Packed24, unpack
+from act24.sparse24.products import DENSE, KINDS, Kind, Product, choose, obstacle
+from act24.sparse24.selection import densest_features
+from act24.sparse24.statistics import STATISTICS, feature_wise_statistics
+from act24.sparse24.token_wise import Options24
+
+#: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
+_TILE, _LOAD = 64, 8
+
+#: The statistics along the tokens look at every 64th feature.
+_SAMPLE = 64
+
+
+#: x, weight_in, bias_in, weight_out, bias_out of `act24.sparse24.activation.activation24`.
+Tensors = tuple[Tensor | None, ...]
+
+
+def why_not_packed(tensors: Tensors, options: Options24) -> str:
+    """The one place that chooses between packed operands and the reference: why it is the reference, in a few
+    words; empty if it is not."""
+    x, weight_in, _, weight_out, _ = tensors
+    if not options.kernels:
+        return "kernels are switched off"
+    if x is None or weight_in is None or weight_out is None:
+        return "only a linear on both sides of the activation makes packing pay"
+    if options.estimator != "masked":
+        return "the straight-through gradient is not 2:4"
+    if x.dtype is not torch.bfloat16:
+        return f"packed operands are bfloat16, these are {x.dtype}"
+    tokens = x.numel() // max(x.shape[-1], 1)
+    features, width = weight_in.shape
+    if tokens == 0 or tokens % _TILE or features % _TILE:
+        return f"T {tokens} and F {features} have to be multiples of {_TILE}"
+    if width % _LOAD or len(weight_out) % _LOAD:
+        return f"widths {width} and {len(weight_out)} have to be multiples of {_LOAD}"
+    if reason := _machine(x.device):
+        return reason
+    for kind, algorithm in _algorithms(tokens, weight_in, weight_out, options).items():
+        if algorithm == DENSE:
+            return f"the dense product is faster for {kind} at T {tokens}, F {features}, width {width}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _machine(device: torch.device) -> str:
+    return obstacle(device)
+
+
+def _algorithms(tokens: int, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
+    """For each product that can be 2:4 under these options the algorithm, or `DENSE`."""
+    features, width = weight_in.shape
+    width_out = len(weight_out)
+    kinds = KINDS[:2] if options.backward == "dense" else KINDS
+    return {
+        kind: choose(
+            Product(kind, tokens, features, width_out if kind in ("y", "grad_weight_out") else width),
+            options.algorithms,
+        )
+        for kind in kinds
+    }
+
+
+class _PackedActivation24(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        bias_out: Tensor | None,
+        scale: Tensor | None,
+        seed: Tensor | None,
+        real: Tensor | None,
+        options: Options24,
+        training: bool,
+    ) -> tuple[Tensor, ...]:
+        hidden = F.linear(x.reshape(-1, x.shape[-1]), weight_in, bias_in)
+        packed, slope, counts, sums = operators.pack_activation(
+            hidden,
+            seed,
+            real,
+            options.function,
+            options.method,
+            training and options.method != "naive",
+            (training and options.backward == "split_gemm") or options.statistics,
+            options.statistics,
+        )
+        algorithm = _algorithms(len(hidden), weight_in, weight_out, options)["y"]
+        y = operators.product24(packed, weight_out.T, algorithm, False, None, None)
+        y = y if scale is None else y * scale.to(y.dtype)
+        y = y if bias_out is None else y + bias_out
+        return y.view(*x.shape[:-1], len(weight_out)), packed, slope, counts, sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight_in, _, weight_out, _, scale, _, real, options, _ = inputs
+        _, packed, slope, counts, sums = output
+        ctx.mark_non_differentiable(packed, slope, counts, sums)
+        ctx.save_for_backward(x, weight_in, weight_out, scale, real, packed, slope, counts)
+        ctx.options = options
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight_in, weight_out, scale, real, packed, slope, counts = ctx.saved_tensors
+        options: Options24 = ctx.options
+        need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
+        slope = slope if slope.numel() else None
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_product = grad_rows if scale is None else grad_rows * scale.to(grad_y.dtype)
+        algorithms = _algorithms(len(x), weight_in, weight_out, options)
+
+        grad_activation = grad_product @ weight_out
+        grad_weight_in = grad_weight_out = None
+        if options.backward == "dense":
+            grad_hidden, value, dense = operators.unpack_gradient(
+                grad_activation, packed, slope, options.function
+            )
+            grad_weight_in = dense.T @ x if need_weight_in else None
+            grad_weight_out = grad_product.T @ value if need_weight_out else None
+        else:
+            order = token_permutation(shape[:-1], options.token_permutation, x.device)
+            grad_hidden, value_rows, hidden_rows = operators.pack_gradient(
+                grad_activation, packed, slope, order, real, options.function
+            )
+            index = value_dense = hidden_dense = None
+            if options.backward == "split_gemm":
+                index = densest_features(counts, options.dense_ratio)
+                value_dense, hidden_dense = operators.gather_features(packed, grad_hidden, index, order, real)
+            if need_weight_in:
+                grad_weight_in = operators.product24(
+                    hidden_rows, _ordered(x, order), algorithms["grad_weight_in"], False, hidden_dense, index
+                )
+            if need_weight_out:
+                ordered = _ordered(grad_product, order)
+                algorithm = algorithms["grad_weight_out"]
+                grad_weight_out = operators.product24(
+                    value_rows, ordered, algorithm, True, value_dense, index
+                )
+        grad_x = None
+        if need_x:
+            grad_x = operators.product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
+            grad_x = grad_x.view(shape)
+        return (
+            grad_x,
+            grad_weight_in,
+            # A pass of its own over all features, for models with biases only.
+            unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None,
+            grad_weight_out,
+            grad_rows.sum(0) if need_bias_out else None,
+            *(None,) * 5,
+        )
+
+
+def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
+    return rows.contiguous() if order is None else rows[order]
+
+
+def packed_activation24(
+    tensors: Tensors, scale: Tensor | None, seed: Tensor | None, real: Tensor | None, options: Options24
+) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.activation.activation24` where `why_not_packed` has nothing to say.
+
+    Args:
+        real: boolean `[T]`, the tokens that are no padding; None for all. The others as there.
+    """
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, packed, _, counts, sums = _PackedActivation24.apply(*tensors, scale, seed, real, options, training)
+    if not options.statistics:
+        return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
+    with torch.no_grad():
+        return y, _statistics(y.shape[:-1], Packed24(packed), counts, sums, real, options)
+
+
+def _statistics(
+    shape: tuple[int, ...],
+    packed: Packed24,
+    counts: Tensor,
+    sums: Tensor,
+    real: Tensor | None,
+    options: Options24,
+) -> Tensor:
+    """The statistics of the reference from the kernel's sums. Along the tokens they are an estimate, from
+    some features: the kernel that selects along the tokens runs in backward, too late."""
+    tokens, features = packed.shape
+    number = sums.new_full((), tokens) if real is None else real.sum(dtype=torch.float32)
+    crowded, dropped, energy, lost = sums
+    elements = number * features
+    token_wise = (elements, elements - counts.sum(), elements / 4, crowded, dropped, energy, lost)
+    result = torch.cat((torch.stack(token_wise), sums.new_zeros(len(STATISTICS) - len(token_wise))))
+    if options.backward == "dense":
+        return result
+    order = token_permutation(shape, options.token_permutation, sums.device)
+    index = torch.arange(0, features, _SAMPLE, device=sums.device)
+    value, _ = operators.gather_features(packed.buffer, packed.buffer, index, order, real)
+    dense = None
+    if options.backward == "split_gemm":
+        chosen = densest_features(counts, options.dense_ratio)
+        dense = torch.zeros_like(counts, dtype=torch.bool).scatter(0, chosen, True)[index]
+    kept = sparsify_feature_wise(value.T, dense)
+    return result + feature_wise_statistics(value.T, kept, dense) * (features / len(index))

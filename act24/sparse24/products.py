@@ -1,0 +1,220 @@
+"""Products with a 2:4 operand: cuSPARSELt where it is faster, and what has to hold for it.
+
+Which of the library's algorithms is best, and whether any beats the dense product, depends on the shape. The
+shell measures it (`act24.tools.tuning`) and hands over a table; where the table has no answer one rule
+decides, `choose`. Everything else in act24 asks there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from act24.sparse24.packed import Packed24, pack, random_packed, unpack
+
+#: In the place of an algorithm: the dense product is faster.
+DENSE = -1
+
+#: The library's ids run from 0 to less than this; those that a GPU does not have raise an error.
+ALGORITHMS = 32
+
+#: For shapes that nobody tuned (H200, cuSPARSELt 0.8): the id that came out best most often, and the least
+#: width of the dense operand and extent of the sparse one from which 2:4 beat the dense product.
+DEFAULT_ALGORITHM, LEAST_WIDTH, LEAST_EXTENT = 3, 1024, 4096
+
+Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out"]
+KINDS: tuple[Kind, ...] = ("y", "grad_x", "grad_weight_in", "grad_weight_out")
+
+
+class Product(NamedTuple):
+    """A product of a feed-forward network whose 2:4 operand is the activation a `[T, F]` or its gradient.
+
+        y = a W_outᵀ          grad_x = dZ W_in          along the features
+        dW_in = dZᵀ x         dW_outᵀ = aᵀ G            along the tokens
+
+    Attributes:
+        kind: which of the four.
+        tokens: T.
+        features: F.
+        width: of the dense operand, the input or output width of the network.
+    """
+
+    kind: Kind
+    tokens: int
+    features: int
+    width: int
+
+    @property
+    def along_tokens(self) -> bool:
+        """Whether the reduction, and with it 2:4, runs along the tokens."""
+        return self.kind in ("grad_weight_in", "grad_weight_out")
+
+    @property
+    def sparse_shape(self) -> tuple[int, int]:
+        """Of the 2:4 operand."""
+        if self.along_tokens:
+            return self.features, self.tokens
+        return self.tokens, self.features
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the result is wanted transposed: the gradient of W_out `[D_out, F]`."""
+        return self.kind == "grad_weight_out"
+
+
+#: What a tuner found, by product: an algorithm, or `DENSE`. As pairs, so that it can be a constant of a
+#: graph.
+Table = tuple[tuple[Product, int], ...]
+
+
+def choose(product: Product, table: Table = ()) -> int:
+    """The algorithm for a product, or `DENSE`: what was measured, else the rule for untuned shapes."""
+    measured = dict(table).get(product)
+    if measured is not None:
+        return measured
+    pays = product.width >= LEAST_WIDTH and min(product.sparse_shape) >= LEAST_EXTENT
+    return DEFAULT_ALGORITHM if pays else DENSE
+
+
+def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) -> Tensor:
+    """A packed 2:4 matrix times a dense one, by cuSPARSELt.
+
+    Args:
+        packed: the buffer of a `Packed24` `[M, K]`.
+        dense: `[K, N]`, contiguous, or the transpose of a contiguous `[N, K]`.
+        algorithm: an id that the library has for this GPU.
+        transposed: return `[N, M]`.
+
+    Returns:
+        `[M, N]` or `[N, M]`, contiguous, in the dtype of the operands.
+
+    Raises:
+        ValueError: shapes do not match, or the dense operand has another layout: the library would not
+            notice, and read something else.
+    """
+    rows, inner = Packed24(packed).shape
+    size, _ = dense.shape
+    if size != inner or not packed.is_contiguous():
+        raise ValueError(f"a packed {(rows, inner)} matrix cannot multiply {tuple(dense.shape)}")
+    if not (dense.is_contiguous() or dense.T.is_contiguous()):
+        raise ValueError(
+            f"the dense operand has to be contiguous or a contiguous matrix transposed; it is "
+            f"{tuple(dense.shape)} with strides {dense.stride()}"
+        )
+    return torch.ops.aten._cslt_sparse_mm(packed, dense, transpose_result=transposed, alg_id=algorithm)
+
+
+class _Operands(NamedTuple):
+    """What a product multiplies, drawn at random: the 2:4 side twice, packed and with its zeros."""
+
+    packed: Packed24
+    left: Tensor
+    dense: Tensor
+
+
+def _operands(product: Product, generator: torch.Generator) -> _Operands:
+    rows, inner = product.sparse_shape
+    packed = random_packed(rows, inner, torch.bfloat16, generator)
+    shape = (product.width, inner) if product.kind == "y" else (inner, product.width)
+    dense = torch.randn(shape, generator=generator, device=generator.device).bfloat16()
+    left = unpack(packed)
+    # Along the tokens the dense network has the same matrix the other way round in memory.
+    left = left.T.contiguous().T if product.along_tokens else left
+    return _Operands(packed, left, dense.T if product.kind == "y" else dense)
+
+
+def dense_call(product: Product, generator: torch.Generator) -> Callable[[], Tensor]:
+    """A call, to be timed, of the dense product, with its operands as a dense network has them."""
+    _, left, dense = _operands(product, generator)
+    return (lambda: dense.T @ left.T) if product.transposed else (lambda: left @ dense)
+
+
+def candidates(
+    product: Product, generators: Iterable[torch.Generator], tolerance: float = 1e-2
+) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+    """Every algorithm that runs this product and gets it right, with a call to be timed.
+
+    Some ids return wrong numbers without an error (pytorch issue 155333), so each has to agree with the dense
+    product on one draw of each generator, all seeded differently, before it is offered.
+    """
+    draws = [_operands(product, generator) for generator in generators]
+    expected = [left @ dense for _, left, dense in draws]
+    for algorithm in range(ALGORITHMS):
+        calls = [
+            functools.partial(multiply24, packed.buffer, dense, algorithm, product.transposed)
+            for packed, _, dense in draws
+        ]
+        try:
+            results = [call().T if product.transposed else call() for call in calls]
+        except RuntimeError:  # this GPU does not have the id, or not for this shape
+            continue
+        if max(map(relative_error, results, expected)) < tolerance:
+            yield algorithm, calls[0]
+
+
+def tuned(
+    product: Product, time: Callable[[Callable[[], Tensor]], float], device: torch.device
+) -> tuple[int, dict[int, float]]:
+    """The fastest valid algorithm of a product, or `DENSE` where the dense product is faster.
+
+    Args:
+        product: what to measure.
+        time: how long a call takes, in any unit.
+        device: where.
+
+    Returns:
+        the choice, and all times by algorithm, `DENSE` among them.
+    """
+    seeded = [torch.Generator(device).manual_seed(seed) for seed in (0, 1)]
+    times = {algorithm: time(call) for algorithm, call in candidates(product, seeded)}
+    times[DENSE] = time(dense_call(product, seeded[0]))
+    return min(times, key=times.__getitem__), times
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖; NaN counts as infinite."""
+    expected = expected.float()
+    error = ((found.float() - expected).norm() / expected.norm()).item()
+    return error if error == error else float("inf")
+
+
+def layout_error(device: torch.device) -> float:
+    """How far a product with our packing is from one with cuSPARSELt's own compressor, on a small matrix.
+
+    Relative to the result: rounding apart zero, as long as the library reads the layout of
+    `act24.sparse24.packed`.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    packed = pack(torch.randn(128, 256, generator=generator, device=device).bfloat16())
+    dense = torch.randn(256, 64, generator=generator, device=device).bfloat16()
+    own = torch.ops.aten._cslt_compress(unpack(packed))
+    return relative_error(
+        torch.ops.aten._cslt_sparse_mm(packed.buffer, dense), torch.ops.aten._cslt_sparse_mm(own, dense)
+    )
+
+
+@functools.cache
+def obstacle(device: torch.device) -> str:
+    """Why this device cannot run packed products; empty if it can. Looked at once a process: it is a fact
+    about the machine. Whether the library still reads our layout is told from a product, not from its
+    version."""
+    if device.type != "cuda":
+        return f"the kernels are for CUDA GPUs, this is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"the packed layout is Hopper's (compute capability 9.0), this GPU has {major}.{minor}"
+    if not torch.backends.cusparselt.is_available():
+        return "this build of PyTorch has no cuSPARSELt"
+    from act24.kernels.compiler import triton
+
+    if triton is None:
+        return "Triton is not installed"
+    error = layout_error(device)
+    if not error < 1e-2:
+        version = torch.backends.cusparselt.version()
+        return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
+    return ""
