@@ -119,6 +119,7 @@ INPUTS: dict[str, tuple[Any, ...]] = {
     "calibration_sums": (normal(5, 8), None, "weight", 3, "relu2", normal(6, 8)),
     "soft_threshold24": (normal(5, 8),),
     "mvue24": (normal(5, 8).abs(), torch.tensor(7)),
+    "linear24": (normal(5, 8), normal(8, 8), normal(8), normal(8, 8) > 0),
     "cross_entropy_sum": (normal(5, 8), normal(11, 8), torch.tensor([3, 0, 10, -100, 7])),
 }
 
@@ -141,6 +142,7 @@ def flat(result: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("function", operations(), ids=lambda f: f.__name__)
 def test_each_operation_keeps_its_gradient_when_traced_twice(function: Callable[..., Any]) -> None:
+    assert function.__name__ in INPUTS, f"give {function.__name__} arguments in INPUTS"
     first, *others = INPUTS[function.__name__]
     leaves = [a.requires_grad_() for a in (first, *others) if isinstance(a, Tensor) and a.is_floating_point()]
 
