@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from toys import Block, Relu2MLP, SwiGLU, Trunk, features, llama, tokens
 
@@ -267,6 +267,24 @@ def test_names_of_sites_are_the_same_dense_and_sparse() -> None:
         dense = Activation24().plan(region)
         names.append([match.path for match in dense.matches])
     assert names == [["mlp"], ["mlp"]]
+
+
+def test_the_backward_survives_being_traced_again() -> None:
+    """Tracing through the operation would leave the gradient to autograd, or drop it."""
+    model = Trunk(Relu2MLP).double()
+    apply_(model, [Activation24(backward="split_gemm", dense_ratio=0.0)])
+    block = model.blocks[0]
+    again = fx.symbolic_trace(fx.symbolic_trace(block))
+    assert sum(node.target is activation24 for node in again.graph.nodes) == 1
+    x = features(8, 16).double()
+    weight = model.blocks[0].mlp.up.weight
+    expected = torch.autograd.grad(block(x).square().sum(), weight)
+    assert torch.equal(torch.autograd.grad(again(x).square().sum(), again.mlp.up.weight)[0], expected[0])
+    exact = Trunk(Relu2MLP).double()
+    exact.load_state_dict(model.state_dict(), strict=False)
+    apply_(exact, [Activation24()])
+    dense = torch.autograd.grad(exact.blocks[0](x).square().sum(), exact.blocks[0].mlp.up.weight)
+    assert not torch.allclose(dense[0], expected[0])  # so it is not what autograd would have said
 
 
 def test_linears_far_away_give_the_name_too() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -212,6 +214,20 @@ def test_meta_model_is_rewritten_on_meta() -> None:
     apply_(model, [Relu2FFN(), Activation24()])
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert model(torch.empty(3, 16, device="meta")).shape == (3, 16)
+
+
+def test_replaced_weights_do_not_live_on() -> None:
+    """A plan that is kept for the whole run must not keep the stock model's weights."""
+    model = llama()
+    stock = model.model.layers[0]
+    replaced = [weakref.ref(stock.mlp.gate_proj.weight), weakref.ref(stock.mlp.up_proj.weight)]
+    kept = weakref.ref(stock.self_attn.q_proj.weight)
+    del stock
+    pipeline = apply_(model, [Relu2FFN(), Activation24(from_step=5)])
+    gc.collect()
+    assert [ref() for ref in replaced] == [None, None]
+    assert kept() is model.model.layers[0].self_attn.q_proj.weight
+    assert pipeline.lower_(5)
 
 
 def test_committing_twice() -> None:

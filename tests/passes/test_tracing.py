@@ -105,6 +105,23 @@ def test_planning_leaves_the_model_alone() -> None:
         assert all(value is attributes[key] for key, value in vars(module).items())
 
 
+def test_arguments_keep_their_names() -> None:
+    class Keywords(Net):
+        def forward(self, input: Tensor, filter: Tensor, *, scale: Tensor) -> Tensor:
+            return self.b(self.a(input) * filter) * scale
+
+    model = nn.ModuleList([Keywords(), nn.Linear(4, 4)])
+    x, y, z = features(3, 4), features(4, seed=1), features(1, seed=2)
+    expected = model[0](x, filter=y, scale=z)
+    apply_(model, [Relu2FFN(optional=True)])
+    stand(model)
+    assert isinstance(model[0], RegionModule)
+    assert torch.equal(model[0](x, filter=y, scale=z), expected)
+    assert torch.equal(model[0](scale=z, filter=y, input=x), expected)
+    with pytest.raises(TypeError):
+        model[0](x, y)
+
+
 # What makes a module unclean
 
 
