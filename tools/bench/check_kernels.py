@@ -1,0 +1,175 @@
+"""`python -m act24.tools.bench.check_kernels [WORD]`, by hand on a Hopper GPU: every kernel against its
+reference, bit for bit, and the whole operation against the reference, eager, compiled, in a CUDA graph and
+under autocast. Only checks with WORD in their name, if given.
+
+Prints what failed, and leaves with status 1 then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from act24.sparse24 import operators
+from act24.sparse24.activation import activation24
+from act24.sparse24.packed import Packed24, unpack
+from act24.sparse24.packed_activation import why_not_packed
+from act24.sparse24.products import KINDS, Product, layout_error, relative_error
+from act24.sparse24.token_wise import Options24
+from act24.tools.bench.rows import needed_gpu
+
+Check = tuple[str, Callable[[], float]]  # what, and how far off it is
+
+
+def _awkward(tokens: int, features: int, device: torch.device) -> Tensor:
+    """Normal values with ties, zeros of both signs, an empty row and large numbers among them."""
+    x = torch.randn(tokens, features, device=device)
+    x = torch.where(torch.rand_like(x) < 0.3, (2 * x).round() / 2, x)
+    x[3] = 0
+    x[5, ::2] = -0.0
+    x[7, :16] *= 1e6
+    return x.bfloat16()
+
+
+def _mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: int) -> float:
+    """Share of entries that differ; the first `packed` outputs are compared by what they stand for."""
+    worst = 0.0
+    for number, (a, b) in enumerate(zip(outputs, expected, strict=True)):
+        if number < packed:
+            a, b = unpack(Packed24(a)), unpack(Packed24(b))
+        if a.dtype is torch.float32:
+            worst = max(worst, 0.0 if torch.allclose(a, b, rtol=2e-3) else 1.0)
+        elif a.numel():
+            worst = max(worst, (a != b).float().mean().item())
+    return worst
+
+
+def _kernels(device: torch.device) -> Iterator[Check]:
+    for tokens, features in ((192, 128), (128, 320), (1024, 4096)):
+        hidden, grad = _awkward(tokens, features, device), _awkward(tokens, features, device)
+        real = torch.rand(tokens, device=device) < 0.8
+        order = torch.randperm(tokens, device=device)
+        index = torch.randperm(features, device=device)[: features // 20 + 1]
+        seed = torch.tensor(2**40 + 17, device=device)
+        shape = f"{tokens}×{features}"
+        for function, method in itertools.product(("relu2", "relu"), ("naive", "soft_threshold", "mvue")):
+            case = f"{shape} {function} {method}"
+            slope = method != "naive"
+            arguments = (hidden, seed, real, function, method, slope, True, True)
+            yield f"pack_activation {case}", _same("pack_activation", 1, arguments)
+            saved, slopes, _, _ = operators.REFERENCES["pack_activation"](*arguments)
+            slopes = slopes if slope else None
+            for places, pads in ((None, None), (order, real)):
+                arguments = (grad, saved, slopes, places, pads, function)
+                yield f"pack_gradient {case} {pads is not None}", _same("pack_gradient", 3, arguments)
+            arguments = (grad, saved, slopes, function)
+            yield f"unpack_gradient {case}", _same("unpack_gradient", 1, arguments)
+            arguments = (saved, saved, index, order, real)
+            yield f"gather_features {case}", _same("gather_features", 0, arguments)
+
+
+def _same(name: str, packed: int, arguments: tuple) -> Callable[[], float]:
+    def check() -> float:
+        outputs = getattr(torch.ops.act24, name)(*arguments)
+        return _mismatch(outputs, operators.REFERENCES[name](*arguments), packed)
+
+    return check
+
+
+def _operation(device: torch.device) -> Iterator[Check]:
+    tokens, width, features = 512, 256, 1024
+    draw = lambda *size: torch.randn(*size, device=device).bfloat16()  # noqa: E731
+    x, grad = draw(2, tokens // 2, width).requires_grad_(), draw(2, tokens // 2, width)
+    weight_in = (draw(features, width) / width**0.5).requires_grad_()
+    weight_out = (draw(width, features) / features**0.5).requires_grad_()
+    bias_in, bias_out = draw(features).requires_grad_(), draw(width).requires_grad_()
+    leaves = (x, weight_in, bias_in, weight_out, bias_out)
+    forced = tuple((Product(kind, tokens, features, width), 0) for kind in KINDS)
+    seed, scale = torch.tensor(5, device=device), torch.tensor(1.25, device=device)
+    for backward, method in itertools.product(
+        ("dense", "sparse", "split_gemm"), ("naive", "soft_threshold", "mvue")
+    ):
+        options = Options24(method=method, backward=backward, algorithms=forced)
+        run = lambda options, function=activation24: torch.autograd.grad(  # noqa: E731
+            function(*leaves, scale, seed, None, options)[0], leaves, grad
+        )
+        expected = run(options._replace(kernels=False))
+
+        def error(call: Callable[[], tuple[Tensor, ...]], expected: tuple = expected) -> float:
+            return max(map(relative_error, call(), expected))
+
+        case = f"{backward} {method}"
+        if reason := why_not_packed(leaves, options):
+            raise SystemExit(f"the operation runs on the reference: {reason}")
+        yield f"operation {case} eager", lambda run=run, o=options, e=error: e(lambda: run(o))
+        if method == "naive":
+            compiled = torch.compile(activation24, fullgraph=True)
+            yield (
+                f"operation {case} compiled",
+                lambda run=run, o=options, e=error, c=compiled: e(lambda: run(o, c)),
+            )
+            yield (
+                f"operation {case} graph",
+                lambda run=run, o=options, e=error: e(lambda: _replayed(lambda: run(o))),
+            )
+
+    def autocast() -> float:
+        options = Options24(backward="split_gemm", algorithms=forced)
+        single = [leaf.detach().float().requires_grad_() for leaf in leaves]
+        results = []
+        for kernels in (True, False):
+            with torch.autocast("cuda", torch.bfloat16):
+                y, _ = activation24(*single, None, None, None, options._replace(kernels=kernels))
+            results.append((y, *torch.autograd.grad(y, single, grad)))
+        return max(map(relative_error, *results))
+
+    yield "operation under autocast", autocast
+
+
+def _replayed(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What a call gives when it is replayed from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    for tensor in result:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    return result
+
+
+def main(word: str = "") -> int:
+    """Run the checks with this word in their names; the number of those that failed."""
+    device = needed_gpu()
+    torch.manual_seed(0)
+    checks: list[tuple[str, Callable[[], float], float]] = [
+        ("layout against cuSPARSELt's compressor", lambda: layout_error(device), 1e-2)
+    ]
+    checks += [(name, check, 0.0) for name, check in _kernels(device)]
+    checks += [(name, check, 1e-2) for name, check in _operation(device)]
+    failed = 0
+    checks = [check for check in checks if word in check[0]]
+    for name, check, allowed in checks:
+        try:
+            error = check()
+            message = f"{error:.2g}"
+        except Exception as exception:
+            error, message = float("inf"), f"{type(exception).__name__}: {exception}"
+        passed = error <= allowed
+        failed += not passed
+        if not passed or allowed:
+            print(f"{'ok    ' if passed else 'FAILED'} {name}: {message[:300]}", flush=True)
+    print(f"{len(checks) - failed} of {len(checks)} checks passed")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main(*sys.argv[1:]) else 0)

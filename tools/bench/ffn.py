@@ -1,0 +1,131 @@
+"""`act24 bench ffn`: a whole relu² feed-forward network, 2:4 beside dense, both compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from act24.relu2 import relu2
+from act24.sparse24.activation import activation24
+from act24.sparse24.products import KINDS, Product, Table, tuned
+from act24.sparse24.token_wise import Options24
+from act24.tools.bench.rows import Row, milliseconds, needed_gpu
+
+#: T, width, F, and the bars: inference, all-sparse backward, split backward.
+SHAPES = (
+    (16384, 4096, 16384, 1.20, 1.25, 1.22),
+    (32768, 2048, 8192, None, 1.20, None),
+)
+
+
+def dense_ffn(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
+    """linear → relu² → linear."""
+    return F.linear(relu2(F.linear(x, weight_in)), weight_out)
+
+
+def pytorch_ffn(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
+    """The same in 2:4 with what PyTorch ships: the activation compressed by cuSPARSELt, every time."""
+    from torch.sparse import to_sparse_semi_structured
+
+    from act24.sparse24.selection import top2_of_4
+
+    hidden = torch.relu(F.linear(x, weight_in))
+    masked = torch.where(top2_of_4(hidden), hidden * hidden, 0)
+    return torch.mm(to_sparse_semi_structured(masked), weight_out.T)
+
+
+def saved_bytes(call: Callable[[], Any], *weights: Tensor) -> int:
+    """Bytes that autograd keeps for backward, the input among them, without the storages of `weights`."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = call()
+    del result
+    return sum(kept.values())
+
+
+def bench_ffn(
+    shapes: tuple[tuple[int, int, int, float | None, float | None, float | None], ...] = SHAPES,
+    table: Table = (),
+) -> list[Row]:
+    """Forward for inference, and forward + backward under each backward, beside the compiled dense network.
+
+    Args:
+        shapes: T, width, F and the bars of inference, all-sparse and split backward.
+        table: tuned algorithms; empty to tune here.
+    """
+    device = needed_gpu()
+    rows = []
+    for tokens, width, features, *bars in shapes:
+        products = [Product(kind, tokens, features, width) for kind in KINDS]
+        found = table or tuple(
+            (p, tuned(p, lambda call: milliseconds(call, 30), device)[0]) for p in products
+        )
+        rows += _rows(tokens, width, features, bars, found, device)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _rows(
+    tokens: int, width: int, features: int, bars: list[float | None], found: Table, device: torch.device
+) -> list[Row]:
+    shape = f"{tokens}×{width}×{features}"
+    draw = lambda *size: torch.randn(*size, device=device).bfloat16()  # noqa: E731
+    x, grad = draw(tokens, width).requires_grad_(), draw(tokens, width)
+    weight_in = (draw(features, width) / width**0.5).requires_grad_()
+    weight_out = (draw(width, features) / features**0.5).requires_grad_()
+    leaves = (x, weight_in, weight_out)
+
+    def sparse(options: Options24) -> Callable[[], Tensor]:
+        compiled = torch.compile(
+            lambda x, w, v: activation24(x, w, None, v, None, None, None, None, options)[0], fullgraph=True
+        )
+        return lambda: compiled(*leaves)
+
+    def training(call: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(call(), leaves, grad)
+
+    compiled_dense = torch.compile(dense_ffn, fullgraph=True)
+    dense = lambda: compiled_dense(*leaves)  # noqa: E731
+    backward = {
+        name: sparse(Options24(backward=mode, token_permutation=order, algorithms=found))
+        for name, mode, order in (
+            ("all sparse", "sparse", "none"),
+            ("95/5 split", "split_gemm", "none"),
+            ("all sparse, tokens permuted", "sparse", "batch"),
+            ("95/5 split, tokens permuted", "split_gemm", "batch"),
+            ("dense weight gradients", "dense", "none"),
+        )
+    }
+    rows = []
+    with torch.no_grad():
+        other = milliseconds(dense)
+        ours = milliseconds(backward["all sparse"])
+        rows.append(Row(f"FFN inference, {shape}", ours, other, "ms", bars[0], "compiled dense relu²"))
+        ours = milliseconds(lambda: pytorch_ffn(*leaves))
+        rows.append(Row(f"FFN inference, PyTorch's 2:4, {shape}", ours, other, "ms", None, "compiled dense"))
+    other = milliseconds(training(dense), 300)
+    for name, call in backward.items():
+        bar = {"all sparse": bars[1], "95/5 split": bars[2]}.get(name)
+        ours = milliseconds(training(call), 300)
+        rows.append(Row(f"FFN forward + backward, {name}, {shape}", ours, other, "ms", bar, "compiled dense"))
+    ours = saved_bytes(backward["all sparse"], weight_in, weight_out)
+    for name, call, bar in (
+        ("dense", lambda: dense_ffn(*leaves), 0.45),
+        ("compiled dense", dense, None),
+    ):
+        other = saved_bytes(call, weight_in, weight_out)
+        rows.append(Row(f"FFN bytes saved, of {name}, {shape}", ours, other, "bytes", bar, name))
+    return rows

@@ -1,0 +1,45 @@
+"""`act24 bench gemm`: the four products that can be 2:4, tuned, beside the dense ones."""
+
+from __future__ import annotations
+
+from act24.sparse24.products import DENSE, KINDS, Product, Table, tuned
+from act24.tools.bench.rows import Row, milliseconds, needed_gpu
+
+#: T, width, F: the shapes of the bars, then presets 130m to 1b, and 350m's low-rank factors.
+SHAPES = (
+    (16384, 4096, 16384),
+    (32768, 2048, 8192),
+    (65536, 768, 3072),
+    (32768, 1024, 4096),
+    (16384, 2048, 8192),
+    (65536, 256, 4096),
+)
+
+
+def bench_gemm(
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES, budget: int = 60
+) -> tuple[list[Row], Table]:
+    """The fastest valid algorithm of every product beside the dense product.
+
+    Returns:
+        the rows, and what was found, as a table for `act24.sparse24.token_wise.Options24.algorithms`.
+    """
+    device = needed_gpu()
+    rows, table = [], []
+    for tokens, width, features in shapes:
+        for kind in KINDS:
+            product = Product(kind, tokens, features, width)
+            best, times = tuned(product, lambda call: milliseconds(call, budget), device)
+            table.append((product, best))
+            sparse = {key: time for key, time in times.items() if key != DENSE}
+            algorithm = min(sparse, key=sparse.__getitem__, default=DENSE)
+            rows.append(
+                Row(
+                    f"{kind}, {tokens}×{width}×{features}, algorithm {algorithm}",
+                    times[algorithm],
+                    times[DENSE],
+                    "ms",
+                    note=f"dense; all: { {key: round(time, 4) for key, time in times.items()} }",
+                )
+            )
+    return rows, tuple(table)

@@ -1,0 +1,63 @@
+"""`act24 bench pack`: the elementwise passes of 2:4, as a share of what a copy moves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from act24.sparse24 import operators
+from act24.sparse24.packed import Packed24, unpack
+from act24.tools.bench.rows import Row, milliseconds, needed_gpu
+
+#: T × F.
+SHAPES = ((16384, 16384), (32768, 8192))
+
+
+def bench_pack(shapes: tuple[tuple[int, int], ...] = SHAPES) -> list[Row]:
+    """Bandwidth of every packing pass, by the bytes it has to move, beside a copy's in the same run."""
+    device = needed_gpu()
+    rows = []
+    for tokens, features in shapes:
+        hidden = torch.randn(tokens, features, device=device).bfloat16()
+        rows += _rows(hidden, f"{tokens}×{features}")
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _rows(hidden: Tensor, shape: str) -> list[Row]:
+    elements = hidden.numel()
+    grad = torch.randn_like(hidden)
+    target = torch.empty_like(hidden)
+    order = torch.randperm(len(hidden), device=hidden.device)
+    index = torch.randperm(hidden.shape[1], device=hidden.device)[: hidden.shape[1] // 20]
+    copy = elements * 4 / milliseconds(lambda: target.copy_(hidden)) / 1e6
+
+    def forward(counts: bool, statistics: bool, method: str = "naive", slope: bool = False) -> tuple:
+        seed = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        return operators.pack_activation(hidden, seed, None, "relu2", method, slope, counts, statistics)
+
+    saved, *_ = forward(False, False)
+    dense = unpack(Packed24(saved))
+    backward = lambda order: operators.pack_gradient(grad, saved, None, order, None, "relu2")  # noqa: E731
+    masked, *_ = backward(None)
+    passes = [
+        ("along features", 3.125, 0.85, lambda: forward(False, False)),
+        ("along features, counts", 3.125, None, lambda: forward(True, False)),
+        ("along features, statistics", 3.125, None, lambda: forward(True, True)),
+        ("along features, soft threshold", 4.125, None, lambda: forward(True, False, "soft_threshold", True)),
+        ("along features, mvue", 4.125, None, lambda: forward(True, False, "mvue", True)),
+        ("both ways (dZ and the activation)", 6.5, 0.70, lambda: backward(None)),
+        ("both ways, tokens permuted", 6.5, None, lambda: backward(order)),
+        ("dense weight gradients", 8.25, None, lambda: operators.unpack_gradient(grad, saved, None, "relu2")),
+        (
+            "5% of the features",
+            2.25,
+            None,
+            lambda: operators.gather_features(saved, masked, index, order, None),
+        ),
+        ("PyTorch's compressor", 3.125, None, lambda: torch.ops.aten._cslt_compress(dense)),
+    ]
+    return [
+        Row(f"pack {name}, {shape}", elements * size / milliseconds(call) / 1e6, copy, "GB/s", bar, "a copy")
+        for name, size, bar, call in passes
+    ]

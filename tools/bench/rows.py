@@ -1,0 +1,89 @@
+"""What every benchmark hands out: rows of ours beside another, and how they are timed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from act24.errors import Act24Error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: what, with its shape.
+        ours, other: both sides, in `unit`.
+        unit: `"ms"` or `"bytes"`, of which less is better, or `"GB/s"` and such, of which more is.
+        bar: what `ratio` has to reach, or for bytes must not pass; None where nothing was promised.
+        note: what the other side is, and what binds.
+    """
+
+    name: str
+    ours: float
+    other: float
+    unit: str
+    bar: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Ours against the other: how many times as fast, or the share of the bytes."""
+        return self.other / self.ours if self.unit == "ms" else self.ours / self.other
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar holds; None without one."""
+        if self.bar is None:
+            return None
+        return self.ratio <= self.bar if self.unit == "bytes" else self.ratio >= self.bar
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, with the machine they were measured on."""
+        return asdict(self) | {
+            "ratio": self.ratio,
+            "gpu": torch.cuda.get_device_name(),
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "python": platform.python_version()}
+    if torch.backends.cusparselt.is_available():
+        found["cusparselt"] = str(torch.backends.cusparselt.version())
+    return found
+
+
+def milliseconds(call: Callable[[], Any], budget: int = 100) -> float:
+    """Median time of a call on the GPU, after warm-up, with a cold cache; `budget` ms of calls are timed."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=25, rep=budget, return_mode="median")
+
+
+def needed_gpu() -> torch.device:
+    """The GPU to measure on.
+
+    Raises:
+        Act24Error: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise Act24Error("this benchmark times a GPU, and there is none here")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| what | ours | other | unit | ratio | bar | met |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        bar = "" if row.bar is None else f"{'≤' if row.unit == 'bytes' else '≥'} {row.bar:.2f}"
+        met = {None: "", True: "yes", False: "no"}[row.met]
+        sides = f"{row.ours:.4g} | {row.other:.4g} | {row.unit}"
+        lines.append(f"| {row.name} | {sides} | {row.ratio:.3f} | {bar} | {met} |")
+    return "\n".join(lines)
