@@ -24,6 +24,17 @@ from act24.passes.region import Lowering, Region, RegionModule, lower_, lowering
 from act24.passes.report import Report, Row
 from act24.passes.tracing import trace
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
 
 def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
     """Rewrite a model in place.
@@ -101,7 +112,8 @@ class Pipeline:
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
         self._misses: list[tuple[str, str, str]] = []
-        self._operational = [p for p in self._passes if isinstance(p, OperationalPass)]
+        operational = [p for p in self._passes if isinstance(p, OperationalPass)]
+        self._operational = sorted(operational, key=lambda p: p.last)
         self._active = [p for p in self._operational if p.active(step)]
         self._check_order()
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
@@ -268,7 +280,7 @@ class Pipeline:
 
     def _check_order(self) -> None:
         rank = lambda p: (not isinstance(p, StructuralPass), p.observes)  # noqa: E731
-        for first, second in pairwise(self._passes):
+        for first, second in pairwise(p for p in self._passes if not p.last):
             if rank(first) > rank(second):
                 raise PassError(
                     f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
@@ -409,7 +421,7 @@ def _by_reason(entries: list[tuple[str, str]]) -> str:
 
 def _refuse_hooks(region: Region) -> None:
     for path, module in region.module.named_modules():
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for kind in _HOOKS:
             if getattr(module, kind):
                 raise PassError(
                     f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would lose: "

@@ -27,8 +27,9 @@ class Report:
         rows: by pass, in order.
         misses: (pass, fqn, reason) where a pass came close and left things as they are.
         parameters_before, parameters_after: of the whole model, tied parameters once.
-        flops_before, flops_after: multiply-adds of linears times two, forward, per token; products with a
-            2:4 operand count half. Attention scores are left out: no pass changes them.
+        flops_before, flops_after: multiply-adds of the regions' linears times two, forward, per token;
+            products with a 2:4 operand count half. What no pass can change is left out: attention scores, and
+            a head that the model computes itself from tied embeddings.
     """
 
     rows: tuple[Row, ...]

@@ -251,6 +251,8 @@ HOOKS = {
     "register_forward_pre_hook": lambda *_: None,
     "register_full_backward_hook": lambda *_: None,
     "register_full_backward_pre_hook": lambda *_: None,
+    "register_state_dict_post_hook": lambda *_: None,
+    "register_load_state_dict_pre_hook": lambda *_: None,
 }
 
 
