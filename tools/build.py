@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import ActivationStatistics, Pass, Pipeline
 from act24.recipes.load import parse_recipe
-from act24.recipes.schema import Recipe
+from act24.recipes.schema import Recipe, Tokenizer
 from act24.tools import checkpoint, checkpoint_folder
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
@@ -21,12 +23,13 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, and the updates already made."""
+    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text."""
 
     recipe: Recipe
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
+    tokenizer: Tokenizer
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -45,14 +48,25 @@ def passes_of(recipe: Recipe) -> tuple[Pass, ...]:
     return (*recipe.passes, *watch)
 
 
-def build(recipe: Recipe, device: torch.device, step: int = 0) -> Built:
+def build(
+    recipe: Recipe,
+    device: torch.device,
+    step: int = 0,
+    column_scores: Callable[[Sequence[str]], dict[str, Tensor]] | None = None,
+) -> Built:
     """The model at its start, rewritten. All of its regions stand as graph modules, whatever the passes.
+
+    Args:
+        column_scores: measures what `Pipeline.needs_column_scores` names, if the recipe asks for any.
 
     Raises:
         PassError: the recipe's passes do not fit the model.
     """
     model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
-    return _rewritten(recipe, model, step)
+    pipeline = _pipeline(recipe, model, step)
+    names = pipeline.needs_column_scores
+    pipeline.commit_(column_scores(names) if names and column_scores else None)
+    return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 
 def plan_recipe(recipe: Recipe) -> Pipeline:
@@ -72,13 +86,14 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
         model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
-    built = _rewritten(recipe, model, opened.step)
+    pipeline = _pipeline(recipe, model, opened.step)
+    pipeline.commit_()
     model.to_empty(device=device)
     checkpoint.load_weights_(opened, model)
     for name, buffer in model.named_buffers():
         if name not in model.state_dict():
             buffer.zero_()  # statistics, which are not saved
-    return built
+    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened))
 
 
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
@@ -95,7 +110,10 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     return checkpoint.load(latest)
 
 
-def _rewritten(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Built:
-    pipeline = Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
-    pipeline.commit_()
-    return Built(recipe, model, pipeline, step)
+def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
+    """The tokenizer that a checkpoint brings, as a recipe names one: its text was read with no other."""
+    return Tokenizer(name=str(opened.folder / checkpoint.TOKENIZER))
+
+
+def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:
+    return Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)

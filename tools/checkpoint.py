@@ -8,6 +8,7 @@
         state.json          what the caller keeps once (tokens, schedule, …)
         recipe.toml         the resolved recipe
         plan.json           what the passes did to the stock model
+        tokenizer.json      the one that the text was read with
         manifest.json       written last: step, versions, and size and SHA-256 of every file above
 
 The weights are stored once, as safetensors, so that any program can open them and that evaluating a
@@ -48,6 +49,7 @@ from act24.tools.checkpoint_folder import CheckpointError
 from act24.tools.random_states import random_states, set_random_states_
 
 WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 T = TypeVar("T")
 
 
@@ -73,6 +75,7 @@ def save(
     rank_state: dict[str, Any],
     recipe_text: str,
     plan: dict[str, Any],
+    tokenizer_json: str,
     keep: int,
 ) -> Path:
     """Writes the checkpoint after `step` optimizer steps, then deletes all but the `keep` written last.
@@ -93,6 +96,7 @@ def save(
         documents["plan.json"] = json.dumps(plan, indent=1)
         documents["optimizer.json"] = json.dumps(table)
         documents["recipe.toml"] = recipe_text
+        documents[TOKENIZER] = tokenizer_json
     weights = _gather(model)
 
     folder = checkpoint_folder.folder_of(run_dir, step)

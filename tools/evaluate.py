@@ -23,6 +23,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.build import SPARSE_PASSES, Built, load
 from act24.tools.data import HeldoutRows, heldout_rows, open_tokenizer
 from act24.tools.processes import Processes, open_processes
+from act24.tools.sparsity_state import evaluation
 from act24.tools.step import SummedLoss
 
 
@@ -51,13 +52,25 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: SummedLoss, rows: HeldoutRows, recipe: Recipe, processes: Processes) -> Evaluation:
-    """Measure a model as it stands on the held-out rows; its mode and its statistics are as before after."""
+def evaluate(
+    model: SummedLoss,
+    rows: HeldoutRows,
+    recipe: Recipe,
+    processes: Processes,
+    pipeline: Pipeline,
+    without: Sequence[str] = (),
+) -> Evaluation:
+    """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
+
+    Args:
+        pipeline: what rewrote the model, lowered for the step of the weights.
+        without: names of passes to leave out.
+    """
     device = processes.device
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
     losses, counts = [], []
-    with _evaluating(model), autocast:
+    with _evaluating(model), evaluation(pipeline, without), autocast:
         for batch in rows.batches(batch_size):
             loss, count = model(batch.input_ids.to(device), batch.labels.to(device))
             losses.append(loss.double())
@@ -79,10 +92,20 @@ def evaluate(model: SummedLoss, rows: HeldoutRows, recipe: Recipe, processes: Pr
 def evaluate_forms(
     built: Built, rows: HeldoutRows, recipe: Recipe, processes: Processes
 ) -> dict[str, Evaluation]:
-    """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`."""
-    forms = dense_and_sparse(built.pipeline, recipe, built.step)
-    model = SummedLoss(built.model)
-    return {form: evaluate(model, rows, recipe, processes) for form in forms}
+    """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`.
+
+    Where no 2:4 pass is in force at the step of the weights, the sparse form is that of the first step at
+    which one is.
+    """
+    model, pipeline = SummedLoss(built.model), built.pipeline
+    sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
+    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, without=SPARSE_PASSES)}
+    if sparse:
+        in_force = any(p.active(built.step) for p in sparse)
+        pipeline.lower_(built.step if in_force else sparse[0].from_step)
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
+        pipeline.lower_(built.step)
+    return forms
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
@@ -99,7 +122,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
-            open_tokenizer(recipe.data, recipe.tokenizer),
+            open_tokenizer(recipe.data, built.tokenizer),
             recipe.eval.tokens,
             vocab_size=built.model.config.vocab_size,
             rank=processes.rank,
@@ -108,32 +131,11 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         return evaluate_forms(built, rows, recipe, processes)
 
 
-def dense_and_sparse(pipeline: Pipeline, recipe: Recipe, step: int) -> Iterator[str]:
-    """Lower the model without and, if the recipe has such passes, with 2:4; yields the name of each form.
-
-    Where no 2:4 pass is in force at `step`, the sparse form is that of the first step at which one is. The
-    model is lowered for `step` again in the end.
-    """
-    sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
-    try:
-        pipeline.lower_(step, without=SPARSE_PASSES)
-        yield "dense"
-        if sparse:
-            pipeline.lower_(step if any(p.active(step) for p in sparse) else sparse[0].from_step)
-            yield "2:4"
-    finally:
-        pipeline.lower_(step)
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with the training statistics put aside."""
     training = model.training
-    kept = {id(buffer): buffer.clone() for buffer in model.buffers()}
     model.eval()
     try:
         yield
     finally:
         model.train(training)
-        for buffer in model.buffers():
-            buffer.copy_(kept[id(buffer)])

@@ -19,7 +19,7 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
         Act24Error: no checkpoint, or a prompt without a token.
     """
     built = load(path)
-    tokenizer = open_tokenizer(built.recipe.data, built.recipe.tokenizer)
+    tokenizer = open_tokenizer(built.recipe.data, built.tokenizer)
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
     if not ids.numel():
         raise Act24Error("the prompt is empty; give it at least one token")

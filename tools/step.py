@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 
 from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
+from act24.passes import Pipeline
 from act24.recipes.schema import Train
 from act24.tools.data import Batch
 from act24.tools.processes import Processes, whole
+from act24.tools.sparsity_state import begin_micro_batch_, begin_update_, decay_dropped_weights_
 
 
 class SummedLoss(nn.Module):
@@ -41,11 +43,13 @@ class StepResult:
         loss: mean over all predicted tokens of the step, over all processes.
         grad_norm: global, before clipping.
         tokens: number of predicted tokens.
+        note: something to tell the user, at rare steps.
     """
 
     loss: Tensor
     grad_norm: Tensor
     tokens: Tensor
+    note: str | None = None
 
 
 class TrainingStep:
@@ -56,9 +60,17 @@ class TrainingStep:
         summed_loss: the model with its loss, for evaluation: replicas need not talk there.
     """
 
-    def __init__(self, model: LlamaForCausalLM, train: Train, processes: Processes) -> None:
-        """Wrap `model` in place; build the optimizer afterwards, its parameters may be other objects now."""
+    def __init__(
+        self, model: LlamaForCausalLM, train: Train, processes: Processes, pipeline: Pipeline | None = None
+    ) -> None:
+        """Wrap `model` in place; build the optimizer afterwards, its parameters may be other objects now.
+
+        Args:
+            pipeline: what rewrote the model; its passes may keep state that moves with every update.
+        """
         self._processes = processes
+        self._pipeline = pipeline
+        self._seed = train.seed
         self._accumulated = accumulation(train, processes.world_size)
         self._clip = train.grad_clip
         self._autocast = train.dtype == "bfloat16_autocast"
@@ -81,8 +93,12 @@ class TrainingStep:
             _shard_(self.summed_loss)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def __call__(self, batches: Sequence[Batch], optimizer: Optimizer) -> StepResult:
-        """Forward and backward over the micro-batches of one step, clip, update, clear the gradients."""
+    def __call__(self, batches: Sequence[Batch], optimizer: Optimizer, step: int = 0) -> StepResult:
+        """Forward and backward over the micro-batches of one step, clip, update, clear the gradients.
+
+        Args:
+            step: updates already made.
+        """
         assert len(batches) == self._accumulated
         device, world_size = self._processes.device, self._processes.world_size
         counted = torch.stack([(batch.labels >= 0).sum() for batch in batches]).sum()
@@ -90,18 +106,40 @@ class TrainingStep:
         # Parallel wrappers average gradients over the processes; the loss is to be a mean over all tokens.
         scale = world_size / tokens.clamp(min=1)
         total = torch.zeros((), device=device)
+        note = None
+        if self._pipeline is not None:
+            note = begin_update_(self._pipeline, step, lambda: self._forward(batches[0]), self._processes)
         for index, batch in enumerate(batches):
+            self._begin_micro_batch(batch, step, index)
             last = index == len(batches) - 1
-            with self._synchronised(last), self._precision():
-                summed, _ = self._loss(_to(batch.input_ids, device), _to(batch.labels, device))
-                loss = summed * scale
             with self._synchronised(last):
+                loss = self._forward(batch) * scale
                 loss.backward()
             total += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
+        if self._pipeline is not None:
+            decay_dropped_weights_(self._pipeline, optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(self._processes.sum_(total) / world_size, whole(grad_norm), tokens)
+        return StepResult(self._processes.sum_(total) / world_size, whole(grad_norm), tokens, note)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """The summed loss of a micro-batch."""
+        device = self._processes.device
+        with self._precision():
+            return self._loss(_to(batch.input_ids, device), _to(batch.labels, device))[0]
+
+    def _begin_micro_batch(self, batch: Batch, step: int, index: int) -> None:
+        if self._pipeline is not None:
+            pads = None if batch.pads is None else _to(batch.pads, self._processes.device)
+            begin_micro_batch_(
+                self._pipeline,
+                seed=self._seed,
+                step=step,
+                micro_batch=index,
+                rank=self._processes.rank,
+                pads=pads,
+            )
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self._processes.device.type, torch.bfloat16, enabled=self._autocast)

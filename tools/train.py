@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools import checkpoint
-from act24.tools.build import Built, build
+from act24.tools.build import Built, build, model_config, saved_tokenizer
+from act24.tools.column_scores import measure_column_scores
 from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer
 from act24.tools.evaluate import Evaluation, evaluate
 from act24.tools.monitor import Monitor
@@ -101,15 +104,21 @@ class _Run:
         self._step = start.step if start else 0
         self._tokens = start.state["tokens"] if start else 0
         self._last_checkpoint = start.folder if start else None
-        tokenizer = open_tokenizer(recipe.data, recipe.tokenizer)
-        self._built: Built = build(recipe, processes.device, self._step)
-        vocabulary = self._built.model.config.vocab_size
+        self._note: str | None = None
+        # A run that goes on reads the text as it did, also where it would train another tokenizer now.
+        self._tokenizer = open_tokenizer(recipe.data, saved_tokenizer(start) if start else recipe.tokenizer)
+        vocabulary = model_config(recipe).vocab_size
         rank, world_size = processes.rank, processes.world_size
         where = {"vocab_size": vocabulary, "rank": rank, "world_size": world_size}
-        self._heldout = None if dry_run else heldout_rows(recipe.data, tokenizer, recipe.eval.tokens, **where)
-        self._rows: TokenRows = open_rows(recipe.data, tokenizer, batch_size=recipe.train.batch_size, **where)
-        self._training_step = TrainingStep(self._built.model, recipe.train, processes)
-        self._optimizer: Optimizer = build_optimizer(self._built.model, recipe.optimizer)
+        read = (recipe.data, self._tokenizer)
+        self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
+        self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
+        self._built: Built = build(recipe, processes.device, self._step, self._column_scores)
+        pipeline = self._built.pipeline
+        self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
+        self._optimizer: Optimizer = build_optimizer(
+            self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
+        )
         if start:
             rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
             self._rows.load_state_dict(rank_state["data"])
@@ -125,6 +134,13 @@ class _Run:
             resumed_at=start.step if start else None,
             state=start.state["log"] if start else None,
         )
+
+    def _column_scores(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Measured on the first batch, which is trained on all the same."""
+        beginning = self._rows.state_dict()
+        scores = measure_column_scores(self._recipe, names, next(self._rows), self._processes)
+        self._rows.load_state_dict(beginning)
+        return scores
 
     def close(self) -> None:
         self._rows.close()
@@ -169,8 +185,9 @@ class _Run:
         count = accumulation(recipe.train, self._processes.world_size)
         batches = [next(self._rows) for _ in range(count)]
         waited = time.perf_counter() - waited
-        result: StepResult = self._training_step(batches, self._optimizer)
+        result: StepResult = self._training_step(batches, self._optimizer, self._step)
         self._step += 1
+        self._note = result.note
         self._monitor.add(self._step, result, rate, waited)
 
     def _after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
@@ -196,9 +213,17 @@ class _Run:
                     )
                 )
             progress.update(step, window.shown())
+        if self._note:
+            progress.say(self._note)
         evaluation = None
         if evaluates and self._heldout is not None:
-            evaluation = evaluate(self._training_step.summed_loss, self._heldout, recipe, self._processes)
+            evaluation = evaluate(
+                self._training_step.summed_loss,
+                self._heldout,
+                recipe,
+                self._processes,
+                self._built.pipeline,
+            )
             self._monitor.evaluated(step, evaluation)
             progress.say(
                 f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
@@ -218,6 +243,7 @@ class _Run:
             rank_state={"data": self._rows.state_dict()},
             recipe_text=dump_recipe(self._recipe),
             plan=asdict(self._built.pipeline.report),
+            tokenizer_json=self._tokenizer.to_json(),
             keep=self._recipe.checkpoint.keep,
         )
         self._monitor.saved()

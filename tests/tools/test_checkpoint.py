@@ -65,6 +65,7 @@ def save(run, step, model, optimizer, **changed):
         "state": {"tokens": 32 * step},
         "rank_state": {"offset": step, "remainder": [1, 2]},
         "recipe_text": 'description = "π"\n',
+        "tokenizer_json": "{}",
         "plan": {"up": "relu2"},
         "keep": 2,
     }

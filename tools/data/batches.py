@@ -40,6 +40,17 @@ class Batch:
     labels: torch.Tensor
     state: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def pads(self) -> torch.Tensor | None:
+        """Boolean `[B, S]`, what fills up short rows; None where every position is predicted from.
+
+        A row's last token predicts nothing and is no padding: padding begins behind it.
+        """
+        nothing = self.labels == IGNORED
+        if not nothing.any():
+            return None
+        return nothing & nothing.roll(1, dims=1).index_fill(1, torch.tensor([0]), False)
+
 
 class TokenRows(Iterator[Batch]):
     """Endless training batches of `batch_size` rows, made in one background thread.
