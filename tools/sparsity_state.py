@@ -41,7 +41,11 @@ from act24.tools.processes import Processes
 
 
 def begin_update_(
-    pipeline: Pipeline, step: int, forward: Callable[[], object], processes: Processes
+    pipeline: Pipeline,
+    step: int,
+    forward: Callable[[], object],
+    processes: Processes,
+    pads: Tensor | None = None,
 ) -> str | None:
     """Bring scales and masks up to date, where they are due, before the first micro-batch of an update.
 
@@ -51,6 +55,7 @@ def begin_update_(
         step: updates already made.
         forward: runs the model on some rows of this process's first micro-batch, `calibration_samples` of
             them or more; called without gradients if a scale is due.
+        pads: which tokens of those rows are padding, as for `begin_micro_batch_`.
 
     Returns:
         at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
@@ -61,6 +66,7 @@ def begin_update_(
     due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
     if not due:
         return None
+    set_pads_(pipeline, pads)
     names, table = _calibrate_(pipeline, due, forward, processes)
     first = any(step == p.from_step for p in due)
     return _calibration_text(names, table) if first else None
@@ -158,9 +164,9 @@ def refuse_exact_steps(pipeline: Pipeline) -> None:
             factors = [w.name for w in sparse_weights(pipeline, p) if not w.name.endswith(".weight")]
         if factors:
             raise Act24Error(
-                f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: at "
-                "each such step half of the mask flips, and the effective weight jumps though the product of "
-                'the factors does not. Use type "eucl" for the optimizer, or leave the factors out of weight24'
+                f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: with "
+                "each, half of the mask flips and the effective weight jumps, though the product does not. "
+                'Use type "eucl" for the optimizer, or leave the factors out of weight24'
             )
 
 
