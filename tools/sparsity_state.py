@@ -164,8 +164,8 @@ def refuse_exact_steps(pipeline: Pipeline) -> None:
             factors = [w.name for w in sparse_weights(pipeline, p) if not w.name.endswith(".weight")]
         if factors:
             raise Act24Error(
-                f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: with "
-                "each, half of the mask flips and the effective weight jumps, though the product does not. "
+                f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: "
+                "with each, half of the mask flips and the effective weight jumps, though the product does not. "
                 'Use type "eucl" for the optimizer, or leave the factors out of weight24'
             )
 
