@@ -62,7 +62,7 @@ def whole(tensor):
 
 def save(run, step, model, optimizer):
     rank_state = {"offset": 100 + dist.get_rank()}
-    texts = {"state": {}, "plan": {}, "recipe_text": ""}
+    texts = {"state": {}, "plan": {}, "recipe_text": "", "tokenizer_json": "{}"}
     return checkpoint.save(
         run, step, model=bare(model), optimizer=optimizer, rank_state=rank_state, keep=2, **texts
     )
@@ -162,7 +162,7 @@ def test_two_processes(tmp_path, device):
     alone = model_of(0)
     optimizer = adamw(alone)
     train(alone, optimizer, 1)
-    texts = {"state": {}, "rank_state": {}, "plan": {}, "recipe_text": ""}
+    texts = {"state": {}, "rank_state": {}, "plan": {}, "recipe_text": "", "tokenizer_json": "{}"}
     checkpoint.save(tmp_path / "alone", 1, model=alone, optimizer=optimizer, keep=1, **texts)
     written = {
         name: sum(path.stat().st_size for path in (tmp_path / name).rglob("*.distcp"))
