@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from act24.optim import AdamW, LOROAdamW, loro_parameter_groups, parameter_groups
-from act24.optim.loro import unshared
+from act24.optim.loro import exact_period, unshared
 from act24.passes import Pipeline
 from act24.recipes import schema
 from act24.tools.batched_eigh import batched_eigh
 from act24.tools.processes import Processes
+from act24.tools.sparsity_state import refuse_exact_steps
 
 
 def build_optimizer(
@@ -35,7 +36,8 @@ def build_optimizer(
         processes: of the run; `loro_adamw` shares its exact updates out over them.
 
     Raises:
-        Act24Error: `loro_adamw` without a factorised linear, or options that are out of range.
+        Act24Error: `loro_adamw` without a factorised linear or with 2:4 factors that its exact updates would
+            tear, or options that are out of range.
     """
     shared = {
         "lr": section.lr,
@@ -46,6 +48,8 @@ def build_optimizer(
     }
     if section.name != "loro_adamw":
         return AdamW(parameter_groups(model, section.weight_decay, section.decay), **shared)
+    if pipeline and (section.restarts or exact_period(section.type or "loro", section.exact_every or 0)):
+        refuse_exact_steps(pipeline)
     groups = loro_parameter_groups(
         model,
         pipeline.places("low_rank") if pipeline else (),

@@ -165,7 +165,7 @@ def refuse_exact_steps(pipeline: Pipeline) -> None:
         if factors:
             raise Act24Error(
                 f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: "
-                "with each, half of the mask flips and the effective weight jumps, though the product does not. "
+                "with each, half of the mask flips and the effective weight jumps, though the product stays. "
                 'Use type "eucl" for the optimizer, or leave the factors out of weight24'
             )
 

@@ -18,6 +18,7 @@ from act24.recipes.schema import Train
 from act24.tools.data import Batch
 from act24.tools.processes import Processes, whole
 from act24.tools.sparsity_state import begin_micro_batch_, begin_update_, decay_dropped_weights_
+from act24.tools.sparsity_watch import gradient_cosines
 
 
 class SummedLoss(nn.Module):
@@ -108,7 +109,10 @@ class TrainingStep:
         total = torch.zeros((), device=device)
         note = None
         if self._pipeline is not None:
-            note = begin_update_(self._pipeline, step, lambda: self._forward(batches[0]), self._processes)
+            first = batches[0]
+            note = begin_update_(
+                self._pipeline, step, lambda: self._forward(first), self._processes, self._pads(first)
+            )
         for index, batch in enumerate(batches):
             self._begin_micro_batch(batch, step, index)
             last = index == len(batches) - 1
@@ -123,6 +127,12 @@ class TrainingStep:
         optimizer.zero_grad(set_to_none=True)
         return StepResult(self._processes.sum_(total) / world_size, whole(grad_norm), tokens, note)
 
+    def gradient_cosines(self, batch: Batch) -> dict[str, Tensor]:
+        """Of 2:4 weight gradients to exact ones, by weight, on the device (`sparsity_watch`)."""
+        if self._pipeline is None:
+            return {}
+        return gradient_cosines(self._pipeline, lambda: self._forward(batch))
+
     def _forward(self, batch: Batch) -> Tensor:
         """The summed loss of a micro-batch."""
         device = self._processes.device
@@ -131,15 +141,17 @@ class TrainingStep:
 
     def _begin_micro_batch(self, batch: Batch, step: int, index: int) -> None:
         if self._pipeline is not None:
-            pads = None if batch.pads is None else _to(batch.pads, self._processes.device)
             begin_micro_batch_(
                 self._pipeline,
                 seed=self._seed,
                 step=step,
                 micro_batch=index,
                 rank=self._processes.rank,
-                pads=pads,
+                pads=self._pads(batch),
             )
+
+    def _pads(self, batch: Batch) -> Tensor | None:
+        return None if batch.pads is None else _to(batch.pads, self._processes.device)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self._processes.device.type, torch.bfloat16, enabled=self._autocast)
