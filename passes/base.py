@@ -103,6 +103,8 @@ class Pass:
     kind: ClassVar[Literal["structural", "operational"]]
     #: Whether the pass only looks: reports leave it out.
     observes: ClassVar[bool] = False
+    #: Whether the pass takes what all others leave, wherever it stands in the list.
+    last: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()

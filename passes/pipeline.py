@@ -21,7 +21,7 @@ from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap,
 from act24.passes.flops import region_flops
 from act24.passes.normal_form import is_linear
 from act24.passes.region import Lowering, Region, RegionModule, lower_, lowering, materialise
-from act24.passes.report import Report, Row
+from act24.passes.report import Report, Row, no_match, row
 from act24.passes.tracing import trace
 
 _HOOKS = (
@@ -301,15 +301,17 @@ class Pipeline:
         reported: set[int] = set()
         final = [site.base for site in self._sites]
         for step in (0, *self.boundaries):
-            lowered = [site.base.copy() for site in self._sites]
+            lowered = counted = [site.base.copy() for site in self._sites]
             for index, p in enumerate(self._operational):
                 if p.active(step):
+                    if p.last:  # it hides the operations that the figures count
+                        lowered = [region.copy() for region in lowered]
                     self._plan_pass(p, lowered, report=index not in reported)
                     reported.add(index)
             for site, region in zip(self._sites, lowered, strict=True):
                 site.base.buffers.update(region.buffers)
             if any(p.active(step) and not p.observes for p in self._operational):
-                final = lowered
+                final = counted
         return final
 
     def _plan_pass(self, p: Pass, regions: list[Region], report: bool = True) -> None:
@@ -326,10 +328,10 @@ class Pipeline:
             if not planned.matches and not misses:
                 absent.append((f"{region.fqn} [{region.class_name('')}]", planned.absent))
             if report and not p.observes:
-                self._rows += [_row(p, region, match) for match in planned.matches]
+                self._rows += [row(p, region, match) for match in planned.matches]
                 self._misses += misses
         if not matched and not p.optional:
-            raise PassError(_no_match(p, absent, self._unclean))
+            raise PassError(no_match(p, absent, self._unclean))
 
     def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""
@@ -377,22 +379,6 @@ class Pipeline:
         )
 
 
-def _row(p: Pass, region: Region, match: Match) -> Row:
-    steps = ""
-    if isinstance(p, OperationalPass) and (p.from_step or p.until_step is not None):
-        steps = f"from {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
-    return Row(
-        pass_name=p.name,
-        fqn=region.name(match.path),
-        before=match.before,
-        after=match.after,
-        parameters_before=match.parameters_before,
-        parameters_after=match.parameters_after,
-        steps=steps,
-        note=match.note,
-    )
-
-
 def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Take tensors out of a state dict, by the keys of `names`."""
     if missing := [fqn for fqn in names.values() if fqn not in state]:
@@ -400,27 +386,11 @@ def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tenso
     return {name: state.pop(fqn) for name, fqn in names.items()}
 
 
-def _no_match(p: Pass, absent: list[tuple[str, str]], unclean: dict[str, str]) -> str:
-    """Why nothing matched: what the regions have instead, and what is no region."""
-    where = "" if p.targets == ("*",) and not p.ignore else f" within targets {list(p.targets)}"
-    text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
-    return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
-
-
-def _by_reason(entries: list[tuple[str, str]]) -> str:
-    """(place, reason) as text: the first few reasons, and of each the first place."""
-    places: dict[str, list[str]] = {}
-    for place, reason in entries:
-        places.setdefault(reason, []).append(place)
-    groups = [
-        f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
-        for reason, (first, *others) in places.items()
-    ]
-    return "; ".join(groups[:3] + ([f"and {len(groups) - 3} more reasons"] if len(groups) > 3 else []))
-
-
 def _refuse_hooks(region: Region) -> None:
+    leaves = tuple(f"{node.target}." for node in region.graph.nodes if node.op == "call_module")
     for path, module in region.module.named_modules():
+        if f"{path}.".startswith(leaves):
+            continue  # stays the module that it is, hooks and all
         for kind in _HOOKS:
             if getattr(module, kind):
                 raise PassError(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from act24.passes.base import Match, OperationalPass, Pass
+from act24.passes.region import Region
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,3 +72,39 @@ class Report:
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
         return "\n".join(table)
+
+
+def row(p: Pass, region: Region, match: Match) -> Row:
+    """What one match of a pass is in the report."""
+    steps = ""
+    if isinstance(p, OperationalPass) and (p.from_step or p.until_step is not None):
+        steps = f"from {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
+    return Row(
+        pass_name=p.name,
+        fqn=region.name(match.path),
+        before=match.before,
+        after=match.after,
+        parameters_before=match.parameters_before,
+        parameters_after=match.parameters_after,
+        steps=steps,
+        note=match.note,
+    )
+
+
+def no_match(p: Pass, absent: list[tuple[str, str]], unclean: dict[str, str]) -> str:
+    """Why nothing matched: what the regions have instead, and what is no region."""
+    where = "" if p.targets == ("*",) and not p.ignore else f" within targets {list(p.targets)}"
+    text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
+    return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
+
+
+def _by_reason(entries: list[tuple[str, str]]) -> str:
+    """(place, reason) as text: the first few reasons, and of each the first place."""
+    places: dict[str, list[str]] = {}
+    for place, reason in entries:
+        places.setdefault(reason, []).append(place)
+    groups = [
+        f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
+        for reason, (first, *others) in places.items()
+    ]
+    return "; ".join(groups[:3] + ([f"and {len(groups) - 3} more reasons"] if len(groups) > 3 else []))

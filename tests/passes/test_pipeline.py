@@ -268,6 +268,15 @@ def test_hooks_inside_a_region_are_refused_by_name(register: str) -> None:
     apply_(model, [Relu2FFN()])
 
 
+def test_a_leaf_keeps_its_hooks() -> None:
+    model = llama()
+    seen = []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: seen.append(1))
+    apply_(model, [Relu2FFN()])
+    model(tokens())
+    assert seen == [1]
+
+
 def test_hooks_outside_what_is_rewritten_are_welcome() -> None:
     model = Trunk(SwiGLU)
     seen = []
