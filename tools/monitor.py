@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
+from act24.optim import LOROAdamW
+from act24.passes import Activation24
 from act24.passes.activation_statistics import BUFFER
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.build import Built
 from act24.tools.evaluate import Evaluation
 from act24.tools.processes import Processes
+from act24.tools.sparsity_watch import alarms, take_flip_rates_
 from act24.tools.statistics import (
     SiteStatistics,
     block_weights,
@@ -28,8 +33,16 @@ from act24.tools.tensorboard import RunLog, flat
 #: Tags of values by layer of the feed-forward networks, and the statistic that each shows.
 FFN_TAGS = {
     "sparsity_relu/*": "sparsity",
+    "crowded_groups/*": "crowded_groups",
     "dropped_nonzeros/*": "dropped_nonzeros",
     "dropped_energy/*": "dropped_energy",
+}
+#: The same of 2:4 along the tokens, and of scales: only some backwards and methods have them.
+_SPARSE_TAGS = {
+    "feature_dropped_nonzeros/*": "feature_dropped_nonzeros",
+    "feature_dropped_energy/*": "feature_dropped_energy",
+    "dense_feature_energy/*": "dense_feature_energy",
+    "activation24_scale/*": "scale",
 }
 
 
@@ -44,6 +57,7 @@ class Window:
     rate: float
     tokens_per_second: float
     first_bad_step: int | None
+    alarms: tuple[str, ...] = ()
 
     def shown(self) -> dict[str, str]:
         """The figures for the terminal."""
@@ -69,6 +83,7 @@ class Monitor:
         self,
         recipe: Recipe,
         built: Built,
+        optimizer: Optimizer,
         processes: Processes,
         run_dir: Path | None,
         resumed_at: int | None,
@@ -76,6 +91,9 @@ class Monitor:
     ) -> None:
         """Open the log; `run_dir` None writes none. `state` is what `state()` returned at the checkpoint."""
         self._recipe, self._built, self._processes = recipe, built, processes
+        self._optimizer = optimizer
+        self._cosines: dict[str, Tensor] = {}
+        self._alarmed = False
         self.seconds, self.tokens, self.loss = 0.0, 0, float("nan")
         self.sites: list[SiteStatistics] = []
         self._log: RunLog | None = None
@@ -96,11 +114,16 @@ class Monitor:
         self._steps += 1
         self._rate, self._waited = rate, self._waited + waited
 
+    def add_cosines(self, cosines: dict[str, Tensor]) -> None:
+        """Keep cosines of 2:4 to exact weight gradients for the next flush."""
+        self._cosines = cosines
+
     def flush(self, step: int) -> Window:
         """Read the window, write it out, begin the next. The one place where the host waits."""
         sums = torch.cat((self._sums, self._first_bad.double()[None])).tolist()
         elapsed = time.perf_counter() - self._began
         steps = max(self._steps, 1)
+        sites = read_activation_statistics_(self._built.model, self._processes)
         window = Window(
             step=step,
             tokens=int(sums[2]),
@@ -109,15 +132,18 @@ class Monitor:
             rate=self._rate,
             tokens_per_second=sums[2] / elapsed,
             first_bad_step=int(sums[3]) if sums[3] >= 0 else None,
+            alarms=self._new_alarms(sites),
         )
         self.seconds += elapsed
         self.tokens += window.tokens
         self.loss = window.loss
-        sites = read_activation_statistics_(self._built.model, self._processes)
         every = self._recipe.log.weight_sparsity_every
         weights = weight_sparsity(self._built.model) if every and step % every == 0 else {}
+        occasional = self._occasional(steps)
         if self._log is not None and self._steps:
-            self._log.scalars(self._scalars(window, elapsed), step)
+            self._log.scalars(self._scalars(window, elapsed) | occasional, step)
+            for alarm in window.alarms:
+                self._log.text("alarms", alarm, step)
             self._write_sites(self._log, sites, step)
             self._write_weights(self._log, weights, step)
         self.sites = sites or self.sites
@@ -175,11 +201,33 @@ class Monitor:
             scalars["memory/max_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         return scalars
 
+    def _occasional(self, steps: int) -> dict[str, float]:
+        """What only some passes and optimizers have: flip rates, the state of factors, gradient cosines."""
+        rates = take_flip_rates_(self._built.pipeline, steps)
+        scalars = {f"flip_rate/{name}": rate for name, rate in rates.items()}
+        tensors = {f"gradient_cosine/{name}": value for name, value in self._cosines.items()}
+        if isinstance(self._optimizer, LOROAdamW):
+            tensors |= {f"loro/{name}": value for name, value in self._optimizer.diagnostics_().items()}
+        self._cosines = {}
+        if tensors:
+            read = torch.stack([value.double() for value in tensors.values()]).tolist()
+            scalars |= dict(zip(tensors, read, strict=True))
+        return scalars
+
+    def _new_alarms(self, sites: list[SiteStatistics]) -> tuple[str, ...]:
+        """Alarms while 2:4 is in force, once until it was quiet again."""
+        sparse = any(isinstance(p, Activation24) for p in self._built.pipeline.active)
+        texts = tuple(alarms(sites)) if sparse else ()
+        new = () if self._alarmed else texts
+        self._alarmed = bool(texts)
+        return new
+
     def _write_sites(self, log: RunLog, sites: Sequence[SiteStatistics], step: int) -> None:
         networks = sorted((s for s in sites if s.site == "mlp"), key=lambda s: s.layer or 0)
-        for tag, field in FFN_TAGS.items():
-            if networks:
-                log.layers(tag, [getattr(site, field) for site in networks], step)
+        for tag, field in (FFN_TAGS | _SPARSE_TAGS).items():
+            values = [getattr(site, field) for site in networks]
+            if values and None not in values:
+                log.layers(tag, values, step)
         others = [s for s in sites if s.site != "mlp"]
         if others:
             scalars = {f"lowrank_relu2_sparsity/layer_{s.layer}.{s.site}": s.sparsity for s in others}
@@ -204,6 +252,9 @@ class Monitor:
 def _layer_tags(recipe: Recipe, built: Built) -> list[str]:
     watched = any(name.endswith(f"mlp.{BUFFER}") for name, _ in built.model.named_buffers())
     tags = list(FFN_TAGS) if watched else []
+    for p in recipe.passes:
+        if watched and isinstance(p, Activation24):
+            tags += list(_SPARSE_TAGS) if p.backward != "dense" else ["activation24_scale/*"]
     if recipe.log.weight_sparsity_every:
         modules = dict.fromkeys(name.partition("/")[2] for name in block_weights(built.model))
         tags += [f"weight_sparsity/*/{module}" for module in modules]

@@ -129,6 +129,7 @@ class _Run:
         self._monitor = Monitor(
             recipe,
             self._built,
+            self._optimizer,
             processes,
             None if dry_run else run_dir,
             resumed_at=start.step if start else None,
@@ -185,6 +186,8 @@ class _Run:
         count = accumulation(recipe.train, self._processes.world_size)
         batches = [next(self._rows) for _ in range(count)]
         waited = time.perf_counter() - waited
+        if _due(self._step, recipe.log.gradient_cosine_every):
+            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0]))
         result: StepResult = self._training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
@@ -213,6 +216,8 @@ class _Run:
                     )
                 )
             progress.update(step, window.shown())
+            for alarm in window.alarms:
+                progress.say(f"step {step}: {alarm}")
         if self._note:
             progress.say(self._note)
         evaluation = None
