@@ -10,6 +10,7 @@ from act24.passes.cola import Cola
 from act24.passes.lost import Lost
 from act24.passes.low_rank import LowRank
 from act24.passes.pipeline import Pipeline, apply_, plan
+from act24.passes.recompute import Recompute
 from act24.passes.region import Region
 from act24.passes.relu2_ffn import Relu2FFN
 from act24.passes.tracing import trace
@@ -18,7 +19,8 @@ from act24.passes.weight24 import Weight24
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
 #: happen to lie in a folder.
 REGISTRY: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, ActivationStatistics)
+    cls.name: cls
+    for cls in (Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Recompute, ActivationStatistics)
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Plan",
+    "Recompute",
     "Region",
     "Relu2FFN",
     "StateMap",

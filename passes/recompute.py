@@ -1,0 +1,179 @@
+"""`recompute`: of a block only the low-rank bottlenecks and the residual stream are kept for backward.
+
+    q_in, k_in, v_in  =  recomputed(x)            x: the block's input, normalised inside
+    o_in              =  recomputed(q_in, k_in, v_in)
+    y, gate_in, up_in =  recomputed(o_in, x)      y: the residual stream behind attention
+    down_in           =  recomputed(gate_in, up_in)
+    output            =  y + linear(down_in)
+
+The graph is cut behind each bottleneck, and what lies between two cuts is computed again in backward, at the
+cost of the second factors, attention and the norms. It is CoLA-M (arXiv 2502.10940) without its split of
+factors over modules: no parameter changes its name. Of a LLaMA block T D + 7 T R values are kept; CoLA-M
+keeps another T D, the stream behind attention, because its last addition is inside what is repeated.
+
+The pass takes what all others leave, wherever it stands in the list.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from act24.passes.base import Match, OperationalPass, Plan
+from act24.passes.normal_form import parameter_name, replace_node
+from act24.passes.region import Region
+
+#: What reads a bottleneck: the second factor, or LoST's columns, whose input is narrow too.
+_READERS = ("weight_out", "weight_columns")
+#: What keeps nothing but its inputs for backward.
+_PLAIN = (F.linear, operator.add, torch.add)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute(OperationalPass):
+    """`recompute` has no options of its own; targets name whole regions, the decoder blocks."""
+
+    name: ClassVar[str] = "recompute"
+    last: ClassVar[bool] = True
+
+    def plan(self, region: Region) -> Plan:
+        if not self.selects(region, ""):
+            return Plan(absent="not targeted")
+        kept = _bottlenecks(region.graph)
+        if not kept:
+            return Plan(absent="no bottleneck of low_rank, cola or lost")
+        for node in region.graph.nodes:
+            if node.op == "call_module" and not _is_norm(module := region.module.get_submodule(node.target)):
+                kind = type(module).__name__
+                return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ"),))
+        match = Match(
+            path="",
+            before="all activations kept",
+            after=f"{len(kept)} bottlenecks and the residual stream",
+            nodes=None,
+            parameters_before=region.numel(),
+            parameters_after=region.numel(),
+        )
+        return Plan((match,))
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        _open_norms(region)
+        region.graph = _segmented(region.graph)
+
+
+def _bottlenecks(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values are narrow and read by a second factor."""
+    return {
+        node.args[0]
+        for node in graph.nodes
+        if node.op == "call_function" and len(node.args) > 1 and isinstance(node.args[0], fx.Node)
+        if (parameter_name(node.args[1]) or "").rpartition(".")[2] in _READERS
+    }
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) in (nn.RMSNorm, nn.LayerNorm)
+
+
+def _open_norms(region: Region) -> None:
+    """Norms as functions of their parameters: what is computed again may call no module."""
+    graph = region.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module":
+            norm: Any = region.module.get_submodule(node.target)
+            with graph.inserting_before(node):
+                given = [name for name in ("weight", "bias") if norm._parameters.get(name) is not None]
+                parameters = {name: graph.get_attr(f"{node.target}.{name}") for name in given}
+                function = F.rms_norm if isinstance(norm, nn.RMSNorm) else F.layer_norm
+                arguments = (*node.args, *node.kwargs.values(), norm.normalized_shape)
+                opened = graph.call_function(function, arguments, {**parameters, "eps": norm.eps})
+            replace_node(graph, node, opened)
+
+
+def _levels(graph: fx.Graph) -> dict[fx.Node, int]:
+    """How many kept values lie, at most, on the way to each node whose value is used."""
+    kept = _bottlenecks(graph)
+    levels: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op.startswith("call_") and node.users:
+            levels[node] = max(
+                (levels[i] + (i in kept) for i in node.all_input_nodes if i in levels), default=0
+            )
+    return levels
+
+
+def _segmented(graph: fx.Graph) -> fx.Graph:
+    """The same graph level by level, each one call that is repeated in backward, if repeating spares memory.
+    Writes to buffers, which nothing reads, happen once, at the end."""
+    levels = _levels(graph)
+    result = fx.Graph(tracer_cls=graph._tracer_cls)
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = result.node_copy(node, copied)
+        return copies[node]
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copied(node)
+    for level in range(max(levels.values()) + 1):
+        nodes = [node for node in graph.nodes if levels.get(node) == level]
+        if all(node.target in _PLAIN for node in nodes):
+            for node in nodes:
+                copied(node)
+            continue
+        segment, inputs, outputs = _extracted(nodes)
+        call = result.call_function(_recomputed(segment, level), tuple(copied(node) for node in inputs))
+        for index, node in enumerate(outputs):
+            copies[node] = result.call_function(operator.getitem, (call, index))
+    for node in graph.nodes:
+        if node not in levels and node.op.startswith("call_"):
+            copied(node)
+    result.output(fx.map_arg(graph.output_node().args[0], copied))
+    return result
+
+
+def _extracted(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
+    """Nodes as a graph of their own, what it reads, and which of them are read elsewhere."""
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    segment = fx.Graph()
+    copies = {node: segment.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        copies[node] = segment.node_copy(node, lambda n: copies[n])
+    segment.output(tuple(copies[node] for node in outputs))
+    return segment, inputs, outputs
+
+
+def _recomputed(segment: fx.Graph, level: int) -> Callable[..., Any]:
+    """The function of a graph, as one that keeps only its arguments for backward."""
+    code = segment.python_code("self")
+    return _function(code.src, tuple(code.globals.items()), f"recomputed_{level}")
+
+
+@cache
+def _function(source: str, names: tuple[tuple[str, Any], ...], name: str) -> Callable[..., Any]:
+    """One object for equal code, so that layers share one class and are compiled once."""
+    namespace = dict(names)
+    exec(compile(source, f"<{name}>", "exec"), namespace)
+    forward = namespace["forward"]
+
+    def compute(*values: Any) -> Any:
+        return forward(None, *values)
+
+    def recomputed(*values: Any) -> Any:
+        # Nothing in a block draws from a global generator: dropout is a module, and refused.
+        return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=False)
+
+    recomputed.__name__ = recomputed.__qualname__ = name
+    return recomputed

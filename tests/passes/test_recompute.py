@@ -1,0 +1,149 @@
+"""recompute: the same gradients and names, and less kept for backward than by CoLA-M, 2 T D + 7 T R."""
+
+import pytest
+import torch
+from torch import nn
+from toys import Trunk, features, llama, tokens
+
+from act24.llama import rotary_embedding
+from act24.passes import (
+    Activation24,
+    ActivationStatistics,
+    Cola,
+    Lost,
+    LowRank,
+    PassError,
+    Recompute,
+    Relu2FFN,
+    apply_,
+    plan,
+)
+
+RANKS = {"attn_rank": 8, "mlp_rank": 8}
+MODELS = {
+    "cola": [Cola(**RANKS)],
+    "low_rank": [LowRank(**RANKS)],
+    "lost": [Lost(**RANKS, sparsity=0.1)],
+    "low_rank relu2 act24": [Relu2FFN(), LowRank(**RANKS), Activation24()],
+    "cola relu2": [Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), ActivationStatistics()],
+}
+
+
+def trained(passes):
+    model = llama(num_key_value_heads=2, attention_bias=True)
+    pipeline = apply_(model, passes)
+    loss = model(tokens()).square().mean()
+    loss.backward()
+    return model, pipeline, loss
+
+
+@pytest.mark.parametrize("passes", MODELS.values(), ids=MODELS)
+def test_gradients_names_and_counts_are_the_same(passes):
+    model, _, loss = trained(passes)
+    other, pipeline, other_loss = trained([*passes, Recompute()])
+    assert torch.equal(loss, other_loss)
+    assert model.state_dict().keys() == other.state_dict().keys()
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    for (name, a), (_, b) in zip(model.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(a, b), name  # statistics are counted once, not twice
+    assert len({type(module) for module in pipeline.modules}) == 1
+
+
+def kept_elements(passes, width, heads):
+    """Elements of activations that one block keeps for backward, each storage once."""
+    model = llama(layers=1, hidden_size=width, intermediate_size=96, num_attention_heads=heads)
+    apply_(model, passes)
+    block = model.model.layers[0]
+    x = features(4, 16, width).requires_grad_()
+    cos, sin = rotary_embedding(16, width // heads, 10_000.0, torch.device("cpu"))
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), cos, sin)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes() // tensor.element_size(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = block(x, cos, sin)
+    assert output.requires_grad
+    return sum(elements for elements, _ in kept.values()), 4 * 16
+
+
+def test_a_block_keeps_the_bottlenecks_and_the_residual_stream():
+    width, rank = 64, 8
+    passes = [Cola(attn_rank=rank, mlp_rank=rank)]
+    all_of_it, count = kept_elements(passes, width, 4)
+    little, _ = kept_elements([*passes, Recompute()], width, 4)
+    assert little == count * width + 7 * count * rank
+    assert all_of_it > 5 * little
+
+
+def test_it_may_stand_anywhere_and_come_and_go():
+    passes = [Recompute(until_step=5), Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), ActivationStatistics()]
+    model = llama()
+    pipeline = apply_(model, passes)
+    assert pipeline.boundaries == (5,)
+    expected = model(tokens())
+    names = list(model.state_dict())
+    assert pipeline.lower_(5)
+    torch.testing.assert_close(model(tokens()), expected)
+    assert list(model.state_dict()) == names
+    assert "recomputed" not in pipeline.modules[0].code
+
+
+def test_figures_of_the_report_are_those_without_it():
+    passes = [Relu2FFN(), LowRank(**RANKS), Activation24()]
+    assert plan(llama(), [*passes, Recompute()]).flops_after == plan(llama(), passes).flops_after
+
+
+def test_compiled_blocks_agree_and_break_nowhere():
+    model, _, _ = trained([*MODELS["cola"], Recompute()])
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    model(tokens()).square().mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_bottlenecks_it_says_so():
+    with pytest.raises(PassError, match="no bottleneck"):
+        plan(llama(), [Recompute()])
+
+
+def test_a_module_that_may_differ_the_second_time_is_refused():
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.dropout = nn.Linear(16, 32), nn.Linear(32, 16), nn.Dropout()
+
+        def forward(self, x):
+            return self.dropout(self.down(torch.tanh(self.up(x))))
+
+    with pytest.raises(PassError, match=r"mlp\.dropout \[Dropout\] may differ"):
+        plan(Trunk(MLP), [LowRank(scope="mlp", mlp_rank=4), Recompute()])
+
+
+def test_layer_norms_are_computed_again_too():
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.down(torch.tanh(self.up(x)))
+
+    gradients = []
+    for passes in ([], [Recompute()]):
+        torch.manual_seed(0)
+        model = Trunk(MLP)
+        pipeline = apply_(model, [LowRank(scope="mlp", mlp_rank=4), *passes])
+        model(features(3, 16)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert "self.norm(" not in pipeline.modules[0].code
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
