@@ -155,7 +155,7 @@ def test_the_host_waits_for_nothing_between_logged_steps(tiny, reads):
     built = build(recipe, ALONE.device)
     step = TrainingStep(built.model, recipe.train, ALONE)
     optimizer = AdamW(parameter_groups(built.model, 0.1), lr=0.01)
-    monitor = Monitor(recipe, built, ALONE, None, None, None)
+    monitor = Monitor(recipe, built, optimizer, ALONE, None, None, None)
     with reads:
         for index in range(1, 4):
             monitor.add(index, step(batches_of(2), optimizer), 0.1, 0.0)

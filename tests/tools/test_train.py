@@ -21,6 +21,7 @@ from act24.tools import checkpoint, checkpoint_folder
 from act24.tools.build import build, load
 from act24.tools.checkpoint_folder import CheckpointError
 from act24.tools.monitor import Monitor
+from act24.tools.optimizers import build_optimizer
 from act24.tools.processes import Processes
 from act24.tools.runs import RunError
 from act24.tools.step import StepResult
@@ -184,7 +185,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, every):
 
 def test_a_gradient_that_is_not_finite_is_seen_too(tiny):
     built = build(tiny(), torch.device("cpu"))
-    monitor = Monitor(built.recipe, built, Processes(0, 1, torch.device("cpu")), None, None, None)
+    alone = Processes(0, 1, torch.device("cpu"))
+    optimizer = build_optimizer(built.model, built.recipe.optimizer)
+    monitor = Monitor(built.recipe, built, optimizer, alone, None, None, None)
     for step, norm in enumerate((1.0, math.inf, 1.0), start=1):
         values = (torch.tensor(value) for value in (2.0, norm, 5))
         monitor.add(step, StepResult(*values), rate=0.1, waited=0.0)
