@@ -1,0 +1,132 @@
+"""Combinations of tables: what is refused with the reason, and what is only warned about."""
+
+import pytest
+
+from act24.recipes.checks import oddities
+from act24.recipes.load import RecipeError, dump_recipe, load_recipe, parse_recipe, recipe_names
+
+BASE = """
+[model]
+preset = "llama-9m"
+[train]
+steps = 100
+batch_size = 4
+total_batch_size = 8
+"""
+
+
+def recipe_of(optimizer="", schedule="", passes=(), options=""):
+    tables = [f"[optimizer]\nlr = 0.01\n{optimizer}", f"[schedule]\n{schedule}"]
+    tables += [f'[[passes]]\nuse = "{name}"\nattn_rank = 8\nmlp_rank = 8\n{options}' for name in passes]
+    return parse_recipe("\n".join([BASE, *tables]), "test")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "passes", "name"),
+    [
+        ("", (), "adamw"),
+        ("", ("low_rank",), "adamw"),
+        ("", ("cola",), "adamw"),
+        ('name = "loro_adamw"', ("low_rank",), "loro_adamw"),
+        ('name = "cola_adamw"', ("cola",), "cola_adamw"),
+        ('name = "adamw_cola"', ("cola",), "cola_adamw"),
+        ('name = "lost_adamw"', ("lost",), "lost_adamw"),
+        ('name = "adamw_lost"', ("lost",), "lost_adamw"),
+    ],
+)
+def test_what_makes_sense_works(optimizer, passes, name):
+    recipe = recipe_of(optimizer, passes=passes)
+    assert recipe.optimizer.name == name
+    assert parse_recipe(dump_recipe(recipe), "again") == recipe
+
+
+def test_each_name_has_the_settings_of_its_method_until_the_recipe_says_otherwise():
+    loro = recipe_of('name = "loro_adamw"', passes=["low_rank"]).optimizer
+    assert (loro.betas, loro.eps, loro.lr_scaler, loro.refresh) == ((0.9, 0.999), 1e-6, -1, "all")
+    cola = recipe_of('name = "cola_adamw"', passes=["cola"]).optimizer
+    assert (cola.betas, cola.weight_decay, cola.decay) == ((0.9, 0.999), 0.01, "all")
+    other = recipe_of('name = "cola_adamw"\nweight_decay = 0.3', passes=["cola"]).optimizer
+    assert (other.weight_decay, other.decay) == (0.3, "all")
+    assert recipe_of().optimizer.type is None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "passes", "options", "message"),
+    [
+        ('name = "loro_adamw"', (), "", "no pass low_rank"),
+        ('name = "loro_adamw"', ("cola",), "", 'no product of those of cola: use "cola_adamw"'),
+        ('name = "loro_adamw"', ("lost",), "", 'no product of those of lost: use "lost_adamw"'),
+        ('name = "cola_adamw"', ("low_rank",), "", "settings of cola"),
+        ('name = "lost_adamw"', (), "", "settings of lost"),
+        ("restarts = 5", ("low_rank",), "", 'restarts belongs to name = "loro_adamw"'),
+        ('name = "loro_adamw"\nrestarts = 5', ("low_rank",), "", "use type 'eucl'"),
+        ('name = "loro_adamw"\nlr_scaler = -2.0', ("low_rank",), "", "lr_scaler"),
+        ('name = "loro_adamw"', ("low_rank",), 'init = "const_0.1"', "factors of rank one"),
+        ("momentum_reset_warmup = 5", (), "", "without momentum_reset_steps"),
+        ("momentum_reset_steps = 5\nmomentum_reset_warmup = 5", (), "", "below momentum_reset_steps"),
+        ("", ("low_rank",), 'init = "xavir"', "did you mean 'xavier'"),
+        ("", ("lost",), "sparsity = 0.0", "share of input channels"),
+    ],
+)
+def test_what_does_not_is_refused_with_the_reason(optimizer, passes, options, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_of(optimizer, passes=passes, options=options)
+
+
+def test_rank_one_factors_are_fine_without_exact_updates():
+    recipe_of('name = "loro_adamw"\ntype = "eucl"', passes=["low_rank"], options='init = "const_0.1"')
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("lr_adjust_steps = -10", 'lr_adjust_steps belongs to name = "cosine_restart"'),
+        ('name = "linear"\nrestart_every = 10', 'restart_every belongs to name = "cosine_restart"'),
+        ('name = "cosine_restart"', "needs restart_every"),
+        ('name = "cosine_restart"\nrestart_every = 10\nlr_adjust_steps = 5', "schedule: .*lr_adjust_steps"),
+        ('name = "cosine_restart"\nrestart_every = 10\nmin_lr_ratio = 0.0', "schedule: .*min_lr_ratio"),
+        ("warmup_steps = 100", r"schedule: warmup_steps \(100\)"),
+    ],
+)
+def test_schedules_that_do_not_exist_are_refused(schedule, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_of(schedule=schedule)
+
+
+def test_resets_without_a_warm_up_are_listed():
+    (line,) = oddities(recipe_of("momentum_reset_steps = 40"))
+    assert "every 40 updates" in line
+    assert "step 40, 80" in line
+    assert not list(oddities(recipe_of("momentum_reset_steps = 40\nmomentum_reset_warmup = 3")))
+    assert not list(oddities(recipe_of()))
+    restart = 'name = "cosine_restart"\nrestart_every = 20'
+    loro = 'name = "loro_adamw"\nexact_every = '
+    assert not list(oddities(recipe_of(f"{loro}20", restart, ["low_rank"])))
+    assert len(list(oddities(recipe_of(f"{loro}30", restart, ["low_rank"])))) == 1
+    assert not list(oddities(recipe_of(f'{loro}30\nrefresh = "none"', restart, ["low_rank"])))
+
+
+#: Steps at which LORO's published scripts refresh without warming up again.
+UNWARMED = {
+    "60m": "1000",
+    "130m": "2000",
+    "350m": "2000, 2500, 3000, 3500, 4000, 4500 and 3 more",
+    "1b": "10000",
+}
+
+
+@pytest.mark.parametrize("size", UNWARMED)
+def test_the_published_settings_have_the_published_gaps(size):
+    (line,) = oddities(load_recipe(f"c4/{size}-loro"))
+    assert f"step {UNWARMED[size]}:" in line
+
+
+def test_every_low_rank_recipe_ships():
+    for size in UNWARMED:
+        for method in ("loro", "cola", "lost"):
+            for variant in ("", "-relu2-act24"):
+                recipe = load_recipe(f"c4/{size}-{method}{variant}")
+                assert recipe.optimizer.name == f"{method}_adamw"
+                assert ("activation24" in [p.name for p in recipe.passes]) == bool(variant)
+    assert load_recipe("c4/60m-loro-eucl").optimizer.type == "eucl"
+    assert "c4/60m-low-rank-restarts" in recipe_names()
