@@ -6,6 +6,7 @@ and the optimizer, so that the comparison shows what tracing and passes cost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,21 +15,64 @@ from torch.nn import functional as F
 
 from act24.llama import LlamaConfig
 
+#: The feed-forward network; `gated` is SwiGLU without its SiLU, as in CoLA's larger models.
+Network = Literal["swiglu", "gated", "relu2"]
+#: (in, out, whether it belongs to attention) -> a linear without bias, or what stands in its place.
+Linear = Callable[[int, int, bool], nn.Module]
+
+
+def dense(in_features: int, out_features: int, _: bool) -> nn.Module:
+    """A plain linear."""
+    return nn.Linear(in_features, out_features, bias=False)
+
+
+class Bottleneck(nn.Module):
+    """LORO's two factors, or CoLA's with an activation between them."""
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, activation: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(x)
+        return self.up(h if self.activation is None else self.activation(h))
+
+
+class BesideColumns(nn.Module):
+    """LoST: a bottleneck beside some columns of a dense weight."""
+
+    indices: Tensor
+
+    def __init__(self, low: Bottleneck, columns: int, gamma: float) -> None:
+        super().__init__()
+        self.low, self.gamma = low, gamma
+        in_features, out_features = low.down.in_features, low.up.out_features
+        self.columns = nn.Linear(columns, out_features, bias=False)
+        self.register_buffer("indices", torch.randperm(in_features)[:columns].sort().values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * self.low(x) + (1 - self.gamma) * self.columns(x[..., self.indices])
+
 
 class Block(nn.Module):
     """One decoder block with its feed-forward network written out."""
 
-    def __init__(self, config: LlamaConfig, network: Literal["swiglu", "relu2"], width: int) -> None:
+    def __init__(self, config: LlamaConfig, network: Network, width: int, linear: Linear) -> None:
         super().__init__()
         d = config.hidden_size
+        self.network: Network = network
         self.heads = config.num_attention_heads
         self.norm1, self.norm2 = (
             nn.RMSNorm(d, eps=config.rms_norm_eps),
             nn.RMSNorm(d, eps=config.rms_norm_eps),
         )
-        self.query, self.key, self.value, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
-        self.up, self.down = nn.Linear(d, width, bias=False), nn.Linear(width, d, bias=False)
-        self.gate = nn.Linear(d, width, bias=False) if network == "swiglu" else None
+        self.query, self.key, self.value, self.out = (linear(d, d, True) for _ in range(4))
+        self.up, self.down = linear(d, width, False), linear(width, d, False)
+        self.gate = None if network == "relu2" else linear(d, width, False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         h = self.norm1(x)
@@ -41,19 +85,25 @@ class Block(nn.Module):
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         inner = self.up(h)
-        inner = F.relu(inner).square() if self.gate is None else F.silu(self.gate(h)) * inner
+        if self.gate is None:
+            inner = F.relu(inner).square()
+        else:
+            gate = self.gate(h)
+            inner = (F.silu(gate) if self.network == "swiglu" else gate) * inner
         return x + self.down(inner)
 
 
 class Handwritten(nn.Module):
     """The whole model up to the hidden states that the head reads."""
 
-    def __init__(self, config: LlamaConfig, network: Literal["swiglu", "relu2"], width: int) -> None:
+    def __init__(self, config: LlamaConfig, network: Network, width: int, linear: Linear = dense) -> None:
         super().__init__()
         if config.key_value_heads != config.num_attention_heads:
             raise ValueError("the hand-written model has no grouped-query attention")
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, network, width) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, network, width, linear) for _ in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head_dim, self.theta = config.head_width, config.rope_theta

@@ -14,13 +14,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig
 from act24.loss import cross_entropy_sum
-from act24.passes import Relu2FFN
+from act24.low_rank.lost import kept_columns
+from act24.optim import AdamW, parameter_groups
+from act24.passes import Cola, Lost, Relu2FFN
+from act24.passes.linear_sites import FactorisingPass
 from act24.recipes.schema import Recipe
-from act24.tools.bench.handwritten import Handwritten
+from act24.tools.bench.handwritten import (
+    BesideColumns,
+    Bottleneck,
+    Handwritten,
+    Linear,
+    Network,
+    dense,
+)
 from act24.tools.build import build, model_config, parameter_dtype, plan_recipe
 from act24.tools.data import Batch
 from act24.tools.optimizers import build_optimizer
@@ -65,10 +77,10 @@ def bench_step(recipe: Recipe, rows: int, steps: int, turns: int = 2) -> dict[st
     train = recipe.train.model_copy(update={"batch_size": rows, "total_batch_size": rows})
     recipe = recipe.model_copy(update={"train": train})
     config = model_config(recipe)
-    network, width = _network(recipe, config)
+    handwritten = _handwritten_form(recipe, config)
     sides: dict[str, Callable[[], Callable[[Batch], None]]] = {
         "act24": lambda: _traced(recipe, device),
-        "hand-written": lambda: _handwritten(recipe, config, network, width, device),
+        "hand-written": lambda: _handwritten(recipe, handwritten, device),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
@@ -100,16 +112,36 @@ def bench_step(recipe: Recipe, rows: int, steps: int, turns: int = 2) -> dict[st
     }
 
 
-def _network(recipe: Recipe, config: LlamaConfig) -> tuple[Any, int]:
-    """The feed-forward network that the hand-written model needs: what is left of the recipe without 2:4."""
-    relu2 = [p for p in recipe.passes if isinstance(p, Relu2FFN)]
-    known = {"relu2_ffn", "activation24"}
-    if unknown := {p.name for p in recipe.passes} - known:
-        raise Act24Error(f"bench step has no hand-written form of {', '.join(sorted(unknown))}")
-    if not relu2:
-        return "swiglu", config.intermediate_size
-    after = plan_recipe(recipe).report.rows[0].after
-    return "relu2", int(after.rpartition(" ")[2])
+def _handwritten_form(recipe: Recipe, config: LlamaConfig) -> Callable[[], Handwritten]:
+    """The hand-written model of what is left of the recipe without 2:4."""
+    network: Network = "swiglu"
+    width, linear = config.intermediate_size, dense
+    for p in recipe.passes:
+        if isinstance(p, Relu2FFN):
+            row = next(row for row in plan_recipe(recipe).report.rows if row.pass_name == p.name)
+            network, width = "relu2", int(row.after.rpartition(" ")[2])
+        elif isinstance(p, FactorisingPass) and p.scope == "all":
+            linear = _linear_of(p)
+            if isinstance(p, Cola) and p.mlp_activation == "drop" and network == "swiglu":
+                network = "gated"
+        elif p.name != "activation24":
+            raise Act24Error(f"bench step has no hand-written form of {p.name}")
+    return lambda: Handwritten(config, network, width, linear)
+
+
+def _linear_of(p: FactorisingPass) -> Linear:
+    """What a low-rank pass makes of a linear, written by hand."""
+    activation = {"silu": F.silu, "relu2": lambda h: F.relu(h).square()}.get(getattr(p, "bottleneck", ""))
+
+    def linear(in_features: int, out_features: int, attention: bool) -> nn.Module:
+        rank = p.attn_rank if attention else p.mlp_rank
+        assert rank is not None
+        low = Bottleneck(in_features, out_features, rank, activation)
+        if isinstance(p, Lost):
+            return BesideColumns(low, kept_columns(in_features, p.sparsity), p.gamma)
+        return low
+
+    return linear
 
 
 def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
@@ -117,7 +149,7 @@ def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
     sparse_from = max((getattr(p, "from_step", 0) for p in recipe.passes), default=0)
     built = build(recipe, device, sparse_from)
     step = TrainingStep(built.model, recipe.train, processes)
-    optimizer = build_optimizer(built.model, recipe.optimizer)
+    optimizer = build_optimizer(built.model, recipe.optimizer, pipeline=built.pipeline)
 
     def one(batch: Batch) -> None:
         step([batch], optimizer)
@@ -126,16 +158,24 @@ def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
 
 
 def _handwritten(
-    recipe: Recipe, config: LlamaConfig, network: Any, width: int, device: torch.device
+    recipe: Recipe, make: Callable[[], Handwritten], device: torch.device
 ) -> Callable[[Batch], None]:
     with device:
-        model = Handwritten(config, network, width).to(parameter_dtype(recipe))
+        model = make().to(parameter_dtype(recipe))
     loss = cross_entropy_sum
     if uses_compile(recipe.train, device):
         for block in model.blocks:
             block.compile(fullgraph=True)
         loss = torch.compile(cross_entropy_sum, dynamic=False)
-    optimizer = build_optimizer(model, recipe.optimizer)
+    # LORO's lazy updates, which are what is timed here, are AdamW's.
+    options = recipe.optimizer
+    optimizer = AdamW(
+        parameter_groups(model, options.weight_decay, options.decay),
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        state_dtype=options.state_dtype,
+    )
     parameters = list(model.parameters())
     autocast = recipe.train.dtype == "bfloat16_autocast"
 
