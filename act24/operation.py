@@ -39,7 +39,12 @@ def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | Non
     stays, as autocast has it.
     """
     device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it, and would break the graph
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)

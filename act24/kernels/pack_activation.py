@@ -67,6 +67,7 @@ def _pack_activation(
     PADS: tl.constexpr,
     STRIP: tl.constexpr,
     SLABS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     strip = tl.program_id(0) * STRIP
     pair = tl.arange(0, STRIP // 2)[None, :]
@@ -87,13 +88,16 @@ def _pack_activation(
     energy = zero
     lost = zero
     first_slab = tl.program_id(1) * SLABS
-    for step in range(tl.minimum(SLABS, slabs - first_slab)):
+    for step in tl.range(0, tl.minimum(SLABS, slabs - first_slab), num_stages=STAGES):
         slab = first_slab + step
         start = slab.to(tl.int64) * 64 * features + strip  # T·F may pass 2^31
         fields = tl.zeros([32, STRIP // 4], tl.uint32)
+        # Both loads come first: the compiler moves none of them over a store.
+        lower_rows = load_bits(hidden + start // 2 + (row * (features // 2) + pair))
+        upper_rows = load_bits(hidden + start // 2 + ((row + 8) * (features // 2) + pair))
         for half in tl.static_range(2):
             rows = row + 8 * half
-            bits = load_bits(hidden + start // 2 + (rows * (features // 2) + pair))
+            bits = lower_rows if half == 0 else upper_rows
             even, odd = tl.split(tl.reshape(bits, [32, STRIP // 4, 2]))
             key0 = (even << 16 | 3).to(tl.int32, bitcast=True)
             key1 = (upper(even) | 2).to(tl.int32, bitcast=True)
@@ -234,6 +238,7 @@ def pack_activation(
         PADS=real is not None,
         STRIP=STRIP,
         SLABS=SLABS,
+        STAGES=3,
         num_warps=8,
     )
     return None if sums is None else sums.sum(0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from act24.kernels.compiler import jit, tl
+from act24.kernels.compiler import jit, tl, triton
 from act24.kernels.keys import (
     as_float,
     as_signed,
@@ -32,6 +32,9 @@ from act24.sparse24.packed import Packed24
 
 #: Features of a tile. Tokens: 128, or 64 where T is no multiple of 128.
 FEATURES = 64
+
+#: Tiles a program walks along the tokens, the loads of the next one under way while it works.
+STEPS = 8
 
 
 @jit
@@ -89,31 +92,28 @@ def masked_gradient(pairs, both, slope, low, high, FUNCTION: tl.constexpr, SLOPE
 
 
 @jit
-def _read(
+def _fetch(
     grad,
     values,
     metadata,
     slopes,
-    grad_values,
     permutation,
     real,
     features,
     token,
     feature,
     nth: tl.constexpr,
-    FUNCTION: tl.constexpr,
     SLOPE: tl.constexpr,
     PERMUTED: tl.constexpr,
     PADS: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """The nth of every four tokens: writes dZ, and returns keys of f(h) and of |dZ| for the four features of
-    every group. A key of |dZ| has its magnitude in the 15 upper bits, and its sign below the position."""
-    groups: tl.constexpr = FEATURES // 4
+    """All that is read of the nth of every four tokens: dS, the saved activation, its slope and its metadata;
+    and where in dS the rows begin."""
     rows: tl.constexpr = TOKENS // 4
     pair = tl.arange(0, FEATURES // 2)[None, :]
-    group = tl.arange(0, groups)[None, :]
+    group = tl.arange(0, FEATURES // 4)[None, :]
     word = tl.arange(0, FEATURES // 8)[None, :]
     row = (tl.arange(0, rows) * 4 + nth)[:, None]
     # T·F may pass 2^31: without a permutation one 64-bit number does for the tile, else each row has its own.
@@ -121,43 +121,43 @@ def _read(
         row = tl.load(permutation + token + row).to(tl.int32)
         slab = (row // 64).to(tl.int64) * (2 * features) + feature * 2
         field = metadata_field(row % 64, word * 8, features)
-        half_row = row.to(tl.int64) * (features // 2) + feature // 2
-        quarter_row = row.to(tl.int64) * (features // 4) + feature // 4
+        start = row.to(tl.int64) * (features // 4) + feature // 4
+        half_row = start * 2 + pair
+        quarter_row = start + group
     else:
         slab = token.to(tl.int64) // 64 * (2 * features) + feature * 2
         field = metadata_field(row, word * 8, features)
         start = token.to(tl.int64) * (features // 4) + feature // 4
-        grad += start * 2
-        grad_values += start * 2
-        values += start
-        slopes += start
-        half_row = row * (features // 2)
-        quarter_row = row * (features // 4)
-    both = load_bits(values + (quarter_row + group)) & 0x7FFF7FFF  # a -0 would sort above everything
-    if PADS:
-        token = row if PERMUTED else token + row
-        is_real = tl.load(real + token)
-        both = tl.where(is_real, both, both & 0)
+        half_row = start * 2 + (row * (features // 2) + pair)
+        quarter_row = start + (row * (features // 4) + group)
+    pairs = load_bits(grad + half_row)
+    both = load_bits(values + quarter_row)
     fields = load_bits(metadata + slab + tl.max_contiguous(field // 8, (1, 2)))
+    slope = load_bits(slopes + quarter_row) if SLOPE else both
+    if PADS:
+        is_real = tl.load(real + (row if PERMUTED else token + row))
+        both = tl.where(is_real, both, both & 0)
+        slope = tl.where(is_real, slope, slope & 0)
     fields >>= (field % 8 * 4).to(tl.uint32)
-    fields = tl.reshape(tl.join(fields, fields >> 16), [rows, groups])
+    return pairs, both, slope, fields, half_row
+
+
+@jit
+def _keys(pairs, both, slope, fields, nth: tl.constexpr, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
+    """dZ of the nth of every four tokens, and keys of f(h) and of |dZ| for the four features of every group.
+    A key of |dZ| has its magnitude in the 15 upper bits, and its sign below the position."""
+    fields = tl.reshape(tl.join(fields, fields >> 16), both.shape)
     low = fields & 3
     high = fields & 12
-
-    slope = load_bits(slopes + (quarter_row + group)) if SLOPE else both
-    if PADS and SLOPE:
-        slope = tl.where(is_real, slope, slope & 0)
-    rounded = masked_gradient(load_bits(grad + (half_row + pair)), both, slope, low, high, FUNCTION, SLOPE)
-    target = grad_values + (half_row + pair)
-    tl.store(target, tl.reshape(rounded, [rows, FEATURES // 2]))
-    first_bits, second_bits = tl.split(rounded.to(tl.uint16, bitcast=True))
-    first_bits = _rotate_left(first_bits.to(tl.uint32) << 16)
-    second_bits = _rotate_left(second_bits.to(tl.uint32) << 16)
-
-    code: tl.constexpr = 3 - nth
-    value0, value1, value2, value3 = spread(low, high, both << 16, upper(both), code)
-    grad0, grad1, grad2, grad3 = spread(low, high, first_bits, second_bits, code * 2)
-    return value0, value1, value2, value3, grad0, grad1, grad2, grad3
+    both &= 0x7FFF7FFF  # a -0 would sort above everything
+    masked = masked_gradient(pairs, both, slope, low, high, FUNCTION, SLOPE)
+    first, second = tl.split(masked.to(tl.uint16, bitcast=True))
+    first = _rotate_left(first.to(tl.uint32) << 16)
+    second = _rotate_left(second.to(tl.uint32) << 16)
+    value0, value1, value2, value3 = spread(low, high, both << 16, upper(both), 3 - nth)
+    grad0, grad1, grad2, grad3 = spread(low, high, first, second, 6 - 2 * nth)
+    masked = tl.reshape(masked, pairs.shape)
+    return masked, value0, value1, value2, value3, grad0, grad1, grad2, grad3
 
 
 @jit
@@ -186,6 +186,38 @@ def _along_tokens(x0, x1, x2, x3, rows: tl.constexpr, FEATURES: tl.constexpr):
 
 
 @jit
+def _store_dense(
+    value_dense, grad_dense, places, target, tokens, v0, v1, v2, v3, g0, g1, g2, g3, rows: tl.constexpr,
+    FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Of one feature of every group the four tokens, in rows of their own where the feature stays dense.
+
+    Few do, so the work hangs on a branch for 8 features at a time: those of the even groups, then of the odd
+    ones, as a thread has them. Transposed, since that is the layout that Triton picks for such a store by
+    itself; any other would carry all the data through shared memory first.
+    """
+    pairs: tl.constexpr = [rows, FEATURES // 8, 2]
+    even0, odd0 = tl.split(tl.reshape(v0 >> 16 | upper(v1), pairs))
+    even1, odd1 = tl.split(tl.reshape(v2 >> 16 | upper(v3), pairs))
+    even2, odd2 = tl.split(tl.reshape(_rotate_right(g0) >> 16 | upper(_rotate_right(g1)), pairs))
+    even3, odd3 = tl.split(tl.reshape(_rotate_right(g2) >> 16 | upper(_rotate_right(g3)), pairs))
+    group = tl.arange(0, FEATURES // 8)[:, None] * 8
+    _store_chosen(value_dense, grad_dense, places + group, target, tokens, even0, even1, even2, even3)
+    _store_chosen(value_dense, grad_dense, places + group + 4, target, tokens, odd0, odd1, odd2, odd3)
+
+
+@jit
+def _store_chosen(value_dense, grad_dense, places, target, tokens, value0, value1, grad0, grad1):
+    place = tl.load(places)
+    if tl.max(place) >= 0:
+        words = place.to(tl.int64) * (tokens // 2) + target
+        tl.store(value_dense + words, as_signed(tl.trans(value0)), mask=place >= 0)
+        tl.store(value_dense + words + 1, as_signed(tl.trans(value1)), mask=place >= 0)
+        tl.store(grad_dense + words, as_signed(tl.trans(grad0)), mask=place >= 0)
+        tl.store(grad_dense + words + 1, as_signed(tl.trans(grad1)), mask=place >= 0)
+
+
+@jit
 def _gather_fields(bytes4):
     """The low four bits of each byte of a word, next to each other in its lower half."""
     fields = bytes4 & 0x0F0F0F0F
@@ -201,80 +233,122 @@ def _pack_gradient(
     slopes,
     permutation,
     real,
+    places,
     grad_values,
     grad_metadata,
     value_rows,
     value_row_metadata,
     grad_rows,
     grad_row_metadata,
+    value_dense,
+    grad_dense,
     tokens,
     features,
     FUNCTION: tl.constexpr,
     SLOPE: tl.constexpr,
     PERMUTED: tl.constexpr,
     PADS: tl.constexpr,
+    DENSE: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     rows: tl.constexpr = TOKENS // 4
-    # Neighbouring programs share rows that run along the tokens, where the writes are the narrower ones.
-    token = tl.program_id(0) * TOKENS
-    feature = tl.program_id(1) * FEATURES
-    v00, v01, v02, v03, g00, g01, g02, g03 = _read(
-        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
-        0, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
-    )  # fmt: skip
-    v10, v11, v12, v13, g10, g11, g12, g13 = _read(
-        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
-        1, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
-    )  # fmt: skip
-    v20, v21, v22, v23, g20, g21, g22, g23 = _read(
-        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
-        2, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
-    )  # fmt: skip
-    v30, v31, v32, v33, g30, g31, g32, g33 = _read(
-        grad, values, metadata, slopes, grad_values, permutation, real, features, token, feature,
-        3, FUNCTION, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
-    )  # fmt: skip
+    feature = tl.program_id(0) * FEATURES
+    first_tile = tl.program_id(1) * STEPS
+    for step in tl.range(0, tl.minimum(STEPS, tokens // TOKENS - first_tile), num_stages=STAGES):
+        token = (first_tile + step) * TOKENS
+        pairs0, both0, slope0, fields0, half_row0 = _fetch(
+            grad, values, metadata, slopes, permutation, real, features, token, feature,
+            0, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        pairs1, both1, slope1, fields1, half_row1 = _fetch(
+            grad, values, metadata, slopes, permutation, real, features, token, feature,
+            1, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        pairs2, both2, slope2, fields2, half_row2 = _fetch(
+            grad, values, metadata, slopes, permutation, real, features, token, feature,
+            2, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        pairs3, both3, slope3, fields3, half_row3 = _fetch(
+            grad, values, metadata, slopes, permutation, real, features, token, feature,
+            3, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        masked, v00, v01, v02, v03, g00, g01, g02, g03 = _keys(
+            pairs0, both0, slope0, fields0, 0, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row0, masked)
+        masked, v10, v11, v12, v13, g10, g11, g12, g13 = _keys(
+            pairs1, both1, slope1, fields1, 1, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row1, masked)
+        masked, v20, v21, v22, v23, g20, g21, g22, g23 = _keys(
+            pairs2, both2, slope2, fields2, 2, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row2, masked)
+        masked, v30, v31, v32, v33, g30, g31, g32, g33 = _keys(
+            pairs3, both3, slope3, fields3, 3, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row3, masked)
 
-    start = feature.to(tl.int64) * (tokens // 4) + token // 4
-    tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]
-    x0, m0 = _select_value(v00, v10, v20, v30)
-    x1, m1 = _select_value(v01, v11, v21, v31)
-    x2, m2 = _select_value(v02, v12, v22, v32)
-    x3, m3 = _select_value(v03, v13, v23, v33)
-    tl.store(value_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
-    x0, n0 = _select_grad(g00, g10, g20, g30)
-    x1, n1 = _select_grad(g01, g11, g21, g31)
-    x2, n2 = _select_grad(g02, g12, g22, g32)
-    x3, n3 = _select_grad(g03, g13, g23, g33)
-    tl.store(grad_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
+        if DENSE:
+            target = token // 2 + tl.arange(0, rows)[None, :] * 2
+            _store_dense(
+                value_dense, grad_dense, places + feature + 0, target, tokens,
+                v00, v10, v20, v30, g00, g10, g20, g30, rows, FEATURES,
+            )  # fmt: skip
+            _store_dense(
+                value_dense, grad_dense, places + feature + 1, target, tokens,
+                v01, v11, v21, v31, g01, g11, g21, g31, rows, FEATURES,
+            )  # fmt: skip
+            _store_dense(
+                value_dense, grad_dense, places + feature + 2, target, tokens,
+                v02, v12, v22, v32, g02, g12, g22, g32, rows, FEATURES,
+            )  # fmt: skip
+            _store_dense(
+                value_dense, grad_dense, places + feature + 3, target, tokens,
+                v03, v13, v23, v33, g03, g13, g23, g33, rows, FEATURES,
+            )  # fmt: skip
 
-    # One byte a group holds both fields on the way to where the eight groups of a word meet.
-    byte = _along_tokens(m0 + n0 * 16, m1 + n1 * 16, m2 + n2 * 16, m3 + n3 * 16, rows, FEATURES)
-    # A feature is (16s, upper 8 of 16, 8s), a group of tokens (32s, upper 16 of 32, upper 8 of 16, odd).
-    byte = tl.reshape(byte.to(tl.uint8), [FEATURES // 16, 2, 8, TOKENS // 32, 2, 2, 2])
-    byte = tl.permute(byte, (3, 0, 2, 5, 6, 4, 1))
-    row_a, row_b = tl.split(byte)  # rows 8 apart
-    row_a_near, row_a_far = tl.split(row_a)  # groups 16 tokens apart
-    row_b_near, row_b_far = tl.split(row_b)
-    byte0, byte4 = tl.split(row_a_near)  # groups 4 tokens apart
-    byte1, byte5 = tl.split(row_b_near)
-    byte2, byte6 = tl.split(row_a_far)
-    byte3, byte7 = tl.split(row_b_far)
-    lower4 = _word(byte0, byte1, byte2, byte3)
-    upper4 = _word(byte4, byte5, byte6, byte7)
-    value_words = (_gather_fields(lower4) | _gather_fields(upper4) << 16) ^ 0xFFFFFFFF
-    grad_words = (_gather_fields(lower4 >> 4) | _gather_fields(upper4 >> 4) << 16) ^ 0xFFFFFFFF
-    slab = feature.to(tl.int64) * (tokens // 32) + token * 2
-    place = slab + tl.arange(0, TOKENS // 32)[:, None] * 64 + tl.arange(0, FEATURES)[None, :]
-    shape: tl.constexpr = [TOKENS // 32, FEATURES]
-    tl.store(value_row_metadata + place, as_signed(tl.reshape(value_words, shape)))
-    tl.store(grad_row_metadata + place, as_signed(tl.reshape(grad_words, shape)))
+        start = feature.to(tl.int64) * (tokens // 4) + token // 4
+        tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]
+        x0, m0 = _select_value(v00, v10, v20, v30)
+        x1, m1 = _select_value(v01, v11, v21, v31)
+        x2, m2 = _select_value(v02, v12, v22, v32)
+        x3, m3 = _select_value(v03, v13, v23, v33)
+        tl.store(value_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
+        x0, n0 = _select_grad(g00, g10, g20, g30)
+        x1, n1 = _select_grad(g01, g11, g21, g31)
+        x2, n2 = _select_grad(g02, g12, g22, g32)
+        x3, n3 = _select_grad(g03, g13, g23, g33)
+        tl.store(grad_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
 
-    slab = token.to(tl.int64) * (features // 32) + feature * 2
-    words = tl.arange(0, TOKENS // 64)[:, None] * (2 * features) + tl.arange(0, FEATURES * 2)[None, :]
-    tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
+        # One byte a group holds both fields on the way to where the eight groups of a word meet.
+        byte = _along_tokens(m0 + n0 * 16, m1 + n1 * 16, m2 + n2 * 16, m3 + n3 * 16, rows, FEATURES)
+        # A feature is (16s, upper 8 of 16, 8s), a group of tokens (32s, upper 16 of 32, upper 8 of 16, odd).
+        byte = tl.reshape(byte.to(tl.uint8), [FEATURES // 16, 2, 8, TOKENS // 32, 2, 2, 2])
+        byte = tl.permute(byte, (3, 0, 2, 5, 6, 4, 1))
+        row_a, row_b = tl.split(byte)  # rows 8 apart
+        row_a_near, row_a_far = tl.split(row_a)  # groups 16 tokens apart
+        row_b_near, row_b_far = tl.split(row_b)
+        byte0, byte4 = tl.split(row_a_near)  # groups 4 tokens apart
+        byte1, byte5 = tl.split(row_b_near)
+        byte2, byte6 = tl.split(row_a_far)
+        byte3, byte7 = tl.split(row_b_far)
+        lower4 = _word(byte0, byte1, byte2, byte3)
+        upper4 = _word(byte4, byte5, byte6, byte7)
+        value_words = (_gather_fields(lower4) | _gather_fields(upper4) << 16) ^ 0xFFFFFFFF
+        grad_words = (_gather_fields(lower4 >> 4) | _gather_fields(upper4 >> 4) << 16) ^ 0xFFFFFFFF
+        slab = feature.to(tl.int64) * (tokens // 32) + token * 2
+        place = slab + tl.arange(0, TOKENS // 32)[:, None] * 64 + tl.arange(0, FEATURES)[None, :]
+        shape: tl.constexpr = [TOKENS // 32, FEATURES]
+        tl.store(value_row_metadata + place, as_signed(tl.reshape(value_words, shape)))
+        tl.store(grad_row_metadata + place, as_signed(tl.reshape(grad_words, shape)))
+
+        slab = token.to(tl.int64) * (features // 32) + feature * 2
+        words = tl.arange(0, TOKENS // 64)[:, None] * (2 * features) + tl.arange(0, FEATURES * 2)[None, :]
+        tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
 
 
 @jit
@@ -289,9 +363,12 @@ def pack_gradient(
     slope: Tensor | None,
     permutation: Tensor | None,
     real: Tensor | None,
+    places: Tensor | None,
     grad_packed: Packed24,
     value_rows: Packed24,
     grad_rows: Packed24,
+    value_dense: Tensor,
+    grad_dense: Tensor,
     function: str,
 ) -> None:
     """Launch the kernel.
@@ -302,33 +379,42 @@ def pack_gradient(
         slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
         permutation: int64 `[T]`, the order in which tokens are grouped; None as it is.
         real: boolean `[T]`, False for tokens to leave out; None for none.
+        places: int32 `[F]`, the row of `value_dense` and `grad_dense` that a feature goes to, -1 for none;
+            None for no such features.
         grad_packed: dZ `[T, F]`, unwritten.
         value_rows, grad_rows: the activation and dZ, 2:4 along the tokens, `[F, T]`, unwritten.
+        value_dense, grad_dense: bfloat16 `[n, T]`, both as they are in the chosen features, unwritten.
         function: as in `act24.sparse24.activation.Options24`.
     """
     tokens, features = grad.shape
     tile = 128 if tokens % 128 == 0 else 64
     unused = words = grad.view(torch.int32)
-    _pack_gradient[(tokens // tile, features // FEATURES)](
+    _pack_gradient[(features // FEATURES, triton.cdiv(tokens // tile, STEPS))](
         words,
         saved.values.view(torch.int32),
         saved.metadata.view(torch.int32),
         unused if slope is None else slope.view(torch.int32),
         unused if permutation is None else permutation,
         unused if real is None else real,
+        unused if places is None else places,
         grad_packed.values,
         grad_packed.metadata.view(torch.int32),
         value_rows.values.view(torch.int32),
         value_rows.metadata.view(torch.int32),
         grad_rows.values.view(torch.int32),
         grad_rows.metadata.view(torch.int32),
+        value_dense.view(torch.int32),
+        grad_dense.view(torch.int32),
         tokens,
         features,
         FUNCTION=function,
         SLOPE=slope is not None,
         PERMUTED=permutation is not None,
         PADS=real is not None,
+        DENSE=places is not None,
         TOKENS=tile,
         FEATURES=FEATURES,
+        STEPS=STEPS,
+        STAGES=2,
         num_warps=8 if tile == 128 else 4,
     )

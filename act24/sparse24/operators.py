@@ -19,6 +19,9 @@ from act24.sparse24.token_wise import Function, Method, Options24, sparsify_toke
 
 _LIBRARY = torch.library.Library("act24", "DEF")
 
+#: The plain-PyTorch form of every operator, by name: it runs on any device, to hold the kernels against.
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
 
 def _operator(
     schema: str, reference: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]
@@ -29,6 +32,7 @@ def _operator(
     _LIBRARY.impl(name, reference, "CPU")
     _LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"act24::{name}", fake, lib=_LIBRARY)
+    REFERENCES[name] = reference
     return getattr(torch.ops.act24, name)
 
 
@@ -150,15 +154,17 @@ def _pack_gradient_reference(
     slope: Tensor | None,
     permutation: Tensor | None,
     real: Tensor | None,
+    index: Tensor | None,
     function: Function,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     value = Packed24(saved)
     masked = _masked_gradient(grad, value, slope, function)
     rows = []
     for matrix in (unpack(value), unpack(masked)):
         matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
-        rows.append(pack((matrix if permutation is None else matrix[permutation]).T.contiguous()).buffer)
-    return masked.buffer, rows[0], rows[1]
+        rows.append((matrix if permutation is None else matrix[permutation]).T.contiguous())
+    chosen = grad.new_empty(0, dtype=torch.int64) if index is None else index
+    return masked.buffer, pack(rows[0]).buffer, pack(rows[1]).buffer, rows[0][chosen], rows[1][chosen]
 
 
 def _pack_gradient_kernel(
@@ -167,14 +173,20 @@ def _pack_gradient_kernel(
     slope: Tensor | None,
     permutation: Tensor | None,
     real: Tensor | None,
+    index: Tensor | None,
     function: Function,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from act24.kernels.pack_gradient import pack_gradient
 
-    packed = _pack_gradient_fake(grad, saved, slope, permutation, real, function)
-    masked, value_rows, grad_rows = map(Packed24, packed)
-    pack_gradient(grad, Packed24(saved), slope, permutation, real, masked, value_rows, grad_rows, function)
-    return packed
+    outputs = _pack_gradient_fake(grad, saved, slope, permutation, real, index, function)
+    masked, value_rows, grad_rows = map(Packed24, outputs[:3])
+    places = None
+    if index is not None:
+        places = torch.full((grad.shape[1],), -1, dtype=torch.int32, device=grad.device)
+        places[index] = torch.arange(len(index), dtype=torch.int32, device=grad.device)
+    arguments = (grad, Packed24(saved), slope, permutation, real, places)
+    pack_gradient(*arguments, masked, value_rows, grad_rows, outputs[3], outputs[4], function)
+    return outputs
 
 
 def _pack_gradient_fake(
@@ -183,23 +195,27 @@ def _pack_gradient_fake(
     slope: Tensor | None,
     permutation: Tensor | None,
     real: Tensor | None,
+    index: Tensor | None,
     function: Function,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, features = grad.shape
+    dense = (0 if index is None else index.shape[0], tokens)
     return (
         torch.empty_like(saved),
         empty_packed(features, tokens, grad),
         empty_packed(features, tokens, grad),
+        grad.new_empty(dense),
+        grad.new_empty(dense),
     )
 
 
-#: From dS `[T, F]` and what forward saved to the 2:4 operands of backward: dZ packed along the features `[T,
-#: F]`, and the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four
-#: tokens in the order of `permutation`, tokens that are not `real` as zeros. `slope` None: made from the
-#: activation.
+#: From dS `[T, F]` and what forward saved to the operands of backward: dZ packed along the features `[T, F]`;
+#: the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four tokens in
+#: the order of `permutation`, tokens that are not `real` as zeros; and both as they are, `[n, T]` in that
+#: order, in the features `index` `[n]`. `slope` None: made from the activation.
 pack_gradient = _operator(
     "pack_gradient(Tensor grad, Tensor saved, Tensor? slope, Tensor? permutation, Tensor? real, "
-    "str function) -> (Tensor, Tensor, Tensor)",
+    "Tensor? index, str function) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pack_gradient_reference,
     _pack_gradient_kernel,
     _pack_gradient_fake,

@@ -140,13 +140,12 @@ class _PackedActivation24(torch.autograd.Function):
             grad_weight_out = grad_product.T @ value if need_weight_out else None
         else:
             order = token_permutation(shape[:-1], options.token_permutation, x.device)
-            grad_hidden, value_rows, hidden_rows = operators.pack_gradient(
-                grad_activation, packed, slope, order, real, options.function
-            )
-            index = value_dense = hidden_dense = None
+            index = None
             if options.backward == "split_gemm":
                 index = densest_features(counts, options.dense_ratio)
-                value_dense, hidden_dense = operators.gather_features(packed, grad_hidden, index, order, real)
+            grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = operators.pack_gradient(
+                grad_activation, packed, slope, order, real, index, options.function
+            )
             if need_weight_in:
                 grad_weight_in = operators.product24(
                     hidden_rows, _ordered(x, order), algorithms["grad_weight_in"], False, hidden_dense, index

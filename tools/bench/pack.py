@@ -38,7 +38,10 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
 
     saved, *_ = forward(False, False)
     dense = unpack(Packed24(saved))
-    backward = lambda order: operators.pack_gradient(grad, saved, None, order, None, "relu2")  # noqa: E731
+
+    def backward(order: Tensor | None, index: Tensor | None = None) -> tuple:
+        return operators.pack_gradient(grad, saved, None, order, None, index, "relu2")
+
     masked, *_ = backward(None)
     passes = [
         ("along features", 3.125, 0.85, lambda: forward(False, False)),
@@ -48,6 +51,7 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
         ("along features, mvue", 4.125, None, lambda: forward(True, False, "mvue", True)),
         ("both ways (dZ and the activation)", 6.5, 0.70, lambda: backward(None)),
         ("both ways, tokens permuted", 6.5, None, lambda: backward(order)),
+        ("both ways, 5% of the features dense too", 6.7, None, lambda: backward(None, index)),
         ("dense weight gradients", 8.25, None, lambda: operators.unpack_gradient(grad, saved, None, "relu2")),
         (
             "5% of the features",
