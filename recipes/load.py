@@ -80,14 +80,14 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as TOML: every value, defaults included, and nothing to extend."""
     table = recipe.model_dump(exclude={"passes"}, exclude_none=True)
-    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
     for section, values in table.items():
         if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+            lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     for p in recipe.passes:
         options = {f.name: getattr(p, f.name) for f in dataclass_fields(p)}
-        lines += ["", "[[passes]]", f"use = {_toml(p.name)}"]
-        lines += [f"{key} = {_toml(value)}" for key, value in options.items() if value is not None]
+        lines += ["", "[[passes]]", f"use = {toml_value(p.name)}"]
+        lines += [f"{key} = {toml_value(value)}" for key, value in options.items() if value is not None]
     return "\n".join(lines).lstrip() + "\n"
 
 
@@ -245,12 +245,12 @@ def _names_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str
     return [*model.model_fields, *(["extends"] if model is Recipe else [])]
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
         return f'"{escaped}"'
     if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml(entry) for entry in value)}]"
+        return f"[{', '.join(toml_value(entry) for entry in value)}]"
     return repr(value)
