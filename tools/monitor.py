@@ -230,7 +230,10 @@ class Monitor:
                 log.layers(tag, values, step)
         others = [s for s in sites if s.site != "mlp"]
         if others:
-            scalars = {f"lowrank_relu2_sparsity/layer_{s.layer}.{s.site}": s.sparsity for s in others}
+            scalars = {
+                f"lowrank_relu2_sparsity/layer_{s.layer}.{s.site.rpartition('.')[2]}": s.sparsity
+                for s in others
+            }
             scalars["lowrank_relu2_sparsity/average"] = sum(scalars.values()) / len(scalars)
             log.scalars(scalars, step)
 
