@@ -146,6 +146,9 @@ class _Run:
     def close(self) -> None:
         self._rows.close()
         self._monitor.close()
+        # Data parallelism has to end before its processes part. The other way round its destructor is the one
+        # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
+        del self._training_step
 
     def go(self, stop: StopRequest) -> Outcome:
         recipe, monitor = self._recipe, self._monitor
