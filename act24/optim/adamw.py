@@ -75,7 +75,7 @@ def adamw_(
     survives in bfloat16; that takes several passes and temporaries of the size of the parameters.
 
     Args:
-        parameters, gradients, exp_avgs, exp_avg_sqs: lists of equal shapes.
+        parameters, gradients, exp_avgs, exp_avg_sqs: lists of equal shapes, on one device.
         step: as for `adam_direction`.
         lr: a number, or a 0-D tensor.
     """
@@ -84,17 +84,15 @@ def adamw_(
     dtypes = {tensor.dtype for tensor in itertools.chain(parameters, gradients, exp_avgs, exp_avg_sqs)}
     devices = {parameter.device.type for parameter in parameters}
     if len(dtypes) == 1 and devices <= {"cpu", "cuda"}:
-        steps = {
-            device: torch.full((), step, dtype=torch.float32, device=device)
-            for device in {parameter.device for parameter in parameters}
-        }
+        # Filled on the device, so nothing waits; the kernel only reads it.
+        steps = torch.full((), step, dtype=torch.float32, device=parameters[0].device)
         torch._fused_adamw_(
             parameters,
             gradients,
             exp_avgs,
             exp_avg_sqs,
             [],
-            [steps[parameter.device] for parameter in parameters],
+            [steps] * len(parameters),
             lr=lr,
             beta1=betas[0],
             beta2=betas[1],
