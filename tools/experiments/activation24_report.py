@@ -1,0 +1,124 @@
+"""The results of `activation24` as a table and pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+#: The paper's figures (arXiv 2503.16672, 1.5B parameters, 63B tokens), which it calls perplexity.
+PAPER = {
+    "dense SwiGLU": 2.654,
+    "dense relu2": 2.651,
+    "full recipe": 2.652,
+    "no warm-up": 2.657,
+    "all-sparse backward": 2.682,
+    "no permutation": 2.919,
+    "forward mask not reused": 3.735,
+}
+
+
+def write_report(out: Path, order: Sequence[str]) -> None:
+    """OUT/results.md from the results there, and OUT/*.png where matplotlib is installed."""
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*-seed*.json"))]
+    by_name = {name: [r for r in results if r["name"] == name] for name in order}
+    by_name = {name: runs for name, runs in by_name.items() if runs}
+    text = "\n".join(_table(by_name)) + "\n"
+    (out / "results.md").write_text(text, encoding="utf-8")
+    print(text)
+    _draw(out, by_name)
+
+
+def _table(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
+    bar = _loss(by_name.get("dense relu2", []))
+    head = (
+        "variant",
+        "held-out loss (each seed)",
+        "beside dense relu2",
+        "same weights, dense",
+        "zeros",
+        "dropped energy, forward / weight gradients",
+        "cosine of weight gradients",
+        "tokens/s",
+        "paper",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, runs in by_name.items():
+        loss = _loss(runs)
+        difference = f"{loss / bar - 1:+.2%}" if loss and bar else ""
+        dense = [run["forms"]["dense"] for run in runs if "forms" in run and "2:4" in run["forms"]]
+        dropped = (_last(runs, "dropped_energy/mean"), _last(runs, "feature_dropped_energy/mean"))
+        cells = (
+            name,
+            ", ".join(f"{run['heldout_loss']:.4f}" if "heldout_loss" in run else "diverged" for run in runs),
+            difference,
+            f"{fmean(dense):.4f}" if dense else "",
+            _shown(_last(runs, "sparsity_relu/mean"), "{:.1%}"),
+            " / ".join(_shown(value, "{:.3%}") or "—" for value in dropped) if dropped[0] is not None else "",
+            _shown(_last(runs, "gradient_cosine/"), "{:.4f}"),
+            f"{fmean(run['tokens_per_second'] for run in runs):,.0f}" if loss else "",
+            f"{PAPER[name]:.3f}" if name in PAPER else "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _loss(runs: list[dict[str, Any]]) -> float | None:
+    if not runs or any("heldout_loss" not in run for run in runs):
+        return None
+    return fmean(run["heldout_loss"] for run in runs)
+
+
+def _last(runs: list[dict[str, Any]], tag: str) -> float | None:
+    """The mean of the last points of the curves whose tags begin so."""
+    found = [curve[-1][1] for run in runs for key, curve in run["curves"].items() if key.startswith(tag)]
+    return fmean(found) if found else None
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _draw(out: Path, by_name: dict[str, list[dict[str, Any]]]) -> None:
+    try:
+        import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+    except ImportError:
+        print("no pictures: matplotlib is not installed")
+        return
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    for name, runs in by_name.items():
+        steps, values = zip(*_smooth(runs[0]["curves"]["loss/train"]), strict=True)
+        axes.plot(steps, values, label=name)
+    axes.set(xlabel="step", ylabel="training loss, nats per token", ylim=(None, 6))
+    axes.legend(fontsize="small")
+    figure.savefig(out / "loss.png", dpi=80)
+    groups = {
+        "sparsity_relu": "zeros after relu²",
+        "dropped_energy": "energy that 2:4 drops",
+        "feature_dropped_energy": "energy dropped in weight gradients",
+    }
+    name = next((name for name in ("full recipe", *by_name) if name in by_name), "")
+    figure, panels = plt.subplots(1, len(groups), figsize=(15, 4), layout="constrained")
+    for panel, (group, title) in zip(panels, groups.items(), strict=True):
+        curves = by_name[name][0]["curves"] if name else {}
+        layers = sorted(
+            (int(m[1]), tag) for tag in curves if (m := re.fullmatch(rf"{group}/layer_(\d+)", tag))
+        )
+        for layer, tag in layers:
+            steps, values = zip(*curves[tag], strict=True)
+            panel.plot(steps, values, color=plt.get_cmap("viridis")(layer / max(len(layers) - 1, 1)))
+        panel.set(xlabel="step", title=f"{title}, by layer", yscale="linear" if "zeros" in title else "log")
+    figure.suptitle(name)
+    figure.savefig(out / "layers.png", dpi=80)
+
+
+def _smooth(curve: Sequence[Sequence[float]], weight: float = 0.9) -> list[tuple[float, float]]:
+    """An exponential mean, for the eye."""
+    smooth, mean = [], curve[0][1]
+    for step, value in curve:
+        mean = weight * mean + (1 - weight) * value
+        smooth.append((step, mean))
+    return smooth
