@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
+from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools import checkpoint
@@ -156,6 +157,8 @@ class _Run:
         stopped, evaluation = False, None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
+            for line in oddities(recipe):
+                progress.say(f"warning: {line}")
             if self._step == last:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             while self._step < last and not stopped:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from act24.errors import Act24Error, nearest
 MOMENTS = ("exp_avg", "exp_avg_sq")
 StateDtype = Literal["float32", "parameter"]
 Decay = Literal["matrices", "all"]
+_PART = 2**26
 
 
 def adam_direction(
@@ -72,7 +73,7 @@ def adamw_(
 
     Where all tensors are of one dtype this is PyTorch's fused kernel: 28 bytes a parameter in float32.
     Otherwise the update is computed in the moments' dtype and the parameter is rounded once, so that decay
-    survives in bfloat16; that takes several passes and temporaries of the size of the parameters.
+    survives in bfloat16; that takes several passes over memory, a part of the parameters at a time.
 
     Args:
         parameters, gradients, exp_avgs, exp_avg_sqs: lists of equal shapes, on one device.
@@ -82,8 +83,7 @@ def adamw_(
     if not parameters:
         return
     dtypes = {tensor.dtype for tensor in itertools.chain(parameters, gradients, exp_avgs, exp_avg_sqs)}
-    devices = {parameter.device.type for parameter in parameters}
-    if len(dtypes) == 1 and devices <= {"cpu", "cuda"}:
+    if len(dtypes) == 1 and parameters[0].device.type in ("cpu", "cuda"):
         # Filled on the device, so nothing waits; the kernel only reads it.
         steps = torch.full((), step, dtype=torch.float32, device=parameters[0].device)
         torch._fused_adamw_(
@@ -102,11 +102,24 @@ def adamw_(
             maximize=False,
         )
         return
-    updates = adam_direction(gradients, exp_avgs, exp_avg_sqs, step=step, betas=betas, eps=eps)
-    if weight_decay:
-        torch._foreach_add_(updates, parameters, alpha=weight_decay)
-    torch._foreach_mul_(updates, -lr)
-    torch._foreach_add_(parameters, updates)
+    for part in _parts(parameters):
+        moments = (exp_avgs[part], exp_avg_sqs[part])
+        updates = adam_direction(gradients[part], *moments, step=step, betas=betas, eps=eps)
+        if weight_decay:
+            torch._foreach_add_(updates, parameters[part], alpha=weight_decay)
+        torch._foreach_mul_(updates, -lr)
+        torch._foreach_add_(parameters[part], updates)
+
+
+def _parts(tensors: list[Tensor]) -> Iterator[slice]:
+    """The list in parts of about `_PART` elements: temporaries are of that size, and not of the model's."""
+    start, elements = 0, 0
+    for index, tensor in enumerate(tensors):
+        if elements and elements + tensor.numel() > _PART:
+            yield slice(start, index)
+            start, elements = index, 0
+        elements += tensor.numel()
+    yield slice(start, len(tensors))
 
 
 def reset_due(updates: int, every: int) -> bool:

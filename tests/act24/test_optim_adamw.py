@@ -67,8 +67,10 @@ def test_the_direction_is_adams_for_each_element():
         assert direction[0, 0].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_both_paths_follow_one_rule():
-    """float32 gradients of float64 parameters take the unfused path; their values are the same."""
+@pytest.mark.parametrize("part", [1, 20, 2**26])
+def test_both_paths_follow_one_rule(part, monkeypatch):
+    """float32 gradients of float64 parameters take the unfused path, in parts; their values are the same."""
+    monkeypatch.setattr("act24.optim.adamw._PART", part)
     results = []
     for mixed in (False, True):
         parameters = tensors(4, torch.float64, seed=1)
