@@ -7,6 +7,8 @@ replaces the one it overrides.
 
 from __future__ import annotations
 
+import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
@@ -43,10 +45,12 @@ def recipe_source(reference: str) -> tuple[str, str]:
         RecipeError: there is no such file or recipe.
     """
     if reference.endswith(".toml"):
-        path = Path(reference)
-        if not path.is_file():
-            raise RecipeError(f"recipe file '{reference}' does not exist")
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return Path(reference).read_text(encoding="utf-8"), reference
+        except FileNotFoundError:
+            raise RecipeError(f"recipe file '{reference}' does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file '{reference}' cannot be read: {error}") from None
     if reference not in recipe_names():
         raise RecipeError(
             f"unknown recipe '{reference}': {nearest(reference, recipe_names())} (files end in .toml)"
@@ -109,10 +113,10 @@ def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
         return table
     if not isinstance(parent, str):
         raise RecipeError(f"{origin}: extends names one recipe, a string, not {parent!r}")
+    if parent.endswith(".toml"):  # a file extends a file beside it
+        parent = os.path.normpath(Path(origin).parent / parent)
     if parent in (*seen, origin):
         raise RecipeError(f"{origin}: extends goes in a circle: {' → '.join((*seen, origin, parent))}")
-    if parent.endswith(".toml"):  # a file extends a file beside it
-        parent = str(Path(origin).parent / parent)
     parent_text, parent_origin = recipe_source(parent)
     return _merged(_extended(parent_text, parent_origin, (*seen, origin)), table)
 
@@ -130,6 +134,8 @@ def _override(table: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"override '{override}' is not of the form key.path=value")
+    if keys == ["extends"]:
+        raise RecipeError("override 'extends': only a file extends a recipe; name that recipe itself")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -246,11 +252,12 @@ def _names_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str
 
 
 def toml_value(value: Any) -> str:
+    """A string, number, truth value or list of them, as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        # JSON's strings are TOML's, but that TOML wants one more control character escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple | list):
         return f"[{', '.join(toml_value(entry) for entry in value)}]"
     return repr(value)

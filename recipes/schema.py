@@ -57,7 +57,7 @@ class Data(Section):
 
     source: Literal["hf", "files", "builtin", "shards"] = "hf"
     dataset: str = "allenai/c4"
-    subset: str | None = "en"
+    subset: str = "en"  # "" for a data set that has none
     train_split: str = "train"
     heldout_split: str = "validation"
     text_field: str = "text"

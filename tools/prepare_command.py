@@ -19,7 +19,7 @@ def prepare_source(
     max_heldout_tokens: int | None,
 ) -> None:
     """Write token shards of a source, or of a recipe's data with the recipe's own tokenizer."""
-    if source in recipe_names():
+    if source.endswith(".toml") or source in recipe_names():
         recipe = load_recipe(source)
         data, section = recipe.data, recipe.tokenizer
     else:

@@ -79,9 +79,7 @@ def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = 
             gradient that is not finite.
     """
     with open_processes() as processes, stop_on_signal() as stop:
-        # What is wrong is said before anything is built.
-        accumulation(recipe.train, processes.world_size)
-        learning_rate(recipe, 0)
+        accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         start = None if dry_run else resume_point(run_dir, resume, recipe)
         run = _Run(recipe, run_dir, processes, start, dry_run)
         try:

@@ -1,4 +1,4 @@
-"""Two processes do what one does with the whole batch; sharded or not, a run resumes, and one process can read it."""
+"""Two processes do what one does with the whole batch; a run resumes, sharded or not, and one can read it."""
 
 import json
 from dataclasses import asdict

@@ -22,16 +22,17 @@ def hub_shards(data: Data, split: str) -> tuple[list[Shard], dict[str, Any]]:
     Raises:
         Act24Error: the data set cannot be reached or lacks the split.
     """
+    what = f"{data.dataset} {data.subset}".rstrip()
     try:
-        stream = load_stream(data.dataset, data.subset, split)
+        stream = load_stream(data.dataset, data.subset or None, split)
     except (OSError, ValueError) as error:  # offline; an unknown set, subset or split
         raise Act24Error(
-            f"cannot open split {split!r} of data set {data.dataset!r} ({data.subset}): {_reason(error)}. "
+            f"cannot open split {split!r} of data set {what!r}: {_reason(error)}. "
             "Without a network use data.source = 'builtin', 'files' or 'shards'"
         ) from error
     count = stream.num_shards
     fingerprint = {
-        "source": f"hf {data.dataset} {data.subset} {split}",
+        "source": f"hf {what} {split}",
         "shards": count,
         "text_field": data.text_field,
     }

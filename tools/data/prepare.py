@@ -102,7 +102,7 @@ def data_from_argument(source: str) -> Data:
         return Data(source="files", train_files=(source,))
     if match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", source):
         dataset, subset = match.groups()
-        default = Data().subset if dataset == Data().dataset else None
+        default = Data().subset if dataset == Data().dataset else ""
         return Data(source="hf", dataset=dataset, subset=subset or default)
     raise Act24Error(
         f"no data source {source!r}: expected 'builtin', a file, folder or glob, "

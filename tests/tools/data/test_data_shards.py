@@ -225,6 +225,6 @@ def test_what_a_word_on_the_command_line_means(tmp_path, monkeypatch):
     c4 = data_from_argument("allenai/c4")
     assert (c4.source, c4.dataset, c4.subset) == ("hf", "allenai/c4", "en")
     assert data_from_argument("allenai/c4:realnewslike").subset == "realnewslike"
-    assert data_from_argument("owner/name").subset is None
+    assert data_from_argument("owner/name").subset == ""
     with pytest.raises(Act24Error, match="no data source 'bultin': expected 'builtin', a file"):
         data_from_argument("bultin")
