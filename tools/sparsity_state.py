@@ -62,7 +62,7 @@ def begin_update_(
     """
     for p in pipeline.active:
         if isinstance(p, Weight24):
-            _renew_masks_(pipeline, p, step)
+            renew_masks_(pipeline, p, step)
     due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
     if not due:
         return None
@@ -116,8 +116,13 @@ def _calibration_text(names: Sequence[str], table: Tensor) -> str:
 
 
 @torch.no_grad()
-def _renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
-    """Masks that are due, the scales at the first sparse update, and how much the masks changed."""
+def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
+    """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
+    at the first sparse update. `begin_update_` does it for every such pass.
+
+    Raises:
+        Act24Error: the parameters are sharded.
+    """
     if not p.renews_masks(step):
         return
     for weight in sparse_weights(pipeline, p):
