@@ -6,12 +6,15 @@
 `train` takes the 60m recipes of six methods, their schedules shortened in proportion, to token shards written
 by `act24 data prepare`. Each method gets the same tuning: short runs at half, once and twice the learning
 rate of its recipe, and one long run at the best of the three. `speed` times training steps. Both write
-OUT.json after every run, skip what it holds already, and write OUT.md beside it.
+OUT.json after every run, skip what it holds already, and write OUT.md beside it; with `--only` and
+`--methods` several GPUs share the work, one process each with its CUDA_VISIBLE_DEVICES, and a last call
+without them writes the whole table.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import json
 import tempfile
@@ -40,6 +43,8 @@ ROWS_A_STEP = 128  # a quarter of the published batch, so that few tokens still 
 HELDOUT_TOKENS = 1_000_000
 SPEED_ROWS = {"130m": 256, "350m": 128, "1b": 64}  # of 256 tokens
 SPEED_STEPS = 15
+TURNS = {"130m": 2, "350m": 2, "1b": 1}  # of each side; 1b takes half a minute to build
+SPEED_METHODS = ("dense", "loro", "cola", "lost")
 
 
 def shortened(recipe: Recipe, shards: Path, tokens: int, factor: float, seed: int) -> Recipe:
@@ -85,18 +90,24 @@ def shortened(recipe: Recipe, shards: Path, tokens: int, factor: float, seed: in
 
 
 class Results:
-    """Named results in a JSON file, written whenever one comes in."""
+    """Named results in a JSON file, written whenever one comes in; several processes may share it."""
 
     def __init__(self, out: Path) -> None:
         self._path = out.with_suffix(".json")
-        self.values: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def read(self) -> dict[str, Any]:
+        """All that is there."""
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def of(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result under this name, made if it is not there."""
-        if name not in self.values:
-            self.values[name] = make()
-            self._path.write_text(json.dumps(self.values, indent=1) + "\n")
-        return self.values[name]
+        found = self.read().get(name)
+        if found is None:
+            found = make()
+            with open(self._path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._path.write_text(json.dumps(self.read() | {name: found}, indent=1) + "\n")
+        return found
 
 
 def one_run(recipe: Recipe) -> dict[str, Any]:
@@ -121,14 +132,15 @@ def one_run(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def compare(shards: Path, out: Path, tokens: int, tuning_tokens: int, seeds: int) -> None:
-    """Tune and train every method, and write the table."""
+def compare(shards: Path, out: Path, tokens: int, tuning_tokens: int, seeds: int, only: list[str]) -> None:
+    """Tune and train methods, and write their table."""
     results = Results(out)
     lines = [
         "| method | held-out loss | parameters | peak GiB | tokens/s | learning rate |",
         "|---|---|---|---|---|---|",
     ]
-    for name, reference in METHODS.items():
+    for name in only:
+        reference = METHODS[name]
         recipe = load_recipe(reference, ["log.activation_statistics=false"])
         tuned = {}
         for factor in FACTORS:
@@ -149,7 +161,7 @@ def compare(shards: Path, out: Path, tokens: int, tuning_tokens: int, seeds: int
     _write(out, lines)
 
 
-def speed(out: Path, sizes: list[str]) -> None:
+def speed(out: Path, sizes: list[str], methods: list[str]) -> None:
     """Time the methods, with SwiGLU and with relu², beside hand-written modules."""
     results = Results(out)
     lines = [
@@ -157,13 +169,15 @@ def speed(out: Path, sizes: list[str]) -> None:
         "|---|---|---|---|---|---|",
     ]
     for size in sizes:
-        for method in ("dense", "loro", "cola", "lost"):
+        for method in methods:
             for network in ("SwiGLU", "relu2"):
                 recipe = load_recipe(f"c4/{size}-{method}", ["log.activation_statistics=false"])
                 if network == "relu2":
                     recipe = recipe.model_copy(update={"passes": _with_relu2(recipe)})
                 name = f"{size} {method}, {network}"
-                found = results.of(name, lambda r=recipe, s=size: bench_step(r, SPEED_ROWS[s], SPEED_STEPS))
+                found = results.of(
+                    name, lambda r=recipe, s=size: bench_step(r, SPEED_ROWS[s], SPEED_STEPS, TURNS[s])
+                )
                 ours, other = found["sides"]
                 lines.append(
                     f"| {name} | {ours['tokens_per_second']:,.0f} | {other['tokens_per_second']:,.0f} | "
@@ -196,11 +210,13 @@ def main() -> None:
     training.add_argument("--tokens", type=int, default=60_000_000)
     training.add_argument("--tuning-tokens", type=int, default=10_000_000)
     training.add_argument("--seeds", type=int, default=1)
-    training.set_defaults(run=lambda a: compare(a.shards, a.out, a.tokens, a.tuning_tokens, a.seeds))
+    training.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    training.set_defaults(run=lambda a: compare(a.shards, a.out, a.tokens, a.tuning_tokens, a.seeds, a.only))
     timing = commands.add_parser("speed")
     timing.add_argument("out", type=Path)
     timing.add_argument("--sizes", nargs="+", choices=list(SPEED_ROWS), default=list(SPEED_ROWS))
-    timing.set_defaults(run=lambda a: speed(a.out, a.sizes))
+    timing.add_argument("--methods", nargs="+", choices=SPEED_METHODS, default=list(SPEED_METHODS))
+    timing.set_defaults(run=lambda a: speed(a.out, a.sizes, a.methods))
     arguments = parser.parse_args()
     arguments.run(arguments)
 
