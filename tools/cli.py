@@ -80,9 +80,12 @@ def evaluate(
 ) -> None:
     """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
     from act24.tools.evaluate import evaluate_checkpoint
+    from act24.tools.processes import own_rank
     from act24.tools.show import show_evaluations
 
-    show_evaluations(evaluate_checkpoint(path, set_ or ()), legacy_average, as_json)
+    evaluations = evaluate_checkpoint(path, set_ or ())
+    if own_rank() == 0:
+        show_evaluations(evaluations, legacy_average, as_json)
 
 
 @app.command()

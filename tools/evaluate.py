@@ -33,7 +33,6 @@ class Evaluation:
 
     Attributes:
         loss: nats per predicted token.
-        perplexity: exp(loss).
         bits_per_byte: of the UTF-8 text that the tokens stand for.
         tokens: predicted tokens.
         legacy_loss: mean of batch means times n / (n + 1), over this many batches of the size used.
@@ -41,14 +40,23 @@ class Evaluation:
     """
 
     loss: float
-    perplexity: float
     bits_per_byte: float
     tokens: int
     legacy_loss: float
     data: str
 
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), as far as a float goes."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def legacy_perplexity(self) -> float:
+        """exp(legacy_loss), likewise."""
+        return math.exp(min(self.legacy_loss, 700.0))
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}
 
 
 @torch.no_grad()
@@ -78,10 +86,8 @@ def evaluate(
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
     total, tokens = (float(x) for x in table.sum(1).tolist())
     means = (table[0] / table[1].clamp(min=1))[table[1] > 0]
-    loss = total / tokens
     return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        loss=total / tokens,
         bits_per_byte=total / math.log(2) / max(rows.bytes, 1),
         tokens=int(tokens),
         legacy_loss=float(means.sum()) / (len(means) + 1),

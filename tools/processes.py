@@ -50,11 +50,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_rank() -> int:
+    """The rank of this process, before and after the processes have joined too."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def open_processes() -> Iterator[Processes]:
     """Join the process group that torchrun announces in the environment, if any, and leave it in the end."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -63,7 +67,7 @@ def open_processes() -> Iterator[Processes]:
         # gloo beside NCCL: flags travel by CPU and cost no synchronisation.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(rank, world_size, device)
+        yield Processes(own_rank(), world_size, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

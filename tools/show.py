@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def show_evaluations(evaluations: Mapping[str, Evaluation], legacy_average: bool
         table.add_column(column, justify="right" if column else "left")
     for name, e in evaluations.items():
         row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", f"{e.tokens:,}"]
-        row += [f"{e.legacy_loss:.4f}", f"{math.exp(e.legacy_loss):.2f}"] if legacy_average else []
+        row += [f"{e.legacy_loss:.4f}", f"{e.legacy_perplexity:.2f}"] if legacy_average else []
         table.add_row(*row)
     console.print(table, highlight=False)
 
