@@ -79,6 +79,53 @@ def complement_field(first, second):
 
 
 @jit
+def group_bytes(bytes_of_groups):
+    """Bring together what one word of metadata holds.
+
+    Args:
+        bytes_of_groups: uint8 [rows, groups], rows a multiple of 16 and groups of 8.
+
+    Returns:
+        two uint32 [groups / 8, rows / 16, 8, 2], in the order of the words in memory for each 64 rows and all
+        groups: the bytes of rows r and r + 8 and of groups g and g + 4 (16 columns); the second one of
+        groups g + 1 and g + 5.
+    """
+    rows: tl.constexpr = bytes_of_groups.shape[0]
+    groups: tl.constexpr = bytes_of_groups.shape[1]
+    # A row is (16s, upper 8 of 16, 8s), a group (8s, upper 4 of 8, upper 2 of 4, odd).
+    x = tl.reshape(bytes_of_groups, [rows // 16, 2, 8, groups // 8, 2, 2, 2])
+    row, row_8 = tl.split(tl.permute(x, (3, 0, 2, 5, 6, 4, 1)))
+    row_near, row_far = tl.split(row)
+    row_8_near, row_8_far = tl.split(row_8)
+    byte0, byte4 = tl.split(row_near)
+    byte1, byte5 = tl.split(row_8_near)
+    byte2, byte6 = tl.split(row_far)
+    byte3, byte7 = tl.split(row_8_far)
+    return _word_of(byte0, byte1, byte2, byte3), _word_of(byte4, byte5, byte6, byte7)
+
+
+@jit
+def _word_of(byte0, byte1, byte2, byte3):
+    low = byte0.to(tl.uint32) | byte1.to(tl.uint32) << 8
+    return low | byte2.to(tl.uint32) << 16 | byte3.to(tl.uint32) << 24
+
+
+@jit
+def metadata_words(even, odd):
+    """Words of metadata from the two results of `group_bytes`, whose bytes hold inverted fields in their low
+    bits."""
+    return (_halves(even) | _halves(odd) << 16) ^ 0xFFFFFFFF
+
+
+@jit
+def _halves(bytes4):
+    """The low four bits of each byte of a word, next to each other in its lower half."""
+    fields = bytes4 & 0x0F0F0F0F
+    fields = fields | fields >> 4
+    return (fields & 0xFF) | (fields >> 8 & 0xFF00)
+
+
+@jit
 def round16(value, dtype: tl.constexpr):
     """A float32 rounded to the 16-bit dtype, as float32."""
     return value.to(dtype).to(tl.float32)

@@ -27,8 +27,8 @@ from act24.kernels.keys import (
 from act24.kernels.random_draw import draw2
 from act24.sparse24.packed import Packed24
 
-#: Features a program owns, and slabs of 64 tokens it walks down at most.
-STRIP, SLABS = 64, 16
+#: Features a program owns, and slabs of 64 tokens it walks down at most, loads two slabs ahead.
+STRIP, SLABS = 64, 8
 
 #: Sums that a program writes: groups with more than two non-zeros, non-zeros dropped, energy, energy dropped.
 SUMS = 4

@@ -22,19 +22,24 @@ from act24.kernels.keys import (
     as_signed,
     by_position,
     complement_field,
+    group_bytes,
     load_bits,
     metadata_field,
+    metadata_words,
     round16,
     sort4,
     upper,
 )
 from act24.sparse24.packed import Packed24
 
-#: Features of a tile. Tokens: 128, or 64 where T is no multiple of 128.
-FEATURES = 64
+#: Tokens and features of a tile.
+TOKENS, FEATURES = 64, 64
 
 #: Tiles a program walks along the tokens, the loads of the next one under way while it works.
-STEPS = 8
+STEPS, STAGES = 8, 2
+
+#: Most registers a thread may have: more CTAs at a time outweigh a handful of spills, not a few dozen.
+REGISTERS, REGISTERS_WITH_DENSE = 128, 168
 
 
 @jit
@@ -218,14 +223,6 @@ def _store_chosen(value_dense, grad_dense, places, target, tokens, value0, value
 
 
 @jit
-def _gather_fields(bytes4):
-    """The low four bits of each byte of a word, next to each other in its lower half."""
-    fields = bytes4 & 0x0F0F0F0F
-    fields = fields | fields >> 4
-    return (fields & 0xFF) | (fields >> 8 & 0xFF00)
-
-
-@jit
 def _pack_gradient(
     grad,
     values,
@@ -326,20 +323,9 @@ def _pack_gradient(
 
         # One byte a group holds both fields on the way to where the eight groups of a word meet.
         byte = _along_tokens(m0 + n0 * 16, m1 + n1 * 16, m2 + n2 * 16, m3 + n3 * 16, rows, FEATURES)
-        # A feature is (16s, upper 8 of 16, 8s), a group of tokens (32s, upper 16 of 32, upper 8 of 16, odd).
-        byte = tl.reshape(byte.to(tl.uint8), [FEATURES // 16, 2, 8, TOKENS // 32, 2, 2, 2])
-        byte = tl.permute(byte, (3, 0, 2, 5, 6, 4, 1))
-        row_a, row_b = tl.split(byte)  # rows 8 apart
-        row_a_near, row_a_far = tl.split(row_a)  # groups 16 tokens apart
-        row_b_near, row_b_far = tl.split(row_b)
-        byte0, byte4 = tl.split(row_a_near)  # groups 4 tokens apart
-        byte1, byte5 = tl.split(row_b_near)
-        byte2, byte6 = tl.split(row_a_far)
-        byte3, byte7 = tl.split(row_b_far)
-        lower4 = _word(byte0, byte1, byte2, byte3)
-        upper4 = _word(byte4, byte5, byte6, byte7)
-        value_words = (_gather_fields(lower4) | _gather_fields(upper4) << 16) ^ 0xFFFFFFFF
-        grad_words = (_gather_fields(lower4 >> 4) | _gather_fields(upper4 >> 4) << 16) ^ 0xFFFFFFFF
+        near, far = group_bytes(byte.to(tl.uint8))
+        value_words = metadata_words(near, far)
+        grad_words = metadata_words(near >> 4, far >> 4)
         slab = feature.to(tl.int64) * (tokens // 32) + token * 2
         place = slab + tl.arange(0, TOKENS // 32)[:, None] * 64 + tl.arange(0, FEATURES)[None, :]
         shape: tl.constexpr = [TOKENS // 32, FEATURES]
@@ -349,12 +335,6 @@ def _pack_gradient(
         slab = token.to(tl.int64) * (features // 32) + feature * 2
         words = tl.arange(0, TOKENS // 64)[:, None] * (2 * features) + tl.arange(0, FEATURES * 2)[None, :]
         tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
-
-
-@jit
-def _word(byte0, byte1, byte2, byte3):
-    low = byte0.to(tl.uint32) | byte1.to(tl.uint32) << 8
-    return low | byte2.to(tl.uint32) << 16 | byte3.to(tl.uint32) << 24
 
 
 def pack_gradient(
@@ -387,9 +367,8 @@ def pack_gradient(
         function: as in `act24.sparse24.activation.Options24`.
     """
     tokens, features = grad.shape
-    tile = 128 if tokens % 128 == 0 else 64
     unused = words = grad.view(torch.int32)
-    _pack_gradient[(features // FEATURES, triton.cdiv(tokens // tile, STEPS))](
+    _pack_gradient[(features // FEATURES, triton.cdiv(tokens // TOKENS, STEPS))](
         words,
         saved.values.view(torch.int32),
         saved.metadata.view(torch.int32),
@@ -412,9 +391,10 @@ def pack_gradient(
         PERMUTED=permutation is not None,
         PADS=real is not None,
         DENSE=places is not None,
-        TOKENS=tile,
+        TOKENS=TOKENS,
         FEATURES=FEATURES,
         STEPS=STEPS,
-        STAGES=2,
-        num_warps=8 if tile == 128 else 4,
+        STAGES=STAGES,
+        num_warps=4,
+        maxnreg=REGISTERS if places is None else REGISTERS_WITH_DENSE,
     )

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from act24.sparse24 import operators
 from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.packed import Packed24, unpack
-from act24.sparse24.products import DENSE, KINDS, Kind, Product, choose, obstacle
+from act24.sparse24.products import Kind, choose, feed_forward_products, obstacle
 from act24.sparse24.selection import densest_features
 from act24.sparse24.statistics import STATISTICS, feature_wise_statistics
 from act24.sparse24.token_wise import Options24
@@ -38,25 +38,36 @@ def why_not_packed(tensors: Tensors, options: Options24) -> str:
     """The one place that chooses between packed operands and the reference: why it is the reference, in a few
     words; empty if it is not."""
     x, weight_in, _, weight_out, _ = tensors
-    if not options.kernels:
-        return "kernels are switched off"
     if x is None or weight_in is None or weight_out is None:
         return "only a linear on both sides of the activation makes packing pay"
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return why_shape_not_packed(tokens, weight_in.shape, len(weight_out), x.dtype, x.device, options)
+
+
+def why_shape_not_packed(
+    tokens: int,
+    weight_in: tuple[int, ...],
+    width_out: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: Options24,
+) -> str:
+    """`why_not_packed` for T tokens, a weight of shape `(F, D)` and an output width."""
+    features, width = weight_in
+    if not options.kernels:
+        return "kernels are switched off"
     if options.estimator != "masked":
         return "the straight-through gradient is not 2:4"
-    if x.dtype is not torch.bfloat16:
-        return f"packed operands are bfloat16, these are {x.dtype}"
-    tokens = x.numel() // max(x.shape[-1], 1)
-    features, width = weight_in.shape
+    if dtype is not torch.bfloat16:
+        return f"packed operands are bfloat16, these are {dtype}"
     if tokens == 0 or tokens % _TILE or features % _TILE:
         return f"T {tokens} and F {features} have to be multiples of {_TILE}"
-    if width % _LOAD or len(weight_out) % _LOAD:
-        return f"widths {width} and {len(weight_out)} have to be multiples of {_LOAD}"
-    if reason := _machine(x.device):
+    if width % _LOAD or width_out % _LOAD:
+        return f"widths {width} and {width_out} have to be multiples of {_LOAD}"
+    if reason := _machine(device):
         return reason
-    for kind, algorithm in _algorithms(tokens, weight_in, weight_out, options).items():
-        if algorithm == DENSE:
-            return f"the dense product is faster for {kind} at T {tokens}, F {features}, width {width}"
+    if not _algorithms(tokens, weight_in, width_out, options):
+        return f"the dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
     return ""
 
 
@@ -65,18 +76,12 @@ def _machine(device: torch.device) -> str:
     return obstacle(device)
 
 
-def _algorithms(tokens: int, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
-    """For each product that can be 2:4 under these options the algorithm, or `DENSE`."""
-    features, width = weight_in.shape
-    width_out = len(weight_out)
-    kinds = KINDS[:2] if options.backward == "dense" else KINDS
-    return {
-        kind: choose(
-            Product(kind, tokens, features, width_out if kind in ("y", "grad_weight_out") else width),
-            options.algorithms,
-        )
-        for kind in kinds
-    }
+def _algorithms(
+    tokens: int, weight_in: tuple[int, ...], width_out: int, options: Options24
+) -> dict[Kind, int]:
+    features, width = weight_in
+    products = feed_forward_products(tokens, width, features, width_out, options.backward == "dense")
+    return choose(products, options.algorithms)
 
 
 class _PackedActivation24(torch.autograd.Function):
@@ -104,7 +109,7 @@ class _PackedActivation24(torch.autograd.Function):
             (training and options.backward == "split_gemm") or options.statistics,
             options.statistics,
         )
-        algorithm = _algorithms(len(hidden), weight_in, weight_out, options)["y"]
+        algorithm = _algorithms(len(hidden), weight_in.shape, len(weight_out), options)["y"]
         y = operators.product24(packed, weight_out.T, algorithm, False, None, None)
         y = y if scale is None else y * scale.to(y.dtype)
         y = y if bias_out is None else y + bias_out
@@ -128,7 +133,7 @@ class _PackedActivation24(torch.autograd.Function):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_product = grad_rows if scale is None else grad_rows * scale.to(grad_y.dtype)
-        algorithms = _algorithms(len(x), weight_in, weight_out, options)
+        algorithms = _algorithms(len(x), weight_in.shape, len(weight_out), options)
 
         grad_activation = grad_product @ weight_out
         grad_weight_in = grad_weight_out = None

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from act24.sparse24.packed import Packed24, pack, random_packed, unpack
 
-#: In the place of an algorithm: the dense product is faster.
-DENSE = -1
-
 #: The library's ids run from 0 to less than this; those that a GPU does not have raise an error.
 ALGORITHMS = 32
 
-#: For shapes that nobody tuned (H200, cuSPARSELt 0.8): the id that came out best most often, and the least
-#: width of the dense operand and extent of the sparse one from which 2:4 beat the dense product.
-DEFAULT_ALGORITHM, LEAST_WIDTH, LEAST_EXTENT = 3, 1024, 4096
+#: For shapes that nobody tuned, from measurements on an H200 with cuSPARSELt 0.8: the least width of the
+#: dense operand and extent of the 2:4 one from which four 2:4 products took less time than the dense ones.
+LEAST_WIDTH, LEAST_EXTENT = 768, 2048
 
 Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out"]
-KINDS: tuple[Kind, ...] = ("y", "grad_x", "grad_weight_in", "grad_weight_out")
+
+#: And the algorithms that came out best most often there; which ids exist depends on the layouts involved.
+DEFAULT_ALGORITHMS: dict[Kind, int] = {"y": 1, "grad_x": 3, "grad_weight_in": 3, "grad_weight_out": 0}
+KINDS: tuple[Kind, ...] = tuple(DEFAULT_ALGORITHMS)
 
 
 class Product(NamedTuple):
@@ -66,18 +66,55 @@ class Product(NamedTuple):
         return self.kind == "grad_weight_out"
 
 
-#: What a tuner found, by product: an algorithm, or `DENSE`. As pairs, so that it can be a constant of a
-#: graph.
-Table = tuple[tuple[Product, int], ...]
+class Measured(NamedTuple):
+    """What a tuner found for a product: the fastest algorithm, its milliseconds, and those of the dense
+    product."""
+
+    algorithm: int
+    sparse: float
+    dense: float
 
 
-def choose(product: Product, table: Table = ()) -> int:
-    """The algorithm for a product, or `DENSE`: what was measured, else the rule for untuned shapes."""
-    measured = dict(table).get(product)
-    if measured is not None:
-        return measured
-    pays = product.width >= LEAST_WIDTH and min(product.sparse_shape) >= LEAST_EXTENT
-    return DEFAULT_ALGORITHM if pays else DENSE
+#: By product; as pairs, so that it can be a constant of a graph.
+Table = tuple[tuple[Product, Measured], ...]
+
+
+def feed_forward_products(
+    tokens: int, width: int, features: int, width_out: int, exact_weight_gradients: bool
+) -> dict[Kind, Product]:
+    """The products of a feed-forward network that are 2:4: with exact weight gradients only the first two."""
+    widths: dict[Kind, int] = {
+        "y": width_out,
+        "grad_x": width,
+        "grad_weight_in": width,
+        "grad_weight_out": width_out,
+    }
+    kinds = KINDS[:2] if exact_weight_gradients else KINDS
+    return {kind: Product(kind, tokens, features, widths[kind]) for kind in kinds}
+
+
+def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
+    """The one rule between 2:4 and dense: all products of a network, or none.
+
+    The passes that pack cost what the elementwise passes of a dense network cost, so what decides is whether
+    the products take less time together.
+
+    Returns:
+        the algorithm of each; empty where the dense ones are faster, as measured, or, where they are not all
+        in the table, as far as one can tell from their shapes.
+    """
+    known = dict(table)
+    measured = {kind: known[product] for kind, product in products.items() if product in known}
+    if len(measured) == len(products):
+        chosen = {kind: m.algorithm for kind, m in measured.items()}
+        pays = sum(m.sparse for m in measured.values()) < sum(m.dense for m in measured.values())
+    else:
+        chosen = {kind: DEFAULT_ALGORITHMS[kind] for kind in products}
+        pays = all(
+            product.width >= LEAST_WIDTH and min(product.sparse_shape) >= LEAST_EXTENT
+            for product in products.values()
+        )
+    return chosen if pays else {}
 
 
 def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) -> Tensor:
@@ -158,21 +195,22 @@ def candidates(
 
 def tuned(
     product: Product, time: Callable[[Callable[[], Tensor]], float], device: torch.device
-) -> tuple[int, dict[int, float]]:
-    """The fastest valid algorithm of a product, or `DENSE` where the dense product is faster.
+) -> tuple[Measured, dict[int, float]]:
+    """The fastest valid algorithm of a product.
 
     Args:
         product: what to measure.
-        time: how long a call takes, in any unit.
+        time: milliseconds that a call takes.
         device: where.
 
     Returns:
-        the choice, and all times by algorithm, `DENSE` among them.
+        what the table holds, and the times of all valid algorithms. Where none is, an infinite time.
     """
     seeded = [torch.Generator(device).manual_seed(seed) for seed in (0, 1)]
     times = {algorithm: time(call) for algorithm, call in candidates(product, seeded)}
-    times[DENSE] = time(dense_call(product, seeded[0]))
-    return min(times, key=times.__getitem__), times
+    best = min(times, key=times.__getitem__, default=0)
+    dense = time(dense_call(product, seeded[0]))
+    return Measured(best, times.get(best, float("inf")), dense), times
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,7 @@ from act24.sparse24 import operators
 from act24.sparse24.activation import activation24
 from act24.sparse24.packed import Packed24, unpack
 from act24.sparse24.packed_activation import why_not_packed
-from act24.sparse24.products import KINDS, Product, layout_error, relative_error
+from act24.sparse24.products import Measured, feed_forward_products, layout_error, relative_error
 from act24.sparse24.token_wise import Options24
 from act24.tools.bench.rows import needed_gpu
 
@@ -92,7 +92,8 @@ def _operation(device: torch.device) -> Iterator[Check]:
     weight_out = (draw(width, features) / features**0.5).requires_grad_()
     bias_in, bias_out = draw(features).requires_grad_(), draw(width).requires_grad_()
     leaves = (x, weight_in, bias_in, weight_out, bias_out)
-    forced = tuple((Product(kind, tokens, features, width), 0) for kind in KINDS)
+    products = feed_forward_products(tokens, width, features, width, False).values()
+    forced = tuple((product, Measured(0, 0, 1)) for product in products)
     seed, scale = torch.tensor(5, device=device), torch.tensor(1.25, device=device)
     for backward, method in itertools.product(
         ("dense", "sparse", "split_gemm"), ("naive", "soft_threshold", "mvue")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from act24.relu2 import relu2
 from act24.sparse24.activation import activation24
-from act24.sparse24.products import KINDS, Product, Table, tuned
+from act24.sparse24.products import Table, feed_forward_products, tuned
 from act24.sparse24.token_wise import Options24
 from act24.tools.bench.rows import Row, milliseconds, needed_gpu
 
@@ -68,7 +68,7 @@ def bench_ffn(
     device = needed_gpu()
     rows = []
     for tokens, width, features, *bars in shapes:
-        products = [Product(kind, tokens, features, width) for kind in KINDS]
+        products = feed_forward_products(tokens, width, features, width, False).values()
         found = table or tuple(
             (p, tuned(p, lambda call: milliseconds(call, 30), device)[0]) for p in products
         )
@@ -99,15 +99,15 @@ def _rows(
 
     compiled_dense = torch.compile(dense_ffn, fullgraph=True)
     dense = lambda: compiled_dense(*leaves)  # noqa: E731
+    plain = Options24(token_permutation="none", algorithms=found)
     backward = {
-        name: sparse(Options24(backward=mode, token_permutation=order, algorithms=found))
-        for name, mode, order in (
-            ("all sparse", "sparse", "none"),
-            ("95/5 split", "split_gemm", "none"),
-            ("all sparse, tokens permuted", "sparse", "batch"),
-            ("95/5 split, tokens permuted", "split_gemm", "batch"),
-            ("dense weight gradients", "dense", "none"),
-        )
+        "all sparse": sparse(plain._replace(backward="sparse")),
+        "95/5 split": sparse(plain._replace(backward="split_gemm")),
+        "all sparse, tokens permuted": sparse(plain._replace(backward="sparse", token_permutation="batch")),
+        "95/5 split, tokens permuted": sparse(
+            plain._replace(backward="split_gemm", token_permutation="batch")
+        ),
+        "dense weight gradients": sparse(plain),
     }
     rows = []
     with torch.no_grad():

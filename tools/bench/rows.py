@@ -64,7 +64,7 @@ def milliseconds(call: Callable[[], Any], budget: int = 100) -> float:
     """Median time of a call on the GPU, after warm-up, with a cold cache; `budget` ms of calls are timed."""
     from triton.testing import do_bench
 
-    return do_bench(call, warmup=25, rep=budget, return_mode="median")
+    return float(do_bench(call, warmup=25, rep=budget, return_mode="median"))  # type: ignore[arg-type]
 
 
 def needed_gpu() -> torch.device:
