@@ -11,9 +11,11 @@ from torch import nn
 
 from act24.passes.activation24 import SCALE
 from act24.passes.activation_statistics import BUFFER
-from act24.passes.normal_form import parameter_name
+from act24.passes.normal_form import nodes_of, parameter_name
 from act24.passes.region import RegionModule
+from act24.passes.weight24 import MASK
 from act24.sparse24.statistics import STATISTICS
+from act24.sparse24.weight import linear24
 from act24.tools.processes import Processes, whole
 
 
@@ -108,25 +110,41 @@ def block_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     weights = {}
     for fqn, module in model.named_modules():
         if isinstance(module, RegionModule):
-            names = {name for node in module.graph.nodes for name in _weights(node)}
-            weights |= {_weight_tag(f"{fqn}.{name}"): module.get_parameter(name) for name in sorted(names)}
+            parameters = dict(module.named_parameters())
+            names = {name for node in module.graph.nodes for name in _weights(node) if name in parameters}
+            weights |= {_weight_tag(f"{fqn}.{name}"): parameters[name] for name in sorted(names)}
     return weights
 
 
 def weight_sparsity(model: nn.Module) -> dict[str, float]:
-    """Share of zeros in each of `block_weights`, with one transfer.
+    """Share of zeros in each of `block_weights` as the forward multiplies by it, with one transfer.
 
     Collective where the weights are sharded: every process has to call it.
     """
-    weights = block_weights(model)
+    weights, masks = block_weights(model), _weight_masks(model)
     if not weights:
         return {}
-    zeros = torch.stack([whole((weight == 0).sum()) for weight in weights.values()]).tolist()
+    counts = [
+        whole((weight == 0).sum()) if name not in masks else ((weight == 0) | ~masks[name]).sum()
+        for name, weight in weights.items()
+    ]
+    zeros = torch.stack(counts).tolist()
     return {name: count / weights[name].numel() for name, count in zip(weights, zeros, strict=True)}
 
 
+def _weight_masks(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The masks of the weights that are 2:4 now, under the keys of `block_weights`."""
+    return {
+        _weight_tag(f"{fqn}.{name}"): module.get_buffer(name + MASK)
+        for fqn, module in model.named_modules()
+        if isinstance(module, RegionModule)
+        for node in nodes_of(module.graph, linear24)
+        if (name := parameter_name(node.args[1]))
+    }
+
+
 def _weights(node: torch.fx.Node) -> list[str]:
-    """Parameters of two dimensions that a node reads: names that end in `weight` or a factor's name."""
+    """What a node reads under a name that says weight."""
     names = (parameter_name(argument) for argument in node.args)
     return [n for n in names if n and node.op == "call_function" and "weight" in n.rpartition(".")[2]]
 

@@ -37,7 +37,7 @@ from act24.tools.sparsity_state import (
     refuse_exact_steps,
 )
 from act24.tools.sparsity_watch import alarms, gradient_cosines, take_flip_rates_
-from act24.tools.statistics import SiteStatistics, read_activation_statistics_
+from act24.tools.statistics import SiteStatistics, read_activation_statistics_, weight_sparsity
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 IDS = torch.randint(97, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -418,3 +418,15 @@ def test_calibration_sums_of_nothing_leave_the_scale() -> None:
     assert text is not None
     assert "all zero" in text
     assert calibration_sums(torch.zeros(4, 8), None, "activation", 4, "relu2").tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("method", ["transposable", "soft_threshold", "ste"])
+def test_weight_sparsity_is_that_of_the_weights_in_force(method: Any) -> None:
+    model, pipeline = rewritten(Weight24(scope="mlp", method=method, until_step=5))
+    shares = weight_sparsity(model)
+    assert {name: share for name, share in shares.items() if "mlp" in name} == {
+        f"layer_{i}/mlp_{linear}_proj": 0.5 for i in (0, 1) for linear in ("gate", "up", "down")
+    }
+    assert {share for name, share in shares.items() if "attn" in name} == {0.0}
+    pipeline.lower_(5)
+    assert set(weight_sparsity(model).values()) == {0.0}, "the dense finish"
