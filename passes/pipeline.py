@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -331,7 +331,9 @@ class Pipeline:
                 self._rows += [row(p, region, match) for match in planned.matches]
                 self._misses += misses
         if not matched and not p.optional:
-            raise PassError(no_match(p, absent, self._unclean))
+            everywhere = replace(p, targets=("*",), ignore=())
+            left_out = [region.name(m.path) for region in regions for m in everywhere.plan(region).matches]
+            raise PassError(no_match(p, left_out, absent, self._unclean))
 
     def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""

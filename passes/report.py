@@ -91,9 +91,13 @@ def row(p: Pass, region: Region, match: Match) -> Row:
     )
 
 
-def no_match(p: Pass, absent: list[tuple[str, str]], unclean: dict[str, str]) -> str:
-    """Why nothing matched: what the regions have instead, and what is no region."""
-    where = "" if p.targets == ("*",) and not p.ignore else f" within targets {list(p.targets)}"
+def no_match(p: Pass, left_out: list[str], absent: list[tuple[str, str]], unclean: dict[str, str]) -> str:
+    """Why nothing matched: what is left out, or what the regions have instead and what is none."""
+    where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
+    where += f" without {list(p.ignore)}" if p.ignore else ""
+    if left_out:
+        others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        return f"{p.name} matches nothing{where}, which leaves out {left_out[0]}{others}"
     text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
     return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
 

@@ -34,7 +34,7 @@ SetOption = Annotated[
 def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
     try:
-        app()
+        app(prog_name="act24")  # also where it runs as `python -m act24`
     except Act24Error as error:
         for line in str(error).splitlines():
             print(f"act24: {line}", file=sys.stderr)

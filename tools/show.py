@@ -23,6 +23,8 @@ def show_outcome(recipe: Recipe, outcome: Outcome, run_dir: Path | None) -> None
     if not outcome.is_main:
         return
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # of a path nothing may be missing
     for name, value in summary_rows(recipe, outcome):
         table.add_row(name, str(value))
     console.print(table, highlight=False)

@@ -514,6 +514,15 @@ def test_no_match_names_targets_and_what_did_not_trace() -> None:
     )
 
 
+def test_no_match_names_what_the_selectors_leave_out() -> None:
+    with pytest.raises(PassError) as error:
+        apply_(Trunk(SwiGLU, layers=3), [Relu2FFN(targets=("*.ffn", "*.mlp"), ignore=("re:.*mlp",))])
+    assert str(error.value) == (
+        "relu2_ffn matches nothing within targets ['*.ffn', '*.mlp'] without ['re:.*mlp'], "
+        "which leaves out blocks.0.mlp and 2 more"
+    )
+
+
 def test_no_match_where_there_is_no_linear_at_all() -> None:
     with pytest.raises(PassError, match="The model has no region"):
         apply_(nn.Sequential(nn.LayerNorm(4)), [Relu2FFN()])
