@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,6 +245,19 @@ def test_sparse_linear_takes_over_a_linear() -> None:
     assert torch.equal(layer.mask, weight_mask(linear.weight, "ste"))
     with pytest.raises(ValueError, match="multiple"):
         SparseLinear24(6, 8)
+
+
+def test_the_documented_loops_run() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "own-training-loop.md").read_text(encoding="utf-8")
+    weights, passes = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {}
+    exec(weights, names)
+    assert not any(layer.sparse for layer in names["sparse_layers"])
+    names = {}
+    exec(passes, names)
+    scales = [b for n, b in names["model"].named_buffers() if n.endswith("activation24_scale")]
+    assert all(1 < float(scale) < 2 for scale in scales)
+    assert len(scales) == 4
 
 
 def test_pruning_by_magnitude_by_mask_and_by_draw() -> None:
