@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.low_rank.columns import select_columns
 from act24.low_rank.lost import kept_columns, low_rank_and_scores, random_columns, top_columns
 from act24.passes.base import Match, PassError, StateMap
 from act24.passes.cola import ACTIVATIONS
@@ -102,7 +103,7 @@ class Lost(FactorisingPass):
                 hidden = bottleneck(region, site, call, ACTIVATIONS[self.bottleneck])
                 low = graph.call_function(F.linear, (hidden, graph.get_attr(site.factor("weight_out")), None))
                 indices = graph.get_attr(site.factor("column_indices"))
-                kept = graph.call_function(torch.index_select, (x, -1, indices))
+                kept = graph.call_function(select_columns, (x, indices))
                 columns = graph.call_function(
                     F.linear, (kept, graph.get_attr(site.factor("weight_columns")), None)
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def build(
     pipeline = _pipeline(recipe, model, step)
     names = pipeline.needs_column_scores
     pipeline.commit_(column_scores(names) if names and column_scores else None)
+    # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
+    gc.collect()
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 

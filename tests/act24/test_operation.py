@@ -121,6 +121,7 @@ INPUTS: dict[str, tuple[Any, ...]] = {
     "mvue24": (normal(5, 8).abs(), torch.tensor(7)),
     "linear24": (normal(5, 8), normal(8, 8), normal(8), normal(8, 8) > 0),
     "cross_entropy_sum": (normal(5, 8), normal(11, 8), torch.tensor([3, 0, 10, -100, 7])),
+    "select_columns": (normal(5, 8), torch.tensor([6, 1])),
 }
 
 

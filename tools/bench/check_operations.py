@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from act24.loss import cross_entropy_sum
+from act24.low_rank.columns import select_columns
 from act24.sparse24.activation import Options24, activation24
 
 Case = tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]
@@ -34,6 +35,8 @@ def cases(device: str) -> Iterator[Case]:
         lambda hidden, weight: cross_entropy_sum(hidden, weight, labels, 64)[0],
         (draw(4, 64, 32), draw(50, 32)),
     )
+    indices = torch.tensor([3, 1, 17], device=device)
+    yield "select_columns", lambda x: select_columns(x, indices).sin().sum(), (draw(4, 16, 32),)
     seed = torch.tensor(7, device=device)
     for options in (
         Options24(),

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from act24.errors import Act24Error
-from act24.llama import LlamaConfig
+from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.low_rank.lost import kept_columns
 from act24.optim import AdamW, parameter_groups
-from act24.passes import Cola, Lost, Relu2FFN
+from act24.passes import Cola, Lost, Pipeline, Relu2FFN
+from act24.passes.activation24 import SCALE
 from act24.passes.linear_sites import FactorisingPass
 from act24.recipes.schema import Recipe
 from act24.tools.bench.handwritten import (
@@ -33,7 +34,7 @@ from act24.tools.bench.handwritten import (
     Network,
     dense,
 )
-from act24.tools.build import build, model_config, parameter_dtype, plan_recipe
+from act24.tools.build import Built, model_config, parameter_dtype, passes_of, plan_recipe
 from act24.tools.data import Batch
 from act24.tools.optimizers import build_optimizer
 from act24.tools.processes import Processes
@@ -144,10 +145,29 @@ def _linear_of(p: FactorisingPass) -> Linear:
     return linear
 
 
+def _unset(recipe: Recipe, device: torch.device, step: int) -> Built:
+    """The recipe's model with random values instead of its own start: for LoST that is a decomposition of
+    every weight, minutes at 1b, and the time of a step does not depend on it."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
+    pipeline = Pipeline(model, passes_of(recipe), step=step, keep_all=True)
+    pipeline.commit_()
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+        for name, buffer in model.named_buffers():
+            buffer.fill_(name.endswith(SCALE))
+            if name.endswith("column_indices"):
+                width = model.get_parameter(name.replace("column_indices", "weight_in")).shape[1]
+                buffer.copy_(torch.randperm(width, device=device)[: len(buffer)].sort().values)
+    return Built(recipe, model, pipeline, step, recipe.tokenizer)
+
+
 def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
     processes = Processes(0, 1, device)
     sparse_from = max((getattr(p, "from_step", 0) for p in recipe.passes), default=0)
-    built = build(recipe, device, sparse_from)
+    built = _unset(recipe, device, sparse_from)
     step = TrainingStep(built.model, recipe.train, processes)
     optimizer = build_optimizer(built.model, recipe.optimizer, pipeline=built.pipeline)
 
