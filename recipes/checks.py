@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from act24.errors import Act24Error
 from act24.optim.loro import check_loro_options, refresh_period
-from act24.passes import Cola, Lost, LowRank
+from act24.passes import Cola, Lost, LowRank, Pass, Weight24
 from act24.recipes.schema import Recipe
 from act24.schedules import resets_without_rewarm
 
@@ -68,6 +68,20 @@ def _loro_contradictions(recipe: Recipe) -> Iterator[str]:
                 f"passes.low_rank.init: {p.init} makes factors of rank one, which have no exact step; set "
                 'optimizer.type = "eucl", or another init'
             )
+
+    if (exact or optimizer.restarts) and any(_overlap(p, q) for p in recipe.passes for q in recipe.passes):
+        yield (
+            "passes.weight24: it takes factors of low_rank, and LORO's exact step mixes their columns, which "
+            'tears a 2:4 mask; set optimizer.type = "eucl", or keep the scopes apart'
+        )
+
+
+def _overlap(factors: Pass, sparse: Pass) -> bool:
+    """Whether a `weight24` surely meets factors; with selectors given the run finds out when it starts."""
+    if not (isinstance(factors, LowRank) and isinstance(sparse, Weight24)):
+        return False
+    chosen = any(p.targets != ("*",) or p.ignore for p in (factors, sparse))
+    return not chosen and ("all" in (factors.scope, sparse.scope) or factors.scope == sparse.scope)
 
 
 def _reset_periods(recipe: Recipe) -> list[int]:

@@ -336,6 +336,18 @@ def test_defaults_are_those_of_the_script() -> None:
     assert recipe.passes == ()
 
 
+def test_exact_steps_refuse_sparse_factors_in_any_recipe() -> None:
+    text = translate(BASE, LORO, "--loro_attn_rank 8 --loro_mlp_rank 8").text
+    sparse = '\n[[passes]]\nuse = "weight24"\nmethod = "ste"\nscope = "{}"\n'
+    with pytest.raises(RecipeError, match="tears a 2:4 mask"):
+        parse_recipe(text + sparse.format("mlp"), "recipe")
+    parse_recipe(text + sparse.format("mlp"), "recipe", ["optimizer.type=eucl"])
+    attention = ["passes.low_rank.scope=attn"]
+    parse_recipe(text + sparse.format("mlp"), "recipe", attention)
+    with pytest.raises(RecipeError, match="tears a 2:4 mask"):
+        parse_recipe(text + sparse.format("all"), "recipe", attention)
+
+
 def test_the_text_is_the_recipe() -> None:
     translation = translate(BASE, RELU2, COLA, RESTART, "--more_activation_relu2 True")
     assert parse_recipe(translation.text, "printed") == translation.recipe
