@@ -16,7 +16,7 @@ from act24.tools.train import train
 
 def run_demo(run_dir: Path) -> None:
     """Train the recipe `demo`, evaluate the weights dense and 2:4, print a sample and the sparsity."""
-    if run_dir.exists():
+    if run_dir.is_dir():
         if any(run_dir.iterdir()) and not (run_dir / "recipe.toml").exists():
             raise Act24Error(f"{run_dir} holds something else than a run; choose another with --run-dir")
         shutil.rmtree(run_dir)

@@ -14,7 +14,8 @@ from act24.tools.build import build
 from act24.tools.data import Batch
 from act24.tools.monitor import Monitor
 from act24.tools.processes import Processes
-from act24.tools.step import TrainingStep, accumulation
+from act24.tools.step import TrainingStep, accumulation, uses_compile
+from act24.tools.train import train
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -196,3 +197,37 @@ def test_compiles_once_and_once_more_at_a_boundary(tiny, compiles, recompute):
     # Two equal blocks are one graph, and the loss is another; at step 10 the blocks' graph changes.
     assert frames == [2, 2, 2, 3, 3, 3, 3, 3]
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_whole_run_compiles_each_graph_once(tiny, compiles, tmp_path):
+    """Blocks and loss to train on; both to evaluate, in batches of another size; blocks again for 2:4."""
+    train(tiny("train.compile=on", "eval.batch_size=3"), tmp_path)
+    assert compiles.frame_count == 6
+    inputs = [node.meta["example_value"] for graph in compiles.graphs for node in placeholders(graph)]
+    assert all(isinstance(size, int) for value in inputs for size in value.shape)  # none is of any size
+
+
+def placeholders(graph):
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+@pytest.mark.slow
+def test_compiled_for_real_it_computes_the_same(tiny):
+    recipe = tiny("train.compile=on", "passes.activation24.from_step=0")
+    built, plain = build(recipe, ALONE.device), build(recipe, ALONE.device)
+    ours = TrainingStep(built.model, recipe.train, ALONE)
+    theirs = TrainingStep(plain.model, tiny("train.compile=off").train, ALONE)
+    optimizers = [torch.optim.SGD(b.model.parameters(), lr=0.1) for b in (built, plain)]
+    for seed in range(3):
+        found = ours(batches_of(2, seed=seed), optimizers[0])
+        expected = theirs(batches_of(2, seed=seed), optimizers[1])
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.grad_norm, expected.grad_norm, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "compiled"),
+    [("auto", "cpu", False), ("auto", "cuda", True), ("on", "cpu", True), ("off", "cuda", False)],
+)
+def test_auto_compiles_for_gpus(tiny, choice, device, compiled):
+    assert uses_compile(tiny(f"train.compile={choice}").train, torch.device(device)) == compiled

@@ -1,5 +1,6 @@
 """Two processes do what one does with the whole batch; a run resumes, sharded or not, and one can read it."""
 
+import functools
 import json
 from dataclasses import asdict
 
@@ -61,6 +62,7 @@ def test_two_processes_equal_one(tiny_file, parallel):
 
 
 def trains(path, run_dir, overrides, resume):
+    torch.compile = functools.partial(torch.compile, backend="eager")  # the usual one takes a minute
     outcome = train(load_tiny(path, *overrides), run_dir, resume=resume)
     assert (outcome.step, outcome.tokens) == (20, 20 * 8 * 16)
     if outcome.is_main:
@@ -70,7 +72,13 @@ def trains(path, run_dir, overrides, resume):
 RUNS = {
     "ddp": ["train.parallel=ddp"],
     "fsdp": ["train.parallel=fsdp"],
-    "fsdp, recomputed": ["train.parallel=fsdp", "train.activation_checkpointing=true"],
+    "fsdp, recomputed, tied": [
+        "train.parallel=fsdp",
+        "train.activation_checkpointing=true",
+        "model.tie_word_embeddings=true",
+    ],
+    "ddp, compiled": ["train.compile=on"],
+    "fsdp, compiled": ["train.parallel=fsdp", "train.compile=on"],
 }
 
 
