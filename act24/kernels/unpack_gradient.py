@@ -52,7 +52,7 @@ def _unpack_gradient(
     low = fields & 3
     high = fields & 12
 
-    both = load_bits(values + quarter_row)
+    both = load_bits(values + quarter_row) & 0x7FFF7FFF  # as pack_gradient has it
     slope = load_bits(slopes + quarter_row) if SLOPE else both
     rounded = masked_gradient(load_bits(grad + half_row), both, slope, low, high, FUNCTION, SLOPE)
     tl.store(grad_values + half_row, tl.reshape(rounded, [TOKENS, FEATURES // 2]))

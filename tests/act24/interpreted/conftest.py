@@ -1,0 +1,40 @@
+"""For the process that `test_kernels.py` starts, with TRITON_INTERPRET=1.
+
+Triton's interpreter, with two things corrected that would look like errors of a kernel: it cuts off where a GPU
+rounds float32 to bfloat16, and it multiplies bfloat16 matrices as the integers that hold them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_convert, _dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+
+def convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+    """To nearest, ties to even; NaN becomes the one that a GPU makes."""
+    if source != tl.float32 or target != tl.bfloat16:
+        return _convert(data, source, target, rounding)
+    bits = np.ascontiguousarray(data).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(data.view(np.float32)), 0x7FFF, rounded).astype(np.uint16).reshape(data.shape)
+
+
+def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """In float32."""
+    return _dot(self, _float32(a), _float32(b), *rest)
+
+
+def _float32(operand: Any) -> Any:
+    if operand.dtype != tl.bfloat16:
+        return operand
+    data = (operand.data.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(data, tl.float32)
+
+
+interpreter._convert_float = convert
+interpreter.InterpreterBuilder.create_dot = dot

@@ -1,0 +1,24 @@
+"""Every Triton kernel in Triton's interpreter: the files `interpreted/check_*.py`, in a process of their own, for
+the interpreter is chosen when Triton is first imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = sorted((Path(__file__).parent / "interpreted").glob("check_*.py"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("checks", CHECKS, ids=lambda path: path.stem)
+def test_kernels_in_the_interpreter(checks: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", str(checks)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
+    assert "passed" in finished.stdout, "no check was collected"
