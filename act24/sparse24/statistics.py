@@ -45,7 +45,8 @@ def token_wise_statistics(activation: Tensor, mask: Tensor, real: Tensor | None)
         activation = activation * real[:, None]
     nonzero = activation > 0
     energy = activation.float().square()
-    tokens = nonzero.new_tensor(len(activation), dtype=torch.float32) if real is None else real.float().sum()
+    # Filled on the device: a tensor made of a Python number would be copied there, and waited for.
+    tokens = energy.new_full((), len(activation)) if real is None else real.float().sum()
     groups = tokens * (activation.shape[1] // 4)
     if activation.shape[1] % 4:
         crowded = torch.zeros_like(tokens)
