@@ -29,6 +29,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def evaluate(
             "--legacy-average", help="Also the sum/(n+1) mean of the public scripts, for their tables."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
     from act24.tools.evaluate import evaluate_checkpoint
@@ -101,6 +102,17 @@ def sample(
     from act24.tools.sample import sample_text
 
     print(sample_text(path, prompt, tokens, temperature, top_k, seed))
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+) -> None:
+    """Write a run's model: a stock Hugging Face checkpoint where there is one, else its own form."""
+    from act24.tools.export import export_run
+
+    print(export_run(path, out))
 
 
 @app.command()
@@ -177,6 +189,18 @@ def recipe_cp(
     print(destination)
 
 
+@recipe_app.command("from-flags", context_settings={"ignore_unknown_options": True})
+def recipe_from_flags(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, as it was called.")
+    ],
+) -> None:
+    """Translate a run_c4.py command: the recipe, with a remark on every option as comments."""
+    from act24.recipes.from_flags import recipe_from_flags as translate
+
+    print(translate(arguments).text, end="")
+
+
 @data_app.command("prepare")
 def data_prepare(
     source: Annotated[
@@ -205,7 +229,7 @@ def bench_step(
     set_: SetOption = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows a step, in one micro-batch.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn; each side has two turns.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """A whole training step beside the same model written by hand: time, tokens/s, TFLOP/s, memory."""
     from act24.recipes.load import load_recipe
@@ -213,3 +237,30 @@ def bench_step(
     from act24.tools.show import show_step_bench
 
     show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps), as_json)
+
+
+@bench_app.command("pack")
+def bench_pack(as_json: JsonOption = False) -> None:
+    """The elementwise passes of 2:4, as a share of what a copy moves."""
+    from act24.tools.bench.pack import bench_pack as run_bench
+    from act24.tools.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)
+
+
+@bench_app.command("gemm")
+def bench_gemm(as_json: JsonOption = False) -> None:
+    """2:4 products, the fastest valid algorithm of each, beside the dense product."""
+    from act24.tools.bench.gemm import bench_gemm as run_bench
+    from act24.tools.show import show_bench_rows
+
+    show_bench_rows(run_bench()[0], as_json)
+
+
+@bench_app.command("ffn")
+def bench_ffn(as_json: JsonOption = False) -> None:
+    """A feed-forward network with 2:4 activations beside the compiled dense one."""
+    from act24.tools.bench.ffn import bench_ffn as run_bench
+    from act24.tools.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)

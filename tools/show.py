@@ -11,6 +11,8 @@ from rich.table import Table
 
 from act24.passes.report import Report
 from act24.recipes.schema import Recipe
+from act24.tools.bench.rows import Row
+from act24.tools.bench.rows import table as markdown_table
 from act24.tools.build import plan_recipe
 from act24.tools.evaluate import Evaluation
 from act24.tools.progress import console
@@ -96,3 +98,8 @@ def show_step_bench(result: dict[str, Any], as_json: bool) -> None:
     console.print(table, highlight=False)
     print(f"rate {result['rate_ratio']:.3f}, memory {result['memory_ratio']:.3f} of the hand-written model")
     print(f"{result['tokens_per_step']:,} tokens a step, {result['gpu']}, torch {result['torch']}")
+
+
+def show_bench_rows(rows: list[Row], as_json: bool) -> None:
+    """`act24 bench pack`, `gemm` and `ffn`."""
+    print(json.dumps([row.as_json() for row in rows], indent=1) if as_json else markdown_table(rows))
