@@ -1,5 +1,5 @@
-"""Every Triton kernel in Triton's interpreter: the files `interpreted/check_*.py`, in a process of their own, for
-the interpreter is chosen when Triton is first imported."""
+"""Every Triton kernel in Triton's interpreter: the files `interpreted/check_*.py`, in a process of their own,
+for the interpreter is chosen when Triton is first imported."""
 
 from __future__ import annotations
 

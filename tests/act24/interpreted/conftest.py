@@ -1,7 +1,7 @@
 """For the process that `test_kernels.py` starts, with TRITON_INTERPRET=1.
 
-Triton's interpreter, with two things corrected that would look like errors of a kernel: it cuts off where a GPU
-rounds float32 to bfloat16, and it multiplies bfloat16 matrices as the integers that hold them.
+Triton's interpreter, with two things corrected that would look like errors of a kernel: it cuts off where a
+GPU rounds float32 to bfloat16, and it multiplies bfloat16 matrices as the integers that hold them.
 """
 
 from __future__ import annotations
