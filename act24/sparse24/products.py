@@ -105,6 +105,7 @@ def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
     """
     known = dict(table)
     measured = {kind: known[product] for kind, product in products.items() if product in known}
+    chosen: dict[Kind, int]
     if len(measured) == len(products):
         chosen = {kind: m.algorithm for kind, m in measured.items()}
         pays = sum(m.sparse for m in measured.values()) < sum(m.dense for m in measured.values())
