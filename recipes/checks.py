@@ -21,6 +21,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         recipe.lr_multiplier(0)
     except Act24Error as error:
         yield f"schedule: {error}"
+    if recipe.train.parallel == "fsdp" and _has(recipe, Weight24):
+        yield 'train.parallel: weight24 does not run on sharded parameters: use "ddp"'
     optimizer = recipe.optimizer
     if optimizer.name == "loro_adamw":
         yield from _loro_contradictions(recipe)

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from act24.errors import Act24Error
 from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
@@ -118,16 +117,11 @@ def _calibration_text(names: Sequence[str], table: Tensor) -> str:
 @torch.no_grad()
 def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
-    at the first sparse update. `begin_update_` does it for every such pass.
-
-    Raises:
-        Act24Error: the parameters are sharded.
+    at the first sparse update. `begin_update_` does it for every such pass. Parameters must not be sharded.
     """
     if not p.renews_masks(step):
         return
     for weight in sparse_weights(pipeline, p):
-        if isinstance(weight.parameter, DTensor):
-            raise Act24Error('weight24 does not run on sharded parameters: set train.parallel = "ddp"')
         mask = stored_mask(weight.parameter, weight.transposed, p.method)
         if step == p.from_step:
             if p.method == "soft_threshold":

@@ -319,3 +319,11 @@ def test_a_recipe_cannot_be_changed():
         name = next(iter(type(section).model_fields))
         with pytest.raises(ValueError, match="frozen"):
             setattr(section, name, None)
+
+
+def test_weight24_is_refused_where_parameters_are_sharded():
+    text = changed(train='parallel = "fsdp"') + '[[passes]]\nuse = "weight24"\nscope = "mlp"\n'
+    assert errors(text) == [
+        'mine.toml: train.parallel: weight24 does not run on sharded parameters: use "ddp"'
+    ]
+    assert parse_recipe(text, "mine.toml", ["train.parallel=ddp"]).train.parallel == "ddp"

@@ -240,6 +240,40 @@ def test_a_run_branches_off_a_checkpoint(tiny, straight, tmp_path):
     assert all(torch.equal(then[name], now[name]) for name in then)
 
 
+MORE_STATE = {  # buffers that move, exact updates, moments that are reset
+    "soft_dynamic": [
+        'passes=[{use="relu2_ffn"}, {use="activation24", from_step=5, method="soft_dynamic"}]',
+        "passes.activation24.dynamic_steps=3",
+        "passes.activation24.calibration_samples=4",
+    ],
+    "mvue": [
+        'passes=[{use="relu2_ffn"}, {use="activation24", from_step=5, method="mvue", backward="sparse"}]'
+    ],
+    "weight24": ['passes=[{use="weight24", from_step=5, mask_every=3}]'],
+    "low_rank": [
+        'passes=[{use="low_rank", attn_rank=8, mlp_rank=8}]',
+        "optimizer.name=loro_adamw",
+        "optimizer.exact_every=4",
+    ],
+    "lost": [
+        'passes=[{use="relu2_ffn"}, {use="lost", attn_rank=8, mlp_rank=8}]',
+        "optimizer.name=lost_adamw",
+        "optimizer.momentum_reset_steps=4",
+    ],
+}
+
+
+@pytest.mark.parametrize("overrides", MORE_STATE.values(), ids=MORE_STATE.keys())
+def test_whatever_a_method_keeps_goes_on_too(tiny, tmp_path, overrides):
+    recipe = tiny(*overrides, "train.steps=14", "checkpoint.every=7")
+    train(recipe, tmp_path / "straight")
+    middle = tmp_path / "straight" / "checkpoints" / "step-000007"
+    train(recipe, tmp_path / "resumed", resume=str(middle))
+    then, now = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
+    assert all(torch.equal(then[name], now[name]) for name in then)
+    assert scalars(tmp_path / "straight")["loss/train"][7:] == scalars(tmp_path / "resumed")["loss/train"]
+
+
 def test_a_flipped_byte_is_named(tiny, tmp_path):
     train(tiny("train.steps=5", "checkpoint.every=4"), tmp_path)
     damaged = tmp_path / "checkpoints" / "step-000005" / "model.safetensors"
