@@ -105,9 +105,8 @@ def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
     """
     known = dict(table)
     measured = {kind: known[product] for kind, product in products.items() if product in known}
-    chosen: dict[Kind, int]
     if len(measured) == len(products):
-        chosen = {kind: m.algorithm for kind, m in measured.items()}
+        chosen: dict[Kind, int] = {kind: measured[kind].algorithm for kind in products}
         pays = sum(m.sparse for m in measured.values()) < sum(m.dense for m in measured.values())
     else:
         chosen = {kind: DEFAULT_ALGORITHMS[kind] for kind in products}
