@@ -1,8 +1,10 @@
-"""Triton kernels of the 2:4 operations. Each has its reference beside it in `act24.sparse24.operators`, which
-is also what decides between the two; nothing else launches them.
+"""Triton kernels of the 2:4 operations. Operators in `act24.sparse24` (`operators`, `narrow_operators`,
+`weight_operators`) have a reference beside each, and are all that launches them.
 
 compiler: Triton, where there is one.
-keys: the functions that kernels share, from a 16-bit value to a sorted pair and its metadata.
-pack_activation, pack_gradient: the two elementwise passes of a 2:4 feed-forward network.
+keys, random_draw: what kernels share, from a 16-bit value to a sorted pair and its metadata.
+pack_activation, pack_gradient, unpack_gradient: the elementwise passes of a 2:4 feed-forward network.
+gather_features: single features of packed matrices.
+low_rank: products with the 2:4 activation in them, for narrow linears.
 pack_weight: a weight and its transpose from one read.
 """

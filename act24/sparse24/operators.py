@@ -1,39 +1,16 @@
-"""The packed operations as PyTorch operators: a compiled graph has one node for each and never breaks.
-
-For every one: its schema, its reference in plain PyTorch, which is what it does on a CPU and what tests hold
-the kernel against, the kernel that CUDA runs, and the shapes for tracing. Matrices in packed form are passed
-as their buffer (`act24.sparse24.packed`).
+"""The operators of 2:4 activations: packing on either way, and the product. For every one its reference, the
+kernel, and the shapes; matrices in packed form are passed as their buffer (`act24.sparse24.packed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from act24.sparse24.library import operator
 from act24.sparse24.packed import Packed24, empty_packed, pack, unpack
 from act24.sparse24.products import multiply24
 from act24.sparse24.token_wise import Function, Method, Options24, sparsify_token_wise
-
-_LIBRARY = torch.library.Library("act24", "DEF")
-
-#: The plain-PyTorch form of every operator, by name: it runs on any device, to hold the kernels against.
-REFERENCES: dict[str, Callable[..., Any]] = {}
-
-
-def _operator(
-    schema: str, reference: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]
-):
-    name = schema[: schema.index("(")]
-    # Packed buffers and rows that run along the tokens mean nothing in other strides.
-    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
-    _LIBRARY.impl(name, reference, "CPU")
-    _LIBRARY.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"act24::{name}", fake, lib=_LIBRARY)
-    REFERENCES[name] = reference
-    return getattr(torch.ops.act24, name)
 
 
 def _pack_activation_reference(
@@ -119,7 +96,7 @@ def _pack_activation_fake(
 #: Returns: the packed activation; its slope at the kept places `[T, F/2]`, if asked for; non-zeros before 2:4
 #: by feature, int32 `[F]`, if asked for; and if asked for float32 `[4]`: groups with more than two non-zeros,
 #: non-zeros dropped, energy, energy dropped. Tokens that are not `real` count nowhere.
-pack_activation = _operator(
+pack_activation = operator(
     "pack_activation(Tensor hidden, Tensor? seed, Tensor? real, str function, str method, bool slope, "
     "bool counts, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
     _pack_activation_reference,
@@ -213,7 +190,7 @@ def _pack_gradient_fake(
 #: the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four tokens in
 #: the order of `permutation`, tokens that are not `real` as zeros; and both as they are, `[n, T]` in that
 #: order, in the features `index` `[n]`. `slope` None: made from the activation.
-pack_gradient = _operator(
+pack_gradient = operator(
     "pack_gradient(Tensor grad, Tensor saved, Tensor? slope, Tensor? permutation, Tensor? real, "
     "Tensor? index, str function) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pack_gradient_reference,
@@ -247,7 +224,7 @@ def _unpack_gradient_fake(
 
 #: From dS `[T, F]` and what forward saved: dZ packed along the features, and the activation and dZ with their
 #: zeros filled in, `[T, F]`, for exact weight gradients.
-unpack_gradient = _operator(
+unpack_gradient = operator(
     "unpack_gradient(Tensor grad, Tensor saved, Tensor? slope, str function) -> (Tensor, Tensor, Tensor)",
     _unpack_gradient_reference,
     _unpack_gradient_kernel,
@@ -285,7 +262,7 @@ def _gather_features_fake(
 
 #: The features `index` `[n]` of two matrices packed along the features with equal metadata, each as a row
 #: `[n, T]` along the tokens in the order of `permutation`, tokens that are not `real` as zeros.
-gather_features = _operator(
+gather_features = operator(
     "gather_features(Tensor value, Tensor grad, Tensor index, Tensor? permutation, Tensor? real) "
     "-> (Tensor, Tensor)",
     _gather_features_reference,
@@ -327,7 +304,7 @@ def _replace_rows(
 #: A 2:4 matrix `[M, K]` times a dense one `[K, N]`, `[M, N]`, or transposed `[N, M]`; with `rows` `[n, K]`
 #: the rows `index` of the 2:4 matrix are these dense ones instead. The algorithm is cuSPARSELt's; on a CPU it
 #: means nothing.
-product24 = _operator(
+product24 = operator(
     "product24(Tensor packed, Tensor dense, int algorithm, bool transposed, Tensor? rows, Tensor? index) "
     "-> Tensor",
     _product24_reference,

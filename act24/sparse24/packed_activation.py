@@ -64,7 +64,7 @@ def why_shape_not_packed(
         return f"T {tokens} and F {features} have to be multiples of {_TILE}"
     if width % _LOAD or width_out % _LOAD:
         return f"widths {width} and {width_out} have to be multiples of {_LOAD}"
-    if reason := _machine(device):
+    if reason := obstacle_on(device):
         return reason
     if not _algorithms(tokens, weight_in, width_out, options):
         return f"the dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
@@ -72,7 +72,8 @@ def why_shape_not_packed(
 
 
 @torch.compiler.assume_constant_result
-def _machine(device: torch.device) -> str:
+def obstacle_on(device: torch.device) -> str:
+    """`act24.sparse24.products.obstacle`, as a constant of a compiled graph."""
     return obstacle(device)
 
 

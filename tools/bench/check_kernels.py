@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from act24.sparse24 import operators
 from act24.sparse24.activation import activation24
+from act24.sparse24.library import REFERENCES
 from act24.sparse24.packed import Packed24, unpack
 from act24.sparse24.packed_activation import why_not_packed
 from act24.sparse24.products import Measured, feed_forward_products, layout_error, relative_error
@@ -67,7 +67,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
             slope = method != "naive"
             arguments = (hidden, seed, real, function, method, slope, True, True)
             yield f"pack_activation {case}", _same("pack_activation", 1, arguments, slope)
-            saved, slopes, _, _ = operators.REFERENCES["pack_activation"](*arguments)
+            saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
             slopes = slopes if slope else None
             for where in ((None, None, None), (order, real, index)):
                 arguments = (grad, saved, slopes, *where, function)
@@ -79,7 +79,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
 def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Callable[[], float]:
     def check() -> float:
         outputs = getattr(torch.ops.act24, name)(*arguments)
-        return _mismatch(outputs, operators.REFERENCES[name](*arguments), packed, slope)
+        return _mismatch(outputs, REFERENCES[name](*arguments), packed, slope)
 
     return check
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from act24.kernels.pack_activation import pack_activation
-from act24.sparse24 import operators
+from act24.sparse24.library import REFERENCES
 from act24.sparse24.packed import Packed24, empty_packed, unpack
 
 FUNCTIONS, METHODS = ("relu2", "relu"), ("naive", "soft_threshold", "mvue")
@@ -48,7 +48,7 @@ def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
 def reference(
     hidden: Tensor, real: Tensor | None, function: str, method: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed, slope, counts, sums = operators.REFERENCES["pack_activation"](
+    packed, slope, counts, sums = REFERENCES["pack_activation"](
         hidden, torch.tensor(SEED), real, function, method, True, True, True
     )
     return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), counts, sums

@@ -1,0 +1,130 @@
+"""`activation24` for narrow linears, where 2:4 products lose to dense ones (`act24.kernels.low_rank`): the
+activation and its derivative are made inside the products around them, and nothing F-wide is kept but the
+packed activation, 1.125 bytes a feature, or nothing at all.
+
+The same function as the reference in `act24.sparse24.activation` up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from act24.sparse24 import narrow_operators as operators
+from act24.sparse24.packed_activation import Tensors, obstacle_on
+from act24.sparse24.statistics import STATISTICS, token_wise_statistics
+from act24.sparse24.token_wise import Options24, sparsify_token_wise
+
+#: Tile of the kernels, the step of their reductions, and the width beyond which 2:4 products are worth more.
+_TILE, _STEP, _WIDEST = 128, 64, 512
+
+#: Statistics look at every 16th token: the pre-activation, which they need, is nowhere in memory.
+_SAMPLE = 16
+
+
+def why_not_narrow(tensors: Tensors, options: Options24) -> str:
+    """The one place that chooses between this form and the reference: why it is the reference, in a few
+    words; empty if it is not."""
+    x, weight_in, bias_in, weight_out, _ = tensors
+    if x is None or weight_in is None or weight_out is None:
+        return "only a linear on both sides of the activation makes room for it in the products"
+    if bias_in is not None:
+        return "the kernels have no bias before the activation"
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return why_shape_not_narrow(tokens, weight_in.shape, len(weight_out), x.dtype, x.device, options)
+
+
+def why_shape_not_narrow(
+    tokens: int,
+    weight_in: tuple[int, ...],
+    width_out: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: Options24,
+) -> str:
+    """`why_not_narrow` for T tokens, a weight of shape `(F, D)` and an output width."""
+    features, width = weight_in
+    if not options.kernels:
+        return "kernels are switched off"
+    if (options.function, options.method, options.backward, options.estimator) != (
+        "relu2",
+        "naive",
+        "dense",
+        "masked",
+    ):
+        return "the kernels know naive relu² with exact weight gradients only"
+    if dtype is not torch.bfloat16:
+        return f"the kernels are for bfloat16, these are {dtype}"
+    if tokens == 0 or tokens % _TILE or features % _TILE:
+        return f"T {tokens} and F {features} have to be multiples of {_TILE}"
+    if width % _STEP or width_out % _STEP or max(width, width_out) > _WIDEST:
+        return f"widths {width} and {width_out} have to be multiples of {_STEP}, and {_WIDEST} at most"
+    return obstacle_on(device)
+
+
+class _NarrowActivation24(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight_in: Tensor,
+        weight_out: Tensor,
+        bias_out: Tensor | None,
+        options: Options24,
+        training: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        save = training and not options.recompute
+        value, values, fields = operators.linear_pack(rows, weight_in, save)
+        y = F.linear(value, weight_out, bias_out)
+        return y.view(*x.shape[:-1], len(weight_out)), values, fields
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight_in, weight_out, _, options, _ = inputs
+        _, values, fields = output
+        ctx.mark_non_differentiable(values, fields)
+        ctx.save_for_backward(x, weight_in, weight_out, values, fields)
+        ctx.options = options
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight_in, weight_out, values, fields = ctx.saved_tensors
+        need_x, need_weight_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:4]
+        rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
+        if ctx.options.recompute:
+            value, grad_hidden = operators.recompute_gradient(rows, weight_in, grad, weight_out)
+        else:
+            value, grad_hidden = operators.linear_gradient(grad, weight_out, values, fields)
+        return (
+            (grad_hidden @ weight_in).view(x.shape) if need_x else None,
+            grad_hidden.T @ rows if need_weight_in else None,
+            grad.T @ value if need_weight_out else None,
+            grad.sum(0) if need_bias_out else None,
+            None,
+            None,
+        )
+
+
+def narrow_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.activation.activation24` where `why_not_narrow` has nothing to say.
+
+    Args:
+        real: boolean `[T]`, the tokens that the statistics count; None for all.
+    """
+    x, weight_in, _, weight_out, bias_out = tensors
+    assert x is not None
+    assert weight_in is not None
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _, _ = _NarrowActivation24.apply(x, weight_in, weight_out, bias_out, options, training)
+    if not options.statistics:
+        return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
+    with torch.no_grad():
+        rows = x.reshape(-1, x.shape[-1])[::_SAMPLE]
+        sparse = sparsify_token_wise(torch.relu(F.linear(rows, weight_in)), None, options)
+        sampled = None if real is None else real[::_SAMPLE]
+        return y, _SAMPLE * token_wise_statistics(sparse.dense, sparse.mask, sampled)
