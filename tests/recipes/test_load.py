@@ -321,9 +321,12 @@ def test_a_recipe_cannot_be_changed():
             setattr(section, name, None)
 
 
-def test_weight24_is_refused_where_parameters_are_sharded():
-    text = changed(train='parallel = "fsdp"') + '[[passes]]\nuse = "weight24"\nscope = "mlp"\n'
+def test_what_needs_whole_parameters_is_refused_where_they_are_sharded():
+    text = changed(train='parallel = "fsdp"', log="gradient_cosine_every = 10")
+    text += '[[passes]]\nuse = "weight24"\nscope = "mlp"\n'
     assert errors(text) == [
-        'mine.toml: train.parallel: weight24 does not run on sharded parameters: use "ddp"'
+        'mine.toml: train.parallel: weight24 does not run on sharded parameters: use "ddp"',
+        "mine.toml: log.gradient_cosine_every: compares gradients of whole weights: "
+        'use train.parallel = "ddp"',
     ]
     assert parse_recipe(text, "mine.toml", ["train.parallel=ddp"]).train.parallel == "ddp"
