@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
+from act24.errors import Act24Error
 from act24.recipes.from_flags import recipe_from_flags
 from act24.recipes.load import parse_recipe
+from act24.tools.cli import app
 from act24.tools.train import train
 
 SHARED = (
@@ -92,3 +95,15 @@ def test_trains_five_steps(name: str, tiny_file: Path, tmp_path: Path) -> None:
             expected |= {f"lowrank_relu2_sparsity/layer_1.{linear}" for linear in ("q_proj", "down_proj")}
             expected.add("lowrank_relu2_sparsity/average")
         assert expected <= tags
+
+
+def test_the_command_prints_the_recipe_and_says_what_is_wrong() -> None:
+    words = COMMANDS["cola_adamw, dx_direct_sparse 3"].split()
+    result = CliRunner().invoke(app, ["recipe", "from-flags", "--", *words])
+    assert result.exit_code == 0, result.output
+    assert parse_recipe(result.output, "printed") == recipe_from_flags(words).recipe
+    assert "# --grad" not in result.output
+    assert "# --momentum_reset_steps 200" in result.output
+    wrong = CliRunner().invoke(app, ["recipe", "from-flags", "--", *words, "--batchsize", "3"])
+    assert isinstance(wrong.exception, Act24Error)
+    assert "did you mean 'batch_size'" in str(wrong.exception)
