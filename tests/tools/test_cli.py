@@ -59,7 +59,7 @@ def run_dir(tiny_file, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", commands(app), ids=" ".join)
+@pytest.mark.parametrize("command", list(commands(app)), ids=" ".join)
 def test_every_command_explains_itself(act24, command):
     status, out, errors = act24(*command, "--help")
     assert (status, errors) == (0, [])
