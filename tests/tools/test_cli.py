@@ -14,6 +14,7 @@ import termios
 import tomllib
 
 import pytest
+import torch
 
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.recipes.load import load_recipe, recipe_names
@@ -65,6 +66,22 @@ def test_every_command_explains_itself(act24, command):
     assert (status, errors) == (0, [])
     assert f"Usage: act24 {' '.join(command)}" in out
     assert act24(*command, "-h") == (status, out, errors)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
+@pytest.mark.parametrize("name", ["pack", "gemm", "ffn"])
+def test_a_benchmark_without_a_gpu_says_so(act24, name):
+    assert act24("bench", name) == (2, "", ["act24: this benchmark times a GPU, and there is none here"])
+
+
+def test_export_says_what_it_wrote(act24, run_dir, tmp_path):
+    status, out, errors = act24("export", run_dir, tmp_path / "out")
+    assert (status, errors) == (0, [])
+    assert out.startswith(f"{tmp_path / 'out'}: the model in its own form")
+    assert act24("export", run_dir, tmp_path / "out")[::2] == (
+        2,
+        [f"act24: {tmp_path / 'out'} exists already"],
+    )
 
 
 def test_help_answers_before_torch_is_there():
