@@ -41,8 +41,8 @@ def _linear_pack_fake(x: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, Te
     )
 
 
-#: relu(x Wᵀ)² under its 2:4 mask, for x `[T, D]` and W `[F, D]`: dense `[T, F]`, and to save it the kept values
-#: `[T, F/2]` and their places, uint8 `[T, F/8]`, a byte for two groups, 15 less `i | j << 2` for each.
+#: relu(x Wᵀ)² under its 2:4 mask, for x `[T, D]` and W `[F, D]`: dense `[T, F]`, and to save it the kept
+#: values `[T, F/2]` and their places, uint8 `[T, F/8]`, a byte for two groups, 15 less `i | j << 2` for each.
 linear_pack = operator(
     "linear_pack(Tensor x, Tensor weight, bool save) -> (Tensor, Tensor, Tensor)",
     _linear_pack_reference,

@@ -1,5 +1,5 @@
-"""The kernels of narrow networks against plain products and masks, bit for bit: operands are small multiples of
-1/8, whose products add up exactly in any order."""
+"""The kernels of narrow networks against plain products and masks, bit for bit: operands are small multiples
+of 1/8, whose products add up exactly in any order."""
 
 from __future__ import annotations
 

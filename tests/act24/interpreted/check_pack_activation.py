@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import act24.sparse24.operators  # noqa: F401  (fills REFERENCES)
 from act24.kernels.pack_activation import pack_activation
 from act24.sparse24.library import REFERENCES
 from act24.sparse24.packed import Packed24, empty_packed, unpack

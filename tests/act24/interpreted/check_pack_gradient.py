@@ -7,6 +7,7 @@ import torch
 from check_pack_activation import SEED, awkward
 from torch import Tensor
 
+import act24.sparse24.operators  # noqa: F401  (fills REFERENCES)
 from act24.kernels.gather_features import gather_features
 from act24.kernels.pack_gradient import pack_gradient
 from act24.kernels.unpack_gradient import unpack_gradient

@@ -1,0 +1,194 @@
+"""activation24 on packed operands, and inside narrow products, against its plain reference. On a CPU the
+operators are plain PyTorch too, so all agrees to the last bit; tested is how they are put together."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from act24.sparse24 import operators, packed_activation
+from act24.sparse24.activation import Options24, activation24
+from act24.sparse24.narrow_activation import why_not_narrow
+from act24.sparse24.packed_activation import why_not_packed
+from act24.sparse24.products import Measured, feed_forward_products
+from act24.sparse24.statistics import STATISTICS
+
+TOKENS, WIDTH, FEATURES, WIDTH_OUT = 128, 64, 128, 128
+FORCED = tuple(
+    (product, Measured(0, 0.0, 1.0))
+    for product in feed_forward_products(TOKENS, WIDTH, FEATURES, WIDTH_OUT, False).values()
+)
+PACKED = Options24(algorithms=FORCED)
+
+
+@pytest.fixture(autouse=True)
+def _a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_activation, "obstacle", lambda _: "")
+
+
+def network(bias: bool = True, features: int = FEATURES, exact: bool = False) -> tuple[Tensor | None, ...]:
+    """x, weight_in, bias_in, weight_out, bias_out. Exact: multiples of 1/4, whose products add up exactly in
+    any order."""
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randint(-2, 3, shape) / 4 if exact else torch.randn(shape) / shape[-1] ** 0.5
+        return values.bfloat16().requires_grad_()
+
+    x, weight_in, weight_out = draw(2, TOKENS // 2, WIDTH), draw(features, WIDTH), draw(WIDTH_OUT, features)
+    return x, weight_in, draw(features) if bias else None, weight_out, draw(WIDTH_OUT)
+
+
+def outcome(tensors: tuple[Tensor | None, ...], options: Options24, *state: Tensor | None) -> list[Tensor]:
+    """y, the statistics, and all gradients for one draw of the output's."""
+    y, statistics = activation24(*tensors, *state, options=options)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    if state and (pads := state[2]) is not None:
+        grad = grad * ~pads[..., None]
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    return [y, statistics, *torch.autograd.grad(y, leaves, grad)]
+
+
+@pytest.mark.parametrize("method", ["naive", "soft_threshold", "mvue"])
+@pytest.mark.parametrize("backward", ["dense", "sparse", "split_gemm"])
+def test_equals_the_reference(backward: str, method: str) -> None:
+    pads = torch.zeros(2, TOKENS // 2, dtype=torch.bool)
+    pads[1, 50:] = True
+    scale = torch.tensor(1.25) if method == "soft_threshold" else None
+    seed = torch.tensor(77) if method == "mvue" else None
+    tensors = network()
+    for order, padding in itertools.product(("none", "batch", "sequence"), (None, pads)):
+        options = PACKED._replace(method=method, backward=backward, token_permutation=order, statistics=True)
+        assert why_not_packed(tensors, options) == ""
+        ours = outcome(tensors, options, scale, seed, padding)
+        expected = outcome(tensors, options._replace(kernels=False), scale, seed, padding)
+        token_wise = STATISTICS.index("feature_nonzeros")
+        torch.testing.assert_close(ours.pop(1)[:token_wise], expected.pop(1)[:token_wise])
+        for a, b in zip(ours, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_statistics_along_the_tokens_are_an_estimate_of_the_reference() -> None:
+    """From 64 of 4096 features."""
+    tensors = network(features=4096)
+    table = tuple((product._replace(features=4096), measured) for product, measured in FORCED)
+    options = Options24(backward="sparse", statistics=True, algorithms=table)
+    ours = outcome(tensors, options)[1]
+    expected = outcome(tensors, options._replace(kernels=False))[1]
+    for name in ("feature_nonzeros", "feature_dropped_nonzeros", "feature_energy", "feature_dropped_energy"):
+        assert 0.7 < ours[STATISTICS.index(name)] / expected[STATISTICS.index(name)] < 1.4
+
+
+def test_narrow_equals_the_reference() -> None:
+    tensors = network(bias=False, exact=True)
+    options = Options24(statistics=True)  # no table: 64 wide products are dense
+    assert "dense products are faster" in why_not_packed(tensors, options)
+    assert why_not_narrow(tensors, options) == ""
+    expected = outcome(tensors, options._replace(kernels=False))
+    for recompute in (False, True):
+        ours = outcome(tensors, options._replace(recompute=recompute))
+        for a, b in zip(ours[:1] + ours[2:], expected[:1] + expected[2:], strict=True):
+            assert torch.equal(a, b)
+        assert ours[1][0] == expected[1][0]
+        assert 0.5 < ours[1][5] / expected[1][5] < 2  # energy, from every 16th token
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        (PACKED._replace(backward="sparse"), 1.125 / 4),
+        (PACKED._replace(backward="sparse", method="soft_threshold"), 2.125 / 4),
+        (Options24(), 1.125 / 4),
+        (Options24(recompute=True), 0.0),
+    ],
+    ids=["packed", "packed with slope", "narrow", "narrow, made again"],
+)
+def test_what_is_saved_beside_x_and_weights(options: Options24, share: float) -> None:
+    """Of the 4 bytes a feature that relu and its square keep in a dense network."""
+    tensors = network(bias=False)
+    known = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        activation24(*tensors, options=options)
+    assert sum(kept.values()) == 4 * TOKENS * FEATURES * share
+
+
+@pytest.mark.parametrize(
+    "options", [PACKED._replace(backward="split_gemm"), Options24()], ids=["packed", "narrow"]
+)
+def test_compiles_without_a_break(options: Options24) -> None:
+    tensors = network(bias=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(activation24, fullgraph=True, backend="aot_eager")
+    y, _ = compiled(*tensors, options=options)
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    grads = torch.autograd.grad(y.sum(), leaves)
+    expected, _ = activation24(*tensors, options=options)
+    for a, b in zip((y, *grads), (expected, *torch.autograd.grad(expected.sum(), leaves)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_recomputation_draws_the_same() -> None:
+    """Activation checkpointing runs forward twice; mvue's draw is a function of its seed."""
+    tensors = network()
+    options = PACKED._replace(method="mvue", backward="sparse")
+    run = lambda *t: activation24(*t, seed=torch.tensor(5), options=options)[0]  # noqa: E731
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    plain = torch.autograd.grad(run(*tensors).sum(), leaves)
+    again = torch.autograd.grad(checkpoint(run, *tensors, use_reentrant=False).sum(), leaves)
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inference_saves_and_counts_nothing() -> None:
+    tensors = network(bias=False)
+    with torch.no_grad():
+        y, statistics = activation24(*tensors, options=PACKED._replace(backward="split_gemm"))
+        expected, _ = activation24(*tensors, options=Options24(kernels=False))
+    assert torch.equal(y, expected)
+    assert not statistics.any()
+
+
+def test_one_sentence_for_each_reason() -> None:
+    x, _, _, weight_out, _ = tensors = network(bias=False)
+    float32 = tuple(None if t is None else t.float() for t in tensors)
+    assert "switched off" in why_not_packed(tensors, PACKED._replace(kernels=False))
+    assert "straight-through" in why_not_packed(tensors, PACKED._replace(estimator="ste"))
+    assert "bfloat16" in why_not_packed(float32, PACKED)
+    assert "both sides" in why_not_packed((x, None, None, weight_out, None), PACKED)
+    assert "multiples of 64" in why_not_packed((x[:1, :10], *tensors[1:]), PACKED)
+    assert "multiples of 8" in why_not_packed((*tensors[:3], weight_out[:-3], None), PACKED)
+    assert "no bias" in why_not_narrow(network(), Options24())
+    assert "naive relu²" in why_not_narrow(tensors, Options24(backward="sparse"))
+    assert "512 at most" in why_not_narrow((*tensors[:3], weight_out.repeat(8, 1), None), Options24())
+
+
+def test_operators_keep_their_contracts() -> None:
+    """Schemas, shapes for tracing, and no gradient of their own."""
+    hidden, grad = torch.randn(2, 128, 64).bfloat16()
+    seed, real, order = torch.tensor(3), torch.rand(128) < 0.7, torch.randperm(128)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (hidden, seed, real, "relu2", "mvue", True, True, True)
+    packed, slope, _, _ = operators.pack_activation(*arguments)
+    for operator, inputs in (
+        (torch.ops.act24.pack_activation, arguments),
+        (torch.ops.act24.pack_gradient, (grad, packed, slope, order, real, torch.tensor([3, 9]), "relu2")),
+        (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2")),
+        (torch.ops.act24.gather_features, (packed, packed, torch.tensor([3, 9]), order, real)),
+        (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
+        (torch.ops.act24.linear_pack, (hidden, grad, True)),
+        (torch.ops.act24.recompute_gradient, (hidden, grad, hidden, grad.T.contiguous())),
+    ):
+        opcheck(operator.default, inputs, test_utils=tests)
