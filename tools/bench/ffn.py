@@ -22,6 +22,10 @@ SHAPES = (
 )
 
 
+#: T, width, rank, F of LORO at 350m.
+LOW_RANK = (65536, 1024, 256, 4096)
+
+
 def dense_ffn(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
     """linear → relu² → linear."""
     return F.linear(relu2(F.linear(x, weight_in)), weight_out)
@@ -128,4 +132,44 @@ def _rows(
     ):
         other = saved_bytes(call, weight_in, weight_out)
         rows.append(Row(f"FFN bytes saved, of {name}, {shape}", ours, other, "bytes", bar, name))
+    return rows
+
+
+def bench_low_rank(shape: tuple[int, int, int, int] = LOW_RANK) -> list[Row]:
+    """A low-rank (LORO) network, each linear two factors: the 2:4 activation inside the products around it,
+    beside the compiled dense relu².
+
+    Args:
+        shape: T, width, rank and F.
+    """
+    device = needed_gpu()
+    tokens, width, rank, features = shape
+    draw = lambda *size: (torch.randn(*size, device=device) / size[-1] ** 0.5).bfloat16().requires_grad_()  # noqa: E731
+    factors = draw(rank, width), draw(features, rank), draw(rank, features), draw(width, rank)
+    x, grad = draw(tokens, width), draw(tokens, width).detach()
+
+    def network(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, options: Options24 | None) -> Tensor:
+        narrow = F.linear(x, a)
+        if options is None:
+            narrow = dense_ffn(narrow, b, c)
+        else:
+            narrow, _ = activation24(narrow, b, None, c, None, options=options)
+        return F.linear(narrow, d)
+
+    compiled = torch.compile(network, fullgraph=True)
+
+    def training(options: Options24 | None) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(compiled(x, *factors, options), (x, *factors), grad)
+
+    name = f"{tokens}×{width}×{rank}×{features}"
+    modes = {"fast": (Options24(), 0.50), "recompute": (Options24(recompute=True), 0.10)}
+    other, kept = milliseconds(training(None), 200), saved_bytes(lambda: network(x, *factors, None), *factors)
+    rows = []
+    for mode, (options, bar) in modes.items():
+        ours = milliseconds(training(options), 200)
+        speed = 1.30 if mode == "fast" else None
+        title = f"low-rank FFN forward + backward, {mode}, {name}"
+        rows.append(Row(title, ours, other, "ms", speed, "compiled dense relu²"))
+        ours = saved_bytes(lambda options=options: network(x, *factors, options), *factors)
+        rows.append(Row(f"low-rank FFN bytes saved, {mode}, {name}", ours, kept, "bytes", bar, "dense relu²"))
     return rows
