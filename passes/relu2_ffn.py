@@ -90,7 +90,7 @@ class Relu2FFN(StructuralPass):
         return f'F would be {new}, not a multiple of 4: width = "parity" rounds it' if unfit else ""
 
     def _width(self, width: int) -> int:
-        return {"keep": width, "exact": 3 * width // 2, "parity": _parity(width)}[self.width]
+        return {"keep": width, "exact": 3 * width // 2, "parity": parity_width(width)}[self.width]
 
     def _match(self, region: Region, path: str, found: _SwiGLU) -> Match:
         width = region.parameters[weight_name(found.up) or ""].shape[0]
@@ -144,7 +144,7 @@ class Relu2FFN(StructuralPass):
         return initialise
 
 
-def _parity(width: int) -> int:
+def parity_width(width: int) -> int:
     """1.5 F to the nearest multiple of 128, at least one."""
     return max(1, (3 * width + _MULTIPLE) // (2 * _MULTIPLE)) * _MULTIPLE
 

@@ -19,8 +19,8 @@ from act24.sparse24.packed_activation import Tensors, obstacle_on
 from act24.sparse24.statistics import STATISTICS, token_wise_statistics
 from act24.sparse24.token_wise import Options24, sparsify_token_wise
 
-#: Tile of the kernels, the step of their reductions, and the width beyond which 2:4 products are worth more.
-_TILE, _STEP, _WIDEST = 128, 64, 512
+#: Tile of the kernels, the step of their reductions, and the greatest width at which they were measured.
+_TILE, _STEP, _WIDEST = 128, 64, 256
 
 #: Statistics look at every 16th token: the pre-activation, which they need, is nowhere in memory.
 _SAMPLE = 16
@@ -62,7 +62,7 @@ def why_shape_not_narrow(
     if tokens == 0 or tokens % _TILE or features % _TILE:
         return f"T {tokens} and F {features} have to be multiples of {_TILE}"
     if width % _STEP or width_out % _STEP or max(width, width_out) > _WIDEST:
-        return f"widths {width} and {width_out} have to be multiples of {_STEP}, and {_WIDEST} at most"
+        return f"fused products take widths that are multiples of {_STEP}, {_WIDEST} at most"
     return obstacle_on(device)
 
 

@@ -19,9 +19,9 @@ from act24.sparse24.packed import Packed24, pack, random_packed, unpack
 #: The library's ids run from 0 to less than this; those that a GPU does not have raise an error.
 ALGORITHMS = 32
 
-#: For shapes that nobody tuned, from measurements on an H200 with cuSPARSELt 0.8: the least width of the
-#: dense operand and extent of the 2:4 one from which four 2:4 products took less time than the dense ones.
-LEAST_WIDTH, LEAST_EXTENT = 768, 2048
+#: For shapes that nobody tuned: the smallest width, F and T, on an H200 with cuSPARSELt 0.8, at which the
+#: four 2:4 products were seen to take less time than the dense ones (1.10 times; 1.17 at width 1024).
+LEAST_WIDTH, LEAST_FEATURES, LEAST_TOKENS = 768, 3072, 16384
 
 Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out"]
 
@@ -111,8 +111,8 @@ def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
     else:
         chosen = {kind: DEFAULT_ALGORITHMS[kind] for kind in products}
         pays = all(
-            product.width >= LEAST_WIDTH and min(product.sparse_shape) >= LEAST_EXTENT
-            for product in products.values()
+            p.width >= LEAST_WIDTH and p.features >= LEAST_FEATURES and p.tokens >= LEAST_TOKENS
+            for p in products.values()
         )
     return chosen if pays else {}
 

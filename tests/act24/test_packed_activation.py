@@ -172,7 +172,7 @@ def test_one_sentence_for_each_reason() -> None:
     assert "multiples of 8" in why_not_packed((*tensors[:3], weight_out[:-3], None), PACKED)
     assert "no bias" in why_not_narrow(network(), Options24())
     assert "naive relu²" in why_not_narrow(tensors, Options24(backward="sparse"))
-    assert "512 at most" in why_not_narrow((*tensors[:3], weight_out.repeat(8, 1), None), Options24())
+    assert "256 at most" in why_not_narrow((*tensors[:3], weight_out.repeat(8, 1), None), Options24())
 
 
 def test_operators_keep_their_contracts() -> None:

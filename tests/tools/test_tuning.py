@@ -1,0 +1,78 @@
+"""The cache of tuned products: what goes in comes out, for this machine only, and damage is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from act24.sparse24.products import Measured, Product, Table
+from act24.tools import tuning
+from act24.tools.tuning import TuningError, cache_path, read_table, tuned_table, write_table
+
+TABLE: Table = (
+    (Product("grad_x", 4096, 2048, 512), Measured(3, 0.25, 0.5)),
+    (Product("y", 4096, 2048, 512), Measured(1, 0.125, 0.5)),
+)
+
+
+def test_comes_back_for_the_same_machine_only(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "products.json"
+    write_table(path, "H200, 800", TABLE)
+    write_table(path, "H100, 800", TABLE[:1])
+    assert read_table(path, "H200, 800") == TABLE
+    assert read_table(path, "H100, 800") == TABLE[:1]
+    assert read_table(path, "H200, 900") == ()
+    assert [p.name for p in path.parent.iterdir()] == ["products.json"]
+
+
+def test_new_figures_take_the_place_of_old_ones(tmp_path: Path) -> None:
+    path = tmp_path / "products.json"
+    write_table(path, "gpu", TABLE)
+    write_table(path, "gpu", ((TABLE[0][0], Measured(7, 0.1, 0.2)),))
+    assert read_table(path, "gpu") == ((TABLE[0][0], Measured(7, 0.1, 0.2)), TABLE[1])
+
+
+def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(product: Product, time: Callable, device: torch.device) -> tuple[Measured, dict[int, float]]:
+        measured.append(product)
+        return Measured(5, 1.0, 2.0), {}
+
+    monkeypatch.setattr(tuning, "tuned", measure)
+    monkeypatch.setattr(tuning, "machine", lambda _: "gpu")
+    path, device = tmp_path / "products.json", torch.device("cpu")
+    write_table(path, "gpu", TABLE)
+    new = Product("y", 64, 64, 64)
+
+    def time(call: Callable[[], Tensor]) -> float:
+        return 1.0
+
+    wanted = [new, TABLE[0][0], new]
+    expected = ((new, Measured(5, 1.0, 2.0)), TABLE[0])
+    assert tuned_table(wanted, device, time, path) == expected
+    assert tuned_table(wanted, device, time, path) == expected
+    assert measured == [new]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"gpu": [{"kind": "y"}]}', '{"gpu": 3}'])
+def test_damage_is_named_with_the_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "products.json"
+    path.write_text(content)
+    with pytest.raises(TuningError, match=r"products\.json.*delete it"):
+        read_table(path, "gpu")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TuningError, match="file"):
+        write_table(tmp_path / "file" / "products.json", "gpu", TABLE)
+
+
+def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_path() == tmp_path / "act24" / "products.json"

@@ -1,0 +1,114 @@
+"""The cache of tuned products: which algorithm of cuSPARSELt is fastest for which product on this machine.
+
+One JSON file for all machines, keyed by GPU and library version. The core measures (`products.tuned`) and is
+handed the table (`Options24.algorithms`); this file is all that touches the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from act24.errors import Act24Error
+from act24.sparse24.products import KINDS, Measured, Product, Table, tuned
+
+
+class TuningError(Act24Error):
+    """A cache of tuned products that cannot be read or written."""
+
+
+def cache_path() -> Path:
+    """Where the cache is: `$XDG_CACHE_HOME/act24/products.json`, by default under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "act24" / "products.json"
+
+
+def machine(device: torch.device) -> str:
+    """What figures hold for: the GPU and the library that runs the products."""
+    return f"{torch.cuda.get_device_name(device)}, cuSPARSELt {torch.backends.cusparselt.version()}"
+
+
+def read_table(path: Path, key: str) -> Table:
+    """What is known of a machine; empty where the file or the machine is missing.
+
+    Raises:
+        TuningError: the file is no such cache.
+    """
+    return _parse(_read(path).get(key, []), path)
+
+
+def write_table(path: Path, key: str, table: Table) -> None:
+    """Add to what is known of a machine. The file is replaced as a whole, or not at all.
+
+    Raises:
+        TuningError: the file is no such cache, or cannot be written.
+    """
+    content = _read(path)
+    known = dict(_parse(content.get(key, []), path)) | dict(table)
+    content[key] = [product._asdict() | measured._asdict() for product, measured in sorted(known.items())]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise TuningError(f"cannot write {path}: {error.strerror}") from None
+
+
+def tuned_table(
+    wanted: Iterable[Product],
+    device: torch.device,
+    time: Callable[[Callable[[], Tensor]], float],
+    path: Path | None = None,
+) -> Table:
+    """The table for these products: from the cache, and what is missing measured and added to it.
+
+    Args:
+        wanted: the products of a model's networks (`products.feed_forward_products`).
+        device: a GPU that can run them (`products.obstacle`).
+        time: milliseconds that a call takes there.
+        path: of the cache; None for `cache_path()`.
+    """
+    path = path or cache_path()
+    wanted = list(dict.fromkeys(wanted))
+    known = dict(read_table(path, machine(device)))
+    missing = {product: tuned(product, time, device)[0] for product in wanted if product not in known}
+    if missing:
+        write_table(path, machine(device), tuple(missing.items()))
+    known |= missing
+    return tuple((product, known[product]) for product in wanted)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TuningError(f"{path} cannot be read ({error}): delete it, and it is measured anew") from None
+    if not isinstance(content, dict):
+        raise TuningError(f"{path} holds no tuned products: delete it, and it is measured anew")
+    return content
+
+
+def _parse(entries: Any, path: Path) -> Table:
+    try:
+        table = tuple(
+            (
+                Product(e["kind"], int(e["tokens"]), int(e["features"]), int(e["width"])),
+                Measured(int(e["algorithm"]), float(e["sparse"]), float(e["dense"])),
+            )
+            for e in entries
+        )
+    except (TypeError, KeyError, ValueError):
+        table = None
+    if table is None or any(product.kind not in KINDS for product, _ in table):
+        raise TuningError(
+            f"{path} holds an entry that is no tuned product: delete it, and it is measured anew"
+        )
+    return table
