@@ -140,6 +140,14 @@ def demo(
     run_demo(run_dir)
 
 
+@app.command()
+def doctor() -> None:
+    """What this machine can do: GPU, libraries, the self-check of kernels, which path each operation takes."""
+    from act24.tools.doctor import doctor as examine
+
+    print(examine())
+
+
 @recipe_app.command("ls")
 def recipe_ls() -> None:
     """List the recipes that ship with act24."""

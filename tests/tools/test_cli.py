@@ -74,6 +74,12 @@ def test_a_benchmark_without_a_gpu_says_so(act24, name):
     assert act24("bench", name) == (2, "", ["act24: this benchmark times a GPU, and there is none here"])
 
 
+def test_doctor_names_versions_and_paths(act24):
+    status, out, errors = act24("doctor")
+    assert (status, errors) == (0, [])
+    assert torch.__version__ in out
+
+
 def test_export_says_what_it_wrote(act24, run_dir, tmp_path):
     status, out, errors = act24("export", run_dir, tmp_path / "out")
     assert (status, errors) == (0, [])
