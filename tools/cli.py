@@ -142,7 +142,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """What this machine can do: GPU, libraries, the self-check of kernels, which path each operation takes."""
+    """What this machine can do: GPU, libraries, the self-check of kernels, the path of each operation."""
     from act24.tools.doctor import doctor as examine
 
     print(examine())
