@@ -128,7 +128,7 @@ def _operation(device: torch.device) -> Iterator[Check]:
         results = []
         for kernels in (True, False):
             with torch.autocast("cuda", torch.bfloat16):
-                y, _ = activation24(*single, None, None, None, options._replace(kernels=kernels))
+                y, _ = activation24(*single, options=options._replace(kernels=kernels))
             results.append((y, *torch.autograd.grad(y, single, grad)))
         return max(map(relative_error, *results))
 
