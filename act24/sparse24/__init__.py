@@ -3,7 +3,7 @@
 selection, soft_threshold, mvue: from four numbers to at most two.
 activation, feature_wise, calibration, statistics: 2:4 activations, their weight gradients, scales and counts.
 transposable, weight, linear, semi_structured: 2:4 weights, a drop-in linear, PyTorch's packed tensors.
-packed, products: the format that cuSPARSELt multiplies on Hopper, and choosing between 2:4 and dense products.
+packed, products: the format cuSPARSELt multiplies on Hopper, and the choice between 2:4 and dense products.
 packed_activation, narrow_activation: `activation24` on packed operands, and inside narrow products.
 library, operators, narrow_operators, weight_operators: what `act24.kernels` does, as PyTorch operators.
 """
