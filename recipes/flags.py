@@ -186,7 +186,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("save_every", "int", 10_000, "checkpoint.every"),
     Flag("save_ckpt", "bool", False, "", "no counterpart: the last step is always saved"),
-    Flag("save_dir", "str", None, "", "not of the recipe: act24 train … --run FOLDER"),
+    Flag("save_dir", "str", None, "", "not of the recipe: act24 train … --run-dir FOLDER"),
     Flag("tags", "str", None, "", _UNUSED),
     Flag(
         "dtype",

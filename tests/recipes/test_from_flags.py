@@ -149,7 +149,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ("--use_hf_model", RELU2, "without effect beside it"),
     ("--continue_from ckpt/model_1000", "", "--resume"),
     ("--save_ckpt True", "", "always saved"),
-    ("--save_dir out", "", "--run FOLDER"),
+    ("--save_dir out", "", "--run-dir FOLDER"),
     ("--tags a,b", "", "never had an effect"),
     ("--workers 4", "", "no counterpart"),
     ("--name run", "", "never had an effect"),
