@@ -18,7 +18,7 @@ import fcntl
 import gc
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,16 @@ def one_run(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def compare(shards: Path, out: Path, tokens: int, tuning_tokens: int, seeds: int, only: list[str]) -> None:
+def compare(
+    shards: Path, out: Path, tokens: int, tuning_tokens: int, seeds: int, only: Sequence[str] = ()
+) -> None:
     """Tune and train methods, and write their table."""
     results = Results(out)
     lines = [
         "| method | held-out loss | parameters | peak GiB | tokens/s | learning rate |",
         "|---|---|---|---|---|---|",
     ]
-    for name in only:
+    for name in only or METHODS:
         reference = METHODS[name]
         recipe = load_recipe(reference, ["log.activation_statistics=false"])
         tuned = {}
@@ -161,7 +163,7 @@ def compare(shards: Path, out: Path, tokens: int, tuning_tokens: int, seeds: int
     _write(out, lines)
 
 
-def speed(out: Path, sizes: list[str], methods: list[str]) -> None:
+def speed(out: Path, sizes: Sequence[str], methods: Sequence[str] = SPEED_METHODS) -> None:
     """Time the methods, with SwiGLU and with relu², beside hand-written modules."""
     results = Results(out)
     lines = [
