@@ -16,20 +16,21 @@ updates (`act24.tools.sparsity_state`); the graph only reads them.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import fx
 
 from act24.passes.activation_sites import ActivationSite, activation_sites, pads_node
-from act24.passes.base import Match, OperationalPass, PassError, Plan
+from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, PassError, Plan
 from act24.passes.normal_form import replace_node
 from act24.passes.region import Region
 from act24.sparse24 import activation
 from act24.sparse24.activation import Backward, Estimator, Options24
 from act24.sparse24.calibration import CALIBRATION
 from act24.sparse24.feature_wise import TokenPermutation
+from act24.sparse24.products import Product, Table, feed_forward_products
 
 #: Last parts of the names of the buffers.
 SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
@@ -58,6 +59,10 @@ class Activation24(OperationalPass):
         dynamic_steps: optimizer updates between two measurements of soft_dynamic's β; 0 for each update.
         calibration_samples: token rows, without padding, in one measurement, by each process.
         backward, estimator, dense_ratio, token_permutation: as in `act24.sparse24.activation.Options24`.
+        kernels: run on this machine's kernels and 2:4 products where they pay; False for plain PyTorch.
+        recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
+        algorithms: what a tuner found for the products (`act24.sparse24.products`), of no meaning to the
+            mathematics; no key of a recipe.
     """
 
     name: ClassVar[str] = "activation24"
@@ -70,6 +75,9 @@ class Activation24(OperationalPass):
     estimator: Estimator = "masked"
     dense_ratio: float = 0.05
     token_permutation: TokenPermutation = "batch"
+    kernels: bool = True
+    recompute: bool = False
+    algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +112,15 @@ class Activation24(OperationalPass):
 
     def in_evaluation(self) -> Activation24:
         return replace(self, method="naive") if self.draws else self
+
+    def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
+        """The products of a match that can be 2:4 (`act24.sparse24.products`), for micro-batches of so many
+        tokens; none where the activation has no linear on both sides."""
+        site: ActivationSite = match.nodes
+        if not (site.width_in and site.width and site.width_out and self.estimator == "masked"):
+            return ()
+        shape = (tokens, site.width_in, site.width, site.width_out)
+        return tuple(feed_forward_products(*shape, self.backward == "dense").values())
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
@@ -149,6 +166,10 @@ class Activation24(OperationalPass):
                 estimator=self.estimator,
                 dense_ratio=self.dense_ratio,
                 token_permutation=self.token_permutation,
+                kernels=self.kernels,
+                recompute=self.recompute,
+                # Plain tuples: the graph's code has no names for their classes.
+                algorithms=tuple((tuple(product), tuple(measured)) for product, measured in self.algorithms),
             )
             sparse = graph.call_function(activation.activation24, (*linears, *state, options))
             output = graph.call_function(operator.getitem, (sparse, 0))

@@ -44,6 +44,7 @@ class ActivationSite:
         before: the linear that feeds nothing else, or None.
         after: the linear that alone reads it, or None.
         width: number of features, None where no linear tells.
+        width_in, width_out: what `before` reads and `after` writes, None where it is missing.
         parameters: elements in the weights and biases of `before` and `after`.
     """
 
@@ -53,6 +54,8 @@ class ActivationSite:
     before: fx.Node | None
     after: fx.Node | None
     width: int | None
+    width_in: int | None
+    width_out: int | None
     parameters: int
 
     @property
@@ -85,7 +88,11 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
         names = [parameter_name(arg) for n in (before, after) if n is not None for arg in n.args[1:]]
         parameters = sum(region.parameters[name].numel() for name in names if name in region.parameters)
         function = _FUNCTIONS[node.target]
-        yield ActivationSite(site_path(node), node, function, before, after, width, parameters)
+        width_in = None if before is None else _features(region, before, 1)
+        width_out = None if after is None else _features(region, after, 0)
+        yield ActivationSite(
+            site_path(node), node, function, before, after, width, width_in, width_out, parameters
+        )
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from act24.passes.region import Region
 
 
+#: Metadata of a field of a pass that recipes do not name: the shell sets it, or a user in Python.
+PYTHON_ONLY = {"python_only": True}
+
+
 class PassError(Act24Error):
     """A pass that cannot be applied to this model, and why."""
 

@@ -200,6 +200,13 @@ class Pipeline:
         finally:
             self._lower_to(before)
 
+    def exchange_(self, old: OperationalPass, new: OperationalPass) -> None:
+        """Put a pass in the place of another that differs only in how it computes: it has the same matches,
+        buffers and steps."""
+        self._passes = tuple(new if p is old else p for p in self._passes)
+        self._operational = [new if p is old else p for p in self._operational]
+        self._lower_to([new if p is old else p for p in self._active])
+
     @property
     def passes(self) -> tuple[Pass, ...]:
         """All passes, in order."""

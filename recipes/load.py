@@ -11,6 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field
 from dataclasses import fields as dataclass_fields
 from importlib.resources import files
 from pathlib import Path
@@ -89,7 +90,7 @@ def dump_recipe(recipe: Recipe) -> str:
         if isinstance(values, dict):
             lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     for p in recipe.passes:
-        options = {f.name: getattr(p, f.name) for f in dataclass_fields(p)}
+        options = {f.name: getattr(p, f.name) for f in _recipe_fields(type(p))}
         lines += ["", "[[passes]]", f"use = {toml_value(p.name)}"]
         lines += [f"{key} = {toml_value(value)}" for key, value in options.items() if value is not None]
     return "\n".join(lines).lstrip() + "\n"
@@ -209,10 +210,15 @@ def _build_pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
     return None
 
 
+def _recipe_fields(cls: type[Pass]) -> list[Field[Any]]:
+    """The options of a pass that a recipe may name."""
+    return [f for f in dataclass_fields(cls) if not f.metadata.get("python_only")]
+
+
 def _options_model(cls: type[Pass]) -> type[BaseModel]:
     """A pass's dataclass as a strict pydantic model: dataclasses alone would ignore unknown keys."""
     hints = get_type_hints(cls)
-    definitions: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclass_fields(cls)}
+    definitions: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in _recipe_fields(cls)}
     return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=True), **definitions)
 
 

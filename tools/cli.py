@@ -235,16 +235,21 @@ def data_prepare(
 def bench_step(
     recipe: RecipeArgument,
     set_: SetOption = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Another recipe as the other side; --set holds for both.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows a step, in one micro-batch.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn; each side has two turns.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """A whole training step beside the same model written by hand: time, tokens/s, TFLOP/s, memory."""
+    """A whole training step beside the same model written by hand, or beside another recipe's: time,
+    tokens/s, TFLOP/s, memory."""
     from act24.recipes.load import load_recipe
     from act24.tools.bench.step import bench_step as run_bench
     from act24.tools.show import show_step_bench
 
-    show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps), as_json)
+    other = load_recipe(beside, set_ or ()) if beside else None
+    show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps, beside=other), as_json)
 
 
 @bench_app.command("pack")
@@ -267,8 +272,9 @@ def bench_gemm(as_json: JsonOption = False) -> None:
 
 @bench_app.command("ffn")
 def bench_ffn(as_json: JsonOption = False) -> None:
-    """A feed-forward network with 2:4 activations beside the compiled dense one."""
+    """A feed-forward network with 2:4 activations, full and low-rank, beside the compiled dense one."""
     from act24.tools.bench.ffn import bench_ffn as run_bench
+    from act24.tools.bench.ffn import bench_low_rank
     from act24.tools.show import show_bench_rows
 
-    show_bench_rows(run_bench(), as_json)
+    show_bench_rows(run_bench() + bench_low_rank(), as_json)

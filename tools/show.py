@@ -96,7 +96,8 @@ def show_step_bench(result: dict[str, Any], as_json: bool) -> None:
         figures = (f"{side['milliseconds']:.2f}", f"{side['tokens_per_second']:,.0f}")
         table.add_row(side["name"], *figures, f"{side['teraflops']:.0f}", f"{side['peak_gib']:.2f}")
     console.print(table, highlight=False)
-    print(f"rate {result['rate_ratio']:.3f}, memory {result['memory_ratio']:.3f} of the hand-written model")
+    other = result["sides"][1]["name"]
+    print(f"rate {result['rate_ratio']:.3f}, memory {result['memory_ratio']:.3f} of the {other} model")
     print(f"{result['tokens_per_step']:,} tokens a step, {result['gpu']}, torch {result['torch']}")
 
 

@@ -29,6 +29,7 @@ from act24.tools.runs import describe_run, resume_point
 from act24.tools.signals import StopRequest, stop_on_signal
 from act24.tools.statistics import SiteStatistics
 from act24.tools.step import StepResult, TrainingStep, accumulation
+from act24.tools.tuning import tune_
 
 
 class TrainingError(Act24Error):
@@ -114,6 +115,7 @@ class _Run:
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
         self._built: Built = build(recipe, processes.device, self._step, self._column_scores)
         pipeline = self._built.pipeline
+        tune_(pipeline, recipe, processes)
         self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
         self._optimizer: Optimizer = build_optimizer(
             self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes

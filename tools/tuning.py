@@ -1,4 +1,4 @@
-"""The cache of tuned products: which algorithm of cuSPARSELt is fastest for which product on this machine.
+"""Which algorithm of cuSPARSELt is fastest for which product on this machine: measured once, and kept.
 
 One JSON file for all machines, keyed by GPU and library version. The core measures (`products.tuned`) and is
 handed the table (`Options24.algorithms`); this file is all that touches the disk.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.sparse24.products import KINDS, Measured, Product, Table, tuned
+from act24.passes import Activation24, Pipeline
+from act24.recipes.schema import Recipe
+from act24.sparse24.packed_activation import why_never_packed
+from act24.sparse24.products import KINDS, Measured, Product, Table, obstacle, tuned
+from act24.tools.processes import Processes
 
 
 class TuningError(Act24Error):
@@ -58,6 +63,30 @@ def write_table(path: Path, key: str, table: Table) -> None:
         temporary.replace(path)
     except OSError as error:
         raise TuningError(f"cannot write {path}: {error.strerror}") from None
+
+
+def tune_(pipeline: Pipeline, recipe: Recipe, processes: Processes) -> None:
+    """Let the 2:4 activations of a model run on the fastest products for the recipe's micro-batches.
+
+    Where nobody measured those on this machine it takes some seconds. Collective: one process measures, the
+    others read what it found.
+    """
+    if obstacle(processes.device) or recipe.train.dtype == "float32":
+        return
+    from act24.tools.bench.rows import milliseconds
+
+    tokens = recipe.train.batch_size * recipe.data.max_length
+    for mains_turn in (True, False):
+        if processes.is_main is mains_turn:
+            for p in [p for p in pipeline.passes if isinstance(p, Activation24) and p.kernels]:
+                with pipeline.lowered([p]):
+                    products = {q for _, match in pipeline.matches(p) for q in p.products(match, tokens)}
+                possible = [
+                    q for q in sorted(products) if not why_never_packed(q.tokens, q.features, (q.width,))
+                ]
+                table = tuned_table(possible, processes.device, lambda call: milliseconds(call, 30))
+                pipeline.exchange_(p, replace(p, algorithms=table))
+        processes.any(False)  # the others wait here
 
 
 def tuned_table(

@@ -79,6 +79,18 @@ def complement_field(first, second):
 
 
 @jit
+def spread(low, high, first, second, code: tl.constexpr):
+    """The two entries of a packed group at their places among four, as keys."""
+    zero = first & 0
+    return (
+        tl.where(low == 0, first, zero) | code,
+        tl.where(low == 1, first, tl.where(high == 4, second, zero)) | code,
+        tl.where(low == 2, first, tl.where(high == 8, second, zero)) | code,
+        tl.where(high == 12, second, zero) | code,
+    )
+
+
+@jit
 def group_bytes(bytes_of_groups):
     """Bring together what one word of metadata holds.
 

@@ -24,9 +24,10 @@ from act24.kernels.keys import (
     complement_field,
     load_bits,
     sort4,
+    spread,
     upper,
 )
-from act24.kernels.pack_gradient import masked_gradient, spread
+from act24.kernels.pack_gradient import masked_gradient
 
 #: Tile of the result, the step of the reduction, and how many tiles of rows share a strip of the weight.
 ROWS, COLUMNS, INNER, GROUP = 128, 128, 64, 8

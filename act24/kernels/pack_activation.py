@@ -1,8 +1,8 @@
 """Forward: activation, selection and packing along the features in one pass.
 
-Bytes: 2 read and 1.125 written an element (1 more where the slope is kept), nothing else F-wide. A program
-owns a strip of features and walks down some slabs of 64 tokens, so that the counts of a feature stay in
-registers until its end.
+Bytes: 2 read and 1.125 written an element (1 more where the slope is kept, 2 more for the dense form), and
+nothing else as wide as F. A program owns a strip of features and walks down some slabs of 64 tokens, so that
+the counts of a feature stay in registers until its end.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -15,6 +15,7 @@ from act24.kernels.compiler import jit, tl, triton
 from act24.kernels.keys import (
     as_bits,
     as_float,
+    as_signed,
     by_position,
     complement_field,
     load_bits,
@@ -22,6 +23,7 @@ from act24.kernels.keys import (
     one_if_positive,
     round16,
     sort4,
+    spread,
     upper,
 )
 from act24.kernels.random_draw import draw2
@@ -53,6 +55,7 @@ def _pack_activation(
     values,
     metadata,
     slopes,
+    dense,
     counts,
     sums,
     real,
@@ -62,6 +65,7 @@ def _pack_activation(
     FUNCTION: tl.constexpr,
     METHOD: tl.constexpr,
     SLOPE: tl.constexpr,
+    DENSE: tl.constexpr,
     COUNTS: tl.constexpr,
     STATISTICS: tl.constexpr,
     PADS: tl.constexpr,
@@ -137,7 +141,16 @@ def _pack_activation(
                 kept = tl.reshape(tl.join(slope0, slope1), [32, STRIP // 2])
                 tl.store(slopes + target, kept.to(slopes.dtype.element_ty))
             # The lowest two bits of a key are all that this adds up: 4 bits of a byte in each of two rows.
-            fields |= (complement_field(first, second) & 15) << 4 * half
+            field = complement_field(first, second) & 15
+            fields |= field << 4 * half
+            if DENSE:
+                low = field & 3 ^ 3
+                high = field & 12 ^ 12
+                bits0 = as_bits(round16(value0, tl.bfloat16))
+                bits1 = as_bits(round16(value1, tl.bfloat16))
+                y0, y1, y2, y3 = spread(low, high, bits0, bits1, 0)
+                filled = tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [32, STRIP // 2])
+                tl.store(dense + target, as_signed(filled))
             if COUNTS or STATISTICS:
                 weight = tl.full([32, 1], 1.0, tl.float32)
                 if PADS:
@@ -192,6 +205,7 @@ def pack_activation(
     hidden: Tensor,
     packed: Packed24,
     slope: Tensor | None,
+    dense: Tensor | None,
     counts: Tensor | None,
     statistics: bool,
     seed: Tensor | None,
@@ -199,12 +213,14 @@ def pack_activation(
     function: str,
     method: str,
 ) -> Tensor | None:
-    """Launch the kernel: fill `packed`, `slope` and `counts`, and return the sums.
+    """Launch the kernel: fill `packed`, `slope`, `dense` and `counts`, and return
+    the sums.
 
     Args:
         hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
         packed: `[T, F]`, unwritten.
         slope: bfloat16 `[T, F/2]`, unwritten, or None.
+        dense: bfloat16 `[T, F]`, unwritten, for the packed matrix with its zeros, or None.
         counts: int32 `[F]`, zeros, or None; needed for the statistics.
         statistics: whether to count.
         seed: int64 scalar for mvue.
@@ -224,6 +240,7 @@ def pack_activation(
         packed.values,
         packed.metadata.view(torch.int32),
         unused if slope is None else slope,
+        unused if dense is None else dense.view(torch.int32),
         unused if counts is None else counts,
         unused if sums is None else sums,
         unused if real is None else real,
@@ -233,6 +250,7 @@ def pack_activation(
         FUNCTION=function,
         METHOD=method,
         SLOPE=slope is not None,
+        DENSE=dense is not None,
         COUNTS=counts is not None,
         STATISTICS=statistics,
         PADS=real is not None,

@@ -28,6 +28,7 @@ from act24.kernels.keys import (
     metadata_words,
     round16,
     sort4,
+    spread,
     upper,
 )
 from act24.sparse24.packed import Packed24
@@ -50,18 +51,6 @@ def _rotate_left(bits):
 @jit
 def _rotate_right(bits):
     return bits >> 1 | bits << 31
-
-
-@jit
-def spread(low, high, first, second, code: tl.constexpr):
-    """The two entries of a packed group at their places among four, as keys."""
-    zero = first & 0
-    return (
-        tl.where(low == 0, first, zero) | code,
-        tl.where(low == 1, first, tl.where(high == 4, second, zero)) | code,
-        tl.where(low == 2, first, tl.where(high == 8, second, zero)) | code,
-        tl.where(high == 12, second, zero) | code,
-    )
 
 
 @jit

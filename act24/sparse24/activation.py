@@ -221,8 +221,8 @@ def activation24(
     if options.method == "mvue" and seed is None:
         raise ValueError("mvue draws at random: give a seed")
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
-    if not why_not_packed(tensors, options):
-        return packed_activation24(tensors, scale, seed, _real(pads), options)
     if not why_not_narrow(tensors, options):
         return narrow_activation24(tensors, _real(pads), options)
+    if not why_not_packed(tensors, options):
+        return packed_activation24(tensors, scale, seed, _real(pads), options)
     return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]

@@ -1,4 +1,5 @@
-"""`activation24` on packed operands: one pass of a kernel on either way, and four 2:4 products of six.
+"""`activation24` by kernels: one elementwise pass on either way, and four 2:4 products of six where those are
+faster than dense ones; else, with exact weight gradients, the same passes around dense products.
 
 The same function as the reference in `act24.sparse24.activation`, selection for selection; only the rounding
 of sums differs. Saved for backward are x, the weights and the packed activation: 1.125 bytes a feature in
@@ -35,7 +36,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 def why_not_packed(tensors: Tensors, options: Options24) -> str:
-    """The one place that chooses between packed operands and the reference: why it is the reference, in a few
+    """The one place that chooses between the kernels and the reference: why it is the reference, in a few
     words; empty if it is not."""
     x, weight_in, _, weight_out, _ = tensors
     if x is None or weight_in is None or weight_out is None:
@@ -60,14 +61,21 @@ def why_shape_not_packed(
         return "the straight-through gradient is not 2:4"
     if dtype is not torch.bfloat16:
         return f"packed operands are bfloat16, these are {dtype}"
-    if tokens == 0 or tokens % _TILE or features % _TILE:
-        return f"T {tokens} and F {features} have to be multiples of {_TILE}"
-    if width % _LOAD or width_out % _LOAD:
-        return f"widths {width} and {width_out} have to be multiples of {_LOAD}"
+    if reason := why_never_packed(tokens, features, (width, width_out)):
+        return reason
     if reason := obstacle_on(device):
         return reason
-    if not _algorithms(tokens, weight_in, width_out, options):
-        return f"the dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
+    if options.backward != "dense" and not product_algorithms(tokens, weight_in, width_out, options):
+        return f"dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
+    return ""
+
+
+def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str:
+    """What about a shape the kernels cannot take; empty if they can."""
+    if tokens == 0 or tokens % _TILE or features % _TILE:
+        return f"T {tokens} and F {features} have to be multiples of {_TILE}"
+    if any(width % _LOAD for width in widths):
+        return f"widths {', '.join(map(str, widths))} have to be multiples of {_LOAD}"
     return ""
 
 
@@ -77,9 +85,10 @@ def obstacle_on(device: torch.device) -> str:
     return obstacle(device)
 
 
-def _algorithms(
+def product_algorithms(
     tokens: int, weight_in: tuple[int, ...], width_out: int, options: Options24
 ) -> dict[Kind, int]:
+    """The algorithm of each 2:4 product; empty where the kernels work around dense products."""
     features, width = weight_in
     products = feed_forward_products(tokens, width, features, width_out, options.backward == "dense")
     return choose(products, options.algorithms)
@@ -100,18 +109,22 @@ class _PackedActivation24(torch.autograd.Function):
         training: bool,
     ) -> tuple[Tensor, ...]:
         hidden = F.linear(x.reshape(-1, x.shape[-1]), weight_in, bias_in)
-        packed, slope, counts, sums = operators.pack_activation(
+        algorithms = product_algorithms(len(hidden), weight_in.shape, len(weight_out), options)
+        packed, slope, value, counts, sums = operators.pack_activation(
             hidden,
             seed,
             real,
             options.function,
             options.method,
             training and options.method != "naive",
+            not algorithms,
             (training and options.backward == "split_gemm") or options.statistics,
             options.statistics,
         )
-        algorithm = _algorithms(len(hidden), weight_in.shape, len(weight_out), options)["y"]
-        y = operators.product24(packed, weight_out.T, algorithm, False, None, None)
+        if algorithms:
+            y = operators.product24(packed, weight_out.T, algorithms["y"], False, None, None)
+        else:
+            y = F.linear(value, weight_out)
         y = y if scale is None else y * scale.to(y.dtype)
         y = y if bias_out is None else y + bias_out
         return y.view(*x.shape[:-1], len(weight_out)), packed, slope, counts, sums
@@ -134,13 +147,13 @@ class _PackedActivation24(torch.autograd.Function):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_product = grad_rows if scale is None else grad_rows * scale.to(grad_y.dtype)
-        algorithms = _algorithms(len(x), weight_in.shape, len(weight_out), options)
+        algorithms = product_algorithms(len(x), weight_in.shape, len(weight_out), options)
 
         grad_activation = grad_product @ weight_out
         grad_weight_in = grad_weight_out = None
         if options.backward == "dense":
             grad_hidden, value, dense = operators.unpack_gradient(
-                grad_activation, packed, slope, options.function
+                grad_activation, packed, slope, options.function, bool(algorithms)
             )
             grad_weight_in = dense.T @ x if need_weight_in else None
             grad_weight_out = grad_product.T @ value if need_weight_out else None
@@ -163,14 +176,16 @@ class _PackedActivation24(torch.autograd.Function):
                     value_rows, ordered, algorithm, True, value_dense, index
                 )
         grad_x = None
-        if need_x:
+        if need_x and algorithms:
             grad_x = operators.product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
-            grad_x = grad_x.view(shape)
+        elif need_x:
+            grad_x = dense @ weight_in
+        if need_bias_in:  # a pass of its own over all features, for models with biases only
+            grad_rows_in = dense if options.backward == "dense" else unpack(Packed24(grad_hidden))
         return (
-            grad_x,
+            None if grad_x is None else grad_x.view(shape),
             grad_weight_in,
-            # A pass of its own over all features, for models with biases only.
-            unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None,
+            grad_rows_in.sum(0) if need_bias_in else None,
             grad_weight_out,
             grad_rows.sum(0) if need_bias_out else None,
             *(None,) * 5,

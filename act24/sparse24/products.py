@@ -75,8 +75,9 @@ class Measured(NamedTuple):
     dense: float
 
 
-#: By product; as pairs, so that it can be a constant of a graph.
-Table = tuple[tuple[Product, Measured], ...]
+#: `(product, measured)` of each. As pairs, and any tuples will do, so that it can be a constant of a graph,
+#: whose code has no names for the two classes.
+Table = tuple[tuple[tuple[Kind, int, int, int], tuple[int, float, float]], ...]
 
 
 def feed_forward_products(
@@ -104,7 +105,7 @@ def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
         in the table, as far as one can tell from their shapes.
     """
     known = dict(table)
-    measured = {kind: known[product] for kind, product in products.items() if product in known}
+    measured = {kind: Measured(*known[product]) for kind, product in products.items() if product in known}
     if len(measured) == len(products):
         chosen: dict[Kind, int] = {kind: measured[kind].algorithm for kind in products}
         pays = sum(m.sparse for m in measured.values()) < sum(m.dense for m in measured.values())

@@ -63,13 +63,16 @@ def test_equals_the_reference(backward: str, method: str) -> None:
     tensors = network()
     for order, padding in itertools.product(("none", "batch", "sequence"), (None, pads)):
         options = PACKED._replace(method=method, backward=backward, token_permutation=order, statistics=True)
-        assert why_not_packed(tensors, options) == ""
-        ours = outcome(tensors, options, scale, seed, padding)
         expected = outcome(tensors, options._replace(kernels=False), scale, seed, padding)
         token_wise = STATISTICS.index("feature_nonzeros")
-        torch.testing.assert_close(ours.pop(1)[:token_wise], expected.pop(1)[:token_wise])
-        for a, b in zip(ours, expected, strict=True):
-            assert torch.equal(a, b)
+        statistics = expected.pop(1)[:token_wise]
+        # Without a table products so narrow are dense.
+        for table in (FORCED, ()) if backward == "dense" else (FORCED,):
+            assert why_not_packed(tensors, options._replace(algorithms=table)) == ""
+            ours = outcome(tensors, options._replace(algorithms=table), scale, seed, padding)
+            torch.testing.assert_close(ours.pop(1)[:token_wise], statistics)
+            for a, b in zip(ours, expected, strict=True):
+                assert torch.equal(a, b)
 
 
 def test_statistics_along_the_tokens_are_an_estimate_of_the_reference() -> None:
@@ -85,8 +88,7 @@ def test_statistics_along_the_tokens_are_an_estimate_of_the_reference() -> None:
 
 def test_narrow_equals_the_reference() -> None:
     tensors = network(bias=False, exact=True)
-    options = Options24(statistics=True)  # no table: 64 wide products are dense
-    assert "dense products are faster" in why_not_packed(tensors, options)
+    options = Options24(statistics=True)
     assert why_not_narrow(tensors, options) == ""
     expected = outcome(tensors, options._replace(kernels=False))
     for recompute in (False, True):
@@ -102,10 +104,11 @@ def test_narrow_equals_the_reference() -> None:
     [
         (PACKED._replace(backward="sparse"), 1.125 / 4),
         (PACKED._replace(backward="sparse", method="soft_threshold"), 2.125 / 4),
+        (Options24(method="soft_threshold"), 2.125 / 4),
         (Options24(), 1.125 / 4),
         (Options24(recompute=True), 0.0),
     ],
-    ids=["packed", "packed with slope", "narrow", "narrow, made again"],
+    ids=["packed", "packed with slope", "dense products with slope", "narrow", "narrow, made again"],
 )
 def test_what_is_saved_beside_x_and_weights(options: Options24, share: float) -> None:
     """Of the 4 bytes a feature that relu and its square keep in a dense network."""
@@ -124,7 +127,9 @@ def test_what_is_saved_beside_x_and_weights(options: Options24, share: float) ->
 
 
 @pytest.mark.parametrize(
-    "options", [PACKED._replace(backward="split_gemm"), Options24()], ids=["packed", "narrow"]
+    "options",
+    [PACKED._replace(backward="split_gemm"), Options24(method="soft_threshold"), Options24()],
+    ids=["packed", "dense products", "narrow"],
 )
 def test_compiles_without_a_break(options: Options24) -> None:
     tensors = network(bias=False)
@@ -167,6 +172,7 @@ def test_one_sentence_for_each_reason() -> None:
     assert "switched off" in why_not_packed(tensors, PACKED._replace(kernels=False))
     assert "straight-through" in why_not_packed(tensors, PACKED._replace(estimator="ste"))
     assert "bfloat16" in why_not_packed(float32, PACKED)
+    assert "dense products are faster" in why_not_packed(tensors, Options24(backward="sparse"))
     assert "both sides" in why_not_packed((x, None, None, weight_out, None), PACKED)
     assert "multiples of 64" in why_not_packed((x[:1, :10], *tensors[1:]), PACKED)
     assert "multiples of 8" in why_not_packed((*tensors[:3], weight_out[:-3], None), PACKED)
@@ -180,12 +186,12 @@ def test_operators_keep_their_contracts() -> None:
     hidden, grad = torch.randn(2, 128, 64).bfloat16()
     seed, real, order = torch.tensor(3), torch.rand(128) < 0.7, torch.randperm(128)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    arguments = (hidden, seed, real, "relu2", "mvue", True, True, True)
-    packed, slope, _, _ = operators.pack_activation(*arguments)
+    arguments = (hidden, seed, real, "relu2", "mvue", True, True, True, True)
+    packed, slope, _, _, _ = operators.pack_activation(*arguments)
     for operator, inputs in (
         (torch.ops.act24.pack_activation, arguments),
         (torch.ops.act24.pack_gradient, (grad, packed, slope, order, real, torch.tensor([3, 9]), "relu2")),
-        (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2")),
+        (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2", True)),
         (torch.ops.act24.gather_features, (packed, packed, torch.tensor([3, 9]), order, real)),
         (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
         (torch.ops.act24.linear_pack, (hidden, grad, True)),

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+import act24.sparse24.weight_operators  # noqa: F401  (defines pack_weight)
 from act24.sparse24.activation import activation24
 from act24.sparse24.library import REFERENCES
 from act24.sparse24.packed import Packed24, unpack
 from act24.sparse24.packed_activation import why_not_packed
 from act24.sparse24.products import Measured, feed_forward_products, layout_error, relative_error
 from act24.sparse24.token_wise import Options24
+from act24.sparse24.transposable import transposable_mask
 from act24.tools.bench.rows import needed_gpu
 
 Check = tuple[str, Callable[[], float]]  # what, and how far off it is
@@ -65,15 +67,36 @@ def _kernels(device: torch.device) -> Iterator[Check]:
         for function, method in itertools.product(("relu2", "relu"), ("naive", "soft_threshold", "mvue")):
             case = f"{tokens}×{features} {function} {method}"
             slope = method != "naive"
-            arguments = (hidden, seed, real, function, method, slope, True, True)
+            arguments = (hidden, seed, real, function, method, slope, True, True, True)
             yield f"pack_activation {case}", _same("pack_activation", 1, arguments, slope)
-            saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
+            saved, slopes, _, _, _ = REFERENCES["pack_activation"](*arguments)
             slopes = slopes if slope else None
             for where in ((None, None, None), (order, real, index)):
                 arguments = (grad, saved, slopes, *where, function)
                 yield f"pack_gradient {case} {where[0] is not None}", _same("pack_gradient", 3, arguments)
             yield f"unpack_gradient {case}", _same("unpack_gradient", 1, (grad, saved, slopes, function))
             yield f"gather_features {case}", _same("gather_features", 0, (saved, saved, index, order, real))
+
+
+def _narrow_kernels(device: torch.device) -> Iterator[Check]:
+    """Products of multiples of 1/4, which add up exactly in any order, so that selections agree."""
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randint(-2, 3, shape, device=device) / 4).bfloat16()
+
+    for tokens, width, features in ((256, 64, 128), (1024, 256, 4096)):
+        x, weight_in = draw(tokens, width), draw(features, width)
+        grad, weight_out = draw(tokens, width), draw(width, features)
+        case = f"{tokens}×{width}×{features}"
+        for save in (True, False):
+            yield f"linear_pack {case} {save}", _same("linear_pack", 0, (x, weight_in, save))
+        _, values, fields = REFERENCES["linear_pack"](x, weight_in, True)
+        arguments = (grad, weight_out, values, fields)
+        yield f"linear_gradient {case}", _same("linear_gradient", 0, arguments)
+        arguments = (x, weight_in, grad, weight_out)
+        yield f"recompute_gradient {case}", _same("recompute_gradient", 0, arguments)
+        arguments = (weight_in, transposable_mask(weight_in))
+        yield f"pack_weight {case}", _same("pack_weight", 2, arguments)
 
 
 def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Callable[[], float]:
@@ -160,6 +183,7 @@ def main(word: str = "") -> int:
     ]
     # The draw of mvue rounds as the reference does but for the order of a sum.
     checks += [(name, check, 1e-3 if "mvue" in name else 0.0) for name, check in _kernels(device)]
+    checks += [(name, check, 0.0) for name, check in _narrow_kernels(device)]
     checks += [(name, check, 1e-2) for name, check in _operation(device)]
     failed = 0
     checks = [check for check in checks if word in check[0]]

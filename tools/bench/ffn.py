@@ -11,6 +11,7 @@ from torch import Tensor
 
 from act24.relu2 import relu2
 from act24.sparse24.activation import activation24
+from act24.sparse24.packed_activation import packed_activation24
 from act24.sparse24.products import Table, feed_forward_products, tuned
 from act24.sparse24.token_wise import Options24
 from act24.tools.bench.rows import Row, milliseconds, needed_gpu
@@ -148,28 +149,34 @@ def bench_low_rank(shape: tuple[int, int, int, int] = LOW_RANK) -> list[Row]:
     factors = draw(rank, width), draw(features, rank), draw(rank, features), draw(width, rank)
     x, grad = draw(tokens, width), draw(tokens, width).detach()
 
-    def network(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, options: Options24 | None) -> Tensor:
-        narrow = F.linear(x, a)
-        if options is None:
-            narrow = dense_ffn(narrow, b, c)
-        else:
-            narrow, _ = activation24(narrow, b, None, c, None, options=options)
-        return F.linear(narrow, d)
+    def sparse(options: Options24) -> Callable[..., Tensor]:
+        return lambda x, b, c: activation24(x, b, None, c, None, options=options)[0]
 
-    compiled = torch.compile(network, fullgraph=True)
+    modes: dict[str, tuple[Callable[..., Tensor], float | None, float | None]] = {
+        "fast": (sparse(Options24()), 1.30, 0.50),
+        "recompute": (sparse(Options24(recompute=True)), None, 0.10),
+        "kernels around dense products": (
+            lambda x, b, c: packed_activation24((x, b, None, c, None), None, None, None, Options24())[0],
+            None,
+            None,
+        ),
+        "masked in plain PyTorch": (sparse(Options24(kernels=False)), None, None),
+    }
 
-    def training(options: Options24 | None) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(compiled(x, *factors, options), (x, *factors), grad)
+    def network(inner: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        a, b, c, d = factors
+        return lambda: F.linear(inner(F.linear(x, a), b, c), d)
+
+    def training(inner: Callable[..., Tensor]) -> float:
+        compiled = torch.compile(network(inner), fullgraph=True)
+        return milliseconds(lambda: torch.autograd.grad(compiled(), (x, *factors), grad), 200)
 
     name = f"{tokens}×{width}×{rank}×{features}"
-    modes = {"fast": (Options24(), 0.50), "recompute": (Options24(recompute=True), 0.10)}
-    other, kept = milliseconds(training(None), 200), saved_bytes(lambda: network(x, *factors, None), *factors)
+    other, kept = training(dense_ffn), saved_bytes(network(dense_ffn), *factors)
     rows = []
-    for mode, (options, bar) in modes.items():
-        ours = milliseconds(training(options), 200)
-        speed = 1.30 if mode == "fast" else None
+    for mode, (inner, speed, bar) in modes.items():
         title = f"low-rank FFN forward + backward, {mode}, {name}"
-        rows.append(Row(title, ours, other, "ms", speed, "compiled dense relu²"))
-        ours = saved_bytes(lambda options=options: network(x, *factors, options), *factors)
+        rows.append(Row(title, training(inner), other, "ms", speed, "compiled dense relu²"))
+        ours = saved_bytes(network(inner), *factors)
         rows.append(Row(f"low-rank FFN bytes saved, {mode}, {name}", ours, kept, "bytes", bar, "dense relu²"))
     return rows

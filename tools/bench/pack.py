@@ -32,9 +32,11 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
     index = torch.randperm(hidden.shape[1], device=hidden.device)[: hidden.shape[1] // 20]
     copy = elements * 4 / milliseconds(lambda: target.copy_(hidden)) / 1e6
 
-    def forward(counts: bool, statistics: bool, method: str = "naive", slope: bool = False) -> tuple:
+    def forward(
+        counts: bool, statistics: bool, method: str = "naive", slope: bool = False, fill: bool = False
+    ) -> tuple:
         seed = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        return operators.pack_activation(hidden, seed, None, "relu2", method, slope, counts, statistics)
+        return operators.pack_activation(hidden, seed, None, "relu2", method, slope, fill, counts, statistics)
 
     saved, *_ = forward(False, False)
     dense = unpack(Packed24(saved))
@@ -42,17 +44,22 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
     def backward(order: Tensor | None, index: Tensor | None = None) -> tuple:
         return operators.pack_gradient(grad, saved, None, order, None, index, "relu2")
 
+    def unpacked(pack_too: bool) -> tuple:
+        return operators.unpack_gradient(grad, saved, None, "relu2", pack_too)
+
     masked, *_ = backward(None)
     passes = [
         ("along features", 3.125, 0.85, lambda: forward(False, False)),
         ("along features, counts", 3.125, None, lambda: forward(True, False)),
         ("along features, statistics", 3.125, None, lambda: forward(True, True)),
+        ("along features, dense too", 5.125, None, lambda: forward(False, False, fill=True)),
         ("along features, soft threshold", 4.125, None, lambda: forward(True, False, "soft_threshold", True)),
         ("along features, mvue", 4.125, None, lambda: forward(True, False, "mvue", True)),
         ("both ways (dZ and the activation)", 6.5, 0.70, lambda: backward(None)),
         ("both ways, tokens permuted", 6.5, None, lambda: backward(order)),
         ("both ways, 5% of the features dense too", 6.7, None, lambda: backward(None, index)),
-        ("dense weight gradients", 8.25, None, lambda: operators.unpack_gradient(grad, saved, None, "relu2")),
+        ("dense weight gradients", 8.25, None, lambda: unpacked(True)),
+        ("dense products", 7.125, None, lambda: unpacked(False)),
         (
             "5% of the features",
             2.25,

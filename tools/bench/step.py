@@ -1,4 +1,5 @@
-"""`act24 bench step`: a whole training step, ours beside the same model written by hand, in one run.
+"""`act24 bench step`: a whole training step, ours beside the same model written by hand or beside another
+recipe, in one run.
 
 Both sides train on the same random tokens with the same optimizer and loss. They are built, warmed up, timed
 and freed in turn, twice, and the medians are over all steps of both turns: a machine that drifts moves both.
@@ -39,6 +40,7 @@ from act24.tools.data import Batch
 from act24.tools.optimizers import build_optimizer
 from act24.tools.processes import Processes
 from act24.tools.step import TrainingStep, uses_compile
+from act24.tools.tuning import tune_
 
 _WARMUP = 5
 
@@ -63,11 +65,16 @@ class StepTiming:
     peak_gib: float
 
 
-def bench_step(recipe: Recipe, rows: int, steps: int, turns: int = 2) -> dict[str, Any]:
+def bench_step(
+    recipe: Recipe, rows: int, steps: int, turns: int = 2, beside: Recipe | None = None
+) -> dict[str, Any]:
     """Time one step of `recipe` with `rows` rows, at the step where most passes are in force.
 
+    Args:
+        beside: the other side; None for the same model without 2:4, written by hand.
+
     Returns:
-        JSON values: both sides, the ratio of their rates (ours over hand-written), machine and versions.
+        JSON values: both sides, the ratio of their rates (the recipe's over the other), machine and versions.
 
     Raises:
         Act24Error: no hand-written form of this recipe, or no GPU.
@@ -75,42 +82,57 @@ def bench_step(recipe: Recipe, rows: int, steps: int, turns: int = 2) -> dict[st
     if not torch.cuda.is_available():
         raise Act24Error("bench step times a GPU, and there is none here")
     device = torch.device("cuda", torch.cuda.current_device())
-    train = recipe.train.model_copy(update={"batch_size": rows, "total_batch_size": rows})
-    recipe = recipe.model_copy(update={"train": train})
+    recipe = _with_rows(recipe, rows)
     config = model_config(recipe)
-    handwritten = _handwritten_form(recipe, config)
-    sides: dict[str, Callable[[], Callable[[Batch], None]]] = {
-        "act24": lambda: _traced(recipe, device),
-        "hand-written": lambda: _handwritten(recipe, handwritten, device),
-    }
+    sides: dict[str, Callable[[], Callable[[Batch], None]]] = {"act24": lambda: _traced(recipe, device)}
+    flops = {"act24": _flops_per_token(recipe, config)}
+    if beside is None:
+        handwritten = _handwritten_form(recipe, config)
+        sides["hand-written"] = lambda: _handwritten(recipe, handwritten, device)
+        flops["hand-written"] = flops["act24"]
+    else:
+        other = _with_rows(beside, rows)
+        if (other.data.max_length, model_config(other).vocab_size) != (
+            recipe.data.max_length,
+            config.vocab_size,
+        ):
+            raise Act24Error("bench step compares recipes of one sequence length and one vocabulary")
+        sides["beside"] = lambda: _traced(other, device)
+        flops["beside"] = _flops_per_token(other, model_config(other))
     times: dict[str, list[float]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
     for _ in range(turns):
         for name, make in sides.items():
-            step = make()
-            times[name] += _time(step, config.vocab_size, rows, recipe.data.max_length, steps)
-            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
-            del step
-            gc.collect()
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
+            taken, peak = _time(make, config.vocab_size, rows, recipe.data.max_length, steps)
+            times[name] += taken
+            peaks[name] = max(peaks[name], peak)
     tokens = rows * recipe.data.max_length
-    flops = tokens * _flops_per_token(recipe, config)
     results = []
     for name in sides:
         seconds = statistics.median(times[name])
         results.append(
-            StepTiming(name, 1e3 * seconds, tokens / seconds, flops / seconds / 1e12, peaks[name] / 2**30)
+            StepTiming(
+                name,
+                1e3 * seconds,
+                tokens / seconds,
+                tokens * flops[name] / seconds / 1e12,
+                peaks[name] / 2**30,
+            )
         )
-    ours, other = results
+    ours, others = results
     return {
         "sides": [asdict(side) for side in results],
-        "rate_ratio": ours.tokens_per_second / other.tokens_per_second,
-        "memory_ratio": ours.peak_gib / other.peak_gib,
+        "rate_ratio": ours.tokens_per_second / others.tokens_per_second,
+        "memory_ratio": ours.peak_gib / others.peak_gib,
         "tokens_per_step": tokens,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
+
+
+def _with_rows(recipe: Recipe, rows: int) -> Recipe:
+    train = recipe.train.model_copy(update={"batch_size": rows, "total_batch_size": rows})
+    return recipe.model_copy(update={"train": train})
 
 
 def _handwritten_form(recipe: Recipe, config: LlamaConfig) -> Callable[[], Handwritten]:
@@ -168,6 +190,7 @@ def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
     processes = Processes(0, 1, device)
     sparse_from = max((getattr(p, "from_step", 0) for p in recipe.passes), default=0)
     built = _unset(recipe, device, sparse_from)
+    tune_(built.pipeline, recipe, processes)
     step = TrainingStep(built.model, recipe.train, processes)
     optimizer = build_optimizer(built.model, recipe.optimizer, pipeline=built.pipeline)
 
@@ -213,8 +236,20 @@ def _handwritten(
     return step
 
 
-def _time(step: Callable[[Batch], None], vocabulary: int, rows: int, length: int, steps: int) -> list[float]:
-    """Seconds of each step, by events: a batch of fresh random tokens each time."""
+def time_recipe(recipe: Recipe, rows: int, steps: int) -> tuple[float, float]:
+    """Median seconds of one step of a recipe, as `bench_step` has it, and its peak memory in GiB."""
+    recipe, device = _with_rows(recipe, rows), torch.device("cuda", torch.cuda.current_device())
+    vocabulary, length = model_config(recipe).vocab_size, recipe.data.max_length
+    taken, peak = _time(lambda: _traced(recipe, device), vocabulary, rows, length, steps)
+    return statistics.median(taken), peak / 2**30
+
+
+def _time(
+    make: Callable[[], Callable[[Batch], None]], vocabulary: int, rows: int, length: int, steps: int
+) -> tuple[list[float], int]:
+    """Build, warm up, time and free: seconds of each step, by events, a batch of fresh random tokens each
+    time; and the most bytes allocated."""
+    step = make()
     batches = [
         Batch(torch.randint(vocabulary, (rows, length)), torch.randint(vocabulary, (rows, length)))
         for _ in range(4)
@@ -229,7 +264,12 @@ def _time(step: Callable[[Batch], None], vocabulary: int, rows: int, length: int
         step(batches[index % len(batches)])
         marks[index + 1].record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+    peak = torch.cuda.max_memory_allocated()
+    del step
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)], peak
 
 
 def _flops_per_token(recipe: Recipe, config: LlamaConfig) -> float:

@@ -29,16 +29,16 @@ def awkward(tokens: int, features: int, seed: int = 0) -> Tensor:
 
 def run(
     hidden: Tensor, real: Tensor | None, function: str, method: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel: the activation, its slope, the counts and the sums."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernel: the activation, its slope, the activation with its zeros, the counts and the sums."""
     tokens, features = hidden.shape
     packed = Packed24(empty_packed(tokens, features, hidden).fill_(7))
     slope = hidden.new_full((tokens, features // 2), 7)
-    counts = hidden.new_zeros(features, dtype=torch.int32)
+    dense, counts = torch.full_like(hidden, 7), hidden.new_zeros(features, dtype=torch.int32)
     seed = torch.tensor(SEED)
-    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, function, method)
+    sums = pack_activation(hidden, packed, slope, dense, counts, True, seed, real, function, method)
     assert sums is not None
-    return unpack(packed), dense_slope(slope, packed), counts, sums
+    return unpack(packed), dense_slope(slope, packed), dense, counts, sums
 
 
 def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
@@ -48,11 +48,11 @@ def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
 
 def reference(
     hidden: Tensor, real: Tensor | None, function: str, method: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed, slope, counts, sums = REFERENCES["pack_activation"](
-        hidden, torch.tensor(SEED), real, function, method, True, True, True
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    packed, slope, dense, counts, sums = REFERENCES["pack_activation"](
+        hidden, torch.tensor(SEED), real, function, method, True, True, True, True
     )
-    return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), counts, sums
+    return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), dense, counts, sums
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64 * 9, 64), (128, 192)])
@@ -63,9 +63,9 @@ def test_equals_the_reference(function: str, method: str, shape: tuple[int, int]
     hidden = awkward(*shape)
     for real in (None, torch.rand(shape[0]) < 0.8):
         ours, expected = run(hidden, real, function, method), reference(hidden, real, function, method)
-        for a, b in zip(ours[:3], expected[:3], strict=True):
+        for a, b in zip(ours[:4], expected[:4], strict=True):
             assert torch.equal(a, b)
-        torch.testing.assert_close(ours[3], expected[3], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(ours[4], expected[4], rtol=1e-2, atol=1e-2)
 
 
 VALUES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0078125, 3.0e15])
@@ -76,7 +76,7 @@ VALUES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0078125, 3.0e15])
 def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: str) -> None:
     hidden = torch.tensor(values).repeat(64 * 64)[: 64 * 64].view(64, 64).bfloat16()
     for a, b in zip(
-        run(hidden, None, function, method)[:3], reference(hidden, None, function, method)[:3], strict=True
+        run(hidden, None, function, method)[:4], reference(hidden, None, function, method)[:4], strict=True
     ):
         assert torch.equal(a, b)
 
@@ -97,5 +97,5 @@ def test_no_negative_zero_comes_out() -> None:
     """Backward sorts bit patterns, where -0 would be the largest."""
     hidden = torch.full((64, 64), -1.0).bfloat16()
     packed = Packed24(empty_packed(64, 64, hidden))
-    pack_activation(hidden, packed, None, None, False, None, None, "relu2", "naive")
+    pack_activation(hidden, packed, None, None, None, False, None, None, "relu2", "naive")
     assert not packed.values.view(torch.int16).any()
