@@ -190,8 +190,9 @@ def materialise(
     values: dict[str, Tensor] = dict(old)
     with torch.no_grad():
         for new in region.created:
-            sources = {name: values.pop(name) for name in new.sources}
-            if not any(tensor.is_meta for tensor in sources.values()):
+            # On the meta device what an earlier pass created has no value.
+            sources = {name: values.pop(name) for name in new.sources if name in values}
+            if len(sources) == len(new.sources) and not any(t.is_meta for t in sources.values()):
                 if new.scored:
                     scores = column_scores or {}
                     sources |= {column_scores_key(n): scores[region.name(n)] for n in new.sources}

@@ -104,8 +104,9 @@ def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
         the algorithm of each; empty where the dense ones are faster, as measured, or, where they are not all
         in the table, as far as one can tell from their shapes.
     """
-    known = dict(table)
-    measured = {kind: Measured(*known[product]) for kind, product in products.items() if product in known}
+    # As plain tuples: to torch.compile a named tuple is another key than the tuple it equals.
+    known = {tuple(product): measured for product, measured in table}
+    measured = {kind: Measured(*known[tuple(p)]) for kind, p in products.items() if tuple(p) in known}
     if len(measured) == len(products):
         chosen: dict[Kind, int] = {kind: measured[kind].algorithm for kind in products}
         pays = sum(m.sparse for m in measured.values()) < sum(m.dense for m in measured.values())

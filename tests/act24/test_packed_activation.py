@@ -145,6 +145,29 @@ def test_compiles_without_a_break(options: Options24) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_compiled_graph_has_the_products_of_the_table(named: bool) -> None:
+    """To torch.compile a tuple and the named tuple that equals it are different keys: with either kind of
+    table the graph has the operators, not the reference."""
+    table = FORCED if named else tuple((tuple(product), tuple(measured)) for product, measured in FORCED)
+    targets: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs = (m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule))
+        targets.extend(str(node.target) for graph in graphs for node in graph.nodes)
+        return module
+
+    torch._dynamo.reset()
+    options = Options24(backward="split_gemm", algorithms=table)
+    compiled = torch.compile(
+        lambda *tensors: activation24(*tensors, options=options)[0], backend=backend, fullgraph=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(*(None if t is None else t.detach().float().requires_grad_() for t in network(bias=False)))
+    assert "act24.pack_activation" in targets
+    assert "act24.product24" in targets
+
+
 def test_recomputation_draws_the_same() -> None:
     """Activation checkpointing runs forward twice; mvue's draw is a function of its seed."""
     tensors = network()

@@ -8,7 +8,7 @@ from toys import features, llama, tokens
 
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM, llama_config
-from act24.passes import Cola, LowRank, PassError, Pipeline, Relu2FFN, apply_, plan
+from act24.passes import Cola, Lost, LowRank, PassError, Pipeline, Relu2FFN, apply_, plan
 from act24.passes.linear_sites import FactorisingPass
 
 #: Millions of parameters: dense, and with LORO's or CoLA's factors of the published rank.
@@ -33,6 +33,19 @@ def test_parameters_are_as_many_as_published(size, method):
     assert round(report.parameters_before / 1e6, 2) == dense
     assert round(report.parameters_after / 1e6, 2) == factorised
     assert len(report.rows) == 7 * llama_config(f"llama-{size}").num_hidden_layers
+
+
+@pytest.mark.parametrize("method", [LowRank, Cola, Lost])
+def test_a_checkpoint_loads_into_factors_of_what_relu2_made(method):
+    """As `act24.load` does it: on the meta device, where what the first pass creates has no value."""
+    passes = [Relu2FFN(), method(attn_rank=4, mlp_rank=6)]
+    model = llama()
+    apply_(model, passes)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(llama().config)
+    apply_(empty, passes)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(tokens()), model(tokens()))
 
 
 def test_the_model_computes_with_the_product():

@@ -170,7 +170,9 @@ def test_cusolver_decomposes_a_stack(dtype, size):
     scale = values.amax().item()
     tolerance = {"rtol": 0, "atol": 100 * torch.finfo(dtype).eps * scale}
     torch.testing.assert_close(matrices @ vectors, vectors * values[:, None], **tolerance)
-    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrices), **tolerance)
+    # In float64: PyTorch's own in float32 is off by ten times that tolerance at 512.
+    expected = torch.linalg.eigvalsh(matrices.double()).to(dtype)
+    torch.testing.assert_close(values, expected, **tolerance)
     identity = torch.eye(size, dtype=dtype, device="cuda").expand_as(matrices)
     torch.testing.assert_close(vectors.mT @ vectors, identity, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
 

@@ -7,6 +7,7 @@ Prints what failed, and leaves with status 1 then.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -74,7 +75,10 @@ def _kernels(device: torch.device) -> Iterator[Check]:
             for where in ((None, None, None), (order, real, index)):
                 arguments = (grad, saved, slopes, *where, function)
                 yield f"pack_gradient {case} {where[0] is not None}", _same("pack_gradient", 3, arguments)
-            yield f"unpack_gradient {case}", _same("unpack_gradient", 1, (grad, saved, slopes, function))
+            yield (
+                f"unpack_gradient {case}",
+                _same("unpack_gradient", 1, (grad, saved, slopes, function, True)),
+            )
             yield f"gather_features {case}", _same("gather_features", 0, (saved, saved, index, order, real))
 
 
@@ -88,11 +92,22 @@ def _narrow_kernels(device: torch.device) -> Iterator[Check]:
         x, weight_in = draw(tokens, width), draw(features, width)
         grad, weight_out = draw(tokens, width), draw(width, features)
         case = f"{tokens}×{width}×{features}"
-        for save in (True, False):
-            yield f"linear_pack {case} {save}", _same("linear_pack", 0, (x, weight_in, save))
-        _, values, fields = REFERENCES["linear_pack"](x, weight_in, True)
-        arguments = (grad, weight_out, values, fields)
-        yield f"linear_gradient {case}", _same("linear_gradient", 0, arguments)
+        yield f"linear_pack {case}", _same("linear_pack", 0, (x, weight_in, False))
+        # What is saved is compared by what backward makes of it: see `_mismatch`.
+        expected = REFERENCES["linear_gradient"](
+            grad, weight_out, *REFERENCES["linear_pack"](x, weight_in, True)[1:]
+        )
+
+        def both_ways(
+            x: Tensor = x, weight_in: Tensor = weight_in, expected: tuple = expected, **others: Tensor
+        ) -> float:
+            _, *saved = torch.ops.act24.linear_pack(x, weight_in, True)
+            return _mismatch(torch.ops.act24.linear_gradient(*others.values(), *saved), expected, 0, False)
+
+        yield (
+            f"linear_pack, linear_gradient {case}",
+            functools.partial(both_ways, grad=grad, weight_out=weight_out),
+        )
         arguments = (x, weight_in, grad, weight_out)
         yield f"recompute_gradient {case}", _same("recompute_gradient", 0, arguments)
         arguments = (weight_in, transposable_mask(weight_in))
@@ -134,6 +149,12 @@ def _operation(device: torch.device) -> Iterator[Check]:
         if reason := why_not_packed(leaves, options):
             raise SystemExit(f"the operation runs on the reference: {reason}")
         yield f"operation {case} eager", lambda run=run, o=options, e=error: e(lambda: run(o))
+        if backward == "dense":
+            around = options._replace(algorithms=())  # too narrow to pay without a table
+            yield (
+                f"operation {case} around dense products",
+                lambda run=run, o=around, e=error: e(lambda: run(o)),
+            )
         if method == "naive":
             compiled = torch.compile(activation24, fullgraph=True)
             yield (

@@ -1,10 +1,10 @@
 """2:4 activations beside dense training, and every part of the recipe taken away in turn.
 
-    python -m act24.tools.experiments.activation24 run SHARDS OUT [--tokens 100000000] [--gpus 8]
+    python -m act24.tools.experiments.activation24 run SHARDS OUT [--tokens 100000000] [--gpus 4] [--each 2]
     python -m act24.tools.experiments.activation24 report OUT
 
 `run` trains the 130m variants below on token shards (`act24 data prepare`), all with the same tokens,
-batches, learning rate and schedule, one process a GPU, and writes OUT/<variant>-seed<k>.json as each ends;
+batches, learning rate and schedule, and writes OUT/<variant>-seed<k>.json as each ends;
 what is there already is not run again. `report` makes OUT/results.md of them, and pictures where matplotlib
 is installed.
 """
@@ -174,19 +174,19 @@ def result_file(out: Path, name: str, seed: int) -> Path:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Work off the runs, one process a GPU; no new one begins that would likely not end in time."""
+    """Work off the runs, one process each; no new one begins that would likely not end in time."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     names = arguments.only or list(VARIANTS)
     queue = [
         (name, seed)
-        for seed in range(max(VARIANTS[name].seeds for name in names))
+        for seed in range(arguments.seeds)
         for name in names
         if seed < VARIANTS[name].seeds and not result_file(arguments.out, name, seed).exists()
     ]
     began, longest = time.monotonic(), 0.0
     working: dict[int, tuple[subprocess.Popen[bytes], float, str]] = {}
     while queue or working:
-        for slot in range(arguments.gpus):
+        for slot in range(arguments.gpus * arguments.each):
             if slot in working:
                 process, since, label = working[slot]
                 if process.poll() is None:
@@ -215,7 +215,9 @@ def _start(arguments: argparse.Namespace, name: str, seed: int, slot: int) -> su
     command += ["--tokens", str(arguments.tokens), "--rows", str(arguments.rows)]
     command += [word for override in arguments.set for word in ("--set", override)]
     log = result_file(arguments.out, name, seed).with_suffix(".log").open("wb")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(slot)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(index) for index in range(arguments.gpus)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices[slot % arguments.gpus]}
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -250,6 +252,8 @@ def main(words: Sequence[str] | None = None) -> None:
         )
         if name == "run":
             command.add_argument("--gpus", type=int, default=1)
+            command.add_argument("--each", type=int, default=1, help="runs at a time on a GPU, taking turns")
+            command.add_argument("--seeds", type=int, default=2, help="at most")
             command.add_argument("--minutes", type=float, default=1e9)
             command.add_argument("--only", nargs="+", choices=list(VARIANTS))
         command.set_defaults(run=function)

@@ -33,11 +33,11 @@ def write_report(out: Path, order: Sequence[str]) -> None:
 
 
 def _table(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
-    bar = _loss(by_name.get("dense relu2", []))
+    bars = {name: _loss(by_name.get(name, [])) for name in ("dense relu2", "dense SwiGLU")}
     head = (
         "variant",
         "held-out loss (each seed)",
-        "beside dense relu2",
+        "beside dense relu2 (weight24: SwiGLU)",
         "same weights, dense",
         "zeros",
         "dropped energy, forward / weight gradients",
@@ -47,7 +47,7 @@ def _table(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in by_name.items():
-        loss = _loss(runs)
+        loss, bar = _loss(runs), bars["dense SwiGLU" if name.startswith("weight24") else "dense relu2"]
         difference = f"{loss / bar - 1:+.2%}" if loss and bar else ""
         dense = [run["forms"]["dense"] for run in runs if "forms" in run and "2:4" in run["forms"]]
         dropped = (_last(runs, "dropped_energy/mean"), _last(runs, "feature_dropped_energy/mean"))

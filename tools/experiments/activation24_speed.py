@@ -37,12 +37,16 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
+_WIDE = ("model.preset=llama-7b", "model.num_hidden_layers=4", "data.max_length=2048")
 SIZES = {
     "60m": Size("60m", 256),
     "130m": Size("130m", 256),
     "350m": Size("350m", 128),
     "1b": Size("1b", 64),
-    "7b width": Size("1b", 8, ("model.preset=llama-7b", "model.num_hidden_layers=4", "data.max_length=2048")),
+    "7b width": Size("1b", 8, _WIDE),
+    # The bars of these two were set with parameters in bfloat16.
+    "1b in bfloat16": Size("1b", 64, ("train.dtype=bfloat16",)),
+    "7b width in bfloat16": Size("1b", 8, (*_WIDE, "train.dtype=bfloat16")),
 }
 
 
@@ -92,17 +96,22 @@ def _with_and_without(size: str, recipe: str, backwards: Sequence[Backward]) -> 
     return [Comparison(Model(size, recipe, b), Model(size, recipe), rate=0.98) for b in backwards]
 
 
+_WIDE_BF16, _1B_BF16 = "7b width in bfloat16", "1b in bfloat16"
 COMPARISONS = [
-    Comparison(Model("7b width", "relu2-act24", "split_gemm"), Model("7b width", "dense"), rate=1.12),
-    Comparison(Model("1b", "cola-relu2-act24", "split_gemm"), Model("1b", "dense"), rate=1.95, memory=0.80),
-    *_with_and_without("7b width", "relu2-act24", ("split_gemm", "dense")),
-    *_with_and_without("1b", "relu2-act24", ("split_gemm", "dense")),
-    *_with_and_without("1b", "cola-relu2-act24", ("split_gemm", "dense")),
-    *_with_and_without("350m", "relu2-act24", ("split_gemm", "dense")),
+    Comparison(Model(_WIDE_BF16, "relu2-act24", "split_gemm"), Model(_WIDE_BF16, "dense"), rate=1.12),
+    Comparison(
+        Model(_1B_BF16, "cola-relu2-act24", "split_gemm"), Model(_1B_BF16, "dense"), rate=1.95, memory=0.80
+    ),
+    *_with_and_without(_WIDE_BF16, "relu2-act24", ("split_gemm",)),
+    *_with_and_without(_1B_BF16, "cola-relu2-act24", ("split_gemm",)),
+    *_with_and_without("60m", "relu2-act24", ("dense",)),
     *_with_and_without("130m", "relu2-act24", ("split_gemm", "dense")),
-    *_with_and_without("60m", "relu2-act24", ("split_gemm", "dense")),
+    *_with_and_without("350m", "relu2-act24", ("split_gemm", "dense")),
+    *_with_and_without("1b", "relu2-act24", ("split_gemm",)),
+    *_with_and_without("7b width", "relu2-act24", ("split_gemm",)),
     *_with_and_without("350m", "loro-relu2-act24", ("dense",)),
     *_with_and_without("130m", "cola-relu2-act24", ("dense",)),
+    *_with_and_without("1b", "cola-relu2-act24", ("split_gemm",)),
 ]
 
 
