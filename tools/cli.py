@@ -31,6 +31,9 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+#: What `probe-decay` tries: λ of the scripts of arXiv 2404.01847, 6e-5 and 2e-4, and one on each side.
+DECAYS = [2e-5, 6e-5, 2e-4, 6e-4]
+
 
 def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
@@ -126,6 +129,38 @@ def plan(
     from act24.tools.show import show_plan
 
     show_plan(load_recipe(recipe, set_ or ()), as_json)
+
+
+@app.command("probe-decay")
+def probe_decay(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    decay: Annotated[list[float], typer.Option(help="A λ to try. Repeatable.")] = DECAYS,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimizer steps a run; default ten times mask_every.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
+) -> None:
+    """Which λ of weight24's masked decay to take: a short run each, by flip rates beside dense training."""
+    import json
+
+    from act24.recipes.load import load_recipe
+    from act24.tools.decay_probe import BOUNDS, default_steps, probe_decays, verdict
+    from act24.tools.processes import own_rank
+
+    def say(line: str) -> None:
+        if own_rank() == 0:
+            print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    loaded = load_recipe(recipe, set_ or ())
+    steps = steps or default_steps(loaded)
+    probes = probe_decays(loaded, decay, steps, say)
+    say(verdict(probes))
+    if as_json and own_rank() == 0:
+        runs = [probe.as_dict() for probe in probes]
+        result = {"steps": steps, "bounds": BOUNDS, "runs": runs, "verdict": verdict(probes)}
+        print(json.dumps(result, indent=1))
 
 
 @app.command()

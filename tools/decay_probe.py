@@ -7,8 +7,10 @@ are from memory of that paper and not checked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from act24.errors import Act24Error
 from act24.passes import Weight24
@@ -46,6 +48,13 @@ class Probe:
         """Whether the ratio lies within `BOUNDS`."""
         return BOUNDS[0] <= self.ratio <= BOUNDS[1]
 
+    def as_dict(self) -> dict[str, Any]:
+        values = {
+            name: None if value is None or not math.isfinite(value) else value  # JSON has no nan
+            for name, value in asdict(self).items()
+        }
+        return values | {"healthy": None if self.decay is None else self.healthy}
+
 
 def probe_decays(
     recipe: Recipe, decays: Sequence[float], steps: int, say: Callable[[str], None] = print
@@ -61,20 +70,23 @@ def probe_decays(
         dense first, then in the order of `decays`. Writes no files.
 
     Raises:
-        Act24Error: the recipe has no such pass, or `steps` covers fewer than two renewals in its second half.
+        Act24Error: the recipe has no such pass, a λ is below 0, or `steps` covers fewer than two renewals in
+            its second half.
     """
-    sparse = next((p for p in recipe.passes if isinstance(p, Weight24)), None)
-    if sparse is None or sparse.method not in ("transposable", "sr_ste"):
-        raise Act24Error("probing the decay needs a recipe with weight24, method transposable or sr_ste")
+    sparse = _probed(recipe)
     every = sparse.mask_every if sparse.method == "transposable" else 1
     if steps < 4 * every:
         raise Act24Error(
             f"{steps} steps are too few: masks are renewed every {every}, take {4 * every} or more"
         )
+    # All of them before the first run: a λ that is refused costs nothing.
+    variants = [
+        (decay, replace(sparse, decay=decay or 0.0, from_step=0, until_step=None))
+        for decay in (None, *decays)
+    ]
     probes: list[Probe] = []
     with open_processes() as processes:
-        for decay in (None, *decays):
-            probed = replace(sparse, decay=decay or 0.0, from_step=0, until_step=None)
+        for decay, probed in variants:
             passes = tuple(probed if p is sparse else p for p in recipe.passes)
             varied = recipe.model_copy(update={"passes": passes})
             rate, loss = _run(varied, probed, steps, decay is None, processes)
@@ -93,6 +105,50 @@ def describe(probe: Probe) -> str:
         f"λ = {probe.decay:g}: flip rate {probe.flip_rate:.3e}, μ = {probe.ratio:.3f} ({verdict} "
         f"{BOUNDS[0]:.2f} to {BOUNDS[1]:.2f}), loss {probe.loss:.4f}"
     )
+
+
+def verdict(probes: Sequence[Probe]) -> str:
+    """Which λ to take, or where to look for one: flip rates fall as λ grows.
+
+    Args:
+        probes: of `probe_decays`, with one λ or more.
+    """
+    if probes[0].flip_rate == 0:
+        return "dense training flipped nothing in its second half, so μ says nothing: take more steps"
+    within = f"within {BOUNDS[0]:.2f} to {BOUNDS[1]:.2f}"
+    sparse = [(probe.decay, probe) for probe in probes if probe.decay is not None]
+    healthy = [f"{decay:g}" for decay, probe in sparse if probe.healthy]
+    if healthy:
+        return f"μ is {within} for λ = {', '.join(healthy)}"
+    restless = max((decay for decay, probe in sparse if probe.ratio > BOUNDS[1]), default=None)
+    frozen = min((decay for decay, probe in sparse if probe.ratio < BOUNDS[0]), default=None)
+    if frozen is None:
+        return f"no μ is {within}, masks flip too often: try λ above {restless:g}"
+    if restless is None and frozen > 0:
+        return f"no μ is {within}, masks flip too seldom: try λ below {frozen:g}"
+    if restless is not None and restless < frozen:
+        return f"no μ is {within}: try λ between {restless:g} and {frozen:g}"
+    return f"no μ is {within}, nor does it fall from about 1 as λ grows: take more steps"
+
+
+def default_steps(recipe: Recipe) -> int:
+    """Enough for five renewals in the second half of a run.
+
+    Raises:
+        Act24Error: the recipe has no pass to probe.
+    """
+    return 10 * _probed(recipe).mask_every
+
+
+def _probed(recipe: Recipe) -> Weight24:
+    sparse = next((p for p in recipe.passes if isinstance(p, Weight24)), None)
+    if sparse is None or sparse.method not in ("transposable", "sr_ste"):
+        found = f"method {sparse.method}" if sparse else ", ".join(p.name for p in recipe.passes) or "none"
+        raise Act24Error(
+            "passes: probing the decay needs a recipe with weight24, method transposable or sr_ste; "
+            f"this one has {found}"
+        )
+    return sparse
 
 
 def _run(

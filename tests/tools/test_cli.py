@@ -68,6 +68,34 @@ def test_every_command_explains_itself(act24, command):
     assert act24(*command, "-h") == (status, out, errors)
 
 
+def test_probe_decay_says_where_to_look(act24, tiny_file):
+    passes = 'passes=[{use="weight24", scope="mlp", mask_every=2}]'
+    command = ("probe-decay", tiny_file, "--set", passes, "--decay", "0", "--decay", "10", "--steps", 12)
+    status, out, errors = act24(*command)
+    assert (status, errors) == (0, [])
+    lines = out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == ["dense", "λ = 0", "λ = 10"]
+    assert lines[-1] == "no μ is within 0.60 to 0.95: try λ between 0 and 10"
+
+    status, out, errors = act24(*command, "--json")
+    assert (status, errors) == (0, lines), "progress, and nothing else"
+    result = json.loads(out)
+    assert (result["steps"], result["bounds"], result["verdict"]) == (12, [0.6, 0.95], lines[-1])
+    assert [run["decay"] for run in result["runs"]] == [None, 0.0, 10.0]
+    assert [run["healthy"] for run in result["runs"]] == [None, False, False]
+    rates = [run["flip_rate"] for run in result["runs"]]
+    assert [run["ratio"] for run in result["runs"]] == [rate / rates[0] for rate in rates]
+
+
+def test_probe_decay_by_default(act24, tiny_file):
+    passes = 'passes=[{use="weight24", scope="mlp", mask_every=1}]'
+    status, out, errors = act24("probe-decay", tiny_file, "--set", passes, "--json")
+    result = json.loads(out)
+    assert (status, len(errors), result["steps"]) == (0, 6, 10)
+    decays = [run["decay"] for run in result["runs"][1:]]
+    assert {6e-5, 2e-4} < set(decays), "those of the released scripts"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
 @pytest.mark.parametrize("name", ["pack", "gemm", "ffn"])
 def test_a_benchmark_without_a_gpu_says_so(act24, name):
@@ -240,6 +268,15 @@ BAD_INPUT = {
         ("train", "demi"),
         r"unknown recipe 'demi': did you mean 'demo'\? \(files end in \.toml\)",
     ),
+    "no masked decay to probe": (
+        ("probe-decay", "RECIPE"),
+        r"passes: probing the decay needs a recipe with weight24, method transposable or sr_ste; "
+        r"this one has relu2_ffn, activation24",
+    ),
+    "too few steps to probe": (
+        ("probe-decay", "RECIPE", "--set", 'passes=[{use="weight24", scope="mlp"}]', "--steps", "8"),
+        r"8 steps are too few: masks are renewed every 40, take 160 or more",
+    ),
     "unknown key": (
         (*TRAIN, "--set", "train.step=4"),
         r"RECIPE: train\.step: unknown key: did you mean 'steps'\?",
@@ -368,6 +405,7 @@ USAGE = {
     ("plan", "demo", "--set"): "Option '--set' requires an argument.",
     ("sample", "runs", "--tokens", "many"): "'--tokens'",
     ("sample", "runs", "--tokens", "0"): "'--tokens'",
+    ("probe-decay", "demo", "--decay", "strong"): "'--decay'",
 }
 
 
