@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from act24.passes.activation_sites import ActivationSite, activation_sites, pads_node
@@ -31,6 +32,7 @@ from act24.sparse24.activation import Backward, Estimator, Options24
 from act24.sparse24.calibration import CALIBRATION
 from act24.sparse24.feature_wise import TokenPermutation
 from act24.sparse24.products import Product, Table, feed_forward_products
+from act24.sparse24.weight import linear24
 
 #: Last parts of the names of the buffers.
 SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
@@ -139,16 +141,27 @@ class Activation24(OperationalPass):
                     nodes=site,
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
-                    note=self._note(),
+                    note=self._note(site),
                 )
             )
         absent = "no relu² or relu (pass relu2_ffn makes one of SwiGLU)"
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
-    def _note(self) -> str:
+    def _note(self, site: ActivationSite) -> str:
+        notes = []
         if self.backward != "dense" and self.token_permutation == "none":
-            return "no token permutation: neighbouring tokens crowd the weight gradients (2.919 beside 2.652)"
-        return ""
+            notes.append(
+                "no token permutation: neighbouring tokens crowd the weight gradients (2.919 beside 2.652)"
+            )
+        if self.method == "soft_threshold_weights":
+            linears = sum(_reads_by_weight(user, site.node) for user in site.node.users)
+            if not linears:
+                notes.append(
+                    f'no linear reads it: β is from the activation, not scale_from "{self.scale_from}"'
+                )
+            elif linears < len(site.node.users):
+                notes.append(f'scale_from "{self.scale_from}" leaves out what reads it other than linears')
+        return "; ".join(notes)
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: ActivationSite = match.nodes
@@ -190,6 +203,12 @@ class Activation24(OperationalPass):
         name = site_buffer(site.path, SEED)
         region.add_buffer(name, (), torch.int64, persistent=False)
         return region.graph.get_attr(name)
+
+
+def _reads_by_weight(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user is a linear of the node, or was one: scales are measured before operations take it."""
+    linears = (F.linear, linear24, activation.activation24)
+    return user.target in linears and user.args[0] is node and user.args[1] is not None
 
 
 def site_buffer(path: str, name: str) -> str:

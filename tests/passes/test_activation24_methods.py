@@ -22,7 +22,8 @@ from act24.passes import (
     apply_,
     plan,
 )
-from act24.passes.activation24 import SCALE, SEED
+from act24.passes.activation24 import SCALE, SEED, SUMS
+from act24.passes.activation_calibration import ActivationCalibration
 from act24.sparse24.activation import Options24, activation24
 from act24.sparse24.selection import top2_of_4
 
@@ -230,6 +231,47 @@ def test_switching_the_permutation_off_is_remarked() -> None:
     assert "no token permutation" not in str(
         plan(llama(1), [Relu2FFN(), Activation24(token_permutation="none")])
     )
+
+
+def drops_between() -> nn.Module:
+    """Networks with a dropout between relu² and the linear behind it."""
+    activation = nn.Sequential(nn.ReLU(), nn.Dropout(0.0))
+    return Trunk(lambda: ReluMLP(activation), layers=1)
+
+
+@pytest.mark.parametrize("scale_from", ["weight", "output"])
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        ([Relu2FFN()], ""),
+        ([Relu2FFN(), *low_rank_passes("low_rank")], ""),
+        ([Relu2FFN(), *low_rank_passes("cola")], ""),
+        ([Relu2FFN(), *low_rank_passes("cola-relu2"), Activation24(ignore=("*.mlp",))], ""),
+        ([Relu2FFN(), Weight24(method="ste")], ""),
+        ([Relu2FFN(), *low_rank_passes("lost")], "leaves out"),
+        ([Relu2FFN(), *low_rank_passes("lost"), Weight24(method="ste")], "leaves out"),
+        ([], "no linear reads it"),
+    ],
+)
+def test_a_fixed_scale_that_is_not_from_all_it_should_be_is_remarked(
+    passes: Any, said: str, scale_from: Any
+) -> None:
+    model, x = (llama(1), tokens()) if passes else (drops_between(), features(5, 16))
+    soft = Activation24(method="soft_threshold_weights", scale_from=scale_from, targets=("*.mlp",))
+    pipeline = apply_(model, [*passes, soft])
+    (note,) = (row.note for row in pipeline.report.rows if row.after.startswith("2:4 soft_threshold_weights"))
+    assert (said in note) if said else not note
+    with pipeline.lowered([ActivationCalibration(of=soft), *pipeline.active]), torch.no_grad():
+        model(x)
+    (sums,) = (b for n, b in model.named_buffers() if n.endswith(SUMS))
+    of_activation, of_scale = sums[2:4], sums[4:6]
+    assert torch.equal(of_activation, of_scale) == ("no linear" in said)
+
+
+def test_only_a_fixed_scale_asks_who_reads() -> None:
+    for method in METHODS[:-1]:
+        report = plan(drops_between(), [Activation24(method=method)])
+        assert [row.note for row in report.rows] == [""]
 
 
 @pytest.mark.parametrize(
