@@ -246,10 +246,11 @@ def drops_between() -> nn.Module:
         ([Relu2FFN()], ""),
         ([Relu2FFN(), *low_rank_passes("low_rank")], ""),
         ([Relu2FFN(), *low_rank_passes("cola")], ""),
-        ([Relu2FFN(), *low_rank_passes("cola-relu2"), Activation24(ignore=("*.mlp",))], ""),
+        ([Relu2FFN(), *low_rank_passes("cola-relu2")], ""),
         ([Relu2FFN(), Weight24(method="ste")], ""),
         ([Relu2FFN(), *low_rank_passes("lost")], "leaves out"),
         ([Relu2FFN(), *low_rank_passes("lost"), Weight24(method="ste")], "leaves out"),
+        ([Relu2FFN(), *low_rank_passes("lost-relu2"), Activation24(ignore=("*.mlp",))], "leaves out"),
         ([], "no linear reads it"),
     ],
 )
