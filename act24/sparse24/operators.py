@@ -4,9 +4,12 @@ kernel, and the shapes; matrices in packed form are passed as their buffer (`act
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from act24.sparse24.feature_wise import TokenPermutation, shape_numel, token_permutation
 from act24.sparse24.library import operator
 from act24.sparse24.packed import Packed24, empty_packed, pack, unpack
 from act24.sparse24.products import multiply24
@@ -285,14 +288,22 @@ def _product24_reference(
     packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
 ) -> Tensor:
     result = unpack(Packed24(packed)) @ dense
-    return _replace_rows(result.T.contiguous() if transposed else result, dense, transposed, rows, index)
+    result = result.T.contiguous() if transposed else result
+    if rows is None or index is None:
+        return result
+    exact = rows @ dense
+    return result.index_copy_(1, index, exact.T) if transposed else result.index_copy_(0, index, exact)
 
 
 def _product24_kernel(
     packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
 ) -> Tensor:
+    from act24.kernels.replace_rows import replace_rows
+
     result = multiply24(packed, dense, algorithm, transposed)
-    return _replace_rows(result, dense, transposed, rows, index)
+    if rows is not None and index is not None:
+        replace_rows(result, rows @ dense, index, transposed)
+    return result
 
 
 def _product24_fake(
@@ -300,15 +311,6 @@ def _product24_fake(
 ) -> Tensor:
     shape = (packed.shape[0], dense.shape[1])
     return packed.new_empty(shape[::-1] if transposed else shape)
-
-
-def _replace_rows(
-    result: Tensor, dense: Tensor, transposed: bool, rows: Tensor | None, index: Tensor | None
-) -> Tensor:
-    if rows is None or index is None:
-        return result
-    exact = rows @ dense
-    return result.index_copy_(1, index, exact.T) if transposed else result.index_copy_(0, index, exact)
 
 
 #: A 2:4 matrix `[M, K]` times a dense one `[K, N]`, `[M, N]`, or transposed `[N, M]`; with `rows` `[n, K]`
@@ -320,4 +322,36 @@ product24 = operator(
     _product24_reference,
     _product24_kernel,
     _product24_fake,
+)
+
+
+def _token_order_reference(like: Tensor, shape: list[int], kind: TokenPermutation) -> Tensor:
+    order = token_permutation(tuple(shape), kind, like.device)
+    assert order is not None
+    return order
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_order(shape: tuple[int, ...], kind: TokenPermutation, device: torch.device) -> Tensor:
+    order = token_permutation(shape, kind, device)
+    assert order is not None
+    return order
+
+
+def _token_order_kernel(like: Tensor, shape: list[int], kind: TokenPermutation) -> Tensor:
+    # A copy: the compiler may reuse the memory of what an operator returns.
+    return _kept_order(tuple(shape), kind, like.device).clone()
+
+
+def _token_order_fake(like: Tensor, shape: list[int], kind: TokenPermutation) -> Tensor:
+    return like.new_empty(shape_numel(tuple(shape)), dtype=torch.int64)
+
+
+#: `token_permutation` for tokens of a shape on the device of `like`; `kind` is not "none". Sorting random
+#: keys takes 0.13 ms for 16,384 tokens on an H200, in every layer and step, for an order that never changes.
+token_order = operator(
+    "token_order(Tensor like, int[] shape, str kind) -> Tensor",
+    _token_order_reference,
+    _token_order_kernel,
+    _token_order_fake,
 )

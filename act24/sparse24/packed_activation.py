@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from act24.sparse24 import operators
-from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.feature_wise import sparsify_feature_wise
 from act24.sparse24.packed import Packed24, unpack
 from act24.sparse24.products import Kind, choose, feed_forward_products, obstacle
 from act24.sparse24.selection import densest_features
@@ -158,7 +158,7 @@ class _PackedActivation24(torch.autograd.Function):
             grad_weight_in = dense.T @ x if need_weight_in else None
             grad_weight_out = grad_product.T @ value if need_weight_out else None
         else:
-            order = token_permutation(shape[:-1], options.token_permutation, x.device)
+            order = _token_order(x, shape[:-1], options)
             index = None
             if options.backward == "split_gemm":
                 index = densest_features(counts, options.dense_ratio)
@@ -190,6 +190,12 @@ class _PackedActivation24(torch.autograd.Function):
             grad_rows.sum(0) if need_bias_out else None,
             *(None,) * 5,
         )
+
+
+def _token_order(like: Tensor, shape: tuple[int, ...], options: Options24) -> Tensor | None:
+    if options.token_permutation == "none":
+        return None
+    return operators.token_order(like, list(shape), options.token_permutation)
 
 
 def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
@@ -230,7 +236,7 @@ def _statistics(
     result = torch.cat((torch.stack(token_wise), sums.new_zeros(len(STATISTICS) - len(token_wise))))
     if options.backward == "dense":
         return result
-    order = token_permutation(shape, options.token_permutation, sums.device)
+    order = _token_order(sums, shape, options)
     index = torch.arange(0, features, _SAMPLE, device=sums.device)
     value, _ = operators.gather_features(packed.buffer, packed.buffer, index, order, real)
     dense = None

@@ -217,6 +217,7 @@ def test_operators_keep_their_contracts() -> None:
         (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2", True)),
         (torch.ops.act24.gather_features, (packed, packed, torch.tensor([3, 9]), order, real)),
         (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
+        (torch.ops.act24.token_order, (grad, [2, 64], "sequence")),
         (torch.ops.act24.linear_pack, (hidden, grad, True)),
         (torch.ops.act24.recompute_gradient, (hidden, grad, hidden, grad.T.contiguous())),
     ):

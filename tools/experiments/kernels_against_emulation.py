@@ -30,6 +30,11 @@ VARIANTS = {
     "reference": ("passes.activation24.kernels=false",),
     "reference, not compiled": ("passes.activation24.kernels=false", 'train.compile="off"'),
     "kernels, exact backward": ("passes.activation24.backward=dense",),
+    "reference, exact backward, not compiled": (
+        "passes.activation24.backward=dense",
+        "passes.activation24.kernels=false",
+        "train.compile=off",
+    ),
     "reference, exact backward": ("passes.activation24.backward=dense", "passes.activation24.kernels=false"),
 }
 

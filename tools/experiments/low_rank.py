@@ -43,7 +43,6 @@ ROWS_A_STEP = 128  # a quarter of the published batch, so that few tokens still 
 HELDOUT_TOKENS = 1_000_000
 SPEED_ROWS = {"130m": 256, "350m": 128, "1b": 64}  # of 256 tokens
 SPEED_STEPS = 15
-TURNS = {"130m": 2, "350m": 2, "1b": 1}  # of each side; 1b takes half a minute to build
 SPEED_METHODS = ("dense", "loro", "cola", "lost")
 
 
@@ -163,7 +162,7 @@ def compare(
     _write(out, lines)
 
 
-def speed(out: Path, sizes: Sequence[str], methods: Sequence[str] = SPEED_METHODS) -> None:
+def speed(out: Path, sizes: Sequence[str], methods: Sequence[str] = SPEED_METHODS, turns: int = 2) -> None:
     """Time the methods, with SwiGLU and with relu², beside hand-written modules."""
     results = Results(out)
     lines = [
@@ -178,7 +177,7 @@ def speed(out: Path, sizes: Sequence[str], methods: Sequence[str] = SPEED_METHOD
                     recipe = recipe.model_copy(update={"passes": _with_relu2(recipe)})
                 name = f"{size} {method}, {network}"
                 found = results.of(
-                    name, lambda r=recipe, s=size: bench_step(r, SPEED_ROWS[s], SPEED_STEPS, TURNS[s])
+                    name, lambda r=recipe, s=size: bench_step(r, SPEED_ROWS[s], SPEED_STEPS, turns)
                 )
                 ours, other = found["sides"]
                 lines.append(
@@ -218,7 +217,8 @@ def main() -> None:
     timing.add_argument("out", type=Path)
     timing.add_argument("--sizes", nargs="+", choices=list(SPEED_ROWS), default=list(SPEED_ROWS))
     timing.add_argument("--methods", nargs="+", choices=SPEED_METHODS, default=list(SPEED_METHODS))
-    timing.set_defaults(run=lambda a: speed(a.out, a.sizes, a.methods))
+    timing.add_argument("--turns", type=int, default=2, help="of each side")
+    timing.set_defaults(run=lambda a: speed(a.out, a.sizes, a.methods, a.turns))
     arguments = parser.parse_args()
     arguments.run(arguments)
 
