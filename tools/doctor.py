@@ -11,8 +11,9 @@ from act24.errors import Act24Error
 from act24.kernels.compiler import triton
 from act24.llama import PRESETS
 from act24.passes.relu2_ffn import parity_width
+from act24.sparse24.masked_activation import why_shape_not_masked
 from act24.sparse24.narrow_activation import why_shape_not_narrow
-from act24.sparse24.packed_activation import obstacle_on, product_algorithms, why_shape_not_packed
+from act24.sparse24.packed_activation import obstacle_on, why_shape_not_packed
 from act24.sparse24.products import Table, feed_forward_products, layout_error, obstacle
 from act24.sparse24.token_wise import Options24
 from act24.tools.tuning import cache_path, machine, read_table
@@ -111,9 +112,9 @@ def _path(width: int, features: int, device: torch.device, options: Options24) -
     if not (narrow := why_shape_not_narrow(*where, options)):
         return "2:4 inside dense products"
     if packed := why_shape_not_packed(*where, options):
-        return f"plain PyTorch: {packed}; {narrow}"
-    if not product_algorithms(_TOKENS, (features, width), width, options):
-        return "2:4 by kernels around dense products, which are faster here (exact backward only)"
+        if masked := why_shape_not_masked(*where, options):
+            return f"plain PyTorch: {packed}; {narrow}; {masked}"
+        return f"2:4 by kernels around dense products (exact backward only): {packed}"
     tuned = all(
         product in dict(options.algorithms)
         for product in feed_forward_products(_TOKENS, width, features, width, True).values()

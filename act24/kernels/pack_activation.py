@@ -1,8 +1,8 @@
 """Forward: activation, selection and packing along the features in one pass.
 
-Bytes: 2 read and 1.125 written an element (1 more where the slope is kept, 2 more for the dense form), and
-nothing else as wide as F. A program owns a strip of features and walks down some slabs of 64 tokens, so that
-the counts of a feature stay in registers until its end.
+Bytes: 2 read and 1.125 written an element (1 more where the slope is kept; 2 instead of 1.125 with the zeros
+filled in, for a dense product), and nothing else as wide as F. A program owns a strip of features and walks
+down some slabs of 64 tokens, so that the counts of a feature stay in registers until its end.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -55,7 +55,6 @@ def _pack_activation(
     values,
     metadata,
     slopes,
-    dense,
     counts,
     sums,
     real,
@@ -135,22 +134,22 @@ def _pack_activation(
                 slope0 = _slope(x0, FUNCTION)
                 slope1 = _slope(x1, FUNCTION)
             target = start // 2 + (rows * (features // 2) + pair)
-            kept = tl.reshape(tl.join(value0, value1), [32, STRIP // 2])
-            tl.store(values + target, kept.to(values.dtype.element_ty))
+            # The lowest two bits of a key are all that this adds up.
+            field = complement_field(first, second) & 15
+            if DENSE:
+                bits0 = as_bits(round16(value0, tl.bfloat16))
+                bits1 = as_bits(round16(value1, tl.bfloat16))
+                y0, y1, y2, y3 = spread(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1, 0)
+                filled = tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [32, STRIP // 2])
+                tl.store(values + target, as_signed(filled))
+            else:
+                kept = tl.reshape(tl.join(value0, value1), [32, STRIP // 2])
+                tl.store(values + target, kept.to(values.dtype.element_ty))
             if SLOPE:
                 kept = tl.reshape(tl.join(slope0, slope1), [32, STRIP // 2])
                 tl.store(slopes + target, kept.to(slopes.dtype.element_ty))
-            # The lowest two bits of a key are all that this adds up: 4 bits of a byte in each of two rows.
-            field = complement_field(first, second) & 15
+            # 4 bits of a byte in each of two rows.
             fields |= field << 4 * half
-            if DENSE:
-                low = field & 3 ^ 3
-                high = field & 12 ^ 12
-                bits0 = as_bits(round16(value0, tl.bfloat16))
-                bits1 = as_bits(round16(value1, tl.bfloat16))
-                y0, y1, y2, y3 = spread(low, high, bits0, bits1, 0)
-                filled = tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [32, STRIP // 2])
-                tl.store(dense + target, as_signed(filled))
             if COUNTS or STATISTICS:
                 weight = tl.full([32, 1], 1.0, tl.float32)
                 if PADS:
@@ -183,12 +182,13 @@ def _pack_activation(
                 dropped += gone * weight
                 energy += total * weight
                 lost += lower * weight
-        # A word: the fields of two rows (8 bits), of groups 16 columns apart, of groups 4 columns apart.
-        words = tl.reshape(fields << shift.to(tl.uint32), [32, STRIP // 32, 2, 2, 2])
-        words = tl.sum(tl.sum(words, 4), 2) ^ 0xFFFFFFFF
-        words = tl.reshape(words, [32, STRIP // 16]).to(tl.int32, bitcast=True)
-        tile = slab.to(tl.int64) * (2 * features) + strip * 2
-        tl.store(metadata + tile + tl.max_contiguous(place, (1, 2)), words)
+        if not DENSE:
+            # A word: the fields of two rows (8 bits), of groups 16 columns apart, of groups 4 columns apart.
+            words = tl.reshape(fields << shift.to(tl.uint32), [32, STRIP // 32, 2, 2, 2])
+            words = tl.sum(tl.sum(words, 4), 2) ^ 0xFFFFFFFF
+            words = tl.reshape(words, [32, STRIP // 16]).to(tl.int32, bitcast=True)
+            tile = slab.to(tl.int64) * (2 * features) + strip * 2
+            tl.store(metadata + tile + tl.max_contiguous(place, (1, 2)), words)
 
     if COUNTS or STATISTICS:
         count = tl.reshape(tl.join(tl.join(count0, count2), tl.join(count1, count3)), [32, STRIP])
@@ -203,9 +203,8 @@ def _pack_activation(
 
 def pack_activation(
     hidden: Tensor,
-    packed: Packed24,
+    result: Packed24 | Tensor,
     slope: Tensor | None,
-    dense: Tensor | None,
     counts: Tensor | None,
     statistics: bool,
     seed: Tensor | None,
@@ -213,14 +212,12 @@ def pack_activation(
     function: str,
     method: str,
 ) -> Tensor | None:
-    """Launch the kernel: fill `packed`, `slope`, `dense` and `counts`, and return
-    the sums.
+    """Launch the kernel: fill `result`, `slope` and `counts`, and return the sums.
 
     Args:
         hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
-        packed: `[T, F]`, unwritten.
+        result: the activation `[T, F]`, unwritten; packed, or with its zeros, bfloat16.
         slope: bfloat16 `[T, F/2]`, unwritten, or None.
-        dense: bfloat16 `[T, F]`, unwritten, for the packed matrix with its zeros, or None.
         counts: int32 `[F]`, zeros, or None; needed for the statistics.
         statistics: whether to count.
         seed: int64 scalar for mvue.
@@ -235,12 +232,12 @@ def pack_activation(
     sums = hidden.new_empty(grid[0] * grid[1], SUMS, dtype=torch.float32) if statistics else None
     words = hidden.view(torch.int32)
     unused = words
+    dense = isinstance(result, Tensor)
     _pack_activation[grid](
         words,
-        packed.values,
-        packed.metadata.view(torch.int32),
+        result.view(torch.int32) if dense else result.values,
+        unused if dense else result.metadata.view(torch.int32),
         unused if slope is None else slope,
-        unused if dense is None else dense.view(torch.int32),
         unused if counts is None else counts,
         unused if sums is None else sums,
         unused if real is None else real,
@@ -250,7 +247,7 @@ def pack_activation(
         FUNCTION=function,
         METHOD=method,
         SLOPE=slope is not None,
-        DENSE=dense is not None,
+        DENSE=dense,
         COUNTS=counts is not None,
         STATISTICS=statistics,
         PADS=real is not None,

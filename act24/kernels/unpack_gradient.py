@@ -1,6 +1,6 @@
 """Backward with dense weight gradients: dZ packed along the features, and the activation and dZ as they are.
 
-Bytes an element: 3.125 read, 4 written, and 1.125 for the packed form where a 2:4 product wants it.
+Bytes an element: 3.125 read, 1.125 + 4 written.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -31,7 +31,6 @@ def _unpack_gradient(
     features,
     FUNCTION: tl.constexpr,
     SLOPE: tl.constexpr,
-    PACK: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
@@ -56,10 +55,7 @@ def _unpack_gradient(
     both = load_bits(values + quarter_row) & 0x7FFF7FFF  # as pack_gradient has it
     slope = load_bits(slopes + quarter_row) if SLOPE else both
     rounded = masked_gradient(load_bits(grad + half_row), both, slope, low, high, FUNCTION, SLOPE)
-    if PACK:
-        tl.store(grad_values + half_row, tl.reshape(rounded, [TOKENS, FEATURES // 2]))
-        words = tl.arange(0, FEATURES * 2)
-        tl.store(grad_metadata + tile + words, tl.load(metadata + tile + words))
+    tl.store(grad_values + half_row, tl.reshape(rounded, [TOKENS, FEATURES // 2]))
     first, second = tl.split(rounded.to(tl.uint16, bitcast=True))
 
     x0, x1, x2, x3 = spread(low, high, both << 16, upper(both), 0)
@@ -69,12 +65,15 @@ def _unpack_gradient(
     dense = tl.reshape(tl.join(x0 >> 16 | x1, x2 >> 16 | x3), [TOKENS, FEATURES // 2])
     tl.store(grad_dense + half_row, as_signed(dense))
 
+    words = tl.arange(0, FEATURES * 2)
+    tl.store(grad_metadata + tile + words, tl.load(metadata + tile + words))
+
 
 def unpack_gradient(
     grad: Tensor,
     saved: Packed24,
     slope: Tensor | None,
-    grad_packed: Packed24 | None,
+    grad_packed: Packed24,
     value_dense: Tensor,
     grad_dense: Tensor,
     function: str,
@@ -85,7 +84,7 @@ def unpack_gradient(
         grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
         saved: the activation, 2:4 along the features, `[T, F]`.
         slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
-        grad_packed: dZ `[T, F]`, unwritten, or None.
+        grad_packed: dZ `[T, F]`, unwritten.
         value_dense, grad_dense: bfloat16 `[T, F]`, the activation and dZ with their zeros, unwritten.
         function: as in `act24.sparse24.activation.Options24`.
     """
@@ -96,14 +95,13 @@ def unpack_gradient(
         saved.values.view(torch.int32),
         saved.metadata.view(torch.int32),
         unused if slope is None else slope.view(torch.int32),
-        unused if grad_packed is None else grad_packed.values,
-        unused if grad_packed is None else grad_packed.metadata.view(torch.int32),
+        grad_packed.values,
+        grad_packed.metadata.view(torch.int32),
         value_dense.view(torch.int32),
         grad_dense.view(torch.int32),
         features,
         FUNCTION=function,
         SLOPE=slope is not None,
-        PACK=grad_packed is not None,
         TOKENS=TOKENS,
         FEATURES=FEATURES,
         num_warps=8,

@@ -26,7 +26,7 @@ def _pack_activation_reference(
     dense: bool,
     counts: bool,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positive = torch.relu(hidden)
     sparse = sparsify_token_wise(positive, seed, Options24(function=function, method=method))
     packed = pack(sparse.value, sparse.mask)
@@ -39,9 +39,8 @@ def _pack_activation_reference(
         torch.where(sparse.mask, 0, energy).sum(),
     )
     return (
-        packed.buffer,
+        sparse.value if dense else packed.buffer,
         pack(sparse.slope, sparse.mask).values.clone() if slope else hidden.new_empty(0),
-        sparse.value if dense else hidden.new_empty(0),
         nonzero.sum(0, dtype=torch.int32) if counts else hidden.new_empty(0, dtype=torch.int32),
         torch.stack([s.float() for s in sums]) if statistics else hidden.new_empty(0, dtype=torch.float32),
     )
@@ -57,19 +56,18 @@ def _pack_activation_kernel(
     dense: bool,
     counts: bool,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from act24.kernels.pack_activation import pack_activation
 
     _, features = hidden.shape
-    packed, slopes, filled, _, sums = _pack_activation_fake(
+    result, slopes, _, sums = _pack_activation_fake(
         hidden, seed, real, function, method, slope, dense, counts, statistics
     )
     number = hidden.new_zeros(features if counts or statistics else 0, dtype=torch.int32)
     made = pack_activation(
         hidden,
-        Packed24(packed),
+        result if dense else Packed24(result),
         slopes if slope else None,
-        filled if dense else None,
         number if counts or statistics else None,
         statistics,
         seed,
@@ -77,7 +75,7 @@ def _pack_activation_kernel(
         function,
         method,
     )
-    return packed, slopes, filled, number if counts else number[:0].clone(), sums if made is None else made
+    return result, slopes, number if counts else number[:0].clone(), sums if made is None else made
 
 
 def _pack_activation_fake(
@@ -90,25 +88,24 @@ def _pack_activation_fake(
     dense: bool,
     counts: bool,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, features = hidden.shape
     return (
-        empty_packed(tokens, features, hidden),
+        torch.empty_like(hidden) if dense else empty_packed(tokens, features, hidden),
         hidden.new_empty(tokens, features // 2) if slope else hidden.new_empty(0),
-        torch.empty_like(hidden) if dense else hidden.new_empty(0),
         hidden.new_empty(features if counts else 0, dtype=torch.int32),
         hidden.new_empty(4 if statistics else 0, dtype=torch.float32),
     )
 
 
 #: Activation, selection and packing along the features, for `hidden` bfloat16 `[T, F]`.
-#: Returns: the packed activation; its slope at the kept places `[T, F/2]`, if asked for; the activation with
-#: its zeros, `[T, F]`, if asked for; non-zeros before 2:4 by feature, int32 `[F]`, if asked for; and if asked
-#: for float32 `[4]`: groups with more than two non-zeros, non-zeros dropped, energy, energy dropped. Tokens
-#: that are not `real` count nowhere.
+#: Returns: the activation, packed, or if `dense` with its zeros, `[T, F]`; its slope at the kept places
+#: `[T, F/2]`, if asked for; non-zeros before 2:4 by feature, int32 `[F]`, if asked for; and if asked for
+#: float32 `[4]`: groups with more than two non-zeros, non-zeros dropped, energy, energy dropped. Tokens that
+#: are not `real` count nowhere.
 pack_activation = operator(
     "pack_activation(Tensor hidden, Tensor? seed, Tensor? real, str function, str method, bool slope, "
-    "bool dense, bool counts, bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool dense, bool counts, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
     _pack_activation_reference,
     _pack_activation_kernel,
     _pack_activation_fake,
@@ -210,38 +207,62 @@ pack_gradient = operator(
 
 
 def _unpack_gradient_reference(
-    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function, pack_too: bool
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function
 ) -> tuple[Tensor, Tensor, Tensor]:
     masked = _masked_gradient(grad, Packed24(saved), slope, function)
-    return masked.buffer if pack_too else saved.new_empty(0), unpack(Packed24(saved)), unpack(masked)
+    return masked.buffer, unpack(Packed24(saved)), unpack(masked)
 
 
 def _unpack_gradient_kernel(
-    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function, pack_too: bool
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function
 ) -> tuple[Tensor, Tensor, Tensor]:
     from act24.kernels.unpack_gradient import unpack_gradient
 
-    packed, value, dense = _unpack_gradient_fake(grad, saved, slope, function, pack_too)
-    target = Packed24(packed) if pack_too else None
-    unpack_gradient(grad, Packed24(saved), slope, target, value, dense, function)
+    packed, value, dense = _unpack_gradient_fake(grad, saved, slope, function)
+    unpack_gradient(grad, Packed24(saved), slope, Packed24(packed), value, dense, function)
     return packed, value, dense
 
 
 def _unpack_gradient_fake(
-    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function, pack_too: bool
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: Function
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packed = torch.empty_like(saved) if pack_too else saved.new_empty(0)
-    return packed, torch.empty_like(grad), torch.empty_like(grad)
+    return torch.empty_like(saved), torch.empty_like(grad), torch.empty_like(grad)
 
 
-#: From dS `[T, F]` and what forward saved: dZ packed along the features, if asked for, and the activation
-#: and dZ with their zeros filled in, `[T, F]`, for exact weight gradients.
+#: From dS `[T, F]` and what forward saved: dZ packed along the features, and the activation and dZ with their
+#: zeros filled in, `[T, F]`, for exact weight gradients.
 unpack_gradient = operator(
-    "unpack_gradient(Tensor grad, Tensor saved, Tensor? slope, str function, bool pack_too) "
-    "-> (Tensor, Tensor, Tensor)",
+    "unpack_gradient(Tensor grad, Tensor saved, Tensor? slope, str function) -> (Tensor, Tensor, Tensor)",
     _unpack_gradient_reference,
     _unpack_gradient_kernel,
     _unpack_gradient_fake,
+)
+
+
+def _activation_gradient_reference(grad: Tensor, value: Tensor, function: Function) -> Tensor:
+    if function == "relu":
+        return torch.where(value != 0, grad, 0)
+    return grad * (2 * value.float().sqrt().to(value.dtype))
+
+
+def _activation_gradient_kernel(grad: Tensor, value: Tensor, function: Function) -> Tensor:
+    from act24.kernels.activation_gradient import activation_gradient
+
+    result = torch.empty_like(grad)
+    activation_gradient(grad, value, result, function)
+    return result
+
+
+def _activation_gradient_fake(grad: Tensor, value: Tensor, function: Function) -> Tensor:
+    return torch.empty_like(grad)
+
+
+#: dZ `[T, F]` from dS and the activation with its zeros.
+activation_gradient = operator(
+    "activation_gradient(Tensor grad, Tensor value, str function) -> Tensor",
+    _activation_gradient_reference,
+    _activation_gradient_kernel,
+    _activation_gradient_fake,
 )
 
 

@@ -1,5 +1,4 @@
-"""`activation24` by kernels: one elementwise pass on either way, and four 2:4 products of six where those are
-faster than dense ones; else, with exact weight gradients, the same passes around dense products.
+"""`activation24` on packed operands: one pass of a kernel on either way, and four 2:4 products of six.
 
 The same function as the reference in `act24.sparse24.activation`, selection for selection; only the rounding
 of sums differs. Saved for backward are x, the weights and the packed activation: 1.125 bytes a feature in
@@ -36,7 +35,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 def why_not_packed(tensors: Tensors, options: Options24) -> str:
-    """The one place that chooses between the kernels and the reference: why it is the reference, in a few
+    """The one place that chooses between packed operands and the reference: why it is the reference, in a few
     words; empty if it is not."""
     x, weight_in, _, weight_out, _ = tensors
     if x is None or weight_in is None or weight_out is None:
@@ -65,8 +64,8 @@ def why_shape_not_packed(
         return reason
     if reason := obstacle_on(device):
         return reason
-    if options.backward != "dense" and not product_algorithms(tokens, weight_in, width_out, options):
-        return f"dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
+    if not _algorithms(tokens, weight_in, width_out, options):
+        return f"the dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
     return ""
 
 
@@ -85,10 +84,9 @@ def obstacle_on(device: torch.device) -> str:
     return obstacle(device)
 
 
-def product_algorithms(
+def _algorithms(
     tokens: int, weight_in: tuple[int, ...], width_out: int, options: Options24
 ) -> dict[Kind, int]:
-    """The algorithm of each 2:4 product; empty where the kernels work around dense products."""
     features, width = weight_in
     products = feed_forward_products(tokens, width, features, width_out, options.backward == "dense")
     return choose(products, options.algorithms)
@@ -109,22 +107,19 @@ class _PackedActivation24(torch.autograd.Function):
         training: bool,
     ) -> tuple[Tensor, ...]:
         hidden = F.linear(x.reshape(-1, x.shape[-1]), weight_in, bias_in)
-        algorithms = product_algorithms(len(hidden), weight_in.shape, len(weight_out), options)
-        packed, slope, value, counts, sums = operators.pack_activation(
+        packed, slope, counts, sums = operators.pack_activation(
             hidden,
             seed,
             real,
             options.function,
             options.method,
             training and options.method != "naive",
-            not algorithms,
+            False,
             (training and options.backward == "split_gemm") or options.statistics,
             options.statistics,
         )
-        if algorithms:
-            y = operators.product24(packed, weight_out.T, algorithms["y"], False, None, None)
-        else:
-            y = F.linear(value, weight_out)
+        algorithm = _algorithms(len(hidden), weight_in.shape, len(weight_out), options)["y"]
+        y = operators.product24(packed, weight_out.T, algorithm, False, None, None)
         y = y if scale is None else y * scale.to(y.dtype)
         y = y if bias_out is None else y + bias_out
         return y.view(*x.shape[:-1], len(weight_out)), packed, slope, counts, sums
@@ -147,13 +142,13 @@ class _PackedActivation24(torch.autograd.Function):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_product = grad_rows if scale is None else grad_rows * scale.to(grad_y.dtype)
-        algorithms = product_algorithms(len(x), weight_in.shape, len(weight_out), options)
+        algorithms = _algorithms(len(x), weight_in.shape, len(weight_out), options)
 
         grad_activation = grad_product @ weight_out
         grad_weight_in = grad_weight_out = None
         if options.backward == "dense":
             grad_hidden, value, dense = operators.unpack_gradient(
-                grad_activation, packed, slope, options.function, bool(algorithms)
+                grad_activation, packed, slope, options.function
             )
             grad_weight_in = dense.T @ x if need_weight_in else None
             grad_weight_out = grad_product.T @ value if need_weight_out else None
@@ -176,16 +171,14 @@ class _PackedActivation24(torch.autograd.Function):
                     value_rows, ordered, algorithm, True, value_dense, index
                 )
         grad_x = None
-        if need_x and algorithms:
+        if need_x:
             grad_x = operators.product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
-        elif need_x:
-            grad_x = dense @ weight_in
-        if need_bias_in:  # a pass of its own over all features, for models with biases only
-            grad_rows_in = dense if options.backward == "dense" else unpack(Packed24(grad_hidden))
+            grad_x = grad_x.view(shape)
         return (
-            None if grad_x is None else grad_x.view(shape),
+            grad_x,
             grad_weight_in,
-            grad_rows_in.sum(0) if need_bias_in else None,
+            # A pass of its own over all features, for models with biases only.
+            unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None,
             grad_weight_out,
             grad_rows.sum(0) if need_bias_out else None,
             *(None,) * 5,
@@ -218,6 +211,15 @@ def packed_activation24(
         return y, _statistics(y.shape[:-1], Packed24(packed), counts, sums, real, options)
 
 
+def token_statistics(tokens: int, counts: Tensor, sums: Tensor, real: Tensor | None) -> Tensor:
+    """The statistics along the features from the kernel's counts `[F]` and sums; the others are zero."""
+    number = sums.new_full((), tokens) if real is None else real.sum(dtype=torch.float32)
+    crowded, dropped, energy, lost = sums
+    elements = number * len(counts)
+    token_wise = (elements, elements - counts.sum(), elements / 4, crowded, dropped, energy, lost)
+    return torch.cat((torch.stack(token_wise), sums.new_zeros(len(STATISTICS) - len(token_wise))))
+
+
 def _statistics(
     shape: tuple[int, ...],
     packed: Packed24,
@@ -229,11 +231,7 @@ def _statistics(
     """The statistics of the reference from the kernel's sums. Along the tokens they are an estimate, from
     some features: the kernel that selects along the tokens runs in backward, too late."""
     tokens, features = packed.shape
-    number = sums.new_full((), tokens) if real is None else real.sum(dtype=torch.float32)
-    crowded, dropped, energy, lost = sums
-    elements = number * features
-    token_wise = (elements, elements - counts.sum(), elements / 4, crowded, dropped, energy, lost)
-    result = torch.cat((torch.stack(token_wise), sums.new_zeros(len(STATISTICS) - len(token_wise))))
+    result = token_statistics(tokens, counts, sums, real)
     if options.backward == "dense":
         return result
     order = _token_order(sums, shape, options)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from act24.sparse24 import operators, packed_activation
 from act24.sparse24.activation import Options24, activation24
+from act24.sparse24.masked_activation import why_not_masked
 from act24.sparse24.narrow_activation import why_not_narrow
 from act24.sparse24.packed_activation import why_not_packed
 from act24.sparse24.products import Measured, feed_forward_products
@@ -66,10 +67,14 @@ def test_equals_the_reference(backward: str, method: str) -> None:
         expected = outcome(tensors, options._replace(kernels=False), scale, seed, padding)
         token_wise = STATISTICS.index("feature_nonzeros")
         statistics = expected.pop(1)[:token_wise]
-        # Without a table products so narrow are dense.
-        for table in (FORCED, ()) if backward == "dense" else (FORCED,):
-            assert why_not_packed(tensors, options._replace(algorithms=table)) == ""
-            ours = outcome(tensors, options._replace(algorithms=table), scale, seed, padding)
+        tried = [options]
+        if (backward, method) == ("dense", "naive"):
+            tried.append(options._replace(algorithms=()))  # products so narrow are dense without a table
+            assert why_not_packed(tensors, tried[1])
+            assert not why_not_masked(tensors, tried[1])
+        assert why_not_packed(tensors, options) == ""
+        for each in tried:
+            ours = outcome(tensors, each, scale, seed, padding)
             torch.testing.assert_close(ours.pop(1)[:token_wise], statistics)
             for a, b in zip(ours, expected, strict=True):
                 assert torch.equal(a, b)
@@ -104,11 +109,11 @@ def test_narrow_equals_the_reference() -> None:
     [
         (PACKED._replace(backward="sparse"), 1.125 / 4),
         (PACKED._replace(backward="sparse", method="soft_threshold"), 2.125 / 4),
-        (Options24(method="soft_threshold"), 2.125 / 4),
+        (Options24(function="relu"), 2 / 4),
         (Options24(), 1.125 / 4),
         (Options24(recompute=True), 0.0),
     ],
-    ids=["packed", "packed with slope", "dense products with slope", "narrow", "narrow, made again"],
+    ids=["packed", "packed with slope", "around dense products", "narrow", "narrow, made again"],
 )
 def test_what_is_saved_beside_x_and_weights(options: Options24, share: float) -> None:
     """Of the 4 bytes a feature that relu and its square keep in a dense network."""
@@ -128,8 +133,8 @@ def test_what_is_saved_beside_x_and_weights(options: Options24, share: float) ->
 
 @pytest.mark.parametrize(
     "options",
-    [PACKED._replace(backward="split_gemm"), Options24(method="soft_threshold"), Options24()],
-    ids=["packed", "dense products", "narrow"],
+    [PACKED._replace(backward="split_gemm"), Options24(function="relu"), Options24()],
+    ids=["packed", "around dense products", "narrow"],
 )
 def test_compiles_without_a_break(options: Options24) -> None:
     tensors = network(bias=False)
@@ -199,6 +204,8 @@ def test_one_sentence_for_each_reason() -> None:
     assert "both sides" in why_not_packed((x, None, None, weight_out, None), PACKED)
     assert "multiples of 64" in why_not_packed((x[:1, :10], *tensors[1:]), PACKED)
     assert "multiples of 8" in why_not_packed((*tensors[:3], weight_out[:-3], None), PACKED)
+    assert "exact weight gradients only" in why_not_masked(tensors, Options24(backward="sparse"))
+    assert "multiples of 64" in why_not_masked((x[:1, :10], *tensors[1:]), Options24())
     assert "no bias" in why_not_narrow(network(), Options24())
     assert "naive relu²" in why_not_narrow(tensors, Options24(backward="sparse"))
     assert "256 at most" in why_not_narrow((*tensors[:3], weight_out.repeat(8, 1), None), Options24())
@@ -209,12 +216,13 @@ def test_operators_keep_their_contracts() -> None:
     hidden, grad = torch.randn(2, 128, 64).bfloat16()
     seed, real, order = torch.tensor(3), torch.rand(128) < 0.7, torch.randperm(128)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    arguments = (hidden, seed, real, "relu2", "mvue", True, True, True, True)
-    packed, slope, _, _, _ = operators.pack_activation(*arguments)
+    arguments = (hidden, seed, real, "relu2", "mvue", True, False, True, True)
+    packed, slope, _, _ = operators.pack_activation(*arguments)
     for operator, inputs in (
         (torch.ops.act24.pack_activation, arguments),
         (torch.ops.act24.pack_gradient, (grad, packed, slope, order, real, torch.tensor([3, 9]), "relu2")),
-        (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2", True)),
+        (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2")),
+        (torch.ops.act24.activation_gradient, (grad, hidden.relu(), "relu2")),
         (torch.ops.act24.gather_features, (packed, packed, torch.tensor([3, 9]), order, real)),
         (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
         (torch.ops.act24.token_order, (grad, [2, 64], "sequence")),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from act24.relu2 import relu2
 from act24.sparse24.activation import activation24
-from act24.sparse24.packed_activation import packed_activation24
+from act24.sparse24.masked_activation import masked_activation24
 from act24.sparse24.products import Table, feed_forward_products, tuned
 from act24.sparse24.token_wise import Options24
 from act24.tools.bench.rows import Row, milliseconds, needed_gpu
@@ -156,7 +156,7 @@ def bench_low_rank(shape: tuple[int, int, int, int] = LOW_RANK) -> list[Row]:
         "fast": (sparse(Options24()), 1.30, 0.50),
         "recompute": (sparse(Options24(recompute=True)), None, 0.10),
         "kernels around dense products": (
-            lambda x, b, c: packed_activation24((x, b, None, c, None), None, None, None, Options24())[0],
+            lambda x, b, c: masked_activation24((x, b, None, c, None), None, Options24())[0],
             None,
             None,
         ),

@@ -44,22 +44,19 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
     def backward(order: Tensor | None, index: Tensor | None = None) -> tuple:
         return operators.pack_gradient(grad, saved, None, order, None, index, "relu2")
 
-    def unpacked(pack_too: bool) -> tuple:
-        return operators.unpack_gradient(grad, saved, None, "relu2", pack_too)
-
     masked, *_ = backward(None)
     passes = [
         ("along features", 3.125, 0.85, lambda: forward(False, False)),
         ("along features, counts", 3.125, None, lambda: forward(True, False)),
         ("along features, statistics", 3.125, None, lambda: forward(True, True)),
-        ("along features, dense too", 5.125, None, lambda: forward(False, False, fill=True)),
+        ("along features, with zeros", 4, None, lambda: forward(False, False, fill=True)),
         ("along features, soft threshold", 4.125, None, lambda: forward(True, False, "soft_threshold", True)),
         ("along features, mvue", 4.125, None, lambda: forward(True, False, "mvue", True)),
         ("both ways (dZ and the activation)", 6.5, 0.70, lambda: backward(None)),
         ("both ways, tokens permuted", 6.5, None, lambda: backward(order)),
         ("both ways, 5% of the features dense too", 6.7, None, lambda: backward(None, index)),
-        ("dense weight gradients", 8.25, None, lambda: unpacked(True)),
-        ("dense products", 7.125, None, lambda: unpacked(False)),
+        ("dense weight gradients", 8.25, None, lambda: operators.unpack_gradient(grad, saved, None, "relu2")),
+        ("dense products", 6, None, lambda: operators.activation_gradient(grad, dense, "relu2")),
         (
             "5% of the features",
             2.25,

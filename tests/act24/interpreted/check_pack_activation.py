@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import act24.sparse24.operators  # noqa: F401  (fills REFERENCES)
+from act24.kernels.activation_gradient import activation_gradient
 from act24.kernels.pack_activation import pack_activation
 from act24.sparse24.library import REFERENCES
 from act24.sparse24.packed import Packed24, empty_packed, unpack
@@ -29,16 +30,16 @@ def awkward(tokens: int, features: int, seed: int = 0) -> Tensor:
 
 def run(
     hidden: Tensor, real: Tensor | None, function: str, method: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kernel: the activation, its slope, the activation with its zeros, the counts and the sums."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernel: the activation, its slope, the counts and the sums."""
     tokens, features = hidden.shape
     packed = Packed24(empty_packed(tokens, features, hidden).fill_(7))
     slope = hidden.new_full((tokens, features // 2), 7)
-    dense, counts = torch.full_like(hidden, 7), hidden.new_zeros(features, dtype=torch.int32)
+    counts = hidden.new_zeros(features, dtype=torch.int32)
     seed = torch.tensor(SEED)
-    sums = pack_activation(hidden, packed, slope, dense, counts, True, seed, real, function, method)
+    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, function, method)
     assert sums is not None
-    return unpack(packed), dense_slope(slope, packed), dense, counts, sums
+    return unpack(packed), dense_slope(slope, packed), counts, sums
 
 
 def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
@@ -48,11 +49,11 @@ def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
 
 def reference(
     hidden: Tensor, real: Tensor | None, function: str, method: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    packed, slope, dense, counts, sums = REFERENCES["pack_activation"](
-        hidden, torch.tensor(SEED), real, function, method, True, True, True, True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, slope, counts, sums = REFERENCES["pack_activation"](
+        hidden, torch.tensor(SEED), real, function, method, True, False, True, True
     )
-    return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), dense, counts, sums
+    return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), counts, sums
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64 * 9, 64), (128, 192)])
@@ -63,9 +64,9 @@ def test_equals_the_reference(function: str, method: str, shape: tuple[int, int]
     hidden = awkward(*shape)
     for real in (None, torch.rand(shape[0]) < 0.8):
         ours, expected = run(hidden, real, function, method), reference(hidden, real, function, method)
-        for a, b in zip(ours[:4], expected[:4], strict=True):
+        for a, b in zip(ours[:3], expected[:3], strict=True):
             assert torch.equal(a, b)
-        torch.testing.assert_close(ours[4], expected[4], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(ours[3], expected[3], rtol=1e-2, atol=1e-2)
 
 
 VALUES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0078125, 3.0e15])
@@ -76,9 +77,32 @@ VALUES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0078125, 3.0e15])
 def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: str) -> None:
     hidden = torch.tensor(values).repeat(64 * 64)[: 64 * 64].view(64, 64).bfloat16()
     for a, b in zip(
-        run(hidden, None, function, method)[:4], reference(hidden, None, function, method)[:4], strict=True
+        run(hidden, None, function, method)[:3], reference(hidden, None, function, method)[:3], strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) -> None:
+    hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
+    filled, counts = torch.full_like(hidden, 7), hidden.new_zeros(192, dtype=torch.int32)
+    sums = pack_activation(hidden, filled, None, counts, True, torch.tensor(SEED), real, function, method)
+    value, _, expected_counts, expected_sums = reference(hidden, real, function, method)
+    assert torch.equal(filled, value)
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradient_of_what_has_its_zeros(function: str) -> None:
+    """Against the slope that the reference keeps, in a size that is no multiple of a program's."""
+    hidden, grad = awkward(64, 192), awkward(64, 192, seed=1)
+    value, slope, *_ = reference(hidden, None, function, "naive")
+    result = torch.full_like(grad, 7)
+    activation_gradient(grad, value, result, function)
+    assert torch.equal(result, REFERENCES["activation_gradient"](grad, value, function))
+    assert torch.equal(result, slope * grad)
 
 
 def test_infinity_and_nan_are_seen() -> None:
@@ -97,5 +121,5 @@ def test_no_negative_zero_comes_out() -> None:
     """Backward sorts bit patterns, where -0 would be the largest."""
     hidden = torch.full((64, 64), -1.0).bfloat16()
     packed = Packed24(empty_packed(64, 64, hidden))
-    pack_activation(hidden, packed, None, None, None, False, None, None, "relu2", "naive")
+    pack_activation(hidden, packed, None, None, False, None, None, "relu2", "naive")
     assert not packed.values.view(torch.int16).any()
