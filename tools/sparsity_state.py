@@ -79,7 +79,8 @@ def _calibrate_(
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
-    with torch.no_grad(), pipeline.lowered([*measuring, *without_counting(pipeline.active)]):
+    # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
+    with torch.no_grad(), pipeline.lowered([*measuring, *_in_evaluation(pipeline.active)]):
         forward()
     table = processes.sum_(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
@@ -240,10 +241,13 @@ def evaluation(pipeline: Pipeline, without: Sequence[str] = ()) -> Iterator[None
     Args:
         without: names of passes to leave out, to see the same weights without 2:4.
     """
-    passes = [p.in_evaluation() for p in pipeline.active if p.name not in without]
     set_pads_(pipeline, None)
-    with pipeline.lowered([p for p in passes if p is not None]):
+    with pipeline.lowered(_in_evaluation([p for p in pipeline.active if p.name not in without])):
         yield
+
+
+def _in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+    return [evaluated for p in passes if (evaluated := p.in_evaluation()) is not None]
 
 
 def site_buffers(pipeline: Pipeline, kind: str) -> dict[str, Tensor]:
