@@ -97,8 +97,11 @@ SGD = functools.partial(torch.optim.SGD, lr=0.5)
 
 
 class Trainer:
-    """A model in training, and what its forwards see of the scales. Made in a function that returns before its
-    processes part: the destructor of data parallelism may hang behind that (`_Run.close`)."""
+    """A model in training, and what its forwards see of the scales.
+
+    Made in a function that returns before its processes part: behind that the destructor of data parallelism
+    may hang (`_Run.close`).
+    """
 
     def __init__(self, recipe, processes, optimizer=ADAM, seed=0):
         built = build(recipe, processes.device)
