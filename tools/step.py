@@ -127,17 +127,20 @@ class TrainingStep:
         optimizer.zero_grad(set_to_none=True)
         return StepResult(self._processes.sum_(total) / world_size, whole(grad_norm), tokens, note)
 
-    def gradient_cosines(self, batch: Batch) -> dict[str, Tensor]:
-        """Of 2:4 weight gradients to exact ones, by weight, on the device (`sparsity_watch`)."""
+    def gradient_cosines(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Of 2:4 weight gradients to exact ones, by weight, on the device (`sparsity_watch`), on the first
+        micro-batch of the update to come. Replicas do not talk: a forward through their wrapper would wait
+        for a backward of its own."""
         if self._pipeline is None:
             return {}
-        return gradient_cosines(self._pipeline, lambda: self._forward(batch))
+        self._begin_micro_batch(batch, step, 0)
+        return gradient_cosines(self._pipeline, lambda: self._forward(batch, self.summed_loss))
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, loss: nn.Module | None = None) -> Tensor:
         """The summed loss of a micro-batch."""
         device = self._processes.device
         with self._precision():
-            return self._loss(_to(batch.input_ids, device), _to(batch.labels, device))[0]
+            return (loss or self._loss)(_to(batch.input_ids, device), _to(batch.labels, device))[0]
 
     def _begin_micro_batch(self, batch: Batch, step: int, index: int) -> None:
         if self._pipeline is not None:

@@ -193,7 +193,7 @@ class _Run:
         batches = [next(self._rows) for _ in range(count)]
         waited = time.perf_counter() - waited
         if _due(self._step, recipe.log.gradient_cosine_every):
-            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0]))
+            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0], self._step))
         result: StepResult = self._training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note

@@ -73,7 +73,7 @@ def tune_(pipeline: Pipeline, recipe: Recipe, processes: Processes) -> None:
     """
     if obstacle(processes.device) or recipe.train.dtype == "float32":
         return
-    from act24.tools.bench.rows import milliseconds
+    from act24.tools.bench.rows import graph_milliseconds
 
     tokens = recipe.train.batch_size * recipe.data.max_length
     for mains_turn in (True, False):
@@ -84,7 +84,7 @@ def tune_(pipeline: Pipeline, recipe: Recipe, processes: Processes) -> None:
                 possible = [
                     q for q in sorted(products) if not why_never_packed(q.tokens, q.features, (q.width,))
                 ]
-                table = tuned_table(possible, processes.device, lambda call: milliseconds(call, 30))
+                table = tuned_table(possible, processes.device, graph_milliseconds)
                 pipeline.exchange_(p, replace(p, algorithms=table))
         processes.any(False)  # the others wait here
 

@@ -2,8 +2,8 @@
 gradients.
 
 The same function as the reference, to the last bit where the products are the same. Saved for backward are x,
-the weights and the 2:4 activation with its zeros, 2 bytes a feature, from which the slope is a root away. That
-is half of what a dense relu² network keeps, and as many bytes move.
+the weights and the 2:4 activation with its zeros, 2 bytes a feature, from which the slope is a root away. A
+dense relu² network keeps twice as much, and moves as many bytes.
 """
 
 from __future__ import annotations

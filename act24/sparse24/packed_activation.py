@@ -65,7 +65,7 @@ def why_shape_not_packed(
     if reason := obstacle_on(device):
         return reason
     if not _algorithms(tokens, weight_in, width_out, options):
-        return f"the dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
+        return f"dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
     return ""
 
 
@@ -88,8 +88,9 @@ def _algorithms(
     tokens: int, weight_in: tuple[int, ...], width_out: int, options: Options24
 ) -> dict[Kind, int]:
     features, width = weight_in
-    products = feed_forward_products(tokens, width, features, width_out, options.backward == "dense")
-    return choose(products, options.algorithms)
+    exact = options.backward == "dense"  # which has another form than this (`masked_activation`)
+    products = feed_forward_products(tokens, width, features, width_out, exact)
+    return choose(products, options.algorithms, always=not exact)
 
 
 class _PackedActivation24(torch.autograd.Function):

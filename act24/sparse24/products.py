@@ -8,6 +8,7 @@ decides, `choose`. Everything else in act24 asks there.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -94,11 +95,15 @@ def feed_forward_products(
     return {kind: Product(kind, tokens, features, widths[kind]) for kind in kinds}
 
 
-def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
+def choose(products: dict[Kind, Product], table: Table = (), always: bool = False) -> dict[Kind, int]:
     """The one rule between 2:4 and dense: all products of a network, or none.
 
     The passes that pack cost what the elementwise passes of a dense network cost, so what decides is whether
     the products take less time together.
+
+    Args:
+        always: for a network whose only other form is the reference, which costs more than
+            any slow product: none only where an algorithm is missing.
 
     Returns:
         the algorithm of each; empty where the dense ones are faster, as measured, or, where they are not all
@@ -109,14 +114,15 @@ def choose(products: dict[Kind, Product], table: Table = ()) -> dict[Kind, int]:
     measured = {kind: Measured(*known[tuple(p)]) for kind, p in products.items() if tuple(p) in known}
     if len(measured) == len(products):
         chosen: dict[Kind, int] = {kind: measured[kind].algorithm for kind in products}
-        pays = sum(m.sparse for m in measured.values()) < sum(m.dense for m in measured.values())
-    else:
-        chosen = {kind: DEFAULT_ALGORITHMS[kind] for kind in products}
-        pays = all(
-            p.width >= LEAST_WIDTH and p.features >= LEAST_FEATURES and p.tokens >= LEAST_TOKENS
-            for p in products.values()
-        )
-    return chosen if pays else {}
+        sparse = sum(m.sparse for m in measured.values())
+        pays = sparse < sum(m.dense for m in measured.values())
+        return chosen if pays or (always and math.isfinite(sparse)) else {}
+    if all(
+        p.width >= LEAST_WIDTH and p.features >= LEAST_FEATURES and p.tokens >= LEAST_TOKENS
+        for p in products.values()
+    ):
+        return {kind: DEFAULT_ALGORITHMS[kind] for kind in products}
+    return dict.fromkeys(products, 0) if always else {}  # every shape has the first one
 
 
 def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) -> Tensor:

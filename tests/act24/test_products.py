@@ -53,6 +53,9 @@ def test_measured_shapes_go_by_the_sum_of_their_times() -> None:
     assert choose(WIDE, table) == dict.fromkeys(WIDE, 7)
     slower = tuple((product, measured._replace(sparse=measured.dense + 0.1)) for product, measured in table)
     assert choose(WIDE, slower) == {}
+    assert choose(WIDE, slower, always=True) == dict.fromkeys(WIDE, 7)
+    impossible = tuple((product, Measured(0, float("inf"), 1.0)) for product in WIDE.values())
+    assert choose(WIDE, impossible, always=True) == {}
     assert choose(WIDE, table[:3]) == DEFAULT_ALGORITHMS  # not all measured: as if none were
 
 

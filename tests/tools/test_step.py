@@ -231,3 +231,18 @@ def test_compiled_for_real_it_computes_the_same(tiny):
 )
 def test_auto_compiles_for_gpus(tiny, choice, device, compiled):
     assert uses_compile(tiny(f"train.compile={choice}").train, torch.device(device)) == compiled
+
+
+def test_gradient_cosines_see_the_padding_of_their_own_batch(tiny):
+    """After a step over other rows they are what a fresh start gives."""
+    recipe = tiny("passes.activation24.from_step=0", "passes.activation24.backward=sparse")
+    batches, found = batches_of(3), []
+    for before in ([], batches[1:]):
+        built = build(recipe, ALONE.device)
+        step = TrainingStep(built.model, recipe.train, ALONE, built.pipeline)
+        if before:
+            step(before, torch.optim.SGD(built.model.parameters(), lr=0.0))
+        found.append(step.gradient_cosines(batches[0], step=1))
+    assert len(found[0]) == 4
+    for name, cosine in found[0].items():
+        assert torch.equal(cosine, found[1][name]), name

@@ -14,7 +14,7 @@ from act24.sparse24.activation import activation24
 from act24.sparse24.masked_activation import masked_activation24
 from act24.sparse24.products import Table, feed_forward_products, tuned
 from act24.sparse24.token_wise import Options24
-from act24.tools.bench.rows import Row, milliseconds, needed_gpu
+from act24.tools.bench.rows import Row, graph_milliseconds, milliseconds, needed_gpu
 
 #: T, width, F, and the bars: inference, all-sparse backward, split backward.
 SHAPES = (
@@ -74,9 +74,7 @@ def bench_ffn(
     rows = []
     for tokens, width, features, *bars in shapes:
         products = feed_forward_products(tokens, width, features, width, False).values()
-        found = table or tuple(
-            (p, tuned(p, lambda call: milliseconds(call, 30), device)[0]) for p in products
-        )
+        found = table or tuple((p, tuned(p, graph_milliseconds, device)[0]) for p in products)
         rows += _rows(tokens, width, features, bars, found, device)
         torch._dynamo.reset()
         torch.cuda.empty_cache()

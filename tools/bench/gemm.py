@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from act24.sparse24.products import KINDS, Product, Table, tuned
-from act24.tools.bench.rows import Row, milliseconds, needed_gpu
+from act24.tools.bench.rows import Row, graph_milliseconds, needed_gpu
 
 #: T, width, F: the shapes of the bars, then presets 130m to 1b, and 350m's low-rank factors.
 SHAPES = (
@@ -17,7 +17,7 @@ SHAPES = (
 
 
 def bench_gemm(
-    shapes: tuple[tuple[int, int, int], ...] = SHAPES, budget: int = 60
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES,
 ) -> tuple[list[Row], Table]:
     """The fastest valid algorithm of every product beside the dense product.
 
@@ -29,7 +29,7 @@ def bench_gemm(
     for tokens, width, features in shapes:
         for kind in KINDS:
             product = Product(kind, tokens, features, width)
-            best, times = tuned(product, lambda call: milliseconds(call, budget), device)
+            best, times = tuned(product, graph_milliseconds, device)
             table.append((product, best))
             name = f"{kind}, {tokens}×{width}×{features}, algorithm {best.algorithm}"
             note = f"dense; algorithms: { {key: round(time, 4) for key, time in times.items()} }"

@@ -67,6 +67,14 @@ def milliseconds(call: Callable[[], Any], budget: int = 100) -> float:
     return float(do_bench(call, warmup=25, rep=budget, return_mode="median"))  # type: ignore[arg-type]
 
 
+def graph_milliseconds(call: Callable[[], Any], budget: int = 20) -> float:
+    """Median time of a call on the GPU alone, replayed from a CUDA graph: a call that takes the CPU longer to
+    launch than the GPU to run, as those of cuSPARSELt may, is timed by its launch otherwise."""
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(call, rep=budget, return_mode="median"))  # type: ignore[arg-type]
+
+
 def needed_gpu() -> torch.device:
     """The GPU to measure on.
 
