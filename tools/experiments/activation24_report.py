@@ -88,12 +88,17 @@ def _draw(out: Path, by_name: dict[str, list[dict[str, Any]]]) -> None:
     except ImportError:
         print("no pictures: matplotlib is not installed")
         return
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
-    for name, runs in by_name.items():
-        steps, values = zip(*_smooth(runs[0]["curves"]["loss/train"]), strict=True)
-        axes.plot(steps, values, label=name)
-    axes.set(xlabel="step", ylabel="training loss, nats per token", ylim=(None, 6))
-    axes.legend(fontsize="small")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    curves = {name: dict(_smooth(runs[0]["curves"]["loss/train"])) for name, runs in by_name.items()}
+    base = curves.get("dense relu2", next(iter(curves.values())))
+    colours = plt.get_cmap("tab20")
+    for nth, (name, curve) in enumerate(curves.items()):
+        left.plot(*zip(*curve.items(), strict=True), label=name, color=colours(nth))
+        apart = [(step, loss - base[step]) for step, loss in curve.items() if step in base]
+        right.plot(*zip(*apart, strict=True), label=name, color=colours(nth))
+    left.set(xlabel="step", ylabel="training loss, nats per token", ylim=(None, 6))
+    right.set(xlabel="step", ylabel="above dense relu2", ylim=(-0.05, 0.2))
+    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out / "loss.png", dpi=80)
     groups = {
         "sparsity_relu": "zeros after relu²",
