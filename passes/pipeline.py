@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from act24.initialise import generator_for
 from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
 from act24.passes.flops import region_flops
+from act24.passes.fused_columns import fuse_columns
 from act24.passes.normal_form import is_linear
 from act24.passes.region import Lowering, Region, RegionModule, lower_, lowering, materialise
 from act24.passes.report import Report, Row, no_match, row
@@ -371,6 +372,7 @@ class Pipeline:
             planned = p.plan(region)
             p.apply(region, planned)
             matches.append(planned.matches)
+        fuse_columns(region)
         return _Lowered(site, lowering(region.graph, self._classes), matches)
 
     def _make_report(self, lowered: list[Region]) -> Report:

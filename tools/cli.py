@@ -305,6 +305,15 @@ def bench_gemm(as_json: JsonOption = False) -> None:
     show_bench_rows(run_bench()[0], as_json)
 
 
+@bench_app.command("fp8")
+def bench_fp8(as_json: JsonOption = False) -> None:
+    """What e4m3 would give the forward product of a 2:4 activation, and what it costs."""
+    from act24.tools.bench.fp8 import bench_fp8 as run_bench
+    from act24.tools.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)
+
+
 @bench_app.command("ffn")
 def bench_ffn(as_json: JsonOption = False) -> None:
     """A feed-forward network with 2:4 activations, full and low-rank, beside the compiled dense one."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from act24.operation import operation
+from act24.relu2 import relu2
 
 
 class _SelectColumns(torch.autograd.Function):
@@ -44,3 +46,44 @@ def select_columns(x: Tensor, indices: Tensor) -> Tensor:
         `[..., k]`.
     """
     return _SelectColumns.apply(x, indices)
+
+
+#: Products run at full speed where inner sizes are multiples of this.
+_MULTIPLE = 8
+
+
+def low_rank_beside_columns(
+    x: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    weight_columns: Tensor,
+    indices: Tensor,
+    gamma: float,
+    activation: Literal["silu", "relu2", "none"],
+) -> Tensor:
+    """γ · f(x W_inᵀ) W_outᵀ + (1 - γ) · x[..., I] W_Iᵀ in two products.
+
+        [h, x_I] = x [W_in; E_I]ᵀ        y = [f(h), x_I] [γ W_out, (1 - γ) W_I]ᵀ
+
+    with E_I the rows I of the identity. A gather of x, a scatter of its gradient, the sum of both branches
+    and its two scaled gradients are passes over memory as long as the products of a narrow bottleneck; here
+    they are a few rows and columns of these products, and each column costs what a channel of the bottleneck
+    does.
+
+    Args:
+        x: `[..., D]`.
+        weight_in: `[R, D]`; weight_out: `[out, R]`; weight_columns: `[out, k]`.
+        indices: int64 `[k]`.
+        activation: f.
+
+    Returns:
+        `[..., out]`.
+    """
+    rank, (count,) = len(weight_in), indices.shape
+    short = -(rank + count) % _MULTIPLE
+    places = torch.arange(x.shape[-1], device=indices.device)
+    identity = F.pad((indices[:, None] == places).to(weight_in.dtype), (0, 0, 0, short))
+    columns = F.pad((1 - gamma) * weight_columns, (0, short))
+    hidden, kept = F.linear(x, torch.cat((weight_in, identity))).split((rank, count + short), -1)
+    hidden = F.silu(hidden) if activation == "silu" else relu2(hidden) if activation == "relu2" else hidden
+    return F.linear(torch.cat((hidden, kept), -1), torch.cat((gamma * weight_out, columns), -1))

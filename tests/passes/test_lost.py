@@ -9,7 +9,7 @@ from toys import llama, tokens
 
 from act24.initialise import generator_for
 from act24.llama import LlamaForCausalLM, llama_config, rotary_embedding
-from act24.passes import Activation24, Lost, PassError, Pipeline, Relu2FFN, apply_, plan
+from act24.passes import Activation24, Lost, PassError, Pipeline, Recompute, Relu2FFN, apply_, plan
 from act24.relu2 import relu2
 
 RANKS = {"attn_rank": 6, "mlp_rank": 8}
@@ -175,3 +175,23 @@ def test_layers_share_one_class_though_their_columns_differ():
 def test_bad_options_are_named(options, message):
     with pytest.raises(PassError, match=message):
         Lost(**RANKS, **options)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "others", "fused"),
+    [(0.05, [], 7), (0.5, [], 0), (0.05, [Recompute()], 0), (0.05, [Activation24()], 4)],
+    ids=["few columns", "many", "recomputed", "2:4 where the rank allows"],
+)
+def test_branches_are_fused_where_no_pass_has_taken_a_part(sparsity, others, fused):
+    lost = Lost(**RANKS, sparsity=sparsity, bottleneck="relu2")
+    model, apart = llama(), llama()
+    pipeline = apply_(model, [lost, *others])
+    block = next(module for module in pipeline.modules if "q_proj" in module.code)
+    assert block.code.count("low_rank_beside_columns(") == fused
+    assert block.code.count("select_columns(") == 7 - fused or "recomputed" in block.code
+    if not any(isinstance(p, Activation24) for p in others):  # which changes the function
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("act24.passes.pipeline.fuse_columns", lambda region: None)
+            apply_(apart, [lost])
+        apart.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model(tokens()), apart(tokens()))

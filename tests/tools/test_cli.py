@@ -97,7 +97,7 @@ def test_probe_decay_by_default(act24, tiny_file):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
-@pytest.mark.parametrize("name", ["pack", "gemm", "ffn"])
+@pytest.mark.parametrize("name", ["pack", "gemm", "ffn", "fp8"])
 def test_a_benchmark_without_a_gpu_says_so(act24, name):
     assert act24("bench", name) == (2, "", ["act24: this benchmark times a GPU, and there is none here"])
 
