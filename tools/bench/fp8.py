@@ -1,4 +1,4 @@
-"""`act24 bench fp8`: what e4m3 would give the forward product y = a W_outᵀ of a 2:4 activation, and its price.
+"""`act24 bench fp8`: what e4m3 would give the forward product y = a W_outᵀ of 2:4 activations, and its price.
 
 A scale for each token and each output feature. The 2:4 operand comes from cuSPARSELt's own compressor: act24
 does not write that layout (docs/results/kernels.md says why, and what it is).
