@@ -9,6 +9,7 @@ import torch
 
 from act24.errors import Act24Error
 from act24.kernels.compiler import triton
+from act24.kernels.cusparselt import multiplies
 from act24.llama import PRESETS
 from act24.passes.relu2_ffn import parity_width
 from act24.sparse24.masked_activation import why_shape_not_masked
@@ -82,6 +83,7 @@ def _machine(device: torch.device) -> list[Finding]:
     return [
         *findings,
         Finding("2:4 kernels", "yes"),
+        Finding("2:4 products", "plans are kept" if multiplies(device) else "a plan anew at each call"),
         Finding("self-check", f"our packing against cuSPARSELt's compressor: relative error {error:.1g}"),
         Finding("tuned products", f"{len(_table(device))} in {cache_path()}"),
     ]

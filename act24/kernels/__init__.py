@@ -8,4 +8,5 @@ pack_activation, pack_gradient, unpack_gradient, activation_gradient: the elemen
 gather_features, replace_rows: the features that stay dense, out of packed matrices and into a product.
 low_rank: products with the 2:4 activation in them, for narrow linears.
 pack_weight: a weight and its transpose from one read.
+cusparselt: the library's products with plans that are kept.
 """

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from act24.kernels import cusparselt
 from act24.sparse24.packed import Packed24, pack, random_packed, unpack
 
 #: The library's ids run from 0 to less than this; those that a GPU does not have raise an error.
@@ -150,6 +151,8 @@ def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) 
             f"the dense operand has to be contiguous or a contiguous matrix transposed; it is "
             f"{tuple(dense.shape)} with strides {dense.stride()}"
         )
+    if cusparselt.multiplies(packed.device):
+        return cusparselt.multiply(packed, rows, dense, algorithm, transposed)
     return torch.ops.aten._cslt_sparse_mm(packed, dense, transpose_result=transposed, alg_id=algorithm)
 
 
@@ -263,4 +266,5 @@ def obstacle(device: torch.device) -> str:
     if not error < 1e-2:
         version = torch.backends.cusparselt.version()
         return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
+    cusparselt.multiplies(device)  # waits for the device: now, and not while a graph is captured
     return ""
