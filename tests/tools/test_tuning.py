@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from act24.passes import Activation24
 from act24.sparse24.products import Measured, Product, Table
 from act24.tools import tuning
+from act24.tools.build import build
+from act24.tools.processes import Processes
 from act24.tools.tuning import TuningError, cache_path, read_table, tuned_table, write_table
 
 TABLE: Table = (
@@ -76,3 +79,29 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_path() == tmp_path / "act24" / "products.json"
+
+
+def test_a_run_hands_its_products_to_the_pass(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tokens of its micro-batches and the model's own shapes; the recipe stays as it is."""
+    measured = []
+
+    def measure(product: Product, time: Callable, device: torch.device) -> tuple[Measured, dict[int, float]]:
+        measured.append(product)
+        return Measured(5, 0.25, 0.5), {}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "obstacle", lambda device: "")
+    monkeypatch.setattr(tuning, "machine", lambda device: "played")
+    monkeypatch.setattr(tuning, "tuned", measure)
+    alone = Processes(0, 1, torch.device("cpu"))
+    for dtype, expected in (("float32", 0), ("bfloat16_autocast", 2), ("bfloat16_autocast", 0)):
+        measured.clear()
+        recipe = tiny(f"train.dtype={dtype}", "passes.activation24.from_step=0")
+        built = build(recipe, alone.device)
+        tuning.tune_(built.pipeline, recipe, alone)
+        assert [p.kind for p in measured] == ["grad_x", "y"][:expected]  # the second time from the cache
+        assert all((p.tokens, p.features, p.width) == (64, 128, 32) for p in measured)
+    code = next(m.code for m in built.pipeline.modules if "activation24(" in m.code)
+    assert "(('grad_x', 64, 128, 32), (5, 0.25, 0.5)), (('y', 64, 128, 32), (5, 0.25, 0.5))" in code
+    assert next(p for p in recipe.passes if isinstance(p, Activation24)).algorithms == ()
+    built.model(torch.zeros(4, 16, dtype=torch.long))  # the code runs

@@ -218,9 +218,6 @@ def _start(arguments: argparse.Namespace, name: str, seed: int, slot: int) -> su
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(index) for index in range(arguments.gpus)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices[slot % arguments.gpus]}
-    # By default every process has a thread for each core, and those that wait spin: seven processes on one
-    # machine made a third of the tokens a second that they make with a thread each.
-    environment.setdefault("OMP_NUM_THREADS", "1")
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 

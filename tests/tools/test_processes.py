@@ -1,0 +1,28 @@
+"""What a process takes of its machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from act24.tools.processes import open_processes
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 1), ("3", 4)])
+def test_a_gpu_run_takes_one_thread_unless_told(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: int
+) -> None:
+    """Told by the environment, which PyTorch has read at its start: nothing is changed then."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with open_processes() as processes:
+            assert processes.device.type == "cuda"
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
