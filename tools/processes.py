@@ -64,8 +64,8 @@ def open_processes() -> Iterator[Processes]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         if "OMP_NUM_THREADS" not in os.environ:
-            # The CPU only copies token ids. A copy of 65,536 would take a thread of every core, and they spin:
-            # seven runs on one machine made a third of the tokens a second that they make with a thread each.
+            # The CPU only copies token ids. To copy 65,536 would take a thread of every core, and they spin:
+            # seven runs on one machine made a third of the tokens a second that they make with one each.
             torch.set_num_threads(1)
     if world_size > 1:
         # gloo beside NCCL: flags travel by CPU and cost no synchronisation.
