@@ -45,6 +45,15 @@ def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | Non
     return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors)
 
 
+@torch.compiler.assume_constant_result  # compiled graphs are traced outside of it
+def is_mapped() -> bool:
+    """Whether `torch.func.vmap` maps over what runs now: operators of our own have no rule for that."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return any(
+        level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()
+    )
+
+
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace it, and would break the graph
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)

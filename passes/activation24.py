@@ -61,7 +61,7 @@ class Activation24(OperationalPass):
         dynamic_steps: optimizer updates between two measurements of soft_dynamic's β; 0 for each update.
         calibration_samples: token rows, without padding, in one measurement, by each process.
         backward, estimator, dense_ratio, token_permutation: as in `act24.sparse24.activation.Options24`.
-        kernels: run on this machine's kernels and 2:4 products where they pay; False for plain PyTorch.
+        kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
         algorithms: what a tuner found for the products (`act24.sparse24.products`), of no meaning to the
             mathematics; no key of a recipe.

@@ -115,7 +115,10 @@ class _Run:
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
         self._built: Built = build(recipe, processes.device, self._step, self._column_scores)
         pipeline = self._built.pipeline
-        tune_(pipeline, recipe, processes)
+        saved = start.state.get("products") if start else None
+        self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
+        if processes.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of training; the tuner's operands are gone
         self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
         self._optimizer: Optimizer = build_optimizer(
             self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
@@ -250,7 +253,7 @@ class _Run:
             self._step,
             model=self._built.model,
             optimizer=self._optimizer,
-            state={"tokens": self._tokens, "log": self._monitor.state()},
+            state={"tokens": self._tokens, "log": self._monitor.state(), "products": self._products},
             rank_state={"data": self._rows.state_dict()},
             recipe_text=dump_recipe(self._recipe),
             plan=asdict(self._built.pipeline.report),

@@ -6,9 +6,11 @@ handed the table (`Options24.algorithms`); this file is all that touches the dis
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def write_table(path: Path, key: str, table: Table) -> None:
     """
     content = _read(path)
     known = dict(_parse(content.get(key, []), path)) | dict(table)
-    content[key] = [product._asdict() | measured._asdict() for product, measured in sorted(known.items())]
+    content[key] = _entries(sorted(known.items()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
@@ -65,16 +67,31 @@ def write_table(path: Path, key: str, table: Table) -> None:
         raise TuningError(f"cannot write {path}: {error.strerror}") from None
 
 
-def tune_(pipeline: Pipeline, recipe: Recipe, processes: Processes) -> None:
+def tune_(
+    pipeline: Pipeline, recipe: Recipe, processes: Processes, saved: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Let the 2:4 activations of a model run on the fastest products for the recipe's micro-batches.
 
     Where nobody measured those on this machine it takes some seconds. Collective: one process measures, the
     others read what it found.
+
+    Args:
+        saved: what this returned when the run began. On the same kind of machine it holds, whatever is
+            measured now: another algorithm rounds otherwise, and a run goes on bit for bit.
+
+    Returns:
+        JSON values.
+
+    Raises:
+        TuningError: the cache is damaged.
     """
     if obstacle(processes.device) or recipe.train.dtype == "float32":
-        return
+        return {}
     from act24.tools.bench.rows import graph_milliseconds
 
+    key = machine(processes.device)
+    held = _parse(saved["products"], Path("the checkpoint")) if saved and saved["machine"] == key else ()
+    used: dict[Any, Any] = {}
     tokens = recipe.train.batch_size * recipe.data.max_length
     for mains_turn in (True, False):
         if processes.is_main is mains_turn:
@@ -84,9 +101,11 @@ def tune_(pipeline: Pipeline, recipe: Recipe, processes: Processes) -> None:
                 possible = [
                     q for q in sorted(products) if not why_never_packed(q.tokens, q.features, (q.width,))
                 ]
-                table = tuned_table(possible, processes.device, graph_milliseconds)
+                table = tuned_table(possible, processes.device, graph_milliseconds, held=held)
                 pipeline.exchange_(p, replace(p, algorithms=table))
+                used |= dict(table)
         processes.any(False)  # the others wait here
+    return {"machine": key, "products": _entries(used.items())}
 
 
 def tuned_table(
@@ -94,6 +113,7 @@ def tuned_table(
     device: torch.device,
     time: Callable[[Callable[[], Tensor]], float],
     path: Path | None = None,
+    held: Table = (),
 ) -> Table:
     """The table for these products: from the cache, and what is missing measured and added to it.
 
@@ -102,15 +122,33 @@ def tuned_table(
         device: a GPU that can run them (`products.obstacle`).
         time: milliseconds that a call takes there.
         path: of the cache; None for `cache_path()`.
+        held: what stands, whatever the cache says.
     """
-    path = path or cache_path()
+    path, key = path or cache_path(), machine(device)
     wanted = list(dict.fromkeys(wanted))
-    known = dict(read_table(path, machine(device)))
-    missing = {product: tuned(product, time, device)[0] for product in wanted if product not in known}
-    if missing:
-        write_table(path, machine(device), tuple(missing.items()))
+    with _alone(path):  # two that measure at a time on one GPU measure each other
+        known = dict(read_table(path, key)) | dict(held)
+        missing = {product: tuned(product, time, device)[0] for product in wanted if product not in known}
+        if missing:
+            with contextlib.suppress(TuningError):  # nowhere to keep it: it is measured again next time
+                write_table(path, key, tuple(missing.items()))
     known |= missing
     return tuple((product, known[product]) for product in wanted)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time, where there is a place for a lock."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _entries(table: Iterable[tuple[Any, Any]]) -> list[dict[str, Any]]:
+    return [Product(*product)._asdict() | Measured(*measured)._asdict() for product, measured in table]
 
 
 def _read(path: Path) -> dict[str, Any]:

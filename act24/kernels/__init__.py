@@ -5,7 +5,7 @@ compiler: Triton, where there is one.
 keys, random_draw: what kernels share, from a 16-bit value to a sorted pair and its metadata.
 pack_activation, pack_gradient, unpack_gradient, activation_gradient: the elementwise passes of a 2:4
   feed-forward network.
-gather_features, replace_rows: the features that stay dense, out of packed matrices and into a product.
+gather_features: single features of packed matrices, for statistics. replace_rows: into a product.
 low_rank: products with the 2:4 activation in them, for narrow linears.
 pack_weight: a weight and its transpose from one read.
 cusparselt: the library's products with plans that are kept.

@@ -1,7 +1,6 @@
-"""The few features that stay dense in a split weight gradient, each as one row along the tokens.
+"""Single features of packed matrices, each as one row along the tokens: a sample of them for statistics.
 
-Reads whole 32-byte sectors for single features, so it moves nearly all of what it reads from; at 5% of the
-features that is still less work than a second output of the packing kernel, which is bound by instructions.
+Reads whole 32-byte sectors for single features, so it moves nearly all of what it reads from.
 """
 
 # pyright: reportInvalidTypeForm=false

@@ -52,6 +52,7 @@ def select_columns(x: Tensor, indices: Tensor) -> Tensor:
 _MULTIPLE = 8
 
 
+@operation
 def low_rank_beside_columns(
     x: Tensor,
     weight_in: Tensor,
@@ -79,7 +80,7 @@ def low_rank_beside_columns(
     Returns:
         `[..., out]`.
     """
-    rank, (count,) = len(weight_in), indices.shape
+    rank, (count,) = weight_in.shape[0], indices.shape
     short = -(rank + count) % _MULTIPLE
     places = torch.arange(x.shape[-1], device=indices.device)
     identity = F.pad((indices[:, None] == places).to(weight_in.dtype), (0, 0, 0, short))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.operation import cast_for_autocast, operation
+from act24.operation import cast_for_autocast, is_mapped, operation
 from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.masked_activation import masked_activation24, why_not_masked
 from act24.sparse24.narrow_activation import narrow_activation24, why_not_narrow
@@ -222,6 +222,8 @@ def activation24(
     if options.method == "mvue" and seed is None:
         raise ValueError("mvue draws at random: give a seed")
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
+    if is_mapped():
+        return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]
     if scale is None and not why_not_narrow(tensors, options):
         return narrow_activation24(tensors, _real(pads), options)
     if not why_not_packed(tensors, options):

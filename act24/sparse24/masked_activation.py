@@ -22,8 +22,7 @@ from act24.sparse24.token_wise import Options24
 
 
 def why_not_masked(tensors: Tensors, options: Options24) -> str:
-    """The one place that chooses between this form and the reference: why it is the reference, in a few
-    words; empty if it is not."""
+    """The one place that decides on this form: why it is not used, in a few words; empty if it is."""
     x, weight_in, _, weight_out, _ = tensors
     if x is None or weight_in is None or weight_out is None:
         return "the kernels need a linear on both sides of the activation"

@@ -27,8 +27,7 @@ _SAMPLE = 16
 
 
 def why_not_narrow(tensors: Tensors, options: Options24) -> str:
-    """The one place that chooses between this form and the reference: why it is the reference, in a few
-    words; empty if it is not."""
+    """The one place that decides on this form: why it is not used, in a few words; empty if it is."""
     x, weight_in, bias_in, weight_out, _ = tensors
     if x is None or weight_in is None or weight_out is None:
         return "only a linear on both sides of the activation makes room for it in the products"

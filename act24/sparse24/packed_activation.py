@@ -35,8 +35,8 @@ Tensors = tuple[Tensor | None, ...]
 
 
 def why_not_packed(tensors: Tensors, options: Options24) -> str:
-    """The one place that chooses between packed operands and the reference: why it is the reference, in a few
-    words; empty if it is not."""
+    """The one place that decides on packed operands: why they are not used, in a few words; empty if they
+    are."""
     x, weight_in, _, weight_out, _ = tensors
     if x is None or weight_in is None or weight_out is None:
         return "only a linear on both sides of the activation makes packing pay"
@@ -88,9 +88,10 @@ def _algorithms(
     tokens: int, weight_in: tuple[int, ...], width_out: int, options: Options24
 ) -> dict[Kind, int]:
     features, width = weight_in
-    exact = options.backward == "dense"  # which has another form than this (`masked_activation`)
+    exact = options.backward == "dense"
     products = feed_forward_products(tokens, width, features, width_out, exact)
-    return choose(products, options.algorithms, always=not exact)
+    # Naive and exact has another form than this and the reference (`masked_activation`).
+    return choose(products, options.algorithms, always=not (exact and options.method == "naive"))
 
 
 class _PackedActivation24(torch.autograd.Function):

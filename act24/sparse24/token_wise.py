@@ -35,8 +35,9 @@ class Options24(NamedTuple):
         dense_ratio: share of the features that split_gemm leaves dense, those with the most non-zeros.
         token_permutation: see `act24.sparse24.feature_wise`; of no meaning for the dense backward.
         statistics: count what 2:4 does; else the statistics are zeros and cost nothing.
-        kernels: run on packed operands where that is possible and pays (`act24.sparse24.packed_activation`),
-            or for narrow linears inside the products; False for the plain-PyTorch reference.
+        kernels: run on packed operands (`act24.sparse24.packed_activation`), inside the products of narrow
+            linears (`narrow_activation`) or around dense ones (`masked_activation`), wherever one of them
+            can; False for the plain-PyTorch reference.
         recompute: for narrow linears keep nothing F-wide for backward, and make it again there
             (`act24.sparse24.narrow_activation`); the others do not look at it.
         algorithms: what a tuner found for the products on this GPU; empty for the rule of

@@ -122,6 +122,10 @@ INPUTS: dict[str, tuple[Any, ...]] = {
     "linear24": (normal(5, 8), normal(8, 8), normal(8), normal(8, 8) > 0),
     "cross_entropy_sum": (normal(5, 8), normal(11, 8), torch.tensor([3, 0, 10, -100, 7])),
     "select_columns": (normal(5, 8), torch.tensor([6, 1])),
+    "low_rank_beside_columns": (
+        *(normal(5, 8), normal(3, 8), normal(6, 3), normal(6, 2), torch.tensor([6, 1])),
+        *(0.7, "silu"),
+    ),
 }
 
 

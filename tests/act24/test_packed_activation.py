@@ -173,6 +173,30 @@ def test_a_compiled_graph_has_the_products_of_the_table(named: bool) -> None:
     assert "act24.product24" in targets
 
 
+@pytest.mark.parametrize(
+    "options", [PACKED._replace(backward="sparse"), Options24(function="relu")], ids=["packed", "masked"]
+)
+def test_per_sample_gradients_run_on_the_reference(options: Options24) -> None:
+    """vmap over grad: the operators have no rule for it, the reference has."""
+    _, weight_in, _, weight_out, _ = network(bias=False)
+    rows = torch.randn(3, TOKENS, WIDTH).bfloat16()
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        return activation24(x, weight, None, weight_out, None, None, None, None, options)[0].float().sum()
+
+    ours = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight_in.detach(), rows)
+    for gradient, sample in zip(ours, rows, strict=True):
+        expected = torch.func.grad(loss)(weight_in.detach(), sample)
+        torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("method", ["soft_threshold", "mvue"])
+def test_exact_gradients_that_have_no_other_form_are_packed(method: str) -> None:
+    options = Options24(method=method)  # type: ignore[arg-type]
+    assert why_not_masked(network(), options)
+    assert why_not_packed(network(), options) == ""
+
+
 def test_recomputation_draws_the_same() -> None:
     """Activation checkpointing runs forward twice; mvue's draw is a function of its seed."""
     tensors = network()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,25 @@ def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert cache_path() == tmp_path / "act24" / "products.json"
 
 
+USED = [
+    {"kind": kind, "tokens": 64, "features": 128, "width": 32, "algorithm": 5, "sparse": 0.25, "dense": 0.5}
+    for kind in ("grad_x", "y")
+]
+
+
+def test_a_cache_that_cannot_be_kept_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "tuned", lambda *_: (Measured(5, 1.0, 2.0), {}))
+    monkeypatch.setattr(tuning, "machine", lambda _: "gpu")
+
+    def refuse(*_: object) -> None:
+        raise TuningError("cannot write")
+
+    monkeypatch.setattr(tuning, "write_table", refuse)
+    wanted = [Product("y", 64, 64, 64)]
+    table = tuned_table(wanted, torch.device("cpu"), lambda call: 1.0, tmp_path / "products.json")
+    assert table == ((wanted[0], Measured(5, 1.0, 2.0)),)
+
+
 def test_a_run_hands_its_products_to_the_pass(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the tokens of its micro-batches and the model's own shapes; the recipe stays as it is."""
     measured = []
@@ -102,6 +122,12 @@ def test_a_run_hands_its_products_to_the_pass(tiny, tmp_path: Path, monkeypatch:
         assert [p.kind for p in measured] == ["grad_x", "y"][:expected]  # the second time from the cache
         assert all((p.tokens, p.features, p.width) == (64, 128, 32) for p in measured)
     code = next(m.code for m in built.pipeline.modules if "activation24(" in m.code)
+    (tmp_path / "act24" / "products.json").unlink()
+    began = {"machine": "played", "products": [p | {"algorithm": 1} for p in USED]}
+    for saved, algorithm in ((began, 1), (began | {"machine": "other"}, 5)):
+        again = build(recipe, alone.device)
+        used = json.loads(json.dumps(tuning.tune_(again.pipeline, recipe, alone, saved)))
+        assert used == {"machine": "played", "products": [p | {"algorithm": algorithm} for p in USED]}
     assert "(('grad_x', 64, 128, 32), (5, 0.25, 0.5)), (('y', 64, 128, 32), (5, 0.25, 0.5))" in code
     assert next(p for p in recipe.passes if isinstance(p, Activation24)).algorithms == ()
     built.model(torch.zeros(4, 16, dtype=torch.long))  # the code runs

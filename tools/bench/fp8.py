@@ -40,12 +40,21 @@ def bench_fp8(shape: tuple[int, int, int] = SHAPE) -> list[Row]:
     title = f"{tokens}×{width}×{features}"
     dense = graph_milliseconds(lambda: activation @ weight.T)
 
-    def scaled() -> Tensor:
+    def scaled(fast: bool) -> Tensor:
         return torch._scaled_mm(
-            narrow, narrow_weight.T, scale_a=rows, scale_b=columns.T.contiguous(), out_dtype=torch.bfloat16
+            narrow,
+            narrow_weight.T,
+            scale_a=rows,
+            scale_b=columns.T.contiguous(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
         )
 
-    made = [Row(f"fp8 product y, dense, {title}", graph_milliseconds(scaled), dense, "ms", note="dense bf16")]
+    made = []
+    for fast in (False, True):
+        name = f"fp8 product y, dense, {'fast sums, ' if fast else ''}{title}"
+        time = graph_milliseconds(lambda fast=fast: scaled(fast))
+        made.append(Row(name, time, dense, "ms", note="dense bf16"))
     packed = pack(activation, mask)
     found = _fastest(lambda algorithm: multiply24(packed.buffer, weight.T, algorithm, False), expected)
     made.append(Row(f"bf16 product y, 2:4, {title}, algorithm {found[0]}", found[1], dense, "ms"))
@@ -60,15 +69,15 @@ def bench_fp8(shape: tuple[int, int, int] = SHAPE) -> list[Row]:
     made.append(Row(f"fp8 product y, 2:4, {title}, algorithm {found[0]}", found[1], dense, "ms"))
     y = torch.empty(tokens, width, device=device, dtype=torch.bfloat16)
     scales = (rows.bfloat16(), columns.T.bfloat16())
-    compiled = torch.compile(quantised)
+    compiled, scale = torch.compile(quantised), torch.compile(lambda y, rows, columns: y * rows * columns)
     for name, call in (
         ("cuSPARSELt's compressor", lambda: torch.ops.aten._cslt_compress(narrow)),
         ("largest of each token", lambda: torch.amax(hidden, 1)),
         ("quantise the weight", lambda: compiled(weight)),
-        ("scale y", lambda: torch.mul(y, scales[0], out=y)),
+        ("scale y", lambda: scale(y, *scales)),
     ):
         made.append(Row(f"fp8 {name}, {title}", graph_milliseconds(call), dense, "ms", note="dense product"))
-    error = relative_error(scaled(), expected)
+    error = relative_error(scaled(True), expected)
     made.append(Row(f"fp8 error of y, dense, {title}", error, 1.0, "relative error", note="of float32"))
     return made
 

@@ -69,7 +69,8 @@ def milliseconds(call: Callable[[], Any], budget: int = 100) -> float:
 
 def graph_milliseconds(call: Callable[[], Any], budget: int = 20) -> float:
     """Median time of a call on the GPU alone, replayed from a CUDA graph: a call that takes the CPU longer to
-    launch than the GPU to run, as those of cuSPARSELt may, is timed by its launch otherwise."""
+    launch than the GPU to run, as those of cuSPARSELt may, is timed by its launch otherwise. The cache is as
+    the call before left it."""
     from triton.testing import do_bench_cudagraph
 
     return float(do_bench_cudagraph(call, rep=budget, return_mode="median"))  # type: ignore[arg-type]
