@@ -12,9 +12,7 @@ from act24.kernels.compiler import triton
 from act24.kernels.cusparselt import multiplies
 from act24.llama import PRESETS
 from act24.passes.relu2_ffn import parity_width
-from act24.sparse24.masked_activation import why_shape_not_masked
-from act24.sparse24.narrow_activation import why_shape_not_narrow
-from act24.sparse24.packed_activation import obstacle_on, why_shape_not_packed
+from act24.sparse24.forms import Network, obstacle_on, why_not_masked, why_not_narrow, why_not_packed
 from act24.sparse24.products import Table, feed_forward_products, layout_error, obstacle
 from act24.sparse24.token_wise import Options24
 from act24.tools.tuning import cache_path, machine, read_table
@@ -110,11 +108,11 @@ def _paths(device: torch.device) -> list[Finding]:
 def _path(width: int, features: int, device: torch.device, options: Options24) -> str:
     if reason := obstacle_on(device):
         return f"plain PyTorch: {reason}"
-    where = (_TOKENS, (features, width), width, torch.bfloat16, device)
-    if not (narrow := why_shape_not_narrow(*where, options)):
+    network = Network(_TOKENS, features, width, width, torch.bfloat16, device)
+    if not (narrow := why_not_narrow(network, options)):
         return "2:4 inside dense products"
-    if packed := why_shape_not_packed(*where, options):
-        if masked := why_shape_not_masked(*where, options):
+    if packed := why_not_packed(network, options):
+        if masked := why_not_masked(network, options):
             return f"plain PyTorch: {packed}; {narrow}; {masked}"
         return f"2:4 by kernels around dense products (exact backward only): {packed}"
     tuned = all(

@@ -21,7 +21,7 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.passes import Activation24, Pipeline
 from act24.recipes.schema import Recipe
-from act24.sparse24.packed_activation import why_never_packed
+from act24.sparse24.forms import why_never_packed
 from act24.sparse24.products import KINDS, Measured, Product, Table, obstacle, tuned
 from act24.tools.processes import Processes
 

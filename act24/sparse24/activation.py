@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from act24.operation import cast_for_autocast, is_mapped, operation
 from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
-from act24.sparse24.masked_activation import masked_activation24, why_not_masked
-from act24.sparse24.narrow_activation import narrow_activation24, why_not_narrow
-from act24.sparse24.packed_activation import packed_activation24, why_not_packed
+from act24.sparse24.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
+from act24.sparse24.masked_activation import masked_activation24
+from act24.sparse24.narrow_activation import narrow_activation24
+from act24.sparse24.packed_activation import packed_activation24
 from act24.sparse24.selection import densest, top2_of_4
 from act24.sparse24.statistics import STATISTICS, feature_wise_statistics, token_wise_statistics
 from act24.sparse24.token_wise import (
@@ -224,10 +225,11 @@ def activation24(
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
     if is_mapped():
         return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]
-    if scale is None and not why_not_narrow(tensors, options):
+    network = network_of(tensors)
+    if scale is None and not why_not_narrow(network, options):
         return narrow_activation24(tensors, _real(pads), options)
-    if not why_not_packed(tensors, options):
+    if not why_not_packed(network, options):
         return packed_activation24(tensors, scale, seed, _real(pads), options)
-    if scale is None and not why_not_masked(tensors, options):
+    if scale is None and not why_not_masked(network, options):
         return masked_activation24(tensors, _real(pads), options)
     return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]

@@ -16,36 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from act24.sparse24 import operators
-from act24.sparse24.packed_activation import Tensors, obstacle_on, token_statistics, why_never_packed
+from act24.sparse24.forms import Tensors
+from act24.sparse24.packed_activation import token_statistics
 from act24.sparse24.statistics import STATISTICS
 from act24.sparse24.token_wise import Options24
-
-
-def why_not_masked(tensors: Tensors, options: Options24) -> str:
-    """The one place that decides on this form: why it is not used, in a few words; empty if it is."""
-    x, weight_in, _, weight_out, _ = tensors
-    if x is None or weight_in is None or weight_out is None:
-        return "the kernels need a linear on both sides of the activation"
-    tokens = x.numel() // max(x.shape[-1], 1)
-    return why_shape_not_masked(tokens, weight_in.shape, len(weight_out), x.dtype, x.device, options)
-
-
-def why_shape_not_masked(
-    tokens: int,
-    weight_in: tuple[int, ...],
-    width_out: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    options: Options24,
-) -> str:
-    """`why_not_masked` for T tokens, a weight of shape `(F, D)` and an output width."""
-    if not options.kernels:
-        return "kernels are switched off"
-    if (options.method, options.backward, options.estimator) != ("naive", "dense", "masked"):
-        return "around dense products the kernels know naive 2:4 with exact weight gradients only"
-    if dtype is not torch.bfloat16:
-        return f"the kernels are for bfloat16, these are {dtype}"
-    return why_never_packed(tokens, weight_in[0], (weight_in[1], width_out)) or obstacle_on(device)
 
 
 class _MaskedActivation24(torch.autograd.Function):
@@ -95,7 +69,7 @@ class _MaskedActivation24(torch.autograd.Function):
 
 
 def masked_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
-    """`act24.sparse24.activation.activation24` where `why_not_masked` has nothing to say, without a scale.
+    """`act24.sparse24.activation.activation24` without a scale, where `forms.why_not_masked` says nothing.
 
     Args:
         real: boolean `[T]`, the tokens that the statistics count; None for all.

@@ -15,54 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from act24.sparse24 import narrow_operators as operators
-from act24.sparse24.packed_activation import Tensors, obstacle_on
+from act24.sparse24.forms import Tensors
 from act24.sparse24.statistics import STATISTICS, token_wise_statistics
 from act24.sparse24.token_wise import Options24, sparsify_token_wise
 
-#: Tile of the kernels, the step of their reductions, and the greatest width at which they were measured.
-_TILE, _STEP, _WIDEST = 128, 64, 256
-
 #: Statistics look at every 16th token: the pre-activation, which they need, is nowhere in memory.
 _SAMPLE = 16
-
-
-def why_not_narrow(tensors: Tensors, options: Options24) -> str:
-    """The one place that decides on this form: why it is not used, in a few words; empty if it is."""
-    x, weight_in, bias_in, weight_out, _ = tensors
-    if x is None or weight_in is None or weight_out is None:
-        return "only a linear on both sides of the activation makes room for it in the products"
-    if bias_in is not None:
-        return "the kernels have no bias before the activation"
-    tokens = x.numel() // max(x.shape[-1], 1)
-    return why_shape_not_narrow(tokens, weight_in.shape, len(weight_out), x.dtype, x.device, options)
-
-
-def why_shape_not_narrow(
-    tokens: int,
-    weight_in: tuple[int, ...],
-    width_out: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    options: Options24,
-) -> str:
-    """`why_not_narrow` for T tokens, a weight of shape `(F, D)` and an output width."""
-    features, width = weight_in
-    if not options.kernels:
-        return "kernels are switched off"
-    if (options.function, options.method, options.backward, options.estimator) != (
-        "relu2",
-        "naive",
-        "dense",
-        "masked",
-    ):
-        return "the kernels know naive relu² with exact weight gradients only"
-    if dtype is not torch.bfloat16:
-        return f"the kernels are for bfloat16, these are {dtype}"
-    if tokens == 0 or tokens % _TILE or features % _TILE:
-        return f"T {tokens} and F {features} have to be multiples of {_TILE}"
-    if width % _STEP or width_out % _STEP or max(width, width_out) > _WIDEST:
-        return f"fused products take widths that are multiples of {_STEP}, {_WIDEST} at most"
-    return obstacle_on(device)
 
 
 class _NarrowActivation24(torch.autograd.Function):
@@ -111,7 +69,7 @@ class _NarrowActivation24(torch.autograd.Function):
 
 
 def narrow_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
-    """`act24.sparse24.activation.activation24` where `why_not_narrow` has nothing to say.
+    """`act24.sparse24.activation.activation24` where `forms.why_not_narrow` has nothing to say.
 
     Args:
         real: boolean `[T]`, the tokens that the statistics count; None for all.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from act24.sparse24.library import operator
+from act24.sparse24.registry import operator
 from act24.sparse24.selection import top2_of_4
 
 

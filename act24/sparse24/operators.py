@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from act24.sparse24.feature_wise import TokenPermutation, shape_numel, token_permutation
-from act24.sparse24.library import operator
 from act24.sparse24.packed import Packed24, empty_packed, pack, unpack
 from act24.sparse24.products import multiply24
+from act24.sparse24.registry import operator
 from act24.sparse24.token_wise import Function, Method, Options24, sparsify_token_wise
 
 

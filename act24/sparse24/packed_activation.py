@@ -17,81 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from act24.sparse24 import operators
 from act24.sparse24.feature_wise import sparsify_feature_wise
+from act24.sparse24.forms import Network, Tensors, product_algorithms
 from act24.sparse24.packed import Packed24, unpack
-from act24.sparse24.products import Kind, choose, feed_forward_products, obstacle
+from act24.sparse24.products import Kind
 from act24.sparse24.selection import densest_features
 from act24.sparse24.statistics import STATISTICS, feature_wise_statistics
 from act24.sparse24.token_wise import Options24
 
-#: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
-_TILE, _LOAD = 64, 8
-
 #: The statistics along the tokens look at every 64th feature.
 _SAMPLE = 64
-
-
-#: x, weight_in, bias_in, weight_out, bias_out of `act24.sparse24.activation.activation24`.
-Tensors = tuple[Tensor | None, ...]
-
-
-def why_not_packed(tensors: Tensors, options: Options24) -> str:
-    """The one place that decides on packed operands: why they are not used, in a few words; empty if they
-    are."""
-    x, weight_in, _, weight_out, _ = tensors
-    if x is None or weight_in is None or weight_out is None:
-        return "only a linear on both sides of the activation makes packing pay"
-    tokens = x.numel() // max(x.shape[-1], 1)
-    return why_shape_not_packed(tokens, weight_in.shape, len(weight_out), x.dtype, x.device, options)
-
-
-def why_shape_not_packed(
-    tokens: int,
-    weight_in: tuple[int, ...],
-    width_out: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    options: Options24,
-) -> str:
-    """`why_not_packed` for T tokens, a weight of shape `(F, D)` and an output width."""
-    features, width = weight_in
-    if not options.kernels:
-        return "kernels are switched off"
-    if options.estimator != "masked":
-        return "the straight-through gradient is not 2:4"
-    if dtype is not torch.bfloat16:
-        return f"packed operands are bfloat16, these are {dtype}"
-    if reason := why_never_packed(tokens, features, (width, width_out)):
-        return reason
-    if reason := obstacle_on(device):
-        return reason
-    if not _algorithms(tokens, weight_in, width_out, options):
-        return f"dense products are faster at T {tokens}, F {features}, widths {width} and {width_out}"
-    return ""
-
-
-def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str:
-    """What about a shape the kernels cannot take; empty if they can."""
-    if tokens == 0 or tokens % _TILE or features % _TILE:
-        return f"T {tokens} and F {features} have to be multiples of {_TILE}"
-    if any(width % _LOAD for width in widths):
-        return f"widths {', '.join(map(str, widths))} have to be multiples of {_LOAD}"
-    return ""
-
-
-@torch.compiler.assume_constant_result
-def obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.products.obstacle`, as a constant of a compiled graph."""
-    return obstacle(device)
-
-
-def _algorithms(
-    tokens: int, weight_in: tuple[int, ...], width_out: int, options: Options24
-) -> dict[Kind, int]:
-    features, width = weight_in
-    exact = options.backward == "dense"
-    products = feed_forward_products(tokens, width, features, width_out, exact)
-    # Naive and exact has another form than this and the reference (`masked_activation`).
-    return choose(products, options.algorithms, always=not (exact and options.method == "naive"))
 
 
 class _PackedActivation24(torch.autograd.Function):
@@ -120,7 +54,7 @@ class _PackedActivation24(torch.autograd.Function):
             (training and options.backward == "split_gemm") or options.statistics,
             options.statistics,
         )
-        algorithm = _algorithms(len(hidden), weight_in.shape, len(weight_out), options)["y"]
+        algorithm = _algorithms(hidden, weight_in, weight_out, options)["y"]
         y = operators.product24(packed, weight_out.T, algorithm, False, None, None)
         y = y if scale is None else y * scale.to(y.dtype)
         y = y if bias_out is None else y + bias_out
@@ -144,7 +78,7 @@ class _PackedActivation24(torch.autograd.Function):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_product = grad_rows if scale is None else grad_rows * scale.to(grad_y.dtype)
-        algorithms = _algorithms(len(x), weight_in.shape, len(weight_out), options)
+        algorithms = _algorithms(x, weight_in, weight_out, options)
 
         grad_activation = grad_product @ weight_out
         grad_weight_in = grad_weight_out = None
@@ -187,6 +121,13 @@ class _PackedActivation24(torch.autograd.Function):
         )
 
 
+def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
+    """Of the products for this many rows."""
+    features, width = weight_in.shape
+    network = Network(len(rows), features, width, len(weight_out), rows.dtype, rows.device)
+    return product_algorithms(network, options)
+
+
 def _token_order(like: Tensor, shape: tuple[int, ...], options: Options24) -> Tensor | None:
     if options.token_permutation == "none":
         return None
@@ -200,7 +141,7 @@ def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
 def packed_activation24(
     tensors: Tensors, scale: Tensor | None, seed: Tensor | None, real: Tensor | None, options: Options24
 ) -> tuple[Tensor, Tensor]:
-    """`act24.sparse24.activation.activation24` where `why_not_packed` has nothing to say.
+    """`act24.sparse24.activation.activation24` where `forms.why_not_packed` has nothing to say.
 
     Args:
         real: boolean `[T]`, the tokens that are no padding; None for all. The others as there.

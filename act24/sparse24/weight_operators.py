@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from act24.sparse24.library import operator
 from act24.sparse24.packed import Packed24, empty_packed, pack
+from act24.sparse24.registry import operator
 
 
 def _pack_weight_reference(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from act24.sparse24 import operators, packed_activation
+from act24.sparse24 import forms, operators
 from act24.sparse24.activation import Options24, activation24
-from act24.sparse24.masked_activation import why_not_masked
-from act24.sparse24.narrow_activation import why_not_narrow
-from act24.sparse24.packed_activation import why_not_packed
+from act24.sparse24.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
 from act24.sparse24.products import Measured, feed_forward_products
 from act24.sparse24.statistics import STATISTICS
 
@@ -29,7 +27,7 @@ PACKED = Options24(algorithms=FORCED)
 
 @pytest.fixture(autouse=True)
 def _a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_activation, "obstacle", lambda _: "")
+    monkeypatch.setattr(forms, "obstacle", lambda _: "")
 
 
 def network(bias: bool = True, features: int = FEATURES, exact: bool = False) -> tuple[Tensor | None, ...]:
@@ -70,9 +68,9 @@ def test_equals_the_reference(backward: str, method: str) -> None:
         tried = [options]
         if (backward, method) == ("dense", "naive"):
             tried.append(options._replace(algorithms=()))  # products so narrow are dense without a table
-            assert why_not_packed(tensors, tried[1])
-            assert not why_not_masked(tensors, tried[1])
-        assert why_not_packed(tensors, options) == ""
+            assert why_not_packed(network_of(tensors), tried[1])
+            assert not why_not_masked(network_of(tensors), tried[1])
+        assert why_not_packed(network_of(tensors), options) == ""
         for each in tried:
             ours = outcome(tensors, each, scale, seed, padding)
             torch.testing.assert_close(ours.pop(1)[:token_wise], statistics)
@@ -94,7 +92,7 @@ def test_statistics_along_the_tokens_are_an_estimate_of_the_reference() -> None:
 def test_narrow_equals_the_reference() -> None:
     tensors = network(bias=False, exact=True)
     options = Options24(statistics=True)
-    assert why_not_narrow(tensors, options) == ""
+    assert why_not_narrow(network_of(tensors), options) == ""
     expected = outcome(tensors, options._replace(kernels=False))
     for recompute in (False, True):
         ours = outcome(tensors, options._replace(recompute=recompute))
@@ -193,8 +191,8 @@ def test_per_sample_gradients_run_on_the_reference(options: Options24) -> None:
 @pytest.mark.parametrize("method", ["soft_threshold", "mvue"])
 def test_exact_gradients_that_have_no_other_form_are_packed(method: str) -> None:
     options = Options24(method=method)  # type: ignore[arg-type]
-    assert why_not_masked(network(), options)
-    assert why_not_packed(network(), options) == ""
+    assert why_not_masked(network_of(network()), options)
+    assert why_not_packed(network_of(network()), options) == ""
 
 
 def test_recomputation_draws_the_same() -> None:
@@ -221,19 +219,23 @@ def test_inference_saves_and_counts_nothing() -> None:
 def test_one_sentence_for_each_reason() -> None:
     x, _, _, weight_out, _ = tensors = network(bias=False)
     float32 = tuple(None if t is None else t.float() for t in tensors)
-    assert "switched off" in why_not_packed(tensors, PACKED._replace(kernels=False))
-    assert "straight-through" in why_not_packed(tensors, PACKED._replace(estimator="ste"))
-    assert "bfloat16" in why_not_packed(float32, PACKED)
-    assert "dense products are faster" in why_not_packed(tensors, Options24())
-    assert why_not_packed(tensors, Options24(backward="sparse")) == ""  # the reference costs more than any
-    assert "both sides" in why_not_packed((x, None, None, weight_out, None), PACKED)
-    assert "multiples of 64" in why_not_packed((x[:1, :10], *tensors[1:]), PACKED)
-    assert "multiples of 8" in why_not_packed((*tensors[:3], weight_out[:-3], None), PACKED)
-    assert "exact weight gradients only" in why_not_masked(tensors, Options24(backward="sparse"))
-    assert "multiples of 64" in why_not_masked((x[:1, :10], *tensors[1:]), Options24())
-    assert "no bias" in why_not_narrow(network(), Options24())
-    assert "naive relu²" in why_not_narrow(tensors, Options24(backward="sparse"))
-    assert "256 at most" in why_not_narrow((*tensors[:3], weight_out.repeat(8, 1), None), Options24())
+    assert "switched off" in why_not_packed(network_of(tensors), PACKED._replace(kernels=False))
+    assert "straight-through" in why_not_packed(network_of(tensors), PACKED._replace(estimator="ste"))
+    assert "bfloat16" in why_not_packed(network_of(float32), PACKED)
+    assert "dense products are faster" in why_not_packed(network_of(tensors), Options24())
+    assert (
+        why_not_packed(network_of(tensors), Options24(backward="sparse")) == ""
+    )  # the reference costs more than any
+    assert "both sides" in why_not_packed(network_of((x, None, None, weight_out, None)), PACKED)
+    assert "multiples of 64" in why_not_packed(network_of((x[:1, :10], *tensors[1:])), PACKED)
+    assert "multiples of 8" in why_not_packed(network_of((*tensors[:3], weight_out[:-3], None)), PACKED)
+    assert "exact weight gradients only" in why_not_masked(network_of(tensors), Options24(backward="sparse"))
+    assert "multiples of 64" in why_not_masked(network_of((x[:1, :10], *tensors[1:])), Options24())
+    assert "no bias" in why_not_narrow(network_of(network()), Options24())
+    assert "naive relu²" in why_not_narrow(network_of(tensors), Options24(backward="sparse"))
+    assert "256 at most" in why_not_narrow(
+        network_of((*tensors[:3], weight_out.repeat(8, 1), None)), Options24()
+    )
 
 
 def test_operators_keep_their_contracts() -> None:

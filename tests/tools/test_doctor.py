@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from act24.sparse24 import packed_activation
+from act24.sparse24 import forms
 from act24.tools import doctor
 
 
@@ -24,7 +24,7 @@ def test_text_has_a_line_for_every_finding() -> None:
 
 def test_paths_of_a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide networks are packed, narrow ones have 2:4 inside their products."""
-    monkeypatch.setattr(packed_activation, "obstacle", lambda _: "")
+    monkeypatch.setattr(forms, "obstacle", lambda _: "")
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
     assert findings["llama-1b, full rank, 2048×8192"].startswith("packed 2:4 products")
     assert findings["llama-7b, rank 1024, 1024×16512"].startswith("packed 2:4 products")

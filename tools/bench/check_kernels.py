@@ -18,10 +18,10 @@ from torch import Tensor
 import act24.sparse24.weight_operators  # noqa: F401  (defines pack_weight)
 from act24.kernels.cusparselt import multiplies
 from act24.sparse24.activation import activation24
-from act24.sparse24.library import REFERENCES
+from act24.sparse24.forms import network_of, why_not_packed
 from act24.sparse24.packed import Packed24, unpack
-from act24.sparse24.packed_activation import why_not_packed
 from act24.sparse24.products import Measured, feed_forward_products, layout_error, relative_error
+from act24.sparse24.registry import REFERENCES
 from act24.sparse24.token_wise import Options24
 from act24.sparse24.transposable import transposable_mask
 from act24.tools.bench.rows import needed_gpu
@@ -155,7 +155,7 @@ def _operation(device: torch.device) -> Iterator[Check]:
             return max(map(relative_error, call(), expected))
 
         case = f"{backward} {method}"
-        if reason := why_not_packed(leaves, options):
+        if reason := why_not_packed(network_of(leaves), options):
             raise SystemExit(f"the operation runs on the reference: {reason}")
         yield f"operation {case} eager", lambda run=run, o=options, e=error: e(lambda: run(o))
         if (backward, method) == ("dense", "naive"):

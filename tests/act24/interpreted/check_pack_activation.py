@@ -11,8 +11,8 @@ from torch import Tensor
 import act24.sparse24.operators  # noqa: F401  (fills REFERENCES)
 from act24.kernels.activation_gradient import activation_gradient
 from act24.kernels.pack_activation import pack_activation
-from act24.sparse24.library import REFERENCES
 from act24.sparse24.packed import Packed24, empty_packed, unpack
+from act24.sparse24.registry import REFERENCES
 
 FUNCTIONS, METHODS = ("relu2", "relu"), ("naive", "soft_threshold", "mvue")
 SEED = 2**40 + 17

@@ -11,8 +11,8 @@ import act24.sparse24.operators  # noqa: F401  (fills REFERENCES)
 from act24.kernels.gather_features import gather_features
 from act24.kernels.pack_gradient import pack_gradient
 from act24.kernels.unpack_gradient import unpack_gradient
-from act24.sparse24.library import REFERENCES
 from act24.sparse24.packed import Packed24, empty_packed, unpack
+from act24.sparse24.registry import REFERENCES
 
 
 def saved(tokens: int, features: int, function: str, method: str) -> tuple[Tensor, Tensor | None]:

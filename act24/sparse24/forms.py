@@ -1,0 +1,130 @@
+"""Which form a 2:4 feed-forward network runs in: the one place that decides, for the operation, the shell and
+whoever asks why.
+
+Every rule says in a few words why its form cannot be, and nothing where it can. `act24.sparse24.activation`
+asks for them in turn: narrow, packed, masked; else it is the reference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from act24.sparse24.products import Kind, choose, feed_forward_products, obstacle
+from act24.sparse24.token_wise import Options24
+
+#: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
+_TILE, _LOAD = 64, 8
+
+#: Of the kernels for narrow linears: the tile, the step of a reduction, and the greatest width measured.
+_NARROW_TILE, _NARROW_STEP, _WIDEST = 128, 64, 256
+
+#: x, weight_in, bias_in, weight_out, bias_out of `act24.sparse24.activation.activation24`.
+Tensors = tuple[Tensor | None, ...]
+
+
+class Network(NamedTuple):
+    """What the decision depends on, besides the options.
+
+    Attributes:
+        tokens, features: T and F.
+        width, width_out: what the first linear reads, and what the second writes.
+        dtype, device: of the input.
+        biased: the first linear has a bias.
+    """
+
+    tokens: int
+    features: int
+    width: int
+    width_out: int
+    dtype: torch.dtype
+    device: torch.device
+    biased: bool = False
+
+
+def network_of(tensors: Tensors) -> Network | None:
+    """The network of an operation's tensors; None where the activation lacks a linear on one side."""
+    x, weight_in, bias_in, weight_out, _ = tensors
+    if x is None or weight_in is None or weight_out is None:
+        return None
+    features, width = weight_in.shape
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return Network(tokens, features, width, weight_out.shape[0], x.dtype, x.device, bias_in is not None)
+
+
+def why_not_packed(network: Network | None, options: Options24) -> str:
+    """Packed operands and 2:4 products (`act24.sparse24.packed_activation`)."""
+    if reason := _why_no_kernels(network, options):
+        return reason
+    assert network is not None
+    if options.estimator != "masked":
+        return "the straight-through gradient is not 2:4"
+    if not product_algorithms(network, options):
+        return (
+            f"dense products are faster at T {network.tokens}, F {network.features}, "
+            f"widths {network.width} and {network.width_out}"
+        )
+    return ""
+
+
+def why_not_masked(network: Network | None, options: Options24) -> str:
+    """Kernels around dense products (`act24.sparse24.masked_activation`)."""
+    if (options.method, options.backward, options.estimator) != ("naive", "dense", "masked"):
+        return "around dense products the kernels know naive 2:4 with exact weight gradients only"
+    return _why_no_kernels(network, options)
+
+
+def why_not_narrow(network: Network | None, options: Options24) -> str:
+    """2:4 inside the products of narrow linears (`act24.sparse24.narrow_activation`)."""
+    chosen = (options.function, options.method, options.backward, options.estimator)
+    if chosen != ("relu2", "naive", "dense", "masked"):
+        return "the kernels know naive relu² with exact weight gradients only"
+    if reason := _why_no_kernels(network, options):
+        return reason
+    assert network is not None
+    if network.biased:
+        return "the kernels have no bias before the activation"
+    if network.tokens % _NARROW_TILE or network.features % _NARROW_TILE:
+        return f"T {network.tokens} and F {network.features} have to be multiples of {_NARROW_TILE}"
+    widths = (network.width, network.width_out)
+    if any(width % _NARROW_STEP for width in widths) or max(widths) > _WIDEST:
+        return f"fused products take widths that are multiples of {_NARROW_STEP}, {_WIDEST} at most"
+    return ""
+
+
+def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
+    """The algorithm of each 2:4 product; empty where the products are dense."""
+    exact = options.backward == "dense"
+    tokens, features, width, width_out, *_ = network
+    products = feed_forward_products(tokens, width, features, width_out, exact)
+    # Naive and exact has another form than this and the reference: the masked one.
+    return choose(products, options.algorithms, always=not (exact and options.method == "naive"))
+
+
+def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str:
+    """What about a shape the kernels cannot take; empty if they can."""
+    if tokens == 0 or tokens % _TILE or features % _TILE:
+        return f"T {tokens} and F {features} have to be multiples of {_TILE}"
+    if any(width % _LOAD for width in widths):
+        return f"widths {', '.join(map(str, widths))} have to be multiples of {_LOAD}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def obstacle_on(device: torch.device) -> str:
+    """`act24.sparse24.products.obstacle`, as a constant of a compiled graph."""
+    return obstacle(device)
+
+
+def _why_no_kernels(network: Network | None, options: Options24) -> str:
+    """What holds for all of them."""
+    if not options.kernels:
+        return "kernels are switched off"
+    if network is None:
+        return "only a linear on both sides of the activation makes the kernels pay"
+    if network.dtype is not torch.bfloat16:
+        return f"the kernels are for bfloat16, these are {network.dtype}"
+    widths = (network.width, network.width_out)
+    return why_never_packed(network.tokens, network.features, widths) or obstacle_on(network.device)
