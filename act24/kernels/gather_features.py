@@ -23,25 +23,20 @@ def _gather_features(
     grad_values,
     metadata,
     index,
-    permutation,
     real,
     value_rows,
     grad_rows,
     number,
     tokens,
     features,
-    PERMUTED: tl.constexpr,
     PADS: tl.constexpr,
     FEATURES: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     nth = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
-    place = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    inside = (nth < number)[:, None] & (place < tokens)[None, :]
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    inside = (nth < number)[:, None] & (token < tokens)[None, :]
     feature = tl.load(index + nth, mask=nth < number, other=0).to(tl.int32)[:, None]
-    token = place
-    if PERMUTED:
-        token = tl.load(permutation + place, mask=place < tokens, other=0).to(tl.int32)
     row = token[None, :]
     group = row.to(tl.int64) * (features // 4) + feature // 4
     field = metadata_field(row % 64, feature, features)
@@ -50,10 +45,10 @@ def _gather_features(
     first = (named & 3) == feature % 4
     second = (named >> 2 & 3) == feature % 4
     if PADS:
-        counts = tl.load(real + token, mask=place < tokens, other=0)[None, :]
+        counts = tl.load(real + token, mask=token < tokens, other=0)[None, :]
         first = first & counts
         second = second & counts
-    out = nth.to(tl.int64)[:, None] * tokens + place[None, :]
+    out = nth.to(tl.int64)[:, None] * tokens + row
     both = load_bits(values + group, inside)
     entry = tl.where(first, both, tl.where(second, both >> 16, both & 0))
     tl.store(value_rows + out, entry.to(tl.uint16).to(tl.int16, bitcast=True), inside)
@@ -66,7 +61,6 @@ def gather_features(
     value: Packed24,
     grad: Packed24,
     index: Tensor,
-    permutation: Tensor | None,
     real: Tensor | None,
     value_rows: Tensor,
     grad_rows: Tensor,
@@ -76,7 +70,6 @@ def gather_features(
     Args:
         value, grad: `[T, F]`, packed along the features, with equal metadata.
         index: int64 `[n]`, the features to take.
-        permutation: int64 `[T]`, the order of the tokens; None as it is.
         real: boolean `[T]`, False for tokens to set to zero; None for none.
         value_rows, grad_rows: 16-bit `[n, T]`, unwritten.
     """
@@ -87,14 +80,12 @@ def gather_features(
         grad.values.view(torch.int32),
         value.metadata.view(torch.int32),
         index,
-        words if permutation is None else permutation,
         words if real is None else real,
         value_rows.view(torch.int16),
         grad_rows.view(torch.int16),
         len(index),
         tokens,
         features,
-        PERMUTED=permutation is not None,
         PADS=real is not None,
         FEATURES=FEATURES,
         TOKENS=TOKENS,

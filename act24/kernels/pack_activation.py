@@ -58,6 +58,7 @@ def _pack_activation(
     counts,
     sums,
     real,
+    order,
     seed,
     features,
     slabs,
@@ -68,6 +69,7 @@ def _pack_activation(
     COUNTS: tl.constexpr,
     STATISTICS: tl.constexpr,
     PADS: tl.constexpr,
+    PERMUTED: tl.constexpr,
     STRIP: tl.constexpr,
     SLABS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -107,7 +109,10 @@ def _pack_activation(
             key2 = (odd << 16 | 1).to(tl.int32, bitcast=True)
             key3 = upper(odd).to(tl.int32, bitcast=True)
             if METHOD == "mvue":
-                number = (slab * 64 + rows).to(tl.uint32) * (features // 4) + strip // 4 + group
+                token = slab * 64 + rows
+                if PERMUTED:
+                    token = tl.load(order + token)
+                number = token.to(tl.uint32) * (features // 4) + strip // 4 + group
                 a0 = round16(_activation(as_float(even << 16), FUNCTION), tl.bfloat16)
                 a1 = round16(_activation(as_float(upper(even)), FUNCTION), tl.bfloat16)
                 a2 = round16(_activation(as_float(odd << 16), FUNCTION), tl.bfloat16)
@@ -209,6 +214,7 @@ def pack_activation(
     statistics: bool,
     seed: Tensor | None,
     real: Tensor | None,
+    order: Tensor | None,
     function: str,
     method: str,
 ) -> Tensor | None:
@@ -222,6 +228,7 @@ def pack_activation(
         statistics: whether to count.
         seed: int64 scalar for mvue.
         real: boolean `[T]`, tokens that count; None for all.
+        order: int64 `[T]`, the tokens that the rows are, by which mvue draws; None for those of their numbers.
         function, method: as in `act24.sparse24.activation.Options24`.
 
     Returns:
@@ -241,6 +248,7 @@ def pack_activation(
         unused if counts is None else counts,
         unused if sums is None else sums,
         unused if real is None else real,
+        unused if order is None else order,
         unused if seed is None else seed,
         features,
         tokens // 64,
@@ -251,6 +259,7 @@ def pack_activation(
         COUNTS=counts is not None,
         STATISTICS=statistics,
         PADS=real is not None,
+        PERMUTED=order is not None,
         STRIP=STRIP,
         SLABS=SLABS,
         STAGES=3,

@@ -91,14 +91,12 @@ def _fetch(
     values,
     metadata,
     slopes,
-    permutation,
     real,
     features,
     token,
     feature,
     nth: tl.constexpr,
     SLOPE: tl.constexpr,
-    PERMUTED: tl.constexpr,
     PADS: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -110,26 +108,18 @@ def _fetch(
     group = tl.arange(0, FEATURES // 4)[None, :]
     word = tl.arange(0, FEATURES // 8)[None, :]
     row = (tl.arange(0, rows) * 4 + nth)[:, None]
-    # T·F may pass 2^31: without a permutation one 64-bit number does for the tile, else each row has its own.
-    if PERMUTED:
-        row = tl.load(permutation + token + row).to(tl.int32)
-        slab = (row // 64).to(tl.int64) * (2 * features) + feature * 2
-        field = metadata_field(row % 64, word * 8, features)
-        start = row.to(tl.int64) * (features // 4) + feature // 4
-        half_row = start * 2 + pair
-        quarter_row = start + group
-    else:
-        slab = token.to(tl.int64) // 64 * (2 * features) + feature * 2
-        field = metadata_field(row, word * 8, features)
-        start = token.to(tl.int64) * (features // 4) + feature // 4
-        half_row = start * 2 + (row * (features // 2) + pair)
-        quarter_row = start + (row * (features // 4) + group)
+    # T·F may pass 2^31: one 64-bit number does for the tile.
+    slab = token.to(tl.int64) // 64 * (2 * features) + feature * 2
+    field = metadata_field(row, word * 8, features)
+    start = token.to(tl.int64) * (features // 4) + feature // 4
+    half_row = start * 2 + (row * (features // 2) + pair)
+    quarter_row = start + (row * (features // 4) + group)
     pairs = load_bits(grad + half_row)
     both = load_bits(values + quarter_row)
     fields = load_bits(metadata + slab + tl.max_contiguous(field // 8, (1, 2)))
     slope = load_bits(slopes + quarter_row) if SLOPE else both
     if PADS:
-        is_real = tl.load(real + (row if PERMUTED else token + row))
+        is_real = tl.load(real + token + row)
         both = tl.where(is_real, both, both & 0)
         slope = tl.where(is_real, slope, slope & 0)
     fields >>= (field % 8 * 4).to(tl.uint32)
@@ -217,7 +207,6 @@ def _pack_gradient(
     values,
     metadata,
     slopes,
-    permutation,
     real,
     places,
     grad_values,
@@ -232,7 +221,6 @@ def _pack_gradient(
     features,
     FUNCTION: tl.constexpr,
     SLOPE: tl.constexpr,
-    PERMUTED: tl.constexpr,
     PADS: tl.constexpr,
     DENSE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -246,20 +234,20 @@ def _pack_gradient(
     for step in tl.range(0, tl.minimum(STEPS, tokens // TOKENS - first_tile), num_stages=STAGES):
         token = (first_tile + step) * TOKENS
         pairs0, both0, slope0, fields0, half_row0 = _fetch(
-            grad, values, metadata, slopes, permutation, real, features, token, feature,
-            0, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+            grad, values, metadata, slopes, real, features, token, feature,
+            0, SLOPE, PADS, TOKENS, FEATURES,
         )  # fmt: skip
         pairs1, both1, slope1, fields1, half_row1 = _fetch(
-            grad, values, metadata, slopes, permutation, real, features, token, feature,
-            1, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+            grad, values, metadata, slopes, real, features, token, feature,
+            1, SLOPE, PADS, TOKENS, FEATURES,
         )  # fmt: skip
         pairs2, both2, slope2, fields2, half_row2 = _fetch(
-            grad, values, metadata, slopes, permutation, real, features, token, feature,
-            2, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+            grad, values, metadata, slopes, real, features, token, feature,
+            2, SLOPE, PADS, TOKENS, FEATURES,
         )  # fmt: skip
         pairs3, both3, slope3, fields3, half_row3 = _fetch(
-            grad, values, metadata, slopes, permutation, real, features, token, feature,
-            3, SLOPE, PERMUTED, PADS, TOKENS, FEATURES,
+            grad, values, metadata, slopes, real, features, token, feature,
+            3, SLOPE, PADS, TOKENS, FEATURES,
         )  # fmt: skip
         masked, v00, v01, v02, v03, g00, g01, g02, g03 = _keys(
             pairs0, both0, slope0, fields0, 0, FUNCTION, SLOPE
@@ -330,7 +318,6 @@ def pack_gradient(
     grad: Tensor,
     saved: Packed24,
     slope: Tensor | None,
-    permutation: Tensor | None,
     real: Tensor | None,
     places: Tensor | None,
     grad_packed: Packed24,
@@ -346,7 +333,6 @@ def pack_gradient(
         grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
         saved: the activation, 2:4 along the features, `[T, F]`.
         slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
-        permutation: int64 `[T]`, the order in which tokens are grouped; None as it is.
         real: boolean `[T]`, False for tokens to leave out; None for none.
         places: int32 `[F]`, the row of `value_dense` and `grad_dense` that a feature goes to, -1 for none;
             None for no such features.
@@ -362,7 +348,6 @@ def pack_gradient(
         saved.values.view(torch.int32),
         saved.metadata.view(torch.int32),
         unused if slope is None else slope.view(torch.int32),
-        unused if permutation is None else permutation,
         unused if real is None else real,
         unused if places is None else places,
         grad_packed.values,
@@ -377,7 +362,6 @@ def pack_gradient(
         features,
         FUNCTION=function,
         SLOPE=slope is not None,
-        PERMUTED=permutation is not None,
         PADS=real is not None,
         DENSE=places is not None,
         TOKENS=TOKENS,

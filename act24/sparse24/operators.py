@@ -13,7 +13,7 @@ from act24.sparse24.feature_wise import TokenPermutation, shape_numel, token_per
 from act24.sparse24.packed import Packed24, empty_packed, pack, unpack
 from act24.sparse24.products import multiply24
 from act24.sparse24.registry import operator
-from act24.sparse24.token_wise import Function, Method, Options24, sparsify_token_wise
+from act24.sparse24.token_wise import Function, Method, Options24, Sparse24, sparsify_token_wise
 
 
 def _pack_activation_reference(
@@ -26,9 +26,12 @@ def _pack_activation_reference(
     dense: bool,
     counts: bool,
     statistics: bool,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positive = torch.relu(hidden)
-    sparse = sparsify_token_wise(positive, seed, Options24(function=function, method=method))
+    by_token = positive if order is None else positive[torch.argsort(order)]
+    sparse = sparsify_token_wise(by_token, seed, Options24(function=function, method=method))
+    sparse = sparse if order is None else Sparse24(*(part[order] for part in sparse))
     packed = pack(sparse.value, sparse.mask)
     nonzero = positive > 0 if real is None else (positive > 0) & real[:, None]
     energy = torch.where(nonzero, sparse.dense.float().square(), 0)
@@ -56,6 +59,7 @@ def _pack_activation_kernel(
     dense: bool,
     counts: bool,
     statistics: bool,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from act24.kernels.pack_activation import pack_activation
 
@@ -72,6 +76,7 @@ def _pack_activation_kernel(
         statistics,
         seed,
         real,
+        order,
         function,
         method,
     )
@@ -88,6 +93,7 @@ def _pack_activation_fake(
     dense: bool,
     counts: bool,
     statistics: bool,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, features = hidden.shape
     return (
@@ -102,10 +108,10 @@ def _pack_activation_fake(
 #: Returns: the activation, packed, or if `dense` with its zeros, `[T, F]`; its slope at the kept places
 #: `[T, F/2]`, if asked for; non-zeros before 2:4 by feature, int32 `[F]`, if asked for; and if asked for
 #: float32 `[4]`: groups with more than two non-zeros, non-zeros dropped, energy, energy dropped. Tokens that
-#: are not `real` count nowhere.
+#: are not `real` count nowhere. Row r is token `order[r]`, which is what mvue draws by; None: token r.
 pack_activation = operator(
     "pack_activation(Tensor hidden, Tensor? seed, Tensor? real, str function, str method, bool slope, "
-    "bool dense, bool counts, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool dense, bool counts, bool statistics, Tensor? order=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _pack_activation_reference,
     _pack_activation_kernel,
     _pack_activation_fake,
@@ -136,7 +142,6 @@ def _pack_gradient_reference(
     grad: Tensor,
     saved: Tensor,
     slope: Tensor | None,
-    permutation: Tensor | None,
     real: Tensor | None,
     index: Tensor | None,
     function: Function,
@@ -146,7 +151,7 @@ def _pack_gradient_reference(
     rows = []
     for matrix in (unpack(value), unpack(masked)):
         matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
-        rows.append((matrix if permutation is None else matrix[permutation]).T.contiguous())
+        rows.append(matrix.T.contiguous())
     chosen = grad.new_empty(0, dtype=torch.int64) if index is None else index
     return masked.buffer, pack(rows[0]).buffer, pack(rows[1]).buffer, rows[0][chosen], rows[1][chosen]
 
@@ -155,20 +160,19 @@ def _pack_gradient_kernel(
     grad: Tensor,
     saved: Tensor,
     slope: Tensor | None,
-    permutation: Tensor | None,
     real: Tensor | None,
     index: Tensor | None,
     function: Function,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from act24.kernels.pack_gradient import pack_gradient
 
-    outputs = _pack_gradient_fake(grad, saved, slope, permutation, real, index, function)
+    outputs = _pack_gradient_fake(grad, saved, slope, real, index, function)
     masked, value_rows, grad_rows = map(Packed24, outputs[:3])
     places = None
     if index is not None:
         places = torch.full((grad.shape[1],), -1, dtype=torch.int32, device=grad.device)
         places[index] = torch.arange(len(index), dtype=torch.int32, device=grad.device)
-    arguments = (grad, Packed24(saved), slope, permutation, real, places)
+    arguments = (grad, Packed24(saved), slope, real, places)
     pack_gradient(*arguments, masked, value_rows, grad_rows, outputs[3], outputs[4], function)
     return outputs
 
@@ -177,7 +181,6 @@ def _pack_gradient_fake(
     grad: Tensor,
     saved: Tensor,
     slope: Tensor | None,
-    permutation: Tensor | None,
     real: Tensor | None,
     index: Tensor | None,
     function: Function,
@@ -194,12 +197,12 @@ def _pack_gradient_fake(
 
 
 #: From dS `[T, F]` and what forward saved to the operands of backward: dZ packed along the features `[T, F]`;
-#: the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four tokens in
-#: the order of `permutation`, tokens that are not `real` as zeros; and both as they are, `[n, T]` in that
-#: order, in the features `index` `[n]`. `slope` None: made from the activation.
+#: the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four tokens,
+#: tokens that are not `real` as zeros; and both as they are, `[n, T]`, in the features `index` `[n]`. `slope`
+#: None: made from the activation.
 pack_gradient = operator(
-    "pack_gradient(Tensor grad, Tensor saved, Tensor? slope, Tensor? permutation, Tensor? real, "
-    "Tensor? index, str function) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pack_gradient(Tensor grad, Tensor saved, Tensor? slope, Tensor? real, Tensor? index, "
+    "str function) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pack_gradient_reference,
     _pack_gradient_kernel,
     _pack_gradient_fake,
@@ -267,38 +270,37 @@ activation_gradient = operator(
 
 
 def _gather_features_reference(
-    value: Tensor, grad: Tensor, index: Tensor, permutation: Tensor | None, real: Tensor | None
+    value: Tensor, grad: Tensor, index: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     rows = []
     for packed in (value, grad):
         matrix = unpack(Packed24(packed))[:, index]
         matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
-        rows.append((matrix if permutation is None else matrix[permutation]).T.contiguous())
+        rows.append(matrix.T.contiguous())
     return rows[0], rows[1]
 
 
 def _gather_features_kernel(
-    value: Tensor, grad: Tensor, index: Tensor, permutation: Tensor | None, real: Tensor | None
+    value: Tensor, grad: Tensor, index: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     from act24.kernels.gather_features import gather_features
 
-    rows = _gather_features_fake(value, grad, index, permutation, real)
-    gather_features(Packed24(value), Packed24(grad), index, permutation, real, *rows)
+    rows = _gather_features_fake(value, grad, index, real)
+    gather_features(Packed24(value), Packed24(grad), index, real, *rows)
     return rows
 
 
 def _gather_features_fake(
-    value: Tensor, grad: Tensor, index: Tensor, permutation: Tensor | None, real: Tensor | None
+    value: Tensor, grad: Tensor, index: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     shape = (index.shape[0], value.shape[0])
     return value.new_empty(shape), grad.new_empty(shape)
 
 
 #: The features `index` `[n]` of two matrices packed along the features with equal metadata, each as a row
-#: `[n, T]` along the tokens in the order of `permutation`, tokens that are not `real` as zeros.
+#: `[n, T]` along the tokens, tokens that are not `real` as zeros.
 gather_features = operator(
-    "gather_features(Tensor value, Tensor grad, Tensor index, Tensor? permutation, Tensor? real) "
-    "-> (Tensor, Tensor)",
+    "gather_features(Tensor value, Tensor grad, Tensor index, Tensor? real) -> (Tensor, Tensor)",
     _gather_features_reference,
     _gather_features_kernel,
     _gather_features_fake,
@@ -346,32 +348,33 @@ product24 = operator(
 )
 
 
-def _token_order_reference(like: Tensor, shape: list[int], kind: TokenPermutation) -> Tensor:
+def _token_order_reference(like: Tensor, shape: list[int], kind: TokenPermutation, inverse: bool) -> Tensor:
     order = token_permutation(tuple(shape), kind, like.device)
     assert order is not None
-    return order
+    return torch.argsort(order) if inverse else order
 
 
-@functools.lru_cache(maxsize=16)
-def _kept_order(shape: tuple[int, ...], kind: TokenPermutation, device: torch.device) -> Tensor:
-    order = token_permutation(shape, kind, device)
-    assert order is not None
-    return order
+@functools.lru_cache(maxsize=32)
+def _kept_order(
+    shape: tuple[int, ...], kind: TokenPermutation, inverse: bool, device: torch.device
+) -> Tensor:
+    return _token_order_reference(torch.empty(0, device=device), list(shape), kind, inverse)
 
 
-def _token_order_kernel(like: Tensor, shape: list[int], kind: TokenPermutation) -> Tensor:
+def _token_order_kernel(like: Tensor, shape: list[int], kind: TokenPermutation, inverse: bool) -> Tensor:
     # A copy: the compiler may reuse the memory of what an operator returns.
-    return _kept_order(tuple(shape), kind, like.device).clone()
+    return _kept_order(tuple(shape), kind, inverse, like.device).clone()
 
 
-def _token_order_fake(like: Tensor, shape: list[int], kind: TokenPermutation) -> Tensor:
+def _token_order_fake(like: Tensor, shape: list[int], kind: TokenPermutation, inverse: bool) -> Tensor:
     return like.new_empty(shape_numel(tuple(shape)), dtype=torch.int64)
 
 
-#: `token_permutation` for tokens of a shape on the device of `like`; `kind` is not "none". Sorting random
-#: keys takes 0.13 ms for 16,384 tokens on an H200, in every layer and step, for an order that never changes.
+#: `token_permutation`, or its inverse, for tokens of a shape on the device of `like`; `kind` is not "none".
+#: Sorting random keys takes 0.13 ms for 16,384 tokens on an H200, in every layer and step, for an order that
+#: never changes.
 token_order = operator(
-    "token_order(Tensor like, int[] shape, str kind) -> Tensor",
+    "token_order(Tensor like, int[] shape, str kind, bool inverse) -> Tensor",
     _token_order_reference,
     _token_order_kernel,
     _token_order_fake,

@@ -4,6 +4,9 @@ The same function as the reference in `act24.sparse24.activation`, selection for
 of sums differs. Saved for backward are x, the weights and the packed activation: 1.125 bytes a feature in
 place of 2 (and 2 more for the slope under the random and the soft method), for with relu² the slope is a root
 away.
+
+Where weight gradients group tokens in another order, the whole network runs in that order: x and the gradient
+of y are gathered, y and the gradient of x put back, all of them narrow, and nothing F-wide ever moves.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from act24.sparse24 import operators
-from act24.sparse24.feature_wise import sparsify_feature_wise
+from act24.sparse24.feature_wise import TokenPermutation, sparsify_feature_wise
 from act24.sparse24.forms import Network, Tensors, product_algorithms
 from act24.sparse24.packed import Packed24, unpack
 from act24.sparse24.products import Kind
@@ -28,7 +31,27 @@ from act24.sparse24.token_wise import Options24
 _SAMPLE = 64
 
 
+class _Reordered(torch.autograd.Function):
+    """Rows in the order in which tokens are grouped, or back from it. The gradient of a plain gather would add
+    up row by row; here it is the gather by the inverse."""
+
+    @staticmethod
+    def forward(rows: Tensor, shape: torch.Size, kind: TokenPermutation, back: bool) -> Tensor:
+        return rows[operators.token_order(rows, list(shape), kind, back)]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.shape, ctx.kind, ctx.back = inputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad[operators.token_order(grad, list(ctx.shape), ctx.kind, not ctx.back)], None, None, None
+
+
 class _PackedActivation24(torch.autograd.Function):
+    """On rows `[T, D]` that are in order already."""
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -38,11 +61,12 @@ class _PackedActivation24(torch.autograd.Function):
         bias_out: Tensor | None,
         scale: Tensor | None,
         seed: Tensor | None,
+        order: Tensor | None,
         real: Tensor | None,
         options: Options24,
         training: bool,
     ) -> tuple[Tensor, ...]:
-        hidden = F.linear(x.reshape(-1, x.shape[-1]), weight_in, bias_in)
+        hidden = F.linear(x, weight_in, bias_in)
         packed, slope, counts, sums = operators.pack_activation(
             hidden,
             seed,
@@ -53,16 +77,17 @@ class _PackedActivation24(torch.autograd.Function):
             False,
             (training and options.backward == "split_gemm") or options.statistics,
             options.statistics,
+            order,
         )
         algorithm = _algorithms(hidden, weight_in, weight_out, options)["y"]
         y = operators.product24(packed, weight_out.T, algorithm, False, None, None)
         y = y if scale is None else y * scale.to(y.dtype)
         y = y if bias_out is None else y + bias_out
-        return y.view(*x.shape[:-1], len(weight_out)), packed, slope, counts, sums
+        return y, packed, slope, counts, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight_in, _, weight_out, _, scale, _, real, options, _ = inputs
+        x, weight_in, _, weight_out, _, scale, _, _, real, options, _ = inputs
         _, packed, slope, counts, sums = output
         ctx.mark_non_differentiable(packed, slope, counts, sums)
         ctx.save_for_backward(x, weight_in, weight_out, scale, real, packed, slope, counts)
@@ -75,9 +100,7 @@ class _PackedActivation24(torch.autograd.Function):
         options: Options24 = ctx.options
         need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
         slope = slope if slope.numel() else None
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])
-        grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_product = grad_rows if scale is None else grad_rows * scale.to(grad_y.dtype)
+        grad_product = grad_y if scale is None else grad_y * scale.to(grad_y.dtype)
         algorithms = _algorithms(x, weight_in, weight_out, options)
 
         grad_activation = grad_product @ weight_out
@@ -89,35 +112,32 @@ class _PackedActivation24(torch.autograd.Function):
             grad_weight_in = dense.T @ x if need_weight_in else None
             grad_weight_out = grad_product.T @ value if need_weight_out else None
         else:
-            order = _token_order(x, shape[:-1], options)
             index = None
             if options.backward == "split_gemm":
                 index = densest_features(counts, options.dense_ratio)
             grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = operators.pack_gradient(
-                grad_activation, packed, slope, order, real, index, options.function
+                grad_activation, packed, slope, real, index, options.function
             )
             if need_weight_in:
                 grad_weight_in = operators.product24(
-                    hidden_rows, _ordered(x, order), algorithms["grad_weight_in"], False, hidden_dense, index
+                    hidden_rows, x.contiguous(), algorithms["grad_weight_in"], False, hidden_dense, index
                 )
             if need_weight_out:
-                ordered = _ordered(grad_product, order)
                 algorithm = algorithms["grad_weight_out"]
                 grad_weight_out = operators.product24(
-                    value_rows, ordered, algorithm, True, value_dense, index
+                    value_rows, grad_product.contiguous(), algorithm, True, value_dense, index
                 )
         grad_x = None
         if need_x:
             grad_x = operators.product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
-            grad_x = grad_x.view(shape)
         return (
             grad_x,
             grad_weight_in,
             # A pass of its own over all features, for models with biases only.
             unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None,
             grad_weight_out,
-            grad_rows.sum(0) if need_bias_out else None,
-            *(None,) * 5,
+            grad_y.sum(0) if need_bias_out else None,
+            *(None,) * 6,
         )
 
 
@@ -128,16 +148,6 @@ def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Op
     return product_algorithms(network, options)
 
 
-def _token_order(like: Tensor, shape: tuple[int, ...], options: Options24) -> Tensor | None:
-    if options.token_permutation == "none":
-        return None
-    return operators.token_order(like, list(shape), options.token_permutation)
-
-
-def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
-    return rows.contiguous() if order is None else rows[order]
-
-
 def packed_activation24(
     tensors: Tensors, scale: Tensor | None, seed: Tensor | None, real: Tensor | None, options: Options24
 ) -> tuple[Tensor, Tensor]:
@@ -146,12 +156,27 @@ def packed_activation24(
     Args:
         real: boolean `[T]`, the tokens that are no padding; None for all. The others as there.
     """
+    x, *parameters = tensors
+    assert x is not None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, packed, _, counts, sums = _PackedActivation24.apply(*tensors, scale, seed, real, options, training)
+    shape, kind = x.shape[:-1], options.token_permutation
+    # Only weight gradients along the tokens, and their statistics, look at the order.
+    permuted = options.backward != "dense" and kind != "none" and (training or options.statistics)
+    rows, order = x.reshape(-1, x.shape[-1]), None
+    if permuted:
+        order = operators.token_order(rows, list(shape), kind, False)
+        rows = _Reordered.apply(rows, shape, kind, False)
+        real = None if real is None else real[order]
+    drawn = order if options.method == "mvue" else None
+    y, packed, _, counts, sums = _PackedActivation24.apply(
+        rows, *parameters, scale, seed, drawn, real, options, training
+    )
+    y = _Reordered.apply(y, shape, kind, True) if permuted else y
+    y = y.view(*shape, y.shape[-1])
     if not options.statistics:
         return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
     with torch.no_grad():
-        return y, _statistics(y.shape[:-1], Packed24(packed), counts, sums, real, options)
+        return y, _statistics(Packed24(packed), counts, sums, real, options)
 
 
 def token_statistics(tokens: int, counts: Tensor, sums: Tensor, real: Tensor | None) -> Tensor:
@@ -164,7 +189,6 @@ def token_statistics(tokens: int, counts: Tensor, sums: Tensor, real: Tensor | N
 
 
 def _statistics(
-    shape: tuple[int, ...],
     packed: Packed24,
     counts: Tensor,
     sums: Tensor,
@@ -177,9 +201,8 @@ def _statistics(
     result = token_statistics(tokens, counts, sums, real)
     if options.backward == "dense":
         return result
-    order = _token_order(sums, shape, options)
     index = torch.arange(0, features, _SAMPLE, device=sums.device)
-    value, _ = operators.gather_features(packed.buffer, packed.buffer, index, order, real)
+    value, _ = operators.gather_features(packed.buffer, packed.buffer, index, real)
     dense = None
     if options.backward == "split_gemm":
         chosen = densest_features(counts, options.dense_ratio)
