@@ -228,7 +228,7 @@ def pack_activation(
         statistics: whether to count.
         seed: int64 scalar for mvue.
         real: boolean `[T]`, tokens that count; None for all.
-        order: int64 `[T]`, the tokens that the rows are, by which mvue draws; None for those of their numbers.
+        order: int64 `[T]`, the token of every row, by which mvue draws; None for the number of the row.
         function, method: as in `act24.sparse24.activation.Options24`.
 
     Returns:

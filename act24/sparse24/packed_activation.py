@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from act24.sparse24 import operators
-from act24.sparse24.feature_wise import TokenPermutation, sparsify_feature_wise
+from act24.sparse24.feature_wise import sparsify_feature_wise
 from act24.sparse24.forms import Network, Tensors, product_algorithms
 from act24.sparse24.packed import Packed24, unpack
 from act24.sparse24.products import Kind
@@ -32,21 +32,22 @@ _SAMPLE = 64
 
 
 class _Reordered(torch.autograd.Function):
-    """Rows in the order in which tokens are grouped, or back from it. The gradient of a plain gather would add
-    up row by row; here it is the gather by the inverse."""
+    """Rows in an order. The gradient of a plain gather adds up rows; this one takes them by the inverse."""
 
     @staticmethod
-    def forward(rows: Tensor, shape: torch.Size, kind: TokenPermutation, back: bool) -> Tensor:
-        return rows[operators.token_order(rows, list(shape), kind, back)]
+    def forward(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return rows[order]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.shape, ctx.kind, ctx.back = inputs
+        _, _, inverse = inputs
+        ctx.save_for_backward(inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad[operators.token_order(grad, list(ctx.shape), ctx.kind, not ctx.back)], None, None, None
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
 
 
 class _PackedActivation24(torch.autograd.Function):
@@ -156,22 +157,23 @@ def packed_activation24(
     Args:
         real: boolean `[T]`, the tokens that are no padding; None for all. The others as there.
     """
-    x, *parameters = tensors
+    x, weight_in, *others = tensors
     assert x is not None
+    assert weight_in is not None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     shape, kind = x.shape[:-1], options.token_permutation
     # Only weight gradients along the tokens, and their statistics, look at the order.
     permuted = options.backward != "dense" and kind != "none" and (training or options.statistics)
-    rows, order = x.reshape(-1, x.shape[-1]), None
+    rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
     if permuted:
-        order = operators.token_order(rows, list(shape), kind, False)
-        rows = _Reordered.apply(rows, shape, kind, False)
+        order, inverse = operators.token_order(weight_in, list(shape), kind)
+        rows = _Reordered.apply(rows, order, inverse)
         real = None if real is None else real[order]
     drawn = order if options.method == "mvue" else None
     y, packed, _, counts, sums = _PackedActivation24.apply(
-        rows, *parameters, scale, seed, drawn, real, options, training
+        rows, weight_in, *others, scale, seed, drawn, real, options, training
     )
-    y = _Reordered.apply(y, shape, kind, True) if permuted else y
+    y = _Reordered.apply(y, inverse, order) if permuted else y
     y = y.view(*shape, y.shape[-1])
     if not options.statistics:
         return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)

@@ -29,7 +29,7 @@ def awkward(tokens: int, features: int, seed: int = 0) -> Tensor:
 
 
 def run(
-    hidden: Tensor, real: Tensor | None, function: str, method: str
+    hidden: Tensor, real: Tensor | None, function: str, method: str, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The kernel: the activation, its slope, the counts and the sums."""
     tokens, features = hidden.shape
@@ -37,7 +37,7 @@ def run(
     slope = hidden.new_full((tokens, features // 2), 7)
     counts = hidden.new_zeros(features, dtype=torch.int32)
     seed = torch.tensor(SEED)
-    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, function, method)
+    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, order, function, method)
     assert sums is not None
     return unpack(packed), dense_slope(slope, packed), counts, sums
 
@@ -48,10 +48,10 @@ def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
 
 
 def reference(
-    hidden: Tensor, real: Tensor | None, function: str, method: str
+    hidden: Tensor, real: Tensor | None, function: str, method: str, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packed, slope, counts, sums = REFERENCES["pack_activation"](
-        hidden, torch.tensor(SEED), real, function, method, True, False, True, True
+        hidden, torch.tensor(SEED), real, function, method, True, False, True, True, order
     )
     return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), counts, sums
 
@@ -67,6 +67,19 @@ def test_equals_the_reference(function: str, method: str, shape: tuple[int, int]
         for a, b in zip(ours[:3], expected[:3], strict=True):
             assert torch.equal(a, b)
         torch.testing.assert_close(ours[3], expected[3], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_token_draws_the_same_wherever_its_row_is(function: str) -> None:
+    hidden, order = awkward(64 * 9, 64), torch.randperm(64 * 9)
+    in_place = run(hidden, None, function, "mvue")
+    ours = run(hidden[order], None, function, "mvue", order)
+    for a, b, c in zip(
+        ours[:2], in_place, reference(hidden[order], None, function, "mvue", order), strict=False
+    ):
+        assert torch.equal(a, b[order])
+        assert torch.equal(a, c)
+    assert torch.equal(ours[2], in_place[2])
 
 
 VALUES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0078125, 3.0e15])
@@ -87,7 +100,9 @@ def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: 
 def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) -> None:
     hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
     filled, counts = torch.full_like(hidden, 7), hidden.new_zeros(192, dtype=torch.int32)
-    sums = pack_activation(hidden, filled, None, counts, True, torch.tensor(SEED), real, function, method)
+    sums = pack_activation(
+        hidden, filled, None, counts, True, torch.tensor(SEED), real, None, function, method
+    )
     value, _, expected_counts, expected_sums = reference(hidden, real, function, method)
     assert torch.equal(filled, value)
     assert torch.equal(counts, expected_counts)
@@ -121,5 +136,5 @@ def test_no_negative_zero_comes_out() -> None:
     """Backward sorts bit patterns, where -0 would be the largest."""
     hidden = torch.full((64, 64), -1.0).bfloat16()
     packed = Packed24(empty_packed(64, 64, hidden))
-    pack_activation(hidden, packed, None, None, False, None, None, "relu2", "naive")
+    pack_activation(hidden, packed, None, None, False, None, None, None, "relu2", "naive")
     assert not packed.values.view(torch.int16).any()

@@ -38,16 +38,15 @@ def saved(tokens: int, features: int, function: str, method: str) -> tuple[Tenso
     [("relu2", "naive"), ("relu", "naive"), ("relu2", "mvue"), ("relu", "soft_threshold")],
 )
 def test_pack_gradient_equals_the_reference(shape: tuple[int, int], function: str, method: str) -> None:
-    """More tiles than a program walks, several strips; in order or permuted, padding, dense features."""
+    """More tiles than a program walks, several strips; padding, dense features."""
     tokens, features = shape
     value, slope = saved(tokens, features, function, method)
-    for permuted, padded, dense in ((False, False, False), (False, True, True), (True, False, True)):
+    for padded, dense in ((False, False), (True, True), (False, True)):
         real = torch.rand(tokens) < 0.8 if padded else None
         grad = awkward(tokens, features, seed=1)
         grad = grad if real is None else grad * real[:, None]
-        order = torch.randperm(tokens) if permuted else None
         index = torch.randperm(features)[: features // 10] if dense else None
-        expected = REFERENCES["pack_gradient"](grad, value, slope, order, real, index, function)
+        expected = REFERENCES["pack_gradient"](grad, value, slope, real, index, function)
         places = None
         if index is not None:
             places = torch.full((features,), -1, dtype=torch.int32)
@@ -55,7 +54,7 @@ def test_pack_gradient_equals_the_reference(shape: tuple[int, int], function: st
         shapes = ((tokens, features), (features, tokens), (features, tokens))
         outputs = [Packed24(empty_packed(*s, grad).fill_(7)) for s in shapes]
         rows = [torch.full_like(e, 7) for e in expected[3:]]
-        pack_gradient(grad, Packed24(value), slope, order, real, places, *outputs, *rows, function)
+        pack_gradient(grad, Packed24(value), slope, real, places, *outputs, *rows, function)
         for ours, theirs in zip(outputs, expected, strict=False):
             assert torch.equal(unpack(ours), unpack(Packed24(theirs)))
         for ours, theirs in zip(rows, expected[3:], strict=True):
@@ -79,8 +78,8 @@ def test_unpack_gradient_equals_the_reference(function: str, method: str) -> Non
 @pytest.mark.parametrize("number", [1, 5, 40])
 def test_gather_features_equals_the_reference(number: int) -> None:
     value, _ = saved(192, 128, "relu2", "naive")
-    index, order, real = torch.randperm(128)[:number], torch.randperm(192), torch.rand(192) < 0.8
-    for arguments in ((index, None, None), (index, order, real)):
+    index, real = torch.randperm(128)[:number], torch.rand(192) < 0.8
+    for arguments in ((index, None), (index, real)):
         expected = REFERENCES["gather_features"](value, value, *arguments)
         rows = [torch.full_like(e, 7) for e in expected]
         gather_features(Packed24(value), Packed24(value), *arguments, *rows)
