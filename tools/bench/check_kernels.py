@@ -73,9 +73,12 @@ def _kernels(device: torch.device) -> Iterator[Check]:
             yield f"pack_activation {case}", _same("pack_activation", 1, arguments, slope)
             dense = (*arguments[:5], False, True, True, True)
             yield f"pack_activation {case} with zeros", _same("pack_activation", 0, dense)
+            if method == "mvue":
+                numbered = (*arguments, order)
+                yield f"pack_activation {case} numbered", _same("pack_activation", 1, numbered, slope)
             saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
             slopes = slopes if slope else None
-            for where in ((None, None, None), (order, real, index)):
+            for where in ((None, None), (real, index)):
                 arguments = (grad, saved, slopes, *where, function)
                 yield f"pack_gradient {case} {where[0] is not None}", _same("pack_gradient", 3, arguments)
             yield (
@@ -85,7 +88,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
             if method == "naive":
                 value = unpack(Packed24(saved))
                 yield f"activation_gradient {case}", _same("activation_gradient", 0, (grad, value, function))
-            yield f"gather_features {case}", _same("gather_features", 0, (saved, saved, index, order, real))
+            yield f"gather_features {case}", _same("gather_features", 0, (saved, saved, index, real))
 
 
 def _narrow_kernels(device: torch.device) -> Iterator[Check]:
