@@ -6,7 +6,8 @@ place of 2 (and 2 more for the slope under the random and the soft method), for 
 away.
 
 Where weight gradients group tokens in another order, the whole network runs in that order: x and the gradient
-of y are gathered, y and the gradient of x put back, all of them narrow, and nothing F-wide ever moves.
+of y are gathered, y and the gradient of x put back, all of them narrow, and nothing F-wide ever moves. Saved
+then is x in that order in place of x, with the order and its inverse, 16 bytes a token.
 """
 
 from __future__ import annotations
