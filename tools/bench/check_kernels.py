@@ -73,6 +73,8 @@ def _kernels(device: torch.device) -> Iterator[Check]:
             yield f"pack_activation {case}", _same("pack_activation", 1, arguments, slope)
             dense = (*arguments[:5], False, True, True, True)
             yield f"pack_activation {case} with zeros", _same("pack_activation", 0, dense)
+            if method == "naive":
+                yield f"count_activation {case}", _same("count_activation", 0, (hidden, real, function))
             saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
             slopes = slopes if slope else None
             for where in ((None, None, None), (order, real, index)):

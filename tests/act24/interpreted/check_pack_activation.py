@@ -95,6 +95,17 @@ def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) ->
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_counting_alone_counts_the_same(function: str) -> None:
+    hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
+    untouched, counts = hidden.clone(), hidden.new_zeros(192, dtype=torch.int32)
+    sums = pack_activation(hidden, None, None, counts, True, None, real, function, "naive")
+    expected_counts, expected_sums = REFERENCES["count_activation"](hidden, real, function)
+    assert torch.equal(hidden, untouched)
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradient_of_what_has_its_zeros(function: str) -> None:
     """Against the slope that the reference keeps, in a size that is no multiple of a program's."""
     hidden, grad = awkward(64, 192), awkward(64, 192, seed=1)
