@@ -98,7 +98,8 @@ def why_not_counted(hidden: Tensor) -> str:
     """The kernel that counts what 2:4 would drop of a dense activation, h `[T, F]`."""
     if hidden.dtype is not torch.bfloat16:
         return f"the kernels are for bfloat16, this is {hidden.dtype}"
-    return why_never_packed(*hidden.shape, ()) or obstacle_on(hidden.device)
+    tokens, features = hidden.shape
+    return why_never_packed(tokens, features, ()) or obstacle_on(hidden.device)
 
 
 def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
