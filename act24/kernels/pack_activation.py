@@ -1,7 +1,8 @@
 """Forward: activation, selection and packing along the features in one pass.
 
 Bytes: 2 read and 1.125 written an element (1 more where the slope is kept; 2 instead of 1.125 with the zeros
-filled in, for a dense product), and nothing else as wide as F. A program owns a strip of features and walks
+filled in, for a dense product; none where all that is wanted are counts), and nothing else as wide as F. A
+program owns a strip of features and walks
 down some slabs of 64 tokens, so that the counts of a feature stay in registers until its end.
 """
 
@@ -65,7 +66,7 @@ def _pack_activation(
     FUNCTION: tl.constexpr,
     METHOD: tl.constexpr,
     SLOPE: tl.constexpr,
-    DENSE: tl.constexpr,
+    FORM: tl.constexpr,
     COUNTS: tl.constexpr,
     STATISTICS: tl.constexpr,
     PADS: tl.constexpr,
@@ -141,13 +142,13 @@ def _pack_activation(
             target = start // 2 + (rows * (features // 2) + pair)
             # The lowest two bits of a key are all that this adds up.
             field = complement_field(first, second) & 15
-            if DENSE:
+            if FORM == "dense":
                 bits0 = as_bits(round16(value0, tl.bfloat16))
                 bits1 = as_bits(round16(value1, tl.bfloat16))
                 y0, y1, y2, y3 = spread(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1, 0)
                 filled = tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [32, STRIP // 2])
                 tl.store(values + target, as_signed(filled))
-            else:
+            if FORM == "packed":
                 kept = tl.reshape(tl.join(value0, value1), [32, STRIP // 2])
                 tl.store(values + target, kept.to(values.dtype.element_ty))
             if SLOPE:
@@ -187,7 +188,7 @@ def _pack_activation(
                 dropped += gone * weight
                 energy += total * weight
                 lost += lower * weight
-        if not DENSE:
+        if FORM == "packed":
             # A word: the fields of two rows (8 bits), of groups 16 columns apart, of groups 4 columns apart.
             words = tl.reshape(fields << shift.to(tl.uint32), [32, STRIP // 32, 2, 2, 2])
             words = tl.sum(tl.sum(words, 4), 2) ^ 0xFFFFFFFF
@@ -208,28 +209,28 @@ def _pack_activation(
 
 def pack_activation(
     hidden: Tensor,
-    result: Packed24 | Tensor,
+    result: Packed24 | Tensor | None,
     slope: Tensor | None,
     counts: Tensor | None,
     statistics: bool,
     seed: Tensor | None,
     real: Tensor | None,
-    order: Tensor | None,
     function: str,
     method: str,
+    order: Tensor | None = None,
 ) -> Tensor | None:
     """Launch the kernel: fill `result`, `slope` and `counts`, and return the sums.
 
     Args:
         hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
-        result: the activation `[T, F]`, unwritten; packed, or with its zeros, bfloat16.
+        result: the activation `[T, F]`, unwritten; packed, or with its zeros, bfloat16; None to count only.
         slope: bfloat16 `[T, F/2]`, unwritten, or None.
         counts: int32 `[F]`, zeros, or None; needed for the statistics.
         statistics: whether to count.
         seed: int64 scalar for mvue.
         real: boolean `[T]`, tokens that count; None for all.
-        order: int64 `[T]`, the token of every row, by which mvue draws; None for the number of the row.
         function, method: as in `act24.sparse24.activation.Options24`.
+        order: int64 `[T]`, the token of every row, by which mvue draws; None for the number of the row.
 
     Returns:
         float32 `[SUMS]`, or None without statistics.
@@ -239,11 +240,15 @@ def pack_activation(
     sums = hidden.new_empty(grid[0] * grid[1], SUMS, dtype=torch.float32) if statistics else None
     words = hidden.view(torch.int32)
     unused = words
-    dense = isinstance(result, Tensor)
+    form, values, metadata = "none", unused, unused
+    if isinstance(result, Packed24):
+        form, values, metadata = "packed", result.values, result.metadata.view(torch.int32)
+    elif result is not None:
+        form, values = "dense", result.view(torch.int32)
     _pack_activation[grid](
         words,
-        result.view(torch.int32) if dense else result.values,
-        unused if dense else result.metadata.view(torch.int32),
+        values,
+        metadata,
         unused if slope is None else slope,
         unused if counts is None else counts,
         unused if sums is None else sums,
@@ -255,7 +260,7 @@ def pack_activation(
         FUNCTION=function,
         METHOD=method,
         SLOPE=slope is not None,
-        DENSE=dense,
+        FORM=form,
         COUNTS=counts is not None,
         STATISTICS=statistics,
         PADS=real is not None,

@@ -18,11 +18,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from act24.operation import cast_for_autocast, is_mapped, operation
+from act24.sparse24 import operators
 from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
-from act24.sparse24.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
+from act24.sparse24.forms import (
+    network_of,
+    why_not_counted,
+    why_not_masked,
+    why_not_narrow,
+    why_not_packed,
+)
 from act24.sparse24.masked_activation import masked_activation24
 from act24.sparse24.narrow_activation import narrow_activation24
-from act24.sparse24.packed_activation import packed_activation24
+from act24.sparse24.packed_activation import packed_activation24, token_statistics
 from act24.sparse24.selection import densest, top2_of_4
 from act24.sparse24.statistics import STATISTICS, feature_wise_statistics, token_wise_statistics
 from act24.sparse24.token_wise import (
@@ -113,10 +120,14 @@ def dense_statistics(hidden: Tensor, pads: Tensor | None = None, function: Funct
     Returns:
         float32 `[len(STATISTICS)]`.
     """
-    positive = _rows(torch.relu(hidden.detach()))
+    rows, real = _rows(hidden.detach()), _real(pads)
+    if not is_mapped() and not why_not_counted(rows):
+        counts, sums = operators.count_activation(rows.contiguous(), real, function)
+        return token_statistics(len(rows), counts, sums, real)
+    positive = torch.relu(rows)
     dense = positive * positive if function == "relu2" else positive
     mask = torch.ones_like(dense, dtype=torch.bool) if dense.shape[1] % 4 else top2_of_4(positive)
-    return token_wise_statistics(dense, mask, _real(pads))
+    return token_wise_statistics(dense, mask, real)
 
 
 class _Activation24(torch.autograd.Function):

@@ -94,6 +94,14 @@ def why_not_narrow(network: Network | None, options: Options24) -> str:
     return ""
 
 
+def why_not_counted(hidden: Tensor) -> str:
+    """The kernel that counts what 2:4 would drop of a dense activation, h `[T, F]`."""
+    if hidden.dtype is not torch.bfloat16:
+        return f"the kernels are for bfloat16, this is {hidden.dtype}"
+    tokens, features = hidden.shape
+    return why_never_packed(tokens, features, ()) or obstacle_on(hidden.device)
+
+
 def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
     """The algorithm of each 2:4 product; empty where the products are dense."""
     exact = options.backward == "dense"

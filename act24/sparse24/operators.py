@@ -33,6 +33,17 @@ def _pack_activation_reference(
     sparse = sparsify_token_wise(by_token, seed, Options24(function=function, method=method))
     sparse = sparse if order is None else Sparse24(*(part[order] for part in sparse))
     packed = pack(sparse.value, sparse.mask)
+    number, sums = _counts(positive, sparse, real)
+    return (
+        sparse.value if dense else packed.buffer,
+        pack(sparse.slope, sparse.mask).values.clone() if slope else hidden.new_empty(0),
+        number if counts else number[:0].clone(),
+        sums if statistics else sums[:0].clone(),
+    )
+
+
+def _counts(positive: Tensor, sparse: Sparse24, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Non-zeros before 2:4 by feature, int32 `[F]`, and float32 `[4]`: see `pack_activation`."""
     nonzero = positive > 0 if real is None else (positive > 0) & real[:, None]
     energy = torch.where(nonzero, sparse.dense.float().square(), 0)
     sums = (
@@ -41,12 +52,7 @@ def _pack_activation_reference(
         energy.sum(),
         torch.where(sparse.mask, 0, energy).sum(),
     )
-    return (
-        sparse.value if dense else packed.buffer,
-        pack(sparse.slope, sparse.mask).values.clone() if slope else hidden.new_empty(0),
-        nonzero.sum(0, dtype=torch.int32) if counts else hidden.new_empty(0, dtype=torch.int32),
-        torch.stack([s.float() for s in sums]) if statistics else hidden.new_empty(0, dtype=torch.float32),
-    )
+    return nonzero.sum(0, dtype=torch.int32), torch.stack([s.float() for s in sums])
 
 
 def _pack_activation_kernel(
@@ -76,9 +82,9 @@ def _pack_activation_kernel(
         statistics,
         seed,
         real,
-        order,
         function,
         method,
+        order,
     )
     return result, slopes, number if counts else number[:0].clone(), sums if made is None else made
 
@@ -115,6 +121,37 @@ pack_activation = operator(
     _pack_activation_reference,
     _pack_activation_kernel,
     _pack_activation_fake,
+)
+
+
+def _count_activation_reference(
+    hidden: Tensor, real: Tensor | None, function: Function
+) -> tuple[Tensor, Tensor]:
+    positive = torch.relu(hidden)
+    return _counts(positive, sparsify_token_wise(positive, None, Options24(function=function)), real)
+
+
+def _count_activation_kernel(
+    hidden: Tensor, real: Tensor | None, function: Function
+) -> tuple[Tensor, Tensor]:
+    from act24.kernels.pack_activation import pack_activation
+
+    counts = hidden.new_zeros(hidden.shape[1], dtype=torch.int32)
+    sums = pack_activation(hidden, None, None, counts, True, None, real, function, "naive")
+    assert sums is not None
+    return counts, sums
+
+
+def _count_activation_fake(hidden: Tensor, real: Tensor | None, function: Function) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape[1], dtype=torch.int32), hidden.new_empty(4, dtype=torch.float32)
+
+
+#: The last two results of `pack_activation` alone, under naive 2:4.
+count_activation = operator(
+    "count_activation(Tensor hidden, Tensor? real, str function) -> (Tensor, Tensor)",
+    _count_activation_reference,
+    _count_activation_kernel,
+    _count_activation_fake,
 )
 
 

@@ -21,9 +21,9 @@ from act24.sparse24.packed import Packed24, pack, random_packed, unpack
 #: The library's ids run from 0 to less than this; those that a GPU does not have raise an error.
 ALGORITHMS = 32
 
-#: For shapes that nobody tuned: the smallest width, F and T, on an H200 with cuSPARSELt 0.8, at which the
-#: four 2:4 products were seen to take less time than the dense ones (1.10 times; 1.17 at width 1024).
-LEAST_WIDTH, LEAST_FEATURES, LEAST_TOKENS = 768, 3072, 16384
+#: For shapes that nobody tuned: the smallest width, F and T, on an H200 with cuSPARSELt 0.8, at which a whole
+#: step with 2:4 products was seen to be no slower (1.014 times as fast; the products themselves 1.43).
+LEAST_WIDTH, LEAST_FEATURES, LEAST_TOKENS = 512, 2048, 16384
 
 Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out"]
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from act24.sparse24 import forms, operators
-from act24.sparse24.activation import Options24, activation24
+from act24.sparse24.activation import Options24, activation24, dense_statistics
 from act24.sparse24.feature_wise import token_permutation
 from act24.sparse24.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
 from act24.sparse24.products import Measured, feed_forward_products
@@ -102,6 +102,20 @@ def test_statistics_along_the_tokens_are_an_estimate_of_the_reference(training: 
         _, expected = activation24(*tensors, options=options._replace(kernels=False))
     for name in ("feature_nonzeros", "feature_dropped_nonzeros", "feature_energy", "feature_dropped_energy"):
         assert 0.7 < ours[STATISTICS.index(name)] / expected[STATISTICS.index(name)] < 1.4
+
+
+@pytest.mark.parametrize("function", ["relu2", "relu"])
+def test_a_dense_activation_is_counted_by_the_same_rule(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, pads = torch.randn(2, 64, 128).bfloat16(), torch.rand(2, 64) < 0.2
+    calls = []
+    operator = operators.count_activation
+    monkeypatch.setattr(operators, "count_activation", lambda *a: calls.append(1) or operator(*a))
+    counted = dense_statistics(hidden, pads, function)
+    monkeypatch.setattr(forms, "obstacle", lambda _: "not here")
+    torch.testing.assert_close(counted, dense_statistics(hidden, pads, function))
+    assert calls == [1]
 
 
 def test_narrow_equals_the_reference() -> None:
@@ -346,6 +360,7 @@ def test_operators_keep_their_contracts() -> None:
     packed, slope, _, _ = operators.pack_activation(*arguments)
     for operator, inputs in (
         (torch.ops.act24.pack_activation, arguments),
+        (torch.ops.act24.count_activation, (hidden, real, "relu")),
         (torch.ops.act24.pack_gradient, (grad, packed, slope, real, torch.tensor([3, 9]), "relu2")),
         (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2")),
         (torch.ops.act24.activation_gradient, (grad, hidden.relu(), "relu2")),

@@ -76,6 +76,8 @@ def _kernels(device: torch.device) -> Iterator[Check]:
             if method == "mvue":
                 numbered = (*arguments, order)
                 yield f"pack_activation {case} numbered", _same("pack_activation", 1, numbered, slope)
+            if method == "naive":
+                yield f"count_activation {case}", _same("count_activation", 0, (hidden, real, function))
             saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
             slopes = slopes if slope else None
             for where in ((None, None), (real, index)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from act24.relu2 import relu2
 from act24.sparse24.activation import activation24
 from act24.sparse24.masked_activation import masked_activation24
+from act24.sparse24.packed_activation import packed_activation24
 from act24.sparse24.products import Table, feed_forward_products, tuned
 from act24.sparse24.token_wise import Options24
 from act24.tools.bench.rows import Row, graph_milliseconds, milliseconds, needed_gpu
@@ -162,6 +163,13 @@ def bench_low_rank(shape: tuple[int, int, int, int] = LOW_RANK) -> list[Row]:
     def sparse(options: Options24) -> Callable[..., Tensor]:
         return lambda x, b, c: activation24(x, b, None, c, None, options=options)[0]
 
+    products = feed_forward_products(tokens, rank, features, rank, False).values()
+    found = tuple((p, tuned(p, graph_milliseconds, device)[0]) for p in products)
+    packed = Options24(token_permutation="none", algorithms=found)
+
+    def with_packed(options: Options24) -> Callable[..., Tensor]:
+        return lambda x, b, c: packed_activation24((x, b, None, c, None), None, None, None, options)[0]
+
     modes: dict[str, tuple[Callable[..., Tensor], float | None, float | None]] = {
         "fast": (sparse(Options24()), 1.30, 0.50),
         "recompute": (sparse(Options24(recompute=True)), None, 0.10),
@@ -170,6 +178,8 @@ def bench_low_rank(shape: tuple[int, int, int, int] = LOW_RANK) -> list[Row]:
             None,
             None,
         ),
+        "packed, exact weight gradients": (with_packed(packed), None, None),
+        "packed, all sparse": (with_packed(packed._replace(backward="sparse")), None, None),
         "masked in plain PyTorch": (sparse(Options24(kernels=False)), None, None),
     }
 

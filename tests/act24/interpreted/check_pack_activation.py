@@ -37,7 +37,7 @@ def run(
     slope = hidden.new_full((tokens, features // 2), 7)
     counts = hidden.new_zeros(features, dtype=torch.int32)
     seed = torch.tensor(SEED)
-    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, order, function, method)
+    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, function, method, order)
     assert sums is not None
     return unpack(packed), dense_slope(slope, packed), counts, sums
 
@@ -100,11 +100,20 @@ def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: 
 def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) -> None:
     hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
     filled, counts = torch.full_like(hidden, 7), hidden.new_zeros(192, dtype=torch.int32)
-    sums = pack_activation(
-        hidden, filled, None, counts, True, torch.tensor(SEED), real, None, function, method
-    )
+    sums = pack_activation(hidden, filled, None, counts, True, torch.tensor(SEED), real, function, method)
     value, _, expected_counts, expected_sums = reference(hidden, real, function, method)
     assert torch.equal(filled, value)
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_counting_alone_counts_the_same(function: str) -> None:
+    hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
+    untouched, counts = hidden.clone(), hidden.new_zeros(192, dtype=torch.int32)
+    sums = pack_activation(hidden, None, None, counts, True, None, real, function, "naive")
+    expected_counts, expected_sums = REFERENCES["count_activation"](hidden, real, function)
+    assert torch.equal(hidden, untouched)
     assert torch.equal(counts, expected_counts)
     torch.testing.assert_close(sums, expected_sums, rtol=1e-2, atol=1e-2)
 
@@ -136,5 +145,5 @@ def test_no_negative_zero_comes_out() -> None:
     """Backward sorts bit patterns, where -0 would be the largest."""
     hidden = torch.full((64, 64), -1.0).bfloat16()
     packed = Packed24(empty_packed(64, 64, hidden))
-    pack_activation(hidden, packed, None, None, False, None, None, None, "relu2", "naive")
+    pack_activation(hidden, packed, None, None, False, None, None, "relu2", "naive")
     assert not packed.values.view(torch.int16).any()
