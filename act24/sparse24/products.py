@@ -159,13 +159,12 @@ def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) 
     size, _ = dense.shape
     if size != inner or not packed.is_contiguous():
         raise ValueError(f"a packed {(rows, inner)} matrix cannot multiply {tuple(dense.shape)}")
-    narrow = packed.dtype is torch.float8_e4m3fn
-    if not (dense.T.is_contiguous() or (dense.is_contiguous() and not narrow)):
+    if not (dense.T.is_contiguous() or (dense.is_contiguous() and packed.dtype is torch.bfloat16)):
         raise ValueError(
             f"the dense operand has to be contiguous (not in e4m3) or a contiguous matrix transposed; it is "
             f"{tuple(dense.shape)} with strides {dense.stride()}"
         )
-    if packed.dtype is dense.dtype is torch.bfloat16 and cusparselt.multiplies(packed.device):
+    if packed.dtype is dense.dtype and cusparselt.multiplies(packed.device, packed.dtype):
         return cusparselt.multiply(packed, rows, dense, algorithm, transposed)
     return _library_product(packed, dense, algorithm, transposed)
 
@@ -309,4 +308,5 @@ def fp8_obstacle(device: torch.device) -> str:
         return f"cuSPARSELt {version} does not multiply e4m3 here ({str(exception).splitlines()[0]})"
     if not error < TOLERANCE:
         return f"cuSPARSELt {version} reads another 8-bit layout than ours (relative error {error:.2g})"
+    cusparselt.multiplies(device, torch.float8_e4m3fn)
     return ""
