@@ -76,7 +76,7 @@ def bench_ffn(
     for tokens, width, features, *bars in shapes:
         shape = tokens, width, features, width, False
         products = {p for fp8 in (False, True) for p in feed_forward_products(*shape, fp8).values()}
-        found = table or tuple((p, tuned(p, graph_milliseconds, device)[0]) for p in products)
+        found = table or tuple((p, tuned(p, graph_milliseconds, device)[0]) for p in sorted(products))
         rows += _rows(tokens, width, features, bars, found, device)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
