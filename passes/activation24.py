@@ -28,7 +28,7 @@ from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, PassError, Pl
 from act24.passes.normal_form import replace_node
 from act24.passes.region import Region
 from act24.sparse24 import activation
-from act24.sparse24.activation import Backward, Estimator, Options24
+from act24.sparse24.activation import Backward, Estimator, Options24, Precision
 from act24.sparse24.calibration import CALIBRATION
 from act24.sparse24.feature_wise import TokenPermutation
 from act24.sparse24.products import Product, Table, feed_forward_products
@@ -60,7 +60,8 @@ class Activation24(OperationalPass):
             the layer's output.
         dynamic_steps: optimizer updates between two measurements of soft_dynamic's β; 0 for each update.
         calibration_samples: token rows, without padding, in one measurement, by each process.
-        backward, estimator, dense_ratio, token_permutation: as in `act24.sparse24.activation.Options24`.
+        backward, estimator, precision, dense_ratio, token_permutation: as in
+            `act24.sparse24.activation.Options24`.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
         algorithms: what a tuner found for the products (`act24.sparse24.products`), of no meaning to the
@@ -75,6 +76,7 @@ class Activation24(OperationalPass):
     calibration_samples: int = 100
     backward: Backward = "dense"
     estimator: Estimator = "masked"
+    precision: Precision = "bfloat16"
     dense_ratio: float = 0.05
     token_permutation: TokenPermutation = "batch"
     kernels: bool = True
@@ -122,7 +124,8 @@ class Activation24(OperationalPass):
         if not (site.width_in and site.width and site.width_out and self.estimator == "masked"):
             return ()
         shape = (tokens, site.width_in, site.width, site.width_out)
-        return tuple(feed_forward_products(*shape, self.backward == "dense").values())
+        exact, fp8 = self.backward == "dense", self.precision == "fp8"
+        return tuple(feed_forward_products(*shape, exact, fp8).values())
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
@@ -137,7 +140,8 @@ class Activation24(OperationalPass):
                 Match(
                     path=site.path,
                     before=" · ".join(part for part in parts if part),
-                    after=f"2:4 {self.method}, {self.backward} backward",
+                    after=f"2:4 {self.method}, {self.backward} backward"
+                    + (", fp8 forward" if self.precision == "fp8" and site.after else ""),
                     nodes=site,
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
@@ -153,6 +157,8 @@ class Activation24(OperationalPass):
             notes.append(
                 "no token permutation: neighbouring tokens crowd the weight gradients (2.919 beside 2.652)"
             )
+        if self.precision == "fp8" and not site.after:
+            notes.append("no fp8: several read the activation, or one that is no linear")
         if self.method == "soft_threshold_weights":
             linears = sum(_reads_by_weight(user, site.node) for user in site.node.users)
             if not linears:
@@ -177,6 +183,7 @@ class Activation24(OperationalPass):
                 method=_METHODS[self.method],
                 backward=self.backward,
                 estimator=self.estimator,
+                precision=self.precision,
                 dense_ratio=self.dense_ratio,
                 token_permutation=self.token_permutation,
                 kernels=self.kernels,

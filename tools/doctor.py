@@ -13,7 +13,7 @@ from act24.kernels.cusparselt import multiplies
 from act24.llama import PRESETS
 from act24.passes.relu2_ffn import parity_width
 from act24.sparse24.forms import Network, obstacle_on, why_not_masked, why_not_narrow, why_not_packed
-from act24.sparse24.products import Table, feed_forward_products, layout_error, obstacle
+from act24.sparse24.products import Table, feed_forward_products, fp8_obstacle, layout_error, obstacle
 from act24.sparse24.token_wise import Options24
 from act24.tools.tuning import cache_path, machine, read_table
 
@@ -82,6 +82,7 @@ def _machine(device: torch.device) -> list[Finding]:
         *findings,
         Finding("2:4 kernels", "yes"),
         Finding("2:4 products", "plans are kept" if multiplies(device) else "a plan anew at each call"),
+        Finding("fp8 products", f"no: {reason}" if (reason := fp8_obstacle(device)) else "yes"),
         Finding("self-check", f"our packing against cuSPARSELt's compressor: relative error {error:.1g}"),
         Finding("tuned products", f"{len(_table(device))} in {cache_path()}"),
     ]

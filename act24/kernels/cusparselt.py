@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 #: Of CUDA's and cuSPARSELt's headers (0.8).
-_BFLOAT16, _ORDER_COLUMN, _ORDER_ROW, _COMPUTE_32F, _HALF_SPARSE = 14, 1, 2, 2, 0
+_ORDER_COLUMN, _ORDER_ROW, _COMPUTE_32F, _HALF_SPARSE = 1, 2, 2, 0
 _CONFIG_ID, _ALIGNMENT = 0, 16
+_TYPES = {torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 
 #: The library's structures are opaque: 512 bytes in 0.8, more in others.
 _STRUCTURE = 16384
@@ -62,7 +63,14 @@ def _handle(device: int) -> Any:
 
 @functools.lru_cache(maxsize=_PLANS)
 def _plan(
-    device: int, rows: int, inner: int, columns: int, dense_rows: bool, transposed: bool, algorithm: int
+    device: int,
+    rows: int,
+    inner: int,
+    columns: int,
+    dense_rows: bool,
+    transposed: bool,
+    algorithm: int,
+    dtype: torch.dtype,
 ) -> _Plan:
     """As `torch._cslt_sparse_mm` makes it.
 
@@ -70,6 +78,7 @@ def _plan(
         rows, inner, columns: the product is `[rows, inner] @ [inner, columns]`, the first one 2:4.
         dense_rows: the second one is contiguous; else its transpose is.
         transposed: the result is written as `[columns, rows]`.
+        dtype: of both; the result is bfloat16.
     """
     handle = _handle(device)
     size, word = ctypes.c_int64, ctypes.c_uint32
@@ -77,19 +86,19 @@ def _plan(
     _call(
         "cusparseLtStructuredDescriptorInit",
         *(handle, sparse, size(rows), size(inner), size(inner), word(_ALIGNMENT)),
-        *(_BFLOAT16, _ORDER_ROW, _HALF_SPARSE),
+        *(_TYPES[dtype], _ORDER_ROW, _HALF_SPARSE),
     )
     stored = (inner, columns) if dense_rows else (columns, inner)
     _call(
         "cusparseLtDenseDescriptorInit",
         *(handle, dense, size(stored[0]), size(stored[1]), size(stored[1]), word(_ALIGNMENT)),
-        *(_BFLOAT16, _ORDER_ROW),
+        *(_TYPES[dtype], _ORDER_ROW),
     )
     leading, order = (rows, _ORDER_COLUMN) if transposed else (columns, _ORDER_ROW)
     _call(
         "cusparseLtDenseDescriptorInit",
         *(handle, result, size(rows), size(columns), size(leading), word(_ALIGNMENT)),
-        *(_BFLOAT16, order),
+        *(_TYPES[torch.bfloat16], order),
     )
     operations = (0, 0 if dense_rows else 1)
     matrices = (sparse, dense, result, result)
@@ -110,18 +119,20 @@ _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
 
 def multiply(packed: Tensor, rows: int, dense: Tensor, algorithm: int, transposed: bool) -> Tensor:
-    """A packed 2:4 matrix `[rows, K]` times a dense one `[K, N]`, contiguous or the transpose of what is.
+    """A packed 2:4 matrix `[rows, K]` times a dense one `[K, N]`, contiguous or the transpose of what is; of
+    bfloat16 or e4m3 both.
 
     Returns:
-        `[rows, N]`, or `[N, rows]`.
+        `[rows, N]`, or `[N, rows]`, bfloat16.
 
     Raises:
         RuntimeError: the library has no such algorithm for this GPU and these layouts.
     """
     inner, columns = dense.shape
     device = packed.device.index
-    plan = _plan(device, rows, inner, columns, dense.is_contiguous(), transposed, algorithm)
-    result = dense.new_empty((columns, rows) if transposed else (rows, columns))
+    plan = _plan(device, rows, inner, columns, dense.is_contiguous(), transposed, algorithm, dense.dtype)
+    shape = (columns, rows) if transposed else (rows, columns)
+    result = dense.new_empty(shape, dtype=torch.bfloat16)
     workspace = dense.new_empty(plan.workspace, dtype=torch.uint8)
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     pointer = ctypes.c_void_p
@@ -135,19 +146,30 @@ def multiply(packed: Tensor, rows: int, dense: Tensor, algorithm: int, transpose
 
 
 @functools.cache
-def multiplies(device: torch.device) -> bool:
-    """Whether `multiply` gives what PyTorch's call gives, in every layout, bit for bit. Looked at once."""
+def multiplies(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether `multiply` gives what PyTorch's call gives, in every layout, bit for bit. Looked at once.
+
+    Args:
+        dtype: of the operands. In e4m3 the library has one layout.
+    """
+    if dtype not in _TYPES:
+        return False
     generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator, device=device).bfloat16()  # noqa: E731
+    draw = lambda *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
     left = draw(128, 256).view(128, 64, 4)
     left[..., 2:] = 0
-    packed = torch.ops.aten._cslt_compress(left.view(128, 256))
+    rows, columns = draw(256, 64).to(dtype), draw(64, 256).to(dtype).T
+    layouts, out_dtype = [(columns, False), (columns, True), (rows, False), (rows, True)], None
+    if dtype is torch.float8_e4m3fn:
+        layouts, out_dtype = layouts[:1], torch.bfloat16
     try:
-        for dense in (draw(256, 64), draw(64, 256).T):
-            for transposed in (False, True):
-                expected = torch.ops.aten._cslt_sparse_mm(packed, dense, transpose_result=transposed)
-                if not torch.equal(multiply(packed, 128, dense, 0, transposed), expected):
-                    return False
+        packed = torch.ops.aten._cslt_compress(left.view(128, 256).to(dtype))
+        for dense, transposed in layouts:
+            expected = torch.ops.aten._cslt_sparse_mm(
+                packed, dense, out_dtype=out_dtype, transpose_result=transposed
+            )
+            if not torch.equal(multiply(packed, 128, dense, 0, transposed), expected):
+                return False
     except (OSError, AttributeError, RuntimeError):
         return False
     return True

@@ -17,16 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from act24.errors import Act24Error
 from act24.operation import cast_for_autocast, is_mapped, operation
 from act24.sparse24 import operators
 from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.forms import (
     network_of,
+    why_no_fp8,
     why_not_counted,
     why_not_masked,
     why_not_narrow,
     why_not_packed,
 )
+from act24.sparse24.fp8 import linear_fp8
 from act24.sparse24.masked_activation import masked_activation24
 from act24.sparse24.narrow_activation import narrow_activation24
 from act24.sparse24.packed_activation import packed_activation24, token_statistics
@@ -39,6 +42,7 @@ from act24.sparse24.token_wise import (
     Function,
     Method,
     Options24,
+    Precision,
     Sparse24,
     sparsify_token_wise,
 )
@@ -50,6 +54,7 @@ __all__ = [
     "Function",
     "Method",
     "Options24",
+    "Precision",
     "activation24",
     "dense_statistics",
 ]
@@ -147,7 +152,8 @@ class _Activation24(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         positive = torch.relu(x if weight_in is None else F.linear(x, weight_in, bias_in))
         sparse = sparsify_token_wise(positive, seed, options)
-        y = sparse.value if weight_out is None else F.linear(sparse.value, weight_out)
+        linear = linear_fp8 if options.precision == "fp8" else F.linear
+        y = sparse.value if weight_out is None else linear(sparse.value, weight_out)
         y = y if scale is None else y * scale.to(y.dtype)
         y = y if bias_out is None else y + bias_out
         return y, _statistics(positive, sparse, pads, options), positive
@@ -212,7 +218,8 @@ def activation24(
     Args:
         x: `[..., D]`; the pre-activation h, `[..., F]`, where `weight_in` is None.
         weight_in: `[F, D]` or None, F a multiple of 4; bias_in: `[F]` or None.
-        weight_out: `[D_out, F]` or None, and then y is the 2:4 activation itself, stored dense.
+        weight_out: `[D_out, F]` or None, and then y is the 2:4 activation itself, stored dense; there is no
+            product then that `precision` could be about.
         bias_out: `[D_out]` or None.
         scale: β, a scalar; None for 1. It gets no gradient.
         seed: int64 scalar, needed by `"mvue"`; the same seed draws the same.
@@ -226,13 +233,16 @@ def activation24(
 
     Raises:
         ValueError: F is not a multiple of 4, or the options contradict each other.
+        Act24Error: fp8 on a GPU that has none.
 
-    Source: arXiv 2503.16672, Fig. 4; soft thresholding from arXiv 2409.09099.
+    Source: arXiv 2503.16672, Fig. 4, and its fp8; soft thresholding from arXiv 2409.09099.
     """
     if options.estimator == "ste" and options.backward != "dense":
         raise ValueError(f"the straight-through gradient is not 2:4: no '{options.backward}' backward for it")
     if options.method == "mvue" and seed is None:
         raise ValueError("mvue draws at random: give a seed")
+    if options.precision == "fp8" and (reason := why_no_fp8(x.device)):
+        raise Act24Error(f'activation24 with precision = "fp8": {reason}; set precision = "bfloat16"')
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
     if is_mapped():
         return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]

@@ -12,11 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from act24.sparse24.products import Kind, choose, feed_forward_products, obstacle
+from act24.sparse24.products import Kind, choose, feed_forward_products, fp8_obstacle, obstacle
 from act24.sparse24.token_wise import Options24
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
-_TILE, _LOAD = 64, 8
+_TILE, _LOAD, _FP8_LOAD = 64, 8, 16
+
+#: The least compute capability with e4m3, for which `torch.compile` has no code below.
+_FP8_CAPABILITY = (8, 9)
 
 #: Of the kernels for narrow linears: the tile, the step of a reduction, and the greatest width measured.
 _NARROW_TILE, _NARROW_STEP, _WIDEST = 128, 64, 256
@@ -61,6 +64,11 @@ def why_not_packed(network: Network | None, options: Options24) -> str:
     assert network is not None
     if options.estimator != "masked":
         return "the straight-through gradient is not 2:4"
+    if options.precision == "fp8":
+        if network.width_out % _FP8_LOAD:
+            return f"in fp8 the width {network.width_out} of y has to be a multiple of {_FP8_LOAD}"
+        if reason := fp8_obstacle_on(network.device):
+            return reason
     if not product_algorithms(network, options):
         return (
             f"dense products are faster at T {network.tokens}, F {network.features}, "
@@ -73,6 +81,8 @@ def why_not_masked(network: Network | None, options: Options24) -> str:
     """Kernels around dense products (`act24.sparse24.masked_activation`)."""
     if (options.method, options.backward, options.estimator) != ("naive", "dense", "masked"):
         return "around dense products the kernels know naive 2:4 with exact weight gradients only"
+    if options.precision == "fp8":
+        return "around dense products the kernels know no fp8"
     return _why_no_kernels(network, options)
 
 
@@ -81,6 +91,8 @@ def why_not_narrow(network: Network | None, options: Options24) -> str:
     chosen = (options.function, options.method, options.backward, options.estimator)
     if chosen != ("relu2", "naive", "dense", "masked"):
         return "the kernels know naive relu² with exact weight gradients only"
+    if options.precision == "fp8":
+        return "inside products the kernels know no fp8"
     if reason := _why_no_kernels(network, options):
         return reason
     assert network is not None
@@ -106,9 +118,11 @@ def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
     """The algorithm of each 2:4 product; empty where the products are dense."""
     exact = options.backward == "dense"
     tokens, features, width, width_out, *_ = network
-    products = feed_forward_products(tokens, width, features, width_out, exact)
-    # Naive and exact has another form than this and the reference: the masked one.
-    return choose(products, options.algorithms, always=not (exact and options.method == "naive"))
+    fp8 = options.precision == "fp8"
+    products = feed_forward_products(tokens, width, features, width_out, exact, fp8)
+    # Naive and exact has another form than this and the reference: the masked one, in bfloat16.
+    masked = exact and options.method == "naive" and not fp8
+    return choose(products, options.algorithms, always=not masked)
 
 
 def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str:
@@ -124,6 +138,20 @@ def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str
 def obstacle_on(device: torch.device) -> str:
     """`act24.sparse24.products.obstacle`, as a constant of a compiled graph."""
     return obstacle(device)
+
+
+@torch.compiler.assume_constant_result
+def fp8_obstacle_on(device: torch.device) -> str:
+    """`act24.sparse24.products.fp8_obstacle`, likewise."""
+    return fp8_obstacle(device)
+
+
+@torch.compiler.assume_constant_result
+def why_no_fp8(device: torch.device) -> str:
+    """What about a device cannot run e4m3 at all, not even plain PyTorch compiled; empty if it can."""
+    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= _FP8_CAPABILITY:
+        return ""
+    return f"this GPU has compute capability {capability[0]}.{capability[1]}, and e4m3 begins with 8.9"
 
 
 def _why_no_kernels(network: Network | None, options: Options24) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from act24.sparse24.feature_wise import TokenPermutation, shape_numel, token_permutation
-from act24.sparse24.packed import Packed24, empty_packed, pack, unpack
+from act24.sparse24.packed import Packed24, empty_packed, pack, unpack, with_values
 from act24.sparse24.products import multiply24
 from act24.sparse24.registry import operator
 from act24.sparse24.token_wise import Function, Method, Options24, Sparse24, sparsify_token_wise
@@ -164,15 +164,10 @@ def _slope(saved: Packed24, slope: Tensor | None, function: Function) -> Tensor:
     return 2 * saved.values.float().sqrt().to(saved.values.dtype)  # the exact relu(h): see the kernel
 
 
-def _with_values(saved: Packed24, values: Tensor) -> Packed24:
-    """A packed matrix with the metadata of another."""
-    return Packed24(torch.cat((values.flatten(), saved.metadata.view(values.dtype))).view_as(saved.buffer))
-
-
 def _masked_gradient(grad: Tensor, saved: Packed24, slope: Tensor | None, function: Function) -> Packed24:
     """slope ∘ grad under the mask of `saved`."""
-    kept = unpack(_with_values(saved, torch.ones_like(saved.values))) != 0
-    return _with_values(saved, pack(grad, kept).values * _slope(saved, slope, function))
+    kept = unpack(with_values(saved, torch.ones_like(saved.values))) != 0
+    return with_values(saved, pack(grad, kept).values * _slope(saved, slope, function))
 
 
 def _pack_gradient_reference(
@@ -347,7 +342,7 @@ gather_features = operator(
 def _product24_reference(
     packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    result = unpack(Packed24(packed)) @ dense
+    result = unpack(Packed24(packed)).bfloat16() @ dense.bfloat16()
     result = result.T.contiguous() if transposed else result
     if rows is None or index is None:
         return result
@@ -370,12 +365,12 @@ def _product24_fake(
     packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
 ) -> Tensor:
     shape = (packed.shape[0], dense.shape[1])
-    return packed.new_empty(shape[::-1] if transposed else shape)
+    return packed.new_empty(shape[::-1] if transposed else shape, dtype=torch.bfloat16)
 
 
-#: A 2:4 matrix `[M, K]` times a dense one `[K, N]`, `[M, N]`, or transposed `[N, M]`; with `rows` `[n, K]`
-#: the rows `index` of the 2:4 matrix are these dense ones instead. The algorithm is cuSPARSELt's; on a CPU it
-#: means nothing.
+#: A 2:4 matrix `[M, K]` times a dense one `[K, N]`, both of bfloat16 or e4m3, in bfloat16: `[M, N]`, or
+#: transposed `[N, M]`; with `rows` `[n, K]` the rows `index` of the 2:4 matrix are these dense ones instead.
+#: The algorithm is cuSPARSELt's; on a CPU it means nothing.
 product24 = operator(
     "product24(Tensor packed, Tensor dense, int algorithm, bool transposed, Tensor? rows, Tensor? index) "
     "-> Tensor",

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.sparse24 import operators
+from act24.sparse24 import fp8_operators, operators
 from act24.sparse24.feature_wise import sparsify_feature_wise
 from act24.sparse24.forms import Network, Tensors, product_algorithms
+from act24.sparse24.fp8 import scaled
 from act24.sparse24.packed import Packed24, unpack
 from act24.sparse24.products import Kind
 from act24.sparse24.selection import densest_features
@@ -82,7 +83,7 @@ class _PackedActivation24(torch.autograd.Function):
             order,
         )
         algorithm = _algorithms(hidden, weight_in, weight_out, options)["y"]
-        y = operators.product24(packed, weight_out.T, algorithm, False, None, None)
+        y = _forward_product(packed, weight_out, algorithm, options)
         y = y if scale is None else y * scale.to(y.dtype)
         y = y if bias_out is None else y + bias_out
         return y, packed, slope, counts, sums
@@ -141,6 +142,15 @@ class _PackedActivation24(torch.autograd.Function):
             grad_y.sum(0) if need_bias_out else None,
             *(None,) * 6,
         )
+
+
+def _forward_product(packed: Tensor, weight_out: Tensor, algorithm: int, options: Options24) -> Tensor:
+    """a W_outᵀ. In fp8 what is packed in e4m3 is packed from what backward needs in bfloat16 anyway."""
+    if options.precision == "bfloat16":
+        return operators.product24(packed, weight_out.T, algorithm, False, None, None)
+    narrow, scale = fp8_operators.quantise_packed(packed)
+    weight, columns = fp8_operators.quantise_rows(weight_out)
+    return scaled(operators.product24(narrow, weight.T, algorithm, False, None, None), scale, columns)
 
 
 def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:

@@ -21,14 +21,23 @@ from act24.sparse24.packed import Packed24, pack, random_packed, unpack
 #: The library's ids run from 0 to less than this; those that a GPU does not have raise an error.
 ALGORITHMS = 32
 
+#: How far off a product may be. Hopper's tensor cores keep about 14 bits of a running sum of e4m3.
+TOLERANCE, FP8_TOLERANCE = 1e-2, 5e-2
+
 #: For shapes that nobody tuned: the smallest width, F and T, on an H200 with cuSPARSELt 0.8, at which a whole
 #: step with 2:4 products was seen to be no slower (1.014 times as fast; the products themselves 1.43).
 LEAST_WIDTH, LEAST_FEATURES, LEAST_TOKENS = 512, 2048, 16384
 
-Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out"]
+Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out", "y_fp8"]
 
 #: And the algorithms that came out best most often there; which ids exist depends on the layouts involved.
-DEFAULT_ALGORITHMS: dict[Kind, int] = {"y": 1, "grad_x": 3, "grad_weight_in": 3, "grad_weight_out": 0}
+DEFAULT_ALGORITHMS: dict[Kind, int] = {
+    "y": 1,
+    "grad_x": 3,
+    "grad_weight_in": 3,
+    "grad_weight_out": 0,
+    "y_fp8": 21,
+}
 KINDS: tuple[Kind, ...] = tuple(DEFAULT_ALGORITHMS)
 
 
@@ -39,7 +48,7 @@ class Product(NamedTuple):
         dW_in = dZᵀ x         dW_outᵀ = aᵀ G            along the tokens
 
     Attributes:
-        kind: which of the four.
+        kind: which of the four; y_fp8 for y in e4m3 (`act24.sparse24.fp8`).
         tokens: T.
         features: F.
         width: of the dense operand, the input or output width of the network.
@@ -83,17 +92,21 @@ Table = tuple[tuple[tuple[Kind, int, int, int], tuple[int, float, float]], ...]
 
 
 def feed_forward_products(
-    tokens: int, width: int, features: int, width_out: int, exact_weight_gradients: bool
+    tokens: int, width: int, features: int, width_out: int, exact_weight_gradients: bool, fp8: bool = False
 ) -> dict[Kind, Product]:
-    """The products of a feed-forward network that are 2:4: with exact weight gradients only the first two."""
-    widths: dict[Kind, int] = {
-        "y": width_out,
-        "grad_x": width,
-        "grad_weight_in": width,
-        "grad_weight_out": width_out,
+    """The products of a feed-forward network that are 2:4: with exact weight gradients only the first two.
+
+    Args:
+        fp8: y is multiplied in e4m3.
+    """
+    products: dict[Kind, Product] = {
+        "y": Product("y_fp8" if fp8 else "y", tokens, features, width_out),
+        "grad_x": Product("grad_x", tokens, features, width),
     }
-    kinds = KINDS[:2] if exact_weight_gradients else KINDS
-    return {kind: Product(kind, tokens, features, widths[kind]) for kind in kinds}
+    if not exact_weight_gradients:
+        products["grad_weight_in"] = Product("grad_weight_in", tokens, features, width)
+        products["grad_weight_out"] = Product("grad_weight_out", tokens, features, width_out)
+    return products
 
 
 def choose(products: dict[Kind, Product], table: Table = (), always: bool = False) -> dict[Kind, int]:
@@ -122,7 +135,7 @@ def choose(products: dict[Kind, Product], table: Table = (), always: bool = Fals
         p.width >= LEAST_WIDTH and p.features >= LEAST_FEATURES and p.tokens >= LEAST_TOKENS
         for p in products.values()
     ):
-        return {kind: DEFAULT_ALGORITHMS[kind] for kind in products}
+        return {kind: DEFAULT_ALGORITHMS[product.kind] for kind, product in products.items()}
     return dict.fromkeys(products, 0) if always else {}  # every shape has the first one
 
 
@@ -130,13 +143,13 @@ def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) 
     """A packed 2:4 matrix times a dense one, by cuSPARSELt.
 
     Args:
-        packed: the buffer of a `Packed24` `[M, K]`.
-        dense: `[K, N]`, contiguous, or the transpose of a contiguous `[N, K]`.
+        packed: the buffer of a `Packed24` `[M, K]`, of bfloat16 or e4m3.
+        dense: `[K, N]`, contiguous, or the transpose of a contiguous `[N, K]`; in e4m3 only the latter.
         algorithm: an id that the library has for this GPU.
         transposed: return `[N, M]`.
 
     Returns:
-        `[M, N]` or `[N, M]`, contiguous, in the dtype of the operands.
+        `[M, N]` or `[N, M]`, contiguous, in bfloat16.
 
     Raises:
         ValueError: shapes do not match, or the dense operand has another layout: the library would not
@@ -146,55 +159,69 @@ def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) 
     size, _ = dense.shape
     if size != inner or not packed.is_contiguous():
         raise ValueError(f"a packed {(rows, inner)} matrix cannot multiply {tuple(dense.shape)}")
-    if not (dense.is_contiguous() or dense.T.is_contiguous()):
+    if not (dense.T.is_contiguous() or (dense.is_contiguous() and packed.dtype is torch.bfloat16)):
         raise ValueError(
-            f"the dense operand has to be contiguous or a contiguous matrix transposed; it is "
+            f"the dense operand has to be contiguous (not in e4m3) or a contiguous matrix transposed; it is "
             f"{tuple(dense.shape)} with strides {dense.stride()}"
         )
-    if packed.dtype is dense.dtype is torch.bfloat16 and cusparselt.multiplies(packed.device):
+    if packed.dtype is dense.dtype and cusparselt.multiplies(packed.device, packed.dtype):
         return cusparselt.multiply(packed, rows, dense, algorithm, transposed)
-    return torch.ops.aten._cslt_sparse_mm(packed, dense, transpose_result=transposed, alg_id=algorithm)
+    return _library_product(packed, dense, algorithm, transposed)
+
+
+def _library_product(packed: Tensor, dense: Tensor, algorithm: int = 0, transposed: bool = False) -> Tensor:
+    """PyTorch's call, with a plan of its own."""
+    out_dtype = torch.bfloat16 if packed.dtype is torch.float8_e4m3fn else None
+    return torch.ops.aten._cslt_sparse_mm(
+        packed, dense, out_dtype=out_dtype, transpose_result=transposed, alg_id=algorithm
+    )
 
 
 class _Operands(NamedTuple):
-    """What a product multiplies, drawn at random: the 2:4 side twice, packed and with its zeros."""
+    """What a product multiplies, drawn at random: both sides as cuSPARSELt takes them, and as the dense
+    product does, with the zeros filled in, in bfloat16."""
 
     packed: Packed24
+    right: Tensor
     left: Tensor
     dense: Tensor
 
 
 def _operands(product: Product, generator: torch.Generator) -> _Operands:
     rows, inner = product.sparse_shape
-    packed = random_packed(rows, inner, torch.bfloat16, generator)
-    shape = (product.width, inner) if product.kind == "y" else (inner, product.width)
-    dense = torch.randn(shape, generator=generator, device=generator.device).bfloat16()
-    left = unpack(packed)
+    forward = product.kind in ("y", "y_fp8")
+    dtype = torch.float8_e4m3fn if product.kind == "y_fp8" else torch.bfloat16
+    packed = random_packed(rows, inner, dtype, generator)
+    shape = (product.width, inner) if forward else (inner, product.width)
+    right = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+    right = right.T if forward else right
+    left = unpack(packed).bfloat16()
     # Along the tokens the dense network has the same matrix the other way round in memory.
     left = left.T.contiguous().T if product.along_tokens else left
-    return _Operands(packed, left, dense.T if product.kind == "y" else dense)
+    return _Operands(packed, right, left, right.bfloat16())
 
 
 def dense_call(product: Product, generator: torch.Generator) -> Callable[[], Tensor]:
     """A call, to be timed, of the dense product, with its operands as a dense network has them."""
-    _, left, dense = _operands(product, generator)
+    _, _, left, dense = _operands(product, generator)
     return (lambda: dense.T @ left.T) if product.transposed else (lambda: left @ dense)
 
 
 def candidates(
-    product: Product, generators: Iterable[torch.Generator], tolerance: float = 1e-2
+    product: Product, generators: Iterable[torch.Generator]
 ) -> Iterator[tuple[int, Callable[[], Tensor]]]:
     """Every algorithm that runs this product and gets it right, with a call to be timed.
 
     Some ids return wrong numbers without an error (pytorch issue 155333), so each has to agree with the dense
     product on one draw of each generator, all seeded differently, before it is offered.
     """
+    tolerance = FP8_TOLERANCE if product.kind == "y_fp8" else TOLERANCE
     draws = [_operands(product, generator) for generator in generators]
-    expected = [left @ dense for _, left, dense in draws]
+    expected = [left @ dense for _, _, left, dense in draws]
     for algorithm in range(ALGORITHMS):
         calls = [
-            functools.partial(multiply24, packed.buffer, dense, algorithm, product.transposed)
-            for packed, _, dense in draws
+            functools.partial(multiply24, packed.buffer, right, algorithm, product.transposed)
+            for packed, right, _, _ in draws
         ]
         try:
             results = [call().T if product.transposed else call() for call in calls]
@@ -231,19 +258,18 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def layout_error(device: torch.device) -> float:
+def layout_error(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
     """How far a product with our packing is from one with cuSPARSELt's own compressor, on a small matrix.
 
     Relative to the result: rounding apart zero, as long as the library reads the layout of
-    `act24.sparse24.packed`.
+    `act24.sparse24.packed` for values of this dtype, bfloat16 or e4m3.
     """
     generator = torch.Generator(device).manual_seed(0)
-    packed = pack(torch.randn(128, 256, generator=generator, device=device).bfloat16())
-    dense = torch.randn(256, 64, generator=generator, device=device).bfloat16()
-    own = torch.ops.aten._cslt_compress(unpack(packed))
-    return relative_error(
-        torch.ops.aten._cslt_sparse_mm(packed.buffer, dense), torch.ops.aten._cslt_sparse_mm(own, dense)
-    )
+    packed = pack(torch.randn(128, 256, generator=generator, device=device).to(dtype))
+    dense = torch.randn(64, 256, generator=generator, device=device).to(dtype).T
+    own = torch.ops.aten._cslt_compress(unpack(packed)).view_as(packed.buffer)
+    ours, expected = (_library_product(buffer, dense) for buffer in (packed.buffer, own))
+    return relative_error(ours, expected)
 
 
 @functools.cache
@@ -263,8 +289,24 @@ def obstacle(device: torch.device) -> str:
     if triton is None:
         return "Triton is not installed"
     error = layout_error(device)
-    if not error < 1e-2:
+    if not error < TOLERANCE:
         version = torch.backends.cusparselt.version()
         return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
     cusparselt.multiplies(device)  # waits for the device: now, and not while a graph is captured
+    return ""
+
+
+@functools.cache
+def fp8_obstacle(device: torch.device) -> str:
+    """Why this device cannot run packed products in e4m3, as `obstacle` does."""
+    if reason := obstacle(device):
+        return reason
+    version = torch.backends.cusparselt.version()
+    try:
+        error = layout_error(device, torch.float8_e4m3fn)
+    except RuntimeError as exception:
+        return f"cuSPARSELt {version} does not multiply e4m3 here ({str(exception).splitlines()[0]})"
+    if not error < TOLERANCE:
+        return f"cuSPARSELt {version} reads another 8-bit layout than ours (relative error {error:.2g})"
+    cusparselt.multiplies(device, torch.float8_e4m3fn)
     return ""

@@ -17,6 +17,7 @@ Function = Literal["relu2", "relu"]
 Method = Literal["naive", "soft_threshold", "mvue"]
 Backward = Literal["dense", "split_gemm", "sparse"]
 Estimator = Literal["masked", "ste"]
+Precision = Literal["bfloat16", "fp8"]
 
 
 class Options24(NamedTuple):
@@ -32,6 +33,8 @@ class Options24(NamedTuple):
         estimator: `"masked"`, the gradient of the function that ran: dropped positions get none, and the
             gradient of h is 2:4 where the activation is. `"ste"`, straight through: as if nothing had been
             dropped; it is not 2:4, so it goes with the dense backward only.
+        precision: of the product y = a W_outᵀ. `"fp8"`: in e4m3, with a scale for each token and each output
+            feature (`act24.sparse24.fp8`); all of backward, and what is saved for it, stays as it is.
         dense_ratio: share of the features that split_gemm leaves dense, those with the most non-zeros.
         token_permutation: see `act24.sparse24.feature_wise`; of no meaning for the dense backward.
         statistics: count what 2:4 does; else the statistics are zeros and cost nothing.
@@ -48,6 +51,7 @@ class Options24(NamedTuple):
     method: Method = "naive"
     backward: Backward = "dense"
     estimator: Estimator = "masked"
+    precision: Precision = "bfloat16"
     dense_ratio: float = 0.05
     token_permutation: TokenPermutation = "batch"
     statistics: bool = False

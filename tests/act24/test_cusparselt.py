@@ -16,7 +16,7 @@ from act24.sparse24.products import relative_error
 
 
 class PlayedLibrary:
-    """Reads row- and column-major matrices of bfloat16 at addresses, as descriptors say; 7 is a wrong id."""
+    """Reads row- and column-major matrices at addresses, as descriptors say; 7 is a wrong id."""
 
     def __init__(self) -> None:
         self.made: dict[int, Any] = {}
@@ -31,8 +31,8 @@ class PlayedLibrary:
 
     def _dense(self, handle: Any, target: Any, rows: Any, columns: Any, leading: Any, *rest: Any) -> int:
         alignment, dtype, order, *_ = rest
-        assert (alignment.value, dtype) == (16, 14)
-        self.made[ctypes.addressof(target)] = (rows.value, columns.value, leading.value, order)
+        assert alignment.value == 16
+        self.made[ctypes.addressof(target)] = (rows.value, columns.value, leading.value, order, dtype)
         return 0
 
     _cusparseLtDenseDescriptorInit = _dense
@@ -43,6 +43,7 @@ class PlayedLibrary:
         assert (first, compute) == (0, 2)
         found = [self.made[ctypes.addressof(matrix)] for matrix in matrices]
         assert found[2] == found[3]
+        assert (found[0][-1], found[2][-1]) == (found[1][-1], 14)
         self.made[ctypes.addressof(target)] = (second, *found[:3])
         return 0
 
@@ -70,20 +71,24 @@ class PlayedLibrary:
         assert (streams._obj.value, number.value) == (5, 1)
         assert workspace.value
         second, sparse, dense, wanted = self.made[ctypes.addressof(plan)]
-        packed = empty_packed(*sparse[:2], torch.empty(0, dtype=torch.bfloat16))
-        ctypes.memmove(packed.data_ptr(), left.value, packed.numel() * 2)
+        packed = empty_packed(*sparse[:2], torch.empty(0, dtype=DTYPES[sparse[-1]]))
+        ctypes.memmove(packed.data_ptr(), left.value, packed.nbytes)
         matrix = at(right.value, dense)
         product = unpack(Packed24(packed)).float() @ (matrix.T if second else matrix).float()
         at(result.value, wanted).copy_(product)
         return 0
 
 
-def at(address: int, layout: tuple[int, int, int, int]) -> Tensor:
-    """The matrix in memory: rows, columns, leading dimension, order (1 by columns, 2 by rows)."""
-    rows, columns, leading, order = layout
+#: CUDA's numbers.
+DTYPES = {14: torch.bfloat16, 28: torch.float8_e4m3fn}
+
+
+def at(address: int, layout: tuple[int, int, int, int, int]) -> Tensor:
+    """The matrix in memory: rows, columns, leading dimension, order (1 by columns, 2 by rows), type."""
+    rows, columns, leading, order, number = layout
     size = leading * (rows if order == 2 else columns)
-    memory = (ctypes.c_char * (2 * size)).from_address(address)
-    flat = torch.frombuffer(memory, dtype=torch.bfloat16)
+    memory = (ctypes.c_char * (DTYPES[number].itemsize * size)).from_address(address)
+    flat = torch.frombuffer(memory, dtype=DTYPES[number])
     return flat.as_strided((rows, columns), (leading, 1) if order == 2 else (1, leading))
 
 
@@ -107,6 +112,14 @@ def test_descriptors_say_where_the_matrices_are(library: Any, dense_rows: bool, 
     expected = unpack(packed).float() @ dense.float()
     assert result.shape == ((96, 64) if transposed else (64, 96))
     assert relative_error(result.T if transposed else result, expected) < 1e-2
+
+
+def test_e4m3_is_multiplied_into_bfloat16(library: Any) -> None:
+    packed = pack(torch.randn(64, 128).to(torch.float8_e4m3fn))
+    dense = torch.randn(96, 128).to(torch.float8_e4m3fn).T
+    result = cusparselt.multiply(packed.buffer, 64, dense, 3, False)
+    assert result.dtype is torch.bfloat16
+    assert relative_error(result, unpack(packed).float() @ dense.float()) < 1e-2
 
 
 def test_a_plan_is_made_once(library: Any) -> None:

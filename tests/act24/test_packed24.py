@@ -8,11 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from act24.sparse24.packed import Packed24, metadata_field, pack, packable, random_packed, unpack
+from act24.sparse24.packed import (
+    Packed24,
+    metadata_field,
+    metadata_field8,
+    pack,
+    packable,
+    random_packed,
+    unpack,
+    with_values,
+)
 from act24.sparse24.selection import top2_of_4
 
 SHAPES = st.tuples(st.integers(1, 3).map(lambda n: 64 * n), st.integers(1, 6).map(lambda n: 32 * n))
+WIDE = st.tuples(st.integers(1, 3).map(lambda n: 64 * n), st.integers(1, 3).map(lambda n: 64 * n))
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
+E4M3 = torch.float8_e4m3fn
 FEW = torch.tensor([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0])
 
 
@@ -42,6 +53,26 @@ def decode(packed: Packed24) -> Tensor:
     return dense.view(packed.buffer.dtype)
 
 
+def decode8(packed: Packed24) -> Tensor:
+    """The same for 8-bit values, as the positions of bits: from the least, a byte of metadata is column bit 2
+    (which half of it), then row bit 3, column bits 5, 3 and 4, row bits 0 to 2, 4 and 5, and the tiles."""
+    rows, columns = packed.shape
+    content = packed.buffer.flatten().view(torch.uint8)
+    values, metadata = content[: rows * columns // 2], content[rows * columns // 2 :].tolist()
+    dense = torch.zeros(rows, columns, dtype=torch.uint8)
+    for row in range(rows):
+        for column in range(0, columns, 4):
+            places = ((row, 3), (column, 5), (column, 3), (column, 4), *((row, n) for n in (0, 1, 2, 4, 5)))
+            byte = sum((number >> bit & 1) << n for n, (number, bit) in enumerate(places))
+            byte += (row // 64 * (columns // 64) + column // 64) * 512
+            nibble = metadata[byte] >> column % 8 & 15
+            low, high = nibble & 3, nibble >> 2
+            assert low < high
+            place = row * columns // 2 + column // 2
+            dense[row, column + low], dense[row, column + high] = values[place], values[place + 1]
+    return dense.view(packed.buffer.dtype)
+
+
 @settings(max_examples=12)
 @given(SHAPES, DTYPES, st.integers(0, 99), st.booleans())
 def test_every_shape_packs_the_two_largest(
@@ -53,6 +84,29 @@ def test_every_shape_packs_the_two_largest(
     assert packed.shape == shape
     assert torch.equal(unpack(packed), expected)
     assert torch.equal(decode(packed), expected)
+
+
+@settings(max_examples=12)
+@given(WIDE, st.integers(0, 99), st.booleans())
+def test_so_it_is_with_8_bits(shape: tuple[int, int], seed: int, ties: bool) -> None:
+    dense = draw(shape, E4M3, seed, ties)
+    packed = pack(dense)
+    expected = torch.where(top2_of_4(dense.float().abs()), dense.float(), 0)
+    assert (packed.shape, packed.buffer.shape[1]) == (shape, shape[1] * 10 // 16)
+    assert torch.equal(unpack(packed).float(), expected)
+    assert torch.equal(decode8(packed).float(), expected)
+
+
+@settings(max_examples=12)
+@given(WIDE, st.integers(0, 99), st.sampled_from([torch.bfloat16, E4M3]))
+def test_other_values_stay_at_their_places(shape: tuple[int, int], seed: int, dtype: torch.dtype) -> None:
+    """From 8 to 16 bits and back it is the same buffer, whatever groups with zeros name."""
+    packed = pack(draw(shape, dtype, seed, True))
+    other = torch.bfloat16 if dtype is E4M3 else E4M3
+    there = with_values(packed, packed.values.to(other))
+    back = with_values(there, packed.values)
+    assert torch.equal(unpack(there).float(), unpack(packed).float())
+    assert torch.equal(back.buffer.view(torch.uint8), packed.buffer.view(torch.uint8))
 
 
 @settings(max_examples=25)
@@ -70,8 +124,9 @@ def test_any_2_4_matrix_comes_back(shape: tuple[int, int], seed: int, most: int)
 @pytest.mark.parametrize("columns", [32, 64, 224])
 def test_every_group_has_a_field_of_its_own(columns: int) -> None:
     row, column = torch.arange(128)[:, None], torch.arange(0, columns, 4)[None]
-    fields = metadata_field(row, column, columns)
-    assert sorted(fields.flatten().tolist()) == list(range(128 * columns // 4))
+    for field in (metadata_field, metadata_field8)[: 1 if columns % 64 else 2]:
+        fields = field(row, column, columns)
+        assert sorted(fields.flatten().tolist()) == list(range(128 * columns // 4))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +180,8 @@ def test_other_shapes_are_refused(shape: tuple[int, int]) -> None:
     assert not packable(*shape)
     with pytest.raises(ValueError, match=r"rows a multiple of 64 and columns of 32"):
         pack(torch.zeros(shape).bfloat16())
+    with pytest.raises(ValueError, match=r"8-bit, with columns of 64"):
+        pack(torch.zeros(64, 32).to(E4M3))
 
 
 def test_other_dtypes_and_full_masks_are_refused() -> None:

@@ -35,6 +35,7 @@ PACKED = Options24(algorithms=FORCED)
 @pytest.fixture(autouse=True)
 def _a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "obstacle", lambda _: "")
+    monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "")
 
 
 def network(bias: bool = True, features: int = FEATURES, exact: bool = False) -> tuple[Tensor | None, ...]:
@@ -59,9 +60,10 @@ def outcome(tensors: tuple[Tensor | None, ...], options: Options24, *state: Tens
     return [y, statistics, *torch.autograd.grad(y, leaves, grad)]
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 @pytest.mark.parametrize("method", ["naive", "soft_threshold", "mvue"])
 @pytest.mark.parametrize("backward", ["dense", "sparse", "split_gemm"])
-def test_equals_the_reference(backward: str, method: str) -> None:
+def test_equals_the_reference(backward: str, method: str, precision: str) -> None:
     pads = torch.zeros(2, TOKENS // 2, dtype=torch.bool)
     pads[1, 50:] = True
     scale = torch.tensor(1.25) if method == "soft_threshold" else None
@@ -69,11 +71,12 @@ def test_equals_the_reference(backward: str, method: str) -> None:
     tensors = network()
     for order, padding in itertools.product(("none", "batch", "sequence"), (None, pads)):
         options = PACKED._replace(method=method, backward=backward, token_permutation=order, statistics=True)
+        options = options._replace(precision=precision)
         expected = outcome(tensors, options._replace(kernels=False), scale, seed, padding)
         token_wise = STATISTICS.index("feature_nonzeros")
         statistics = expected.pop(1)[:token_wise]
         tried = [options]
-        if (backward, method) == ("dense", "naive"):
+        if (backward, method, precision) == ("dense", "naive", "bfloat16"):
             tried.append(options._replace(algorithms=()))  # products so narrow are dense without a table
             assert why_not_packed(network_of(tensors), tried[1])
             assert not why_not_masked(network_of(tensors), tried[1])
@@ -136,6 +139,7 @@ def test_narrow_equals_the_reference() -> None:
     [
         (PACKED._replace(backward="sparse"), 1.125 / 4),
         (PACKED._replace(backward="sparse", token_permutation="none"), 1.125 / 4),
+        (PACKED._replace(backward="sparse", precision="fp8"), 1.125 / 4),
         (PACKED._replace(backward="sparse", method="soft_threshold"), 2.125 / 4),
         (Options24(function="relu"), 2 / 4),
         (Options24(), 1.125 / 4),
@@ -144,6 +148,7 @@ def test_narrow_equals_the_reference() -> None:
     ids=[
         "packed",
         "packed in order",
+        "packed, fp8",
         "packed with slope",
         "around dense products",
         "narrow",
@@ -172,8 +177,13 @@ def test_what_is_saved_beside_weights(options: Options24, share: float) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [PACKED._replace(backward="split_gemm"), Options24(function="relu"), Options24()],
-    ids=["packed", "around dense products", "narrow"],
+    [
+        PACKED._replace(backward="split_gemm"),
+        PACKED._replace(backward="split_gemm", precision="fp8"),
+        Options24(function="relu"),
+        Options24(),
+    ],
+    ids=["packed", "packed, fp8", "around dense products", "narrow"],
 )
 def test_compiles_without_a_break(options: Options24) -> None:
     tensors = network(bias=False)
@@ -329,6 +339,19 @@ def test_inference_saves_and_counts_nothing() -> None:
     assert not statistics.any()
 
 
+def test_fp8_runs_packed_or_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow and naive with exact gradients too, which in bfloat16 have other forms."""
+    tensors, options = network(bias=False), Options24(precision="fp8")
+    assert why_not_packed(network_of(tensors), options) == ""
+    assert "no fp8" in why_not_narrow(network_of(tensors), options)
+    assert "no fp8" in why_not_masked(network_of(tensors), options)
+    narrower = (*tensors[:3], tensors[3][:24], None)
+    assert "multiple of 16" in why_not_packed(network_of(narrower), options)
+    monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "another layout")
+    assert why_not_packed(network_of(tensors), options) == "another layout"
+    assert why_not_packed(network_of(tensors), PACKED) == ""
+
+
 def test_one_sentence_for_each_reason() -> None:
     x, _, _, weight_out, _ = tensors = network(bias=False)
     float32 = tuple(None if t is None else t.float() for t in tensors)
@@ -366,6 +389,8 @@ def test_operators_keep_their_contracts() -> None:
         (torch.ops.act24.activation_gradient, (grad, hidden.relu(), "relu2")),
         (torch.ops.act24.gather_features, (packed, packed, torch.tensor([3, 9]), real)),
         (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
+        (torch.ops.act24.quantise_rows, (grad,)),
+        (torch.ops.act24.quantise_packed, (packed,)),
         (torch.ops.act24.token_order, (grad, [2, 64], "sequence")),
         (torch.ops.act24.linear_pack, (hidden, grad, True)),
         (torch.ops.act24.recompute_gradient, (hidden, grad, hidden, grad.T.contiguous())),

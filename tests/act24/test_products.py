@@ -21,6 +21,7 @@ from act24.sparse24.products import (
 )
 
 WIDE = feed_forward_products(16384, 4096, 16384, 4096, exact_weight_gradients=False)
+DEFAULTS = {kind: DEFAULT_ALGORITHMS[kind] for kind in WIDE}
 
 
 def test_the_products_of_a_network() -> None:
@@ -33,10 +34,12 @@ def test_the_products_of_a_network() -> None:
         "grad_weight_out": (2048, 4096, 256, True),
     }
     assert list(feed_forward_products(4096, 512, 2048, 256, exact_weight_gradients=True)) == ["y", "grad_x"]
+    narrow = feed_forward_products(4096, 512, 2048, 256, exact_weight_gradients=False, fp8=True)
+    assert narrow == four | {"y": four["y"]._replace(kind="y_fp8")}
 
 
 def test_untuned_shapes_go_by_their_width_and_extent() -> None:
-    assert choose(WIDE) == DEFAULT_ALGORITHMS
+    assert choose(WIDE) == DEFAULTS
     for narrow in ((16384, 256, 4096, 256), (8192, 4096, 16384, 4096), (16384, 4096, 1024, 4096)):
         assert choose(feed_forward_products(*narrow, exact_weight_gradients=False)) == {}
 
@@ -56,7 +59,7 @@ def test_measured_shapes_go_by_the_sum_of_their_times() -> None:
     assert choose(WIDE, slower, always=True) == dict.fromkeys(WIDE, 7)
     impossible = tuple((product, Measured(0, float("inf"), 1.0)) for product in WIDE.values())
     assert choose(WIDE, impossible, always=True) == {}
-    assert choose(WIDE, table[:3]) == DEFAULT_ALGORITHMS  # not all measured: as if none were
+    assert choose(WIDE, table[:3]) == DEFAULTS  # not all measured: as if none were
 
 
 def play_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,10 +68,10 @@ def play_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def multiply(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) -> Tensor:
         if algorithm > 4:
             raise RuntimeError("invalid value")
-        result = unpack(Packed24(packed)) @ dense
+        result = unpack(Packed24(packed)).bfloat16() @ dense.bfloat16()
         if algorithm == 3:
             result = result * float("nan")
-        if algorithm == 2 and packed.flatten()[0] > 0:
+        if algorithm == 2 and packed.flatten()[0].float() > 0:
             result = result.roll(1, 0)
         return result.T.contiguous() if transposed else result
 
@@ -83,6 +86,7 @@ def test_the_tuner_takes_the_fastest_of_those_that_are_right(
     signs = [
         products._operands(Product(kind, 128, 64, 32), torch.Generator().manual_seed(seed))
         .packed.buffer.flatten()[0]
+        .float()
         .sign()
         .item()
         for seed in (0, 1)
@@ -115,9 +119,37 @@ def test_operands_in_other_layouts_are_refused() -> None:
     wide = torch.randn(64, 256).bfloat16()
     with pytest.raises(ValueError, match=r"strides \(256, 1\)"):
         multiply24(packed, wide[:, :128], 0, False)
+    narrow = pack(torch.randn(64, 64).to(torch.float8_e4m3fn)).buffer
+    with pytest.raises(ValueError, match="not in e4m3"):
+        multiply24(narrow, torch.randn(64, 64).to(torch.float8_e4m3fn), 0, False)
     with pytest.raises(ValueError, match="cannot multiply"):
         multiply24(packed, torch.randn(32, 8).bfloat16(), 0, False)
 
 
 def test_a_cpu_says_why_it_has_no_packed_products() -> None:
     assert "CUDA" in products.obstacle(torch.device("cpu"))
+    assert "CUDA" in products.fp8_obstacle(torch.device("cpu"))
+
+
+def flipped(buffer: Tensor) -> Tensor:
+    return buffer.view(torch.uint8).flip(-1).view(buffer.dtype)
+
+
+@pytest.mark.parametrize("said", ["", "another 8-bit layout", "does not multiply e4m3"])
+def test_the_8_bit_layout_is_told_from_a_product(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """With a library that has our layout, one that has another, and one without e4m3."""
+    own = flipped if said == "another 8-bit layout" else lambda buffer: buffer
+
+    def compress(dense: Tensor) -> Tensor:
+        return own(pack(dense, dense.float() != 0).buffer).flatten()
+
+    def multiply(packed: Tensor, dense: Tensor) -> Tensor:
+        if said == "does not multiply e4m3":
+            raise RuntimeError("not supported")
+        return unpack(Packed24(own(packed))).bfloat16() @ dense.bfloat16()
+
+    monkeypatch.setattr(torch.ops.aten, "_cslt_compress", compress)
+    monkeypatch.setattr(products, "_library_product", multiply)
+    monkeypatch.setattr(products, "obstacle", lambda _: "")
+    reason = products.fp8_obstacle.__wrapped__(torch.device("cpu"))
+    assert (said in reason) if said else not reason

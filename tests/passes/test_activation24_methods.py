@@ -212,6 +212,7 @@ def test_layers_share_one_class_whatever_their_state() -> None:
 def test_options_reach_the_operation() -> None:
     model = llama(1)
     options = {"backward": "split_gemm", "dense_ratio": 0.1, "token_permutation": "sequence"}
+    options |= {"precision": "fp8"}
     apply_(model, [Relu2FFN(), Activation24(**options)])
     (node,) = activation_nodes(model)
     assert node.args[-1] == Options24(**options)
@@ -231,6 +232,15 @@ def test_switching_the_permutation_off_is_remarked() -> None:
     assert "no token permutation" not in str(
         plan(llama(1), [Relu2FFN(), Activation24(token_permutation="none")])
     )
+
+
+def test_fp8_is_in_the_plan_where_there_is_a_product_for_it() -> None:
+    fp8 = Activation24(precision="fp8")
+    (row,) = (row for row in plan(llama(1), [Relu2FFN(), fp8]).rows if row.after.startswith("2:4"))
+    assert (row.after, row.note) == ("2:4 naive, dense backward, fp8 forward", "")
+    (row,) = plan(drops_between(), [fp8]).rows
+    assert row.after == "2:4 naive, dense backward"
+    assert "no fp8" in row.note
 
 
 def drops_between() -> nn.Module:

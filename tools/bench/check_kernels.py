@@ -11,6 +11,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,8 @@ def _kernels(device: torch.device) -> Iterator[Check]:
                 value = unpack(Packed24(saved))
                 yield f"activation_gradient {case}", _same("activation_gradient", 0, (grad, value, function))
             yield f"gather_features {case}", _same("gather_features", 0, (saved, saved, index, real))
+            yield f"quantise_packed fp8 {case}", _same_bytes("quantise_packed", saved)
+        yield f"quantise_rows fp8 {tokens}×{features}", _same_bytes("quantise_rows", hidden)
 
 
 def _narrow_kernels(device: torch.device) -> Iterator[Check]:
@@ -134,6 +137,15 @@ def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Call
     return check
 
 
+def _same_bytes(name: str, argument: Tensor) -> Callable[[], float]:
+    def check() -> float:
+        outputs, expected = getattr(torch.ops.act24, name)(argument), REFERENCES[name](argument)
+        pairs = [(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(outputs, expected, strict=True)]
+        return max((a != b).float().mean().item() for a, b in pairs)
+
+    return check
+
+
 def _operation(device: torch.device) -> Iterator[Check]:
     tokens, width, features = 512, 256, 1024
     draw = lambda *size: torch.randn(*size, device=device).bfloat16()  # noqa: E731
@@ -145,25 +157,30 @@ def _operation(device: torch.device) -> Iterator[Check]:
     products = feed_forward_products(tokens, width, features, width, False).values()
     forced = tuple((product, Measured(0, 0, 1)) for product in products)
     seed, scale = torch.tensor(5, device=device), torch.tensor(1.25, device=device)
-    for backward, method in itertools.product(
-        ("dense", "sparse", "split_gemm"), ("naive", "soft_threshold", "mvue")
+    for backward, method, precision in itertools.product(
+        ("dense", "sparse", "split_gemm"), ("naive", "soft_threshold", "mvue"), ("bfloat16", "fp8")
     ):
-        options = Options24(method=method, backward=backward, algorithms=forced)
+        options = Options24(method=method, backward=backward, precision=precision, algorithms=forced)
         # A scale goes with the soft method alone: some forms have none.
         state = (scale if method == "soft_threshold" else None, seed, None)
-        run = lambda options, function=activation24, state=state: torch.autograd.grad(  # noqa: E731
-            function(*leaves, *state, options)[0], leaves, grad
-        )
+
+        def run(
+            options: Options24, function: Callable[..., Any] = activation24, state: tuple = state
+        ) -> tuple[Tensor, ...]:
+            y, _ = function(*leaves, *state, options)
+            return y.detach(), *torch.autograd.grad(y, leaves, grad)
+
         expected = run(options._replace(kernels=False))
 
         def error(call: Callable[[], tuple[Tensor, ...]], expected: tuple = expected) -> float:
             return max(map(relative_error, call(), expected))
 
-        case = f"{backward} {method}"
+        case = f"{backward} {method} {precision}"
         if reason := why_not_packed(network_of(leaves), options):
-            raise SystemExit(f"the operation runs on the reference: {reason}")
+            yield f"operation {case} runs on the reference: {reason}", lambda: float("inf")
+            continue
         yield f"operation {case} eager", lambda run=run, o=options, e=error: e(lambda: run(o))
-        if (backward, method) == ("dense", "naive"):
+        if (backward, method, precision) == ("dense", "naive", "bfloat16"):
             around = options._replace(algorithms=())  # too narrow to pay without a table
             yield (
                 f"operation {case} around dense products",
@@ -215,7 +232,9 @@ def main(word: str = "") -> int:
     torch.manual_seed(0)
     checks: list[tuple[str, Callable[[], float], float]] = [
         ("layout against cuSPARSELt's compressor", lambda: layout_error(device), 1e-2),
+        ("layout of fp8 against it", lambda: layout_error(device, torch.float8_e4m3fn), 1e-2),
         ("kept plans against PyTorch's call", lambda: float(not multiplies(device)), 0.0),
+        ("kept plans of fp8 against it", lambda: float(not multiplies(device, torch.float8_e4m3fn)), 0.0),
     ]
     # The draw of mvue rounds as the reference does but for the order of a sum.
     checks += [(name, check, 1e-3 if "mvue" in name else 0.0) for name, check in _kernels(device)]

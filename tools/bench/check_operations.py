@@ -45,8 +45,9 @@ def cases(device: str) -> Iterator[Case]:
         Options24(backward="split_gemm"),
         Options24(backward="sparse"),
         Options24(estimator="ste"),
+        Options24(precision="fp8"),
     ):
-        name = f"activation24, {options.method}, {options.backward}, {options.estimator}"
+        name = f"activation24, {options.method}, {options.backward}, {options.estimator}, {options.precision}"
 
         def network(x: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24 = options) -> Tensor:
             return (

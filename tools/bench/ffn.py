@@ -83,8 +83,9 @@ def bench_ffn(
     device = needed_gpu()
     rows = []
     for tokens, width, features, *bars in shapes:
-        products = feed_forward_products(tokens, width, features, width, False).values()
-        found = table or tuple((p, tuned(p, graph_milliseconds, device)[0]) for p in products)
+        shape = tokens, width, features, width, False
+        products = {p for fp8 in (False, True) for p in feed_forward_products(*shape, fp8).values()}
+        found = table or tuple((p, tuned(p, graph_milliseconds, device)[0]) for p in sorted(products))
         rows += _rows(tokens, width, features, bars, found, device)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
@@ -115,7 +116,9 @@ def _rows(
     plain = Options24(token_permutation="none", algorithms=found)
     backward = {
         "all sparse": compiled(sparse(plain._replace(backward="sparse"))),
+        "all sparse, fp8": compiled(sparse(plain._replace(backward="sparse", precision="fp8"))),
         "95/5 split": compiled(sparse(plain._replace(backward="split_gemm"))),
+        "95/5 split, fp8": compiled(sparse(plain._replace(backward="split_gemm", precision="fp8"))),
         "dense weight gradients": compiled(sparse(plain)),
     }
     rows = []
@@ -123,6 +126,8 @@ def _rows(
         other = milliseconds(dense)
         ours = milliseconds(backward["all sparse"])
         rows.append(Row(f"FFN inference, {shape}", ours, other, "ms", bars[0], "compiled dense relu²"))
+        ours = milliseconds(backward["all sparse, fp8"])
+        rows.append(Row(f"FFN inference, fp8, {shape}", ours, other, "ms", None, "compiled dense relu²"))
         ours = milliseconds(lambda: pytorch_ffn(*leaves))
         rows.append(Row(f"FFN inference, PyTorch's 2:4, {shape}", ours, other, "ms", None, "compiled dense"))
     other = milliseconds(training(dense), 300)

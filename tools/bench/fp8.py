@@ -1,96 +1,70 @@
-"""`act24 bench fp8`: what e4m3 would give the forward product y = a W_outᵀ of 2:4 activations, and its price.
-
-A scale for each token and each output feature. The 2:4 operand comes from cuSPARSELt's own compressor: act24
-does not write that layout (docs/results/kernels.md says why, and what it is).
-"""
+"""`act24 bench fp8`: what e4m3 gives the forward product y = a W_outᵀ of 2:4 activations, and its price."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from act24.sparse24.packed import pack
-from act24.sparse24.products import ALGORITHMS, multiply24, relative_error
-from act24.sparse24.selection import top2_of_4
+from act24.sparse24 import fp8_operators, operators
+from act24.sparse24.fp8 import quantise_rows, scaled
+from act24.sparse24.packed import Packed24, unpack
+from act24.sparse24.products import Product, multiply24, relative_error, tuned
 from act24.tools.bench.rows import Row, graph_milliseconds, needed_gpu
 
 #: T, width, F.
 SHAPE = (16384, 4096, 16384)
-_LARGEST = 448.0  # of e4m3
-
-
-def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3, each over its own scale: float8 `[M, K]`, and float32 `[M, 1]`."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def bench_fp8(shape: tuple[int, int, int] = SHAPE) -> list[Row]:
-    """Dense and 2:4 products in e4m3 beside those in bfloat16, and the passes that e4m3 adds."""
+    """Products in e4m3, dense and 2:4, beside the dense one in bfloat16; the passes that e4m3 adds, beside a
+    copy of the bytes that they move; and what it costs in accuracy."""
     device = needed_gpu()
     tokens, width, features = shape
-    hidden = torch.randn(tokens, features, device=device).bfloat16().relu()
-    mask = top2_of_4(hidden)
-    activation = torch.where(mask, hidden * hidden, 0)
-    weight = (torch.randn(width, features, device=device) / features**0.5).bfloat16()
-    (narrow, rows), (narrow_weight, columns) = quantised(activation), quantised(weight)
-    expected = activation.float() @ weight.float().T
     title = f"{tokens}×{width}×{features}"
-    dense = graph_milliseconds(lambda: activation @ weight.T)
+    hidden = torch.randn(tokens, features, device=device).bfloat16()
+    weight = (torch.randn(width, features, device=device) / features**0.5).bfloat16()
+    packed, *_ = operators.pack_activation(hidden, None, None, "relu2", "naive", False, False, False, False)
+    activation = unpack(Packed24(packed))
 
-    def scaled(fast: bool) -> Tensor:
-        return torch._scaled_mm(
-            narrow,
-            narrow_weight.T,
-            scale_a=rows,
-            scale_b=columns.T.contiguous(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=fast,
-        )
+    wide, bf16_times = tuned(Product("y", tokens, features, width), graph_milliseconds, device)
+    narrow, fp8_times = tuned(Product("y_fp8", tokens, features, width), graph_milliseconds, device)
+    rows = []
+    for kind, found, times in (("bf16", wide, bf16_times), ("fp8", narrow, fp8_times)):
+        name = f"{kind} product y, 2:4, {title}, algorithm {found.algorithm}"
+        rows.append(Row(name, found.sparse, found.dense, "ms", note=f"dense bf16; algorithms: {times}"))
 
-    made = []
+    (left, scale), (right, columns) = quantise_rows(activation), quantise_rows(weight)
     for fast in (False, True):
+
+        def dense(fast: bool = fast) -> Tensor:
+            return torch._scaled_mm(
+                left,
+                right.T,
+                scale_a=scale[:, None],
+                scale_b=columns[None],
+                out_dtype=torch.bfloat16,
+                use_fast_accum=fast,
+            )
+
         name = f"fp8 product y, dense, {'fast sums, ' if fast else ''}{title}"
-        time = graph_milliseconds(lambda fast=fast: scaled(fast))
-        made.append(Row(name, time, dense, "ms", note="dense bf16"))
-    packed = pack(activation, mask)
-    found = _fastest(lambda algorithm: multiply24(packed.buffer, weight.T, algorithm, False), expected)
-    made.append(Row(f"bf16 product y, 2:4, {title}, algorithm {found[0]}", found[1], dense, "ms"))
-    compressed = torch.ops.aten._cslt_compress(narrow)
+        rows.append(Row(name, graph_milliseconds(dense), narrow.dense, "ms", note="dense bf16"))
 
-    def sparse(algorithm: int) -> Tensor:
-        return torch.ops.aten._cslt_sparse_mm(
-            compressed, narrow_weight.T, out_dtype=torch.bfloat16, alg_id=algorithm
-        )
-
-    found = _fastest(sparse, expected / (rows * columns.T))
-    made.append(Row(f"fp8 product y, 2:4, {title}, algorithm {found[0]}", found[1], dense, "ms"))
-    y = torch.empty(tokens, width, device=device, dtype=torch.bfloat16)
-    scales = (rows.bfloat16(), columns.T.bfloat16())
-    compiled, scale = torch.compile(quantised), torch.compile(lambda y, rows, columns: y * rows * columns)
-    for name, call in (
-        ("cuSPARSELt's compressor", lambda: torch.ops.aten._cslt_compress(narrow)),
-        ("largest of each token", lambda: torch.amax(hidden, 1)),
-        ("quantise the weight", lambda: compiled(weight)),
-        ("scale y", lambda: scale(y, *scales)),
+    y = multiply24(packed, weight.T, wide.algorithm, False)
+    again = torch.compile(scaled)
+    for name, size, call in (
+        ("quantise what is packed", tokens * features * 1.75, lambda: fp8_operators.quantise_packed(packed)),
+        ("quantise the weight", width * features * 3, lambda: fp8_operators.quantise_rows(weight)),
+        ("scale y", tokens * width * 4, lambda: again(y, scale, columns)),
     ):
-        made.append(Row(f"fp8 {name}, {title}", graph_milliseconds(call), dense, "ms", note="dense product"))
-    error = relative_error(scaled(True), expected)
-    made.append(Row(f"fp8 error of y, dense, {title}", error, 1.0, "relative error", note="of float32"))
-    return made
+        source = torch.empty(int(size / 2), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy = graph_milliseconds(lambda source=source, target=target: target.copy_(source))
+        rows.append(Row(f"fp8 {name}, {title}", graph_milliseconds(call), copy, "ms", note="a copy"))
 
-
-def _fastest(call: Callable[[int], Tensor], expected: Tensor) -> tuple[int, float]:
-    """The fastest algorithm of cuSPARSELt that is right to 5%, which e4m3 is, and its milliseconds."""
-    times = {}
-    for algorithm in range(ALGORITHMS):
-        try:
-            result = call(algorithm)
-        except RuntimeError:  # this GPU does not have the id, or not for this shape
-            continue
-        if relative_error(result, expected) < 0.05:
-            times[algorithm] = graph_milliseconds(lambda algorithm=algorithm: call(algorithm))
-    best = min(times, key=times.__getitem__, default=-1)
-    return best, times.get(best, float("inf"))
+    compressed, _ = fp8_operators.quantise_packed(packed)
+    expected = activation.float() @ weight.float().T
+    sparse = scaled(multiply24(compressed, right.T, narrow.algorithm, False), scale, columns)
+    for name, found in (("2:4", sparse), ("dense, fast sums", dense())):
+        errors = relative_error(found, expected), relative_error(y, expected)
+        rows.append(Row(f"fp8 error of y, {name}, {title}", *errors, "relative error", note="2:4 bf16"))
+    return rows

@@ -1,7 +1,7 @@
 """For the process that `test_kernels.py` starts, with TRITON_INTERPRET=1.
 
 Triton's interpreter, with two things corrected that would look like errors of a kernel: it cuts off where a
-GPU rounds float32 to bfloat16, and it multiplies bfloat16 matrices as the integers that hold them.
+GPU rounds float32 to bfloat16 or e4m3, and it multiplies bfloat16 matrices as the integers that hold them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -16,7 +17,10 @@ _convert, _dot = interpreter._convert_float, interpreter.InterpreterBuilder.crea
 
 
 def convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
-    """To nearest, ties to even; NaN becomes the one that a GPU makes."""
+    """To nearest, ties to even; NaN becomes the one that a GPU makes, and e4m3 ends at its largest number."""
+    if source == tl.float32 and target == tl.float8e4nv:
+        single = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).clamp(-448, 448)
+        return single.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     if source != tl.float32 or target != tl.bfloat16:
         return _convert(data, source, target, rounding)
     bits = np.ascontiguousarray(data).view(np.uint32).astype(np.uint64)
