@@ -43,7 +43,7 @@ def test_every_variant_trains(name: str, shards: Path) -> None:
     variant = experiment.VARIANTS[name]
     recipe = experiment.recipe_of(variant, shards, 12 * 4 * 256, rows=4, seed=1, overrides=TOY)
     assert (recipe.train.steps, recipe.train.seed, recipe.schedule.warmup_steps) == (12, 1, 1)
-    result = experiment.train_one(recipe, variant.forgetful)
+    result = experiment.train_one(recipe, forms=not variant.forgetful)
     assert 3 < result["heldout_loss"] < 7
     assert "loss/train" in result["curves"]
     if name.startswith("weight24"):

@@ -74,6 +74,7 @@ VARIANTS: dict[str, Variant] = {
         _sparse(method="soft_threshold_weights", scale_from="output")
     ),
     "mvue": Variant(_sparse(method="mvue")),
+    "fp8 forward product": Variant(_sparse(precision="fp8")),
     "dense backward, masked": Variant(_sparse(backward="dense")),
     "dense backward, straight-through": Variant(_sparse(backward="dense", estimator="ste")),
     "weight24 transposable": Variant(_weights(method="transposable", until_step=1 - DENSE_FINISH_SHARE)),
@@ -127,8 +128,12 @@ def recipe_of(
     return recipe.model_copy(update={"passes": (recipe.passes[0], forgetful)})
 
 
-def train_one(recipe: Recipe, forgetful: bool) -> dict[str, Any]:
-    """Train; the figures and curves of the run, also where it diverges."""
+def train_one(recipe: Recipe, forms: bool) -> dict[str, Any]:
+    """Train; the figures and curves of the run, also where it diverges.
+
+    Args:
+        forms: evaluate dense and in 2:4 too.
+    """
     from act24.tools.evaluate import evaluate_checkpoint
     from act24.tools.train import TrainingError, train
 
@@ -150,9 +155,9 @@ def train_one(recipe: Recipe, forgetful: bool) -> dict[str, Any]:
                 "tokens_per_second": outcome.tokens_per_second,
                 "peak_gib": outcome.peak_memory / 2**30,
             }
-            if recipe.passes and not forgetful:  # whose checkpoint no recipe opens
-                forms = evaluate_checkpoint(run)
-                result["forms"] = {form: evaluation.loss for form, evaluation in forms.items()}
+            if recipe.passes and forms:
+                evaluations = evaluate_checkpoint(run)
+                result["forms"] = {form: evaluation.loss for form, evaluation in evaluations.items()}
         result["curves"] = dict(_curves(run))
     return result | {"seconds": time.perf_counter() - began}
 
@@ -213,6 +218,7 @@ def _start(arguments: argparse.Namespace, name: str, seed: int, slot: int) -> su
     command = [sys.executable, "-m", "act24.tools.experiments.activation24", "one"]
     command += [str(arguments.shards), str(arguments.out), name, str(seed)]
     command += ["--tokens", str(arguments.tokens), "--rows", str(arguments.rows)]
+    command += ["--skip-forms"] * arguments.skip_forms
     command += [word for override in arguments.set for word in ("--set", override)]
     log = result_file(arguments.out, name, seed).with_suffix(".log").open("wb")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -227,7 +233,8 @@ def run_one(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(
         variant, arguments.shards, arguments.tokens, arguments.rows, arguments.seed, arguments.set
     )
-    result = train_one(recipe, variant.forgetful)
+    # No recipe opens the checkpoint of a forgetful one.
+    result = train_one(recipe, forms=not (variant.forgetful or arguments.skip_forms))
     target = result_file(arguments.out, arguments.name, arguments.seed)
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps({"name": arguments.name, "seed": arguments.seed} | result) + "\n")
@@ -247,6 +254,7 @@ def main(words: Sequence[str] | None = None) -> None:
             command.add_argument("seed", type=int)
         command.add_argument("--tokens", type=int, default=100_000_000, help="a run")
         command.add_argument("--rows", type=int, default=256, help="a step, of 256 tokens")
+        command.add_argument("--skip-forms", action="store_true", help="do not evaluate dense and in 2:4")
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe"
         )
