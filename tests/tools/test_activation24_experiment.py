@@ -101,6 +101,10 @@ def test_the_queue_works_off_what_is_missing(shards: Path, tmp_path: Path, capsy
         experiment.result_file(out, "dense relu2", seed).write_text(json.dumps(done | {"seed": seed}))
     bad = {"name": "mvue", "seed": 0, "diverged": "at step 3", "curves": curves}
     experiment.result_file(out, "mvue", 0).write_text(json.dumps(bad))
+    log = "relu2_ffn  ...\nstep 10/12  loss 4.5  lr 1\nstep 12/12  loss 4.2  lr 1\n"
+    experiment.result_file(out, "soft_dynamic", 0).with_suffix(".log").write_text(log)
+    log += "step 12: held-out loss 4.1000, perplexity 60\n"
+    experiment.result_file(out, "all-sparse backward", 0).with_suffix(".log").write_text(log)
     experiment.main([*words, "--only", "dense relu2", "no warm-up", "mvue"])
     text = (out / "results.md").read_text()
     assert "no warm-up, seed 0: done" in capsys.readouterr().out
@@ -109,5 +113,7 @@ def test_the_queue_works_off_what_is_missing(shards: Path, tmp_path: Path, capsy
     assert "| dense relu2 | 4.0000, 4.0000 | +0.00% |" in text
     assert "90.0%" in text
     assert "| mvue | diverged |" in text
+    assert "| soft_dynamic | cut off at step 12 |" in text
+    assert "| all-sparse backward | 4.1000 | +2.50% |" in text
     experiment.main([*words, "--minutes", "-1", "--only", "full recipe"])
     assert "2 runs are left" in capsys.readouterr().out

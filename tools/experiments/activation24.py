@@ -27,7 +27,7 @@ from typing import Any
 from act24.errors import Act24Error
 from act24.recipes.load import parse_recipe, toml_value
 from act24.recipes.schema import Recipe
-from act24.tools.experiments.activation24_report import write_report
+from act24.tools.experiments.activation24_report import file_stem, write_report
 
 WARMUP_SHARE = 0.1  # of the steps: of the learning rate, and of 2:4
 DENSE_FINISH_SHARE = 1 / 6  # of transposable weights, as published
@@ -175,7 +175,7 @@ def _curves(run: Path) -> Iterator[tuple[str, list[tuple[int, float]]]]:
 
 def result_file(out: Path, name: str, seed: int) -> Path:
     """Where the result of a run is kept."""
-    return out / f"{re.sub(r'[^a-z0-9_]+', '-', name.lower())}-seed{seed}.json"
+    return out / f"{file_stem(name)}-seed{seed}.json"
 
 
 def run_all(arguments: argparse.Namespace) -> None:

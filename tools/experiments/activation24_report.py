@@ -24,6 +24,11 @@ PAPER = {
 def write_report(out: Path, order: Sequence[str]) -> None:
     """OUT/results.md from the results there, and OUT/*.png where matplotlib is installed."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*-seed*.json"))]
+    names = {file_stem(name): name for name in order}
+    for log in sorted(out.glob("*-seed*.log")):
+        stem, _, seed = log.stem.rpartition("-seed")
+        if stem in names and not log.with_suffix(".json").exists() and (result := _cut_off(log.read_text())):
+            results.append({"name": names[stem], "seed": int(seed)} | result)
     by_name = {name: [r for r in results if r["name"] == name] for name in order}
     by_name = {name: runs for name, runs in by_name.items() if runs}
     text = "\n".join(_table(by_name)) + "\n"
@@ -32,12 +37,33 @@ def write_report(out: Path, order: Sequence[str]) -> None:
     _draw(out, by_name)
 
 
+def file_stem(name: str) -> str:
+    """A variant's name in the names of its files."""
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower())
+
+
+def _cut_off(log: str) -> dict[str, Any] | None:
+    """What is known of a run that was killed, or is under way: the steps in its log, and where it came that
+    far the held-out loss. None before its first step."""
+    steps = re.findall(r"^step (\d+)/\d+  loss (\S+)", log, re.MULTILINE)
+    heldout = re.search(r"held-out loss ([\d.]+),", log)
+    if not steps:
+        return None
+    known = {"heldout_loss": float(heldout[1])} if heldout else {"cut_off": int(steps[-1][0])}
+    return known | {"curves": {"loss/train": [(int(step), float(loss)) for step, loss in steps]}}
+
+
+def _outcome(run: dict[str, Any]) -> str:
+    if "heldout_loss" in run:
+        return f"{run['heldout_loss']:.4f}"
+    return f"cut off at step {run['cut_off']:,}" if "cut_off" in run else "diverged"
+
+
 def _table(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
-    bars = {name: _loss(by_name.get(name, [])) for name in ("dense relu2", "dense SwiGLU")}
     head = (
         "variant",
         "held-out loss (each seed)",
-        "beside dense relu2 (weight24: SwiGLU)",
+        "beside dense relu2 of the same seeds (weight24: SwiGLU)",
         "same weights, dense",
         "zeros",
         "dropped energy, forward / weight gradients",
@@ -47,19 +73,23 @@ def _table(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in by_name.items():
-        loss, bar = _loss(runs), bars["dense SwiGLU" if name.startswith("weight24") else "dense relu2"]
+        loss = _loss(runs)
+        dense_runs = by_name.get("dense SwiGLU" if name.startswith("weight24") else "dense relu2", [])
+        seeds = {run["seed"] for run in runs}
+        bar = _loss([run for run in dense_runs if run["seed"] in seeds])
         difference = f"{loss / bar - 1:+.2%}" if loss and bar else ""
         dense = [run["forms"]["dense"] for run in runs if "forms" in run and "2:4" in run["forms"]]
+        rates = [run["tokens_per_second"] for run in runs if "tokens_per_second" in run]
         dropped = (_last(runs, "dropped_energy/mean"), _last(runs, "feature_dropped_energy/mean"))
         cells = (
             name,
-            ", ".join(f"{run['heldout_loss']:.4f}" if "heldout_loss" in run else "diverged" for run in runs),
+            ", ".join(map(_outcome, runs)),
             difference,
             f"{fmean(dense):.4f}" if dense else "",
             _shown(_last(runs, "sparsity_relu/mean"), "{:.1%}"),
             " / ".join(_shown(value, "{:.3%}") or "—" for value in dropped) if dropped[0] is not None else "",
             _shown(_last(runs, "gradient_cosine/"), "{:.4f}"),
-            f"{fmean(run['tokens_per_second'] for run in runs):,.0f}" if loss else "",
+            f"{fmean(rates):,.0f}" if rates else "",
             f"{PAPER[name]:.3f}" if name in PAPER else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -89,13 +119,14 @@ def _draw(out: Path, by_name: dict[str, list[dict[str, Any]]]) -> None:
         print("no pictures: matplotlib is not installed")
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    curves = {name: dict(_smooth(runs[0]["curves"]["loss/train"])) for name, runs in by_name.items()}
+    curves = {name: dict(runs[0]["curves"]["loss/train"]) for name, runs in by_name.items()}
     base = curves.get("dense relu2", next(iter(curves.values())))
     colours = plt.get_cmap("tab20")
     for nth, (name, curve) in enumerate(curves.items()):
-        left.plot(*zip(*curve.items(), strict=True), label=name, color=colours(nth))
         apart = [(step, loss - base[step]) for step, loss in curve.items() if step in base]
-        right.plot(*zip(*apart, strict=True), label=name, color=colours(nth))
+        for panel, points in ((left, list(curve.items())), (right, apart)):
+            if points:
+                panel.plot(*zip(*_smooth(points), strict=True), label=name, color=colours(nth))
     left.set(xlabel="step", ylabel="training loss, nats per token", ylim=(None, 6))
     right.set(xlabel="step", ylabel="above dense relu2", ylim=(-0.05, 0.2))
     right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -120,10 +151,11 @@ def _draw(out: Path, by_name: dict[str, list[dict[str, Any]]]) -> None:
     figure.savefig(out / "layers.png", dpi=80)
 
 
-def _smooth(curve: Sequence[Sequence[float]], weight: float = 0.9) -> list[tuple[float, float]]:
-    """An exponential mean, for the eye."""
-    smooth, mean = [], curve[0][1]
+def _smooth(curve: Sequence[tuple[int, float]], decay: float = 0.99) -> list[tuple[int, float]]:
+    """An exponential mean, for the eye, `decay` a step, however far apart the points are."""
+    smooth, (before, mean) = [], curve[0]
     for step, value in curve:
-        mean = weight * mean + (1 - weight) * value
+        weight = decay ** (step - before)
+        mean, before = weight * mean + (1 - weight) * value, step
         smooth.append((step, mean))
     return smooth
