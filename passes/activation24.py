@@ -63,6 +63,7 @@ class Activation24(OperationalPass):
         backward, estimator, precision, dense_ratio, token_permutation: as in
             `act24.sparse24.activation.Options24`.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
+            What is counted of a dense activation is not this pass's: a kernel may do it all the same.
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
         algorithms: what a tuner found for the products (`act24.sparse24.products`), of no meaning to the
             mathematics; no key of a recipe.
@@ -89,6 +90,11 @@ class Activation24(OperationalPass):
             raise PassError(
                 f"activation24: the straight-through gradient is not 2:4, so it has no {self.backward} "
                 'backward: set backward = "dense", or estimator = "masked"'
+            )
+        if self.recompute and self.precision == "fp8":
+            raise PassError(
+                "activation24: recompute is of networks of narrow linears inside dense products, which have "
+                'no fp8: set precision = "bfloat16", or recompute = false'
             )
         if not 0 <= self.dense_ratio < 1:
             raise PassError(f"activation24: dense_ratio is a share below 1, got {self.dense_ratio}")

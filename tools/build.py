@@ -13,9 +13,10 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import ActivationStatistics, Pass, Pipeline
+from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe, Tokenizer
+from act24.sparse24.forms import why_no_fp8
 from act24.tools import checkpoint, checkpoint_folder
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
@@ -62,7 +63,9 @@ def build(
 
     Raises:
         PassError: the recipe's passes do not fit the model.
+        Act24Error: nor the device. Said here and not in the first 2:4 step, hours later.
     """
+    _check_device(recipe, device)
     model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
     pipeline = _pipeline(recipe, model, step)
     names = pipeline.needs_column_scores
@@ -83,10 +86,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     """Open a run's last checkpoint, or a checkpoint: the recipe in it is applied again, then its weights.
 
     Raises:
-        Act24Error: there is no checkpoint, or it is damaged.
+        Act24Error: there is no checkpoint, or it is damaged, or not for this device.
     """
     opened = open_checkpoint(Path(path))
     recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
+    _check_device(recipe, torch.device(device))
     with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
         model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
     pipeline = _pipeline(recipe, model, opened.step)
@@ -116,6 +120,12 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
 def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
     """The tokenizer that a checkpoint brings, as a recipe names one: its text was read with no other."""
     return Tokenizer(name=str(opened.folder / checkpoint.TOKENIZER))
+
+
+def _check_device(recipe: Recipe, device: torch.device) -> None:
+    fp8 = any(isinstance(p, Activation24) and p.precision == "fp8" for p in recipe.passes)
+    if fp8 and (reason := why_no_fp8(device)):
+        raise Act24Error(reason)
 
 
 def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:

@@ -1,7 +1,7 @@
 """cuSPARSELt's products with plans that are kept.
 
-`torch._cslt_sparse_mm` makes descriptors and a plan anew at each call. That took the CPU 0.32 ms on a busy
-host, longer than the GPU runs many of these products. Here the same calls are made once for each shape,
+`torch._cslt_sparse_mm` makes descriptors and a plan anew at each call. That took the CPU 0.3 to 0.4 ms,
+longer than the GPU runs many of these products. Here the same calls are made once for each shape,
 layout and algorithm. The library is the one that PyTorch has loaded. Where that cannot be had, or its results
 are not those of PyTorch's call bit for bit on a first try, `multiplies` says no, and PyTorch's call is used.
 """

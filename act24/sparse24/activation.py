@@ -241,8 +241,8 @@ def activation24(
         raise ValueError(f"the straight-through gradient is not 2:4: no '{options.backward}' backward for it")
     if options.method == "mvue" and seed is None:
         raise ValueError("mvue draws at random: give a seed")
-    if options.precision == "fp8" and (reason := why_no_fp8(x.device)):
-        raise Act24Error(f'activation24 with precision = "fp8": {reason}; set precision = "bfloat16"')
+    if options.precision == "fp8" and weight_out is not None and (reason := why_no_fp8(x.device)):
+        raise Act24Error(reason)
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
     if is_mapped():
         return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]

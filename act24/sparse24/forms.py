@@ -148,10 +148,13 @@ def fp8_obstacle_on(device: torch.device) -> str:
 
 @torch.compiler.assume_constant_result
 def why_no_fp8(device: torch.device) -> str:
-    """What about a device cannot run e4m3 at all, not even plain PyTorch compiled; empty if it can."""
+    """Why a device cannot run e4m3, not even plain PyTorch compiled, as an error says it; empty if it can."""
     if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= _FP8_CAPABILITY:
         return ""
-    return f"this GPU has compute capability {capability[0]}.{capability[1]}, and e4m3 begins with 8.9"
+    return (
+        f"this GPU has compute capability {capability[0]}.{capability[1]}, and e4m3 begins with 8.9: "
+        'set precision = "bfloat16" for activation24'
+    )
 
 
 def _why_no_kernels(network: Network | None, options: Options24) -> str:

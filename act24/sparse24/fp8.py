@@ -41,7 +41,9 @@ def scaled(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ with both sides in e4m3 by rows, and the sum rounded to the dtype of x before it is scaled.
 
-    e4m3 is exact in all wider types, so this multiplies in the dtype of x.
+    e4m3 is exact in all wider types, so this multiplies in the dtype of x; but products reach 448², which
+    float16 has no number for.
     """
     (narrow, scale), (narrow_weight, columns) = quantise_rows(x), quantise_rows(weight)
-    return scaled(F.linear(narrow.to(x.dtype), narrow_weight.to(x.dtype)), scale, columns)
+    wide = torch.float32 if x.dtype is torch.float16 else x.dtype
+    return scaled(F.linear(narrow.to(wide), narrow_weight.to(wide)), scale, columns).to(x.dtype)

@@ -24,8 +24,9 @@ ALGORITHMS = 32
 #: How far off a product may be. Hopper's tensor cores keep about 14 bits of a running sum of e4m3.
 TOLERANCE, FP8_TOLERANCE = 1e-2, 5e-2
 
-#: For shapes that nobody tuned: the smallest width, F and T, on an H200 with cuSPARSELt 0.8, at which a whole
-#: step with 2:4 products was seen to be no slower (1.014 times as fast; the products themselves 1.43).
+#: For shapes that nobody tuned, from an H200 with cuSPARSELt 0.8: the smallest width and F at which a whole
+#: step with 2:4 products was seen to be no slower (60m, T 65,536: 1.014 times as fast, the products 1.43),
+#: and the smallest T at which the products alone were seen to be faster (1.42 to 1.51).
 LEAST_WIDTH, LEAST_FEATURES, LEAST_TOKENS = 512, 2048, 16384
 
 Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out", "y_fp8"]
@@ -152,19 +153,23 @@ def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) 
         `[M, N]` or `[N, M]`, contiguous, in bfloat16.
 
     Raises:
-        ValueError: shapes do not match, or the dense operand has another layout: the library would not
-            notice, and read something else.
+        ValueError: shapes or dtypes do not match, or the dense operand has another layout: the library would
+            not notice, and read something else.
     """
     rows, inner = Packed24(packed).shape
     size, _ = dense.shape
     if size != inner or not packed.is_contiguous():
         raise ValueError(f"a packed {(rows, inner)} matrix cannot multiply {tuple(dense.shape)}")
+    if packed.dtype not in (torch.bfloat16, torch.float8_e4m3fn) or dense.dtype is not packed.dtype:
+        raise ValueError(
+            f"2:4 products are of bfloat16 or e4m3 on both sides, not {packed.dtype} and {dense.dtype}"
+        )
     if not (dense.T.is_contiguous() or (dense.is_contiguous() and packed.dtype is torch.bfloat16)):
         raise ValueError(
             f"the dense operand has to be contiguous (not in e4m3) or a contiguous matrix transposed; it is "
             f"{tuple(dense.shape)} with strides {dense.stride()}"
         )
-    if packed.dtype is dense.dtype and cusparselt.multiplies(packed.device, packed.dtype):
+    if cusparselt.multiplies(packed.device, packed.dtype):
         return cusparselt.multiply(packed, rows, dense, algorithm, transposed)
     return _library_product(packed, dense, algorithm, transposed)
 

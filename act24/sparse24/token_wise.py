@@ -35,6 +35,7 @@ class Options24(NamedTuple):
             dropped; it is not 2:4, so it goes with the dense backward only.
         precision: of the product y = a W_outᵀ. `"fp8"`: in e4m3, with a scale for each token and each output
             feature (`act24.sparse24.fp8`); all of backward, and what is saved for it, stays as it is.
+            Networks of narrow linears then run on packed operands too, or on the reference.
         dense_ratio: share of the features that split_gemm leaves dense, those with the most non-zeros.
         token_permutation: see `act24.sparse24.feature_wise`; of no meaning for the dense backward.
         statistics: count what 2:4 does; else the statistics are zeros and cost nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -103,6 +104,12 @@ def test_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = forms.why_no_fp8(gpu)
         assert (word in reason) if word else not reason
     monkeypatch.setattr(activation, "why_no_fp8", lambda _: "this GPU has none")
-    with pytest.raises(Act24Error, match='precision = "bfloat16"'):
-        activation24(torch.randn(4, 8), None, None, None, None, options=FP8)
-    activation24(torch.randn(4, 8), None, None, None, None)
+    with pytest.raises(Act24Error, match="has none"):
+        activation24(torch.randn(4, 8), None, None, torch.randn(4, 8), None, options=FP8)
+    activation24(torch.randn(4, 8), None, None, None, None, options=FP8)  # there is no product
+    activation24(torch.randn(4, 8), None, None, torch.randn(4, 8), None)
+
+
+def test_half_precision_does_not_overflow() -> None:
+    x, weight = torch.rand(3, 64).half(), torch.rand(5, 64).half()
+    torch.testing.assert_close(linear_fp8(x, weight), F.linear(x, weight), rtol=0.05, atol=0.05)

@@ -289,6 +289,7 @@ def test_only_a_fixed_scale_asks_who_reads() -> None:
     ("options", "message"),
     [
         ({"estimator": "ste", "backward": "sparse"}, "straight-through"),
+        ({"recompute": True, "precision": "fp8"}, "no fp8"),
         ({"dense_ratio": 1.0}, "dense_ratio"),
         ({"dense_ratio": -0.1}, "dense_ratio"),
         ({"dynamic_steps": -1}, "dynamic_steps"),

@@ -101,7 +101,8 @@ def test_the_queue_works_off_what_is_missing(shards: Path, tmp_path: Path, capsy
         experiment.result_file(out, "dense relu2", seed).write_text(json.dumps(done | {"seed": seed}))
     bad = {"name": "mvue", "seed": 0, "diverged": "at step 3", "curves": curves}
     experiment.result_file(out, "mvue", 0).write_text(json.dumps(bad))
-    log = "relu2_ffn  ...\nstep 10/12  loss 4.5  lr 1\nstep 12/12  loss 4.2  lr 1\n"
+    log = "relu2_ffn  ...\nstep 10/12  loss 4.5  lr 1\nstep 10: held-out loss 4.9, perplexity 134\n"
+    log += "step 12/12  loss 4.2  lr 1\n"
     experiment.result_file(out, "soft_dynamic", 0).with_suffix(".log").write_text(log)
     log += "step 12: held-out loss 4.1000, perplexity 60\n"
     experiment.result_file(out, "all-sparse backward", 0).with_suffix(".log").write_text(log)

@@ -302,6 +302,16 @@ def test_wrong_input_leaves_nothing_behind(tiny, tmp_path, override, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_device_without_fp8_is_refused_at_the_start(tiny, tmp_path, monkeypatch):
+    """Not in the first 2:4 step, behind the dense warm-up."""
+    monkeypatch.setattr("act24.tools.build.why_no_fp8", lambda _: "this GPU has none")
+    with pytest.raises(Act24Error, match="has none"):
+        train(
+            tiny('passes.activation24.precision="fp8"', "passes.activation24.from_step=5"), tmp_path / "run"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_corpus_leaves_nothing_behind(tiny, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     override = f'data.train_files=["{tmp_path}/empty.txt"]'

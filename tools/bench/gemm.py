@@ -1,4 +1,4 @@
-"""`act24 bench gemm`: the four products that can be 2:4, tuned, beside the dense ones."""
+"""`act24 bench gemm`: the products that can be 2:4, tuned, beside the dense ones."""
 
 from __future__ import annotations
 

@@ -43,14 +43,14 @@ def file_stem(name: str) -> str:
 
 
 def _cut_off(log: str) -> dict[str, Any] | None:
-    """What is known of a run that was killed, or is under way: the steps in its log, and where it came that
-    far the held-out loss. None before its first step."""
-    steps = re.findall(r"^step (\d+)/\d+  loss (\S+)", log, re.MULTILINE)
-    heldout = re.search(r"held-out loss ([\d.]+),", log)
+    """What is known of a run that was killed, failed or is under way: the steps in its log, and where it came
+    that far the held-out loss at its end. None before its first step."""
+    steps = re.findall(r"^step (\d+)/(\d+)  loss (\S+)", log, re.MULTILINE)
     if not steps:
         return None
+    heldout = re.search(rf"^step {steps[-1][1]}: held-out loss ([\d.]+),", log, re.MULTILINE)
     known = {"heldout_loss": float(heldout[1])} if heldout else {"cut_off": int(steps[-1][0])}
-    return known | {"curves": {"loss/train": [(int(step), float(loss)) for step, loss in steps]}}
+    return known | {"curves": {"loss/train": [(int(step), float(loss)) for step, _, loss in steps]}}
 
 
 def _outcome(run: dict[str, Any]) -> str:

@@ -37,7 +37,8 @@ def documents(root: Path) -> Iterator[str]:
 
 
 class _Page(HTMLParser):
-    """The text of a page, without its menus; paragraphs are lines, and preformatted text keeps its own."""
+    """The text of a page, without its menus; paragraphs are lines, and so are those of preformatted
+    text, without what indents the first."""
 
     _HIDDEN = frozenset(("head", "script", "style", "nav", "header", "footer", "select", "button"))
     _INLINE = frozenset(
@@ -50,7 +51,7 @@ class _Page(HTMLParser):
         self._hidden = self._preformatted = 0
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._hidden += tag in self._HIDDEN
+        self._hidden = 0 if tag == "body" else self._hidden + (tag in self._HIDDEN)  # a head may stay open
         self._preformatted += tag == "pre"
         if tag not in self._INLINE:
             self.parts.append("\n")
@@ -72,6 +73,7 @@ def pages(root: Path) -> Iterator[str]:
         if path.is_file() and not path.is_symlink():
             page = _Page()
             page.feed(path.read_text(encoding="utf-8", errors="replace"))
+            page.close()
             yield re.sub(r"\s*\n\s*?\n\s*?(?=\S|$)", "\n", "".join(page.parts))
 
 
