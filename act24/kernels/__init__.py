@@ -1,5 +1,6 @@
-"""Triton kernels of the 2:4 operations. Operators in `act24.sparse24` (`operators`, `fp8_operators`,
-`narrow_operators`, `weight_operators`) have a reference beside each, and are all that launches them.
+"""Triton kernels of the 2:4 operations. Operators in `act24.sparse24` (`operators`, `product_operators`,
+`fp8_operators`, `narrow_operators`, `weight_operators`) have a reference beside each, and are all that
+launches them.
 
 compiler: Triton, where there is one.
 keys, random_draw: what kernels share, from a 16-bit value to a sorted pair and its metadata.

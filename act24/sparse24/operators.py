@@ -1,17 +1,13 @@
-"""The operators of 2:4 activations: packing on either way, and the product. For every one its reference, the
-kernel, and the shapes; matrices in packed form are passed as their buffer (`act24.sparse24.packed`).
+"""The operators of 2:4 activations: packing on either way. For every one its reference, the kernel, and the
+shapes; matrices in packed form are passed as their buffer (`act24.sparse24.packed`).
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from act24.sparse24.feature_wise import TokenPermutation, shape_numel, token_permutation
 from act24.sparse24.packed import Packed24, empty_packed, pack, unpack, with_values
-from act24.sparse24.products import multiply24
 from act24.sparse24.registry import operator
 from act24.sparse24.token_wise import Function, Method, Options24, Sparse24, sparsify_token_wise
 
@@ -336,80 +332,4 @@ gather_features = operator(
     _gather_features_reference,
     _gather_features_kernel,
     _gather_features_fake,
-)
-
-
-def _product24_reference(
-    packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
-) -> Tensor:
-    result = unpack(Packed24(packed)).bfloat16() @ dense.bfloat16()
-    result = result.T.contiguous() if transposed else result
-    if rows is None or index is None:
-        return result
-    exact = rows @ dense
-    return result.index_copy_(1, index, exact.T) if transposed else result.index_copy_(0, index, exact)
-
-
-def _product24_kernel(
-    packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
-) -> Tensor:
-    from act24.kernels.replace_rows import replace_rows
-
-    result = multiply24(packed, dense, algorithm, transposed)
-    if rows is not None and index is not None:
-        replace_rows(result, rows @ dense, index, transposed)
-    return result
-
-
-def _product24_fake(
-    packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
-) -> Tensor:
-    shape = (packed.shape[0], dense.shape[1])
-    return packed.new_empty(shape[::-1] if transposed else shape, dtype=torch.bfloat16)
-
-
-#: A 2:4 matrix `[M, K]` times a dense one `[K, N]`, both of bfloat16 or e4m3, in bfloat16: `[M, N]`, or
-#: transposed `[N, M]`; with `rows` `[n, K]` the rows `index` of the 2:4 matrix are these dense ones instead.
-#: The algorithm is cuSPARSELt's; on a CPU it means nothing.
-product24 = operator(
-    "product24(Tensor packed, Tensor dense, int algorithm, bool transposed, Tensor? rows, Tensor? index) "
-    "-> Tensor",
-    _product24_reference,
-    _product24_kernel,
-    _product24_fake,
-)
-
-
-def _token_order_reference(like: Tensor, shape: list[int], kind: TokenPermutation) -> tuple[Tensor, Tensor]:
-    order = token_permutation(tuple(shape), kind, like.device)
-    assert order is not None
-    return order, torch.argsort(order)
-
-
-@functools.lru_cache(maxsize=16)
-def _kept_order(
-    shape: tuple[int, ...], kind: TokenPermutation, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    return _token_order_reference(torch.empty(0, device=device), list(shape), kind)
-
-
-def _token_order_kernel(like: Tensor, shape: list[int], kind: TokenPermutation) -> tuple[Tensor, Tensor]:
-    order, inverse = _kept_order(tuple(shape), kind, like.device)
-    # Copies: the compiler may reuse the memory of what an operator returns.
-    return order.clone(), inverse.clone()
-
-
-def _token_order_fake(like: Tensor, shape: list[int], kind: TokenPermutation) -> tuple[Tensor, Tensor]:
-    order = like.new_empty(shape_numel(tuple(shape)), dtype=torch.int64)
-    return order, torch.empty_like(order)
-
-
-#: `token_permutation` for tokens of a shape on the device of `like`, and its inverse; `kind` is not "none".
-#: Sorting random keys takes 0.13 ms for 16,384 tokens on an H200, in every layer and step, for an order that
-#: never changes. `like` has to be in memory when this runs, so give it what is there anyway.
-token_order = operator(
-    "token_order(Tensor like, int[] shape, str kind) -> (Tensor, Tensor)",
-    _token_order_reference,
-    _token_order_kernel,
-    _token_order_fake,
 )

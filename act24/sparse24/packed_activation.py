@@ -23,7 +23,9 @@ from act24.sparse24 import fp8_operators, operators
 from act24.sparse24.feature_wise import sparsify_feature_wise
 from act24.sparse24.forms import Network, Tensors, product_algorithms
 from act24.sparse24.fp8 import scaled
+from act24.sparse24.order_operators import token_order
 from act24.sparse24.packed import Packed24, unpack
+from act24.sparse24.product_operators import product24
 from act24.sparse24.products import Kind
 from act24.sparse24.selection import densest_features
 from act24.sparse24.statistics import STATISTICS, feature_wise_statistics
@@ -122,17 +124,17 @@ class _PackedActivation24(torch.autograd.Function):
                 grad_activation, packed, slope, real, index, options.function
             )
             if need_weight_in:
-                grad_weight_in = operators.product24(
+                grad_weight_in = product24(
                     hidden_rows, x.contiguous(), algorithms["grad_weight_in"], False, hidden_dense, index
                 )
             if need_weight_out:
                 algorithm = algorithms["grad_weight_out"]
-                grad_weight_out = operators.product24(
+                grad_weight_out = product24(
                     value_rows, grad_product.contiguous(), algorithm, True, value_dense, index
                 )
         grad_x = None
         if need_x:
-            grad_x = operators.product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
+            grad_x = product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
         return (
             grad_x,
             grad_weight_in,
@@ -147,10 +149,10 @@ class _PackedActivation24(torch.autograd.Function):
 def _forward_product(packed: Tensor, weight_out: Tensor, algorithm: int, options: Options24) -> Tensor:
     """a W_outᵀ. In fp8 what is packed in e4m3 is packed from what backward needs in bfloat16 anyway."""
     if options.precision == "bfloat16":
-        return operators.product24(packed, weight_out.T, algorithm, False, None, None)
+        return product24(packed, weight_out.T, algorithm, False, None, None)
     narrow, scale = fp8_operators.quantise_packed(packed)
     weight, columns = fp8_operators.quantise_rows(weight_out)
-    return scaled(operators.product24(narrow, weight.T, algorithm, False, None, None), scale, columns)
+    return scaled(product24(narrow, weight.T, algorithm, False, None, None), scale, columns)
 
 
 def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
@@ -177,7 +179,7 @@ def packed_activation24(
     permuted = options.backward != "dense" and kind != "none" and (training or options.statistics)
     rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
     if permuted:
-        order, inverse = operators.token_order(weight_in, list(shape), kind)
+        order, inverse = token_order(weight_in, list(shape), kind)
         rows = _Reordered.apply(rows, order, inverse)
         real = None if real is None else real[order]
     drawn = order if options.method == "mvue" else None

@@ -17,7 +17,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from act24.sparse24 import forms, operators
+from act24.sparse24 import forms, operators, order_operators
 from act24.sparse24.activation import Options24, activation24, dense_statistics
 from act24.sparse24.feature_wise import token_permutation
 from act24.sparse24.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
@@ -404,12 +404,12 @@ def test_operators_keep_their_contracts() -> None:
 @pytest.mark.parametrize("kind", ["batch", "sequence"])
 def test_the_kept_order_and_its_inverse(kind: str) -> None:
     """What CUDA runs, on a CPU: sorted once, and handed out as copies."""
-    operators._kept_order.cache_clear()
+    order_operators._kept_order.cache_clear()
     like, numbers = torch.empty(0), torch.arange(3 * 64)
     for _ in range(2):
-        order, inverse = operators._token_order_kernel(like, [3, 64], kind)
+        order, inverse = order_operators._token_order_kernel(like, [3, 64], kind)
         assert torch.equal(order, token_permutation((3, 64), kind, like.device))
         assert torch.equal(order[inverse], numbers)
         assert torch.equal(inverse[order], numbers)
         order.zero_(), inverse.zero_()
-    assert operators._kept_order.cache_info().misses == 1
+    assert order_operators._kept_order.cache_info().misses == 1
