@@ -20,21 +20,11 @@ from act24.initialise import generator_for
 from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
 from act24.passes.flops import region_flops
 from act24.passes.fused_columns import fuse_columns
+from act24.passes.hooks import refuse_hooks
 from act24.passes.normal_form import is_linear
 from act24.passes.region import Lowering, Region, RegionModule, lower_, lowering, materialise
 from act24.passes.report import Report, Row, no_match, row
 from act24.passes.tracing import trace
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_state_dict_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
@@ -128,7 +118,7 @@ class Pipeline:
         lowered = self._plan_operational()
         for site in self._sites:
             if site.touched:
-                _refuse_hooks(site.traced)
+                refuse_hooks(site.traced)
         self.report = self._make_report(lowered)
 
     def __str__(self) -> str:
@@ -395,16 +385,3 @@ def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tenso
     if missing := [fqn for fqn in names.values() if fqn not in state]:
         raise PassError(f"the state dict has no {missing[0]}")
     return {name: state.pop(fqn) for name, fqn in names.items()}
-
-
-def _refuse_hooks(region: Region) -> None:
-    leaves = tuple(f"{node.target}." for node in region.graph.nodes if node.op == "call_module")
-    for path, module in region.module.named_modules():
-        if f"{path}.".startswith(leaves):
-            continue  # stays the module that it is, hooks and all
-        for kind in _HOOKS:
-            if getattr(module, kind):
-                raise PassError(
-                    f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would lose: "
-                    "remove it, apply the passes, and register it again"
-                )

@@ -1,4 +1,4 @@
-"""The pipeline: order, all or nothing, step ranges, seeds, state dicts in and out."""
+"""The pipeline: order, all or nothing, step ranges, seeds, and what it says where nothing matches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from toys import Relu2MLP, SwiGLU, Trunk, features, llama, tokens
+from toys import Doubled, Relu2MLP, SwiGLU, Trunk, features, fingerprint, llama
 
 from act24.initialise import generator_for
 from act24.llama import LlamaForCausalLM, llama_config
@@ -25,65 +24,11 @@ from act24.passes import (
     Plan,
     Region,
     Relu2FFN,
-    StateMap,
     apply_,
     plan,
 )
 from act24.passes.base import StructuralPass
-from act24.passes.normal_form import bias_name, nodes_of, weight_name
-from act24.passes.region import ParameterSpec, RegionModule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Doubled(StructuralPass):
-    """`linear(x, W) ==> linear(x, H) + linear(x, H)` with H = W / 2: a pass whose way back is exact."""
-
-    name: ClassVar[str] = "doubled"
-
-    def plan(self, region: Region) -> Plan:
-        matches = []
-        for node in nodes_of(region.graph, F.linear):
-            name = weight_name(node) or ""
-            path = name.rpartition(".")[0]
-            if name.endswith("weight") and bias_name(node) is None and self.selects(region, path):
-                spec = region.parameters[name]
-                half = f"{path}.halved" if path else "halved"
-                matches.append(
-                    Match(
-                        path=path,
-                        before="linear",
-                        after="linear twice",
-                        nodes=(node, name, half),
-                        parameters_before=spec.numel(),
-                        parameters_after=spec.numel(),
-                        state=StateMap(
-                            removes=(name,),
-                            creates=(half,),
-                            from_stock=lambda old, n=name, h=half: {h: old[n] / 2},
-                            to_stock=lambda new, n=name, h=half: {n: new[h] * 2},
-                            exact=True,
-                        ),
-                    )
-                )
-        return Plan(tuple(matches), absent="no linear without bias")
-
-    def _rewrite(self, region: Region, match: Match) -> None:
-        node, name, half = match.nodes
-        spec = region.parameters[name]
-        region.create(
-            {half: ParameterSpec(spec.shape, spec.dtype, spec.device)},
-            lambda old, generator: {half: old[name] / 2},
-            replaces=(name,),
-        )
-        with region.graph.inserting_after(node):
-            total = region.graph.call_function(torch.mul, (node, 2))
-        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-        with region.graph.inserting_before(node):
-            weight = region.graph.get_attr(half)
-        old = node.args[1]
-        node.args = (node.args[0], weight, node.args[2])
-        if not old.users:
-            region.graph.erase_node(old)
+from act24.passes.region import ParameterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +47,6 @@ class Broken(StructuralPass):
     @staticmethod
     def _fail(old: Mapping[str, Tensor], generator: Any) -> dict[str, Tensor]:
         raise MemoryError("no room")
-
-
-def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Modules, parameters and buffers by identity, and their values."""
-    modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return [*modules, *((name, id(t), t.detach().clone().tolist()) for name, t in tensors.items())]
 
 
 # Order and collisions
@@ -243,59 +181,6 @@ def test_rewriting_twice() -> None:
         apply_(model, [Activation24()])
 
 
-# Hooks
-
-
-HOOKS = {
-    "register_forward_hook": lambda *_: None,
-    "register_forward_pre_hook": lambda *_: None,
-    "register_full_backward_hook": lambda *_: None,
-    "register_full_backward_pre_hook": lambda *_: None,
-    "register_state_dict_post_hook": lambda *_: None,
-    "register_load_state_dict_pre_hook": lambda *_: None,
-}
-
-
-@pytest.mark.parametrize("register", HOOKS)
-def test_hooks_inside_a_region_are_refused_by_name(register: str) -> None:
-    model = llama()
-    handle = getattr(model.model.layers[1].mlp.up_proj, register)(HOOKS[register])
-    before = fingerprint(model)
-    with pytest.raises(PassError, match=r"model\.layers\.1\.mlp\.up_proj has a hook"):
-        apply_(model, [Relu2FFN()])
-    assert fingerprint(model) == before
-    handle.remove()
-    apply_(model, [Relu2FFN()])
-
-
-def test_a_leaf_keeps_its_hooks() -> None:
-    model = llama()
-    seen = []
-    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: seen.append(1))
-    apply_(model, [Relu2FFN()])
-    model(tokens())
-    assert seen == [1]
-
-
-def test_hooks_outside_what_is_rewritten_are_welcome() -> None:
-    model = Trunk(SwiGLU)
-    seen = []
-    model.register_forward_hook(lambda *_: seen.append("model"))
-    model.blocks[1].register_forward_hook(lambda *_: seen.append("block"))
-    apply_(model, [Relu2FFN(targets=("blocks.0.*",))])
-    model(features(2, 16))
-    assert seen == ["block", "model"]
-
-
-def test_hooks_on_what_stands_afterwards_work() -> None:
-    model = Trunk(SwiGLU)
-    apply_(model, [Relu2FFN()])
-    seen = []
-    model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
-    model(features(2, 16))
-    assert seen == [1]
-
-
 # Step ranges
 
 
@@ -407,82 +292,6 @@ def test_the_global_generator_and_default_dtype_play_no_part() -> None:
         torch.set_default_dtype(default)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, first[name]) for name, value in model.named_parameters())
-
-
-# State dicts
-
-
-def test_state_dict_round_trip_of_an_exact_pass() -> None:
-    model, stock = llama(), llama(seed=1)
-    pipeline = apply_(model, [Doubled(targets=("*_proj",), ignore=("*.k_proj",))])
-    mapped, fresh = pipeline.state_from_stock(stock.state_dict())
-    assert fresh == ()
-    model.load_state_dict(mapped)
-    torch.testing.assert_close(model(tokens()), stock(tokens()))
-    back = pipeline.state_to_stock(model.state_dict())
-    assert back.keys() == stock.state_dict().keys()
-    assert all(torch.equal(back[name], value) for name, value in stock.state_dict().items())
-
-
-def test_values_are_carried_over_on_apply() -> None:
-    model = llama()
-    expected = model(tokens())
-    apply_(model, [Doubled(targets=("*_proj",))])
-    torch.testing.assert_close(model(tokens()), expected)
-
-
-def test_relu2_ffn_says_what_starts_anew_and_why_there_is_no_way_back() -> None:
-    stock = llama()
-    model = llama()
-    pipeline = apply_(model, [Relu2FFN()])
-    mapped, fresh = pipeline.state_from_stock(stock.state_dict())
-    assert fresh == tuple(f"model.layers.{i}.mlp.{p}_proj.weight" for i in (0, 1) for p in ("up", "down"))
-    result = model.load_state_dict(mapped, strict=False)
-    assert tuple(result.missing_keys) == fresh
-    assert not result.unexpected_keys
-    with pytest.raises(PassError, match=r"model\.layers\.1\.mlp has no stock form: SwiGLU and relu²"):
-        pipeline.state_to_stock(model.state_dict())
-
-
-def test_what_follows_from_a_fresh_parameter_is_fresh() -> None:
-    pipeline = Pipeline(llama(1), [Relu2FFN(), Doubled(targets=("*.up_proj", "*.q_proj"))])
-    stock = llama(1).state_dict()
-    mapped, fresh = pipeline.state_from_stock(stock)
-    assert fresh == ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.halved")
-    assert mapped.keys() | set(fresh) == (
-        stock.keys()
-        - {f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up")}
-        - {"model.layers.0.self_attn.q_proj.weight"}
-        | {"model.layers.0.mlp.up_proj.halved", "model.layers.0.self_attn.q_proj.halved"}
-    )
-
-
-def test_a_missing_name_is_named() -> None:
-    model = llama()
-    pipeline = apply_(model, [Doubled(targets=("*.q_proj",))])
-    stock = llama().state_dict()
-    del stock["model.layers.1.self_attn.q_proj.weight"]
-    with pytest.raises(PassError, match=r"no model\.layers\.1\.self_attn\.q_proj\.weight"):
-        pipeline.state_from_stock(stock)
-    own = model.state_dict()
-    del own["model.layers.0.self_attn.q_proj.halved"]
-    with pytest.raises(PassError, match=r"no model\.layers\.0\.self_attn\.q_proj\.halved"):
-        pipeline.state_to_stock(own)
-
-
-def test_state_of_a_shared_module() -> None:
-    mlp = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False))
-    model = nn.ModuleList([mlp, nn.Sequential(nn.Linear(4, 4)), mlp])
-    stock = {name: value.clone() for name, value in model.state_dict().items()}
-    pipeline = apply_(model, [Doubled()])
-    assert model[0] is model[2]
-    assert isinstance(model[0], RegionModule)
-    mapped, fresh = pipeline.state_from_stock(stock)
-    assert not fresh
-    assert mapped.keys() == model.state_dict().keys()
-    back = pipeline.state_to_stock(model.state_dict())
-    assert back.keys() == stock.keys()
-    assert all(torch.equal(back[name], value) for name, value in stock.items())
 
 
 # Messages

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import Block, Relu2MLP, SwiGLU, Trunk, features, llama, tokens
+from toys import Block, Relu2MLP, SwiGLU, Trunk, features, llama, stand, tokens
 
-from act24.passes import Activation24, ActivationStatistics, Pipeline, Relu2FFN, apply_
+from act24.passes import Activation24, ActivationStatistics, Relu2FFN, apply_
 from act24.passes.region import RegionModule
 
 
@@ -33,11 +33,6 @@ class Rich(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.up(self.norm(x) * self.scale + self.shift)).square()
         return self.down(x.double()).float() * self.temporary
-
-
-def stand(model: nn.Module) -> nn.Module:
-    Pipeline(model, [], keep_all=True).commit_()
-    return model
 
 
 def assert_same_tensors(left: nn.Module, right: nn.Module, same: bool) -> None:
