@@ -1,6 +1,7 @@
 """activation24 as an operation: derivatives by finite differences, odd shapes, torch.func, devices, memory.
 
-Its numbers (methods, backwards, estimators, statistics) are tested in test_sparse24_activation24.py.
+Its numbers are tested in test_sparse24_activation24.py (methods, estimators), test_sparse24_feature_wise.py
+(sparse backwards) and test_sparse24_statistics.py.
 """
 
 from __future__ import annotations

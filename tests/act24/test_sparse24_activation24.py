@@ -1,4 +1,4 @@
-"""The 2:4 activation against autograd of the masked function in float64, brute force, the paper's rules."""
+"""The 2:4 activation against autograd of the masked function in float64; estimators, padding, tracing."""
 
 from __future__ import annotations
 
@@ -8,36 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from feed_forward import FUNCTIONS, METHODS, SEED, SPARSE, SPLIT, close, gradients, inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from act24.sparse24.activation import PLAIN, Options24, activation24, dense_statistics
-from act24.sparse24.feature_wise import token_permutation
+from act24.sparse24.activation import PLAIN, Options24, activation24
 from act24.sparse24.mvue import mvue_factor
-from act24.sparse24.selection import densest, top2_of_4
-from act24.sparse24.statistics import STATISTICS
-
-SEED = torch.tensor(11)
-METHODS = ("naive", "soft_threshold", "mvue")
-FUNCTIONS = ("relu2", "relu")
-SPARSE = Options24(backward="sparse")
-SPLIT = Options24(backward="split_gemm")
-
-
-def inputs(
-    *shape: int, width: int = 16, bias: bool = True, dtype: torch.dtype = torch.float64, out: int = 6
-) -> list[Any]:
-    """x, weight_in, bias_in, weight_out, bias_out."""
-    *tokens, features = shape
-    tensors = [
-        torch.randn(*tokens, features),
-        torch.randn(width, features),
-        torch.randn(width) if bias else None,
-        torch.randn(out, width),
-        torch.randn(out) if bias else None,
-    ]
-    return [t if t is None else t.to(dtype).requires_grad_() for t in tensors]
 
 
 def masked_reference(
@@ -60,20 +37,6 @@ def masked_reference(
     if wo is not None:
         scaled = F.linear(scaled, wo)
     return scaled if bo is None else scaled + bo
-
-
-def gradients(y: Tensor, tensors: list[Any], grad: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(y, [t for t in tensors if t is not None], grad, retain_graph=True))
-
-
-def run(tensors: list[Any], options: Options24, grad: Tensor, **state: Any) -> list[Tensor]:
-    """The gradients of x, weight_in, … where those are tensors."""
-    y, _ = activation24(*tensors, state.get("scale"), state.get("seed", SEED), state.get("pads"), options)
-    return gradients(y, tensors, grad)
-
-
-def close(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.allclose(p, q, rtol=1e-10, atol=1e-11) for p, q in zip(a, b, strict=True))
 
 
 @settings(max_examples=60)
@@ -107,125 +70,6 @@ def test_dense_backward_is_autograd_of_the_masked_forward(
     assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(y)
     assert close(gradients(y, tensors, grad), gradients(expected, tensors, grad))
-
-
-@settings(max_examples=40)
-@given(
-    tokens=st.integers(1, 23),
-    method=st.sampled_from(METHODS),
-    function=st.sampled_from(FUNCTIONS),
-    permutation=st.sampled_from(["batch", "sequence", "none"]),
-)
-def test_the_backwards_agree_at_their_edges(
-    tokens: int, method: Any, function: Any, permutation: Any
-) -> None:
-    """Split with no dense feature is sparse, with all dense is dense; dX and biases never differ."""
-    base = Options24(function=function, method=method, token_permutation=permutation)
-    tensors = inputs(2, tokens, 5)
-    grad = torch.randn(2, tokens, 6, dtype=torch.float64)
-    dense = run(tensors, base, grad)
-    sparse = run(tensors, base._replace(backward="sparse"), grad)
-    split = lambda ratio: run(tensors, base._replace(backward="split_gemm", dense_ratio=ratio), grad)  # noqa: E731
-    assert close(split(0.0), sparse)
-    assert close(split(1.0), dense)
-    for position in (0, 2, 4):  # x and the biases
-        assert torch.equal(sparse[position], dense[position])
-        assert torch.equal(split(0.05)[position], dense[position])
-
-
-def sparse_feature_wise_by_hand(rows: Tensor, dense: set[int]) -> Tensor:
-    """Two largest magnitudes of each four tokens of each feature, one group after another."""
-    result = torch.zeros_like(rows)
-    for feature in range(rows.shape[1]):
-        for start in range(0, len(rows), 4):
-            group = rows[start : start + 4, feature].tolist()
-            order = sorted(range(len(group)), key=lambda i: (-abs(group[i]), i))
-            for i in range(len(group)) if feature in dense else order[:2]:
-                result[start + i, feature] = group[i]
-    return result
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("tokens", [8, 11])
-def test_weight_gradients_by_hand(method: Any, tokens: int) -> None:
-    """split_gemm written out: partition by non-zeros before 2:4, selection on top of the forward mask."""
-    options = Options24(method=method, backward="split_gemm", dense_ratio=0.2)
-    tensors = inputs(tokens, 5, width=12, bias=False)
-    x, weight_in, _, weight_out, _ = (t if t is None else t.detach() for t in tensors)
-    grad = torch.randn(tokens, 6, dtype=torch.float64)
-    positive = torch.relu(x @ weight_in.T)
-    dense = positive**2
-    factor = mvue_factor(dense, SEED) if method == "mvue" else top2_of_4(positive).double()
-    third = dense.unflatten(-1, (-1, 4)).sort(-1).values[..., 1:2].expand(-1, -1, 4).flatten(-2)
-    value = ((dense - third) if method == "soft_threshold" else dense) * factor
-    grad_hidden = 2 * positive * factor * (grad @ weight_out)
-    counts = (positive > 0).sum(0).tolist()
-    number = math.ceil(0.2 * 12)
-    chosen = set(sorted(range(12), key=lambda j: (-counts[j], j))[:number])
-    order = token_permutation((tokens,), "batch", x.device)
-    assert order is not None
-    expected_in = sparse_feature_wise_by_hand(grad_hidden[order], chosen).T @ x[order]
-    expected_out = grad[order].T @ sparse_feature_wise_by_hand(value[order], chosen)
-    _, grad_in, grad_out = run(tensors, options, grad)
-    assert torch.allclose(grad_in, expected_in)
-    assert torch.allclose(grad_out, expected_out)
-
-
-def test_two_or_fewer_in_every_group_make_all_backwards_dense() -> None:
-    # h = x itself: feature-wise and token-wise at most two of four are positive.
-    checker = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 1], [0, 1, 1, 0]], dtype=torch.float64)
-    sign = torch.where(checker.repeat(3, 4) > 0, 1.0, -1.0)
-    hidden = sign * (torch.rand(12, 16, dtype=torch.float64) + 0.1)
-    weight_out = torch.randn(6, 16, dtype=torch.float64, requires_grad=True)
-    grad = torch.randn(12, 6, dtype=torch.float64)
-    results = []
-    for backward in ("dense", "split_gemm", "sparse"):
-        for method in METHODS:
-            x = hidden.clone().requires_grad_()
-            options = Options24(method=method, backward=backward, token_permutation="none")
-            results.append(run([x, None, None, weight_out, None], options, grad))
-    plain = torch.relu(hidden.requires_grad_()) ** 2 @ weight_out.T
-    exact = gradients(plain, [hidden, weight_out], grad)
-    assert all(close(result, exact) for result in results)
-
-
-@settings(max_examples=30)
-@given(batch=st.integers(1, 4), sequence=st.integers(1, 9), kind=st.sampled_from(["batch", "sequence"]))
-def test_permutation_is_undone(batch: int, sequence: int, kind: Any) -> None:
-    """The same result as permuting all tokens before the network and back behind it, as the paper does."""
-    options = SPARSE._replace(token_permutation=kind)
-    tensors = inputs(batch, sequence, 5)
-    grad = torch.randn(batch, sequence, 6, dtype=torch.float64)
-    order = token_permutation((batch, sequence), kind, grad.device)
-    assert order is not None
-    assert torch.equal(order.sort().values, torch.arange(batch * sequence))
-    if kind == "sequence":
-        assert torch.equal(order // sequence, torch.arange(batch).repeat_interleave(sequence))
-    x, *weights = tensors
-    permuted = x.flatten(0, 1)[order].detach().requires_grad_()
-    expected = run([permuted, *weights], SPARSE._replace(token_permutation="none"), grad.flatten(0, 1)[order])
-    back = torch.argsort(order)
-    result = run(tensors, options, grad)
-    assert torch.allclose(result[0].flatten(0, 1), expected[0][back])
-    assert close(result[1:], expected[1:])
-
-
-def test_permutation_spreads_bursts() -> None:
-    """A feature that is active on runs of neighbouring tokens loses much without a permutation."""
-    tokens, width = 512, 64
-    active = torch.rand(tokens // 16, width).repeat_interleave(16, 0) < 0.1
-    hidden = torch.where(active, torch.rand(tokens, width).double() + 0.5, -1.0)
-    options = SPARSE._replace(statistics=True)
-    lost = {}
-    for kind in ("batch", "sequence", "none"):
-        x = hidden.view(8, 64, width)
-        chosen = options._replace(token_permutation=kind)
-        _, statistics = activation24(x, None, None, None, None, None, None, None, chosen)
-        row = dict(zip(STATISTICS, statistics.tolist(), strict=True))
-        lost[kind] = row["feature_dropped_energy"] / row["feature_energy"]
-    assert lost["batch"] < lost["sequence"] < lost["none"]
-    assert lost["batch"] < 0.05
-    assert lost["none"] > 0.15
 
 
 def test_dropped_positions_get_no_gradient_and_kept_ones_the_whole() -> None:
@@ -321,54 +165,6 @@ def test_mvue_gradients_are_unbiased() -> None:
     stacked = torch.stack(samples)
     error = (stacked.mean(0) - exact).abs() / (stacked.std(0) / math.sqrt(2000) + 1e-12)
     assert float(error.max()) < 5.5
-
-
-@given(st.integers(0, 2**31), st.integers(2, 12), st.floats(-1, 1.5))
-def test_statistics_by_counting(seed: int, tokens: int, shift: float) -> None:
-    hidden = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(seed)).double() - shift
-    options = Options24(backward="split_gemm", dense_ratio=0.2, statistics=True, token_permutation="none")
-    y, statistics = activation24(hidden, None, None, None, None, None, None, None, options)
-    row = dict(zip(STATISTICS, statistics.tolist(), strict=True))
-    activation = torch.relu(hidden) ** 2
-    nonzero = activation > 0
-    assert row["elements"] == hidden.numel()
-    assert row["zeros"] == int((~nonzero).sum())
-    groups = nonzero.view(tokens, 3, 4).sum(-1)
-    assert row["groups"] == groups.numel()
-    assert row["crowded_groups"] == int((groups > 2).sum())
-    assert row["dropped_nonzeros"] == int((groups - 2).clamp(min=0).sum())
-    assert row["energy"] == pytest.approx(float((activation**2).sum()), rel=1e-5)
-    assert row["dropped_energy"] == pytest.approx(
-        float((activation**2).sum() - (y**2).sum()), rel=1e-4, abs=1e-5
-    )
-    dense = set(densest(nonzero.sum(0), 0.2).nonzero().flatten().tolist())
-    left = sparse_feature_wise_by_hand(y, dense)
-    assert row["feature_nonzeros"] == int((y != 0).sum())
-    assert row["feature_dropped_nonzeros"] == int((y != 0).sum() - (left != 0).sum())
-    assert row["feature_energy"] == pytest.approx(float((y**2).sum()), rel=1e-5)
-    assert row["feature_dropped_energy"] == pytest.approx(
-        float((y**2).sum() - (left**2).sum()), rel=1e-4, abs=1e-5
-    )
-    assert row["dense_feature_energy"] == pytest.approx(float((y[:, sorted(dense)] ** 2).sum()), rel=1e-5)
-    token_wise = dict(zip(STATISTICS, dense_statistics(hidden).tolist(), strict=True))
-    for name in ("elements", "zeros", "crowded_groups", "dropped_nonzeros", "energy", "dropped_energy"):
-        assert token_wise[name] == pytest.approx(row[name])
-
-
-@pytest.mark.parametrize("density", [0.5, 0.3, 0.1])
-def test_overflow_follows_the_binomial(density: float) -> None:
-    """P(more than 2 of 4) = 4 d³ (1 - d) + d⁴; share of non-zeros dropped = d² - d³/2."""
-    hidden = torch.where(torch.rand(20000, 400) < density, torch.rand(20000, 400) + 0.1, -1.0)
-    row = dict(zip(STATISTICS, dense_statistics(hidden).tolist(), strict=True))
-    crowded = 4 * density**3 * (1 - density) + density**4
-    assert row["crowded_groups"] / row["groups"] == pytest.approx(crowded, rel=0.05)
-    dropped = row["dropped_nonzeros"] / (row["elements"] - row["zeros"])
-    assert dropped == pytest.approx(density**2 - density**3 / 2, rel=0.05)
-
-
-def test_without_statistics_the_vector_is_zero() -> None:
-    _, statistics = activation24(*inputs(4, 5))
-    assert statistics.tolist() == [0.0] * len(STATISTICS)
 
 
 def test_only_what_is_needed_is_computed() -> None:
