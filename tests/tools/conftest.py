@@ -1,11 +1,14 @@
-"""The tiny recipe and its text, written once, with a cache of their own for the tokenizer."""
+"""The tiny recipe and its text, written once, with a cache of their own for the tokenizer; the command."""
 
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny as tiny_recipe
+
+from act24.tools.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +22,22 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tiny(tiny_file: Path) -> tiny_recipe.Tiny:
     """`tiny("train.steps=3")` is the recipe with overrides."""
     return functools.partial(tiny_recipe.load_tiny, tiny_file)
+
+
+@pytest.fixture
+def act24(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, list[str]]]:
+    """Run a command line in this process: its status, stdout, and the lines on stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["act24", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return run

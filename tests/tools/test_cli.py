@@ -1,4 +1,4 @@
-"""The commands as they are typed: what they print, and one clear line for whatever is wrong."""
+"""What commands do and print, and one clear line for whatever is wrong with what they are given."""
 
 import contextlib
 import errno
@@ -19,33 +19,6 @@ import torch
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.recipes.load import load_recipe, recipe_names
 from act24.tools import checkpoint
-from act24.tools.cli import app, main
-
-
-def commands(group, path=()):
-    """Every command and group of commands, as it is typed."""
-    yield path
-    for command in group.registered_commands:
-        yield (*path, command.name or command.callback.__name__)
-    for inner in group.registered_groups:
-        yield from commands(inner.typer_instance, (*path, inner.name))
-
-
-@pytest.fixture
-def act24(capsys, monkeypatch):
-    """Run a command line in this process: its status, stdout, and the lines on stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["act24", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +31,6 @@ def run_dir(tiny_file, tmp_path_factory):
     assert (result.returncode, result.stderr) == (0, "")
     (folder / "stdout.txt").write_text(result.stdout)
     return folder
-
-
-@pytest.mark.parametrize("command", list(commands(app)), ids=" ".join)
-def test_every_command_explains_itself(act24, command):
-    status, out, errors = act24(*command, "--help")
-    assert (status, errors) == (0, [])
-    assert f"Usage: act24 {' '.join(command)}" in out
-    assert act24(*command, "-h") == (status, out, errors)
 
 
 def test_probe_decay_says_where_to_look(act24, tiny_file):
@@ -116,29 +81,6 @@ def test_export_says_what_it_wrote(act24, run_dir, tmp_path):
         2,
         [f"act24: {tmp_path / 'out'} exists already"],
     )
-
-
-def test_help_answers_before_torch_is_there():
-    program = (
-        "import sys; sys.argv = ['act24', '--help']\n"
-        "from act24.tools.cli import main\n"
-        "try: main()\n"
-        "finally: print([name for name in ('torch', 'numpy', 'datasets', 'pydantic') if name in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
-def test_no_option_is_taken_for_one_of_torchrun():
-    """torchrun's parser reads all options, and refuses ours if they begin like several of its own."""
-    from torch.distributed.run import get_args_parser
-
-    parser = get_args_parser()
-    ours = re.findall(r"--[a-z][a-z-]+", subprocess.getoutput(f"{sys.executable} -m act24 train --help"))
-    assert {"--set", "--run-dir", "--resume", "--dry-run"} <= set(ours)
-    for option in set(ours) - {"--help"}:
-        arguments = ["--nproc-per-node", "2", "-m", "act24", "train", "demo", option]
-        assert parser.parse_args(arguments).training_script_args == ["train", "demo", option]
 
 
 def test_recipe_ls_and_show(act24):
@@ -396,21 +338,3 @@ def test_a_full_disk_while_saving(act24, tiny_file, tmp_path, monkeypatch):
         f"act24: step 5 could not be saved in {tmp_path}/checkpoints: [Errno 28] No space left on device; "
         "there is no older checkpoint"
     ]
-
-
-USAGE = {
-    ("trian",): "No such command 'trian'. Did you mean 'train'?",
-    ("train",): "Missing argument 'recipe'.",
-    ("train", "demo", "--stps", "4"): "No such option: --stps",
-    ("plan", "demo", "--set"): "Option '--set' requires an argument.",
-    ("sample", "runs", "--tokens", "many"): "'--tokens'",
-    ("sample", "runs", "--tokens", "0"): "'--tokens'",
-    ("probe-decay", "demo", "--decay", "strong"): "'--decay'",
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), USAGE.items(), ids=map(" ".join, USAGE))
-def test_a_command_that_is_typed_wrongly(act24, arguments, message):
-    status, out, errors = act24(*arguments)
-    assert (status, out) == (2, "")
-    assert message in "\n".join(errors)
