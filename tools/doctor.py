@@ -81,7 +81,10 @@ def _machine(device: torch.device) -> list[Finding]:
     return [
         *findings,
         Finding("2:4 kernels", "yes"),
-        Finding("2:4 products", "plans are kept" if multiplies(device) else "a plan anew at each call"),
+        Finding(
+            "2:4 products",
+            "plans are kept" if multiplies(device, torch.bfloat16) else "a plan anew at each call",
+        ),
         Finding("fp8 products", f"no: {reason}" if (reason := fp8_obstacle(device)) else "yes"),
         Finding("self-check", f"our packing against cuSPARSELt's compressor: relative error {error:.1g}"),
         Finding("tuned products", f"{len(_table(device))} in {cache_path()}"),

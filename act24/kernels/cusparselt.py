@@ -146,7 +146,7 @@ def multiply(packed: Tensor, rows: int, dense: Tensor, algorithm: int, transpose
 
 
 @functools.cache
-def multiplies(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `multiply` gives what PyTorch's call gives, in every layout, bit for bit. Looked at once.
 
     Args:

@@ -1,4 +1,4 @@
-"""Single features of packed matrices, each as one row along the tokens: a sample of them for statistics.
+"""Single features of a packed matrix, each as one row along the tokens: a sample of them for statistics.
 
 Reads whole 32-byte sectors for single features, so it moves nearly all of what it reads from.
 """
@@ -20,12 +20,10 @@ FEATURES, TOKENS = 16, 128
 @jit
 def _gather_features(
     values,
-    grad_values,
     metadata,
     index,
     real,
-    value_rows,
-    grad_rows,
+    rows,
     number,
     tokens,
     features,
@@ -51,38 +49,26 @@ def _gather_features(
     out = nth.to(tl.int64)[:, None] * tokens + row
     both = load_bits(values + group, inside)
     entry = tl.where(first, both, tl.where(second, both >> 16, both & 0))
-    tl.store(value_rows + out, entry.to(tl.uint16).to(tl.int16, bitcast=True), inside)
-    both = load_bits(grad_values + group, inside)
-    entry = tl.where(first, both, tl.where(second, both >> 16, both & 0))
-    tl.store(grad_rows + out, entry.to(tl.uint16).to(tl.int16, bitcast=True), inside)
+    tl.store(rows + out, entry.to(tl.uint16).to(tl.int16, bitcast=True), inside)
 
 
-def gather_features(
-    value: Packed24,
-    grad: Packed24,
-    index: Tensor,
-    real: Tensor | None,
-    value_rows: Tensor,
-    grad_rows: Tensor,
-) -> None:
+def gather_features(packed: Packed24, index: Tensor, real: Tensor | None, rows: Tensor) -> None:
     """Launch the kernel.
 
     Args:
-        value, grad: `[T, F]`, packed along the features, with equal metadata.
+        packed: `[T, F]`, packed along the features.
         index: int64 `[n]`, the features to take.
         real: boolean `[T]`, False for tokens to set to zero; None for none.
-        value_rows, grad_rows: 16-bit `[n, T]`, unwritten.
+        rows: 16-bit `[n, T]`, unwritten.
     """
-    tokens, features = value.shape
-    words = value.values.view(torch.int32)
+    tokens, features = packed.shape
+    words = packed.values.view(torch.int32)
     _gather_features[(triton.cdiv(len(index), FEATURES), triton.cdiv(tokens, TOKENS))](
         words,
-        grad.values.view(torch.int32),
-        value.metadata.view(torch.int32),
+        packed.metadata.view(torch.int32),
         index,
         words if real is None else real,
-        value_rows.view(torch.int16),
-        grad_rows.view(torch.int16),
+        rows.view(torch.int16),
         len(index),
         tokens,
         features,

@@ -297,38 +297,28 @@ activation_gradient = operator(
 )
 
 
-def _gather_features_reference(
-    value: Tensor, grad: Tensor, index: Tensor, real: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    rows = []
-    for packed in (value, grad):
-        matrix = unpack(Packed24(packed))[:, index]
-        matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
-        rows.append(matrix.T.contiguous())
-    return rows[0], rows[1]
+def _gather_features_reference(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+    matrix = unpack(Packed24(packed))[:, index]
+    matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+    return matrix.T.contiguous()
 
 
-def _gather_features_kernel(
-    value: Tensor, grad: Tensor, index: Tensor, real: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _gather_features_kernel(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
     from act24.kernels.gather_features import gather_features
 
-    rows = _gather_features_fake(value, grad, index, real)
-    gather_features(Packed24(value), Packed24(grad), index, real, *rows)
+    rows = _gather_features_fake(packed, index, real)
+    gather_features(Packed24(packed), index, real, rows)
     return rows
 
 
-def _gather_features_fake(
-    value: Tensor, grad: Tensor, index: Tensor, real: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    shape = (index.shape[0], value.shape[0])
-    return value.new_empty(shape), grad.new_empty(shape)
+def _gather_features_fake(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+    return packed.new_empty(index.shape[0], packed.shape[0])
 
 
-#: The features `index` `[n]` of two matrices packed along the features with equal metadata, each as a row
-#: `[n, T]` along the tokens, tokens that are not `real` as zeros.
+#: The features `index` `[n]` of a matrix `[T, F]` packed along the features, each as a row `[n, T]` along the
+#: tokens, tokens that are not `real` as zeros.
 gather_features = operator(
-    "gather_features(Tensor value, Tensor grad, Tensor index, Tensor? real) -> (Tensor, Tensor)",
+    "gather_features(Tensor packed, Tensor index, Tensor? real) -> Tensor",
     _gather_features_reference,
     _gather_features_kernel,
     _gather_features_fake,

@@ -217,7 +217,7 @@ def _statistics(
     if options.backward == "dense":
         return result
     index = torch.arange(0, features, _SAMPLE, device=sums.device)
-    value, _ = operators.gather_features(packed.buffer, packed.buffer, index, real)
+    value = operators.gather_features(packed.buffer, index, real)
     dense = None
     if options.backward == "split_gemm":
         chosen = densest_features(counts, options.dense_ratio)

@@ -297,7 +297,8 @@ def obstacle(device: torch.device) -> str:
     if not error < TOLERANCE:
         version = torch.backends.cusparselt.version()
         return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
-    cusparselt.multiplies(device)  # waits for the device: now, and not while a graph is captured
+    # Waits for the device: now, and not while a graph is captured.
+    cusparselt.multiplies(device, torch.bfloat16)
     return ""
 
 

@@ -390,7 +390,7 @@ def test_operators_keep_their_contracts() -> None:
         (torch.ops.act24.pack_gradient, (grad, packed, slope, real, torch.tensor([3, 9]), "relu2")),
         (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2")),
         (torch.ops.act24.activation_gradient, (grad, hidden.relu(), "relu2")),
-        (torch.ops.act24.gather_features, (packed, packed, torch.tensor([3, 9]), real)),
+        (torch.ops.act24.gather_features, (packed, torch.tensor([3, 9]), real)),
         (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
         (torch.ops.act24.quantise_rows, (grad,)),
         (torch.ops.act24.quantise_packed, (packed,)),

@@ -131,6 +131,24 @@ def test_a_cpu_says_why_it_has_no_packed_products() -> None:
     assert "CUDA" in products.fp8_obstacle(torch.device("cpu"))
 
 
+def test_products_look_at_nothing_that_a_check_has_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking waits for the device, which breaks the capture of a graph: the cache has to have it by then."""
+    asked = []
+    monkeypatch.setattr(products.cusparselt, "multiplies", lambda _, *key: asked.append(key) or True)
+    monkeypatch.setattr(products.cusparselt, "multiply", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(products, "layout_error", lambda *_: 0.0)
+    gpu = torch.device("cuda", 0)
+    assert products.obstacle.__wrapped__(gpu) == ""
+    monkeypatch.setattr(products, "obstacle", lambda _: "")
+    assert products.fp8_obstacle.__wrapped__(gpu) == ""
+    looked_at = set(asked)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        multiply24(pack(torch.randn(64, 64).to(dtype)).buffer, torch.randn(8, 64).to(dtype).T, 0, False)
+    assert set(asked[-2:]) == looked_at
+
+
 def flipped(buffer: Tensor) -> Tensor:
     return buffer.view(torch.uint8).flip(-1).view(buffer.dtype)
 
