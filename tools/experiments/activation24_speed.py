@@ -111,9 +111,13 @@ COMPARISONS = [
     *_with_and_without("350m", "relu2-act24", ("split_gemm", "dense")),
     *_with_and_without("1b", "relu2-act24", ("split_gemm",)),
     *_with_and_without("7b width", "relu2-act24", ("split_gemm",)),
-    *_with_and_without("350m", "loro-relu2-act24", ("dense",)),
-    *_with_and_without("130m", "cola-relu2-act24", ("dense",)),
     *_with_and_without("1b", "cola-relu2-act24", ("split_gemm",)),
+    *(
+        comparison
+        for method in ("loro", "cola", "lost")
+        for size in ("60m", "130m", "350m", "1b")
+        for comparison in _with_and_without(size, f"{method}-relu2-act24", ("dense",))
+    ),
 ]
 
 
