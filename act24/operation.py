@@ -32,6 +32,13 @@ def operation(function: Function) -> Function:
     return dispatched  # type: ignore[return-value]
 
 
+def constant_when_compiled(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, which would import the compiler here and now: a second, and it
+    sets a variable of the environment. All that it does is this."""
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in the dtype that autocast would give a matrix product, or as they are outside it.
 
@@ -45,7 +52,7 @@ def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | Non
     return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors)
 
 
-@torch.compiler.assume_constant_result  # compiled graphs are traced outside of it
+@constant_when_compiled  # compiled graphs are traced outside of it
 def is_mapped() -> bool:
     """Whether `torch.func.vmap` maps over what runs now: operators of our own have no rule for that."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -54,6 +61,6 @@ def is_mapped() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it, and would break the graph
+@constant_when_compiled  # torch 2.11 cannot trace it, and would break the graph
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)

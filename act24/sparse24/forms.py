@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from act24.operation import constant_when_compiled
 from act24.sparse24.products import Kind, choose, feed_forward_products, fp8_obstacle, obstacle
 from act24.sparse24.token_wise import Options24
 
@@ -134,19 +135,19 @@ def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def obstacle_on(device: torch.device) -> str:
     """`act24.sparse24.products.obstacle`, as a constant of a compiled graph."""
     return obstacle(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def fp8_obstacle_on(device: torch.device) -> str:
     """`act24.sparse24.products.fp8_obstacle`, likewise."""
     return fp8_obstacle(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def why_no_fp8(device: torch.device) -> str:
     """Why a device cannot run e4m3, not even plain PyTorch compiled, as an error says it; empty if it can."""
     if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= _FP8_CAPABILITY:
