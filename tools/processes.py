@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,4 +75,16 @@ def open_processes() -> Iterator[Processes]:
         yield Processes(own_rank(), world_size, device)
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Destroy the process group such that the process can end at once.
+
+    A collective of gloo has returned before its thread has let go of the tensors, for which that thread needs
+    the interpreter. One that comes too late finds the interpreter closing: the process aborts ("terminate
+    called without an active exception") or waits for ever, its work done (PyTorch issue 190489). Gloo tells
+    nobody when its threads are idle, so they are given the interpreter for a tenth of a second.
+    """
+    time.sleep(0.1)
+    dist.destroy_process_group()

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from act24.tools import checkpoint, checkpoint_folder
 from act24.tools.checkpoint_folder import CheckpointError
+from act24.tools.processes import leave_process_group
 
 
 def model_of(seed, device="cpu"):
@@ -142,7 +143,7 @@ def process(rank, directory, device):
             fails_on_both(run, model, optimizer, failing, FileSystem, "create_stream")
             fails_on_both(run, model, optimizer, failing, checkpoint_folder, "sync")
         damage_is_found_by_both(run)
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

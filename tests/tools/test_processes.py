@@ -1,6 +1,10 @@
-"""What a process takes of its machine."""
+"""What a process takes of its machine, and that it ends."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,3 +30,11 @@ def test_a_gpu_run_takes_one_thread_unless_told(
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_left_its_group_ends(tmp_path: Path) -> None:
+    """Where leaving only destroys the group, some 7 of the 120 abort or never end."""
+    program = Path(__file__).with_name("leave_often.py")
+    run = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["0"] * 120, run.stderr
