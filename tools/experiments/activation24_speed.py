@@ -21,7 +21,7 @@ from typing import NamedTuple
 from act24.passes import Activation24
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
-from act24.sparse24.activation import Backward
+from act24.sparse24.activation import Backward, Precision
 from act24.tools.bench.rows import Row, needed_gpu, table, versions
 from act24.tools.bench.step import time_recipe
 
@@ -57,6 +57,7 @@ class Model(NamedTuple):
     size: str
     recipe: str
     backward: Backward | None = None
+    precision: Precision = "bfloat16"
 
     @property
     def title(self) -> str:
@@ -67,7 +68,8 @@ class Model(NamedTuple):
             "split_gemm": ", 2:4",
             "sparse": ", 2:4, all sparse",
         }
-        return f"{self.size} {self.recipe.removesuffix('-act24')}{sparse[self.backward]}"
+        fp8 = ", fp8" if self.precision == "fp8" else ""
+        return f"{self.size} {self.recipe.removesuffix('-act24')}{sparse[self.backward]}{fp8}"
 
     def load(self) -> Recipe:
         """The recipe, without the counting of statistics, which is the same on all sides."""
@@ -80,7 +82,7 @@ class Model(NamedTuple):
             if not isinstance(p, Activation24):
                 passes.append(p)
             elif self.backward:
-                passes.append(Activation24(backward=self.backward))
+                passes.append(Activation24(backward=self.backward, precision=self.precision))
         return recipe.model_copy(update={"passes": tuple(passes)})
 
 
@@ -100,6 +102,7 @@ def _with_and_without(size: str, recipe: str, backwards: Sequence[Backward]) -> 
 _WIDE_BF16, _1B_BF16 = "7b width in bfloat16", "1b in bfloat16"
 COMPARISONS = [
     Comparison(Model(_WIDE_BF16, "relu2-act24", "split_gemm"), Model(_WIDE_BF16, "dense"), rate=1.12),
+    Comparison(Model(_WIDE_BF16, "relu2-act24", "split_gemm", "fp8"), Model(_WIDE_BF16, "dense"), rate=1.12),
     Comparison(
         Model(_1B_BF16, "cola-relu2-act24", "split_gemm"), Model(_1B_BF16, "dense"), rate=1.95, memory=0.80
     ),
