@@ -146,7 +146,7 @@ class Activation24(OperationalPass):
                 Match(
                     path=site.path,
                     before=" · ".join(part for part in parts if part),
-                    after=f"2:4 {self.method}, {self.backward} backward"
+                    after=f"2:4 {self.method}, {self._backward(site)} backward"
                     + (", fp8 forward" if self.precision == "fp8" and site.after else ""),
                     nodes=site,
                     parameters_before=site.parameters,
@@ -159,7 +159,12 @@ class Activation24(OperationalPass):
 
     def _note(self, site: ActivationSite) -> str:
         notes = []
-        if self.backward != "dense" and self.token_permutation == "none":
+        if self._backward(site) != self.backward:
+            notes.append(
+                f'no weight gradient for backward = "{self.backward}": several read the activation, '
+                "or one that is no linear"
+            )
+        elif self.backward != "dense" and self.token_permutation == "none":
             notes.append(
                 "no token permutation: neighbouring tokens crowd the weight gradients (2.919 beside 2.652)"
             )
@@ -187,7 +192,7 @@ class Activation24(OperationalPass):
             options = Options24(
                 function=site.function,
                 method=_METHODS[self.method],
-                backward=self.backward,
+                backward=self._backward(site),
                 estimator=self.estimator,
                 precision=self.precision,
                 dense_ratio=self.dense_ratio,
@@ -200,6 +205,10 @@ class Activation24(OperationalPass):
             sparse = graph.call_function(activation.activation24, (*linears, *state, options))
             output = graph.call_function(operator.getitem, (sparse, 0))
         replace_node(graph, end, output)
+
+    def _backward(self, site: ActivationSite) -> Backward:
+        """Only a linear that the operation takes has weight gradients in it."""
+        return self.backward if site.before or site.after else "dense"
 
     def _scale(self, region: Region, site: ActivationSite) -> fx.Node | None:
         if not self.soft:

@@ -34,7 +34,7 @@ class Network(NamedTuple):
 
     Attributes:
         tokens, features: T and F.
-        width, width_out: what the first linear reads, and what the second writes.
+        width, width_out: what the first linear reads, and what the second writes; 0 where there is none.
         dtype, device: of the input.
         biased: the first linear has a bias.
     """
@@ -48,21 +48,20 @@ class Network(NamedTuple):
     biased: bool = False
 
 
-def network_of(tensors: Tensors) -> Network | None:
-    """The network of an operation's tensors; None where the activation lacks a linear on one side."""
+def network_of(tensors: Tensors) -> Network:
+    """The network of an operation's tensors."""
     x, weight_in, bias_in, weight_out, _ = tensors
-    if x is None or weight_in is None or weight_out is None:
-        return None
-    features, width = weight_in.shape
+    assert x is not None
+    features, width = (x.shape[-1], 0) if weight_in is None else weight_in.shape
+    width_out = 0 if weight_out is None else weight_out.shape[0]
     tokens = x.numel() // max(x.shape[-1], 1)
-    return Network(tokens, features, width, weight_out.shape[0], x.dtype, x.device, bias_in is not None)
+    return Network(tokens, features, width, width_out, x.dtype, x.device, bias_in is not None)
 
 
-def why_not_packed(network: Network | None, options: Options24) -> str:
+def why_not_packed(network: Network, options: Options24) -> str:
     """Packed operands and 2:4 products (`act24.sparse24.packed_activation`)."""
-    if reason := _why_no_kernels(network, options):
+    if reason := _why_no_products(network, options):
         return reason
-    assert network is not None
     if options.estimator != "masked":
         return "the straight-through gradient is not 2:4"
     if options.precision == "fp8":
@@ -78,8 +77,8 @@ def why_not_packed(network: Network | None, options: Options24) -> str:
     return ""
 
 
-def why_not_masked(network: Network | None, options: Options24) -> str:
-    """Kernels around dense products (`act24.sparse24.masked_activation`)."""
+def why_not_masked(network: Network, options: Options24) -> str:
+    """Kernels around dense products, or around none (`act24.sparse24.masked_activation`)."""
     if (options.method, options.backward, options.estimator) != ("naive", "dense", "masked"):
         return "around dense products the kernels know naive 2:4 with exact weight gradients only"
     if options.precision == "fp8":
@@ -87,16 +86,15 @@ def why_not_masked(network: Network | None, options: Options24) -> str:
     return _why_no_kernels(network, options)
 
 
-def why_not_narrow(network: Network | None, options: Options24) -> str:
+def why_not_narrow(network: Network, options: Options24) -> str:
     """2:4 inside the products of narrow linears (`act24.sparse24.narrow_activation`)."""
     chosen = (options.function, options.method, options.backward, options.estimator)
     if chosen != ("relu2", "naive", "dense", "masked"):
         return "the kernels know naive relu² with exact weight gradients only"
     if options.precision == "fp8":
         return "inside products the kernels know no fp8"
-    if reason := _why_no_kernels(network, options):
+    if reason := _why_no_products(network, options):
         return reason
-    assert network is not None
     if network.biased:
         return "the kernels have no bias before the activation"
     if network.tokens % _NARROW_TILE or network.features % _NARROW_TILE:
@@ -158,12 +156,17 @@ def why_no_fp8(device: torch.device) -> str:
     )
 
 
-def _why_no_kernels(network: Network | None, options: Options24) -> str:
+def _why_no_products(network: Network, options: Options24) -> str:
+    """What holds for the two forms whose products know of 2:4."""
+    if not (network.width and network.width_out):
+        return "2:4 products need a linear on both sides of the activation"
+    return _why_no_kernels(network, options)
+
+
+def _why_no_kernels(network: Network, options: Options24) -> str:
     """What holds for all of them."""
     if not options.kernels:
         return "kernels are switched off"
-    if network is None:
-        return "only a linear on both sides of the activation makes the kernels pay"
     if network.dtype is not torch.bfloat16:
         return f"the kernels are for bfloat16, these are {network.dtype}"
     widths = (network.width, network.width_out)

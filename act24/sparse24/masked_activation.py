@@ -1,9 +1,9 @@
-"""`activation24` by kernels around dense products, where 2:4 products are no faster: naive, with exact weight
-gradients.
+"""`activation24` by kernels around dense products, where 2:4 products are no faster or a linear is missing:
+naive, with exact weight gradients.
 
-The same function as the reference, to the last bit where the products are the same. Saved for backward are x,
-the weights and the 2:4 activation with its zeros, 2 bytes a feature, from which the slope is a root away. A
-dense relu² network keeps twice as much, and moves as many bytes.
+The same function as the reference, to the last bit where the products are the same. Saved for backward is the
+2:4 activation with its zeros, 2 bytes a feature, which the product behind it saves anyway, and from which the
+slope is a root away. A dense relu² network keeps twice as much, and moves as many bytes.
 """
 
 from __future__ import annotations
@@ -19,53 +19,33 @@ from act24.sparse24 import operators
 from act24.sparse24.forms import Tensors
 from act24.sparse24.packed_activation import token_statistics
 from act24.sparse24.statistics import STATISTICS
-from act24.sparse24.token_wise import Options24
+from act24.sparse24.token_wise import Function, Options24
 
 
 class _MaskedActivation24(torch.autograd.Function):
+    """The activation alone, on rows `[T, F]`."""
+
     @staticmethod
     def forward(
-        x: Tensor,
-        weight_in: Tensor,
-        bias_in: Tensor | None,
-        weight_out: Tensor,
-        bias_out: Tensor | None,
-        real: Tensor | None,
-        options: Options24,
-    ) -> tuple[Tensor, ...]:
-        hidden = F.linear(x.reshape(-1, x.shape[-1]), weight_in, bias_in)
-        count = options.statistics
+        hidden: Tensor, real: Tensor | None, function: Function, count: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         value, _, counts, sums = operators.pack_activation(
-            hidden, None, real, options.function, "naive", False, True, count, count
+            hidden, None, real, function, "naive", False, True, count, count
         )
-        y = F.linear(value, weight_out)
-        y = y if bias_out is None else y + bias_out  # two roundings, as in the reference
-        return y.view(*x.shape[:-1], len(weight_out)), value, counts, sums
+        return value, counts, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight_in, _, weight_out, _, _, options = inputs
-        _, value, counts, sums = output
-        ctx.mark_non_differentiable(value, counts, sums)
-        ctx.save_for_backward(x, weight_in, weight_out, value)
-        ctx.function = options.function
+        value, counts, sums = output
+        ctx.mark_non_differentiable(counts, sums)
+        ctx.save_for_backward(value)
+        ctx.function = inputs[2]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight_in, weight_out, value = ctx.saved_tensors
-        need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
-        rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-        grad_hidden = operators.activation_gradient(grad @ weight_out, value, ctx.function)
-        return (
-            (grad_hidden @ weight_in).view(x.shape) if need_x else None,
-            grad_hidden.T @ rows if need_weight_in else None,
-            grad_hidden.sum(0) if need_bias_in else None,
-            grad.T @ value if need_weight_out else None,
-            grad.sum(0) if need_bias_out else None,
-            None,
-            None,
-        )
+    @once_differentiable  # the slope is made from a constant
+    def backward(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (value,) = ctx.saved_tensors
+        return operators.activation_gradient(grad_value.contiguous(), value, ctx.function), None, None, None
 
 
 def masked_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
@@ -74,7 +54,14 @@ def masked_activation24(tensors: Tensors, real: Tensor | None, options: Options2
     Args:
         real: boolean `[T]`, the tokens that the statistics count; None for all.
     """
-    y, value, counts, sums = _MaskedActivation24.apply(*tensors, real, options)
+    x, weight_in, bias_in, weight_out, bias_out = tensors
+    assert x is not None
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    hidden = rows if weight_in is None else F.linear(rows, weight_in, bias_in)
+    value, counts, sums = _MaskedActivation24.apply(hidden, real, options.function, options.statistics)
+    y = value if weight_out is None else F.linear(value, weight_out)
+    y = y if bias_out is None else y + bias_out  # two roundings, as in the reference
+    y = y.view(*x.shape[:-1], y.shape[-1])
     if not options.statistics:
         return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
     with torch.no_grad():

@@ -91,6 +91,45 @@ def test_equals_the_reference(backward: str, method: str, precision: str) -> Non
                     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("function", ["relu2", "relu"])
+@pytest.mark.parametrize("missing", [(1, 2), (3, 4), (1, 2, 3, 4)], ids=["first", "second", "both"])
+def test_where_a_linear_is_missing_kernels_make_the_activation(
+    missing: tuple[int, ...], function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of half of a wider row, and with a gradient that has no memory of its own: a kernel cannot see strides."""
+    seen = []
+    for name in ("pack_activation", "activation_gradient"):
+        operator = getattr(operators, name)
+        look = lambda rows, *a, f=operator: seen.append(rows.is_contiguous()) or f(rows, *a)  # noqa: E731
+        monkeypatch.setattr(operators, name, look)
+    tensors = list(network())
+    if 1 in missing:
+        wide = torch.randn(2, TOKENS // 2, 2 * FEATURES).bfloat16().requires_grad_()
+        tensors[0] = wide.chunk(2, -1)[1]
+    for index in missing:
+        tensors[index] = None
+    options = Options24(function=function, statistics=True)  # type: ignore[arg-type]
+    assert why_not_masked(network_of(tuple(tensors)), options) == ""
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    outcomes = []
+    for kernels in (True, False):
+        y, statistics = activation24(*tensors, options=options._replace(kernels=kernels))
+        gradients = torch.autograd.grad(y.sum() + (y * y).sum(), leaves, retain_graph=True)
+        outcomes.append([y, statistics, *torch.autograd.grad(y.sum(), leaves), *gradients])
+    assert seen == [True] * 3  # forward, and two gradients
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=0)
+
+
+def test_an_activation_alone_saves_itself_and_nothing_else() -> None:
+    hidden = torch.randn(TOKENS, FEATURES).bfloat16().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y, _ = activation24(hidden, None, None, None, None)
+    assert [tensor.data_ptr() for tensor in saved] == [y.data_ptr()]
+
+
 @pytest.mark.parametrize("order", ["batch", "sequence"])
 @pytest.mark.parametrize("training", [True, False])
 def test_statistics_along_the_tokens_are_an_estimate_of_the_reference(training: bool, order: str) -> None:
@@ -365,7 +404,8 @@ def test_one_sentence_for_each_reason() -> None:
     assert (
         why_not_packed(network_of(tensors), Options24(backward="sparse")) == ""
     )  # the reference costs more than any
-    assert "both sides" in why_not_packed(network_of((x, None, None, weight_out, None)), PACKED)
+    for form in (why_not_packed, why_not_narrow):
+        assert "both sides" in form(network_of((x, None, None, weight_out, None)), Options24())
     assert "multiples of 64" in why_not_packed(network_of((x[:1, :10], *tensors[1:])), PACKED)
     assert "multiples of 8" in why_not_packed(network_of((*tensors[:3], weight_out[:-3], None)), PACKED)
     assert "exact weight gradients only" in why_not_masked(network_of(tensors), Options24(backward="sparse"))

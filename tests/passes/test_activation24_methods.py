@@ -243,6 +243,13 @@ def test_fp8_is_in_the_plan_where_there_is_a_product_for_it() -> None:
     assert "no fp8" in row.note
 
 
+def test_without_a_linear_of_its_own_a_site_has_no_weight_gradient_to_make_2_4() -> None:
+    passes = [Relu2FFN(), *low_rank_passes("lost"), Activation24(backward="split_gemm")]
+    (row,) = (row for row in plan(llama(1), passes).rows if row.after.startswith("2:4"))
+    assert row.after == "2:4 naive, dense backward"
+    assert 'no weight gradient for backward = "split_gemm"' in row.note
+
+
 def drops_between() -> nn.Module:
     """Networks with a dropout between relu² and the linear behind it."""
     activation = nn.Sequential(nn.ReLU(), nn.Dropout(0.0))

@@ -197,6 +197,16 @@ def _operation(device: torch.device) -> Iterator[Check]:
                 lambda run=run, o=options, e=error: e(lambda: _replayed(lambda: run(o))),
             )
 
+    def alone() -> float:
+        hidden, above = draw(tokens, features).requires_grad_(), draw(tokens, features)
+        results = []
+        for kernels in (True, False):
+            y, _ = activation24(hidden, None, None, None, None, options=Options24(kernels=kernels))
+            results.append((y.detach(), *torch.autograd.grad(y, hidden, above)))
+        return max(map(relative_error, *results))
+
+    yield "operation without its linears", alone
+
     def autocast() -> float:
         options = Options24(backward="split_gemm", algorithms=forced)
         single = [leaf.detach().float().requires_grad_() for leaf in leaves]
