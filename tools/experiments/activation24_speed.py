@@ -107,6 +107,7 @@ COMPARISONS = [
         Model(_1B_BF16, "cola-relu2-act24", "split_gemm"), Model(_1B_BF16, "dense"), rate=1.95, memory=0.80
     ),
     Comparison(Model("7b width", "relu2-act24", "split_gemm"), Model("7b width", "dense"), rate=1.12),
+    Comparison(Model("7b width", "relu2-act24", "split_gemm", "fp8"), Model("7b width", "dense"), rate=1.12),
     Comparison(Model("1b", "cola-relu2-act24", "split_gemm"), Model("1b", "dense"), rate=1.95, memory=0.80),
     *_with_and_without(_WIDE_BF16, "relu2-act24", ("split_gemm",)),
     *_with_and_without("60m", "relu2-act24", ("dense",)),
