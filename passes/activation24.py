@@ -6,7 +6,8 @@
 
 wherever the pattern came from: the feed-forward network of `relu2_ffn`, or a low-rank bottleneck. Where what
 precedes relu2 is not one linear, or one that another 2:4 product owns, the operation starts at the
-pre-activation; where relu2 has several consumers all of them see the same 2:4 activation.
+pre-activation; where relu2 has several consumers all of them see the same 2:4 activation. With no linear on
+either side, as in LoST, there is no weight gradient in it, and `backward` is exact.
 
 State is in buffers under the site's name. `<site>.activation24_scale`, β of the soft methods, is persistent;
 `<site>.activation24_seed`, of mvue, is set anew for every micro-batch. The shell writes both between

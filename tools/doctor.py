@@ -103,8 +103,9 @@ def _paths(device: torch.device) -> list[Finding]:
     findings = []
     for name in _SHOWN:
         width, features = PRESETS[name].hidden_size, parity_width(PRESETS[name].intermediate_size)
-        for form, inner in (("full rank", width), (f"rank {_RANKS[name]}", _RANKS[name])):
-            subject = f"{name}, {form}, {inner}×{features}"
+        # LoST's activation has two branches on either side, and no linear that the operation takes.
+        for form, inner in (("full rank", width), (f"rank {_RANKS[name]}", _RANKS[name]), ("LoST", 0)):
+            subject = f"{name}, {form}, {f'{inner}×' if inner else ''}{features}"
             findings.append(Finding(subject, _path(inner, features, device, options)))
     return findings
 

@@ -40,8 +40,8 @@ class Options24(NamedTuple):
         token_permutation: see `act24.sparse24.feature_wise`; of no meaning for the dense backward.
         statistics: count what 2:4 does; else the statistics are zeros and cost nothing.
         kernels: run on packed operands (`act24.sparse24.packed_activation`), inside the products of narrow
-            linears (`narrow_activation`) or around dense ones (`masked_activation`), wherever one of them
-            can; False for the plain-PyTorch reference.
+            linears (`narrow_activation`), or around dense ones or none (`masked_activation`), wherever one of
+            them can; False for the plain-PyTorch reference.
         recompute: for narrow linears keep nothing F-wide for backward, and make it again there
             (`act24.sparse24.narrow_activation`); the others do not look at it.
         algorithms: what a tuner found for the products on this GPU; empty for the rule of

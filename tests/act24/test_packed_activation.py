@@ -96,7 +96,7 @@ def test_equals_the_reference(backward: str, method: str, precision: str) -> Non
 def test_where_a_linear_is_missing_kernels_make_the_activation(
     missing: tuple[int, ...], function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of half of a wider row, and with a gradient that has no memory of its own: a kernel cannot see strides."""
+    """Of half of a wider row, with a gradient that has no memory of its own: kernels cannot see strides."""
     seen = []
     for name in ("pack_activation", "activation_gradient"):
         operator = getattr(operators, name)
