@@ -81,7 +81,7 @@ def why_not_masked(network: Network, options: Options24) -> str:
     """Kernels around dense products, or around none (`act24.sparse24.masked_activation`)."""
     if (options.method, options.backward, options.estimator) != ("naive", "dense", "masked"):
         return "around dense products the kernels know naive 2:4 with exact weight gradients only"
-    if options.precision == "fp8":
+    if options.precision == "fp8" and network.width_out:
         return "around dense products the kernels know no fp8"
     return _why_no_kernels(network, options)
 

@@ -56,8 +56,8 @@ def masked_activation24(tensors: Tensors, real: Tensor | None, options: Options2
     """
     x, weight_in, bias_in, weight_out, bias_out = tensors
     assert x is not None
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    hidden = rows if weight_in is None else F.linear(rows, weight_in, bias_in)
+    rows = x.reshape(-1, x.shape[-1])
+    hidden = rows.contiguous() if weight_in is None else F.linear(rows, weight_in, bias_in)
     value, counts, sums = _MaskedActivation24.apply(hidden, real, options.function, options.statistics)
     y = value if weight_out is None else F.linear(value, weight_out)
     y = y if bias_out is None else y + bias_out  # two roundings, as in the reference

@@ -387,6 +387,7 @@ def test_fp8_runs_packed_or_on_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     assert why_not_packed(network_of(tensors), options) == ""
     assert "no fp8" in why_not_narrow(network_of(tensors), options)
     assert "no fp8" in why_not_masked(network_of(tensors), options)
+    assert why_not_masked(network_of((*tensors[:3], None, None)), options) == ""  # nothing to do in fp8
     narrower = (*tensors[:3], tensors[3][:24], None)
     assert "multiple of 16" in why_not_packed(network_of(narrower), options)
     monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "another layout")
