@@ -162,8 +162,8 @@ class Activation24(OperationalPass):
         notes = []
         if self._backward(site) != self.backward:
             notes.append(
-                f'no weight gradient for backward = "{self.backward}": several read the activation, '
-                "or one that is no linear"
+                f'backward = "{self.backward}" does nothing here: a weight gradient needs a linear that '
+                "alone precedes or reads the activation"
             )
         elif self.backward != "dense" and self.token_permutation == "none":
             notes.append(

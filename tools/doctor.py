@@ -105,7 +105,7 @@ def _paths(device: torch.device) -> list[Finding]:
         width, features = PRESETS[name].hidden_size, parity_width(PRESETS[name].intermediate_size)
         # LoST's activation has two branches on either side, and no linear that the operation takes.
         for form, inner in (("full rank", width), (f"rank {_RANKS[name]}", _RANKS[name]), ("LoST", 0)):
-            subject = f"{name}, {form}, {f'{inner}×' if inner else ''}{features}"
+            subject = f"{name}, {form}, {f'{inner}×' if inner else 'F '}{features}"
             findings.append(Finding(subject, _path(inner, features, device, options)))
     return findings
 
@@ -119,6 +119,8 @@ def _path(width: int, features: int, device: torch.device, options: Options24) -
     if packed := why_not_packed(network, options):
         if masked := why_not_masked(network, options):
             return f"plain PyTorch: {packed}; {narrow}; {masked}"
+        if not width:
+            return "2:4 by a kernel between whatever products there are"
         return f"2:4 by kernels around dense products (exact backward only): {packed}"
     tuned = all(
         product in dict(options.algorithms)

@@ -28,14 +28,13 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         loss: the loss of one micro-batch; called twice. Statistics do not count it.
 
     Returns:
-        by the weight's name, a scalar on the device; empty where every backward is dense.
+        by the weight's name, a scalar on the device; empty where every backward is dense, or no site has a
+        linear of its own.
     """
     passes = without_counting(pipeline.active)
     exact: list[OperationalPass] = [
         replace(p, backward="dense") if isinstance(p, Activation24) else p for p in passes
     ]
-    if exact == passes:
-        return {}
     weights = {
         f"{fqn}.{name}": module.get_parameter(name)
         for fqn, module in pipeline.regions.items()
@@ -43,6 +42,8 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         for position in (1, 3)
         if (name := parameter_name(node.args[position]))
     }
+    if exact == passes or not weights:
+        return {}
     gradients = []
     for chosen in (passes, exact):
         with pipeline.lowered(chosen):

@@ -219,7 +219,8 @@ def activation24(
         x: `[..., D]`; the pre-activation h, `[..., F]`, where `weight_in` is None.
         weight_in: `[F, D]` or None, F a multiple of 4; bias_in: `[F]` or None.
         weight_out: `[D_out, F]` or None, and then y is the 2:4 activation itself, stored dense; there is no
-            product then that `precision` could be about.
+            product then that `precision` could be about. As with `torch.relu`, backward may need this y:
+            autograd refuses to write into it in place.
         bias_out: `[D_out]` or None.
         scale: β, a scalar; None for 1. It gets no gradient.
         seed: int64 scalar, needed by `"mvue"`; the same seed draws the same.

@@ -218,17 +218,19 @@ def test_what_is_saved_beside_weights(options: Options24, share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "linears"),
     [
-        PACKED._replace(backward="split_gemm"),
-        PACKED._replace(backward="split_gemm", precision="fp8"),
-        Options24(function="relu"),
-        Options24(),
+        (PACKED._replace(backward="split_gemm"), True),
+        (PACKED._replace(backward="split_gemm", precision="fp8"), True),
+        (Options24(function="relu"), True),
+        (Options24(), True),
+        (Options24(), False),
     ],
-    ids=["packed", "packed, fp8", "around dense products", "narrow"],
+    ids=["packed", "packed, fp8", "around dense products", "narrow", "around none"],
 )
-def test_compiles_without_a_break(options: Options24) -> None:
+def test_compiles_without_a_break(options: Options24, linears: bool) -> None:
     tensors = network(bias=False)
+    tensors = tensors if linears else (tensors[0], None, None, None, None)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(activation24, fullgraph=True, backend="aot_eager")

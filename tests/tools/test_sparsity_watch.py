@@ -9,7 +9,7 @@ import pytest
 import torch.nn.functional as F
 from rewritten_llama import ALONE, IDS, loss_of, rewritten, scales
 
-from act24.passes import Activation24, ActivationStatistics, Relu2FFN, Weight24
+from act24.passes import Activation24, ActivationStatistics, Lost, Relu2FFN, Weight24
 from act24.tools.sparsity_state import begin_update_
 from act24.tools.sparsity_watch import alarms, gradient_cosines
 from act24.tools.statistics import SiteStatistics, read_activation_statistics_, weight_sparsity
@@ -76,3 +76,10 @@ def test_weight_sparsity_is_that_of_the_weights_in_force(method: Any) -> None:
     assert {share for name, share in shares.items() if "attn" in name} == {0.0}
     pipeline.lower_(5)
     assert set(weight_sparsity(model).values()) == {0.0}, "the dense finish"
+
+
+def test_where_no_site_has_a_linear_there_is_no_cosine() -> None:
+    """LoST's activation has two branches on either side: its gradients are exact whatever `backward` says."""
+    lost = Lost(attn_rank=4, mlp_rank=4, sparsity=0.1, gamma=0.5)
+    model, pipeline = rewritten(Relu2FFN(), lost, Activation24(backward="split_gemm"), ActivationStatistics())
+    assert gradient_cosines(pipeline, lambda: loss_of(model)) == {}
