@@ -15,3 +15,12 @@ settings.load_profile("act24")
 def _seeded() -> None:
     """No test depends on which tests ran before it in its process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules see a GPU with kernels and 2:4 products; the operators run their references all the same."""
+    from act24.sparse24 import forms
+
+    monkeypatch.setattr(forms, "obstacle", lambda _: "")
+    monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "")
