@@ -19,7 +19,7 @@ from act24.passes.activation24 import SUMS, Activation24, site_buffer
 from act24.passes.activation_sites import ActivationSite, consumers, pads_node
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.region import Region
-from act24.sparse24.calibration import CALIBRATION, calibration_sums
+from act24.sparse24.feed_forward.calibration import CALIBRATION, calibration_sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from act24.passes.normal_form import (
 )
 from act24.passes.region import Region
 from act24.relu2 import relu2
-from act24.sparse24.activation import Function, activation24
-from act24.sparse24.weight import linear24
+from act24.sparse24.feed_forward.operation import Function, activation24
+from act24.sparse24.weight.linear24 import linear24
 
 #: A buffer at the root of a region: True where a token is padding, one value a token. A scalar, which is how
 #: it starts, says that there is none; the shell puts another tensor in its place for each micro-batch.

@@ -7,8 +7,8 @@ from torch import fx
 
 from act24.passes.normal_form import parameter_name
 from act24.passes.region import Region
-from act24.sparse24.activation import activation24
-from act24.sparse24.weight import linear24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.weight.linear24 import linear24
 
 
 def region_flops(region: Region) -> int:

@@ -16,7 +16,7 @@ from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe, Tokenizer
-from act24.sparse24.forms import why_no_fp8
+from act24.sparse24.feed_forward.forms import why_no_fp8
 from act24.tools import checkpoint, checkpoint_folder
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from act24.compiler import triton
 from act24.errors import Act24Error
-from act24.kernels.compiler import triton
-from act24.kernels.cusparselt import multiplies
 from act24.llama import PRESETS
 from act24.passes.relu2_ffn import parity_width
-from act24.sparse24.forms import Network, obstacle_on, why_not_masked, why_not_narrow, why_not_packed
-from act24.sparse24.products import Table, feed_forward_products, fp8_obstacle, layout_error, obstacle
-from act24.sparse24.token_wise import Options24
+from act24.sparse24.feed_forward.forms import (
+    Network,
+    obstacle_on,
+    why_not_masked,
+    why_not_narrow,
+    why_not_packed,
+)
+from act24.sparse24.format.cusparselt import multiplies
+from act24.sparse24.format.products import Table, feed_forward_products, fp8_obstacle, layout_error, obstacle
+from act24.sparse24.pattern.token_wise import Options24
 from act24.tools.tuning import cache_path, machine, read_table
 
 #: Tokens a micro-batch for which the paths are shown, and the presets and ranks.

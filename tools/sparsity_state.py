@@ -33,9 +33,9 @@ from act24.passes.activation_sites import PADS
 from act24.passes.linear_sites import LinearSite
 from act24.passes.region import RegionModule
 from act24.passes.weight24 import stored_mask
-from act24.sparse24.calibration import CALIBRATION
-from act24.sparse24.soft_threshold import scale_from_sums
-from act24.sparse24.weight import flip_rate, masked_decay_, weight_scale
+from act24.sparse24.feed_forward.calibration import CALIBRATION
+from act24.sparse24.pattern.soft_threshold import scale_from_sums
+from act24.sparse24.weight.linear24 import flip_rate, masked_decay_, weight_scale
 from act24.tools.processes import Processes
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
 from act24.passes.normal_form import nodes_of, parameter_name
-from act24.sparse24.activation import activation24
+from act24.sparse24.feed_forward.operation import activation24
 from act24.tools.sparsity_state import sparse_weights, without_counting
 from act24.tools.statistics import SiteStatistics
 

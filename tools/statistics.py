@@ -14,8 +14,8 @@ from act24.passes.activation_statistics import BUFFER
 from act24.passes.normal_form import nodes_of, parameter_name
 from act24.passes.region import RegionModule
 from act24.passes.weight24 import MASK
-from act24.sparse24.statistics import STATISTICS
-from act24.sparse24.weight import linear24
+from act24.sparse24.feed_forward.statistics import STATISTICS
+from act24.sparse24.weight.linear24 import linear24
 from act24.tools.processes import Processes, whole
 
 

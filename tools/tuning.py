@@ -21,8 +21,8 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.passes import Activation24, Pipeline
 from act24.recipes.schema import Recipe
-from act24.sparse24.forms import why_never_packed
-from act24.sparse24.products import KINDS, Measured, Product, Table, obstacle, tuned
+from act24.sparse24.feed_forward.forms import why_never_packed
+from act24.sparse24.format.products import KINDS, Measured, Product, Table, obstacle, tuned
 from act24.tools.processes import Processes
 
 

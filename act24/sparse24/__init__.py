@@ -7,5 +7,5 @@ packed, products: the format cuSPARSELt multiplies on Hopper, and the choice bet
 packed_activation, narrow_activation: `activation24` on packed operands, and inside narrow products.
 fp8: the forward product of `activation24` in e4m3, with a scale for each row.
 registry, operators, product_operators, fp8_operators, narrow_operators, weight_operators: what
-  `act24.kernels` does, as PyTorch operators; order_operators: the order of the tokens, as one.
+  `act24.sparse24.kernels` does, as PyTorch operators; order_operators: the order of the tokens, as one.
 """

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
-from act24.sparse24.selection import densest, top2_of_4
+from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.pattern.selection import densest, top2_of_4
 from act24.tools.experiments import activation24 as experiment
 from act24.tools.experiments.forward_mask_not_reused import forgetful_ffn
 from act24.tools.prepare_command import prepare_source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from act24.sparse24 import forms
+from act24.sparse24.feed_forward import forms
 from act24.tools import doctor
 
 

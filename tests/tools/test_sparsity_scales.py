@@ -11,9 +11,9 @@ from torch import Tensor
 
 from act24.llama import LlamaForCausalLM
 from act24.passes import Activation24, ActivationStatistics, Cola, LowRank, Relu2FFN, Weight24, apply_
-from act24.sparse24.calibration import calibration_sums, sample_rows
-from act24.sparse24.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
-from act24.sparse24.weight import weight_scale
+from act24.sparse24.feed_forward.calibration import calibration_sums, sample_rows
+from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
+from act24.sparse24.weight.linear24 import weight_scale
 from act24.tools.processes import Processes
 from act24.tools.sparsity_state import begin_micro_batch_, begin_update_, evaluation
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM
 from act24.passes import Activation24, ActivationStatistics, LowRank, Relu2FFN, Weight24
-from act24.sparse24.weight import weight_mask
+from act24.sparse24.weight.linear24 import weight_mask
 from act24.tools.sparsity_state import (
     begin_micro_batch_,
     begin_update_,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from act24.passes import Activation24
-from act24.sparse24.products import Measured, Product, Table
+from act24.sparse24.format.products import Measured, Product, Table
 from act24.tools import tuning
 from act24.tools.build import build
 from act24.tools.processes import Processes

@@ -20,7 +20,7 @@ import torch
 
 from act24.passes.relu2_ffn import parity_width
 from act24.recipes.load import load_recipe, toml_value
-from act24.sparse24.products import Measured, feed_forward_products
+from act24.sparse24.format.products import Measured, feed_forward_products
 from act24.tools.build import model_config
 from act24.tools.tuning import cache_path, machine, write_table
 
