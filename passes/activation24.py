@@ -11,7 +11,7 @@ either side, as in LoST, there is no weight gradient in it, and `backward` is ex
 
 State is in buffers under the site's name. `<site>.activation24_scale`, β of the soft methods, is persistent;
 `<site>.activation24_seed`, of mvue, is set anew for every micro-batch. The shell writes both between
-updates (`act24.tools.sparsity_state`); the graph only reads them.
+updates (`act24.passes.state`); the graph only reads them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from act24.passes.activation_sites import ActivationSite, activation_sites, pads_node
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, PassError, Plan
-from act24.passes.normal_form import replace_node
-from act24.passes.region import Region
+from act24.passes.graph.activation_sites import ActivationSite, activation_sites, pads_node
+from act24.passes.graph.normal_form import replace_node
+from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward import operation as activation
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.feed_forward.operation import Backward, Estimator, Options24, Precision

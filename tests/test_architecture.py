@@ -150,7 +150,7 @@ print(json.dumps(done))
     [
         "import act24; act24.__version__; dir(act24)",
         "import sys; sys.argv = ['act24', '--help']\n"
-        "from act24.tools.cli import main\n"
+        "from act24.tools.commands.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code",
     ],

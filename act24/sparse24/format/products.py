@@ -1,7 +1,7 @@
 """Products with a 2:4 operand: cuSPARSELt where it is faster, and what has to hold for it.
 
 Which of the library's algorithms is best, and whether any beats the dense product, depends on the shape. The
-shell measures it (`act24.tools.tuning`) and hands over a table; where the table has no answer one rule
+shell measures it (`act24.tools.run.tuning`) and hands over a table; where the table has no answer one rule
 decides, `choose`. Everything else in act24 asks there.
 """
 

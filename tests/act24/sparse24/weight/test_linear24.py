@@ -248,7 +248,7 @@ def test_sparse_linear_takes_over_a_linear() -> None:
 
 
 def test_the_documented_loops_run() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "own-training-loop.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[4] / "docs" / "own-training-loop.md").read_text(encoding="utf-8")
     weights, passes = re.findall(r"```python\n(.*?)```", text, re.S)
     names: dict[str, Any] = {}
     exec(weights, names)
