@@ -3,9 +3,9 @@
     git worktree add ../before COMMIT
     python -m act24.tools.bench.beside_checkout ../before OUT.json
 
-`bench pack`, `bench ffn` and four whole steps run in child processes, this side and the other one by turns. The
-ratio of a row is the rate here over the rate there, of the medians over the turns; `spread` is the largest
-difference between two turns of one side, relative, below which a difference says nothing.
+`bench pack`, `bench ffn` and four whole steps run in child processes, this side and the other one by turns.
+The ratio of a row is the rate here over the rate there, of the medians over the turns; `spread` is the
+largest difference between two turns of one side, relative, below which a difference says nothing.
 """
 
 from __future__ import annotations
