@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,6 +36,24 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_all_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Add up each of many tensors over all processes, in place; on GPUs as one operation."""
+        if self.world_size == 1:
+            return
+        if self.device.type == "cuda":
+            with dist._coalescing_manager(device=self.device):
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
+            return
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every process the tensors of the main one, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process. Goes over the CPU, so it never waits for the GPU."""

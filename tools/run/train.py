@@ -162,6 +162,8 @@ class _Run:
             progress.say(str(self._built.pipeline))
             for line in oddities(recipe):
                 progress.say(f"warning: {line}")
+            if self._training_step.capture_text:
+                progress.say(self._training_step.capture_text)
             if self._step == last:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             while self._step < last and not stopped:
@@ -237,6 +239,7 @@ class _Run:
                 recipe,
                 self._processes,
                 self._built.pipeline,
+                loss_of=self._training_step.evaluation_loss,
             )
             self._monitor.evaluated(step, evaluation)
             progress.say(
