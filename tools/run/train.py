@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,20 @@ def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = 
     with open_processes() as processes, stop_on_signal() as stop:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         start = None if dry_run else resume_point(run_dir, resume, recipe)
-        run = _Run(recipe, run_dir, processes, start, dry_run)
+        run = TrainingRun(recipe, run_dir, processes, start, dry_run)
         try:
             return run.go(stop)
         finally:
             run.close()
 
 
-class _Run:
-    """One run in progress: what `train` has opened, and where it stands."""
+class TrainingRun:
+    """One run in progress: what `train` has opened, and where it stands.
+
+    Attributes:
+        monitor: what it has logged.
+        training_step: the model, ready to train.
+    """
 
     def __init__(
         self,
@@ -98,8 +103,14 @@ class _Run:
         run_dir: Path,
         processes: Processes,
         start: checkpoint.Checkpoint | None,
-        dry_run: bool,
+        dry_run: bool = False,
+        make: Callable[..., Built] = build,
     ) -> None:
+        """
+        Args:
+            start: the checkpoint to go on from.
+            make: makes the model, as `build` does; a benchmark needs no trained start.
+        """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._step = start.step if start else 0
         self._tokens = start.state["tokens"] if start else 0
@@ -113,13 +124,13 @@ class _Run:
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
-        self._built: Built = build(recipe, processes.device, self._step, self._column_scores)
+        self._built: Built = make(recipe, processes.device, self._step, self._column_scores)
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
         if processes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of training; the tuner's operands are gone
-        self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
+        self.training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
         self._optimizer: Optimizer = build_optimizer(
             self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
         )
@@ -130,7 +141,7 @@ class _Run:
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline))
-        self._monitor = Monitor(
+        self.monitor = Monitor(
             recipe,
             self._built,
             self._optimizer,
@@ -149,27 +160,27 @@ class _Run:
 
     def close(self) -> None:
         self._rows.close()
-        self._monitor.close()
+        self.monitor.close()
         # Data parallelism has to end before its processes part. The other way round its destructor is the one
         # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
-        del self._training_step
+        del self.training_step
 
     def go(self, stop: StopRequest) -> Outcome:
-        recipe, monitor = self._recipe, self._monitor
+        recipe, monitor = self._recipe, self.monitor
         last = self._step + 1 if self._dry_run else recipe.train.steps
         stopped, evaluation = False, None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
             for line in oddities(recipe):
                 progress.say(f"warning: {line}")
-            if self._training_step.capture_text:
-                progress.say(self._training_step.capture_text)
+            if self.training_step.capture_text:
+                progress.say(self.training_step.capture_text)
             if self._step == last:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             while self._step < last and not stopped:
-                self._advance()
+                self.advance()
                 stopped = self._processes.any(bool(stop))
-                evaluation = self._after_step(progress, ends=stopped or self._step == last)
+                evaluation = self.after_step(progress, ends=stopped or self._step == last)
         if stopped:
             progress.say(f"{stop.signal or 'stop'}: saved step {self._step} in {self._last_checkpoint}")
         return Outcome(
@@ -186,7 +197,7 @@ class _Run:
             is_main=self._processes.is_main,
         )
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Make one optimizer step, with nothing read back from the device."""
         recipe = self._recipe
         self._built.pipeline.lower_(self._step)
@@ -198,13 +209,13 @@ class _Run:
         batches = [next(self._rows) for _ in range(count)]
         waited = time.perf_counter() - waited
         if _due(self._step, recipe.log.gradient_cosine_every):
-            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0], self._step))
-        result: StepResult = self._training_step(batches, self._optimizer, self._step)
+            self.monitor.add_cosines(self.training_step.gradient_cosines(batches[0], self._step))
+        result: StepResult = self.training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
-        self._monitor.add(self._step, result, rate, waited)
+        self.monitor.add(self._step, result, rate, waited)
 
-    def _after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
+    def after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
         """Log, evaluate and save where it is due.
 
         A step that saves also logs: a window of averages never spans a checkpoint, so a run that was
@@ -215,7 +226,7 @@ class _Run:
         finished = step == recipe.train.steps
         evaluates = self._heldout is not None and (finished or (not ends and _due(step, recipe.eval.every)))
         if saves or evaluates or ends or _due(step, recipe.log.every):
-            window = self._monitor.flush(step)
+            window = self.monitor.flush(step)
             self._tokens += window.tokens
             if window.first_bad_step is not None:
                 raise TrainingError(
@@ -234,14 +245,14 @@ class _Run:
         evaluation = None
         if evaluates and self._heldout is not None:
             evaluation = evaluate(
-                self._training_step.summed_loss,
+                self.training_step.summed_loss,
                 self._heldout,
                 recipe,
                 self._processes,
                 self._built.pipeline,
-                loss_of=self._training_step.evaluation_loss,
+                loss_of=self.training_step.evaluation_loss,
             )
-            self._monitor.evaluated(step, evaluation)
+            self.monitor.evaluated(step, evaluation)
             progress.say(
                 f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
                 f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.tokens:,} tokens"
@@ -256,14 +267,14 @@ class _Run:
             self._step,
             model=self._built.model,
             optimizer=self._optimizer,
-            state={"tokens": self._tokens, "log": self._monitor.state(), "products": self._products},
+            state={"tokens": self._tokens, "log": self.monitor.state(), "products": self._products},
             rank_state={"data": self._rows.state_dict()},
             recipe_text=dump_recipe(self._recipe),
             plan=asdict(self._built.pipeline.report),
             tokenizer_json=self._tokenizer.to_json(),
             keep=self._recipe.checkpoint.keep,
         )
-        self._monitor.saved()
+        self.monitor.saved()
 
 
 def _due(step: int, every: int) -> bool:

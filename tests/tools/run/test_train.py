@@ -61,7 +61,7 @@ def run_until(path, run_dir, overrides, moment):
     train(load_tiny(path, *overrides), run_dir, resume="auto")
 
 
-STEP = ("act24.tools.run.train:_Run", "_advance")
+STEP = ("act24.tools.run.train:TrainingRun", "advance")
 KILLS = {
     "at steps 7 and 13": [(*STEP, 8), (*STEP, 8)],
     "while saving": [
