@@ -87,7 +87,9 @@ class Train(Section):
     seed: NonNegativeInt = 0
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 switches clipping off
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU, as far as a micro-batch can be captured
+    cuda_graphs: Literal["auto", "on", "off"] = (
+        "auto"  # auto: on a GPU, as far as a micro-batch can be captured
+    )
     parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
     activation_checkpointing: bool = False
 

@@ -153,7 +153,11 @@ def check(name: str, device: torch.device) -> str:
     (plain, _), (captured, graphs) = sides
     unequal = sum(not _same(a, b) for a, b in zip(plain, captured, strict=True))
     if unequal or graphs != 2:
-        worst = max((a.float() - b.float()).abs().max().item() for a, b in zip(plain, captured, strict=True) if a.numel())
+        worst = max(
+            (a.float() - b.float()).abs().max().item()
+            for a, b in zip(plain, captured, strict=True)
+            if a.numel()
+        )
         return f"FAILED {unequal} of {len(plain)} tensors differ, by {worst:.2g} at most; {graphs} graphs"
     return f"ok     {len(plain)} tensors equal, {graphs} graphs"
 

@@ -167,9 +167,7 @@ def _linear_of(p: FactorisingPass) -> Linear:
     return linear
 
 
-def without_start(
-    recipe: Recipe, device: torch.device, step: int = 0, column_scores: object = None
-) -> Built:
+def without_start(recipe: Recipe, device: torch.device, step: int = 0, column_scores: object = None) -> Built:
     """`build`, with random values instead of the model's own start: for LoST that is a decomposition of every
     weight, minutes at 1b, and the time of a step does not depend on it."""
     with torch.device("meta"):

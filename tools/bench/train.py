@@ -119,7 +119,10 @@ def bench_train(
             found += [_together(timings) for timings in taken.values()]
     first_of = {timing.rows: timing.rate for timing in reversed(found)}
     return {
-        "sides": [asdict(timing) | {"rate": timing.rate, "ratio": timing.rate / first_of[timing.rows]} for timing in found],
+        "sides": [
+            asdict(timing) | {"rate": timing.rate, "ratio": timing.rate / first_of[timing.rows]}
+            for timing in found
+        ],
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -137,7 +140,11 @@ def prepared(recipe: Recipe, rows: int, steps: int, shards: Path) -> Recipe:
         update={
             "data": recipe.data.model_copy(update={"source": "shards", "shards": str(shards)}),
             "train": recipe.train.model_copy(
-                update={"batch_size": rows, "total_batch_size": total, "steps": max(recipe.train.steps, 10 * steps)}
+                update={
+                    "batch_size": rows,
+                    "total_batch_size": total,
+                    "steps": max(recipe.train.steps, 10 * steps),
+                }
             ),
             "log": recipe.log.model_copy(update={"every": every}),
             "eval": recipe.eval.model_copy(update={"every": 0, "tokens": 1}),

@@ -295,7 +295,8 @@ def bench_train(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn, after a window to warm up.")] = 20,
     turns: Annotated[int, typer.Option(min=1, help="How often each side is built and timed.")] = 2,
     transformers: Annotated[
-        bool, typer.Option("--transformers", help="Also transformers' LLaMA of the first recipe's size, compiled.")
+        bool,
+        typer.Option("--transformers", help="Also transformers' LLaMA of the first recipe's size, compiled."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
 ) -> None:

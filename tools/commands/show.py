@@ -107,7 +107,15 @@ def show_train_bench(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    columns = ("", "rows × micro-batches", "tokens/s", "ratio", "graphs", "allocated, reserved GiB", "to begin, s")
+    columns = (
+        "",
+        "rows × micro-batches",
+        "tokens/s",
+        "ratio",
+        "graphs",
+        "allocated, reserved GiB",
+        "to begin, s",
+    )
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for side in result["sides"]:
@@ -121,7 +129,9 @@ def show_train_bench(result: dict[str, Any], as_json: bool) -> None:
             f"{side['begin_seconds']:.1f}",
         )
     console.print(table, highlight=False)
-    print(f"{result['gpu']}, torch {result['torch']}, commit {result['commit']}; {result['steps']} steps a turn")
+    print(
+        f"{result['gpu']}, torch {result['torch']}, commit {result['commit']}; {result['steps']} steps a turn"
+    )
 
 
 def show_bench_rows(rows: list[Row], as_json: bool) -> None:

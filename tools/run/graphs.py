@@ -44,7 +44,9 @@ def why_not_captured(train: Train, device: torch.device, world_size: int) -> str
     if device.type != "cuda":
         reason = f"there is no CUDA GPU, this is {device.type}"
     elif world_size > 1 and train.parallel == "fsdp":
-        reason = 'train.parallel = "fsdp" gathers parameters between the blocks, which is launched call by call'
+        reason = (
+            'train.parallel = "fsdp" gathers parameters between the blocks, which is launched call by call'
+        )
     if reason and train.cuda_graphs == "on":
         raise Act24Error(f'train.cuda_graphs = "on" cannot be: {reason}. Set "auto" or "off"')
     return reason

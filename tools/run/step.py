@@ -87,7 +87,9 @@ class TrainingStep:
         self._autocast = train.dtype == "bfloat16_autocast"
         self.not_captured = why_not_captured(train, processes.device, processes.world_size)
         self._inputs = FixedInputs(processes.device)
-        self._graphs = None if self.not_captured else GraphedCalls(processes.device, train.cuda_graphs == "on")
+        self._graphs = (
+            None if self.not_captured else GraphedCalls(processes.device, train.cuda_graphs == "on")
+        )
         self._in_force: Sequence[OperationalPass] | None = None
         compiled = uses_compile(train, processes.device)
         if train.activation_checkpointing:

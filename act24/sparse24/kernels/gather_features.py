@@ -59,9 +59,9 @@ def gather_features(packed: Packed24, index: Tensor, real: Tensor | None, rows: 
         packed: `[T, F]`, packed along the features.
         index: int64 `[n]`, the features to take.
         real: boolean `[T]`, False for tokens to set to zero; None for none.
-        rows: 16-bit `[n, T]`, unwritten.
+        rows: 16-bit `[n, tokens]`, unwritten, of the first rows of the matrix.
     """
-    tokens, features = packed.shape
+    features, tokens = packed.shape[1], rows.shape[1]
     words = packed.values.view(torch.int32)
     _gather_features[(triton.cdiv(len(index), FEATURES), triton.cdiv(tokens, TOKENS))](
         words,

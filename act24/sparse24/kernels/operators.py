@@ -297,28 +297,28 @@ activation_gradient = operator(
 )
 
 
-def _gather_features_reference(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
-    matrix = unpack(Packed24(packed))[:, index]
-    matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+def _gather_features_reference(packed: Tensor, index: Tensor, real: Tensor | None, tokens: int) -> Tensor:
+    matrix = unpack(Packed24(packed))[:tokens, index]
+    matrix = matrix if real is None else torch.where(real[:tokens, None], matrix, 0)
     return matrix.T.contiguous()
 
 
-def _gather_features_kernel(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+def _gather_features_kernel(packed: Tensor, index: Tensor, real: Tensor | None, tokens: int) -> Tensor:
     from act24.sparse24.kernels.gather_features import gather_features
 
-    rows = _gather_features_fake(packed, index, real)
+    rows = _gather_features_fake(packed, index, real, tokens)
     gather_features(Packed24(packed), index, real, rows)
     return rows
 
 
-def _gather_features_fake(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
-    return packed.new_empty(index.shape[0], packed.shape[0])
+def _gather_features_fake(packed: Tensor, index: Tensor, real: Tensor | None, tokens: int) -> Tensor:
+    return packed.new_empty(index.shape[0], tokens)
 
 
-#: The features `index` `[n]` of a matrix `[T, F]` packed along the features, each as a row `[n, T]` along the
-#: tokens, tokens that are not `real` as zeros.
+#: The features `index` `[n]` of the first `tokens` rows of a matrix `[T, F]` packed along the features, each as a
+#: row `[n, tokens]`, tokens that are not `real` `[T]` as zeros.
 gather_features = operator(
-    "gather_features(Tensor packed, Tensor index, Tensor? real) -> Tensor",
+    "gather_features(Tensor packed, Tensor index, Tensor? real, int tokens) -> Tensor",
     _gather_features_reference,
     _gather_features_kernel,
     _gather_features_fake,

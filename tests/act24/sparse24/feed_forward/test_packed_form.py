@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from act24.sparse24.feed_forward import forms
+from act24.sparse24.feed_forward import forms, packed
 from act24.sparse24.feed_forward.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
 from act24.sparse24.feed_forward.operation import Options24, activation24, dense_statistics
 from act24.sparse24.feed_forward.statistics import STATISTICS
@@ -94,9 +94,12 @@ def test_an_activation_alone_saves_itself_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("order", ["batch", "sequence"])
-@pytest.mark.parametrize("training", [True, False])
-def test_statistics_along_the_tokens_are_an_estimate_of_the_reference(training: bool, order: str) -> None:
+@pytest.mark.parametrize(("training", "sampled"), [(True, 2048), (False, 2048), (True, TOKENS // 2)])
+def test_statistics_along_the_tokens_are_an_estimate_of_the_reference(
+    training: bool, sampled: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From 64 of 4096 features; features that few neighbouring tokens have drop less in the order."""
+    monkeypatch.setattr(packed, "_SAMPLED_TOKENS", sampled)
     tensors = network(features=4096)
     bursts = torch.randn(2, TOKENS // 8, 1, WIDTH).expand(-1, -1, 4, -1).flatten(1, 2)
     tensors = (bursts.bfloat16().requires_grad_(), *tensors[1:])
@@ -231,7 +234,7 @@ def test_operators_keep_their_contracts() -> None:
         (torch.ops.act24.pack_gradient, (grad, packed, slope, real, torch.tensor([3, 9]), "relu2")),
         (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2")),
         (torch.ops.act24.activation_gradient, (grad, hidden.relu(), "relu2")),
-        (torch.ops.act24.gather_features, (packed, torch.tensor([3, 9]), real)),
+        (torch.ops.act24.gather_features, (packed, torch.tensor([3, 9]), real, 64)),
         (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
         (torch.ops.act24.quantise_rows, (grad,)),
         (torch.ops.act24.quantise_packed, (packed,)),

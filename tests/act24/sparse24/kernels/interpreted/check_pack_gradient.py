@@ -79,8 +79,9 @@ def test_unpack_gradient_equals_the_reference(function: str, method: str) -> Non
 def test_gather_features_equals_the_reference(number: int) -> None:
     value, _ = saved(192, 128, "relu2", "naive")
     index, real = torch.randperm(128)[:number], torch.rand(192) < 0.8
-    for arguments in ((index, None), (index, real)):
-        expected = REFERENCES["gather_features"](value, *arguments)
+    for arguments, tokens in (((index, None), 192), ((index, real), 192), ((index, real), 100)):
+        expected = REFERENCES["gather_features"](value, *arguments, tokens)
+        assert torch.equal(expected, REFERENCES["gather_features"](value, *arguments, 192)[:, :tokens])
         rows = torch.full_like(expected, 7)
         gather_features(Packed24(value), *arguments, rows)
         assert torch.equal(rows, expected)
