@@ -1,20 +1,19 @@
-"""`python -m act24.tools.bench.check_graphs [WORD]`, by hand on a GPU: steps replayed from CUDA graphs beside steps
-launched operator by operator, bit for bit.
+"""`python -m act24.tools.bench.check_graphs [WORD…]`, by hand on a GPU: steps replayed from CUDA graphs beside
+steps launched operator by operator, bit for bit.
 
-For every method a small model makes four updates of two micro-batches each, twice from the same start: captured
-(the first update warms up) and not, with other rows, another learning rate and other seeds for every update. What
-has to be equal are the losses, the gradients after the last micro-batch of every update, all parameters and
-buffers, and the held-out loss in between, which is captured too. Half way the passes change once: graphs of what
-was in force before have to be gone.
+For every method a small model makes four updates of two micro-batches each, twice from the same start:
+captured (the first update warms up) and not, with other rows, another learning rate and other seeds for every
+update. What has to be equal are the losses, the gradients of every update, all parameters and buffers at the
+end, and held-out losses in between, which are captured too. One case changes its passes half way; one makes a
+capture fail.
 
-Prints a line a case, and leaves with status 1 if one fails. Only cases with WORD in their name, if given.
+Prints a line a case, and leaves with status 1 if one fails. Only cases with a WORD in their name, if given.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,11 +26,12 @@ from act24.recipes.schema import Recipe
 from act24.tools.bench.rows import needed_gpu
 from act24.tools.bench.step import without_start
 from act24.tools.data import Batch
+from act24.tools.run.graphs import GraphedCalls, capture_stream
 from act24.tools.run.optimizers import build_optimizer
 from act24.tools.run.processes import Processes
 from act24.tools.run.step import TrainingStep
 
-#: 64 rows of 256 in each of two micro-batches, as 2:4 products want; two layers; exact steps of LORO among them.
+#: 64 rows of 256 in each of two micro-batches, as 2:4 products want, and two layers.
 _SMALL = (
     "model.num_hidden_layers=2",
     "train.batch_size=64",
@@ -162,6 +162,20 @@ def check(name: str, device: torch.device) -> str:
     return f"ok     {len(plain)} tensors equal, {graphs} graphs"
 
 
+def check_failure(device: torch.device) -> str:
+    """A call that waits for the device cannot be captured: it runs as it is, and so does what follows."""
+    calls, x = GraphedCalls(device), torch.ones(8, device=device)
+
+    def waits() -> tuple[Tensor]:
+        return (x * x.sum().item(),)
+
+    with calls.on_stream():
+        results = [calls("a", waits)[0].sum().item() for _ in range(4)]
+        torch.randn(8, device=device)
+    right = calls.problem and results == [64.0] * 4
+    return f"{'ok    ' if right else 'FAILED'} {results}, said: {calls.problem}"
+
+
 def _stock(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
@@ -170,17 +184,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _cases(word: str) -> Iterator[str]:
-    return (name for name in CASES if word in name)
-
-
 def main(*words: str) -> int:
     """Run the cases with one of these words in their names; the number of those that failed."""
     device, failed = needed_gpu(), 0
-    names = [name for word in (words or ("",)) for name in _cases(word)]
+    names = [name for word in (words or ("",)) for name in CASES if word in name]
     for name in dict.fromkeys(names):
+        gc.collect()
         try:
-            message = check(name, device)
+            with torch.cuda.stream(capture_stream(device)):  # see act24.tools.run.graphs
+                message = check(name, device)
         except Exception as exception:
             message = f"FAILED {type(exception).__name__}: {str(exception)[:300]}"
         failed += message.startswith("FAILED")
@@ -188,6 +200,10 @@ def main(*words: str) -> int:
         gc.collect()
         torch._dynamo.reset()
         torch.cuda.empty_cache()
+    if not words:
+        message = check_failure(device)
+        failed += message.startswith("FAILED")
+        print(f"a capture that fails: {message}")
     return failed
 
 

@@ -1,12 +1,12 @@
 """`act24 bench train`: the training loop as a user runs it, recipes side by side in one run.
 
-What is timed is `TrainingRun`, the loop of `act24 train`: batches from token shards, accumulation to the recipe's
-own total batch, statistics, logging to TensorBoard, each window ended by a read from the device. Left out are what
-a run does seldom: evaluation, checkpoints, and the start values of the weights, which are drawn at random. Passes
-are in force from the first step.
+What is timed is `TrainingRun`, the loop of `act24 train`: batches from token shards, accumulation to the
+recipe's own total batch, statistics, logging to TensorBoard, each window ended by a read from the device. Left
+out are what a run does seldom: evaluation, checkpoints, and the start values of the weights, which are drawn
+at random. Passes are in force from the first step.
 
-Sides are built, warmed up for a window, timed and freed in turn, as often as there are turns; a rate is the median
-over the turns. The text is Python's standard library, tokenised once for all sides.
+Sides are built, warmed up for a window, timed and freed in turn, as often as there are turns; a rate is the
+median over the turns. The text is Python's standard library, tokenised once for all sides.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def bench_train(
         recipes: by name. Each keeps its rows a step, rounded to whole micro-batches.
         rows: rows a micro-batch.
         steps: timed steps a turn.
-        transformers: one more side, the LLaMA of `transformers` of the first recipe's size (`transformers_loop`).
+        transformers: one more side, the LLaMA of `transformers` of the first recipe's size.
         say: is told each timing.
 
     Returns:
@@ -138,6 +138,7 @@ def prepared(recipe: Recipe, rows: int, steps: int, shards: Path) -> Recipe:
     total = max(1, round(recipe.train.total_batch_size / rows)) * rows
     return recipe.model_copy(
         update={
+            "tokenizer": Tokenizer(),  # that of the shards
             "data": recipe.data.model_copy(update={"source": "shards", "shards": str(shards)}),
             "train": recipe.train.model_copy(
                 update={

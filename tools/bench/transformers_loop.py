@@ -1,5 +1,5 @@
-"""A plain training loop around the LLaMA of `transformers`, compiled, as the other side of `act24 bench train`:
-its own loss, PyTorch's fused AdamW, gradients clipped, the loss read once a logging window."""
+"""A plain training loop around the LLaMA of `transformers`, compiled, as the other side of `act24 bench
+train`: its own loss, PyTorch's fused AdamW, gradients clipped, the loss read once a logging window."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def time_transformers(recipe: Recipe, steps: int, processes: Processes) -> LoopT
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     with device:
         model = LlamaForCausalLM(LlamaConfig(**{size: getattr(config, size) for size in sizes}))
-    model.to(parameter_dtype(recipe)).train()
+    model.to(dtype=parameter_dtype(recipe)).train()  # type: ignore[call-arg]
     compiled = torch.compile(model, dynamic=False)
     options = recipe.optimizer
     parameters = list(model.parameters())

@@ -1,20 +1,22 @@
 """CUDA graphs: forward, loss and backward of a micro-batch launched at once, not operator by operator.
 
-At 64 rows of 256 tokens a 130m model's micro-batch is a thousand kernels of 25 µs each. Python, autograd and the
-launches take longer than the kernels do, and the GPU waits. A captured micro-batch is one launch.
+At 64 rows of 256 tokens a 130m model's micro-batch is a thousand kernels of 25 µs each. Python, autograd and
+the launches take longer than the kernels do, and the GPU waits. A captured micro-batch is one launch.
 
 What is captured is a function of tensors at fixed addresses: inputs are copied into place (`FixedInputs`), and
-gradients add up in a `.grad` that stays. The first calls of a kind run as they are, for real: they compile, load
-kernels and make the gradients that capture may not make. Then the same function is captured, which computes
-nothing, and from there on replayed: the same kernels on the same addresses, so the results are the same bits.
+gradients add up in a `.grad` that stays. The first calls of a kind run as they are, for real: they compile,
+load kernels and make the gradients that capture may not make. Then the same function is captured, which
+computes nothing, and from there on replayed: the same kernels on the same addresses, so the results are the
+same bits (`act24.tools.bench.check_graphs`).
 
-Everything that makes or uses a gradient runs on one stream (`GraphedCalls.on_stream`): autograd remembers on which
+Everything that makes or uses a gradient runs on one stream (`capture_stream`): autograd remembers on which
 stream a parameter first got one, and a capture that has to wait for another stream fails.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -91,7 +93,7 @@ class GraphedCalls:
         """
         self.problem = ""
         self._must = must
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = capture_stream(device) if device.type == "cuda" else None
         self._capture = capture or capture_on
         self._warm: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[Any, Tensors]] = {}
@@ -150,15 +152,30 @@ class GraphedCalls:
         return next((graph.pool() for graph, _ in self._graphs.values()), None)
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device on which micro-batches run that are to be captured."""
+    return torch.cuda.Stream(device)
+
+
 def capture_on(function: Callable[[], Tensors], stream: Any, pool: Any) -> tuple[Any, Tensors]:
-    """Capture a function on a stream: the graph, and the tensors in which a replay leaves its results."""
+    """Capture a function on a stream: the graph, and the tensors in which a replay leaves its results.
+
+    Raises:
+        RuntimeError: it does something that cannot be captured. What follows runs as if nothing had been tried.
+    """
     graph = torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[stream.device_index]
+    state = generator.clone_state()
     collects = gc.isenabled()
     gc.disable()  # another graph that is collected now would end the capture
     try:
         # thread_local: the threads of NCCL and of pinned memory may ask the device what they like.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = function()
+    except RuntimeError:
+        generator.graphsafe_set_state(state)  # PyTorch's would believe for ever that a capture goes on
+        raise
     finally:
         if collects:
             gc.enable()

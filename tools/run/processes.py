@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.distributed.tensor import DTensor
 
 
@@ -42,7 +43,7 @@ class Processes:
         if self.world_size == 1:
             return
         if self.device.type == "cuda":
-            with dist._coalescing_manager(device=self.device):
+            with _coalescing_manager(device=self.device):
                 for tensor in tensors:
                     dist.all_reduce(tensor)
             return

@@ -61,7 +61,7 @@ class StepResult:
 
 class TrainingStep:
     """A model made ready to train on the processes at hand: compiled by region, checkpointed, replicated or
-    sharded, and captured where that can be. Calling it makes one optimizer step and never waits for the device.
+    sharded, captured where that can be. Calling it makes one optimizer step and never waits for the device.
 
     Attributes:
         summed_loss: the model with its loss.
@@ -166,8 +166,8 @@ class TrainingStep:
         return f"no CUDA graphs, steps are launched operator by operator: {self.not_captured}"
 
     def evaluation_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss of held-out rows and the number of their tokens, as `SummedLoss`, without gradients.
-        Captured as training is. Replicas do not talk."""
+        """The summed loss of held-out rows and the number of their tokens, as `SummedLoss` gives them, without
+        gradients. Captured as training is. Replicas do not talk."""
         ids, labels = self._rows(batch)
 
         def forward() -> tuple[Tensor, Tensor]:
