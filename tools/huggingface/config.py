@@ -1,13 +1,15 @@
-"""config.json of the models that the stock LLaMA, or the stock LLaMA with relu², computes: in and out.
+"""config.json of the models that the stock LLaMA computes, as it is or rewritten by passes: in and out.
 
-`transformers` knows the relu² network as Arcee: LLaMA's block with down(relu²(up(x))). Nothing is guessed.
-What is not computed here is refused by name, and everything that a reader has its own default for is written.
+`transformers` knows the relu² network as Arcee: LLaMA's block with down(relu²(up(x))). The type "act24" is a
+LLaMA and the passes that rewrite it (`act24.tools.huggingface.model_type`). Nothing is guessed. What is not
+computed here is refused by name, and everything that a reader has its own default for is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,28 @@ import torch
 
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig
+from act24.passes import Pass, Relu2FFN
+from act24.recipes.load import pass_table, passes_of_tables
 from act24.rotary import RotaryScaling
 
 CONFIG = "config.json"
-LLAMA, ARCEE = "llama", "arcee"
+LLAMA, ARCEE, ACT24 = "llama", "arcee", "act24"
 
-#: By model type: the class in `transformers`, and the activation that it stands for.
-_ARCHITECTURES = {LLAMA: ("LlamaForCausalLM", "silu"), ARCEE: ("ArceeForCausalLM", "relu2")}
+#: By model type: the class in `transformers` (of ours for "act24"), and the activation that it stands for.
+_ARCHITECTURES = {
+    LLAMA: ("LlamaForCausalLM", "silu"),
+    ARCEE: ("ArceeForCausalLM", "relu2"),
+    ACT24: ("Act24ForCausalLM", "silu"),
+}
+
+#: Beside config.json, for type "act24": what `trust_remote_code=True` runs where act24 was not imported.
+MODULE = "modeling_act24.py"
+MODULE_TEXT = '''"""Runs with act24 (pip install act24), which applies the model's passes to a LLaMA."""
+
+from act24.tools.huggingface.model_type import Act24Config, Act24ForCausalLM
+
+__all__ = ["Act24Config", "Act24ForCausalLM"]
+'''
 
 #: Fields of `transformers`' configs that the stock model lacks, with the one value it stands for.
 _ONLY = {
@@ -32,21 +49,25 @@ _ONLY = {
 }
 
 #: What a config.json leaves out means this, where that is not the default of LlamaConfig.
-_DEFAULTS_OF = {LLAMA: {}, ARCEE: {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}}
+_DEFAULTS_OF = {LLAMA: {}, ARCEE: {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}, ACT24: {}}
 
 
-def read_config(folder: Path) -> tuple[LlamaConfig, str]:
-    """The configuration in `folder`, and its model type, `"llama"` or `"arcee"`.
+def read_config(folder: Path) -> tuple[LlamaConfig, tuple[Pass, ...]]:
+    """The configuration of the stock LLaMA in `folder`, and the passes that rewrite it.
 
     Raises:
         Act24Error: no such file, or something in it that would change the numbers.
     """
     path = folder / CONFIG
-    raw = read_json(path)
+    return config_of(read_json(path), str(path))
+
+
+def config_of(raw: dict[str, Any], path: str) -> tuple[LlamaConfig, tuple[Pass, ...]]:
+    """`read_config` of the content of a config.json; `path` is what errors call it."""
     kind = raw.get("model_type")
     if kind not in _ARCHITECTURES:
         raise Act24Error(
-            f"{path}: model_type is {kind!r}; {' and '.join(map(repr, _ARCHITECTURES))} are what the stock "
+            f"{path}: model_type is {kind!r}; {', '.join(map(repr, _ARCHITECTURES))} are what the stock "
             "model computes"
         )
     raw = {**_DEFAULTS_OF[kind], **raw}
@@ -76,9 +97,20 @@ def read_config(folder: Path) -> tuple[LlamaConfig, str]:
         values["pad_token_id"] = None
     try:
         values["rope_scaling"] = _scaling(rope, values)
-        return LlamaConfig(**values), kind
+        return LlamaConfig(**values), _passes(kind, raw)
     except Act24Error as error:
         raise Act24Error(f"{path}: {error}") from error
+
+
+def _passes(kind: str, raw: dict[str, Any]) -> tuple[Pass, ...]:
+    if kind == ARCEE:
+        return (Relu2FFN(width="keep"),)
+    if kind == LLAMA:
+        return ()
+    tables = raw.get("act24_passes")
+    if not isinstance(tables, list):
+        raise Act24Error('a model of type "act24" has act24_passes, a list of tables')
+    return passes_of_tables(tables, "act24_passes")
 
 
 def _scaling(rope: dict[str, Any], values: dict[str, Any]) -> RotaryScaling | None:
@@ -108,12 +140,17 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and value > 1000 else value
 
 
-def config_json(config: LlamaConfig, kind: str, dtype: torch.dtype) -> dict[str, Any]:
+def config_json(
+    config: LlamaConfig, kind: str, dtype: torch.dtype, passes: Sequence[Pass] = (), pattern: str = ""
+) -> dict[str, Any]:
     """The config.json of a model, in the spelling that transformers 4 and 5, vLLM and SGLang all read.
 
     Args:
-        kind: `"llama"` or `"arcee"`.
+        config: of the stock LLaMA; for `"arcee"` with the width of the relu² network.
+        kind: `"llama"`, `"arcee"` or `"act24"`.
         dtype: of the weights.
+        passes: of `"act24"`, as they act in evaluation.
+        pattern: what zeros the weights have, `"2:4"`; written as `act24_weight_pattern` if there is any.
     """
     architecture, activation = _ARCHITECTURES[kind]
     fields = dataclasses.asdict(config)
@@ -121,7 +158,7 @@ def config_json(config: LlamaConfig, kind: str, dtype: torch.dtype) -> dict[str,
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling:
         rope = {name: value for name, value in scaling.items() if value is not None}
-    return {
+    content = {
         "architectures": [architecture],
         "model_type": kind,
         "hidden_act": activation,
@@ -132,6 +169,16 @@ def config_json(config: LlamaConfig, kind: str, dtype: torch.dtype) -> dict[str,
         **({"rope_scaling": rope} if scaling else {}),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if pattern:
+        content["act24_weight_pattern"] = pattern
+    if kind == ACT24:
+        module = MODULE.removesuffix(".py")
+        content["act24_passes"] = [pass_table(p) for p in passes]
+        content["auto_map"] = {
+            "AutoConfig": f"{module}.Act24Config",
+            "AutoModelForCausalLM": f"{module}.{architecture}",
+        }
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""LLaMA and relu² (Arcee) checkpoints in Hugging Face's layout: config.json beside model.safetensors, or
-beside shards and their index, in and out.
+"""Checkpoints in Hugging Face's layout, config.json beside model.safetensors or beside shards and their
+index, in and out: of LLaMA, of Arcee (relu² networks), and of our own type "act24".
 
 Every parameter that is missing, left over or of another shape is refused by name.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +20,18 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
-from act24.passes import Relu2FFN, apply_
-from act24.tools.huggingface.config import ARCEE, CONFIG, LLAMA, config_json, read_config, read_json
+from act24.passes import Pass, Pipeline, Relu2FFN
+from act24.tools.huggingface.config import (
+    ACT24,
+    ARCEE,
+    CONFIG,
+    LLAMA,
+    MODULE,
+    MODULE_TEXT,
+    config_json,
+    read_config,
+    read_json,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,18 +40,28 @@ INDEX = "model.safetensors.index.json"
 SHARD = 5 * 10**9
 
 
-def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
-    """The LLaMA or Arcee model stored in `folder`, in the dtype it is stored in, on the CPU.
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder has a config.json, as Hugging Face's do and ours, runs and checkpoints, do not."""
+    return (folder / CONFIG).is_file()
 
-    Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists. An Arcee
-    model is the stock LLaMA, its networks rewritten by the pass `relu2_ffn`.
+
+def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
+    """The model stored in `folder`: see `open_pretrained`."""
+    return open_pretrained(folder)[0]
+
+
+def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
+    """The LLaMA, Arcee or act24 model stored in `folder`, in the dtype it is stored in, on the CPU, and the
+    pipeline that rewrote the stock LLaMA into it.
+
+    Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists.
 
     Raises:
         Act24Error: names the file and the field or parameter that is missing, unknown or unsupported.
     """
     folder = Path(folder)
-    config, kind = read_config(folder)
-    model = _unset(config, kind)
+    config, passes = read_config(folder)
+    model, pipeline = _unset(config, passes)
     state = _read_state(folder)
     # Old checkpoints store this buffer; it follows from rope_theta.
     state = {name: value for name, value in state.items() if not name.endswith(".rotary_emb.inv_freq")}
@@ -53,7 +73,11 @@ def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
             )
     _check_state(state, model, str(folder))
     model.load_state_dict(state, assign=True)
-    return model
+    for module in model.modules():  # what no file holds: the padding of the next forward, and the like
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return model, pipeline
 
 
 def save_pretrained(
@@ -66,7 +90,8 @@ def save_pretrained(
         Act24Error: the parameters are no longer those of a stock LLaMA, or writing fails.
     """
     state = model.state_dict()
-    _check_state(state, _unset(model.config, LLAMA), "this model is no stock LLaMA, whose form was asked for")
+    stock, _ = _unset(model.config, ())
+    _check_state(state, stock, "this model is no stock LLaMA, whose form was asked for")
     write_pretrained(folder, model.config, LLAMA, state, metadata)
 
 
@@ -76,13 +101,15 @@ def write_pretrained(
     kind: str,
     state: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
+    passes: Sequence[Pass] = (),
+    pattern: str = "",
     shard: int = SHARD,
 ) -> None:
     """Write the weights `state` of a model and its config.json. Each file appears under its name only when it
     is whole, with the rights that the process gives new files, and config.json last.
 
     Args:
-        kind: `"llama"` or `"arcee"`.
+        kind, passes, pattern: as for `act24.tools.huggingface.config.config_json`.
         shard: bytes of a file.
 
     Raises:
@@ -90,15 +117,17 @@ def write_pretrained(
     """
     folder = Path(folder)
     state = {name: value.detach().contiguous() for name, value in state.items()}
-    _check_state(state, _unset(config, kind), f"this is no {kind} model")
+    model, _ = _unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
+    _check_state(state, model, f"this is no {kind} model")
     dtype = state["model.embed_tokens.weight"].dtype
+    content = config_json(config, kind, dtype, passes, pattern)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, state, metadata, shard)
+        if kind == ACT24:
+            (folder / MODULE).write_text(MODULE_TEXT, encoding="utf-8")
         with _whole(folder / CONFIG) as partial:
-            partial.write_text(
-                json.dumps(config_json(config, kind, dtype), indent=2) + "\n", encoding="utf-8"
-            )
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise Act24Error(f"cannot write the checkpoint {folder}: {error}") from error
 
@@ -125,13 +154,13 @@ def write_weights(
             partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _unset(config: LlamaConfig, kind: str) -> LlamaForCausalLM:
+def _unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM, Pipeline]:
     """The model of a configuration, on the meta device."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    if kind == ARCEE:
-        apply_(model, [Relu2FFN(width="keep")])
-    return model
+    pipeline = Pipeline(model, passes, keep_all=True)
+    pipeline.commit_()
+    return model, pipeline
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
