@@ -34,8 +34,11 @@ Tensors = tuple[Tensor, ...]
 WARM_UP = 2
 
 
-def why_not_captured(train: Train, device: torch.device, world_size: int) -> str:
+def why_not_captured(train: Train, device: torch.device, world_size: int, has_pipeline: bool = True) -> str:
     """What prevents capture, as far as a recipe and a machine tell; empty if nothing does.
+
+    Args:
+        has_pipeline: something says which operations are in force, so that no graph outlives them.
 
     Raises:
         Act24Error: `train.cuda_graphs = "on"`, and something does.
@@ -49,6 +52,8 @@ def why_not_captured(train: Train, device: torch.device, world_size: int) -> str
         reason = (
             'train.parallel = "fsdp" gathers parameters between the blocks, which is launched call by call'
         )
+    elif not has_pipeline:
+        reason = "nobody says which operations are in force (TrainingStep was given no pipeline)"
     if reason and train.cuda_graphs == "on":
         raise Act24Error(f'train.cuda_graphs = "on" cannot be: {reason}. Set "auto" or "off"')
     return reason
@@ -162,7 +167,7 @@ def capture_on(function: Callable[[], Tensors], stream: Any, pool: Any) -> tuple
     """Capture a function on a stream: the graph, and the tensors in which a replay leaves its results.
 
     Raises:
-        RuntimeError: it does something that cannot be captured. What follows runs as if nothing had been tried.
+        RuntimeError: it does something that cannot be captured. What follows runs as if nothing had been.
     """
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[stream.device_index]

@@ -85,7 +85,9 @@ class TrainingStep:
         self._accumulated = accumulation(train, processes.world_size)
         self._clip = train.grad_clip
         self._autocast = train.dtype == "bfloat16_autocast"
-        self.not_captured = why_not_captured(train, processes.device, processes.world_size)
+        self.not_captured = why_not_captured(
+            train, processes.device, processes.world_size, pipeline is not None
+        )
         self._inputs = FixedInputs(processes.device)
         self._graphs = (
             None if self.not_captured else GraphedCalls(processes.device, train.cuda_graphs == "on")
@@ -161,12 +163,12 @@ class TrainingStep:
     @property
     def capture_text(self) -> str:
         """A line that says why nothing is captured; empty where it is, and where there is no GPU."""
-        if not self.not_captured or self._processes.device.type != "cuda":
+        if not self.not_captured or (self._graphs is None and self._processes.device.type != "cuda"):
             return ""
         return f"no CUDA graphs, steps are launched operator by operator: {self.not_captured}"
 
     def evaluation_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss of held-out rows and the number of their tokens, as `SummedLoss` gives them, without
+        """The summed loss of held-out rows and the number of their tokens, as `SummedLoss` has them, without
         gradients. Captured as training is. Replicas do not talk."""
         ids, labels = self._rows(batch)
 
