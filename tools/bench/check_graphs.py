@@ -1,5 +1,5 @@
-"""`python -m act24.tools.bench.check_graphs [WORD…]`, by hand on a GPU: steps replayed from CUDA graphs beside
-steps launched operator by operator, bit for bit.
+"""`python -m act24.tools.bench.check_graphs [WORD…]`, by hand on a GPU: steps replayed from CUDA graphs
+beside steps launched operator by operator, bit for bit.
 
 For every method a small model makes four updates of two micro-batches each, twice from the same start:
 captured (the first update warms up) and not, with other rows, another learning rate and other seeds for every

@@ -1,9 +1,9 @@
 """`act24 bench train`: the training loop as a user runs it, recipes side by side in one run.
 
 What is timed is `TrainingRun`, the loop of `act24 train`: batches from token shards, accumulation to the
-recipe's own total batch, statistics, logging to TensorBoard, each window ended by a read from the device. Left
-out are what a run does seldom: evaluation, checkpoints, and the start values of the weights, which are drawn
-at random. Passes are in force from the first step.
+recipe's own total batch, statistics, logging to TensorBoard, each window ended by a read from the device.
+Left out are what a run does seldom: evaluation, checkpoints, and the start values of the weights, which are
+drawn at random. Passes are in force from the first step.
 
 Sides are built, warmed up for a window, timed and freed in turn, as often as there are turns; a rate is the
 median over the turns. The text is Python's standard library, tokenised once for all sides.
@@ -28,7 +28,7 @@ from act24.passes import OperationalPass
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.tools.bench.step import without_start
 from act24.tools.data import open_tokenizer, prepare_shards
-from act24.tools.run.build import model_config
+from act24.tools.run.build import SPARSE_PASSES, model_config
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import run_progress
 from act24.tools.run.step import accumulation
@@ -130,6 +130,17 @@ def bench_train(
         "steps": steps,
         "turns": turns,
     }
+
+
+def with_dense_sides(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Each recipe behind the same one without its 2:4 passes, to which ratios then are where it is alone."""
+    sides = {}
+    for name, recipe in recipes.items():
+        dense = tuple(p for p in recipe.passes if p.name not in SPARSE_PASSES)
+        if dense != recipe.passes:
+            sides[f"{name} without 2:4"] = recipe.model_copy(update={"passes": dense})
+        sides[name] = recipe
+    return sides
 
 
 def prepared(recipe: Recipe, rows: int, steps: int, shards: Path) -> Recipe:

@@ -301,6 +301,9 @@ def bench_train(
     rows: Annotated[str, typer.Option(help="Rows a micro-batch, several separated by commas.")] = "64",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn, after a window to warm up.")] = 20,
     turns: Annotated[int, typer.Option(min=1, help="How often each side is built and timed.")] = 2,
+    without: Annotated[
+        bool, typer.Option("--without-24", help="Each recipe also without its 2:4 passes.")
+    ] = False,
     transformers: Annotated[
         bool,
         typer.Option("--transformers", help="Also transformers' LLaMA of the first recipe's size, compiled."),
@@ -310,6 +313,7 @@ def bench_train(
     """The training loop as `act24 train` runs it, recipes side by side: tokens/s, memory, time to begin."""
     from act24.recipes.load import load_recipe
     from act24.tools.bench.train import bench_train as run_bench
+    from act24.tools.bench.train import with_dense_sides
     from act24.tools.commands.show import show_train_bench
 
     try:
@@ -323,6 +327,8 @@ def bench_train(
         print(line, file=sys.stderr, flush=True)
 
     loaded = {name: load_recipe(name, set_ or ()) for name in recipes}
+    if without:
+        loaded = with_dense_sides(loaded)
     show_train_bench(run_bench(loaded, numbers, steps, turns, transformers, say), as_json)
 
 

@@ -3,11 +3,11 @@
 At 64 rows of 256 tokens a 130m model's micro-batch is a thousand kernels of 25 µs each. Python, autograd and
 the launches take longer than the kernels do, and the GPU waits. A captured micro-batch is one launch.
 
-What is captured is a function of tensors at fixed addresses: inputs are copied into place (`FixedInputs`), and
-gradients add up in a `.grad` that stays. The first calls of a kind run as they are, for real: they compile,
-load kernels and make the gradients that capture may not make. Then the same function is captured, which
-computes nothing, and from there on replayed: the same kernels on the same addresses, so the results are the
-same bits (`act24.tools.bench.check_graphs`).
+What is captured is a function of tensors at fixed addresses: inputs are copied into place (`FixedInputs`),
+and gradients add up in a `.grad` that stays. The first calls of a kind run as they are, for real: they
+compile, load kernels and make the gradients that capture may not make. Then the same function is captured,
+which computes nothing, and from there on replayed: the same kernels on the same addresses, so the results
+are the same bits (`act24.tools.bench.check_graphs`).
 
 Everything that makes or uses a gradient runs on one stream (`capture_stream`): autograd remembers on which
 stream a parameter first got one, and a capture that has to wait for another stream fails.

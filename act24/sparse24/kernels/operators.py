@@ -315,8 +315,8 @@ def _gather_features_fake(packed: Tensor, index: Tensor, real: Tensor | None, to
     return packed.new_empty(index.shape[0], tokens)
 
 
-#: The features `index` `[n]` of the first `tokens` rows of a matrix `[T, F]` packed along the features, each as
-#: a row `[n, tokens]`, tokens that are not `real` `[T]` as zeros.
+#: The features `index` `[n]` of the first `tokens` rows of a matrix `[T, F]` packed along the features, each
+#: as a row `[n, tokens]`, tokens that are not `real` `[T]` as zeros.
 gather_features = operator(
     "gather_features(Tensor packed, Tensor index, Tensor? real, int tokens) -> Tensor",
     _gather_features_reference,

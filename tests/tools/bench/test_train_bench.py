@@ -43,6 +43,17 @@ def cpu():
     return Processes(0, 1, torch.device("cpu"))
 
 
+def test_the_same_without_24_stands_before_each(tiny):
+    recipes = {"sparse": tiny(), "dense": tiny("passes=[]")}
+    sides = bench.with_dense_sides(recipes)
+    assert list(sides) == ["sparse without 2:4", "sparse", "dense"]
+    assert [[p.name for p in side.passes] for side in sides.values()] == [
+        ["relu2_ffn"],
+        ["relu2_ffn", "activation24"],
+        [],
+    ]
+
+
 def test_without_a_gpu_it_says_so(tiny):
     with pytest.raises(Act24Error, match="there is none here"):
         bench.bench_train({"tiny": tiny()}, [4])

@@ -1,8 +1,8 @@
 """CUDA graphs for machines without a GPU: what was captured runs again, on the very tensors of the capture.
 
-Like a graph, a capture computes nothing, its results lie in tensors of its own, and it knows the gradients by
-their addresses: a `.grad` that is another tensor than at the capture is an error here, where a GPU would add to
-memory that nobody reads.
+Like a graph, a capture computes nothing, its results lie in tensors of its own, and it knows the gradients
+by their addresses: a `.grad` that is another tensor than at the capture is an error here, where a GPU would
+add to memory that nobody reads.
 """
 
 import inspect

@@ -1,4 +1,5 @@
-"""What a captured step does, with graphs that only remember (`fake_graphs`); on a GPU: `bench/check_graphs.py`."""
+"""What a captured step does, with graphs that only remember (`fake_graphs`). What a GPU does is checked by
+`act24.tools.bench.check_graphs`, by hand."""
 
 import pytest
 import torch
