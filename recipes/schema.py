@@ -228,6 +228,7 @@ class Log(Section):
 
     every: PositiveInt = 10  # optimizer steps
     activation_statistics: bool = True  # zeros after relu², and what 2:4 drops, by layer
+    activation_statistics_every: PositiveInt = 1  # optimizer steps; those in between count nothing
     weight_sparsity_every: NonNegativeInt = 1000  # optimizer steps; 0: never
     gradient_cosine_every: NonNegativeInt = 0  # optimizer steps; 2:4 against exact weight gradients; 0: never
 

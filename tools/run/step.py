@@ -136,7 +136,7 @@ class TrainingStep:
         shares = 1 if self._adds_up else self._processes.world_size
         scale = self._inputs.fill("scale", shares / tokens.clamp(min=1))
         total = torch.zeros((), device=self._processes.device)
-        self._follow_pipeline()
+        placed = self._follow_pipeline()
         note = None
         if self._pipeline is not None:
             first = batches[0]
@@ -147,6 +147,8 @@ class TrainingStep:
             self._begin_micro_batch(batch, step, index)
             with self._synchronised(last=index == len(batches) - 1):
                 total += self._forward_backward(batch, scale)
+            if placed and index == 0:
+                self._drop_unused_gradients()
         if self._adds_up:
             self._processes.sum_all_([p.grad for p in self._parameters if p.grad is not None])
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
@@ -195,15 +197,33 @@ class TrainingStep:
     def _on_stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._graphs is None else self._graphs.on_stream()
 
-    def _follow_pipeline(self) -> None:
-        """At a boundary of passes drop the graphs of what was in force, and gradients with them: whatever
-        trains now makes its own. Counting comes and goes without that."""
+    def _follow_pipeline(self) -> bool:
+        """At a boundary of passes drop the graphs of what was in force, and gradients with them; counting may
+        come and go without that. Whether it was one, and gradients of zeros wait to be added to.
+
+        They are not left to the first backward to make: it takes them out of the memory of its activations,
+        piece by piece, and all those blocks would stay reserved beside those of the graph (130m at 64 rows:
+        15.9 GiB in place of 8.9).
+        """
         in_force = without_counting(self._pipeline.active) if self._pipeline is not None else ()
-        if self._graphs is not None and in_force != self._in_force:
-            self._graphs.drop()
-            for parameter in self._parameters:
+        boundary, self._in_force = in_force != self._in_force, in_force
+        if self._graphs is None or not boundary:
+            return False
+        self._graphs.drop()
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self._processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        return True
+
+    def _drop_unused_gradients(self) -> None:
+        """What nothing has added to is of a parameter that nothing reads: it has no gradient, and is not
+        updated."""
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad._version == 0:
                 parameter.grad = None
-        self._in_force = in_force
 
     def _key(self, batch: Batch) -> tuple[Hashable, ...]:
         """What the kernels of a micro-batch depend on, and its values do not."""

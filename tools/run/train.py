@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
+from act24.passes import ActivationStatistics
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
@@ -200,7 +201,8 @@ class TrainingRun:
     def advance(self) -> None:
         """Make one optimizer step, with nothing read back from the device."""
         recipe = self._recipe
-        self._built.pipeline.lower_(self._step)
+        counts = _due(self._step + 1, recipe.log.activation_statistics_every)
+        self._built.pipeline.lower_(self._step, without=() if counts else (ActivationStatistics.name,))
         rate = learning_rate(recipe, self._step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
