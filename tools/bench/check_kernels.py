@@ -67,7 +67,6 @@ def _kernels(device: torch.device) -> Iterator[Check]:
         order = torch.randperm(tokens, device=device)
         index = torch.randperm(features, device=device)[: features // 20 + 1]
         seed = torch.tensor(2**40 + 17, device=device)
-        grad *= real[:, None]
         for function, method in itertools.product(("relu2", "relu"), ("naive", "soft_threshold", "mvue")):
             case = f"{tokens}×{features} {function} {method}"
             slope = method != "naive"

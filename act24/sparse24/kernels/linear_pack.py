@@ -16,6 +16,7 @@ from act24.sparse24.kernels.shared.keys import (
     as_float,
     by_position,
     complement_field,
+    signed_keys,
     sort4,
     upper,
 )
@@ -25,7 +26,6 @@ from act24.sparse24.kernels.shared.tiled_product import (
     GROUP,
     INNER,
     ROWS,
-    column_keys,
     field_places,
     interleave,
     kept_value,
@@ -55,7 +55,7 @@ def _linear_pack(
     down, across = which_tile(tokens // ROWS, features // COLUMNS, GROUP)
     row, column = down * ROWS, across * COLUMNS
     even, odd = word_product(x, weight, row, column, features, WIDTH, True, ROWS, COLUMNS, INNER)
-    key0, key1, key2, key3 = column_keys(even, odd)
+    key0, key1, key2, key3 = signed_keys(even, odd)
     largest, next_largest, _, _ = sort4(key0, key1, key2, key3)
     start = row.to(tl.int64) * features + column  # T·F may pass 2^31
     rows = tl.arange(0, ROWS)[:, None]

@@ -12,6 +12,7 @@ from torch import Tensor
 from act24.compiler import jit, tl
 from act24.sparse24.kernels.shared.keys import (
     as_float,
+    signed_keys,
     sort4,
     upper,
 )
@@ -21,7 +22,6 @@ from act24.sparse24.kernels.shared.tiled_product import (
     GROUP,
     INNER,
     ROWS,
-    column_keys,
     interleave,
     kept_value,
     tiles,
@@ -51,7 +51,7 @@ def _recompute_gradient(
     down, across = which_tile(tokens // ROWS, features // COLUMNS, GROUP)
     row, column = down * ROWS, across * COLUMNS
     even, odd = word_product(x, weight_in, row, column, features, WIDTH_IN, True, ROWS, COLUMNS, INNER)
-    key0, key1, key2, key3 = column_keys(even, odd)
+    key0, key1, key2, key3 = signed_keys(even, odd)
     _, next_largest, _, _ = sort4(key0, key1, key2, key3)
     even, odd = word_product(grad, weight_out, row, column, features, WIDTH_OUT, False, ROWS, COLUMNS, INNER)
     target = tl.arange(0, ROWS)[:, None] * features + tl.arange(0, COLUMNS)[None, :]
