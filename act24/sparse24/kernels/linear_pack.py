@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.relu2 import activation
 from act24.sparse24.format.fields import fields_of, kept_entries, to_bytes
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
@@ -83,7 +84,7 @@ def _linear_pack(
 def _reference(x: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     positive = torch.relu(x @ weight.T)
     mask = top2_of_4(positive)
-    value = torch.where(mask, positive * positive, 0)
+    value = torch.where(mask, activation(positive, "relu2"), 0)
     if not save:
         return value, x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
     fields = fields_of(mask)

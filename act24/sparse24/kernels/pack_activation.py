@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
+from act24.options import one_of
+from act24.relu2 import check_function
 from act24.sparse24.format.packed import Packed24, empty_packed, pack
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
@@ -35,6 +37,9 @@ from act24.sparse24.pattern.token_wise import Options24, Sparse24, sparsify_toke
 
 #: Features a program owns, and slabs of 64 tokens it walks down at most, loads two slabs ahead.
 STRIP, SLABS = 64, 8
+
+#: The methods that the kernel knows.
+METHODS = ("naive", "soft_threshold", "mvue")
 
 #: Sums that a program writes: groups with more than two non-zeros, non-zeros dropped, energy, energy dropped.
 SUMS = 4
@@ -372,6 +377,9 @@ def launch(
     """Launch the kernel for `pack_activation` and `count_activation`: fill `result`, `slope` and `counts`,
     those that are there, and return the sums, float32 `[4]`, or empty without statistics. `counts` begins as
     zeros, and has to be there for statistics."""
+    check_function(function)
+    if method not in METHODS:
+        one_of("pack_activation", "method", method, METHODS)
     tokens, features = hidden.shape
     grid = (features // STRIP, triton.cdiv(tokens // 64, SLABS))
     sums = hidden.new_empty((grid[0] * grid[1], SUMS) if statistics else 0, dtype=torch.float32)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
+from act24.relu2 import check_function
 from act24.sparse24.format.packed import Packed24, empty_packed, pack, unpack
 from act24.sparse24.kernels.shared.keys import (
     as_signed,
@@ -333,6 +334,7 @@ def pack_gradient(
         tokens, `[F, T]`: the two largest magnitudes of every four tokens, tokens that are not real as zeros;
         and both as they are in the chosen features, bfloat16 `[n, T]`.
     """
+    check_function(function)
     tokens, features = grad.shape
     outputs = _fake(grad, saved, slope, real, index, function)
     value, grad_packed, value_rows, grad_rows = map(Packed24, (saved, *outputs[:3]))
