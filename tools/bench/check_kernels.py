@@ -7,7 +7,9 @@ Prints what failed, and leaves with status 1 then.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +23,7 @@ from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import layout_error
 from act24.sparse24.format.multiply import relative_error
-from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.format.packed import Packed24, random_packed, unpack
 from act24.sparse24.format.products import Measured, feed_forward_products
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.token_wise import Options24
@@ -112,6 +114,20 @@ def _narrow_kernels(device: torch.device) -> Iterator[Check]:
         yield f"recompute_gradient {case}", _same("recompute_gradient", 0, arguments)
         arguments = (weight_in, transposable_mask(weight_in))
         yield f"pack_weight {case}", _same("pack_weight", 2, arguments)
+
+
+def _products(device: torch.device) -> Iterator[Check]:
+    """The library's product with dense rows put in, and the order of tokens, which is no kernel."""
+    generator = torch.Generator(device).manual_seed(0)
+    packed = random_packed(256, 512, torch.bfloat16, generator).buffer
+    dense, rows = (torch.randn(512, n, device=device).bfloat16() for n in (128, 40))
+    index = torch.randperm(256, device=device)[:40]
+    for transposed in (False, True):
+        arguments = (packed, dense, 0, transposed, rows.T.contiguous(), index)
+        found, expected = (form(*arguments) for form in _both("product24"))
+        yield f"product24 transposed {transposed}", functools.partial(relative_error, found, expected)
+    orders = [form(dense, [4, 64], "sequence") for form in _both("token_order")]
+    yield "token_order", lambda: float(not all(map(torch.equal, *orders)))
 
 
 def _both_ways(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -> Callable[[], float]:
@@ -254,6 +270,9 @@ def main(word: str = "") -> int:
     # The draw of mvue rounds as the reference does but for the order of a sum.
     checks += [(name, check, 1e-3 if "mvue" in name else 0.0) for name, check in _kernels(device)]
     checks += [(name, check, 0.0) for name, check in _narrow_kernels(device)]
+    checks += [(name, check, 1e-2) for name, check in _products(device)]
+    named = set(re.findall(r"\w+", " ".join(name for name, *_ in checks)))
+    checks.append(("every operator has a check", lambda: float(len({*OPERATORS} - named)), 0.0))
     checks += [(name, check, 1e-2) for name, check in _operation(device)]
     failed = 0
     checks = [check for check in checks if word in check[0]]

@@ -2,8 +2,8 @@
 
 Bytes: 2 read and 1.125 written an element (1 more where the slope is kept; 2 instead of 1.125 with the zeros
 filled in, for a dense product; none where all that is wanted are counts), and nothing else as wide as F. A
-program owns a strip of features and walks
-down some slabs of 64 tokens, so that the counts of a feature stay in registers until its end.
+program owns a strip of features and walks down some slabs of 64 tokens, so that the counts of a feature stay
+in registers until its end.
 """
 
 # pyright: reportInvalidTypeForm=false
