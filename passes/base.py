@@ -85,14 +85,6 @@ class Plan:
     absent: str = ""
 
 
-@dataclass(frozen=True)
-class PassResult:
-    """A region after a pass, and whether anything in it changed."""
-
-    region: Region
-    changed: bool
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """The options that every pass has; a pass adds its own fields, `plan` and `_rewrite`.
@@ -118,16 +110,22 @@ class Pass:
         """The places that the pass would rewrite. Touches nothing."""
         raise NotImplementedError
 
-    def apply(self, region: Region, plan: Plan) -> PassResult:
+    def apply(self, region: Region, plan: Plan) -> None:
         """Rewrite `region`, in place, as planned; without matches it stays as it is."""
         for match in plan.matches:
             self._rewrite(region, match)
         if plan.matches:
             region.graph.lint()
-        return PassResult(region, changed=bool(plan.matches))
 
     def _rewrite(self, region: Region, match: Match) -> None:
         raise NotImplementedError
+
+    def finish(self, region: Region) -> None:
+        """Simplify, in place, what is left of this pass's work at the end of every lowering.
+
+        It is called when all passes in force have rewritten the region, and may change how the graph
+        computes, but not what, nor the region's parameters and buffers.
+        """
 
     def selects(self, region: Region, path: str) -> bool:
         """Whether `targets` and `ignore` let the pass act at this path of the region."""

@@ -5,6 +5,9 @@
 `weight_in` `[R, in]` and `weight_out` `[out, R]` start as the best approximation of the dense initial weight,
 `weight_columns` `[out, k]` as its columns I, which `column_indices` `[k]`, a persistent buffer, holds for
 good. The dense weight is freed. With `bottleneck = "relu2"` the activation is found by `activation24`.
+
+`method = "gradient"` asks the training loop for a measurement, `"column_scores"`: the norm of each column of
+the dense weight's gradient on the first batch, float32 `[in]`.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.low_rank.activations import ACTIVATIONS
 from act24.low_rank.columns import select_columns
 from act24.low_rank.lost import kept_columns, low_rank_and_scores, random_columns, top_columns
 from act24.passes.base import Match, PassError, StateMap
-from act24.passes.cola import ACTIVATIONS
+from act24.passes.graph.fused_columns import fuse_columns
 from act24.passes.graph.linear_sites import (
     FactorisingPass,
     LinearSite,
@@ -29,7 +33,10 @@ from act24.passes.graph.linear_sites import (
     parameters_before,
 )
 from act24.passes.graph.normal_form import replace_node
-from act24.passes.graph.region import Region, column_scores_key
+from act24.passes.graph.region import Measurement, Region
+
+#: The measurement that `method = "gradient"` asks for.
+COLUMN_SCORES = "column_scores"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Lost(FactorisingPass):
         gamma: weight γ of the low-rank branch; the columns have 1 - γ.
         method: what scores a channel: `"svd"`, the norm of its column in what the low-rank part leaves;
             `"gradient"`, the norm of its column in the dense weight's gradient on the first batch, which the
-            shell measures (`Pipeline.needs_column_scores`); `"random"`.
+            training loop measures (`Pipeline.measurements`); `"random"`, none: channels are drawn.
         svd_rank: for `"svd"`, how many singular values behind the first R count; 0: all.
         bottleneck: the activation between the factors. With `"none"` a dense form exists.
     """
@@ -120,9 +127,15 @@ class Lost(FactorisingPass):
             specs,
             self._initialise(site, specs[site.factor("weight_in")].shape[0], columns.shape[1]),
             replaces=(site.weight,),
-            scored=self.method == "gradient",
+            measured={site.factor(COLUMN_SCORES): Measurement(COLUMN_SCORES, site.weight, (site.shape[1],))}
+            if self.method == "gradient"
+            else {},
         )
         region.add_buffer(site.factor("column_indices"), (columns.shape[1],), torch.int64, persistent=True)
+
+    def finish(self, region: Region) -> None:
+        """Make two products of both branches, where no pass has taken a part of them."""
+        fuse_columns(region)
 
     def _initialise(self, site: LinearSite, rank: int, count: int) -> Callable[..., dict[str, Tensor]]:
         def initialise(
@@ -134,7 +147,7 @@ class Lost(FactorisingPass):
             if self.method == "random":
                 indices = random_columns(dense.shape[1], count, generator(name)).to(dense.device)
             else:
-                scores = left[0] if self.method == "svd" else old[column_scores_key(site.weight)]
+                scores = left[0] if self.method == "svd" else old[site.factor(COLUMN_SCORES)]
                 indices = top_columns(scores.to(dense.device), count)
             return {
                 site.factor("weight_in"): weight_in[0],

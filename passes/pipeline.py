@@ -19,10 +19,17 @@ from torch import Tensor, nn
 from act24.initialise import generator_for
 from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
 from act24.passes.graph.flops import region_flops
-from act24.passes.graph.fused_columns import fuse_columns
 from act24.passes.graph.hooks import refuse_hooks
 from act24.passes.graph.normal_form import is_linear
-from act24.passes.graph.region import Lowering, Region, RegionModule, lower_, lowering, materialise
+from act24.passes.graph.region import (
+    Lowering,
+    Measurement,
+    Region,
+    RegionModule,
+    lower_,
+    lowering,
+    materialise,
+)
 from act24.passes.graph.tracing import trace
 from act24.passes.report import Report, Row, no_match, row
 
@@ -125,37 +132,28 @@ class Pipeline:
         return str(self.report)
 
     @property
-    def needs_column_scores(self) -> tuple[str, ...]:
-        """The dense weights of which `commit_` wants a score for each input channel, measured by the shell:
-        those that `lost` with `method = "gradient"` takes columns from."""
-        return tuple(
-            site.base.name(name)
-            for site in self._sites
-            for new in site.base.created
-            if new.scored
-            for name in new.sources
-        )
+    def measurements(self) -> dict[str, Measurement]:
+        """What `commit_` has to be told of the model as it is before: by name what is wanted, and of which
+        parameter. Passes ask for it; who owns the data measures it."""
+        return {name: wanted for site in self._sites for name, wanted in site.base.measurements.items()}
 
-    def commit_(self, column_scores: Mapping[str, Tensor] | None = None) -> None:
+    def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
         """Build all new modules, then put each where its region was traced.
 
         Args:
-            column_scores: `[in]` for each of `needs_column_scores`; not looked at on the meta device.
+            measured: a tensor for each of `measurements`, of the shape given there. On the meta device
+                nothing is measured, since nothing has values.
 
         Raises:
-            PassError: that was done before, or scores are missing.
+            PassError: that was done before, or a measurement is missing or of another shape.
         """
         if self.modules:
             raise PassError("this pipeline was already committed")
-        on_meta = any(p.is_meta for p in self._model.parameters())
-        missing = [n for n in self.needs_column_scores if n not in (column_scores or {}) and not on_meta]
-        if missing:
-            raise PassError(
-                f"{len(missing)} weights, {missing[0]} the first, need column scores, measured on the first "
-                "batch: pass them to Pipeline.commit_(column_scores=...)"
-            )
+        measured = measured or {}
+        if not any(p.is_meta for p in self._model.parameters()):
+            _check_measured(self.measurements, measured)
         built: list[tuple[_Site, RegionModule]] = [
-            (site, materialise(site.base, lambda name: generator_for(self._seed, name), column_scores))
+            (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
             for site in self._sites
             if site.touched
         ]
@@ -362,7 +360,8 @@ class Pipeline:
             planned = p.plan(region)
             p.apply(region, planned)
             matches.append(planned.matches)
-        fuse_columns(region)
+        for p in (*(p for p in self._passes if isinstance(p, StructuralPass)), *self._active):
+            p.finish(region)
         return _Lowered(site, lowering(region.graph, self._classes), matches)
 
     def _make_report(self, lowered: list[Region]) -> Report:
@@ -378,6 +377,21 @@ class Pipeline:
             flops_before=sum(region_flops(r) * len(r.fqns) for r in traced),
             flops_after=sum(region_flops(r) * len(r.fqns) for r in lowered),
         )
+
+
+def _check_measured(wanted: Mapping[str, Measurement], measured: Mapping[str, Tensor]) -> None:
+    if missing := [name for name in wanted if name not in measured]:
+        first = wanted[missing[0]]
+        raise PassError(
+            f"{len(missing)} measurements are missing, {first.what} of {first.parameter} the first: measure "
+            "what Pipeline.measurements names, and give it to Pipeline.commit_(measured=...)"
+        )
+    for name, one in wanted.items():
+        if measured[name].shape != one.shape:
+            raise PassError(
+                f"{one.what} of {one.parameter} has to have shape {list(one.shape)}, got "
+                f"{list(measured[name].shape)}"
+            )
 
 
 def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
