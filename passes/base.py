@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.passes.graph.selectors import selected
+from act24.options import Range, check_options
+from act24.passes.graph.selectors import check_selectors, selected
 
 if TYPE_CHECKING:
     from act24.passes.graph.region import Region
@@ -106,6 +108,19 @@ class Pass:
     ignore: tuple[str, ...] = ()
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        """Check every field against its annotation; subclasses with rules of their own call this first.
+
+        Raises:
+            OptionError: names the pass, the field, the value, and what the field takes.
+        """
+        for name in ("targets", "ignore"):
+            if isinstance(selectors := getattr(self, name), str):
+                check_selectors(selectors, f"{self.name}: {name}")
+        check_options(self, self.name)
+        for name in ("targets", "ignore"):
+            check_selectors(getattr(self, name), f"{self.name}: {name}")
+
     def plan(self, region: Region) -> Plan:
         """The places that the pass would rewrite. Touches nothing."""
         raise NotImplementedError
@@ -152,12 +167,11 @@ class OperationalPass(Pass):
 
     kind: ClassVar[Literal["structural", "operational"]] = "operational"
 
-    from_step: int = 0
-    until_step: int | None = None
+    from_step: Annotated[int, Range(ge=0)] = 0
+    until_step: Annotated[int, Range(ge=1)] | None = None
 
     def __post_init__(self) -> None:
-        if self.from_step < 0:
-            raise PassError(f"{self.name}: from_step must be 0 or more, got {self.from_step}")
+        super().__post_init__()
         if self.until_step is not None and self.until_step <= self.from_step:
             raise PassError(
                 f"{self.name}: until_step ({self.until_step}) must be above from_step ({self.from_step})"
@@ -170,3 +184,37 @@ class OperationalPass(Pass):
     def in_evaluation(self) -> OperationalPass | None:
         """The pass as evaluation has it, which neither draws nor counts; None: not at all."""
         return self
+
+
+def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    """The passes of a pipeline, if they are passes and stand in an order that can be.
+
+    Raises:
+        PassError: something else than a list of passes, one that is given twice, or the wrong order.
+    """
+    if isinstance(passes, str | type | Pass) or not isinstance(passes, Iterable):
+        raise PassError(f"passes come as a list: write [Relu2FFN(), Activation24()], not {_shown(passes)}")
+    given = tuple(passes)
+    for index, p in enumerate(given):
+        if isinstance(p, type) and issubclass(p, Pass):
+            raise PassError(f"{p.__name__} is the class of a pass: write {p.__name__}(...), with its options")
+        if not isinstance(p, StructuralPass | OperationalPass):
+            raise PassError(f"{_shown(p)} is no pass: passes derive from StructuralPass or OperationalPass")
+        if p in given[:index]:
+            raise PassError(f"{p.name} is given twice with the same options")
+    for first, second in pairwise(p for p in given if not p.last):
+        if _rank(first) > _rank(second):
+            raise PassError(
+                f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
+                "passes that only change operations, passes that only look"
+            )
+    return given
+
+
+def _rank(p: Pass) -> tuple[bool, bool]:
+    return not isinstance(p, StructuralPass), p.observes
+
+
+def _shown(value: object) -> str:
+    text = value.__name__ if isinstance(value, type) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 from act24.low_rank.activations import ACTIVATIONS
 from act24.low_rank.columns import select_columns
 from act24.low_rank.lost import kept_columns, low_rank_and_scores, random_columns, top_columns
+from act24.options import Range
 from act24.passes.base import Match, PassError, StateMap
 from act24.passes.graph.fused_columns import fuse_columns
 from act24.passes.graph.linear_sites import (
@@ -56,23 +57,14 @@ class Lost(FactorisingPass):
 
     name: ClassVar[str] = "lost"
 
-    sparsity: float = 0.01
-    gamma: float = 0.5
+    sparsity: Annotated[float, Range(gt=0, le=1)] = 0.01
+    gamma: Annotated[float, Range(ge=0, le=1)] = 0.5
     method: Literal["svd", "gradient", "random"] = "svd"
-    svd_rank: int = 0
+    svd_rank: Annotated[int, Range(ge=0)] = 0
     bottleneck: Literal["silu", "relu2", "none"] = "silu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.sparsity <= 1:
-            raise PassError(
-                f"lost: sparsity, the share of input channels kept, must be above 0 and at most 1, "
-                f"got {self.sparsity}"
-            )
-        if not 0 <= self.gamma <= 1:
-            raise PassError(f"lost: gamma must lie between 0 and 1, got {self.gamma}")
-        if self.svd_rank < 0:
-            raise PassError(f"lost: svd_rank must be 0 or more, got {self.svd_rank}")
         if self.svd_rank and self.method != "svd":
             raise PassError(f"lost: svd_rank has no meaning for method '{self.method}'")
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from act24.low_rank.initialisation import check_init, initial_factors
 from act24.low_rank.truncation import truncated_factors
-from act24.passes.base import Match, PassError, StateMap
+from act24.options import Range
+from act24.passes.base import Match, StateMap
 from act24.passes.graph.linear_sites import (
     FactorisingPass,
     LinearSite,
@@ -40,13 +41,11 @@ class LowRank(FactorisingPass):
     name: ClassVar[str] = "low_rank"
 
     init: str = "xavier"
-    initializer_range: float = 0.02
+    initializer_range: Annotated[float, Range(gt=0)] = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_init(self.init)
-        if self.initializer_range <= 0:
-            raise PassError(f"low_rank: initializer_range must be positive, got {self.initializer_range}")
+        check_init(self.init, self.name)
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         specs = factor_specs(region, site, rank)

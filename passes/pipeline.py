@@ -11,13 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
 from act24.initialise import generator_for
-from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
+from act24.options import Range, check_options
+from act24.passes.base import (
+    Match,
+    OperationalPass,
+    Pass,
+    PassError,
+    StateMap,
+    StructuralPass,
+    check_passes,
+)
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.hooks import refuse_hooks
 from act24.passes.graph.normal_form import is_linear
@@ -47,8 +55,10 @@ def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int
         the pipeline: print it for the report, keep it for `lower_` when passes have step ranges.
 
     Raises:
-        PassError: a pass matches nothing and is not optional, passes collide, a module has forward hooks,
-            or the model was already rewritten. The model is then as it was.
+        PassError: what is given is no list of passes, a pass matches nothing and is not optional, passes
+            collide, a module has forward hooks, or the model was already rewritten. The model is then as it
+            was.
+        OptionError: the model is no module, the seed no integer, the step none or negative.
     """
     pipeline = Pipeline(model, passes, seed=seed, step=step)
     pipeline.commit_()
@@ -58,6 +68,15 @@ def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int
 def plan(model: nn.Module, passes: Sequence[Pass]) -> Report:
     """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`."""
     return Pipeline(model, passes).report
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a pipeline is given besides passes, and what it may be."""
+
+    model: nn.Module
+    seed: int
+    step: Annotated[int, Range(ge=0)]
 
 
 @dataclass
@@ -103,8 +122,9 @@ class Pipeline:
         Args:
             keep_all: let regions stand as graph modules even where no pass acts, single linears excepted.
         """
+        check_options(_Start(model, seed, step), "Pipeline")
         self._model = model
-        self._passes = tuple(passes)
+        self._passes = check_passes(passes)
         self._seed = seed
         self._classes: dict[tuple[Any, ...], type] = {}
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
@@ -113,7 +133,6 @@ class Pipeline:
         operational = [p for p in self._passes if isinstance(p, OperationalPass)]
         self._operational = sorted(operational, key=lambda p: p.last)
         self._active = [p for p in self._operational if p.active(step)]
-        self._check_order()
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
         regions, self._unclean = trace(model)
@@ -273,15 +292,6 @@ class Pipeline:
         """The matches that change parameters, in the order in which they do."""
         for site in self._sites:
             yield from ((site, match, match.state) for match in site.matches if match.state is not None)
-
-    def _check_order(self) -> None:
-        rank = lambda p: (not isinstance(p, StructuralPass), p.observes)  # noqa: E731
-        for first, second in pairwise(p for p in self._passes if not p.last):
-            if rank(first) > rank(second):
-                raise PassError(
-                    f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
-                    "passes that only change operations, passes that only look"
-                )
 
     def _plan_structural(self) -> None:
         for p in self._passes:

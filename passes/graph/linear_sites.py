@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import Target
 
+from act24.options import Range
 from act24.passes.base import Match, PassError, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
     bias_name,
@@ -117,16 +118,14 @@ class FactorisingPass(StructuralPass):
     """
 
     scope: Scope = "all"
-    attn_rank: int | None = None
-    mlp_rank: int | None = None
+    attn_rank: Annotated[int, Range(ge=1)] | None = None
+    mlp_rank: Annotated[int, Range(ge=1)] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key, kind in (("attn_rank", "attn"), ("mlp_rank", "mlp")):
-            rank = getattr(self, key)
-            if rank is None and self.scope in ("all", kind):
+            if getattr(self, key) is None and self.scope in ("all", kind):
                 raise PassError(f"{self.name}: {key} is missing, which scope '{self.scope}' needs")
-            if rank is not None and rank < 1:
-                raise PassError(f"{self.name}: {key} must be at least 1, got {rank}")
 
     def plan(self, region: Region) -> Plan:
         sites = [site for site in linear_sites(region) if self._takes(region, site)]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from toys import llama, tokens
 
+from act24.errors import Act24Error
 from act24.initialise import generator_for
 from act24.llama import LlamaForCausalLM, llama_config, rotary_embedding
 from act24.passes import Activation24, Lost, PassError, Pipeline, Recompute, Relu2FFN, apply_, plan
@@ -169,15 +170,16 @@ def test_layers_share_one_class_though_their_columns_differ():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 0.0}, "share of input channels kept"),
-        ({"sparsity": 1.5}, "share of input channels kept"),
-        ({"gamma": 1.2}, "gamma"),
-        ({"svd_rank": -1}, "svd_rank"),
+        ({"sparsity": 0.0}, "lost: sparsity has to be above 0 and 1 at most, got 0.0"),
+        ({"sparsity": 1.5}, "lost: sparsity has to be above 0 and 1 at most, got 1.5"),
+        ({"gamma": 1.2}, "lost: gamma has to be 0 or more and 1 at most, got 1.2"),
+        ({"svd_rank": -1}, "lost: svd_rank has to be 0 or more, got -1"),
+        ({"bottleneck": "gelu"}, "lost: bottleneck has no 'gelu'"),
         ({"svd_rank": 4, "method": "random"}, "no meaning"),
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(PassError, match=message):
+    with pytest.raises(Act24Error, match=message):
         Lost(**RANKS, **options)
 
 
