@@ -42,7 +42,7 @@ def check_selectors(selectors: Iterable[str], owner: str = "") -> None:
 def _unreadable(selector: str) -> str:
     """Why a selector cannot be read, or the empty string."""
     prefix, colon, rest = selector.partition(":")
-    if not colon:
+    if not colon or not prefix.isidentifier():  # a glob, in which a colon is a letter like others
         return "" if selector else "names nothing: write '*' for everything"
     if prefix + colon not in _PREFIXES:
         return f"begins with no known prefix: {nearest(prefix + colon, _PREFIXES)}"
