@@ -93,8 +93,8 @@ def _factors_of_stock(site: LinearSite, rank: int) -> Callable[[Mapping[str, Ten
         weight_in, weight_out = truncated_factors(site.dense(removed)[None], rank)
         dtype = removed[site.weight].dtype
         return {
-            site.factor("weight_in"): weight_in[0].to(dtype),
-            site.factor("weight_out"): weight_out[0].to(dtype),
+            site.part("in"): weight_in[0].to(dtype),
+            site.part("out"): weight_out[0].to(dtype),
         }
 
     return from_stock
@@ -102,7 +102,7 @@ def _factors_of_stock(site: LinearSite, rank: int) -> Callable[[Mapping[str, Ten
 
 def _product(site: LinearSite) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     def to_stock(created: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weight_in, weight_out = created[site.factor("weight_in")], created[site.factor("weight_out")]
+        weight_in, weight_out = created[site.part("in")], created[site.part("out")]
         # In float64, so that one rounding is all that a bfloat16 checkpoint loses.
         dense = (weight_out.double() @ weight_in.double()).to(weight_in.dtype)
         return {site.weight: site.stored(dense)}

@@ -10,11 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
+
+from act24.passes.graph.measurements import Measurement
+
+#: Parts of a dense weight (`ParameterSpec.factor`).
+Factor = Literal["in", "out", "columns"]
 
 #: First values of new parameters: (old values by local name, generator by local name) -> new values.
 Initialise = Callable[[Mapping[str, Tensor], Callable[[str], torch.Generator]], Mapping[str, Tensor]]
@@ -27,6 +32,8 @@ class ParameterSpec:
     Attributes:
         shape, dtype, device, requires_grad: as of the tensor.
         shared: other places, fully qualified, that hold the same parameter.
+        factor: which part of a dense weight it is, where a pass has made it one: `"in"` and `"out"` are the
+            two factors, `"columns"` some columns beside them. None: a parameter of its own.
     """
 
     shape: torch.Size
@@ -34,6 +41,7 @@ class ParameterSpec:
     device: torch.device
     requires_grad: bool = True
     shared: tuple[str, ...] = ()
+    factor: Factor | None = None
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -56,21 +64,6 @@ class BufferSpec:
     def reset_(self, buffer: Tensor, parameters: Mapping[str, Tensor]) -> None:
         """Give the buffer its first value."""
         buffer.zero_() if self.initial is None else buffer.copy_(self.initial(parameters))
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What the first values of some parameters need to know, and only a training loop can measure.
-
-    Attributes:
-        what: which measurement. The pass that asks documents it; the loop has a function for it.
-        parameter: of which parameter, as it is before that pass.
-        shape: of the result.
-    """
-
-    what: str
-    parameter: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -280,6 +273,17 @@ def _add_buffers(region: Region, module: RegionModule, values: Mapping[str, Tens
         elif not buffer.is_meta:
             spec.reset_(buffer, parameters)
         _namespace(module, name).register_buffer(_leaf(name), buffer, persistent=spec.persistent)
+
+
+def reset_buffers_(module: RegionModule, specs: Mapping[str, BufferSpec]) -> None:
+    """Give buffers that passes added their first values, as far as parameters tell.
+
+    Args:
+        specs: by local name, as in `Region.buffers`.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, spec in specs.items():
+        spec.reset_(module.get_buffer(name), parameters)
 
 
 @dataclass(frozen=True)

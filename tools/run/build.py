@@ -14,7 +14,7 @@ from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
-from act24.passes.graph.region import Measurement
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8

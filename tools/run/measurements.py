@@ -14,7 +14,7 @@ from torch import Tensor
 from act24.initialise import build_llama
 from act24.loss import cross_entropy_sum
 from act24.passes import Lost, apply_
-from act24.passes.graph.region import Measurement
+from act24.passes.graph.measurements import Measurement
 from act24.passes.lost import COLUMN_SCORES
 from act24.recipes.schema import Recipe
 from act24.records import Table

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
-from act24.passes.graph.region import Measurement
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.passes import Pipeline
-from act24.passes.graph.region import Measurement
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.tools.data import Batch
 from act24.tools.run.build import model_config
