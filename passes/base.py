@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.options import Range, check_options
@@ -184,6 +184,15 @@ class OperationalPass(Pass):
     def in_evaluation(self) -> OperationalPass | None:
         """The pass as evaluation has it, which neither draws nor counts; None: not at all."""
         return self
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a pipeline takes besides passes: checked, not kept."""
+
+    model: nn.Module
+    seed: int
+    step: Annotated[int, Range(ge=0)]
 
 
 def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:

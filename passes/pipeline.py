@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from act24.initialise import generator_for
-from act24.options import Range, check_options
-from act24.passes.base import Match, OperationalPass, Pass, PassError, StructuralPass, check_passes
+from act24.options import check_options
+from act24.passes.base import Match, OperationalPass, Pass, PassError, Start, StructuralPass, check_passes
 from act24.passes.graph.hooks import refuse_hooks
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
@@ -63,15 +63,6 @@ def plan(model: nn.Module, passes: Sequence[Pass]) -> Report:
     return Pipeline(model, passes).report
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a pipeline is given besides passes, and what it may be."""
-
-    model: nn.Module
-    seed: int
-    step: Annotated[int, Range(ge=0)]
-
-
 @dataclass
 class _Site:
     """A region on its way: as traced, after the structural passes, and the module once it stands."""
@@ -115,7 +106,7 @@ class Pipeline:
         Args:
             keep_all: let regions stand as graph modules even where no pass acts, single linears excepted.
         """
-        check_options(_Start(model, seed, step), "Pipeline")
+        check_options(Start(model, seed, step), "Pipeline")
         self._model = model
         self._passes = check_passes(passes)
         self._seed = seed
@@ -213,6 +204,11 @@ class Pipeline:
         self._lower_to([new if p is old else p for p in self._active])
 
     @property
+    def model(self) -> nn.Module:
+        """The model that the passes rewrote."""
+        return self._model
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
         """All passes, in order."""
         return self._passes
@@ -262,13 +258,16 @@ class Pipeline:
         """
         return from_stock(self._changes(), state)
 
-    def state_to_stock(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def state_to_stock(self, state: Mapping[str, Tensor], keep: Sequence[str] = ()) -> dict[str, Tensor]:
         """The rewritten model's state dict as a stock one of the same function.
+
+        Args:
+            keep: names of passes that are not undone, as the reader's model has them too.
 
         Raises:
             PassError: a pass has no such form, with its reason, or a name is missing.
         """
-        return to_stock(self._changes(), state)
+        return to_stock([change for change in self._changes() if change.pass_name not in keep], state)
 
     def _changes(self) -> list[Change]:
         """What passes do to parameters, in their order."""
@@ -321,7 +320,7 @@ class Pipeline:
             if other is not p:
                 raise PassError(f"{other.name} and {p.name} both rewrite {region.name(match.path)}")
             if match.state is not None:
-                site.changes.append(Change(site.traced, match.path, match.state))
+                site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
         changed = active != self._active

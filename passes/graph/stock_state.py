@@ -17,11 +17,13 @@ class Change:
 
     Attributes:
         region: where; a shared region has several places, and so several sets of names.
+        pass_name: which pass made the match.
         path: of the match, local to the region.
         state: how the parameters map, by local names.
     """
 
     region: Region
+    pass_name: str
     path: str
     state: StateMap
 
