@@ -32,13 +32,14 @@ class StateMap:
     Names are local to the region.
 
     Attributes:
-        removes: names of a stock state dict that end here.
-        creates: names that begin here.
-        from_stock: removed values to created values; None: they cannot be carried over, and the created
-            ones start fresh.
-        to_stock: created values to removed values; None: there is no such form.
-        exact: the function of the model is the same after `to_stock`.
-        why: what is lost, or why there is no way back.
+        removes: parameters that the match takes away.
+        creates: parameters, and persistent buffers, that it puts in their place.
+        from_stock: makes the values of `creates` from those of `removes`. None: nothing of them can be used,
+            and the new ones start fresh.
+        to_stock: makes the values of `removes` from those of `creates`. None: no values there would compute
+            the same.
+        exact: after `to_stock` the model computes the same function.
+        why: what is lost on the way, or why there is no way back.
     """
 
     removes: tuple[str, ...]
@@ -56,7 +57,7 @@ class Match:
     Attributes:
         path: where, local to the region (`mlp`).
         before, after: the expression there, for the report.
-        nodes: what `apply` needs to find it again; only the pass that wrote it looks inside.
+        nodes: what `apply` needs to find the place again. Only the pass that wrote it reads it.
         parameters_before, parameters_after: elements in the parameters that the expression reads.
         state: for passes that change parameters.
         note: one remark for the report.
@@ -78,8 +79,8 @@ class Plan:
 
     Attributes:
         matches: what it rewrites.
-        misses: (local path, reason) of what it recognises and still leaves alone.
-        absent: what the region has instead of the pattern, where there is neither.
+        misses: (local path, reason) of what it recognises and leaves alone all the same.
+        absent: what the region has in the pattern's place, for a region without matches and misses.
     """
 
     matches: tuple[Match, ...] = ()
@@ -101,7 +102,7 @@ class Pass:
     kind: ClassVar[Literal["structural", "operational"]]
     #: Whether the pass only looks: reports leave it out.
     observes: ClassVar[bool] = False
-    #: Whether the pass takes what all others leave, wherever it stands in the list.
+    #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ("*",)

@@ -11,7 +11,7 @@ cost of the second factors, attention and the norms. It is CoLA-M (arXiv 2502.10
 factors over modules: no parameter changes its name. Of a LLaMA block T D + 7 T R values are kept; CoLA-M
 keeps another T D, the stream behind attention, because its last addition is inside what is repeated.
 
-The pass takes what all others leave, wherever it stands in the list.
+The pass is applied to the graph that all others leave, wherever it stands in the list.
 """
 
 from __future__ import annotations

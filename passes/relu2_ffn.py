@@ -142,7 +142,7 @@ class Relu2FFN(StructuralPass):
 
 
 def parity_width(width: int) -> int:
-    """1.5 F to the nearest multiple of 128, at least one."""
+    """1.5 F, rounded to the nearest multiple of 128, and at least 128."""
     return max(1, (3 * width + _MULTIPLE) // (2 * _MULTIPLE)) * _MULTIPLE
 
 

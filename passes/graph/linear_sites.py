@@ -65,16 +65,17 @@ class LinearSite:
         return f"{path}.{own}" if path else own
 
     def dense(self, old: Mapping[str, Tensor]) -> Tensor:
-        """The weight as `[out, in]`, from values by local name."""
+        """The weight as `[out, in]`, a view, from the region's values by local name."""
         return old[self.weight].T if self.transposed else old[self.weight]
 
     def stored(self, dense: Tensor) -> Tensor:
-        """`[out, in]` as the weight is stored."""
+        """A weight `[out, in]` as the module stores it: `[in, out]`, contiguous, if it is transposed."""
         return dense.T.contiguous() if self.transposed else dense
 
 
 def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
-    """The linears of a region, in graph order; weights that something else reads too are left out.
+    """The linears of a region, in graph order. A weight that something else reads too, an embedding for
+    instance, is left out.
 
     Args:
         factors: also those whose weights are factors that a low-rank pass made.
@@ -111,7 +112,8 @@ def _kind(fqn: str) -> Literal["attn", "mlp", "other"]:
 
 
 def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
-    """Whether a linear stands where `scope` says; one outside attention and MLPs has to be named."""
+    """Whether a linear stands where `scope` says. A linear outside attention and MLPs is in scope only if
+    `targets` are given, and not everything."""
     if site.kind == "other":
         return "*" not in targets
     return scope in ("all", site.kind)
@@ -123,8 +125,8 @@ class FactorisingPass(StructuralPass):
 
     Attributes:
         scope: linears of attention (`"attn"`), of the MLPs (`"mlp"`), or both.
-        attn_rank: rank R of the former; must be given if the scope has them.
-        mlp_rank: of the latter, and of linears outside both that `targets` names.
+        attn_rank: rank R of attention's linears, 1 or more. It must be given if they are in scope.
+        mlp_rank: the same for the MLPs' linears, and for linears outside both that `targets` names.
     """
 
     scope: Scope = "all"
@@ -186,7 +188,12 @@ def part_spec(region: Region, site: LinearSite, factor: Factor, shape: tuple[int
 
 
 def bottleneck(region: Region, site: LinearSite, call: fx.Node, activation: Target | None) -> fx.Node:
-    """Insert activation(linear(x, weight_in)), or the linear alone, before a call of the linear."""
+    """Insert activation(linear(x, weight_in)), `[..., R]`, at the graph's point of insertion.
+
+    Args:
+        call: of the linear; only its input x is read.
+        activation: None for the linear alone.
+    """
     graph = region.graph
     weight = graph.get_attr(site.part("in"))
     hidden = graph.call_function(F.linear, (call.args[0], weight, None))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
+from act24.passes.base import PassError
 from act24.passes.graph.measurements import Measurement
 
 #: Parts of a dense weight (`ParameterSpec.factor`).
@@ -144,7 +145,18 @@ class Region:
         replaces: tuple[str, ...] = (),
         measured: Mapping[str, Measurement] | None = None,
     ) -> None:
-        """Add parameters, and take away those that they replace; a name may be in both (`NewParameters`)."""
+        """Add parameters, and take away those that they replace. A name may be in both.
+
+        Args:
+            specs: of the new ones, by local name.
+            initialise, replaces, measured: as `NewParameters` has them.
+
+        Raises:
+            PassError: the module has another parameter of a new name.
+        """
+        for name in specs:
+            if name in self.parameters and name not in replaces:
+                raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
         for name in replaces:
             del self.parameters[name]
@@ -167,7 +179,14 @@ class Region:
         persistent: bool,
         initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> None:
-        """Add a buffer (`BufferSpec`); several passes may ask for the same one."""
+        """Add a buffer (`BufferSpec`). Several passes may ask for the same one.
+
+        Raises:
+            PassError: the module has something else of this name.
+        """
+        taken = name in self.parameters or name in dict(self.module.named_buffers(remove_duplicate=False))
+        if taken and name not in self.buffers:
+            raise PassError(f"{self.name(name)} is there already: a pass needs a buffer of this name")
         self.buffers[name] = BufferSpec(shape, dtype, persistent, initial)
 
 
@@ -312,7 +331,11 @@ def lowering(graph: fx.Graph, classes: dict[tuple[Any, ...], type]) -> Lowering:
 
 
 def lower_(module: RegionModule, to: Lowering, classes: dict[tuple[Any, ...], type]) -> None:
-    """Give a region's module another graph over the same tensors; `classes` as for `lowering`."""
+    """Give a region's module another graph over the same tensors.
+
+    Args:
+        classes: as for `lowering`.
+    """
     _set_class(module, to.region_class, classes)
     module._graph = to.graph
     module._code = to.code.src

@@ -75,6 +75,17 @@ def test_names_of_factors_do_not_make_factors():
         refuse_exact_steps(factors)
 
 
+def test_a_name_that_is_taken_is_refused():
+    """The factors of w would be w_in and w_out, and w_in is another weight of the same module."""
+    with pytest.raises(PassError, match=r"mlp\.0\.w_in is there already"):
+        plan(Blocks("w", "w_in"), [LowRank(scope="mlp", mlp_rank=4)])
+    model = Blocks("weight", "v")
+    for block in model.mlp:
+        block.register_buffer("column_indices", torch.zeros(3))
+    with pytest.raises(PassError, match=r"mlp\.0\.column_indices is there already"):
+        plan(model, [Lost(scope="mlp", mlp_rank=4)])
+
+
 def test_factors_count_as_linears_only_when_asked_for():
     taken = [row.fqn for row in plan(Blocks("w", "v"), [LowRank(scope="mlp", mlp_rank=4), Weight24()]).rows]
     assert len(taken) == 4 + 8
