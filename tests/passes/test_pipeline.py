@@ -29,7 +29,9 @@ from act24.passes import (
     plan,
 )
 from act24.passes.base import Pass, StructuralPass
+from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.region import ParameterSpec
+from act24.sparse24.feed_forward.operation import activation24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,47 @@ def test_what_is_no_model_no_seed_and_no_step() -> None:
         apply_(llama(), [Relu2FFN()], seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="step has to be 0 or more, got -1"):
         apply_(llama(), [Relu2FFN()], step=-1)
+
+
+# What a pass may ask for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(StructuralPass):
+    """Starts a parameter from what only a loop can measure, and notes what it is shown at the end."""
+
+    name: ClassVar[str] = "asking"
+    seen: ClassVar[list[bool]] = []
+
+    def plan(self, region: Region) -> Plan:
+        return Plan((Match("mlp", "nothing", "two numbers", None, 0, 2),) if "mlp" in region.classes else ())
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        spec = ParameterSpec(torch.Size((2,)), torch.float32, torch.device("cpu"))
+        wanted = Measurement("largest", "mlp.up_proj.weight", (2,))
+        region.create({"mlp.n": spec}, lambda old, _: {"mlp.n": 2 * old["mlp.m"]}, measured={"mlp.m": wanted})
+
+    def finish(self, region: Region) -> None:
+        self.seen.append(any(node.target is activation24 for node in region.graph.nodes))
+
+
+def test_a_pass_gets_what_it_wants_measured_and_finishes_every_lowering() -> None:
+    model = llama()
+    pipeline = Pipeline(model, [Relu2FFN(), Asking(), Activation24(from_step=5)])
+    wanted = pipeline.measurements
+    assert {(name, one.what, one.parameter, one.shape) for name, one in wanted.items()} == {
+        (f"model.layers.{i}.mlp.m", "largest", f"model.layers.{i}.mlp.up_proj.weight", (2,)) for i in (0, 1)
+    }
+    with pytest.raises(
+        PassError, match=r"2 measurements are missing, largest of model\.layers\.0\.mlp\.up_proj"
+    ):
+        pipeline.commit_()
+    Asking.seen.clear()
+    pipeline.commit_({f"model.layers.{i}.mlp.m": torch.tensor([1.0, 3.0]) + i for i in (0, 1)})
+    assert model.model.layers[1].mlp.n.tolist() == [4.0, 8.0]
+    assert Asking.seen == [False, False]
+    pipeline.lower_(5)
+    assert Asking.seen == [False, False, True, True]  # behind the passes in force
 
 
 # Order and collisions
