@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from act24.errors import nearest
 from act24.llama import PRESETS
+from act24.optim import ColaAdamWOptions, LOROAdamWOptions, LostAdamWOptions
 from act24.recipes.flag_values import parse_flags
 from act24.recipes.flags import BY_NAME, FLAGS, REQUIRED, Flag
 from act24.recipes.load import RecipeError, parse_recipe, toml_value
 from act24.recipes.schema import Recipe
+from act24.schedules import Cosine, CosineRestart
 
 _BACKWARDS = {1: "split_gemm", 2: "sparse", 3: "dense"}
 _SCHEDULES = {"const": "constant", "cosine_restart_zero": "cosine_restart"}
-_METHODS = {"loro_adamw": "low_rank", "cola_adamw": "cola", "lost_adamw": "lost"}
+_METHODS = {o.name: o.needs for o in (LOROAdamWOptions, ColaAdamWOptions, LostAdamWOptions)}
 _CONFIG_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -311,7 +313,7 @@ def _idle(flag: Flag, command: _Command) -> str:
         return _why_no_sparse_weights(command)
     if flag.key.startswith("passes.relu2_ffn") and command.use_hf_model:
         return "no effect beside --use_hf_model"
-    restarting = ("restart_every", "restart_warmup_steps", "lr_adjust_steps", "restart_in_warmup")
+    restarting = {f.name for f in fields(CosineRestart)} - {f.name for f in fields(Cosine)}
     if flag.key.removeprefix("schedule.") in restarting and not command.scheduler.startswith(
         "cosine_restart"
     ):
