@@ -23,6 +23,7 @@ from act24.options import shown
 from act24.passes import REGISTRY
 from act24.passes.base import OperationalPass, Pass
 from act24.recipes.checks import contradictions
+from act24.recipes.plugins import load_plugins
 from act24.recipes.records import Named, as_table, made
 from act24.recipes.schema import Recipe
 from act24.records import Table
@@ -168,6 +169,7 @@ def _listed(passes: list[dict[str, Any]], key: str, path: str) -> dict[str, Any]
 
 
 def _validate(table: dict[str, Any], origin: str) -> Recipe:
+    load_plugins()
     table = _tuples(table)
     errors: list[str] = []
     passes = table.pop("passes", ())

@@ -13,6 +13,7 @@ from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.passes import REGISTRY
 from act24.passes.relu2_ffn import parity_width
+from act24.recipes.plugins import load_plugins
 from act24.schedules import SCHEDULES
 from act24.sparse24.feed_forward.forms import (
     Network,
@@ -101,8 +102,13 @@ def _machine(device: torch.device) -> list[Finding]:
 
 
 def _records() -> list[Finding]:
+    try:
+        plugins = ", ".join(load_plugins()) or "none"
+    except Act24Error as error:
+        plugins = str(error)
     tables = {"passes": REGISTRY, "optimizers": OPTIMIZERS, "schedules": SCHEDULES}
-    return [Finding(f"{name} of recipes", ", ".join(table)) for name, table in tables.items()]
+    named = [Finding(f"{name} of recipes", ", ".join(table)) for name, table in tables.items()]
+    return [Finding("plugins", plugins), *named]
 
 
 def _table(device: torch.device) -> Table:
