@@ -121,6 +121,8 @@ def _table(command: _Command) -> dict[str, Any]:
     rows = _total_batch_size(command)
     steps = command.num_training_steps
     if command.max_train_tokens is not None:
+        if rows * command.max_length < 1:
+            raise RecipeError("--max_train_tokens needs --batch_size and --max_length of 1 or more")
         steps = max(1, command.max_train_tokens // (rows * command.max_length))
     return {
         "model": _model(command.model_config),
@@ -159,10 +161,12 @@ def _model(config: str) -> dict[str, Any]:
             f"--model_config {config}: no such file, and no preset of that name: {nearest(preset, PRESETS)}"
         )
     try:
-        fields = json.loads(Path(config).read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings = json.loads(Path(config).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"--model_config {config}: not valid JSON: {error}") from None
-    return {"preset": "llama-9m"} | {key: fields[key] for key in _CONFIG_FIELDS if key in fields}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"--model_config {config}: has to hold an object of settings, such as hidden_size")
+    return {"preset": "llama-9m"} | {key: settings[key] for key in _CONFIG_FIELDS if key in settings}
 
 
 def _data(command: _Command) -> dict[str, Any]:
@@ -200,10 +204,17 @@ def _optimizer(command: _Command) -> dict[str, Any]:
         "name": "loro_adamw",
         "type": command.loro_type,
         "exact_every": command.loro_freq,
-        "lr_scaler": float(command.loro_lr_scaler),
+        "lr_scaler": _scaler(command.loro_lr_scaler),
         "refresh": command.loro_refresh if refreshes else "none",
     }
     return table | ({"refresh_every": command.loro_refresh_freq} if refreshes else {})
+
+
+def _scaler(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"--loro_lr_scaler takes a number, not '{text}'") from None
 
 
 def _schedule(command: _Command) -> dict[str, Any]:

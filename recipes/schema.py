@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, model_validator
 
+from act24.llama import LlamaConfig
 from act24.optim import OptimizerOptions
-from act24.options import MOST_STEPS
+from act24.options import MOST_STEPS, option_errors
 from act24.passes.base import Pass
 from act24.recipes.records import as_table
 from act24.schedules import Cosine, Schedule
@@ -22,7 +23,6 @@ Size = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Steps = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 PositiveSteps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
@@ -40,18 +40,27 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """`[model]`: the stock LLaMA, by preset, with single fields overridden where a value is given."""
+    """`[model]`: the stock LLaMA, by preset, with single fields overridden where a value is given.
+
+    What the fields take is what `LlamaConfig` says of those of the same name.
+    """
 
     preset: str
-    vocab_size: Size | None = None
-    hidden_size: Size | None = None
-    intermediate_size: Size | None = None
-    num_hidden_layers: Size | None = None
-    num_attention_heads: Size | None = None
-    num_key_value_heads: Size | None = None
-    rope_theta: PositiveFloat | None = None
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    rope_theta: float | None = None
     tie_word_embeddings: bool | None = None
-    initializer_range: PositiveFloat | None = None
+    initializer_range: float | None = None
+
+    @model_validator(mode="after")
+    def _values_are_those_of_a_llama(self) -> Model:
+        for error in option_errors(LlamaConfig, self.overrides()):
+            raise error
+        return self
 
     def overrides(self) -> dict[str, Any]:
         """The fields given beside `preset`."""
