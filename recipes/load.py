@@ -101,6 +101,23 @@ def dump_recipe(recipe: Recipe) -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
+def passes_of_tables(tables: Sequence[Any], origin: str) -> tuple[Pass, ...]:
+    """The passes of `[[passes]]` tables that some other file than a recipe holds.
+
+    Args:
+        origin: the file and key, for errors.
+
+    Raises:
+        RecipeError: with every mistake found.
+    """
+    load_plugins()
+    errors: list[str] = []
+    built = [_pass(_tuples(entry), f"{origin}[{index}]", errors) for index, entry in enumerate(tables)]
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return tuple(p for p in built if p is not None)
+
+
 def _toml_names(folder: Any, prefix: str) -> Iterator[str]:
     for entry in folder.iterdir():
         if entry.is_dir():
