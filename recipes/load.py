@@ -129,8 +129,8 @@ def _toml_names(folder: Any, prefix: str) -> Iterator[str]:
 def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
     try:
         table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: a literal of more digits than Python reads
-        raise RecipeError(f"{origin}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{origin}: not valid TOML: {_why_not_toml(error)}") from None
     parent = table.pop("extends", None)
     if parent is None:
         return table
@@ -142,6 +142,13 @@ def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise RecipeError(f"{origin}: extends goes in a circle: {' → '.join((*seen, origin, parent))}")
     parent_text, parent_origin = recipe_source(parent)
     return _merged(_extended(parent_text, parent_origin, (*seen, origin)), table)
+
+
+def _why_not_toml(error: Exception) -> str:
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return str(error)
+    # tomllib lets these two through.
+    return "tables are too deep" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,8 +170,8 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    except (ValueError, RecursionError) as error:  # a literal of more digits than Python reads
-        raise RecipeError(f"override '{path}': not a value of TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"override '{path}': not a value of TOML: {_why_not_toml(error)}") from None
     node: Any = table
     for key in keys[:-1]:
         node = _listed(node, key, path) if isinstance(node, list) else node.setdefault(key, {})

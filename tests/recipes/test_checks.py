@@ -114,6 +114,38 @@ def test_resets_without_a_warm_up_are_listed():
     assert not list(oddities(recipe_of(f'{loro}30\nrefresh = "none"', restart, ["low_rank"])))
 
 
+def test_a_pass_that_never_comes_into_force_is_said():
+    text = f'{BASE}[optimizer]\nlr = 0.01\n[[passes]]\nuse = "relu2_ffn"\n[[passes]]\nuse = "activation24"\n'
+    assert not list(oddities(parse_recipe(f"{text}from_step = 99", "test")))
+    (line,) = oddities(parse_recipe(f"{text}from_step = 100", "test"))
+    assert line.startswith(
+        "passes.1.from_step: activation24 comes into force at step 100, and the run ends at 100"
+    )
+
+
+def test_very_many_resets_are_looked_at_for_a_second_at_most():
+    optimizer = "momentum_reset_steps = 1"
+    recipe = parse_recipe(f"{BASE}[optimizer]\nlr = 0.01\n{optimizer}", "test", ["train.steps=1_000_000_000"])
+    (line,) = oddities(recipe)
+    assert "or more" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tokenizer.vocab_size=32001"], "tokenizer.vocab_size: 32001 .* model.vocab_size = 32000"),
+        (["model.vocab_size=300"], "tokenizer.vocab_size: 4096 .* model.vocab_size = 300"),
+        (["model.hidden_size=130"], "model: hidden_size 130 is not a multiple"),
+    ],
+)
+def test_a_model_that_fits_neither_itself_nor_the_tokenizer_is_refused(overrides, message):
+    text = f"{BASE}[optimizer]\nlr = 0.01"
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text, "test", overrides)
+    for elsewhere in ("tokenizer.name=google-t5/t5-base", "tokenizer.vocab_size=300"):
+        parse_recipe(text, "test", ["model.vocab_size=300", elsewhere])
+
+
 #: Steps at which LORO's published scripts refresh without warming up again.
 UNWARMED = {
     "60m": "1000",
