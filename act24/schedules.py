@@ -226,7 +226,12 @@ def rewarm(step: int, *, every: int, warmup_steps: int) -> float:
 
     1 but for the `warmup_steps` updates from each positive multiple of `every` on, over which it climbs from
     1e-6 as in `cosine_restart`. `every` = 0: no resets, always 1.
+
+    Raises:
+        OptionError: a number is below 0.
     """
+    for name, value in (("step", step), ("every", every), ("warmup_steps", warmup_steps)):
+        in_range("rewarm", name, value, Range(ge=0))
     if every == 0 or step < every or step % every >= warmup_steps:
         return 1.0
     return RESTART_FLOOR + step % every / warmup_steps * (1 - RESTART_FLOOR)
@@ -239,7 +244,12 @@ def resets_without_rewarm(
 
     There Adam with fresh moments makes its first update, one of the size of the learning rate in every
     coordinate, at full learning rate. None for `every` = 0.
+
+    Raises:
+        OptionError: a number is below 0.
     """
+    in_range("resets_without_rewarm", "every", every, Range(ge=0))
+    in_range("resets_without_rewarm", "total_steps", total_steps, Range(ge=0))
     if every == 0:
         return ()
     resets = range(every, total_steps, every)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act24.operation import operation
+from act24.options import one_of
 from act24.relu2 import relu2
 
 
@@ -79,7 +80,11 @@ def low_rank_beside_columns(
 
     Returns:
         `[..., out]`.
+
+    Raises:
+        OptionError: there is no such activation.
     """
+    one_of("low_rank_beside_columns", "activation", activation, ("silu", "relu2", "none"))
     rank, (count,) = weight_in.shape[0], indices.shape
     short = -(rank + count) % _MULTIPLE
     places = torch.arange(x.shape[-1], device=indices.device)

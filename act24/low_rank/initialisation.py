@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from act24.errors import Act24Error, nearest
-from act24.low_rank.truncation import truncated_factors
+from act24.errors import nearest
+from act24.low_rank.truncation import check_rank, truncated_factors
+from act24.options import OptionError, Range, in_range, shown
 
 #: (shape `[out, in]`, rank, initializer_range) -> (standard deviation of weight_in, of weight_out).
 Deviations = Callable[[tuple[int, int], int, float], tuple[float, float]]
@@ -67,12 +68,18 @@ def initial_factors(
         generator_in, generator_out: CPU generators, one a factor.
 
     Raises:
-        Act24Error: unknown `init`.
+        OptionError: unknown `init`, `rank` below 1 (for `svd` and the orthonormal ones also above a side of
+            the weight), or `initializer_range` not above 0.
 
     Source: LORO's `lowrank_module.py`, where `orth` and `xavorth` fall back to plain normal entries by
     mistake, and CoLA's `cola_layer.py`.
     """
     check_init(init)
+    in_range("initial_factors", "initializer_range", initializer_range, Range(gt=0))
+    if init in ("svd", "orth", "xavorth"):
+        check_rank("initial_factors", rank, dense)
+    else:
+        in_range("initial_factors", "rank", rank, Range(ge=1))
     out_features, in_features = dense.shape
     if init == "svd":
         weight_in, weight_out = truncated_factors(dense[None], rank)
@@ -96,17 +103,19 @@ def initial_factors(
 
 
 def check_init(init: str) -> None:
-    """Raises Act24Error if `init` names no initialisation."""
+    """Raises OptionError if `init` names no initialisation."""
+    if not isinstance(init, str):
+        raise OptionError(f"init has to be a string, got {shown(init)}")
     match = _NUMBER.fullmatch(init)
     if match:
         try:
             number = float(match[2])
         except ValueError:
             number = 0.0
-        if number <= 0:
-            raise Act24Error(f"init '{init}' needs a number above 0 behind the underscore")
+        if number not in Range(gt=0):
+            raise OptionError(f"init '{init}' needs a number above 0 behind the underscore")
     elif init not in _NAMES:
-        raise Act24Error(f"unknown init '{init}': {nearest(init, _NAMES)}")
+        raise OptionError(f"unknown init '{init}': {nearest(init, _NAMES)}")
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

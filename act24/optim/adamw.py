@@ -122,7 +122,11 @@ def adam_direction(
 
     Returns:
         new tensors in the moments' dtype, positive where the parameter is to fall.
+
+    Raises:
+        OptionError: a number is out of range.
     """
+    _check_numbers("adam_direction", step, betas=betas, eps=eps)
     beta1, beta2 = betas
     gradients = [gradient.to(average.dtype) for gradient, average in zip(gradients, exp_avgs, strict=True)]
     torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
@@ -160,7 +164,13 @@ def adamw_(
         parameters, gradients, exp_avgs, exp_avg_sqs: lists of equal shapes, on one device.
         step: as for `adam_direction`.
         lr: a number, or a 0-D tensor.
+
+    Raises:
+        OptionError: a number is out of range.
     """
+    _check_numbers("adamw_", step, betas=betas, eps=eps, weight_decay=weight_decay)
+    if not isinstance(lr, Tensor):
+        in_range("adamw_", "lr", lr, Range(ge=0))
     if not parameters:
         return
     dtypes = {tensor.dtype for tensor in itertools.chain(parameters, gradients, exp_avgs, exp_avg_sqs)}
@@ -192,6 +202,11 @@ def adamw_(
         torch._foreach_add_(parameters[part], updates)
 
 
+def _check_numbers(owner: str, step: int, **options: object) -> None:
+    in_range(owner, "step", step, Range(ge=1))
+    check_values(AdamWOptions, owner, **options)
+
+
 def _parts(tensors: list[Tensor]) -> Iterator[slice]:
     """The list in parts of about `_PART` elements: temporaries are of that size, and not of the model's."""
     start, elements = 0, 0
@@ -205,7 +220,13 @@ def _parts(tensors: list[Tensor]) -> Iterator[slice]:
 
 def reset_due(updates: int, every: int) -> bool:
     """Whether moments are reset after `updates` updates: after every `every`-th, never for 0, and never
-    before the first update."""
+    before the first update.
+
+    Raises:
+        OptionError: a number is below 0.
+    """
+    in_range("reset_due", "updates", updates, Range(ge=0))
+    in_range("reset_due", "every", every, Range(ge=0))
     return every > 0 and updates > 0 and updates % every == 0
 
 
@@ -229,6 +250,9 @@ def parameter_groups(
     Args:
         decay: `"matrices"` decays what has at least two dimensions and is no embedding table (so not a tied
             head either); `"all"` decays everything.
+
+    Raises:
+        OptionError: an option is none of these, or out of range.
     """
     check_values(AdamWOptions, "parameter_groups", weight_decay=weight_decay, decay=decay)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
