@@ -77,6 +77,21 @@ def test_dependencies_run_one_way(layer):
     assert not wrong
 
 
+def test_the_machinery_of_the_passes_knows_no_pass():
+    """passes/graph may import the core, itself, and what a pass is."""
+    machinery = [source for source in sources("passes") if source.startswith("passes/graph/")]
+    assert len(machinery) > 5
+    wrong = [
+        f"{source} imports {module}"
+        for source in machinery
+        for module in imported(source)
+        if module.startswith("act24.passes")
+        and module != "act24.passes.base"
+        and not f"{module}.".startswith("act24.passes.graph.")
+    ]
+    assert not wrong
+
+
 def test_core_and_passes_import_nothing_of_the_world():
     wrong = []
     for source in sources("act24", "passes"):

@@ -44,8 +44,8 @@ def plain(annotation: Any) -> list[Any]:
     return [] if annotation is type(None) else [annotation]
 
 
-def wrong(name: str, annotation: Any, ranges: bool) -> st.SearchStrategy[str]:
-    """TOML that no value of this annotation is written as; `ranges`: numbers out of every range, too."""
+def wrong(name: str, annotation: Any, huge: bool) -> st.SearchStrategy[str]:
+    """TOML that no value of this annotation is written as; `huge`: integers beyond every use, too."""
     kinds = plain(annotation)
     texts = st.text("abcxyz", min_size=1, max_size=5).map(lambda text: f'"no{text}"')
     numbers = st.integers(-9, 9).map(str) | st.floats(0.1, 9).map(repr)
@@ -62,9 +62,9 @@ def wrong(name: str, annotation: Any, ranges: bool) -> st.SearchStrategy[str]:
         drawn += [texts, truths, st.sampled_from(NOT_FINITE)]
         if int in kinds:
             drawn.append(st.floats(0.1, 0.9).map(repr))
-        if ranges and name not in BELOW_ZERO:
+        if name not in BELOW_ZERO:
             drawn.append(st.integers(-(10**6), -1).map(str))
-        if ranges and int in kinds and name not in LONG:
+        if huge and int in kinds and name not in LONG:
             drawn.append(st.just(str(10**18)))
         return st.one_of(*drawn)
     (kind,) = kinds
@@ -76,7 +76,7 @@ def wrong(name: str, annotation: Any, ranges: bool) -> st.SearchStrategy[str]:
 
 
 def keys() -> list[tuple[str, list[str], str, Any, bool]]:
-    """(id, overrides that choose the table, path of the key, its annotation, whether ranges are checked)."""
+    """(id, overrides that choose the table, path of the key, its annotation, whether it has a bound)."""
     found = []
     for section, field in Recipe.model_fields.items():
         kind = field.annotation
@@ -93,25 +93,25 @@ def keys() -> list[tuple[str, list[str], str, Any, bool]]:
     return found
 
 
-def of_record(record, path, given, override, ranges):
+def of_record(record, path, given, override, huge):
     hints = get_type_hints(record, include_extras=True)
     names = [field.name for field in recipe_fields(record)]
     given |= {name: REQUIRED[name] for name in names if name in REQUIRED}
     text = override % ", ".join(f"{key} = {value!r}" for key, value in given.items())
-    return [(f"{path}.{record.name}.{n}", [text], f"{path}.{n}", hints[n], ranges) for n in names]
+    return [(f"{path}.{record.name}.{n}", [text], f"{path}.{n}", hints[n], huge) for n in names]
 
 
 KEYS = keys()
 
 
 @pytest.mark.parametrize(
-    ("table", "path", "annotation", "ranges"), [k[1:] for k in KEYS], ids=[k[0] for k in KEYS]
+    ("table", "path", "annotation", "huge"), [k[1:] for k in KEYS], ids=[k[0] for k in KEYS]
 )
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_a_wrong_value_is_refused_by_its_key(table, path, annotation, ranges, data):
+def test_a_wrong_value_is_refused_by_its_key(table, path, annotation, huge, data):
     name = path.rpartition(".")[2]
-    value = data.draw(wrong(name, annotation, ranges))
+    value = data.draw(wrong(name, annotation, huge))
     with pytest.raises(RecipeError) as error:
         parse_recipe(BASE, "test", [*table, f"{path}={value}"])
     assert name in str(error.value)
