@@ -8,8 +8,8 @@ A dataclass of options says with its annotations what each field takes, and call
     dense_ratio: Annotated[float, Range(ge=0, lt=1)] = 0.05  # finite, and in range
     targets: tuple[str, ...] = ("*",)
 
-Functions check single values with `one_of` and `in_range`. What a field says about another one stays in the
-class's own `__post_init__`.
+Functions check single values with `one_of` and `in_range`, and those that a class of options has fields for
+with `check_values`. What a field says about another one stays in the class's own `__post_init__`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -25,7 +25,16 @@ from act24.errors import Act24Error, nearest
 
 
 class OptionError(Act24Error, ValueError):
-    """A value that an option does not take."""
+    """A value that an option does not take.
+
+    Attributes:
+        field, reason: the parts of the message, where it is about one field: `lr` and "has to be above 0, got
+            0". Loaders put the path of the key in front instead of the owner.
+    """
+
+    def __init__(self, message: str, field: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.field, self.reason = field, reason
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,15 @@ class OneOf:
 #: What a number without a range of its own has to be.
 FINITE = Range()
 
+#: The most optimizer steps that any option counts. Far beyond every run, and loops over periods still end.
+MOST_STEPS = 10**9
+
+#: A number of optimizer steps, or a period in steps that 0 switches off.
+Steps = Annotated[int, Range(ge=0, le=MOST_STEPS)]
+
+#: A number of optimizer steps that cannot be none.
+PositiveSteps = Annotated[int, Range(gt=0, le=MOST_STEPS)]
+
 
 def one_of(owner: str, name: str, value: object, choices: Iterable[str]) -> None:
     """Check a name.
@@ -74,7 +92,7 @@ def one_of(owner: str, name: str, value: object, choices: Iterable[str]) -> None
     names = [*choices]
     if not isinstance(value, str) or value not in names:
         hint = nearest(value, names) if isinstance(value, str) else f"choose from {', '.join(sorted(names))}"
-        raise OptionError(f"{_full(owner, name)} has no {_shown(value)}: {hint}")
+        raise _refused(owner, name, f"has no {shown(value)}: {hint}")
 
 
 def in_range(owner: str, name: str, value: float, bounds: Container[float] = FINITE) -> None:
@@ -84,13 +102,13 @@ def in_range(owner: str, name: str, value: float, bounds: Container[float] = FIN
         OptionError: `value` is not finite, or out of `bounds`.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise OptionError(f"{_full(owner, name)} has to be a number, got {_shown(value)}")
+        raise _refused(owner, name, f"has to be a number, got {shown(value)}")
     try:
         inside = value in bounds
     except OverflowError:  # an integer beyond every float
         inside = False
     if not inside:
-        raise OptionError(f"{_full(owner, name)} has to be {bounds}, got {_shown(value)}")
+        raise _refused(owner, name, f"has to be {bounds}, got {shown(value)}")
 
 
 def check_options(options: object, owner: str = "") -> None:
@@ -105,6 +123,26 @@ def check_options(options: object, owner: str = "") -> None:
     owner = owner or str(getattr(type(options), "name", None) or type(options).__name__)
     for name, annotation in _fields(type(options)):
         _check(owner, name, getattr(options, name), annotation)
+
+
+def check_values(kind: type, owner: str, **values: object) -> None:
+    """Check values as fields of a class of options, by whoever takes them without an object of that class.
+
+    Raises:
+        OptionError: names the field, the value, and what it takes.
+    """
+    for error in option_errors(kind, values, owner):
+        raise error
+
+
+def option_errors(kind: type, values: Mapping[str, object], owner: str = "") -> Iterator[OptionError]:
+    """What is wrong with each of some values, as fields of a class of options."""
+    for name, annotation in _fields(kind):
+        if name in values:
+            try:
+                _check(owner, name, values[name], annotation)
+            except OptionError as error:
+                yield error
 
 
 @functools.cache
@@ -136,13 +174,13 @@ def _check(owner: str, name: str, value: Any, annotation: Any) -> None:
     else:
         kind = origin or annotation
         if not isinstance(value, kind):
-            raise OptionError(f"{_full(owner, name)} has to be {_kind(kind)}, got {_shown(value)}")
+            raise _refused(owner, name, f"has to be {_kind(kind)}, got {shown(value)}")
 
 
 def _check_number(owner: str, name: str, value: Any, kind: type) -> None:
     # A bool is an int to Python, and never what is meant.
     if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise OptionError(f"{_full(owner, name)} has to be an integer, got {_shown(value)}")
+        raise _refused(owner, name, f"has to be an integer, got {shown(value)}")
     in_range(owner, name, value)
 
 
@@ -162,26 +200,29 @@ def _check_union(owner: str, name: str, value: Any, kinds: tuple[Any, ...]) -> N
 
 def _check_tuple(owner: str, name: str, value: Any, kinds: tuple[Any, ...]) -> None:
     if not isinstance(value, tuple):
-        raise OptionError(f"{_full(owner, name)} has to be a tuple, got {_shown(value)}")
+        raise _refused(owner, name, f"has to be a tuple, got {shown(value)}")
     if len(kinds) == 2 and kinds[1] is Ellipsis:
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
-        raise OptionError(f"{_full(owner, name)} has to have {len(kinds)} entries, got {_shown(value)}")
+        raise _refused(owner, name, f"has to have {len(kinds)} entries, got {shown(value)}")
     for index, (entry, kind) in enumerate(zip(value, kinds, strict=True)):
         _check(owner, f"{name}[{index}]", entry, kind)
 
 
-def _full(owner: str, name: str) -> str:
-    return f"{owner}: {name}" if owner else name
+def _refused(owner: str, name: str, reason: str) -> OptionError:
+    return OptionError(f"{owner}: {name} {reason}" if owner else f"{name} {reason}", name, reason)
 
 
 def _kind(kind: Any) -> str:
     return {str: "a string", bool: "true or false"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
-def _shown(value: object) -> str:
-    """A value short enough for a line: integers of thousands of digits have no text at all in Python."""
+def shown(value: object) -> str:
+    """A value short enough for a line. Integers of thousands of digits have no text at all in Python."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
         return "an integer of more than 30 digits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # such an integer inside of it
+        return f"a {type(value).__name__} with an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

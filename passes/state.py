@@ -168,7 +168,11 @@ def refuse_exact_steps(pipeline: Pipeline) -> None:
         if not isinstance(p, Weight24):
             continue
         with pipeline.lowered([p]):
-            factors = [w.name for w in sparse_weights(pipeline, p) if not w.name.endswith(".weight")]
+            factors = [
+                f"{fqn}.{match.nodes.weight}"
+                for fqn, match in pipeline.matches(p)
+                if match.nodes.factor is not None
+            ]
         if factors:
             raise Act24Error(
                 f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: "

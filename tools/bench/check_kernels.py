@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import act24.sparse24.kernels.weight_operators  # noqa: F401  (defines pack_weight)
+import act24.sparse24.kernels.pack_weight  # noqa: F401  (defines it)
 from act24.sparse24.feed_forward.forms import network_of, why_not_packed
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.format.cusparselt import multiplies
-from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.format.products import Measured, feed_forward_products, layout_error, relative_error
-from act24.sparse24.kernels.shared.registry import REFERENCES
+from act24.sparse24.format.device import layout_error
+from act24.sparse24.format.multiply import relative_error
+from act24.sparse24.format.packed import Packed24, random_packed, unpack
+from act24.sparse24.format.products import Measured, feed_forward_products
+from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.token_wise import Options24
 from act24.sparse24.pattern.transposable import transposable_mask
 from act24.tools.bench.rows import needed_gpu
@@ -66,7 +69,6 @@ def _kernels(device: torch.device) -> Iterator[Check]:
         order = torch.randperm(tokens, device=device)
         index = torch.randperm(features, device=device)[: features // 20 + 1]
         seed = torch.tensor(2**40 + 17, device=device)
-        grad *= real[:, None]
         for function, method in itertools.product(("relu2", "relu"), ("naive", "soft_threshold", "mvue")):
             case = f"{tokens}×{features} {function} {method}"
             slope = method != "naive"
@@ -79,7 +81,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
                 yield f"pack_activation {case} numbered", _same("pack_activation", 1, numbered, slope)
             if method == "naive":
                 yield f"count_activation {case}", _same("count_activation", 0, (hidden, real, function))
-            saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
+            saved, slopes, _, _ = OPERATORS["pack_activation"].reference(*arguments)
             slopes = slopes if slope else None
             for where in ((None, None), (real, index)):
                 arguments = (grad, saved, slopes, *where, function)
@@ -117,22 +119,41 @@ def _narrow_kernels(device: torch.device) -> Iterator[Check]:
         yield f"pack_weight {case}", _same("pack_weight", 2, arguments)
 
 
+def _products(device: torch.device) -> Iterator[Check]:
+    """The library's product with dense rows put in, and the order of tokens, which is no kernel."""
+    generator = torch.Generator(device).manual_seed(0)
+    packed = random_packed(256, 512, torch.bfloat16, generator).buffer
+    dense, rows = (torch.randn(512, n, device=device).bfloat16() for n in (128, 40))
+    index = torch.randperm(256, device=device)[:40]
+    for transposed in (False, True):
+        arguments = (packed, dense, 0, transposed, rows.T.contiguous(), index)
+        found, expected = (form(*arguments) for form in _both("product24"))
+        yield f"product24 transposed {transposed}", functools.partial(relative_error, found, expected)
+    orders = [form(dense, [4, 64], "sequence") for form in _both("token_order")]
+    yield "token_order", lambda: float(not all(map(torch.equal, *orders)))
+
+
 def _both_ways(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -> Callable[[], float]:
     """What forward saves is compared by what backward makes of it: see `_mismatch`."""
 
     def check() -> float:
         made = []
-        for of in (functools.partial(getattr, torch.ops.act24), REFERENCES.__getitem__):
-            _, *saved = of("linear_pack")(x, weight_in, True)
-            made.append(of("linear_gradient")(grad, weight_out, *saved))
+        for forward, backward in zip(_both("linear_pack"), _both("linear_gradient"), strict=True):
+            _, *saved = forward(x, weight_in, True)
+            made.append(backward(grad, weight_out, *saved))
         return _mismatch(*made, 0, False)
 
     return check
 
 
+def _both(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """An operator, and its reference."""
+    return getattr(torch.ops.act24, name), OPERATORS[name].reference
+
+
 def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Callable[[], float]:
     def check() -> float:
-        outputs, expected = getattr(torch.ops.act24, name)(*arguments), REFERENCES[name](*arguments)
+        outputs, expected = (form(*arguments) for form in _both(name))
         if isinstance(outputs, Tensor):
             outputs, expected = (outputs,), (expected,)
         return _mismatch(outputs, expected, packed, slope)
@@ -142,7 +163,7 @@ def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Call
 
 def _same_bytes(name: str, argument: Tensor) -> Callable[[], float]:
     def check() -> float:
-        outputs, expected = getattr(torch.ops.act24, name)(argument), REFERENCES[name](argument)
+        outputs, expected = (form(argument) for form in _both(name))
         pairs = [(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(outputs, expected, strict=True)]
         return max((a != b).float().mean().item() for a, b in pairs)
 
@@ -252,6 +273,9 @@ def main(word: str = "") -> int:
     # The draw of mvue rounds as the reference does but for the order of a sum.
     checks += [(name, check, 1e-3 if "mvue" in name else 0.0) for name, check in _kernels(device)]
     checks += [(name, check, 0.0) for name, check in _narrow_kernels(device)]
+    checks += [(name, check, 1e-2) for name, check in _products(device)]
+    named = set(re.findall(r"\w+", " ".join(name for name, *_ in checks)))
+    checks.append(("every operator has a check", lambda: float(len({*OPERATORS} - named)), 0.0))
     checks += [(name, check, 1e-2) for name, check in _operation(device)]
     failed = 0
     checks = [check for check in checks if word in check[0]]

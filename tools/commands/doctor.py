@@ -10,7 +10,11 @@ import torch
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.llama import PRESETS
+from act24.optim import OPTIMIZERS
+from act24.passes import REGISTRY
 from act24.passes.relu2_ffn import parity_width
+from act24.recipes.plugins import load_plugins
+from act24.schedules import SCHEDULES
 from act24.sparse24.feed_forward.forms import (
     Network,
     obstacle_on,
@@ -19,7 +23,8 @@ from act24.sparse24.feed_forward.forms import (
     why_not_packed,
 )
 from act24.sparse24.format.cusparselt import multiplies
-from act24.sparse24.format.products import Table, feed_forward_products, fp8_obstacle, layout_error, obstacle
+from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
+from act24.sparse24.format.products import Table, feed_forward_products
 from act24.sparse24.pattern.token_wise import Options24
 from act24.tools.run.tuning import cache_path, machine, read_table
 
@@ -46,7 +51,7 @@ def examine(device: torch.device | None = None) -> list[Finding]:
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     device = device or torch.device("cpu")
-    return [*_versions(), *_machine(device), *_paths(device)]
+    return [*_versions(), *_machine(device), *_paths(device), *_records()]
 
 
 def doctor() -> str:
@@ -95,6 +100,16 @@ def _machine(device: torch.device) -> list[Finding]:
         Finding("self-check", f"our packing against cuSPARSELt's compressor: relative error {error:.1g}"),
         Finding("tuned products", f"{len(_table(device))} in {cache_path()}"),
     ]
+
+
+def _records() -> list[Finding]:
+    try:
+        plugins = ", ".join(load_plugins()) or "none"
+    except Act24Error as error:
+        plugins = str(error)
+    tables = {"passes": REGISTRY, "optimizers": OPTIMIZERS, "schedules": SCHEDULES}
+    named = [Finding(f"{name} of recipes", ", ".join(table)) for name, table in tables.items()]
+    return [Finding("plugins", plugins), *named]
 
 
 def _table(device: torch.device) -> Table:

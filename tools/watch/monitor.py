@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from act24.optim import LOROAdamW
 from act24.passes import Activation24
 from act24.passes.activation_statistics import BUFFER
 from act24.recipes.load import dump_recipe
@@ -206,8 +205,7 @@ class Monitor:
         rates = take_flip_rates_(self._built.pipeline, steps)
         scalars = {f"flip_rate/{name}": rate for name, rate in rates.items()}
         tensors = {f"gradient_cosine/{name}": value for name, value in self._cosines.items()}
-        if isinstance(self._optimizer, LOROAdamW):
-            tensors |= {f"loro/{name}": value for name, value in self._optimizer.diagnostics_().items()}
+        tensors |= self._recipe.optimizer.diagnostics_(self._optimizer)
         self._cosines = {}
         if tensors:
             read = torch.stack([value.double() for value in tensors.values()]).tolist()

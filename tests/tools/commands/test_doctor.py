@@ -22,6 +22,13 @@ def test_text_has_a_line_for_every_finding() -> None:
     assert len(doctor.doctor().splitlines()) == len(doctor.examine())
 
 
+def test_what_recipes_can_name_is_listed() -> None:
+    findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
+    assert findings["optimizers of recipes"] == "adamw, loro_adamw, cola_adamw, lost_adamw"
+    assert findings["schedules of recipes"] == "cosine, linear, constant, cosine_restart"
+    assert findings["passes of recipes"].startswith("relu2_ffn, low_rank, cola, lost, ")
+
+
 def test_paths_of_a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide networks are packed, narrow ones have 2:4 inside their products, lone activations around none."""
     monkeypatch.setattr(forms, "obstacle", lambda _: "")
