@@ -33,11 +33,8 @@ def time_transformers(recipe: Recipe, steps: int, processes: Processes) -> LoopT
         model = LlamaForCausalLM(LlamaConfig(**{size: getattr(config, size) for size in sizes}))
     model.to(dtype=parameter_dtype(recipe)).train()  # type: ignore[call-arg]
     compiled = torch.compile(model, dynamic=False)
-    options = recipe.optimizer
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, options.lr, options.betas, options.eps, options.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, recipe.optimizer.lr, fused=True)
     autocast, count = train.dtype == "bfloat16_autocast", accumulation(train, 1)
     every = recipe.log.every
     rows = open_rows(
