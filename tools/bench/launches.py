@@ -1,4 +1,4 @@
-"""What Python and launches cost on this machine, and which micro-batches wait for them without CUDA graphs."""
+"""What Python and launches cost on this machine, and which micro-batches wait for them if not captured."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class TrainingStep:
 
         They are not left to the first backward to make: it takes them out of the memory of its activations,
         piece by piece, and all those blocks would stay reserved beside those of the graph (130m at 64 rows:
-        15.9 GiB in place of 8.9).
+        15.9 GiB, of which 8.5 were ever allocated).
         """
         in_force = without_counting(self._pipeline.active) if self._pipeline is not None else ()
         boundary, self._in_force = in_force != self._in_force, in_force
