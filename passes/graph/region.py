@@ -45,12 +45,16 @@ class BufferSpec:
 
     Attributes:
         initial: its first value, from the region's parameters by local name; None: zeros.
+        kind: what it is for, a constant of the pass that asks for it.
+        of: the local name of what it belongs to, a site or a weight.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     persistent: bool
     initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    kind: str = ""
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,11 @@ class Region:
         dtype: torch.dtype,
         persistent: bool,
         initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        kind: str = "",
+        of: str = "",
     ) -> None:
         """Add a buffer (`BufferSpec`); several passes may ask for the same one."""
-        self.buffers[name] = BufferSpec(shape, dtype, persistent, initial)
+        self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 
 class RegionModule(fx.GraphModule):
@@ -156,7 +162,12 @@ class RegionModule(fx.GraphModule):
     Regions with equal code share one class (`share_class`), so that torch.compile sees one function and
     compiles it once, not once a layer. A copy keeps the class; `recompile` after editing the graph of one
     region by hand leaves the shared class first.
+
+    Attributes:
+        buffer_kinds: of the buffers that passes added, by local name: their kind, and what they belong to.
     """
+
+    buffer_kinds: dict[str, tuple[str, str]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
         # GraphModule's own copy makes a class for each module, leaves out what the graph does not read, and
@@ -224,12 +235,28 @@ def materialise(
             buffer.copy_(spec.initial(parameters))
         parent, leaf = _namespace(module, name)
         parent.register_buffer(leaf, buffer, persistent=spec.persistent)
+    module.buffer_kinds = {name: (spec.kind, spec.of) for name, spec in region.buffers.items()}
     for node in region.graph.nodes:
         if node.op == "call_module":
             parent, leaf = _namespace(module, node.target)
             parent._modules[leaf] = region.module.get_submodule(node.target)
     module.graph = region.graph
     return module
+
+
+def buffers_of(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]:
+    """The buffers of one kind in the regions among some modules, by the full name of what they belong to.
+
+    Args:
+        modules: by full name: a pipeline's regions, or `dict(model.named_modules())`.
+    """
+    return {
+        ".".join(part for part in (fqn, of) if part): module.get_buffer(name)
+        for fqn, module in modules.items()
+        if isinstance(module, RegionModule)
+        for name, (its_kind, of) in module.buffer_kinds.items()
+        if its_kind == kind
+    }
 
 
 @dataclass(frozen=True)

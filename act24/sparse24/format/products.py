@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from act24.options import Range
 from act24.sparse24.format import cusparselt
 from act24.sparse24.format.packed import Packed24, pack, random_packed, unpack
 
@@ -88,8 +89,9 @@ class Measured(NamedTuple):
 
 
 #: `(product, measured)` of each. As pairs, and any tuples will do, so that it can be a constant of a graph,
-#: whose code has no names for the two classes.
-Table = tuple[tuple[tuple[Kind, int, int, int], tuple[int, float, float]], ...]
+#: whose code has no names for the two classes. Where no algorithm was right, its time is infinite.
+Milliseconds = Annotated[float, Range(ge=0, infinite=True)]
+Table = tuple[tuple[tuple[Kind, int, int, int], tuple[int, Milliseconds, Milliseconds]], ...]
 
 
 def feed_forward_products(
@@ -110,7 +112,9 @@ def feed_forward_products(
     return products
 
 
-def choose(products: dict[Kind, Product], table: Table = (), always: bool = False) -> dict[Kind, int]:
+def choose(
+    products: dict[Kind, Product], table: Table = (), always: bool = False, untuned: bool = True
+) -> dict[Kind, int]:
     """The one rule between 2:4 and dense: all products of a network, or none.
 
     The passes that pack cost about what the elementwise passes of a dense network cost (with exact weight
@@ -119,6 +123,7 @@ def choose(products: dict[Kind, Product], table: Table = (), always: bool = Fals
     Args:
         always: for a network whose only other form is the reference, which costs more than
             any slow product: none only where an algorithm is missing.
+        untuned: the rule for shapes that nobody tuned may answer; it was measured on Hopper.
 
     Returns:
         the algorithm of each; empty where the dense ones are faster, as measured, or, where they are not all
@@ -132,6 +137,8 @@ def choose(products: dict[Kind, Product], table: Table = (), always: bool = Fals
         sparse = sum(m.sparse for m in measured.values())
         pays = sparse < sum(m.dense for m in measured.values())
         return chosen if pays or (always and math.isfinite(sparse)) else {}
+    if not untuned:
+        return {}
     if all(
         p.width >= LEAST_WIDTH and p.features >= LEAST_FEATURES and p.tokens >= LEAST_TOKENS
         for p in products.values()
@@ -280,22 +287,22 @@ def layout_error(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> f
 @functools.cache
 def obstacle(device: torch.device) -> str:
     """Why this device cannot run packed products; empty if it can. Looked at once a process: it is a fact
-    about the machine. Whether the library still reads our layout is told from a product, not from its
-    version."""
+    about the machine. Whether the library reads our layout here, which is Hopper's, is told from a product,
+    not from its version or the GPU's name."""
     if device.type != "cuda":
         return f"the kernels are for CUDA GPUs, this is {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return f"the packed layout is Hopper's (compute capability 9.0), this GPU has {major}.{minor}"
     if not torch.backends.cusparselt.is_available():
         return "this build of PyTorch has no cuSPARSELt"
     from act24.compiler import triton
 
     if triton is None:
         return "Triton is not installed"
-    error = layout_error(device)
+    version = torch.backends.cusparselt.version()
+    try:
+        error = layout_error(device)
+    except RuntimeError as exception:
+        return f"cuSPARSELt {version} does not multiply bfloat16 here ({str(exception).splitlines()[0]})"
     if not error < TOLERANCE:
-        version = torch.backends.cusparselt.version()
         return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
     # Waits for the device: now, and not while a graph is captured.
     cusparselt.multiplies(device, torch.bfloat16)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from act24.sparse24.format.packed import Packed24, empty_packed, pack, unpack, with_values
 from act24.sparse24.kernels.shared.registry import operator
-from act24.sparse24.pattern.token_wise import Function, Method, Options24, Sparse24, sparsify_token_wise
+from act24.sparse24.pattern.token_wise import SPARSIFIERS, Function, Sparse24, naive, sparsify_token_wise
 
 
 def _pack_activation_reference(
@@ -17,7 +17,7 @@ def _pack_activation_reference(
     seed: Tensor | None,
     real: Tensor | None,
     function: Function,
-    method: Method,
+    method: str,
     slope: bool,
     dense: bool,
     counts: bool,
@@ -26,7 +26,7 @@ def _pack_activation_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positive = torch.relu(hidden)
     by_token = positive if order is None else positive[torch.argsort(order)]
-    sparse = sparsify_token_wise(by_token, seed, Options24(function=function, method=method))
+    sparse = sparsify_token_wise(by_token, seed, function, SPARSIFIERS[method])
     sparse = sparse if order is None else Sparse24(*(part[order] for part in sparse))
     packed = pack(sparse.value, sparse.mask)
     number, sums = _counts(positive, sparse, real)
@@ -56,7 +56,7 @@ def _pack_activation_kernel(
     seed: Tensor | None,
     real: Tensor | None,
     function: Function,
-    method: Method,
+    method: str,
     slope: bool,
     dense: bool,
     counts: bool,
@@ -90,7 +90,7 @@ def _pack_activation_fake(
     seed: Tensor | None,
     real: Tensor | None,
     function: Function,
-    method: Method,
+    method: str,
     slope: bool,
     dense: bool,
     counts: bool,
@@ -124,7 +124,7 @@ def _count_activation_reference(
     hidden: Tensor, real: Tensor | None, function: Function
 ) -> tuple[Tensor, Tensor]:
     positive = torch.relu(hidden)
-    return _counts(positive, sparsify_token_wise(positive, None, Options24(function=function)), real)
+    return _counts(positive, sparsify_token_wise(positive, None, function, naive), real)
 
 
 def _count_activation_kernel(
@@ -175,6 +175,7 @@ def _pack_gradient_reference(
     function: Function,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     value = Packed24(saved)
+    grad = grad if real is None else torch.where(real[:, None], grad, 0)
     masked = _masked_gradient(grad, value, slope, function)
     rows = []
     for matrix in (unpack(value), unpack(masked)):
@@ -225,9 +226,9 @@ def _pack_gradient_fake(
 
 
 #: From dS `[T, F]` and what forward saved to the operands of backward: dZ packed along the features `[T, F]`;
-#: the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four tokens,
-#: tokens that are not `real` as zeros; and both as they are, `[n, T]`, in the features `index` `[n]`. `slope`
-#: None: made from the activation.
+#: the activation and dZ packed along the tokens `[F, T]`, the two largest magnitudes of every four tokens;
+#: and both as they are, `[n, T]`, in the features `index` `[n]`. Tokens that are not `real` are zeros in all
+#: of them. `slope` None: made from the activation.
 pack_gradient = operator(
     "pack_gradient(Tensor grad, Tensor saved, Tensor? slope, Tensor? real, Tensor? index, "
     "str function) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
