@@ -200,7 +200,7 @@ class Activation24(OperationalPass):
             kernels=self.kernels,
             recompute=self.recompute,
             # Plain tuples: the graph's code has no names for their classes.
-            algorithms=tuple((tuple(product), tuple(measured)) for product, measured in self.algorithms),
+            algorithms=tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[misc]
         )
 
     def _rewrite(self, region: Region, match: Match) -> None:
