@@ -122,7 +122,8 @@ def checked(kind: type[N]) -> type[N]:
     @functools.wraps(make)
     def new(cls: type[N], *args: Any, **kwargs: Any) -> N:
         made = make(cls, *args, **kwargs)
-        if not torch.compiler.is_compiling():  # what a compiled graph makes was made, and checked, before
+        # What a graph that is being compiled makes was made, and checked, before it.
+        if not torch.compiler.is_compiling() and not any(map(_stands_for_a_value, made)):
             made.__post_init__()  # type: ignore[attr-defined]
         return made
 
@@ -132,6 +133,11 @@ def checked(kind: type[N]) -> type[N]:
     kind.__new__ = new  # type: ignore[method-assign, assignment]
     kind._replace = changed  # type: ignore[attr-defined]
     return kind
+
+
+def _stands_for_a_value(field: object) -> bool:
+    """Whether torch.compile put something of its own in a field, as torch 2.11 does to try a named tuple."""
+    return type(field).__module__.startswith("torch._dynamo.")
 
 
 @functools.cache
