@@ -58,7 +58,7 @@ def test_two_networks_of_a_module_have_two_scales_seeds_and_statistics() -> None
     assert abs(float(scales[SITES[0]]) - float(scales[SITES[1]])) > 0.02
     model(x)
     counts = buffers_of(dict(model.named_modules()), BUFFER)
-    assert [*counts] == SITES
+    assert {*counts} == {*SITES}
     hidden = rows @ plain.blocks[0].mlp.first_up.weight.T
     assert counts[SITES[0]][STATISTICS.index("zeros")] == (hidden <= 0).sum()
     assert not torch.equal(counts[SITES[0]], counts[SITES[1]])
@@ -82,7 +82,7 @@ def test_names_are_the_same_before_and_after_and_beside_other_passes() -> None:
     model = Trunk(TwoNetworks)
     pipeline = apply_(model, [first, second, ActivationStatistics()])
     counts = buffers_of(pipeline.regions, BUFFER)
-    assert [*counts] == SITES
+    assert {*counts} == {*SITES}
     x = features(2, 8, 16)
     elements = STATISTICS.index("elements")
     for step in range(4):

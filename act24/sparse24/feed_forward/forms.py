@@ -17,7 +17,8 @@ from torch import Tensor
 from act24.operation import constant_when_compiled
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.feed_forward.self_check import kernel_obstacle
-from act24.sparse24.format.products import Kind, choose, feed_forward_products, fp8_obstacle, obstacle
+from act24.sparse24.format.device import fp8_obstacle, obstacle
+from act24.sparse24.format.products import Kind, choose, feed_forward_products
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
 _TILE, _LOAD = 64, 8
@@ -174,13 +175,13 @@ def kernel_obstacle_on(device: torch.device, operators: tuple[str, ...]) -> str:
 
 @constant_when_compiled
 def obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.products.obstacle`, likewise."""
+    """`act24.sparse24.format.device.obstacle`, likewise."""
     return obstacle(device)
 
 
 @constant_when_compiled
 def fp8_obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.products.fp8_obstacle`, likewise."""
+    """`act24.sparse24.format.device.fp8_obstacle`, likewise."""
     return fp8_obstacle(device)
 
 

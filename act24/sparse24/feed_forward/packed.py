@@ -40,9 +40,13 @@ from act24.sparse24.feed_forward.statistics import (
 from act24.sparse24.format.fp8 import scaled
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
-from act24.sparse24.kernels import fp8_operators, operators
+from act24.sparse24.kernels.pack_activation import pack_activation
+from act24.sparse24.kernels.pack_gradient import pack_gradient
 from act24.sparse24.kernels.product24 import product24
+from act24.sparse24.kernels.quantise_packed import quantise_packed
+from act24.sparse24.kernels.quantise_rows import quantise_rows
 from act24.sparse24.kernels.token_order import token_order
+from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.sparse24.pattern.selection import densest_features
 
 #: In e4m3 a 16-byte load holds so many values.
@@ -90,7 +94,7 @@ class _PackedActivation24(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         hidden = F.linear(x, weight_in, bias_in)
         kernel = method_of(options).kernel
-        packed, slope, counts, sums = operators.pack_activation(
+        packed, slope, counts, sums = pack_activation(
             hidden,
             seed,
             real,
@@ -166,9 +170,7 @@ def _exact_gradients(
         x: `[T, D]`; None where dW_in is not asked for.
         grad_product: G, `[T, D_out]`; None where dW_out is not asked for.
     """
-    grad_hidden, value, dense = operators.unpack_gradient(
-        grad_activation, saved.packed, saved.slope, options.function
-    )
+    grad_hidden, value, dense = unpack_gradient(grad_activation, saved.packed, saved.slope, options.function)
     grad_weight_in = None if x is None else dense.T @ x
     grad_weight_out = None if grad_product is None else grad_product.T @ value
     return grad_hidden, grad_weight_in, grad_weight_out
@@ -187,7 +189,7 @@ def _sparse_gradients(
     index = None
     if backward_of(options).dense_features:
         index = densest_features(saved.counts, options.dense_ratio)
-    grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = operators.pack_gradient(
+    grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = pack_gradient(
         grad_activation, saved.packed, saved.slope, saved.real, index, options.function
     )
     grad_weight_in = grad_weight_out = None
@@ -206,8 +208,8 @@ def _forward_product(packed: Tensor, weight_out: Tensor, algorithm: int, options
     """a W_outᵀ. In fp8 what is packed in e4m3 is packed from what backward needs in bfloat16 anyway."""
     if options.precision == "bfloat16":
         return product24(packed, weight_out.T, algorithm, False, None, None)
-    narrow, scale = fp8_operators.quantise_packed(packed)
-    weight, columns = fp8_operators.quantise_rows(weight_out)
+    narrow, scale = quantise_packed(packed)
+    weight, columns = quantise_rows(weight_out)
     return scaled(product24(narrow, weight.T, algorithm, False, None, None), scale, columns)
 
 

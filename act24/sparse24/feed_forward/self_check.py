@@ -18,7 +18,7 @@ from torch import Tensor
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.kernels.shared.registry import REFERENCES
+from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.token_wise import SPARSIFIERS
 
 #: Share of the entries in which a kernel may differ: the draw of mvue rounds as the reference does but for
@@ -68,7 +68,7 @@ def kernel_obstacle(device: torch.device, operators: tuple[str, ...]) -> str:
 @torch.no_grad()
 def check_operator(name: str, device: torch.device) -> str:
     """Run one operator on a device beside its reference; why not to use it there, or the empty string."""
-    operator, reference = getattr(torch.ops.act24, name), REFERENCES[name]
+    operator, reference = getattr(torch.ops.act24, name), OPERATORS[name].reference
     try:
         with torch.autocast(device.type, enabled=False):
             for case in _CASES[name](device):
@@ -134,7 +134,7 @@ def _pack_activation(device: torch.device) -> Iterator[_Case]:
 def _saved(device: torch.device) -> tuple[Tensor, Tensor]:
     """A gradient, and a packed activation as forward saves it."""
     hidden = _draw(device, *_SHAPE)
-    saved, *_ = REFERENCES["pack_activation"](
+    saved, *_ = OPERATORS["pack_activation"].reference(
         hidden, None, None, "relu2", "naive", False, False, False, False
     )
     return _draw(device, *_SHAPE).flip(0), saved

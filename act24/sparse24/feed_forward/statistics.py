@@ -16,7 +16,8 @@ from act24.operation import is_mapped, operation
 from act24.options import one_of
 from act24.sparse24.feed_forward.forms import kernel_obstacle_on, why_never_packed
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
-from act24.sparse24.kernels import operators
+from act24.sparse24.kernels.count_activation import count_activation
+from act24.sparse24.kernels.gather_features import gather_features
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise
 from act24.sparse24.pattern.selection import densest, top2_of_4
 from act24.sparse24.pattern.token_wise import Function, dense_activation, sparsify_token_wise
@@ -71,7 +72,7 @@ def dense_statistics(hidden: Tensor, pads: Tensor | None = None, function: Funct
     one_of("dense_statistics", "function", function, get_args(Function))
     rows, real = hidden.detach().reshape(-1, hidden.shape[-1]), real_tokens(pads)
     if not is_mapped() and not why_not_counted(rows):
-        counts, sums = operators.count_activation(rows.contiguous(), real, function)
+        counts, sums = count_activation(rows.contiguous(), real, function)
         return token_wise_from_counts(len(rows), counts, sums, real)
     dense = dense_activation(torch.relu(rows), function)
     groups = dense.positive.shape[1] % 4 == 0
@@ -202,7 +203,7 @@ def feature_wise_from_some_features(
         real: boolean `[T]`, the tokens that count; None for all.
     """
     index = torch.arange(0, len(counts), _FEATURE_SAMPLE, device=counts.device)
-    value = operators.gather_features(packed, index, real).T
+    value = gather_features(packed, index, real).T
     dense = None
     if backward_of(options).dense_features:
         dense = densest(counts, options.dense_ratio)[index]

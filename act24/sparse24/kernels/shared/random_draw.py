@@ -36,6 +36,19 @@ def _factor(taken, probability):
 
 
 @jit
+def _finite(a0, a1, a2, a3):
+    """Four magnitudes; where some are not finite, 1 for these and 0 for the others."""
+    infinity: tl.constexpr = float("inf")
+    finite = (a0 < infinity) & (a1 < infinity) & (a2 < infinity) & (a3 < infinity)
+    return (
+        tl.where(finite, a0, tl.where(a0 < infinity, 0.0, 1.0)),
+        tl.where(finite, a1, tl.where(a1 < infinity, 0.0, 1.0)),
+        tl.where(finite, a2, tl.where(a2 < infinity, 0.0, 1.0)),
+        tl.where(finite, a3, tl.where(a3 < infinity, 0.0, 1.0)),
+    )
+
+
+@jit
 def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
     """Two of four magnitudes, drawn by the minimum-variance unbiased estimator.
 
@@ -47,6 +60,7 @@ def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
     Returns:
         the keys that were drawn, by position, and 1/π of each, 0 for a key that only fills up.
     """
+    a0, a1, a2, a3 = _finite(a0, a1, a2, a3)
     largest = tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3))
     unit = tl.where(largest > 0, largest, 1.0)
     # The first of the largest entries, as `Tensor.max` has it on a CPU.

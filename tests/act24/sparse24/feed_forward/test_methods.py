@@ -85,17 +85,17 @@ def test_kernels_check_themselves_and_are_not_used_where_they_are_wrong(
     everything = tuple(dict.fromkeys(name for form in FORMS for name in form.operators))
     assert kernel_obstacle.__wrapped__(gpu, everything) == ""
     for name in everything:
-        right = self_check.REFERENCES[name]
+        operator = self_check.OPERATORS[name]
 
-        def wrong(*arguments: Any, right: Any = right) -> Any:
+        def wrong(*arguments: Any, right: Any = operator.reference) -> Any:
             result = right(*arguments)
             return tuple(t + 1 for t in result) if isinstance(result, tuple) else result + 1
 
         with monkeypatch.context() as patch:
-            patch.setitem(self_check.REFERENCES, name, wrong)
+            patch.setitem(self_check.OPERATORS, name, operator._replace(reference=wrong))
             assert f"{name} is wrong on this GPU" in kernel_obstacle.__wrapped__(gpu, (name,))
         with monkeypatch.context() as patch:
-            patch.setitem(self_check.REFERENCES, name, lambda *_: 1 / 0)
+            patch.setitem(self_check.OPERATORS, name, operator._replace(reference=lambda *_: 1 / 0))
             assert "does not run on this GPU" in kernel_obstacle.__wrapped__(gpu, (name,))
 
 
