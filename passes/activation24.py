@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from act24.options import OneOf, OptionError, Range, check_options
+from act24.options import OneOf, OptionError, Range
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
 from act24.passes.graph.activation_sites import (
     ActivationSite,
@@ -89,7 +89,6 @@ class Activation24(OperationalPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self)
         check_pair(self.estimator, self.backward, self.name)
         if self.recompute and self.precision == "fp8":
             raise OptionError(
