@@ -211,7 +211,7 @@ MISTAKES = {
     ),
     "an option's choice": (
         SMALL + '[[passes]]\nuse = "activation24"\nbackward = "spares"',
-        ["passes.0.backward: Input should be 'dense', 'split_gemm' or 'sparse', got 'spares'"],
+        ["passes.0: activation24: backward has no 'spares': did you mean 'sparse'?"],
     ),
     "step range on a structural pass": (
         SMALL + '[[passes]]\nuse = "relu2_ffn"\nfrom_step = 4',
