@@ -94,6 +94,7 @@ class _PackedActivation24(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         hidden = F.linear(x, weight_in, bias_in)
         kernel = method_of(options).kernel
+        assert kernel is not None
         packed, slope, counts, sums = pack_activation(
             hidden,
             seed,
@@ -140,8 +141,9 @@ class _PackedActivation24(torch.autograd.Function):
         grad_bias_in = unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None
         grad_bias_out = None
         if need_bias_out:
-            padded = real is not None and backward_of(ctx.options).along_tokens
-            grad_bias_out = (torch.where(real[:, None], grad_y, 0) if padded else grad_y).sum(0)
+            if real is not None and backward_of(ctx.options).along_tokens:
+                grad_y = torch.where(real[:, None], grad_y, 0)
+            grad_bias_out = grad_y.sum(0)
         return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 6
 
 
