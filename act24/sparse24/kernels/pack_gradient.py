@@ -282,6 +282,7 @@ def _reference(
     function: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     value = Packed24(saved)
+    grad = grad if real is None else torch.where(real[:, None], grad, 0)
     masked = masked_gradient_reference(grad, value, slope, function)
     rows = []
     for matrix in (unpack(value), unpack(masked)):
@@ -331,8 +332,8 @@ def pack_gradient(
 
     Returns:
         the buffers of dZ packed along the features, `[T, F]`, and of the activation and dZ packed along the
-        tokens, `[F, T]`: the two largest magnitudes of every four tokens, tokens that are not real as zeros;
-        and both as they are in the chosen features, bfloat16 `[n, T]`.
+        tokens, `[F, T]`: the two largest magnitudes of every four tokens; and both as they are in the chosen
+        features, bfloat16 `[n, T]`. Tokens that are not real are zeros in all of them.
     """
     check_function(function)
     tokens, features = grad.shape
