@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from act24.passes.base import Match, OperationalPass, PassError, Plan
+from act24.errors import PassError
+from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
