@@ -19,7 +19,9 @@ import math
 import types
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 from act24.errors import Act24Error, nearest
 
@@ -39,16 +41,17 @@ class OptionError(Act24Error, ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """Metadata of a number: its bounds. Infinite and NaN never lie in a range, an empty one too."""
+    """Metadata of a number: its bounds. NaN never lies in a range, and infinity only if `infinite` is set."""
 
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
+    infinite: bool = False
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (math.isfinite(value) or (self.infinite and not math.isnan(value)))
             and (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
@@ -60,15 +63,19 @@ class Range:
         low = low if self.gt is None else f"above {self.gt:g}"
         high = None if self.le is None else f"{self.le:g} at most"
         high = high if self.lt is None else f"below {self.lt:g}"
-        return " and ".join(part for part in (low, high) if part) or "finite"
+        return " and ".join(part for part in (low, high) if part) or (
+            "a number" if self.infinite else "finite"
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: tables have no hash, and unions of annotations need one
 class OneOf:
     """Metadata of a name: the table that it has to be in, read when a value is checked."""
 
     choices: Iterable[str]
 
+
+N = TypeVar("N", bound=tuple[Any, ...])
 
 #: What a number without a range of its own has to be.
 FINITE = Range()
@@ -145,6 +152,32 @@ def option_errors(kind: type, values: Mapping[str, object], owner: str = "") -> 
                 yield error
 
 
+def checked(kind: type[N]) -> type[N]:
+    """A class decorator: a `NamedTuple` calls its `__post_init__` where it is made, as dataclasses do, and
+    where `_replace` makes another one. (A body of a `NamedTuple` may define neither itself.)"""
+    make = kind.__new__
+
+    @functools.wraps(make)
+    def new(cls: type[N], *args: Any, **kwargs: Any) -> N:
+        made = make(cls, *args, **kwargs)
+        # What a graph that is being compiled makes was made, and checked, before it.
+        if not torch.compiler.is_compiling() and not any(map(_stands_for_a_value, made)):
+            made.__post_init__()  # type: ignore[attr-defined]
+        return made
+
+    def changed(self: N, /, **changes: Any) -> N:
+        return kind(**{**self._asdict(), **changes})  # type: ignore[attr-defined]
+
+    kind.__new__ = new  # type: ignore[method-assign, assignment]
+    kind._replace = changed  # type: ignore[attr-defined]
+    return kind
+
+
+def _stands_for_a_value(field: object) -> bool:
+    """Whether torch.compile put something of its own in a field, as torch 2.11 does to try a named tuple."""
+    return type(field).__module__.startswith("torch._dynamo.")
+
+
 @functools.cache
 def _fields(kind: type) -> tuple[tuple[str, Any], ...]:
     hints = get_type_hints(kind, include_extras=True)
@@ -157,7 +190,11 @@ def _check(owner: str, name: str, value: Any, annotation: Any) -> None:
         return
     if origin is Annotated:
         inner, *metadata = arguments
-        _check(owner, name, value, inner)
+        ranges = [bound for bound in metadata if isinstance(bound, Range)]
+        if inner in (int, float) and ranges:
+            _check_number(owner, name, value, inner, ranges[0])
+        else:
+            _check(owner, name, value, inner)
         for bound in metadata:
             if isinstance(bound, OneOf) and value is not None:
                 one_of(owner, name, value, bound.choices)
@@ -177,11 +214,11 @@ def _check(owner: str, name: str, value: Any, annotation: Any) -> None:
             raise _refused(owner, name, f"has to be {_kind(kind)}, got {shown(value)}")
 
 
-def _check_number(owner: str, name: str, value: Any, kind: type) -> None:
+def _check_number(owner: str, name: str, value: Any, kind: type, bounds: Range = FINITE) -> None:
     # A bool is an int to Python, and never what is meant.
     if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
         raise _refused(owner, name, f"has to be an integer, got {shown(value)}")
-    in_range(owner, name, value)
+    in_range(owner, name, value, bounds)
 
 
 def _check_union(owner: str, name: str, value: Any, kinds: tuple[Any, ...]) -> None:

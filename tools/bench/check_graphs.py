@@ -30,6 +30,7 @@ from act24.tools.run.graphs import GraphedCalls, capture_stream
 from act24.tools.run.optimizers import build_optimizer
 from act24.tools.run.processes import Processes
 from act24.tools.run.step import TrainingStep
+from act24.tools.run.tuning import tune_
 
 #: 64 rows of 256 in each of two micro-batches, as 2:4 products want, and two layers.
 _SMALL = (
@@ -138,6 +139,7 @@ def check(name: str, device: torch.device) -> str:
     recipe = load_recipe(recipe_name, [*_SMALL, *overrides])
     torch.manual_seed(0)
     built = without_start(recipe, device)
+    tune_(built.pipeline, recipe, processes)
     model, pipeline = built.model, built.pipeline
     start = {key: value.clone() for key, value in (*model.named_parameters(), *model.named_buffers())}
     batches, sides = _batches(recipe, padded), []

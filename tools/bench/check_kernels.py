@@ -12,21 +12,25 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 import act24.sparse24.kernels.pack_weight  # noqa: F401  (defines it)
-from act24.sparse24.feed_forward.forms import network_of, why_not_packed
+from act24.sparse24.feed_forward.forms import network_of
+from act24.sparse24.feed_forward.methods import METHODS
 from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.self_check import mismatch
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import layout_error
 from act24.sparse24.format.multiply import relative_error
 from act24.sparse24.format.packed import Packed24, random_packed, unpack
 from act24.sparse24.format.products import Measured, feed_forward_products
 from act24.sparse24.kernels.shared.registry import OPERATORS
-from act24.sparse24.pattern.token_wise import Options24
+from act24.sparse24.pattern.token_wise import SPARSIFIERS, Function
 from act24.sparse24.pattern.transposable import transposable_mask
 from act24.tools.bench.rows import needed_gpu
 
@@ -43,25 +47,6 @@ def _awkward(tokens: int, features: int, device: torch.device) -> Tensor:
     return x.bfloat16()
 
 
-def _mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: int, slope: bool) -> float:
-    """Share of entries that differ. The first `packed` outputs are compared by what they stand for, and so is
-    a slope behind them: groups with fewer than two non-zeros may name any places."""
-    pairs = []
-    for side in (outputs, expected):
-        side = list(side)
-        if slope:
-            metadata = Packed24(side[0]).metadata.view(side[1].dtype)
-            side[1] = unpack(Packed24(torch.cat((side[1].flatten(), metadata)).view_as(side[0])))
-        pairs.append([unpack(Packed24(side[n])) if n < packed else side[n] for n in range(len(side))])
-    worst = 0.0
-    for a, b in zip(*pairs, strict=True):
-        if a.dtype is torch.float32:  # sums, of activations that one side rounds first
-            worst = max(worst, 0.0 if torch.allclose(a, b, rtol=1e-2) else 1.0)
-        elif a.numel():
-            worst = max(worst, (a != b).float().mean().item())
-    return worst
-
-
 def _kernels(device: torch.device) -> Iterator[Check]:
     for tokens, features in ((192, 128), (128, 320), (1024, 4096)):
         hidden, grad = _awkward(tokens, features, device), _awkward(tokens, features, device)
@@ -69,7 +54,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
         order = torch.randperm(tokens, device=device)
         index = torch.randperm(features, device=device)[: features // 20 + 1]
         seed = torch.tensor(2**40 + 17, device=device)
-        for function, method in itertools.product(("relu2", "relu"), ("naive", "soft_threshold", "mvue")):
+        for function, method in itertools.product(get_args(Function), SPARSIFIERS):
             case = f"{tokens}×{features} {function} {method}"
             slope = method != "naive"
             arguments = (hidden, seed, real, function, method, slope, False, True, True)
@@ -134,14 +119,14 @@ def _products(device: torch.device) -> Iterator[Check]:
 
 
 def _both_ways(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -> Callable[[], float]:
-    """What forward saves is compared by what backward makes of it: see `_mismatch`."""
+    """What forward saves is compared by what backward makes of it: see `mismatch`."""
 
     def check() -> float:
         made = []
         for forward, backward in zip(_both("linear_pack"), _both("linear_gradient"), strict=True):
             _, *saved = forward(x, weight_in, True)
             made.append(backward(grad, weight_out, *saved))
-        return _mismatch(*made, 0, False)
+        return mismatch(*made, 0, False)
 
     return check
 
@@ -156,7 +141,7 @@ def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Call
         outputs, expected = (form(*arguments) for form in _both(name))
         if isinstance(outputs, Tensor):
             outputs, expected = (outputs,), (expected,)
-        return _mismatch(outputs, expected, packed, slope)
+        return mismatch(outputs, expected, packed, slope)
 
     return check
 
@@ -181,12 +166,12 @@ def _operation(device: torch.device) -> Iterator[Check]:
     products = feed_forward_products(tokens, width, features, width, False).values()
     forced = tuple((product, Measured(0, 0, 1)) for product in products)
     seed, scale = torch.tensor(5, device=device), torch.tensor(1.25, device=device)
-    for backward, method, precision in itertools.product(
-        ("dense", "sparse", "split_gemm"), ("naive", "soft_threshold", "mvue"), ("bfloat16", "fp8")
+    for backward, record, precision in itertools.product(
+        PACKED.backwards, [m for m in METHODS.values() if m.kernel in PACKED.sparsifiers], PACKED.precisions
     ):
+        method = record.name
         options = Options24(method=method, backward=backward, precision=precision, algorithms=forced)
-        # A scale goes with the soft method alone: some forms have none.
-        state = (scale if method == "soft_threshold" else None, seed, None)
+        state = (scale if record.scaled else None, seed, None)
 
         def run(
             options: Options24, function: Callable[..., Any] = activation24, state: tuple = state
@@ -200,7 +185,7 @@ def _operation(device: torch.device) -> Iterator[Check]:
             return max(map(relative_error, call(), expected))
 
         case = f"{backward} {method} {precision}"
-        if reason := why_not_packed(network_of(leaves), options):
+        if reason := PACKED.why_not(network_of(leaves, record.scaled), options):
             yield f"operation {case} runs on the reference: {reason}", lambda: float("inf")
             continue
         yield f"operation {case} eager", lambda run=run, o=options, e=error: e(lambda: run(o))

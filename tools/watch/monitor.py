@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from act24.passes import Activation24
 from act24.passes.activation_statistics import BUFFER
+from act24.passes.graph.region import buffers_of
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.run.build import Built
@@ -25,6 +27,7 @@ from act24.tools.watch.statistics import (
     SiteStatistics,
     block_weights,
     read_activation_statistics_,
+    split_layer,
     weight_sparsity,
 )
 from act24.tools.watch.tensorboard import RunLog, flat
@@ -228,10 +231,12 @@ class Monitor:
                 log.layers(tag, values, step)
         others = [s for s in sites if s.site != "mlp"]
         if others:
-            scalars = {
-                f"lowrank_relu2_sparsity/layer_{s.layer}.{s.site.rpartition('.')[2]}": s.sparsity
-                for s in others
-            }
+            short = Counter((s.layer, s.site.rpartition(".")[2]) for s in others)
+            scalars = {}
+            for s in others:
+                name = s.site.rpartition(".")[2]
+                name = name if short[s.layer, name] == 1 else s.site
+                scalars[f"lowrank_relu2_sparsity/layer_{s.layer}.{name}"] = s.sparsity
             scalars["lowrank_relu2_sparsity/average"] = sum(scalars.values()) / len(scalars)
             log.scalars(scalars, step)
 
@@ -251,7 +256,8 @@ class Monitor:
 
 
 def _layer_tags(recipe: Recipe, built: Built) -> list[str]:
-    watched = any(name.endswith(f"mlp.{BUFFER}") for name, _ in built.model.named_buffers())
+    sites = buffers_of(dict(built.model.named_modules()), BUFFER)
+    watched = any(split_layer(name)[1] == "mlp" for name in sites)
     tags = list(FFN_TAGS) if watched else []
     for p in recipe.passes:
         if watched and isinstance(p, Activation24):

@@ -33,7 +33,7 @@ from act24.sparse24.kernels.shared.keys import (
 )
 from act24.sparse24.kernels.shared.random_draw import draw2
 from act24.sparse24.kernels.shared.registry import operator
-from act24.sparse24.pattern.token_wise import Options24, Sparse24, sparsify_token_wise
+from act24.sparse24.pattern.token_wise import SPARSIFIERS, Sparse24, sparsify_token_wise
 
 #: Features a program owns, and slabs of 64 tokens it walks down at most, loads two slabs ahead.
 STRIP, SLABS = 64, 8
@@ -280,7 +280,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positive = torch.relu(hidden)
     by_token = positive if order is None else positive[torch.argsort(order)]
-    sparse = sparsify_token_wise(by_token, seed, Options24(function=function, method=method))  # type: ignore[arg-type]
+    sparse = sparsify_token_wise(by_token, seed, function, SPARSIFIERS[method])  # type: ignore[arg-type]
     sparse = sparse if order is None else Sparse24(*(part[order] for part in sparse))
     packed = pack(sparse.value, sparse.mask)
     number, sums = activation_counts(positive, sparse, real)
