@@ -12,12 +12,11 @@ median over the turns. The text is Python's standard library, tokenised once for
 from __future__ import annotations
 
 import gc
-import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from act24.errors import Act24Error
 from act24.passes import OperationalPass
 from act24.recipes.schema import Data, Recipe, Tokenizer
+from act24.tools.bench.loop_timing import LoopTiming
 from act24.tools.bench.step import without_start
 from act24.tools.data import open_tokenizer, prepare_shards
 from act24.tools.run.build import SPARSE_PASSES, model_config
@@ -36,36 +36,6 @@ from act24.tools.run.train import TrainingRun
 
 #: Tokens of text that the sides train on, again and again.
 _TOKENS = 4_000_000
-
-
-@dataclass(frozen=True)
-class LoopTiming:
-    """One side at one batch.
-
-    Attributes:
-        name, rows, micro_batches, tokens: which; rows a micro-batch, micro-batches and tokens a step.
-        tokens_per_second: of each turn.
-        begin_seconds: the first window, with compilation and capture, beyond what its steps take later on.
-        allocated_gib, reserved_gib: most memory of the GPU, what graphs hold included in the latter.
-        captured: micro-batches were replayed from CUDA graphs.
-        statistics: activations were counted.
-    """
-
-    name: str
-    rows: int
-    micro_batches: int
-    tokens: int
-    tokens_per_second: tuple[float, ...]
-    begin_seconds: float
-    allocated_gib: float
-    reserved_gib: float
-    captured: bool
-    statistics: bool
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second, the median over the turns."""
-        return statistics.median(self.tokens_per_second)
 
 
 def bench_train(

@@ -10,7 +10,7 @@ from torch import nn
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Recipe
-from act24.tools.bench.train import LoopTiming
+from act24.tools.bench.loop_timing import LoopTiming
 from act24.tools.data import open_rows, open_tokenizer
 from act24.tools.run.build import model_config, parameter_dtype
 from act24.tools.run.processes import Processes

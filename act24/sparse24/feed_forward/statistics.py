@@ -42,8 +42,8 @@ STATISTICS = (
 _FEATURE_WISE = 5
 
 #: Of networks whose pre-activation is nowhere in memory every 16th token is looked at; of packed activations
-#: every 64th feature, for the statistics along the tokens, in an eighth of the tokens if that is so many: at 64
-#: rows of 256 looking at all of them took 1.2 ms of the 74 of a 350m micro-batch.
+#: every 64th feature, for the statistics along the tokens, in an eighth of the tokens if that is so many: at
+#: 64 rows of 256 looking at all of them took 1.2 ms of the 74 of a 350m micro-batch.
 _TOKEN_SAMPLE, _FEATURE_SAMPLE, _SAMPLED_TOKENS = 16, 64, 2048
 
 #: The operator that counts beside a dense activation.
@@ -195,8 +195,8 @@ def feature_wise_statistics(value: Tensor, kept: Tensor, dense: Tensor | None) -
 def feature_wise_from_some_features(
     packed: Tensor, counts: Tensor, real: Tensor | None, options: Options24
 ) -> Tensor:
-    """An estimate of `feature_wise_statistics` from some tokens of every 64th feature: the kernel that selects
-    along the tokens runs in backward, too late.
+    """An estimate of `feature_wise_statistics` from some tokens of every 64th feature: the kernel that
+    selects along the tokens runs in backward, too late.
 
     Args:
         packed: buffer of the activation `[T, F]`, 2:4 along the features, tokens in the order in which they
