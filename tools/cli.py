@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
 ]
+DataOnResume = Literal["same", "grow"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What `probe-decay` tries: λ of the scripts of arXiv 2404.01847, 6e-5 and 2e-4, and one on each side.
@@ -54,6 +55,12 @@ def train(
     resume: Annotated[
         str, typer.Option(help="never, auto (the run's last checkpoint, if any), or a checkpoint's folder.")
     ] = "never",
+    data: Annotated[
+        DataOnResume,
+        typer.Option(
+            help="On --resume: the same files, or grow: those that were added from the next epoch on."
+        ),
+    ] = "same",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
     ] = False,
@@ -66,7 +73,7 @@ def train(
 
     loaded = load_recipe(recipe, set_ or ())
     run_dir = run_dir or default_run_dir(recipe)
-    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run)
+    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow")
     show_outcome(loaded, outcome, None if dry_run else run_dir)
 
 

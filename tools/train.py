@@ -67,13 +67,16 @@ class Outcome:
     is_main: bool
 
 
-def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = False) -> Outcome:
+def train(
+    recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = False, grow: bool = False
+) -> Outcome:
     """Train a recipe.
 
     Args:
         run_dir: its folder (`tools/runs.py`).
         resume: see `act24.tools.runs.resume_point`.
         dry_run: build, plan, print, make one step, and write no file.
+        grow: when it goes on, take data files that were added, from the next epoch on.
 
     Raises:
         Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
@@ -82,7 +85,7 @@ def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = 
     with open_processes() as processes, stop_on_signal() as stop:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         start = None if dry_run else resume_point(run_dir, resume, recipe)
-        run = _Run(recipe, run_dir, processes, start, dry_run)
+        run = _Run(recipe, run_dir, processes, start, dry_run, grow)
         try:
             return run.go(stop)
         finally:
@@ -99,6 +102,7 @@ class _Run:
         processes: Processes,
         start: checkpoint.Checkpoint | None,
         dry_run: bool,
+        grow: bool,
     ) -> None:
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._step = start.step if start else 0
@@ -125,8 +129,9 @@ class _Run:
         )
         if start:
             rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
-            self._rows.load_state_dict(rank_state["data"])
+            self._rows.load_state_dict(rank_state["data"], grow)
         self._rows.start()
+        self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline))
@@ -160,7 +165,8 @@ class _Run:
         stopped, evaluation = False, None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
-            for line in oddities(recipe):
+            heldout_warnings = self._heldout.warnings if self._heldout else ()
+            for line in (*oddities(recipe), *self._rows.warnings, *heldout_warnings):
                 progress.say(f"warning: {line}")
             if self._step == last:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
@@ -200,7 +206,7 @@ class _Run:
         result: StepResult = self._training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
-        self._monitor.add(self._step, result, rate, waited)
+        self._monitor.add(self._step, result, rate, waited, self._rows.epoch)
 
     def _after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
         """Log, evaluate and save where it is due.
@@ -229,6 +235,9 @@ class _Run:
                 progress.say(f"step {step}: {alarm}")
         if self._note:
             progress.say(self._note)
+        if self._rows.epoch != self._epoch:
+            self._epoch = self._rows.epoch
+            progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
         evaluation = None
         if evaluates and self._heldout is not None:
             evaluation = evaluate(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,15 @@ from typing import Any, Literal
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
-from act24.tools.data.files import find_files, read_documents
+from act24.tools.data.files import find_files, read_documents, resolved
+from act24.tools.data.identity import Listing, combined, identities, matched
 
 Split = Literal["train", "heldout"]
 Shard = Callable[[Callable[[int], bool]], Iterator[str | None]]
 """`shard(wanted)` yields one item a record: its text where `wanted(index)`, else None."""
 
 HELDOUT_ONE_IN = 20
+FRUITLESS = 100  # epochs in a row without a document for a rank, where others have some, that end the run
 
 
 class Documents(Iterator[str]):
@@ -38,6 +39,7 @@ class Documents(Iterator[str]):
         shards: what there is to read.
         fingerprint: what identifies the text, JSON-able, its values short; a state is refused under another
             one.
+        files: where the shards are files, their `identities` and names: a state finds them again by content.
         keep: which documents belong to this split.
         shuffle_seed: each epoch visits the shards in an order of its own, drawn from (seed, epoch); None
             keeps the given order. Records inside a shard keep theirs.
@@ -50,6 +52,7 @@ class Documents(Iterator[str]):
         shards: Sequence[Shard],
         fingerprint: dict[str, Any],
         *,
+        files: tuple[Sequence[str], Sequence[str]] | None = None,
         keep: Callable[[str], bool] = lambda text: True,
         shuffle_seed: int | None = None,
         endless: bool = False,
@@ -57,20 +60,50 @@ class Documents(Iterator[str]):
         world_size: int = 1,
         empty: str = "no document",
     ) -> None:
-        self.fingerprint = {
+        self._fingerprint = {
             **fingerprint,
             "shuffle_seed": shuffle_seed,
             "rank": rank,
             "world_size": world_size,
         }
         self._shards = shards
+        self._present, self._names = files or ((), ())
+        self._listing = Listing(tuple(self._present), ((0, len(shards)),))
+        self._places = list(range(len(shards)))  # of the listing's entries among the shards
         self._keep = keep
         self._shuffle_seed = shuffle_seed
         self._endless = endless
         self._rank, self._world_size = rank, world_size
-        self._by_shard = len(shards) % world_size == 0
         self._empty = empty
+        self._fruitless = 0
         self.load_state_dict({"epoch": 0, "shard": 0, "record": 0, "passed": 0})
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies documents and order."""
+        return self._fingerprint | ({"files": self._listing.as_json()} if self._present else {})
+
+    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
+        """Take the files in the order in which a run counted them, wherever they are now.
+
+        Args:
+            fingerprint: of that run.
+            epoch: at which it is.
+            grow: read files that were added, from the next epoch on.
+
+        Returns:
+            warnings.
+
+        Raises:
+            Act24Error: files are gone, changed or new.
+        """
+        if not self._present:
+            if grow:
+                raise Act24Error('--data grow is for data.source = "files"')
+            return []
+        saved = Listing.from_json(fingerprint.get("files"))
+        self._listing, self._places, warnings = matched(saved, self._present, self._names, epoch, grow)
+        return warnings
 
     def state_dict(self) -> dict[str, int]:
         """Where the next document is looked for: epoch; position in this epoch's order of shards; record in
@@ -89,7 +122,7 @@ class Documents(Iterator[str]):
             for index, text in self._records:
                 self._record = index + 1
                 if text and self._keep(text):
-                    self._found = True
+                    self._found, self._fruitless = True, 0
                     return text
             self._next_shard()
 
@@ -98,26 +131,45 @@ class Documents(Iterator[str]):
             self._shard, self._record, self._passed = self._shard + 1, 0, self._passed + self._record
         if self._shard == len(self._order):
             if not self._found:
-                raise Act24Error(self._empty)
+                self._end_without_a_document()
             if not self._endless:
                 raise StopIteration
             self._epoch, self._shard, self._passed, self._found = self._epoch + 1, 0, 0, False
             self._order = self._order_of(self._epoch)
         self._records = self._open()
 
+    def _end_without_a_document(self) -> None:
+        """An epoch may have none for one rank of many: the next one deals the shards anew.
+
+        Raises:
+            Act24Error: there is none for any rank, or this one has come away empty too often.
+        """
+        self._fruitless += 1
+        if self._world_size == 1 or not self._endless or self._fruitless == FRUITLESS or not self._any():
+            raise Act24Error(self._empty)
+
+    def _any(self) -> bool:
+        """Whether this epoch has a document for some rank."""
+        shards = self._places[: self._listing.count(self._epoch)]
+        texts = itertools.chain.from_iterable(self._shards[place](lambda index: True) for place in shards)
+        return any(text and self._keep(text) for text in texts)
+
     def _open(self) -> Iterator[tuple[int, str | None]]:
         if self._shard == len(self._order):
             return iter(())
-        start, passed = self._record, self._passed
+        start, passed, by_shard = self._record, self._passed, self._by_shard
 
         def wanted(index: int) -> bool:
-            mine = self._by_shard or (passed + index) % self._world_size == self._rank
+            mine = by_shard or (passed + index) % self._world_size == self._rank
             return mine and index >= start
 
-        return itertools.islice(enumerate(self._shards[self._order[self._shard]](wanted)), start, None)
+        shard = self._shards[self._places[self._order[self._shard]]]
+        return itertools.islice(enumerate(shard(wanted)), start, None)
 
     def _order_of(self, epoch: int) -> list[int]:
-        order = list(range(len(self._shards)))
+        count = self._listing.count(epoch)
+        self._by_shard = count % self._world_size == 0
+        order = list(range(count))
         if self._shuffle_seed is not None:  # sorted by a hash: the same on every version of every library
             order.sort(key=lambda shard: _hash(f"{self._shuffle_seed}/{epoch}/{shard}"))
         return order[self._rank :: self._world_size] if self._by_shard else order
@@ -142,7 +194,7 @@ def open_documents(
         Act24Error: files that are missing or of an unknown kind, a Hub data set that cannot be reached; and,
             while iterating, whatever is wrong with a file or record, or no document at all.
     """
-    by_hash = False
+    by_hash, files = False, None
     if data.source == "hf":
         from act24.tools.data.hub import hub_shards
 
@@ -152,10 +204,13 @@ def open_documents(
         what = f"{data.dataset}, split {name!r}"
     elif data.source in ("files", "builtin"):
         by_hash = data.source == "builtin" or not data.heldout_files
-        files = _builtin_files() if data.source == "builtin" else _given_files(data, split)
-        shards = [_file_shard(path, data.text_field) for path in files]
-        fingerprint = {"source": data.source, "files": _identity(files), "text_field": data.text_field}
-        what = f"{len(files)} files ({files[0]}{', …' if len(files) > 1 else ''})"
+        paths = _builtin_files() if data.source == "builtin" else _given_files(data, split)
+        shards = [_file_shard(path, data.text_field) for path in paths]
+        fingerprint = {"source": data.source, "text_field": data.text_field}
+        files = (identities(paths), [str(path) for path in paths])
+        if split == "train" and not by_hash:  # or a run would go on after its held-out text was replaced
+            fingerprint["heldout_files"] = combined(identities(find_files(data.heldout_files)))
+        what = f"{len(paths)} files ({paths[0]}{', …' if len(paths) > 1 else ''})"
     else:
         raise Act24Error(
             'data.source = "shards" holds tokens, not text; use the source they were prepared from'
@@ -171,6 +226,7 @@ def open_documents(
     return Documents(
         shards,
         {**fingerprint, "split": split, "heldout_by_hash": by_hash},
+        files=files,
         keep=(lambda text: is_heldout(text) == heldout) if by_hash else (lambda text: True),
         shuffle_seed=shuffle_seed,
         endless=endless,
@@ -198,7 +254,8 @@ def _given_files(data: Data, split: Split) -> list[Path]:
     if split == "heldout" and heldout:
         return heldout
     # `train_files = ["text/*.md"], heldout_files = ["text/last.md"]` must not train on what it evaluates on.
-    files = [path for path in find_files(data.train_files) if path not in set(heldout)]
+    kept_out = {resolved(path) for path in heldout}
+    files = [path for path in find_files(data.train_files) if resolved(path) not in kept_out]
     if not files:
         raise Act24Error("every file of data.train_files is also in data.heldout_files")
     return files
@@ -215,11 +272,3 @@ def _builtin_files() -> list[Path]:
     if not files:
         raise Act24Error(f"no Python source beneath {root}; use data.source = 'files'")
     return sorted(files)
-
-
-def _identity(files: Sequence[Path]) -> str:
-    """A hash of names and sizes. Names are relative to what all have in common, so a folder may move as a
-    whole."""
-    root = os.path.commonpath([path.absolute().parent for path in files])
-    listing = [[os.path.relpath(path.absolute(), root), path.stat().st_size] for path in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]

@@ -30,7 +30,7 @@ KNOWN = TEXT + LINES + PARQUET
 def find_files(patterns: Iterable[str]) -> list[Path]:
     """The files that `patterns` (globs, `**` included; files; folders, for all known files beneath) mean.
 
-    Sorted and free of duplicates, so that the order is the same on every machine.
+    Sorted, so that the order is the same on every machine, and each file once, however it is spelled.
 
     Raises:
         Act24Error: a pattern that matches nothing, or a file of an unknown kind.
@@ -50,7 +50,22 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
         if not files:
             raise Act24Error(f"no data file matches {pattern!r} (from {Path.cwd()})")
         found |= files
-    return sorted(found)
+    once: dict[Path, Path] = {}
+    for path in sorted(found):
+        once.setdefault(resolved(path), path)
+    return list(once.values())
+
+
+def resolved(path: Path) -> Path:
+    """Which file it is, by whatever path or link it was found.
+
+    Raises:
+        Act24Error: links that go in a circle, or folders that may not be read.
+    """
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise Act24Error(f"cannot read {path}: {error}") from error
 
 
 def read_documents(path: Path, text_field: str, wanted: Callable[[int], bool]) -> Iterator[str | None]:
