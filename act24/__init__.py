@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
     from act24.passes import Pipeline, apply_, plan, trace
     from act24.recipes.load import load_recipe
-    from act24.tools.build import load
+    from act24.tools.run.build import load
 
     __version__: str
 
@@ -29,7 +29,7 @@ _EXPORTS = {
     "Pipeline": "act24.passes",
     "apply_": "act24.passes",
     "llama_config": "act24.llama",
-    "load": "act24.tools.build",
+    "load": "act24.tools.run.build",
     "load_recipe": "act24.recipes.load",
     "plan": "act24.passes",
     "trace": "act24.passes",

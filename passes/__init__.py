@@ -7,13 +7,13 @@ from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
 from act24.passes.base import Match, OperationalPass, Pass, PassError, PassResult, Plan, StateMap
 from act24.passes.cola import Cola
+from act24.passes.graph.region import Region
+from act24.passes.graph.tracing import trace
 from act24.passes.lost import Lost
 from act24.passes.low_rank import LowRank
 from act24.passes.pipeline import Pipeline, apply_, plan
 from act24.passes.recompute import Recompute
-from act24.passes.region import Region
 from act24.passes.relu2_ffn import Relu2FFN
-from act24.passes.tracing import trace
 from act24.passes.weight24 import Weight24
 
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files

@@ -11,7 +11,7 @@ either side, as in LoST, there is no weight gradient in it, and `backward` is ex
 
 State is in buffers under the site's name. `<site>.activation24_scale`, β of the soft methods, is persistent;
 `<site>.activation24_seed`, of mvue, is set anew for every micro-batch. The shell writes both between
-updates (`act24.tools.sparsity_state`); the graph only reads them.
+updates (`act24.passes.state`); the graph only reads them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from act24.passes.activation_sites import ActivationSite, activation_sites, pads_node
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, PassError, Plan
-from act24.passes.normal_form import replace_node
-from act24.passes.region import Region
-from act24.sparse24 import activation
-from act24.sparse24.activation import Backward, Estimator, Options24, Precision
-from act24.sparse24.calibration import CALIBRATION
-from act24.sparse24.feature_wise import TokenPermutation
-from act24.sparse24.products import Product, Table, feed_forward_products
-from act24.sparse24.weight import linear24
+from act24.passes.graph.activation_sites import ActivationSite, activation_sites, pads_node
+from act24.passes.graph.normal_form import replace_node
+from act24.passes.graph.region import Region
+from act24.sparse24.feed_forward import operation as activation
+from act24.sparse24.feed_forward.calibration import CALIBRATION
+from act24.sparse24.feed_forward.operation import Backward, Estimator, Options24, Precision
+from act24.sparse24.format.products import Product, Table, feed_forward_products
+from act24.sparse24.pattern.feature_wise import TokenPermutation
+from act24.sparse24.weight.linear24 import linear24
 
 #: Last parts of the names of the buffers.
 SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
@@ -62,12 +62,12 @@ class Activation24(OperationalPass):
         dynamic_steps: optimizer updates between two measurements of soft_dynamic's β; 0 for each update.
         calibration_samples: token rows, without padding, in one measurement, by each process.
         backward, estimator, precision, dense_ratio, token_permutation: as in
-            `act24.sparse24.activation.Options24`.
+            `act24.sparse24.feed_forward.operation.Options24`.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
             What is counted of a dense activation is not this pass's: a kernel may do it all the same.
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
-        algorithms: what a tuner found for the products (`act24.sparse24.products`), of no meaning to the
-            mathematics; no key of a recipe.
+        algorithms: what a tuner found for the products (`act24.sparse24.format.products`), of no meaning to
+            the mathematics; no key of a recipe.
     """
 
     name: ClassVar[str] = "activation24"
@@ -125,8 +125,8 @@ class Activation24(OperationalPass):
         return replace(self, method="naive") if self.draws else self
 
     def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
-        """The products of a match that can be 2:4 (`act24.sparse24.products`), for micro-batches of so many
-        tokens; none where the activation has no linear on both sides."""
+        """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
+        many tokens; none where the activation has no linear on both sides."""
         site: ActivationSite = match.nodes
         if not (site.width_in and site.width and site.width_out and self.estimator == "masked"):
             return ()

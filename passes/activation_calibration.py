@@ -3,7 +3,7 @@
     relu2(h)   ==>   relu2(h), and <site>.activation24_calibration += sums over sampled rows of h
 
 Not a pass of recipes: the shell lowers a model through it for one forward of a few rows when a scale is due
-(`act24.tools.sparsity_state`), before the passes in force, which then act as ever.
+(`act24.passes.state`), before the passes in force, which then act as ever.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from act24.passes.activation24 import SUMS, Activation24, site_buffer
-from act24.passes.activation_sites import ActivationSite, consumers, pads_node
 from act24.passes.base import Match, OperationalPass, Plan
-from act24.passes.region import Region
-from act24.sparse24.calibration import CALIBRATION, calibration_sums
+from act24.passes.graph.activation_sites import ActivationSite, consumers, pads_node
+from act24.passes.graph.region import Region
+from act24.sparse24.feed_forward.calibration import CALIBRATION, calibration_sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from typing import ClassVar
 import torch
 
 from act24.passes.activation24 import site_buffer
-from act24.passes.activation_sites import function_of, is_activation, pads_node, site_path
 from act24.passes.base import Match, OperationalPass, Plan
-from act24.passes.region import Region
-from act24.sparse24.activation import activation24, dense_statistics
-from act24.sparse24.statistics import STATISTICS
+from act24.passes.graph.activation_sites import function_of, is_activation, pads_node, site_path
+from act24.passes.graph.region import Region
+from act24.sparse24.feed_forward.operation import activation24, dense_statistics
+from act24.sparse24.feed_forward.statistics import STATISTICS
 
 #: Last part of the name of every statistics buffer.
 BUFFER = "activation_statistics"

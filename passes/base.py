@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.passes.selectors import selected
+from act24.passes.graph.selectors import selected
 
 if TYPE_CHECKING:
-    from act24.passes.region import Region
+    from act24.passes.graph.region import Region
 
 
 #: Metadata of a field of a pass that recipes do not name: the shell sets it, or a user in Python.
@@ -98,7 +98,7 @@ class Pass:
     """The options that every pass has; a pass adds its own fields, `plan` and `_rewrite`.
 
     Attributes:
-        targets: where the pass may act (`act24.passes.selectors`).
+        targets: where the pass may act (`act24.passes.graph.selectors`).
         ignore: where it may not, even if targeted.
         optional: no match is no error.
     """

@@ -19,15 +19,15 @@ from torch.fx.node import Target
 
 from act24.low_rank.initialisation import initial_factors
 from act24.passes.base import Match, Plan, StateMap
-from act24.passes.linear_sites import (
+from act24.passes.graph.linear_sites import (
     FactorisingPass,
     LinearSite,
     factor_specs,
     factorise,
     parameters_before,
 )
-from act24.passes.normal_form import is_call, replace_node
-from act24.passes.region import Region
+from act24.passes.graph.normal_form import is_call, replace_node
+from act24.passes.graph.region import Region
 from act24.relu2 import relu2
 
 #: What may stand between the factors.

@@ -21,15 +21,15 @@ from act24.low_rank.columns import select_columns
 from act24.low_rank.lost import kept_columns, low_rank_and_scores, random_columns, top_columns
 from act24.passes.base import Match, PassError, StateMap
 from act24.passes.cola import ACTIVATIONS
-from act24.passes.linear_sites import (
+from act24.passes.graph.linear_sites import (
     FactorisingPass,
     LinearSite,
     bottleneck,
     factor_specs,
     parameters_before,
 )
-from act24.passes.normal_form import replace_node
-from act24.passes.region import Region, column_scores_key
+from act24.passes.graph.normal_form import replace_node
+from act24.passes.graph.region import Region, column_scores_key
 
 
 @dataclass(frozen=True, kw_only=True)

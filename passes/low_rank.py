@@ -18,14 +18,14 @@ from torch import Tensor
 from act24.low_rank.initialisation import check_init, initial_factors
 from act24.low_rank.truncation import truncated_factors
 from act24.passes.base import Match, PassError, StateMap
-from act24.passes.linear_sites import (
+from act24.passes.graph.linear_sites import (
     FactorisingPass,
     LinearSite,
     factor_specs,
     factorise,
     parameters_before,
 )
-from act24.passes.region import Region
+from act24.passes.graph.region import Region
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from act24.initialise import generator_for
 from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
-from act24.passes.flops import region_flops
-from act24.passes.fused_columns import fuse_columns
-from act24.passes.hooks import refuse_hooks
-from act24.passes.normal_form import is_linear
-from act24.passes.region import Lowering, Region, RegionModule, lower_, lowering, materialise
+from act24.passes.graph.flops import region_flops
+from act24.passes.graph.fused_columns import fuse_columns
+from act24.passes.graph.hooks import refuse_hooks
+from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.region import Lowering, Region, RegionModule, lower_, lowering, materialise
+from act24.passes.graph.tracing import trace
 from act24.passes.report import Report, Row, no_match, row
-from act24.passes.tracing import trace
 
 
 def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
     """Rewrite a model in place.
 
     Args:
-        model: the stock model, or any other whose regions can be traced (`act24.passes.tracing`).
+        model: the stock model, or any other whose regions can be traced (`act24.passes.graph.tracing`).
         passes: in order.
         seed: of the initial values of new parameters, each from a generator of (seed, its name).
         step: updates already made; decides which operational passes are in force.

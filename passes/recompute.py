@@ -28,8 +28,8 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from act24.passes.base import Match, OperationalPass, Plan
-from act24.passes.normal_form import parameter_name, replace_node
-from act24.passes.region import Region
+from act24.passes.graph.normal_form import parameter_name, replace_node
+from act24.passes.graph.region import Region
 
 #: What reads a bottleneck: the second factor, or LoST's columns, whose input is narrow too.
 _READERS = ("weight_out", "weight_columns")

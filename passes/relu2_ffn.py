@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from act24.passes.base import Match, PassError, Plan, StateMap, StructuralPass
-from act24.passes.normal_form import (
+from act24.passes.graph.normal_form import (
     bias_name,
     common_path,
     is_call,
@@ -29,7 +29,7 @@ from act24.passes.normal_form import (
     replace_node,
     weight_name,
 )
-from act24.passes.region import ParameterSpec, Region
+from act24.passes.graph.region import ParameterSpec, Region
 from act24.relu2 import relu2
 
 _MULTIPLE = 128

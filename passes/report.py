@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from act24.passes.base import Match, OperationalPass, Pass
-from act24.passes.region import Region
+from act24.passes.graph.region import Region
 
 
 @dataclass(frozen=True)

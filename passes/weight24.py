@@ -5,7 +5,7 @@
 in attention, MLPs or both; the factors of low-rank linears count as linears. W stays a dense parameter. State
 is in buffers beside it, named after it: `<weight>24_mask`, and for soft thresholding `<weight>24_scale`,
 persistent; `<weight>24_seed`, set anew for every micro-batch; `<weight>24_flips`, what the mask's changes add
-up to between two readings. The shell writes them between updates (`act24.tools.sparsity_state`) and adds the
+up to between two readings. The shell writes them between updates (`act24.passes.state`) and adds the
 masked decay.
 
 A product has one 2:4 operand: linears that `activation24` took, standing earlier, are none any more, and
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, fx
 
 from act24.passes.base import Match, OperationalPass, PassError, Plan
-from act24.passes.linear_sites import LinearSite, Scope, in_scope, linear_sites
-from act24.passes.normal_form import replace_node
-from act24.passes.region import Region
-from act24.sparse24.weight import Method, WeightGradient, linear24, weight_mask, weight_scale
+from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites
+from act24.passes.graph.normal_form import replace_node
+from act24.passes.graph.region import Region
+from act24.sparse24.weight.linear24 import Method, WeightGradient, linear24, weight_mask, weight_scale
 
 #: What the names of the buffers add to the weight's.
 MASK, SCALE, SEED, FLIPS = "24_mask", "24_scale", "24_seed", "24_flips"
@@ -134,7 +134,8 @@ class Weight24(OperationalPass):
 
 
 def stored_mask(parameter: Tensor, transposed: bool, method: Method) -> Tensor:
-    """`act24.sparse24.weight.weight_mask` of a parameter, in the orientation in which it is stored."""
+    """`act24.sparse24.weight.linear24.weight_mask` of a parameter, in the orientation in which it is
+    stored."""
     if transposed:
         return weight_mask(parameter.T, method).T
     return weight_mask(parameter, method)

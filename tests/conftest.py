@@ -20,7 +20,7 @@ def _seeded() -> None:
 @pytest.fixture
 def capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules see a GPU with kernels and 2:4 products; the operators run their references all the same."""
-    from act24.sparse24 import forms
+    from act24.sparse24.feed_forward import forms
 
     monkeypatch.setattr(forms, "obstacle", lambda _: "")
     monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "")

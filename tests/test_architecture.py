@@ -19,7 +19,7 @@ LAYERS = ("act24", "passes", "recipes", "tools")  # each may import itself and w
 DOORS = ("act24/__init__.py", "act24/__main__.py")
 
 #: The one module that calls a library by itself: kernels that are not ours.
-BINDING = "act24/kernels/cusparselt.py"
+BINDING = "act24/sparse24/format/cusparselt.py"
 
 #: What touches files, the network, processes or the terminal; in the core and the passes these have no place.
 WORLD = """
@@ -150,7 +150,7 @@ print(json.dumps(done))
     [
         "import act24; act24.__version__; dir(act24)",
         "import sys; sys.argv = ['act24', '--help']\n"
-        "from act24.tools.cli import main\n"
+        "from act24.tools.commands.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code",
     ],

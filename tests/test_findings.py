@@ -19,12 +19,12 @@ from act24.low_rank.exact_step import refactor
 from act24.passes import Activation24, Cola, LowRank, Relu2FFN, apply_
 from act24.relu2 import relu2
 from act24.schedules import cosine_restart, resets_without_rewarm
-from act24.sparse24.activation import Options24, activation24
-from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
-from act24.sparse24.mvue import mvue24
-from act24.sparse24.selection import densest, top2_of_4
-from act24.sparse24.soft_threshold import soft_threshold24
-from act24.sparse24.weight import weight_mask, weight_scale
+from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.pattern.mvue import mvue24
+from act24.sparse24.pattern.selection import densest, top2_of_4
+from act24.sparse24.pattern.soft_threshold import soft_threshold24
+from act24.sparse24.weight.linear24 import weight_mask, weight_scale
 
 
 def relative(a: Tensor, b: Tensor) -> float:

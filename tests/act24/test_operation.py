@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import act24
 from act24.operation import cast_for_autocast, operation
-from act24.sparse24.activation import Options24, activation24
+from act24.sparse24.feed_forward.operation import Options24, activation24
 
 
 class _Tripled(torch.autograd.Function):

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from toys import Block, Relu2MLP, SwiGLU, Trunk, features, llama, tokens
 
 from act24.passes import Activation24, PassError, Pipeline, Region, Relu2FFN, apply_, plan, trace
-from act24.passes.region import RegionModule
+from act24.passes.graph.region import RegionModule
 from act24.relu2 import relu2
-from act24.sparse24.activation import activation24
+from act24.sparse24.feed_forward.operation import activation24
 
 
 def sparse(h: Tensor) -> Tensor:

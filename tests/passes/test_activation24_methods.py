@@ -24,8 +24,8 @@ from act24.passes import (
 )
 from act24.passes.activation24 import SCALE, SEED, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
-from act24.sparse24.activation import Options24, activation24
-from act24.sparse24.selection import top2_of_4
+from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.pattern.selection import top2_of_4
 
 METHODS = ("naive", "mvue", "soft_dynamic", "soft_threshold_weights")
 BACKWARDS = ("dense", "split_gemm", "sparse")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from toys import Relu2MLP, SwiGLU, Trunk, features
 
 from act24.passes import Activation24, ActivationStatistics, PassError, Relu2FFN, apply_
-from act24.sparse24.statistics import STATISTICS
+from act24.sparse24.feed_forward.statistics import STATISTICS
 
 
 def counts(model: nn.Module) -> dict[str, dict[str, float]]:

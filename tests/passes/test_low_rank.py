@@ -9,7 +9,7 @@ from toys import features, llama, tokens
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.passes import Cola, Lost, LowRank, PassError, Pipeline, Relu2FFN, apply_, plan
-from act24.passes.linear_sites import FactorisingPass
+from act24.passes.graph.linear_sites import FactorisingPass
 
 #: Millions of parameters: dense, and with LORO's or CoLA's factors of the published rank.
 PUBLISHED = {

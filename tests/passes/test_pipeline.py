@@ -28,7 +28,7 @@ from act24.passes import (
     plan,
 )
 from act24.passes.base import StructuralPass
-from act24.passes.region import ParameterSpec
+from act24.passes.graph.region import ParameterSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import nn
 from toys import Doubled, llama, tokens
 
 from act24.passes import PassError, Pipeline, Relu2FFN, apply_
-from act24.passes.region import RegionModule
+from act24.passes.graph.region import RegionModule
 
 
 def test_state_dict_round_trip_of_an_exact_pass() -> None:

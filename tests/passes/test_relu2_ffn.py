@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from toys import Block, Relu2MLP, SwiGLU, Trunk, features, llama, tokens
 
 from act24.passes import PassError, Pipeline, Relu2FFN, apply_, plan
-from act24.passes.region import RegionModule
+from act24.passes.graph.region import RegionModule
 
 
 def linear_names(module: nn.Module) -> set[str]:

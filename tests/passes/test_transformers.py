@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from act24.passes import Activation24, PassError, Pipeline, Relu2FFN, apply_, trace
-from act24.passes.normal_form import is_transposed, weight_name
-from act24.passes.region import RegionModule
-from act24.sparse24.activation import activation24
+from act24.passes.graph.normal_form import is_transposed, weight_name
+from act24.passes.graph.region import RegionModule
+from act24.sparse24.feed_forward.operation import activation24
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

@@ -12,8 +12,8 @@ from torch import nn
 from toys import SwiGLU, Trunk, features, llama, tokens
 
 from act24.passes import Activation24, LowRank, PassError, Relu2FFN, Weight24, apply_, plan
-from act24.sparse24.soft_threshold import soft_threshold24
-from act24.sparse24.weight import linear24, weight_mask, weight_scale
+from act24.sparse24.pattern.soft_threshold import soft_threshold24
+from act24.sparse24.weight.linear24 import linear24, weight_mask, weight_scale
 
 METHODS = ("transposable", "soft_threshold", "ste", "sr_ste")
 

@@ -14,8 +14,8 @@ from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Match, Pipeline, Plan, Region, StateMap, trace
 from act24.passes.base import StructuralPass
-from act24.passes.normal_form import bias_name, nodes_of, weight_name
-from act24.passes.region import ParameterSpec
+from act24.passes.graph.normal_form import bias_name, nodes_of, weight_name
+from act24.passes.graph.region import ParameterSpec
 
 
 def llama(layers: int = 2, seed: int = 0, **overrides: object) -> LlamaForCausalLM:

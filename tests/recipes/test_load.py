@@ -21,7 +21,7 @@ from act24.recipes.load import (
     recipe_source,
 )
 from act24.recipes.schema import Recipe, Section
-from act24.tools.build import plan_recipe
+from act24.tools.run.build import plan_recipe
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -11,7 +11,7 @@ from torch.multiprocessing import start_processes
 
 # One server imports torch once, and forks: a child is there at once, and inherits no thread.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["act24.tools.train", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["act24.tools.run.train", "torch.utils.tensorboard"])
 
 
 def exit_code(function: Callable[..., None], *arguments: Any) -> int | None:

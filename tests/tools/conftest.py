@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny as tiny_recipe
 
-from act24.tools.cli import main
+from act24.tools.commands.cli import main
 
 
 @pytest.fixture(scope="session")

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import act24.sparse24.weight_operators  # noqa: F401  (defines pack_weight)
-from act24.kernels.cusparselt import multiplies
-from act24.sparse24.activation import activation24
-from act24.sparse24.forms import network_of, why_not_packed
-from act24.sparse24.packed import Packed24, unpack
-from act24.sparse24.products import Measured, feed_forward_products, layout_error, relative_error
-from act24.sparse24.registry import REFERENCES
-from act24.sparse24.token_wise import Options24
-from act24.sparse24.transposable import transposable_mask
+import act24.sparse24.kernels.weight_operators  # noqa: F401  (defines pack_weight)
+from act24.sparse24.feed_forward.forms import network_of, why_not_packed
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.format.cusparselt import multiplies
+from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.format.products import Measured, feed_forward_products, layout_error, relative_error
+from act24.sparse24.kernels.shared.registry import REFERENCES
+from act24.sparse24.pattern.token_wise import Options24
+from act24.sparse24.pattern.transposable import transposable_mask
 from act24.tools.bench.rows import needed_gpu
 
 Check = tuple[str, Callable[[], float]]  # what, and how far off it is

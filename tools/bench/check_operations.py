@@ -17,7 +17,7 @@ from torch import Tensor
 
 from act24.loss import cross_entropy_sum
 from act24.low_rank.columns import select_columns
-from act24.sparse24.activation import Options24, activation24
+from act24.sparse24.feed_forward.operation import Options24, activation24
 
 Case = tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]
 

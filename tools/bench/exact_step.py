@@ -19,13 +19,13 @@ from act24.low_rank.exact_step import Eigh
 from act24.optim import LOROAdamW
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.batched_eigh import batched_eigh, describe_eigh
 from act24.tools.bench.rows import Row, milliseconds, needed_gpu, table
-from act24.tools.build import build
 from act24.tools.data import Batch
-from act24.tools.optimizers import build_optimizer
-from act24.tools.processes import Processes
-from act24.tools.step import TrainingStep
+from act24.tools.run.batched_eigh import batched_eigh, describe_eigh
+from act24.tools.run.build import build
+from act24.tools.run.optimizers import build_optimizer
+from act24.tools.run.processes import Processes
+from act24.tools.run.step import TrainingStep
 
 _PERIOD = 4  # updates from one exact one to the next; the first period is warm-up
 _PERIODS = 4

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act24.relu2 import relu2
-from act24.sparse24.activation import activation24
-from act24.sparse24.masked_activation import masked_activation24
-from act24.sparse24.packed_activation import packed_activation24
-from act24.sparse24.products import Table, feed_forward_products, tuned
-from act24.sparse24.token_wise import Options24
+from act24.sparse24.feed_forward.masked import masked_activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.packed import packed_activation24
+from act24.sparse24.format.products import Table, feed_forward_products, tuned
+from act24.sparse24.pattern.token_wise import Options24
 from act24.tools.bench.rows import Row, graph_milliseconds, milliseconds, needed_gpu
 
 #: T, width, F, and the bars: inference, all-sparse backward, split backward.
@@ -46,7 +46,7 @@ def pytorch_ffn(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
     """The same in 2:4 with what PyTorch ships: the activation compressed by cuSPARSELt, every time."""
     from torch.sparse import to_sparse_semi_structured
 
-    from act24.sparse24.selection import top2_of_4
+    from act24.sparse24.pattern.selection import top2_of_4
 
     hidden = torch.relu(F.linear(x, weight_in))
     masked = torch.where(top2_of_4(hidden), hidden * hidden, 0)

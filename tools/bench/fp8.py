@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from act24.sparse24 import fp8_operators, operators
-from act24.sparse24.fp8 import quantise_rows, scaled
-from act24.sparse24.packed import Packed24, unpack
-from act24.sparse24.products import Product, multiply24, relative_error, tuned
+from act24.sparse24.format.fp8 import quantise_rows, scaled
+from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.format.products import Product, multiply24, relative_error, tuned
+from act24.sparse24.kernels import fp8_operators, operators
 from act24.tools.bench.rows import Row, graph_milliseconds, needed_gpu
 
 #: T, width, F.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from act24.sparse24.products import KINDS, Product, Table, tuned
+from act24.sparse24.format.products import KINDS, Product, Table, tuned
 from act24.tools.bench.rows import Row, graph_milliseconds, needed_gpu
 
 #: T, width, F: the shapes of the bars, then presets 130m to 1b, and 350m's low-rank factors.
@@ -22,7 +22,7 @@ def bench_gemm(
     """The fastest valid algorithm of every product beside the dense product.
 
     Returns:
-        the rows, and what was found, as a table for `act24.sparse24.token_wise.Options24.algorithms`.
+        the rows, and what was found, as a table for `act24.sparse24.pattern.token_wise.Options24.algorithms`.
     """
     device = needed_gpu()
     rows, table = [], []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from act24.sparse24 import operators
-from act24.sparse24.packed import Packed24, unpack
+from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.kernels import operators
 from act24.tools.bench.rows import Row, milliseconds, needed_gpu
 
 #: T × F.

@@ -25,7 +25,7 @@ from act24.low_rank.lost import kept_columns
 from act24.optim import AdamW, parameter_groups
 from act24.passes import Cola, Lost, Pipeline, Relu2FFN
 from act24.passes.activation24 import SCALE
-from act24.passes.linear_sites import FactorisingPass
+from act24.passes.graph.linear_sites import FactorisingPass
 from act24.recipes.schema import Recipe
 from act24.tools.bench.handwritten import (
     BesideColumns,
@@ -35,12 +35,12 @@ from act24.tools.bench.handwritten import (
     Network,
     dense,
 )
-from act24.tools.build import Built, model_config, parameter_dtype, passes_of, plan_recipe
 from act24.tools.data import Batch
-from act24.tools.optimizers import build_optimizer
-from act24.tools.processes import Processes
-from act24.tools.step import TrainingStep, uses_compile
-from act24.tools.tuning import tune_
+from act24.tools.run.build import Built, model_config, parameter_dtype, passes_of, plan_recipe
+from act24.tools.run.optimizers import build_optimizer
+from act24.tools.run.processes import Processes
+from act24.tools.run.step import TrainingStep, uses_compile
+from act24.tools.run.tuning import tune_
 
 _WARMUP = 5
 

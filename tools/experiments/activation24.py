@@ -132,8 +132,8 @@ def train_one(recipe: Recipe, forms: bool) -> dict[str, Any]:
     Args:
         forms: evaluate dense and in 2:4 too.
     """
-    from act24.tools.evaluate import evaluate_checkpoint
-    from act24.tools.train import TrainingError, train
+    from act24.tools.run.evaluate import evaluate_checkpoint
+    from act24.tools.run.train import TrainingError, train
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from act24.passes import Activation24
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
-from act24.sparse24.activation import Backward, Precision
+from act24.sparse24.feed_forward.operation import Backward, Precision
 from act24.tools.bench.rows import Row, needed_gpu, table, versions
 from act24.tools.bench.step import time_recipe
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from act24.operation import cast_for_autocast, operation
 from act24.passes import Activation24, Match, Region
-from act24.passes.normal_form import replace_node
-from act24.sparse24.feature_wise import sparsify_feature_wise, token_permutation
-from act24.sparse24.selection import densest, top2_of_4
+from act24.passes.graph.normal_form import replace_node
+from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.pattern.selection import densest, top2_of_4
 
 
 class _Forgetful(torch.autograd.Function):

@@ -20,9 +20,9 @@ import torch
 
 from act24.passes.relu2_ffn import parity_width
 from act24.recipes.load import load_recipe, toml_value
-from act24.sparse24.products import Measured, feed_forward_products
-from act24.tools.build import model_config
-from act24.tools.tuning import cache_path, machine, write_table
+from act24.sparse24.format.products import Measured, feed_forward_products
+from act24.tools.run.build import model_config
+from act24.tools.run.tuning import cache_path, machine, write_table
 
 _STEPS, _ROWS = 300, 128
 VARIANTS = {
@@ -43,7 +43,7 @@ def train_one(name: str, shards: Path, out: Path) -> None:
     """Train a variant, and write its losses."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from act24.tools.train import train
+    from act24.tools.run.train import train
 
     recipe = load_recipe(
         "c4/60m-relu2-act24",

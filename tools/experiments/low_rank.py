@@ -28,7 +28,7 @@ from act24.passes import Cola, Relu2FFN
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.tools.bench.step import bench_step
-from act24.tools.train import train
+from act24.tools.run.train import train
 
 METHODS = {
     "dense": "c4/60m-dense",

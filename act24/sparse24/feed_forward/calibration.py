@@ -1,0 +1,74 @@
+"""What the scale β of soft thresholding should be, measured on sampled token rows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from act24.operation import operation
+from act24.sparse24.feed_forward.operation import Function
+from act24.sparse24.pattern.random_bits import random_bits
+from act24.sparse24.pattern.selection import top2_of_4
+from act24.sparse24.pattern.soft_threshold import scale_sums, soft_threshold24
+
+ScaleFrom = Literal["activation", "weight", "output"]
+
+#: Names of the sums, which add up over rows and processes. `product`, `square`: ⟨H, S⟩ and ⟨S, S⟩ of the
+#: activation and its soft-thresholded form; `energy`: ⟨H, H⟩, of which naive 2:4 drops `naive_error`;
+#: `scale_product`, `scale_square`: what the scale in force is the quotient of.
+CALIBRATION = ("energy", "naive_error", "product", "square", "scale_product", "scale_square")
+
+_SEED = 24
+
+
+def sample_rows(pads: Tensor | None, count: int, samples: int, device: torch.device) -> Tensor:
+    """Which token rows to measure: `samples` of `count` at fixed random places, padding last; int64."""
+    keys = random_bits(torch.arange(count, device=device), _SEED)
+    if pads is not None and pads.ndim:
+        keys = torch.where(pads.flatten(), -1, keys)
+    return torch.topk(keys, min(samples, count)).indices
+
+
+@operation
+@torch.no_grad()
+def calibration_sums(
+    hidden: Tensor,
+    pads: Tensor | None,
+    scale_from: ScaleFrom,
+    samples: int,
+    function: Function,
+    *weights: Tensor,
+) -> Tensor:
+    """The sums that a scale is made of (`act24.sparse24.pattern.soft_threshold.scale_from_sums`).
+
+    Args:
+        hidden: pre-activation `[..., F]`, F a multiple of 4.
+        pads: boolean, the shape of hidden without F: rows that count for nothing. None or a scalar: none.
+        scale_from: `"activation"`, the least squared error of the activation H itself; `"weight"`, that of
+            the weights before and after soft thresholding along F; `"output"`, that of H Wᵀ. The latter two
+            fall back to the first where there are no weights.
+        samples: rows to take.
+        function: the activation.
+        weights: what multiplies the activation, `[out, F]` each.
+
+    Returns:
+        float64 `[len(CALIBRATION)]`.
+    """
+    rows = hidden.flatten(0, -2)
+    chosen = sample_rows(pads, len(rows), samples, rows.device)
+    dense = torch.relu(rows[chosen].double())
+    if pads is not None and pads.ndim:
+        dense = dense * ~pads.flatten()[chosen][:, None]
+    dense = dense.square() if function == "relu2" else dense
+    soft = soft_threshold24(dense)
+    measured = scale_sums(dense, soft)
+    scale = measured
+    if weights and scale_from == "weight":
+        scale = sum(scale_sums(w.double(), soft_threshold24(w.double())) for w in weights)
+    elif weights and scale_from == "output":
+        scale = sum(scale_sums(dense @ w.double().T, soft @ w.double().T) for w in weights)
+    energy = dense.square()
+    naive_error = torch.where(top2_of_4(dense), 0, energy).sum()
+    return torch.cat((torch.stack((energy.sum(), naive_error)), measured, scale))  # type: ignore[arg-type]

@@ -1,0 +1,69 @@
+"""`activation24` by kernels around dense products, where 2:4 products are no faster or a linear is missing:
+naive, with exact weight gradients.
+
+The same function as the reference, to the last bit where the products are the same. Saved for backward is the
+2:4 activation with its zeros, 2 bytes a feature, which the product behind it saves anyway, and from which the
+slope is a root away. A dense relu² network keeps twice as much, and moves as many bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from act24.sparse24.feed_forward.forms import Tensors
+from act24.sparse24.feed_forward.packed import token_statistics
+from act24.sparse24.feed_forward.statistics import STATISTICS
+from act24.sparse24.kernels import operators
+from act24.sparse24.pattern.token_wise import Function, Options24
+
+
+class _MaskedActivation24(torch.autograd.Function):
+    """The activation alone, on rows `[T, F]`."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, real: Tensor | None, function: Function, count: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value, _, counts, sums = operators.pack_activation(
+            hidden, None, real, function, "naive", False, True, count, count
+        )
+        return value, counts, sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        value, counts, sums = output
+        ctx.mark_non_differentiable(counts, sums)
+        ctx.save_for_backward(value)
+        ctx.function = inputs[2]
+
+    @staticmethod
+    @once_differentiable  # the slope is made from a constant
+    def backward(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (value,) = ctx.saved_tensors
+        return operators.activation_gradient(grad_value.contiguous(), value, ctx.function), None, None, None
+
+
+def masked_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.feed_forward.operation.activation24` without a scale, where `forms.why_not_masked` says
+    nothing.
+
+    Args:
+        real: boolean `[T]`, the tokens that the statistics count; None for all.
+    """
+    x, weight_in, bias_in, weight_out, bias_out = tensors
+    assert x is not None
+    rows = x.reshape(-1, x.shape[-1])
+    hidden = rows.contiguous() if weight_in is None else F.linear(rows, weight_in, bias_in)
+    value, counts, sums = _MaskedActivation24.apply(hidden, real, options.function, options.statistics)
+    y = value if weight_out is None else F.linear(value, weight_out)
+    y = y if bias_out is None else y + bias_out  # two roundings, as in the reference
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    if not options.statistics:
+        return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
+    with torch.no_grad():
+        return y, token_statistics(len(value), counts, sums, real)

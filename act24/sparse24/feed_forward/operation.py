@@ -1,0 +1,257 @@
+"""2:4 activations behind relu² or relu (arXiv 2503.16672): what the pass `activation24` puts into a graph.
+
+Of every 4 consecutive features of the activation the 2 largest stay. Squaring keeps the order of non-negative
+numbers, so the selection is made on relu(h), and what is saved for backward is relu(h) alone: the mask, the
+2:4 values and the derivative are made from it again, by the same function.
+
+This is the plain-PyTorch reference, masked dense products on any device, and the choice between it and the
+kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from act24.errors import Act24Error
+from act24.operation import cast_for_autocast, is_mapped, operation
+from act24.sparse24.feed_forward.forms import (
+    network_of,
+    why_no_fp8,
+    why_not_counted,
+    why_not_masked,
+    why_not_narrow,
+    why_not_packed,
+)
+from act24.sparse24.feed_forward.masked import masked_activation24
+from act24.sparse24.feed_forward.narrow import narrow_activation24
+from act24.sparse24.feed_forward.packed import packed_activation24, token_statistics
+from act24.sparse24.feed_forward.statistics import STATISTICS, feature_wise_statistics, token_wise_statistics
+from act24.sparse24.format.fp8 import linear_fp8
+from act24.sparse24.kernels import operators
+from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.pattern.selection import densest, top2_of_4
+from act24.sparse24.pattern.token_wise import (
+    PLAIN,
+    Backward,
+    Estimator,
+    Function,
+    Method,
+    Options24,
+    Precision,
+    Sparse24,
+    sparsify_token_wise,
+)
+
+__all__ = [
+    "PLAIN",
+    "Backward",
+    "Estimator",
+    "Function",
+    "Method",
+    "Options24",
+    "Precision",
+    "activation24",
+    "dense_statistics",
+]
+
+
+class _TokenGroups(NamedTuple):
+    """The two sides of a weight gradient, a product that reduces over tokens.
+
+    Attributes:
+        real: boolean `[T]`, tokens that are no padding; None for all.
+        permutation: int64 `[T]`, the order in which tokens are grouped; None as it is.
+        dense: boolean `[F]`, the features that stay dense; None for none.
+    """
+
+    real: Tensor | None
+    permutation: Tensor | None
+    dense: Tensor | None
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """The dense side, `[T, n]`: padding zeroed, tokens in order."""
+        rows = rows if self.real is None else rows * self.real[:, None]
+        return rows if self.permutation is None else rows[self.permutation]
+
+    def sparse(self, rows: Tensor) -> Tensor:
+        """The side `[T, F]` that becomes 2:4 along the tokens."""
+        return sparsify_feature_wise(self.ordered(rows), self.dense)
+
+
+def _token_groups(positive: Tensor, pads: Tensor | None, options: Options24) -> _TokenGroups:
+    real = _real(pads)
+    permutation = token_permutation(positive.shape[:-1], options.token_permutation, positive.device)
+    if options.backward == "sparse":
+        return _TokenGroups(real, permutation, None)
+    nonzero = _rows(positive) > 0
+    counts = (nonzero if real is None else nonzero & real[:, None]).sum(0)
+    return _TokenGroups(real, permutation, densest(counts, options.dense_ratio))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`[..., n]` as `[T, n]`; a single token is one row."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _real(pads: Tensor | None) -> Tensor | None:
+    return None if pads is None or not pads.ndim else ~pads.flatten()
+
+
+def _statistics(positive: Tensor, sparse: Sparse24, pads: Tensor | None, options: Options24) -> Tensor:
+    if not options.statistics:
+        return positive.new_zeros(len(STATISTICS), dtype=torch.float32)
+    counts = token_wise_statistics(_rows(sparse.dense), _rows(sparse.mask), _real(pads))
+    if options.backward != "dense":
+        groups = _token_groups(positive, pads, options)
+        value = groups.ordered(_rows(sparse.value))
+        counts += feature_wise_statistics(value, sparsify_feature_wise(value, groups.dense), groups.dense)
+    return counts
+
+
+@operation
+def dense_statistics(hidden: Tensor, pads: Tensor | None = None, function: Function = "relu2") -> Tensor:
+    """The statistics of a dense activation: what naive 2:4 would drop, were it on.
+
+    Args:
+        hidden: pre-activation `[..., F]`. Where F is no multiple of 4 there are no groups, and nothing is
+            counted as dropped.
+        pads: as for `activation24`.
+
+    Returns:
+        float32 `[len(STATISTICS)]`.
+    """
+    rows, real = _rows(hidden.detach()), _real(pads)
+    if not is_mapped() and not why_not_counted(rows):
+        counts, sums = operators.count_activation(rows.contiguous(), real, function)
+        return token_statistics(len(rows), counts, sums, real)
+    positive = torch.relu(rows)
+    dense = positive * positive if function == "relu2" else positive
+    mask = torch.ones_like(dense, dtype=torch.bool) if dense.shape[1] % 4 else top2_of_4(positive)
+    return token_wise_statistics(dense, mask, real)
+
+
+class _Activation24(torch.autograd.Function):
+    generate_vmap_rule = True  # per-sample gradients: torch.func.vmap over torch.func.grad
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight_in: Tensor | None,
+        bias_in: Tensor | None,
+        weight_out: Tensor | None,
+        bias_out: Tensor | None,
+        scale: Tensor | None,
+        seed: Tensor | None,
+        pads: Tensor | None,
+        options: Options24,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        positive = torch.relu(x if weight_in is None else F.linear(x, weight_in, bias_in))
+        sparse = sparsify_token_wise(positive, seed, options)
+        linear = linear_fp8 if options.precision == "fp8" else F.linear
+        y = sparse.value if weight_out is None else linear(sparse.value, weight_out)
+        y = y if scale is None else y * scale.to(y.dtype)
+        y = y if bias_out is None else y + bias_out
+        return y, _statistics(positive, sparse, pads, options), positive
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight_in, _, weight_out, _, scale, seed, pads, options = inputs
+        _, statistics, positive = output
+        ctx.mark_non_differentiable(statistics, positive)
+        x = None if weight_in is None else x  # else the input is h itself, of which relu(h) is enough
+        ctx.save_for_backward(x, weight_in, weight_out, scale, seed, pads, positive)
+        ctx.options = options
+
+    @staticmethod
+    @once_differentiable  # relu(h) is saved as a constant, so a second derivative would be silently wrong
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight_in, weight_out, scale, seed, pads, positive = ctx.saved_tensors
+        options: Options24 = ctx.options
+        need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
+
+        sparse = sparsify_token_wise(positive, seed, options)
+        grad_product = grad_y if scale is None else grad_y * scale.to(grad_y.dtype)
+        # `slope` carries the forward mask, so this gradient is 2:4 along the features as the activation is.
+        # A selection of its own would let dropped positions back in (3.735 beside 2.651 in the paper).
+        grad_hidden = sparse.slope * (grad_product if weight_out is None else grad_product @ weight_out)
+
+        sparse_side = dense_side = _rows
+        if options.backward != "dense" and (need_weight_in or need_weight_out):
+            groups = _token_groups(positive, pads, options)
+            sparse_side = lambda tensor: groups.sparse(_rows(tensor))  # noqa: E731
+            dense_side = lambda tensor: groups.ordered(_rows(tensor))  # noqa: E731
+        grad_x = grad_hidden if weight_in is None else grad_hidden @ weight_in if need_x else None
+        return (
+            grad_x,
+            sparse_side(grad_hidden).T @ dense_side(x) if need_weight_in else None,
+            _rows(grad_hidden).sum(0) if need_bias_in else None,
+            dense_side(grad_product).T @ sparse_side(sparse.value) if need_weight_out else None,
+            _rows(grad_y).sum(0) if need_bias_out else None,
+            *(None,) * 4,
+        )
+
+
+@operation
+def activation24(
+    x: Tensor,
+    weight_in: Tensor | None,
+    bias_in: Tensor | None,
+    weight_out: Tensor | None,
+    bias_out: Tensor | None,
+    scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    pads: Tensor | None = None,
+    options: Options24 = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """linear → relu² → 2:4 → linear; either linear may be missing.
+
+        h = x W_inᵀ + b_in        y = β T(relu(h)²) W_outᵀ + b_out
+
+    T makes every four consecutive features 2:4. Products of the forward and of dX have their 2:4 operand
+    along the features, the weight gradients along the tokens. Saved for backward: x, the weights and relu(h).
+
+    Args:
+        x: `[..., D]`; the pre-activation h, `[..., F]`, where `weight_in` is None.
+        weight_in: `[F, D]` or None, F a multiple of 4; bias_in: `[F]` or None.
+        weight_out: `[D_out, F]` or None, and then y is the 2:4 activation itself, stored dense; there is no
+            product then that `precision` could be about. As with `torch.relu`, backward may need this y:
+            autograd refuses to write into it in place.
+        bias_out: `[D_out]` or None.
+        scale: β, a scalar; None for 1. It gets no gradient.
+        seed: int64 scalar, needed by `"mvue"`; the same seed draws the same.
+        pads: boolean, the shape of x without its last dimension: True for padding, which the weight
+            gradients' selection and the statistics leave out. Its gradient has to be zero anyway, as it is
+            for padding behind a causal sequence. None, or a scalar, for no padding.
+        options: see `Options24`.
+
+    Returns:
+        y `[..., D_out]` and the statistics (`act24.sparse24.feed_forward.statistics.STATISTICS`).
+
+    Raises:
+        ValueError: F is not a multiple of 4, or the options contradict each other.
+        Act24Error: fp8 on a GPU that has none.
+
+    Source: arXiv 2503.16672, Fig. 4, and its fp8; soft thresholding from arXiv 2409.09099.
+    """
+    if options.estimator == "ste" and options.backward != "dense":
+        raise ValueError(f"the straight-through gradient is not 2:4: no '{options.backward}' backward for it")
+    if options.method == "mvue" and seed is None:
+        raise ValueError("mvue draws at random: give a seed")
+    if options.precision == "fp8" and weight_out is not None and (reason := why_no_fp8(x.device)):
+        raise Act24Error(reason)
+    tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
+    if is_mapped():
+        return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]
+    network = network_of(tensors)
+    if scale is None and not why_not_narrow(network, options):
+        return narrow_activation24(tensors, _real(pads), options)
+    if not why_not_packed(network, options):
+        return packed_activation24(tensors, scale, seed, _real(pads), options)
+    if scale is None and not why_not_masked(network, options):
+        return masked_activation24(tensors, _real(pads), options)
+    return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]

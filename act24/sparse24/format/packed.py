@@ -1,0 +1,204 @@
+"""The packed 2:4 format that cuSPARSELt multiplies on Hopper, for 16-bit and 8-bit values: layout, pack,
+unpack.
+
+One buffer holds the values, row-major, two for every group of four columns, and right behind them the
+metadata: four bits a group, `i | j << 2` with i < j the positions of the two values in the group. A group
+with fewer than two non-zeros still names two positions. The order of those four-bit fields in memory is
+`metadata_field`, which the kernels compile as it stands, and for 8-bit values `metadata_field8`.
+
+NVIDIA documents none of this. The layouts were read off cuSPARSELt 0.8 (the 16-bit one agrees with the
+packers of FlagGems and xformers); `act24.sparse24.format.products.layout_error` compares them with the
+library at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from act24.sparse24.pattern.selection import top2_of_4
+
+#: What the shape of a packed matrix must be a multiple of: the metadata comes in tiles of this size. The
+#: columns by the bytes of a value.
+TILE_ROWS, TILE_COLUMNS = 64, {2: 32, 1: 64}
+
+#: Elements of the buffer for 16 columns of the dense matrix, 8 values and 2 bytes of metadata, by the bytes
+#: of a value; and integers that hold its bits.
+_SIXTEENTHS, _BITS = {2: 9, 1: 10}, {2: torch.int16, 1: torch.uint8}
+
+
+def metadata_field(row, column, columns):
+    """Where in the metadata the group at (row, column // 4) of a matrix with `columns` columns lies,
+    counted in four-bit fields: two to a byte, the even one in the low bits.
+
+    A tile of 64 rows × 32 columns fills 256 bytes, and tiles follow each other along the columns first.
+    A byte holds the same group of the rows r and r + 8; an aligned 32-bit word holds 2 × 2 groups, 4 and
+    16 columns apart, of these two rows.
+
+    Only `//`, `%`, `*` and `+`: the arguments may be integers, integer tensors or tensors inside a kernel.
+    """
+    byte = (
+        row // 64 * 8 * columns
+        + column // 32 * 256
+        + row % 64 // 16 * 64
+        + row % 8 * 8
+        + column % 16 // 4 * 2
+        + column % 32 // 16
+    )
+    return byte * 2 + row % 16 // 8
+
+
+def metadata_field8(row, column, columns):
+    """`metadata_field` for 8-bit values.
+
+    A tile of 64 rows × 64 columns fills 512 bytes. A byte holds two groups next to each other, an aligned
+    32-bit word those of the rows r and r + 8, there and 32 columns on. A tile has the same 512 bytes as the
+    two tiles of 16-bit values that cover it, and each 16 of them the fields of two times 8 of theirs.
+    """
+    byte = (
+        row // 64 * 8 * columns
+        + column // 64 * 512
+        + row % 64 // 16 * 128
+        + row % 8 * 16
+        + column % 32 // 16 * 8
+        + column % 16 // 8 * 4
+        + column % 64 // 32 * 2
+        + row % 16 // 8
+    )
+    return byte * 2 + column % 8 // 4
+
+
+@dataclass(frozen=True)
+class Packed24:
+    """A 2:4 matrix `[rows, columns]` in packed form.
+
+    Attributes:
+        buffer: contiguous, 16-bit `[rows, 9·columns/16]` or 8-bit `[rows, 10·columns/16]`: what
+            `torch._cslt_sparse_mm` takes. A flat view of values and metadata; its rows are not those of the
+            matrix.
+    """
+
+    buffer: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the dense matrix."""
+        return self.buffer.shape[0], self.buffer.shape[1] * 16 // _SIXTEENTHS[self.buffer.element_size()]
+
+    @property
+    def values(self) -> Tensor:
+        """`[rows, columns / 2]`, a view: the two kept entries of each group, in order."""
+        rows, columns = self.shape
+        return self.buffer.flatten()[: rows * columns // 2].view(rows, columns // 2)
+
+    @property
+    def metadata(self) -> Tensor:
+        """uint8 `[rows · columns / 8]`, a view, in the order of `metadata_field` or `metadata_field8`."""
+        rows, columns = self.shape
+        return self.buffer.flatten()[rows * columns // 2 :].view(torch.uint8)
+
+
+def packable(rows: int, columns: int, size: int = 2) -> bool:
+    """Whether the layout has a place for a matrix of this shape, of values of `size` bytes."""
+    return rows > 0 and columns > 0 and rows % TILE_ROWS == 0 and columns % TILE_COLUMNS[size] == 0
+
+
+def empty_packed(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An unwritten buffer for a packed `[rows, columns]` matrix, in the dtype and on the device of `like`."""
+    return like.new_empty(rows, columns * _SIXTEENTHS[like.element_size()] // 16)
+
+
+def top2_of_4_with_nan(scores: Tensor) -> Tensor:
+    """`top2_of_4` that counts NaN as infinite, so that a NaN stays in and is seen."""
+    return top2_of_4(torch.where(scores.isnan(), torch.inf, scores))
+
+
+def pack(dense: Tensor, mask: Tensor | None = None) -> Packed24:
+    """Pack a matrix, two entries of every four columns.
+
+    Args:
+        dense: `[rows, columns]`, 16-bit or 8-bit, rows a multiple of 64, columns of 32 or 64.
+        mask: boolean, the same shape, at most two True in a group: the entries that stay. None: the two
+            of largest magnitude, the lower column first on ties, NaN before infinity.
+
+    Returns:
+        the packed matrix. Entries outside the mask that fill up a group are stored as zero.
+
+    Raises:
+        ValueError: the layout has no place for the shape, the dtype has another size, or the mask keeps more
+            than two of four.
+    """
+    size = dense.element_size()
+    if dense.ndim != 2 or size not in TILE_COLUMNS or not packable(dense.shape[0], dense.shape[1], size):
+        raise ValueError(
+            f"a packed 2:4 matrix is 16-bit, with rows a multiple of {TILE_ROWS} and columns of "
+            f"{TILE_COLUMNS[2]}, or 8-bit, with columns of {TILE_COLUMNS[1]}; got {dense.dtype} "
+            f"{tuple(dense.shape)}"
+        )
+    if mask is None:
+        named = mask = top2_of_4_with_nan(dense.float().abs())
+    else:
+        if mask.unflatten(-1, (-1, 4)).sum(-1).max() > 2:
+            raise ValueError("the mask keeps more than two of four consecutive columns")
+        named = top2_of_4(mask.to(torch.uint8))  # two positions a group, those of the mask first
+    a, b, c, d = named.unflatten(-1, (-1, 4)).unbind(-1)
+    first = torch.where(a, 0, torch.where(b, 1, 2))
+    second = torch.where(d, 3, torch.where(c, 2, 1))
+    positions = torch.stack((first, second), dim=-1)
+    kept = torch.where(mask, dense.view(_BITS[size]), 0).unflatten(-1, (-1, 4))
+    values = kept.gather(-1, positions).flatten(-2).view(dense.dtype)
+    return _packed(values, (first + 4 * second).to(torch.uint8))
+
+
+def unpack(packed: Packed24) -> Tensor:
+    """The dense `[rows, columns]` matrix, zeros filled in."""
+    rows, columns = packed.shape
+    named = _named(packed)
+    positions = torch.stack((named % 4, named // 4), dim=-1).long()
+    values = packed.values.view(_BITS[packed.buffer.element_size()])
+    dense = values.new_zeros(rows, columns // 4, 4)
+    dense.scatter_(-1, positions, values.unflatten(-1, (-1, 2)))
+    return dense.flatten(-2).view(packed.buffer.dtype)
+
+
+def with_values(packed: Packed24, values: Tensor) -> Packed24:
+    """A packed matrix with the places of another, and `values` `[rows, columns / 2]` of either size there."""
+    return _packed(values, _named(packed))
+
+
+def random_packed(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Packed24:
+    """A packed matrix of normal values in random places, on the device of the generator."""
+    device = generator.device
+    legal = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE], dtype=torch.uint8, device=device)
+    draws = torch.randint(6, (2, rows * columns // 8), generator=generator, device=device)
+    packed = Packed24(empty_packed(rows, columns, torch.empty(0, dtype=dtype, device=device)))
+    packed.values.copy_(torch.empty_like(packed.values, dtype=torch.float32).normal_(generator=generator))
+    packed.metadata.copy_(legal[draws[0]] + 16 * legal[draws[1]])
+    return packed
+
+
+def _packed(values: Tensor, named: Tensor) -> Packed24:
+    """Values `[rows, columns / 2]` with what `_named` returns."""
+    rows, columns = named.shape[0], named.shape[1] * 4
+    packed = Packed24(empty_packed(rows, columns, values))
+    packed.values.copy_(values)
+    fields = torch.empty_like(named).flatten()
+    fields[_fields(packed)] = named
+    packed.metadata.copy_(fields[0::2] + 16 * fields[1::2])
+    return packed
+
+
+def _named(packed: Packed24) -> Tensor:
+    """The four bits of every group, uint8 `[rows, columns / 4]`."""
+    fields = torch.stack((packed.metadata % 16, packed.metadata // 16), dim=-1).flatten()
+    return fields[_fields(packed)]
+
+
+def _fields(packed: Packed24) -> Tensor:
+    """Where the field of every group is, `[rows, columns / 4]`."""
+    rows, columns = packed.shape
+    row = torch.arange(rows, device=packed.buffer.device)[:, None]
+    column = torch.arange(0, columns, 4, device=packed.buffer.device)[None]
+    return (metadata_field if packed.buffer.element_size() == 2 else metadata_field8)(row, column, columns)

@@ -1,0 +1,44 @@
+"""Backward around dense products: dZ from dS and the 2:4 activation with its zeros.
+
+Bytes an element: 4 read, 2 written. Torch's compiler would fuse this as well, but leaves out the rounding of
+the root, which makes it relu(h) itself.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+from torch import Tensor
+
+from act24.compiler import jit, tl, triton
+from act24.sparse24.kernels.shared.keys import round16
+
+#: Entries of a program.
+BLOCK = 4096
+
+
+@jit
+def _activation_gradient(grad, value, result, number, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < number
+    kept = tl.load(value + place, inside, other=0.0).to(tl.float32)
+    incoming = tl.load(grad + place, inside, other=0.0).to(tl.float32)
+    if FUNCTION == "relu2":
+        made = incoming * (2 * round16(tl.sqrt(kept), tl.bfloat16))
+    else:
+        made = tl.where(kept != 0, incoming, 0.0)
+    tl.store(result + place, made.to(tl.bfloat16), inside)
+
+
+def activation_gradient(grad: Tensor, value: Tensor, result: Tensor, function: str) -> None:
+    """Launch the kernel.
+
+    Args:
+        grad: dS, bfloat16 `[T, F]`, contiguous.
+        value: the activation, 2:4 along the features, the same.
+        result: dZ, the same, unwritten.
+        function: as in `act24.sparse24.feed_forward.operation.Options24`.
+    """
+    number = grad.numel()
+    _activation_gradient[(triton.cdiv(number, BLOCK),)](
+        grad, value, result, number, FUNCTION=function, BLOCK=BLOCK, num_warps=8
+    )

@@ -1,0 +1,273 @@
+"""Forward: activation, selection and packing along the features in one pass.
+
+Bytes: 2 read and 1.125 written an element (1 more where the slope is kept; 2 instead of 1.125 with the zeros
+filled in, for a dense product; none where all that is wanted are counts), and nothing else as wide as F. A
+program owns a strip of features and walks
+down some slabs of 64 tokens, so that the counts of a feature stay in registers until its end.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from act24.compiler import jit, tl, triton
+from act24.sparse24.format.packed import Packed24
+from act24.sparse24.kernels.shared.keys import (
+    as_bits,
+    as_float,
+    as_signed,
+    by_position,
+    complement_field,
+    load_bits,
+    metadata_field,
+    one_if_positive,
+    round16,
+    sort4,
+    spread,
+    upper,
+)
+from act24.sparse24.kernels.shared.random_draw import draw2
+
+#: Features a program owns, and slabs of 64 tokens it walks down at most, loads two slabs ahead.
+STRIP, SLABS = 64, 8
+
+#: Sums that a program writes: groups with more than two non-zeros, non-zeros dropped, energy, energy dropped.
+SUMS = 4
+
+
+@jit
+def _activation(hidden, FUNCTION: tl.constexpr):
+    """f(h); NaN stays NaN, and no result is -0, which would sort above everything."""
+    positive = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return positive * positive if FUNCTION == "relu2" else positive
+
+
+@jit
+def _slope(hidden, FUNCTION: tl.constexpr):
+    """f'(h)."""
+    return 2 * tl.maximum(hidden, 0.0) if FUNCTION == "relu2" else tl.where(hidden > 0, 1.0, 0.0)
+
+
+@jit
+def _pack_activation(
+    hidden,
+    values,
+    metadata,
+    slopes,
+    counts,
+    sums,
+    real,
+    order,
+    seed,
+    features,
+    slabs,
+    FUNCTION: tl.constexpr,
+    METHOD: tl.constexpr,
+    SLOPE: tl.constexpr,
+    FORM: tl.constexpr,
+    COUNTS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PADS: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    STRIP: tl.constexpr,
+    SLABS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    strip = tl.program_id(0) * STRIP
+    pair = tl.arange(0, STRIP // 2)[None, :]
+    group = tl.arange(0, STRIP // 4)[None, :]
+    # The rows of a slab that hold the low four bits of a metadata byte; those of the high bits are 8 further.
+    row = (tl.arange(0, 32) // 8 * 16 + tl.arange(0, 32) % 8)[:, None]
+    shift = metadata_field(0, group * 4, features) % 8 * 4
+    word = tl.arange(0, STRIP // 16)[None, :]
+    place = metadata_field(row, word // 2 * 32 + word % 2 * 8, features) // 8
+
+    zero = tl.zeros([32, STRIP // 4], tl.float32)
+    count0 = zero
+    count1 = zero
+    count2 = zero
+    count3 = zero
+    crowded = zero
+    dropped = zero
+    energy = zero
+    lost = zero
+    first_slab = tl.program_id(1) * SLABS
+    for step in tl.range(0, tl.minimum(SLABS, slabs - first_slab), num_stages=STAGES):
+        slab = first_slab + step
+        start = slab.to(tl.int64) * 64 * features + strip  # T·F may pass 2^31
+        fields = tl.zeros([32, STRIP // 4], tl.uint32)
+        # Both loads come first: the compiler moves none of them over a store.
+        lower_rows = load_bits(hidden + start // 2 + (row * (features // 2) + pair))
+        upper_rows = load_bits(hidden + start // 2 + ((row + 8) * (features // 2) + pair))
+        for half in tl.static_range(2):
+            rows = row + 8 * half
+            bits = lower_rows if half == 0 else upper_rows
+            even, odd = tl.split(tl.reshape(bits, [32, STRIP // 4, 2]))
+            key0 = (even << 16 | 3).to(tl.int32, bitcast=True)
+            key1 = (upper(even) | 2).to(tl.int32, bitcast=True)
+            key2 = (odd << 16 | 1).to(tl.int32, bitcast=True)
+            key3 = upper(odd).to(tl.int32, bitcast=True)
+            if METHOD == "mvue":
+                token = slab * 64 + rows
+                if PERMUTED:
+                    token = tl.load(order + token)
+                number = token.to(tl.uint32) * (features // 4) + strip // 4 + group
+                a0 = round16(_activation(as_float(even << 16), FUNCTION), tl.bfloat16)
+                a1 = round16(_activation(as_float(upper(even)), FUNCTION), tl.bfloat16)
+                a2 = round16(_activation(as_float(odd << 16), FUNCTION), tl.bfloat16)
+                a3 = round16(_activation(as_float(upper(odd)), FUNCTION), tl.bfloat16)
+                first, second, factor0, factor1 = draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed)
+                x0 = as_float(upper(first))
+                x1 = as_float(upper(second))
+                value0 = round16(_activation(x0, FUNCTION), tl.bfloat16) * factor0
+                value1 = round16(_activation(x1, FUNCTION), tl.bfloat16) * factor1
+                slope0 = _slope(x0, FUNCTION) * factor0
+                slope1 = _slope(x1, FUNCTION) * factor1
+            else:
+                largest, next_largest, third, smallest = sort4(key0, key1, key2, key3)
+                first, second = by_position(as_bits(largest), as_bits(next_largest))
+                x0 = as_float(upper(first))
+                x1 = as_float(upper(second))
+                value0 = _activation(x0, FUNCTION)
+                value1 = _activation(x1, FUNCTION)
+                if METHOD == "soft_threshold":
+                    threshold = _activation(as_float(upper(as_bits(third))), FUNCTION)
+                    threshold = round16(threshold, tl.bfloat16)
+                    value0 = tl.maximum(round16(value0, tl.bfloat16) - threshold, 0.0)
+                    value1 = tl.maximum(round16(value1, tl.bfloat16) - threshold, 0.0)
+                slope0 = _slope(x0, FUNCTION)
+                slope1 = _slope(x1, FUNCTION)
+            target = start // 2 + (rows * (features // 2) + pair)
+            # The lowest two bits of a key are all that this adds up.
+            field = complement_field(first, second) & 15
+            if FORM == "dense":
+                bits0 = as_bits(round16(value0, tl.bfloat16))
+                bits1 = as_bits(round16(value1, tl.bfloat16))
+                y0, y1, y2, y3 = spread(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1, 0)
+                filled = tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [32, STRIP // 2])
+                tl.store(values + target, as_signed(filled))
+            if FORM == "packed":
+                kept = tl.reshape(tl.join(value0, value1), [32, STRIP // 2])
+                tl.store(values + target, kept.to(values.dtype.element_ty))
+            if SLOPE:
+                kept = tl.reshape(tl.join(slope0, slope1), [32, STRIP // 2])
+                tl.store(slopes + target, kept.to(slopes.dtype.element_ty))
+            # 4 bits of a byte in each of two rows.
+            fields |= field << 4 * half
+            if COUNTS or STATISTICS:
+                weight = tl.full([32, 1], 1.0, tl.float32)
+                if PADS:
+                    weight = tl.load(real + slab * 64 + rows).to(tl.float32)
+                z0 = as_float(key0)
+                z1 = as_float(key1)
+                z2 = as_float(key2)
+                z3 = as_float(key3)
+                count0 += one_if_positive(z0) * weight
+                count1 += one_if_positive(z1) * weight
+                count2 += one_if_positive(z2) * weight
+                count3 += one_if_positive(z3) * weight
+            if STATISTICS:
+                largest, next_largest, third, smallest = sort4(key0, key1, key2, key3)
+                a0 = _activation(as_float(largest), FUNCTION)
+                a1 = _activation(as_float(next_largest), FUNCTION)
+                a2 = _activation(as_float(third), FUNCTION)
+                a3 = _activation(as_float(smallest), FUNCTION)
+                more = one_if_positive(as_float(third))
+                gone = more + one_if_positive(as_float(smallest))
+                lower = a2 * a2 + a3 * a3
+                total = a0 * a0 + a1 * a1 + lower
+                if METHOD == "mvue":  # what is dropped is what was not drawn
+                    a0 = _activation(x0, FUNCTION) * one_if_positive(factor0)
+                    a1 = _activation(x1, FUNCTION) * one_if_positive(factor1)
+                    lower = total - (a0 * a0 + a1 * a1)
+                    nonzero = one_if_positive(as_float(largest)) + one_if_positive(as_float(next_largest))
+                    gone += nonzero - one_if_positive(factor0) - one_if_positive(factor1)
+                crowded += more * weight
+                dropped += gone * weight
+                energy += total * weight
+                lost += lower * weight
+        if FORM == "packed":
+            # A word: the fields of two rows (8 bits), of groups 16 columns apart, of groups 4 columns apart.
+            words = tl.reshape(fields << shift.to(tl.uint32), [32, STRIP // 32, 2, 2, 2])
+            words = tl.sum(tl.sum(words, 4), 2) ^ 0xFFFFFFFF
+            words = tl.reshape(words, [32, STRIP // 16]).to(tl.int32, bitcast=True)
+            tile = slab.to(tl.int64) * (2 * features) + strip * 2
+            tl.store(metadata + tile + tl.max_contiguous(place, (1, 2)), words)
+
+    if COUNTS or STATISTICS:
+        count = tl.reshape(tl.join(tl.join(count0, count2), tl.join(count1, count3)), [32, STRIP])
+        tl.atomic_add(counts + strip + tl.arange(0, STRIP), tl.sum(count, 0).to(tl.int32), sem="relaxed")
+    if STATISTICS:
+        program = sums + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 4
+        tl.store(program, tl.sum(crowded))
+        tl.store(program + 1, tl.sum(dropped))
+        tl.store(program + 2, tl.sum(energy))
+        tl.store(program + 3, tl.sum(lost))
+
+
+def pack_activation(
+    hidden: Tensor,
+    result: Packed24 | Tensor | None,
+    slope: Tensor | None,
+    counts: Tensor | None,
+    statistics: bool,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    order: Tensor | None = None,
+) -> Tensor | None:
+    """Launch the kernel: fill `result`, `slope` and `counts`, and return the sums.
+
+    Args:
+        hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        result: the activation `[T, F]`, unwritten; packed, or with its zeros, bfloat16; None to count only.
+        slope: bfloat16 `[T, F/2]`, unwritten, or None.
+        counts: int32 `[F]`, zeros, or None; needed for the statistics.
+        statistics: whether to count.
+        seed: int64 scalar for mvue.
+        real: boolean `[T]`, tokens that count; None for all.
+        function, method: as in `act24.sparse24.feed_forward.operation.Options24`.
+        order: int64 `[T]`, the token of every row, by which mvue draws; None for the number of the row.
+
+    Returns:
+        float32 `[SUMS]`, or None without statistics.
+    """
+    tokens, features = hidden.shape
+    grid = (features // STRIP, triton.cdiv(tokens // 64, SLABS))
+    sums = hidden.new_empty(grid[0] * grid[1], SUMS, dtype=torch.float32) if statistics else None
+    words = hidden.view(torch.int32)
+    unused = words
+    form, values, metadata = "none", unused, unused
+    if isinstance(result, Packed24):
+        form, values, metadata = "packed", result.values, result.metadata.view(torch.int32)
+    elif result is not None:
+        form, values = "dense", result.view(torch.int32)
+    _pack_activation[grid](
+        words,
+        values,
+        metadata,
+        unused if slope is None else slope,
+        unused if counts is None else counts,
+        unused if sums is None else sums,
+        unused if real is None else real,
+        unused if order is None else order,
+        unused if seed is None else seed,
+        features,
+        tokens // 64,
+        FUNCTION=function,
+        METHOD=method,
+        SLOPE=slope is not None,
+        FORM=form,
+        COUNTS=counts is not None,
+        STATISTICS=statistics,
+        PADS=real is not None,
+        PERMUTED=order is not None,
+        STRIP=STRIP,
+        SLABS=SLABS,
+        STAGES=3,
+        num_warps=8,
+    )
+    return None if sums is None else sums.sum(0)

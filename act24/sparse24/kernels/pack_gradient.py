@@ -1,0 +1,373 @@
+"""Backward: one pass over the incoming gradient and what forward saved, to the 2:4 operands of three
+products.
+
+    dZ = f'(h) ∘ dS under the forward's mask      packed along the features, with the forward's metadata
+    f(h) and dZ, 2:4 along the tokens on top      packed along the tokens, for the two weight gradients
+
+Bytes an element: 3.125 read (dS and the saved activation), 1.125 written for each of the three, together 6.5.
+A thread holds 4 tokens × 8 features, so that groups along either side lie inside it: four loads of every
+fourth token make one tensor each, and all selection is between tensors. Only the results cross threads, on
+their way to rows that run along the tokens.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from act24.compiler import jit, tl, triton
+from act24.sparse24.format.packed import Packed24
+from act24.sparse24.kernels.shared.keys import (
+    as_float,
+    as_signed,
+    by_position,
+    complement_field,
+    group_bytes,
+    load_bits,
+    metadata_field,
+    metadata_words,
+    round16,
+    sort4,
+    spread,
+    upper,
+)
+
+#: Tokens and features of a tile.
+TOKENS, FEATURES = 64, 64
+
+#: Tiles a program walks along the tokens, the loads of the next one under way while it works.
+STEPS, STAGES = 8, 2
+
+#: Most registers a thread may have: more CTAs at a time outweigh a handful of spills, not a few dozen.
+REGISTERS, REGISTERS_WITH_DENSE = 128, 168
+
+
+@jit
+def _rotate_left(bits):
+    return bits << 1 | bits >> 31
+
+
+@jit
+def _rotate_right(bits):
+    return bits >> 1 | bits << 31
+
+
+@jit
+def masked_gradient(pairs, both, slope, low, high, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
+    """dZ at the kept places.
+
+    Args:
+        pairs: dS, words [rows, features / 2].
+        both, slope: the saved activation and its slope, words [rows, features / 4], of no negative numbers.
+        low, high: the metadata of every group, in its bits 0 to 1 and 2 to 3.
+
+    Returns:
+        bfloat16 [rows, features / 4, 2].
+    """
+    even, odd = tl.split(tl.reshape(pairs, [both.shape[0], both.shape[1], 2]))
+    grad0 = as_float(even << 16)
+    grad1 = as_float(upper(even))
+    grad2 = as_float(odd << 16)
+    grad3 = as_float(upper(odd))
+    first = tl.where(low == 0, grad0, tl.where(low == 1, grad1, grad2))
+    second = tl.where(high == 12, grad3, tl.where(high == 8, grad2, grad1))
+    if SLOPE:
+        first *= as_float(slope << 16)
+        second *= as_float(upper(slope))
+    elif FUNCTION == "relu2":
+        # Rounded to 16 bits the root of the rounded square is relu(h) again, exactly: nothing else is saved.
+        first *= 2 * round16(tl.sqrt(as_float(both << 16)), tl.bfloat16)
+        second *= 2 * round16(tl.sqrt(as_float(upper(both))), tl.bfloat16)
+    else:
+        first = tl.where(both << 16 != 0, first, 0.0)
+        second = tl.where(upper(both) != 0, second, 0.0)
+    return tl.join(first, second).to(tl.bfloat16)
+
+
+@jit
+def _fetch(
+    grad,
+    values,
+    metadata,
+    slopes,
+    real,
+    features,
+    token,
+    feature,
+    nth: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """All that is read of the nth of every four tokens: dS, the saved activation, its slope and its metadata;
+    and where in dS the rows begin."""
+    rows: tl.constexpr = TOKENS // 4
+    pair = tl.arange(0, FEATURES // 2)[None, :]
+    group = tl.arange(0, FEATURES // 4)[None, :]
+    word = tl.arange(0, FEATURES // 8)[None, :]
+    row = (tl.arange(0, rows) * 4 + nth)[:, None]
+    # T·F may pass 2^31: one 64-bit number does for the tile.
+    slab = token.to(tl.int64) // 64 * (2 * features) + feature * 2
+    field = metadata_field(row, word * 8, features)
+    start = token.to(tl.int64) * (features // 4) + feature // 4
+    half_row = start * 2 + (row * (features // 2) + pair)
+    quarter_row = start + (row * (features // 4) + group)
+    pairs = load_bits(grad + half_row)
+    both = load_bits(values + quarter_row)
+    fields = load_bits(metadata + slab + tl.max_contiguous(field // 8, (1, 2)))
+    slope = load_bits(slopes + quarter_row) if SLOPE else both
+    if PADS:
+        is_real = tl.load(real + token + row)
+        both = tl.where(is_real, both, both & 0)
+        slope = tl.where(is_real, slope, slope & 0)
+    fields >>= (field % 8 * 4).to(tl.uint32)
+    return pairs, both, slope, fields, half_row
+
+
+@jit
+def _keys(pairs, both, slope, fields, nth: tl.constexpr, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
+    """dZ of the nth of every four tokens, and keys of f(h) and of |dZ| for the four features of every group.
+    A key of |dZ| has its magnitude in the 15 upper bits, and its sign below the position."""
+    fields = tl.reshape(tl.join(fields, fields >> 16), both.shape)
+    low = fields & 3
+    high = fields & 12
+    both &= 0x7FFF7FFF  # a -0 would sort above everything
+    masked = masked_gradient(pairs, both, slope, low, high, FUNCTION, SLOPE)
+    first, second = tl.split(masked.to(tl.uint16, bitcast=True))
+    first = _rotate_left(first.to(tl.uint32) << 16)
+    second = _rotate_left(second.to(tl.uint32) << 16)
+    value0, value1, value2, value3 = spread(low, high, both << 16, upper(both), 3 - nth)
+    grad0, grad1, grad2, grad3 = spread(low, high, first, second, 6 - 2 * nth)
+    masked = tl.reshape(masked, pairs.shape)
+    return masked, value0, value1, value2, value3, grad0, grad1, grad2, grad3
+
+
+@jit
+def _pair(larger, smaller):
+    """The two selected values in one word, and their metadata (inverted)."""
+    first, second = by_position(larger, smaller)
+    return first >> 16 | upper(second), complement_field(first, second)
+
+
+@jit
+def _select_value(key0, key1, key2, key3):
+    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
+    return _pair(larger, smaller)
+
+
+@jit
+def _select_grad(key0, key1, key2, key3):
+    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
+    return _pair(_rotate_right(larger), _rotate_right(smaller))
+
+
+@jit
+def _along_tokens(x0, x1, x2, x3, rows: tl.constexpr, FEATURES: tl.constexpr):
+    """Four tensors [tokens / 4, features / 4], one for each feature of a group, as [features, tokens / 4]."""
+    return tl.trans(tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [rows, FEATURES]))
+
+
+@jit
+def _store_dense(
+    value_dense, grad_dense, places, target, tokens, v0, v1, v2, v3, g0, g1, g2, g3, rows: tl.constexpr,
+    FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Of one feature of every group the four tokens, in rows of their own where the feature stays dense.
+
+    Few do, so the work hangs on a branch for 8 features at a time: those of the even groups, then of the odd
+    ones, as a thread has them. Transposed, since that is the layout that Triton picks for such a store by
+    itself; any other would carry all the data through shared memory first.
+    """
+    pairs: tl.constexpr = [rows, FEATURES // 8, 2]
+    even0, odd0 = tl.split(tl.reshape(v0 >> 16 | upper(v1), pairs))
+    even1, odd1 = tl.split(tl.reshape(v2 >> 16 | upper(v3), pairs))
+    even2, odd2 = tl.split(tl.reshape(_rotate_right(g0) >> 16 | upper(_rotate_right(g1)), pairs))
+    even3, odd3 = tl.split(tl.reshape(_rotate_right(g2) >> 16 | upper(_rotate_right(g3)), pairs))
+    group = tl.arange(0, FEATURES // 8)[:, None] * 8
+    _store_chosen(value_dense, grad_dense, places + group, target, tokens, even0, even1, even2, even3)
+    _store_chosen(value_dense, grad_dense, places + group + 4, target, tokens, odd0, odd1, odd2, odd3)
+
+
+@jit
+def _store_chosen(value_dense, grad_dense, places, target, tokens, value0, value1, grad0, grad1):
+    place = tl.load(places)
+    if tl.max(place) >= 0:
+        words = place.to(tl.int64) * (tokens // 2) + target
+        tl.store(value_dense + words, as_signed(tl.trans(value0)), mask=place >= 0)
+        tl.store(value_dense + words + 1, as_signed(tl.trans(value1)), mask=place >= 0)
+        tl.store(grad_dense + words, as_signed(tl.trans(grad0)), mask=place >= 0)
+        tl.store(grad_dense + words + 1, as_signed(tl.trans(grad1)), mask=place >= 0)
+
+
+@jit
+def _pack_gradient(
+    grad,
+    values,
+    metadata,
+    slopes,
+    real,
+    places,
+    grad_values,
+    grad_metadata,
+    value_rows,
+    value_row_metadata,
+    grad_rows,
+    grad_row_metadata,
+    value_dense,
+    grad_dense,
+    tokens,
+    features,
+    FUNCTION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PADS: tl.constexpr,
+    DENSE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    rows: tl.constexpr = TOKENS // 4
+    feature = tl.program_id(0) * FEATURES
+    first_tile = tl.program_id(1) * STEPS
+    for step in tl.range(0, tl.minimum(STEPS, tokens // TOKENS - first_tile), num_stages=STAGES):
+        token = (first_tile + step) * TOKENS
+        pairs0, both0, slope0, fields0, half_row0 = _fetch(
+            grad, values, metadata, slopes, real, features, token, feature,
+            0, SLOPE, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        pairs1, both1, slope1, fields1, half_row1 = _fetch(
+            grad, values, metadata, slopes, real, features, token, feature,
+            1, SLOPE, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        pairs2, both2, slope2, fields2, half_row2 = _fetch(
+            grad, values, metadata, slopes, real, features, token, feature,
+            2, SLOPE, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        pairs3, both3, slope3, fields3, half_row3 = _fetch(
+            grad, values, metadata, slopes, real, features, token, feature,
+            3, SLOPE, PADS, TOKENS, FEATURES,
+        )  # fmt: skip
+        masked, v00, v01, v02, v03, g00, g01, g02, g03 = _keys(
+            pairs0, both0, slope0, fields0, 0, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row0, masked)
+        masked, v10, v11, v12, v13, g10, g11, g12, g13 = _keys(
+            pairs1, both1, slope1, fields1, 1, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row1, masked)
+        masked, v20, v21, v22, v23, g20, g21, g22, g23 = _keys(
+            pairs2, both2, slope2, fields2, 2, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row2, masked)
+        masked, v30, v31, v32, v33, g30, g31, g32, g33 = _keys(
+            pairs3, both3, slope3, fields3, 3, FUNCTION, SLOPE
+        )
+        tl.store(grad_values + half_row3, masked)
+
+        if DENSE:
+            target = token // 2 + tl.arange(0, rows)[None, :] * 2
+            _store_dense(
+                value_dense, grad_dense, places + feature + 0, target, tokens,
+                v00, v10, v20, v30, g00, g10, g20, g30, rows, FEATURES,
+            )  # fmt: skip
+            _store_dense(
+                value_dense, grad_dense, places + feature + 1, target, tokens,
+                v01, v11, v21, v31, g01, g11, g21, g31, rows, FEATURES,
+            )  # fmt: skip
+            _store_dense(
+                value_dense, grad_dense, places + feature + 2, target, tokens,
+                v02, v12, v22, v32, g02, g12, g22, g32, rows, FEATURES,
+            )  # fmt: skip
+            _store_dense(
+                value_dense, grad_dense, places + feature + 3, target, tokens,
+                v03, v13, v23, v33, g03, g13, g23, g33, rows, FEATURES,
+            )  # fmt: skip
+
+        start = feature.to(tl.int64) * (tokens // 4) + token // 4
+        tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]
+        x0, m0 = _select_value(v00, v10, v20, v30)
+        x1, m1 = _select_value(v01, v11, v21, v31)
+        x2, m2 = _select_value(v02, v12, v22, v32)
+        x3, m3 = _select_value(v03, v13, v23, v33)
+        tl.store(value_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
+        x0, n0 = _select_grad(g00, g10, g20, g30)
+        x1, n1 = _select_grad(g01, g11, g21, g31)
+        x2, n2 = _select_grad(g02, g12, g22, g32)
+        x3, n3 = _select_grad(g03, g13, g23, g33)
+        tl.store(grad_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
+
+        # One byte a group holds both fields on the way to where the eight groups of a word meet.
+        byte = _along_tokens(m0 + n0 * 16, m1 + n1 * 16, m2 + n2 * 16, m3 + n3 * 16, rows, FEATURES)
+        near, far = group_bytes(byte.to(tl.uint8))
+        value_words = metadata_words(near, far)
+        grad_words = metadata_words(near >> 4, far >> 4)
+        slab = feature.to(tl.int64) * (tokens // 32) + token * 2
+        place = slab + tl.arange(0, TOKENS // 32)[:, None] * 64 + tl.arange(0, FEATURES)[None, :]
+        shape: tl.constexpr = [TOKENS // 32, FEATURES]
+        tl.store(value_row_metadata + place, as_signed(tl.reshape(value_words, shape)))
+        tl.store(grad_row_metadata + place, as_signed(tl.reshape(grad_words, shape)))
+
+        slab = token.to(tl.int64) * (features // 32) + feature * 2
+        words = tl.arange(0, TOKENS // 64)[:, None] * (2 * features) + tl.arange(0, FEATURES * 2)[None, :]
+        tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
+
+
+def pack_gradient(
+    grad: Tensor,
+    saved: Packed24,
+    slope: Tensor | None,
+    real: Tensor | None,
+    places: Tensor | None,
+    grad_packed: Packed24,
+    value_rows: Packed24,
+    grad_rows: Packed24,
+    value_dense: Tensor,
+    grad_dense: Tensor,
+    function: str,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        saved: the activation, 2:4 along the features, `[T, F]`.
+        slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
+        real: boolean `[T]`, False for tokens to leave out; None for none.
+        places: int32 `[F]`, the row of `value_dense` and `grad_dense` that a feature goes to, -1 for none;
+            None for no such features.
+        grad_packed: dZ `[T, F]`, unwritten.
+        value_rows, grad_rows: the activation and dZ, 2:4 along the tokens, `[F, T]`, unwritten.
+        value_dense, grad_dense: bfloat16 `[n, T]`, both as they are in the chosen features, unwritten.
+        function: as in `act24.sparse24.feed_forward.operation.Options24`.
+    """
+    tokens, features = grad.shape
+    unused = words = grad.view(torch.int32)
+    _pack_gradient[(features // FEATURES, triton.cdiv(tokens // TOKENS, STEPS))](
+        words,
+        saved.values.view(torch.int32),
+        saved.metadata.view(torch.int32),
+        unused if slope is None else slope.view(torch.int32),
+        unused if real is None else real,
+        unused if places is None else places,
+        grad_packed.values,
+        grad_packed.metadata.view(torch.int32),
+        value_rows.values.view(torch.int32),
+        value_rows.metadata.view(torch.int32),
+        grad_rows.values.view(torch.int32),
+        grad_rows.metadata.view(torch.int32),
+        value_dense.view(torch.int32),
+        grad_dense.view(torch.int32),
+        tokens,
+        features,
+        FUNCTION=function,
+        SLOPE=slope is not None,
+        PADS=real is not None,
+        DENSE=places is not None,
+        TOKENS=TOKENS,
+        FEATURES=FEATURES,
+        STEPS=STEPS,
+        STAGES=STAGES,
+        num_warps=4,
+        maxnreg=REGISTERS if places is None else REGISTERS_WITH_DENSE,
+    )

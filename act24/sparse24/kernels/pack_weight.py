@@ -1,0 +1,98 @@
+# pyright: reportInvalidTypeForm=false
+"""A weight under a transposable 2:4 mask, packed along its rows and along its columns from one read: the 2:4
+operands of y = x Wᵀ and of dx = dy W (arXiv 2404.01847).
+
+Once an optimizer step over the weights, so it is plain where the passes over activations count instructions:
+a tile of both goes through shared memory, and each side packs the groups of its rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from act24.compiler import jit, tl
+from act24.sparse24.format.packed import Packed24
+from act24.sparse24.kernels.shared.keys import as_bits, as_signed, group_bytes, metadata_words, sort4
+
+#: Rows and columns of a tile.
+TILE = 64
+
+
+@jit
+def _key(value, kept, code: tl.constexpr):
+    """Kept entries first, then by lower position, which is the order that they are stored in: bit 31, then
+    3 - position, then the value, which is not compared for the positions differ."""
+    value = as_bits(value.to(tl.int32)) & 0xFFFF
+    zero = value & 0
+    return tl.where(kept != 0, value | 0x80000000, zero) | code << 29
+
+
+@jit
+def _ordered(larger, smaller):
+    """Two keys, the lower position first: only a group with fewer than two kept is out of order."""
+    swap = (larger << 1) < (smaller << 1)
+    return tl.where(swap, smaller, larger), tl.where(swap, larger, smaller)
+
+
+@jit
+def _pack_tile(tile, kept, values, metadata, row, column, columns, TILE: tl.constexpr):
+    """Pack a tile [TILE, TILE] along its columns, at (row, column) of a matrix with `columns` columns."""
+    groups: tl.constexpr = [TILE, TILE // 4, 2, 2]
+    even, odd = tl.split(tl.reshape(tile, groups))
+    value0, value2 = tl.split(even)
+    value1, value3 = tl.split(odd)
+    even, odd = tl.split(tl.reshape(kept, groups))
+    kept0, kept2 = tl.split(even)
+    kept1, kept3 = tl.split(odd)
+    first, second, _, _ = sort4(
+        _key(value0, kept0, 3), _key(value1, kept1, 2), _key(value2, kept2, 1), _key(value3, kept3, 0)
+    )
+    first, second = _ordered(first, second)
+    start = row.to(tl.int64) * (columns // 4) + column // 4
+    target = tl.arange(0, TILE)[:, None] * (columns // 4) + tl.arange(0, TILE // 4)[None, :]
+    tl.store(values + start + target, as_signed((first & 0xFFFF) | second << 16))
+    byte = ((first >> 29 & 3) | (second >> 29 & 3) << 2).to(tl.uint8)
+    even, odd = group_bytes(byte)
+    words = tl.reshape(metadata_words(even, odd), [TILE * 2])
+    slab = row.to(tl.int64) // 64 * (2 * columns) + column * 2
+    tl.store(metadata + slab + tl.arange(0, TILE * 2), as_signed(words))
+
+
+@jit
+def _pack_weight(
+    weight, mask, values, metadata, transposed_values, transposed_metadata, rows, columns, TILE: tl.constexpr
+):
+    row = tl.program_id(0) * TILE
+    column = tl.program_id(1) * TILE
+    place = row.to(tl.int64) * columns + column
+    place += tl.arange(0, TILE)[:, None] * columns + tl.arange(0, TILE)[None, :]
+    tile = tl.load(weight + place)
+    kept = tl.load(mask + place).to(tl.int8)
+    _pack_tile(tile, kept, values, metadata, row, column, columns, TILE)
+    _pack_tile(
+        tl.trans(tile), tl.trans(kept), transposed_values, transposed_metadata, column, row, rows, TILE
+    )
+
+
+def pack_weight(weight: Tensor, mask: Tensor, packed: Packed24, transposed: Packed24) -> None:
+    """Launch the kernel.
+
+    Args:
+        weight: 16-bit `[O, I]`, contiguous, O and I multiples of 64.
+        mask: boolean, the same shape, at most two True in four consecutive entries of a row, and of a column.
+        packed, transposed: `[O, I]` and `[I, O]`, unwritten.
+    """
+    rows, columns = weight.shape
+    _pack_weight[(rows // TILE, columns // TILE)](
+        weight.view(torch.int16),
+        mask,
+        packed.values.view(torch.int32),
+        packed.metadata.view(torch.int32),
+        transposed.values.view(torch.int32),
+        transposed.metadata.view(torch.int32),
+        rows,
+        columns,
+        TILE=TILE,
+        num_warps=4,
+    )

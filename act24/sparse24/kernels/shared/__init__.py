@@ -1,0 +1,1 @@
+"""What several operators use: their definition, sort keys of 16-bit values, random draws."""

@@ -1,0 +1,64 @@
+"""2:4 along the tokens, for weight gradients: their products reduce over tokens, so that is where hardware
+wants the zeros (arXiv 2503.16672, section on split GEMM).
+
+Neighbouring tokens are alike, which crowds their non-zeros into the same groups: one fixed permutation of all
+tokens of the micro-batch spreads them. Some features are hardly sparse: those stay dense.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from act24.sparse24.pattern.random_bits import random_permutation
+from act24.sparse24.pattern.selection import top2_of_4
+
+TokenPermutation = Literal["batch", "sequence", "none"]
+
+#: Seed of the one permutation: the same for every layer, process and run, so that nothing has to be stored.
+_PERMUTATION_SEED = 0x2503_16672
+
+
+def token_permutation(shape: tuple[int, ...], kind: TokenPermutation, device: torch.device) -> Tensor | None:
+    """The order in which tokens are grouped.
+
+    Args:
+        shape: of the tokens, `(B, S)` or `(T,)`, without features.
+        kind: `"batch"` over all tokens, `"sequence"` within each sequence, the same in all; `"none"`.
+
+    Returns:
+        int64 `[T]`, or None for the order as it is. Depends on its arguments alone.
+    """
+    if kind == "none":
+        return None
+    *_, length = shape
+    count = shape_numel(shape)
+    if kind == "batch":
+        return random_permutation(count, _PERMUTATION_SEED, device)
+    within = random_permutation(length, _PERMUTATION_SEED, device)
+    starts = torch.arange(0, count, length, device=device)
+    return (starts[:, None] + within).flatten()
+
+
+def shape_numel(shape: tuple[int, ...]) -> int:
+    """Number of tokens in a shape."""
+    return torch.Size(shape).numel()
+
+
+def sparsify_feature_wise(x: Tensor, dense: Tensor | None) -> Tensor:
+    """In every feature keep the two largest magnitudes of every four consecutive tokens.
+
+    Args:
+        x: `[T, F]`, in the order in which tokens are grouped; a short last group counts as filled up with
+            zeros.
+        dense: boolean `[F]`, features that stay as they are; None for none of them.
+
+    Returns:
+        `[T, F]`.
+    """
+    short = -len(x) % 4
+    mask = top2_of_4(F.pad(x.abs(), (0, 0, 0, short)), dim=0)[: len(x)]
+    return torch.where(mask if dense is None else mask | dense, x, 0)

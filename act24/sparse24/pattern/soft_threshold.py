@@ -1,0 +1,65 @@
+"""Soft thresholding to 2:4 (S-STE, arXiv 2409.09099), and the scale that goes with it.
+
+Of every four entries the two of largest magnitude stay, less the third magnitude; the function is continuous
+where two magnitudes change places. It shrinks, which one scalar β makes up for. With ⟨a, S⟩ ≥ ⟨S, S⟩, S of
+no larger magnitude and the same sign as a, β is never below 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from act24.operation import operation
+from act24.sparse24.pattern.selection import top2_of_4
+
+#: β stays inside: 1 by theory, 2 where nearly equal entries would let it run away.
+SCALE_RANGE = (1.0, 2.0)
+
+
+def third_largest(magnitude: Tensor, mask: Tensor) -> Tensor:
+    """The larger of the two magnitudes that `mask` drops, for every entry of its group, along the last
+    dimension; magnitudes are non-negative, `[..., K]`, and `mask` is that of `top2_of_4`."""
+    dropped = torch.where(mask, 0, magnitude).unflatten(-1, (-1, 4))
+    return dropped.amax(dim=-1, keepdim=True).expand_as(dropped).flatten(-2)
+
+
+@operation
+def soft_threshold24(x: Tensor) -> Tensor:
+    """S(x): sign(x) · (|x| - t) on the two largest of every four, t the third magnitude; else 0.
+
+    Args:
+        x: `[..., K]`, K a multiple of 4, finite.
+
+    Returns:
+        `[..., K]`, at most two non-zeros in every group. The gradient passes through the two that stay, as
+        if t were constant: the exact one has -sign at a third position and so is not 2:4.
+
+    Raises:
+        ValueError: K is not a multiple of 4.
+    """
+    magnitude = x.detach().abs()
+    mask = top2_of_4(magnitude)
+    return torch.where(mask, x - x.detach().sign() * third_largest(magnitude, mask), 0)
+
+
+def scale_sums(full: Tensor, sparse: Tensor) -> Tensor:
+    """⟨full, sparse⟩ and ⟨sparse, sparse⟩, float64 `[2]`: what `scale_from_sums` divides. Sums add up over
+    tensors and processes."""
+    full, sparse = full.double(), sparse.double()
+    return torch.stack(((full * sparse).sum(), sparse.square().sum()))
+
+
+def scale_from_sums(sums: Tensor) -> Tensor:
+    """β = argmin ‖full - β · sparse‖², clamped to `SCALE_RANGE`; 1 where there is nothing to scale.
+
+    Args:
+        sums: `[..., 2]` of `scale_sums`.
+
+    Returns:
+        float32 `[...]`.
+    """
+    product, square = sums.unbind(-1)
+    empty = square <= 0
+    scale = product / torch.where(empty, 1, square)
+    return torch.where(empty, 1, scale).clamp(*SCALE_RANGE).float()

@@ -1,0 +1,158 @@
+"""Where relu² or relu stands in a graph, dense or already 2:4, and under which name.
+
+A site is named by the innermost module above the linears around it: `mlp` for a feed-forward network,
+`self_attn.q_proj` for the bottleneck inside a factorised projection. The name is the same before and after
+`activation24`, so that state kept under it outlives a change of pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from act24.passes.graph.normal_form import (
+    common_path,
+    is_call,
+    is_transposed,
+    parameter_name,
+    weight_name,
+)
+from act24.passes.graph.region import Region
+from act24.relu2 import relu2
+from act24.sparse24.feed_forward.operation import Function, activation24
+from act24.sparse24.weight.linear24 import linear24
+
+#: A buffer at the root of a region: True where a token is padding, one value a token. A scalar, which is how
+#: it starts, says that there is none; the shell puts another tensor in its place for each micro-batch.
+PADS = "pad_rows"
+
+_FUNCTIONS: dict[object, Function] = {relu2: "relu2", F.relu: "relu"}
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """A dense relu² or relu.
+
+    Attributes:
+        path: its name, local to the region.
+        node: the activation.
+        function: which of the two.
+        before: the linear that feeds nothing else, or None.
+        after: the linear that alone reads it, or None.
+        width: number of features, None where no linear tells.
+        width_in, width_out: what `before` reads and `after` writes, None where it is missing.
+        parameters: elements in the weights and biases of `before` and `after`.
+    """
+
+    path: str
+    node: fx.Node
+    function: Function
+    before: fx.Node | None
+    after: fx.Node | None
+    width: int | None
+    width_in: int | None
+    width_out: int | None
+    parameters: int
+
+    @property
+    def hidden(self) -> fx.Node:
+        """The pre-activation."""
+        return self.node.args[0]  # type: ignore[return-value]
+
+
+def activation_sites(region: Region) -> Iterator[ActivationSite]:
+    """The dense sites of a region, in graph order.
+
+    A linear between two activations, as in a feed-forward network whose projections have bottlenecks,
+    belongs to the first, whose product with it can be 2:4.
+    """
+    taken: set[fx.Node] = set()
+    for node in list(region.graph.nodes):
+        if node.op != "call_function" or node.target not in _FUNCTIONS:
+            continue
+        source, users = node.args[0], list(node.users)
+        before = source if is_call(source, F.linear) and len(source.users) == 1 else None
+        after = users[0] if len(users) == 1 and is_call(users[0], F.linear) else None
+        if after is not None and after.args[0] is not node:
+            after = None
+        width = _features(region, source, 0) if is_call(source, F.linear) else None
+        if width is None and after is not None:
+            width = _features(region, after, 1)
+        if before in taken:
+            before = None
+        taken |= {linear for linear in (before, after) if linear is not None}
+        names = [parameter_name(arg) for n in (before, after) if n is not None for arg in n.args[1:]]
+        parameters = sum(region.parameters[name].numel() for name in names if name in region.parameters)
+        function = _FUNCTIONS[node.target]
+        width_in = None if before is None else _features(region, before, 1)
+        width_out = None if after is None else _features(region, after, 0)
+        yield ActivationSite(
+            site_path(node), node, function, before, after, width, width_in, width_out, parameters
+        )
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether a node is an activation, dense or 2:4."""
+    return node.op == "call_function" and (node.target in _FUNCTIONS or node.target is activation24)
+
+
+def function_of(node: fx.Node) -> Function:
+    """Which function a dense activation is."""
+    return _FUNCTIONS[node.target]
+
+
+def site_path(node: fx.Node) -> str:
+    """The name of the site of an activation, dense or 2:4."""
+    weights = node.args[1:5:2] if node.target is activation24 else (None, None)
+    up, down = ([name] if (name := parameter_name(weight)) else None for weight in weights)
+    return common_path(*(up or _reach(node, up=True)), *(down or _reach(node, up=False)))
+
+
+def consumers(site: ActivationSite) -> Iterator[tuple[fx.Node, ...]]:
+    """The linears that read an activation, each with the one that alone reads it in turn, if there is one:
+    (down,), or (weight_in, weight_out) of a factorised projection."""
+    for user in site.node.users:
+        if is_call(user, F.linear) and user.args[0] is site.node:
+            (*rest,) = user.users
+            alone = len(rest) == 1 and is_call(rest[0], F.linear) and rest[0].args[0] is user
+            yield (user, rest[0]) if alone else (user,)
+
+
+def pads_node(region: Region) -> fx.Node:
+    """The region's padding buffer as a node at the current point of insertion."""
+    region.add_buffer(PADS, (), torch.bool, persistent=False)
+    return region.graph.get_attr(PADS)
+
+
+def _weights(node: fx.Node) -> list[str]:
+    """The weights that a linear, or the fused operation, reads."""
+    positions = {F.linear: (1,), linear24: (1,), activation24: (1, 3)}.get(node.target, ())  # type: ignore[arg-type]
+    return [name for position in positions if (name := parameter_name(node.args[position]))]
+
+
+def _reach(node: fx.Node, up: bool) -> list[str]:
+    """The weights of the nearest linears on one side."""
+    found, seen, frontier = [], {node}, [node]
+    while frontier:
+        node = frontier.pop()
+        for neighbour in node.all_input_nodes if up else node.users:
+            if neighbour in seen or neighbour.op in ("placeholder", "get_attr"):
+                continue
+            seen.add(neighbour)
+            if weights := _weights(neighbour):
+                found.append(weights[-1 if up else 0])
+            else:
+                frontier.append(neighbour)
+    return found
+
+
+def _features(region: Region, linear: fx.Node, dimension: int) -> int | None:
+    name = weight_name(linear)
+    if name not in region.parameters:
+        return None
+    shape = region.parameters[name].shape
+    return shape[1 - dimension] if is_transposed(linear) else shape[dimension]

@@ -1,0 +1,31 @@
+"""Floating-point operations of a graph's products with weights, per token and forward."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import fx
+
+from act24.passes.graph.normal_form import parameter_name
+from act24.passes.graph.region import Region
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.weight.linear24 import linear24
+
+
+def region_flops(region: Region) -> int:
+    """Two per weight that takes part in a dense product, one where an operand is 2:4."""
+    return sum(_node_flops(region, node) for node in region.graph.nodes)
+
+
+def _node_flops(region: Region, node: fx.Node) -> int:
+    if node.target is F.linear:
+        return 2 * _numel(region, node.args[1])
+    if node.target is activation24:
+        return 2 * _numel(region, node.args[1]) + _numel(region, node.args[3])
+    if node.target is linear24:
+        return _numel(region, node.args[1])
+    return 0
+
+
+def _numel(region: Region, weight: object) -> int:
+    name = parameter_name(weight)
+    return region.parameters[name].numel() if name in region.parameters else 0

@@ -1,0 +1,196 @@
+"""The linears that a low-rank pass replaces: which, of what rank, and the options that all such passes share.
+
+A linear belongs to attention or to an MLP by the names of the modules above it, which works on models that
+nobody here wrote. Others (a head, say) are left alone unless `targets` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.node import Target
+
+from act24.passes.base import Match, PassError, Plan, StructuralPass
+from act24.passes.graph.normal_form import (
+    bias_name,
+    is_transposed,
+    nodes_of,
+    replace_node,
+    weight_name,
+)
+from act24.passes.graph.region import ParameterSpec, Region
+
+Scope = Literal["all", "attn", "mlp"]
+_ATTENTION = ("attn", "attention")
+_MLP = ("mlp", "ffn", "feed_forward", "feedforward")
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear.
+
+    Attributes:
+        path: its module, local to the region.
+        weight: local name of its weight.
+        nodes: where it is called; more than once if the module is.
+        shape: `(out, in)` of the weight, however it is stored.
+        transposed: whether it is stored `[in, out]`.
+        kind: where it stands.
+    """
+
+    path: str
+    weight: str
+    nodes: tuple[fx.Node, ...]
+    shape: tuple[int, int]
+    transposed: bool
+    kind: Literal["attn", "mlp", "other"]
+
+    def factor(self, name: str) -> str:
+        """The local name of a parameter that stands in the weight's place: `weight_in` for instance."""
+        return self.weight.removesuffix("weight") + name
+
+    def dense(self, old: Mapping[str, Tensor]) -> Tensor:
+        """The weight as `[out, in]`, from values by local name."""
+        return old[self.weight].T if self.transposed else old[self.weight]
+
+    def stored(self, dense: Tensor) -> Tensor:
+        """`[out, in]` as the weight is stored."""
+        return dense.T.contiguous() if self.transposed else dense
+
+
+def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
+    """The linears of a region, in graph order; weights that something else reads too are left out.
+
+    Args:
+        factors: also those that a low-rank pass made, whose parameters are not named `weight`.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for node in nodes_of(region.graph, F.linear):
+        name = weight_name(node)
+        if name in region.parameters:
+            calls.setdefault(name, []).append(node)
+    for name, nodes in calls.items():
+        transposed = is_transposed(nodes[0])
+        if _reads(region.graph, name) > len(nodes) or not (factors or name.endswith("weight")):
+            continue
+        path = name.rpartition(".")[0]
+        rows, columns = region.parameters[name].shape
+        shape = (columns, rows) if transposed else (rows, columns)
+        yield LinearSite(path, name, tuple(nodes), shape, transposed, _kind(region.name(path)))
+
+
+def _reads(graph: fx.Graph, name: str) -> int:
+    """How many nodes read a parameter, directly or transposed."""
+    readers = [
+        user for node in graph.nodes if node.op == "get_attr" and node.target == name for user in node.users
+    ]
+    return sum(len(n.users) if n.op == "call_method" and n.target == "t" else 1 for n in readers)
+
+
+def _kind(fqn: str) -> Literal["attn", "mlp", "other"]:
+    parts = fqn.lower().split(".")
+    if any(word in part for part in parts for word in _ATTENTION):
+        return "attn"
+    return "mlp" if any(word in part for part in parts for word in _MLP) else "other"
+
+
+def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
+    """Whether a linear stands where `scope` says; one outside attention and MLPs has to be named."""
+    if site.kind == "other":
+        return "*" not in targets
+    return scope in ("all", site.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorisingPass(StructuralPass):
+    """Options of the passes that factorise linears.
+
+    Attributes:
+        scope: linears of attention (`"attn"`), of the MLPs (`"mlp"`), or both.
+        attn_rank: rank R of the former; must be given if the scope has them.
+        mlp_rank: of the latter, and of linears outside both that `targets` names.
+    """
+
+    scope: Scope = "all"
+    attn_rank: int | None = None
+    mlp_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, kind in (("attn_rank", "attn"), ("mlp_rank", "mlp")):
+            rank = getattr(self, key)
+            if rank is None and self.scope in ("all", kind):
+                raise PassError(f"{self.name}: {key} is missing, which scope '{self.scope}' needs")
+            if rank is not None and rank < 1:
+                raise PassError(f"{self.name}: {key} must be at least 1, got {rank}")
+
+    def plan(self, region: Region) -> Plan:
+        sites = [site for site in linear_sites(region) if self._takes(region, site)]
+        misses = []
+        for site in sites:
+            if shared := region.parameters[site.weight].shared:
+                if site.kind == "other":  # asked for by name
+                    raise PassError(
+                        f"{self.name}: {region.name(site.weight)} is tied to {shared[0]}, and factors would "
+                        "part the two"
+                    )
+                misses.append((site.path, f"tied to {shared[0]}"))
+        free = [site for site in sites if not region.parameters[site.weight].shared]
+        matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
+        return Plan(matches, tuple(misses), absent=f"no linear in scope '{self.scope}'")
+
+    def _takes(self, region: Region, site: LinearSite) -> bool:
+        return in_scope(self.scope, self.targets, site) and self.selects(region, site.path)
+
+    def _rank(self, region: Region, site: LinearSite) -> int:
+        key = "attn_rank" if site.kind == "attn" else "mlp_rank"
+        rank = getattr(self, key)
+        if rank is None:
+            raise PassError(f"{self.name}: {key} is missing, which {region.name(site.path)} needs")
+        if rank > min(site.shape):
+            raise PassError(
+                f"{self.name}: {key} = {rank} is above {min(site.shape)}, the smaller side of "
+                f"{region.name(site.path)} [{site.shape[0]}, {site.shape[1]}]"
+            )
+        return rank
+
+    def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
+        raise NotImplementedError
+
+
+def factor_specs(region: Region, site: LinearSite, rank: int) -> dict[str, ParameterSpec]:
+    """`weight_in` `[R, in]` and `weight_out` `[out, R]`, otherwise like the weight."""
+    dense = region.parameters[site.weight]
+    out_features, in_features = site.shape
+    return {
+        site.factor("weight_in"): replace(dense, shape=torch.Size((rank, in_features))),
+        site.factor("weight_out"): replace(dense, shape=torch.Size((out_features, rank))),
+    }
+
+
+def bottleneck(region: Region, site: LinearSite, call: fx.Node, activation: Target | None) -> fx.Node:
+    """Insert activation(linear(x, weight_in)), or the linear alone, before a call of the linear."""
+    graph = region.graph
+    weight = graph.get_attr(site.factor("weight_in"))
+    hidden = graph.call_function(F.linear, (call.args[0], weight, None))
+    return hidden if activation is None else graph.call_function(activation, (hidden,))  # type: ignore[arg-type]
+
+
+def factorise(region: Region, site: LinearSite, activation: Target | None) -> None:
+    """Every call of the linear becomes linear → activation → linear, the bias on the second."""
+    for call in site.nodes:
+        with region.graph.inserting_before(call):
+            hidden = bottleneck(region, site, call, activation)
+            weight = region.graph.get_attr(site.factor("weight_out"))
+            output = region.graph.call_function(F.linear, (hidden, weight, call.args[2]))
+        replace_node(region.graph, call, output)
+
+
+def parameters_before(region: Region, site: LinearSite) -> int:
+    """Elements in the weight and the bias."""
+    names = (site.weight, bias_name(site.nodes[0]))
+    return sum(region.parameters[name].numel() for name in names if name in region.parameters)

@@ -1,0 +1,102 @@
+"""Find the regions of a model and trace them.
+
+A model is not traced as a whole. Its regions are the largest modules that trace cleanly
+(`act24.passes.graph.clean_trace`) and repeat: the decoder blocks of the stock LLaMA; in a host framework's
+model, whose blocks take open keyword arguments and are hooked and recorded by class, the MLPs and single
+linears inside them. A module that does not repeat is a region too when nothing below it repeats.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from act24.passes.base import PassError
+from act24.passes.graph.clean_trace import Unclean, clean_trace, is_closed, matrices
+from act24.passes.graph.region import ParameterSpec, Region, RegionModule
+
+
+def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
+    """Find the regions of a model. The model is not touched.
+
+    Returns:
+        the regions in the order in which the model lists its modules, and the modules that were looked at
+        and are none, as "fqn [class]" with the reason.
+
+    Raises:
+        PassError: the model was already rewritten.
+    """
+    places: dict[nn.Module, list[str]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, RegionModule):
+            raise PassError(
+                f"{fqn or 'this model'} was already rewritten: give all passes in one call of apply_, which "
+                "plans them together"
+            )
+        places.setdefault(module, []).append(fqn)
+    owners = _owners(model)
+    unclean: dict[nn.Module, str] = {}
+    found = list(_search(model, unclean))
+    # A module that is shared may be a region in one place and a part of a larger one in another, where
+    # nothing must take its place.
+    taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module])
+    regions = [
+        _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners)
+        for module, graph in found
+    ]
+    return regions, {f"{places[m][0]} [{type(m).__name__}]": reason for m, reason in unclean.items()}
+
+
+def _search(model: nn.Module, unclean: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, fx.Graph]]:
+    counts = Counter(type(module) for module in model.modules())
+    listed = {
+        child
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for child in module
+    }
+    repeating = {module for module in model.modules() if counts[type(module)] > 1 or module in listed}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
+        if module in seen:
+            return
+        seen.add(module)
+        if is_closed(module):
+            return
+        below = [child for child in module.modules() if child is not module]
+        composite = [child for child in below if child in repeating and matrices(child) > 1]
+        if module is not model and (module in repeating or not composite):
+            if not matrices(module):
+                return
+            try:
+                yield module, clean_trace(module)
+                return
+            except Unclean as reason:
+                unclean[module] = str(reason)
+        for child in module.children():
+            yield from visit(child)
+
+    yield from visit(model)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every parameter, by the identity of the tensor."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _region(module: nn.Module, graph: fx.Graph, fqns: list[str], owners: dict[int, list[str]]) -> Region:
+    parameters = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        own = {f"{fqn}.{name}" for fqn in fqns}
+        shared = tuple(other for other in owners[id(tensor)] if other not in own)
+        parameters[name] = ParameterSpec(
+            tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared
+        )
+    classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
+    return Region(tuple(fqns), module, graph, parameters, classes=classes)

@@ -1,0 +1,272 @@
+"""What a training loop does for 2:4 sparsity, between the graph's forwards: the state that lies in buffers.
+
+In order, for update `step` (updates already made), after `pipeline.lower_(step)`:
+
+    begin_update_(pipeline, step, forward)                     scales and weight masks that are due
+    for each micro-batch:
+        begin_micro_batch_(pipeline, seed=…, step=…, …)       random seeds, padding
+        forward, backward
+    clip the gradients
+    decay_dropped_weights_(pipeline, lr)                       masked decay of 2:4 weights
+    optimizer.step()
+
+and `with evaluation(pipeline):` around whatever is not training. The buffers are named by the passes
+(`act24.passes.activation24`, `act24.passes.weight24`). Nothing here waits for the device, but for
+the one line that `begin_update_` returns at a scale's first measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from act24.errors import Act24Error
+from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
+from act24.passes.activation24 import SCALE, SUMS
+from act24.passes.activation_calibration import ActivationCalibration
+from act24.passes.graph.activation_sites import PADS
+from act24.passes.graph.linear_sites import LinearSite
+from act24.passes.graph.region import RegionModule
+from act24.passes.weight24 import stored_mask
+from act24.sparse24.feed_forward.calibration import CALIBRATION
+from act24.sparse24.pattern.soft_threshold import scale_from_sums
+from act24.sparse24.weight.linear24 import flip_rate, masked_decay_, weight_scale
+
+#: Sums a tensor over all processes, in place or not, and returns it.
+Reduce = Callable[[Tensor], Tensor]
+
+
+def _alone(summed: Tensor) -> Tensor:
+    return summed
+
+
+def begin_update_(
+    pipeline: Pipeline,
+    step: int,
+    forward: Callable[[], object],
+    pads: Tensor | None = None,
+    reduce: Reduce = _alone,
+) -> str | None:
+    """Bring scales and masks up to date, where they are due, before the first micro-batch of an update.
+
+    Collective: every process calls it with the same step.
+
+    Args:
+        step: updates already made.
+        forward: runs the model on some rows of this process's first micro-batch, `calibration_samples` of
+            them or more; called without gradients if a scale is due.
+        pads: which tokens of those rows are padding, as for `begin_micro_batch_`.
+        reduce: sums a tensor over the processes; nothing here knows of any.
+
+    Returns:
+        at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
+    """
+    for p in pipeline.active:
+        if isinstance(p, Weight24):
+            renew_masks_(pipeline, p, step)
+    due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
+    if not due:
+        return None
+    set_pads_(pipeline, pads)
+    names, table = _calibrate_(pipeline, due, forward, reduce)
+    first = any(step == p.from_step for p in due)
+    return _calibration_text(names, table) if first else None
+
+
+def _calibrate_(
+    pipeline: Pipeline, due: Sequence[Activation24], forward: Callable[[], object], reduce: Reduce
+) -> tuple[list[str], Tensor]:
+    """Measure and set the scales of the passes that are due; the names of their sites, and the sums."""
+    sums = site_buffers(pipeline, SUMS)
+    for buffer in sums.values():
+        buffer.zero_()
+    measuring = [ActivationCalibration(of=p) for p in due]
+    # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
+    with torch.no_grad(), pipeline.lowered([*measuring, *_in_evaluation(pipeline.active)]):
+        forward()
+    table = reduce(torch.stack(list(sums.values())))
+    measured = scale_from_sums(table[:, -2:])
+    scales = site_buffers(pipeline, SCALE)
+    for name, row, new in zip(sums, table, measured, strict=True):
+        # A site of a pass that is not due has summed up nothing.
+        scales[name].copy_(torch.where(row[-1] > 0, new, scales[name]))
+    return [name.removesuffix(".") for name in sums], table
+
+
+def _calibration_text(names: Sequence[str], table: Tensor) -> str:
+    rows = [
+        (name, dict(zip(CALIBRATION, row, strict=True)))
+        for name, row in zip(names, table.tolist(), strict=True)
+    ]
+    lines = []
+    for name, row in rows:
+        if row["energy"] == 0:
+            continue
+        scale = float(scale_from_sums(torch.tensor([row["scale_product"], row["scale_square"]])))
+        best = float(scale_from_sums(torch.tensor([row["product"], row["square"]])))
+        error = (row["energy"] - 2 * scale * row["product"] + scale**2 * row["square"]) / row["energy"]
+        naive = row["naive_error"] / row["energy"]
+        lines.append((name, scale, best, max(error, 0.0) ** 0.5, naive**0.5))
+    if not lines:
+        return "2:4 activations are all zero: scales stay as they are"
+    name, scale, best, error, naive = max(lines, key=lambda line: line[3])
+    scales = [line[1] for line in lines]
+    return (
+        f"2:4 scale β: {min(scales):.4f} to {max(scales):.4f} over {len(lines)} activations. Worst, {name}: "
+        f"β = {scale:.4f} (least error at {best:.4f}), relative error {error:.4f}; naive 2:4: {naive:.4f}"
+    )
+
+
+@torch.no_grad()
+def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
+    """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
+    at the first sparse update. `begin_update_` does it for every such pass. Parameters must not be sharded.
+    """
+    if not p.renews_masks(step):
+        return
+    for weight in sparse_weights(pipeline, p):
+        mask = stored_mask(weight.parameter, weight.transposed, p.method)
+        if step == p.from_step:
+            if p.method == "soft_threshold":
+                dense = weight.parameter.T if weight.transposed else weight.parameter
+                weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
+        else:
+            weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
+        weight.buffer(weight24.MASK).copy_(mask)
+
+
+@torch.no_grad()
+def decay_dropped_weights_(pipeline: Pipeline, lr: float) -> None:
+    """Masked decay, between clipping and the optimizer step: on the gradients for transposable masks, on the
+    weights for SR-STE.
+
+    Args:
+        lr: learning rate of the update to come.
+    """
+    for p in pipeline.active:
+        if isinstance(p, Weight24) and p.decay and p.method in ("transposable", "sr_ste"):
+            for weight in sparse_weights(pipeline, p):
+                mask = weight.buffer(weight24.MASK)
+                if p.method == "sr_ste":
+                    masked_decay_(weight.parameter, weight.parameter, mask, -lr * p.decay)
+                elif weight.parameter.grad is not None:
+                    masked_decay_(weight.parameter.grad, weight.parameter, mask, p.decay)
+
+
+def refuse_exact_steps(pipeline: Pipeline) -> None:
+    """To be called where LORO's optimizer takes exact steps.
+
+    Raises:
+        Act24Error: `weight24` has factors of `low_rank`, which such a step makes anew.
+    """
+    for p in pipeline.passes:
+        if not isinstance(p, Weight24):
+            continue
+        with pipeline.lowered([p]):
+            factors = [w.name for w in sparse_weights(pipeline, p) if not w.name.endswith(".weight")]
+        if factors:
+            raise Act24Error(
+                f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: "
+                "with each, half of the mask flips and the effective weight jumps, though the product stays. "
+                'Use type "eucl" for the optimizer, or leave the factors out of weight24'
+            )
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A weight under `weight24`, the region where it stands, and its names."""
+
+    module: RegionModule
+    name: str
+    local: str
+    transposed: bool
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.module.get_parameter(self.local)
+
+    def buffer(self, kind: str) -> Tensor:
+        return self.module.get_buffer(self.local + kind)
+
+
+def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
+    """What a `weight24` in force has taken."""
+    for fqn, match in pipeline.matches(p):
+        site: LinearSite = match.nodes
+        name = f"{fqn}.{site.weight}"
+        yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
+
+
+def begin_micro_batch_(
+    pipeline: Pipeline,
+    *,
+    seed: int,
+    step: int,
+    micro_batch: int,
+    rank: int = 0,
+    pads: Tensor | None = None,
+) -> None:
+    """Say what the next forward draws from, and which of its tokens are padding.
+
+    Args:
+        seed, step, micro_batch, rank: of the run, the update, the micro-batch in it, the process. The same
+            four draw the same, in a recomputation and after a resume too.
+        pads: boolean, the shape of the token ids; None for rows without padding.
+    """
+    if any(p.draws for p in pipeline.active if isinstance(p, Activation24 | Weight24)):
+        seeds = site_buffers(pipeline, weight24.SEED)  # which the name of the other kind ends in too
+        values = [_hash(seed, name, step, micro_batch, rank) for name in seeds]
+        buffers = list(seeds.values())
+        torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
+    set_pads_(pipeline, pads)
+
+
+def set_pads_(pipeline: Pipeline, pads: Tensor | None) -> None:
+    """Put the padding of the next forward into the regions that ask for it; None takes it out."""
+    for module in pipeline.modules:
+        old = module._buffers.get(PADS)
+        if old is not None and (pads is not None or old.ndim):
+            module._buffers[PADS] = torch.zeros_like(old[(0,) * old.ndim]) if pads is None else pads
+
+
+def _hash(*parts: object) -> int:
+    """63 bits."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def evaluation(pipeline: Pipeline, without: Sequence[str] = ()) -> Iterator[None]:
+    """The model as it is evaluated: nothing is drawn at random, nothing is counted, no state moves.
+
+    Args:
+        without: names of passes to leave out, to see the same weights without 2:4.
+    """
+    set_pads_(pipeline, None)
+    with pipeline.lowered(_in_evaluation([p for p in pipeline.active if p.name not in without])):
+        yield
+
+
+def _in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+    return [evaluated for p in passes if (evaluated := p.in_evaluation()) is not None]
+
+
+def site_buffers(pipeline: Pipeline, kind: str) -> dict[str, Tensor]:
+    """The buffers whose names end in `kind`, by the rest of their fully qualified names."""
+    return {
+        f"{fqn}.{name}".removesuffix(kind): buffer
+        for fqn, module in pipeline.regions.items()
+        for name, buffer in module.named_buffers()
+        if name.endswith(kind)
+    }
+
+
+def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+    """The passes that do something."""
+    return [p for p in passes if not p.observes]

@@ -1,0 +1,186 @@
+"""Which form a 2:4 network takes, with the reason, and what a compiled graph has of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from functorch.compile import min_cut_rematerialization_partition as min_cut
+from small_network import FEATURES, FORCED, PACKED, TOKENS, WIDTH, WIDTH_OUT, network
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from act24.sparse24.feed_forward import forms
+from act24.sparse24.feed_forward.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
+from act24.sparse24.feed_forward.operation import Options24, activation24
+
+pytestmark = pytest.mark.usefixtures("capable_machine")
+
+
+@pytest.mark.parametrize(
+    ("options", "linears"),
+    [
+        (PACKED._replace(backward="split_gemm"), True),
+        (PACKED._replace(backward="split_gemm", precision="fp8"), True),
+        (Options24(function="relu"), True),
+        (Options24(), True),
+        (Options24(), False),
+    ],
+    ids=["packed", "packed, fp8", "around dense products", "narrow", "around none"],
+)
+def test_compiles_without_a_break(options: Options24, linears: bool) -> None:
+    tensors = network(bias=False)
+    tensors = tensors if linears else (tensors[0], None, None, None, None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(activation24, fullgraph=True, backend="aot_eager")
+    y, _ = compiled(*tensors, options=options)
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    grads = torch.autograd.grad(y.sum(), leaves)
+    expected, _ = activation24(*tensors, options=options)
+    for a, b in zip((y, *grads), (expected, *torch.autograd.grad(expected.sum(), leaves)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+class Launched(TorchDispatchMode):
+    """Collects the widths of rows that are gathered, and how often the order of the tokens is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+        self.orders = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index.Tensor:
+            self.widths.append(result.shape[-1])
+        self.orders += func is torch.ops.act24.token_order.default
+        return result
+
+
+@pytest.mark.parametrize("method", ["naive", "mvue"])
+def test_only_narrow_rows_are_put_in_order_and_only_in_training(method: str) -> None:
+    x, weight_in, _, weight_out, _ = network(bias=False, features=256)
+    table = tuple((product._replace(features=256), measured) for product, measured in FORCED)
+    plain = Options24(method=method, algorithms=table)  # type: ignore[arg-type]
+    for options, training, permuted in (
+        (plain._replace(backward="split_gemm"), True, True),
+        (plain._replace(backward="sparse", token_permutation="sequence"), True, True),
+        (plain._replace(backward="sparse"), False, False),
+        (plain._replace(backward="sparse", token_permutation="none"), True, False),
+        (plain, True, False),
+    ):
+        with Launched() as launched, torch.set_grad_enabled(training):
+            y, _ = activation24(x, weight_in, None, weight_out, None, None, torch.tensor(3), None, options)
+            if training:
+                y.sum().backward()
+        assert launched.orders == permuted
+        assert launched.widths == ([WIDTH, WIDTH_OUT, WIDTH_OUT, WIDTH] if permuted else [])
+
+
+def test_in_a_compiled_block_only_gathers_read_what_they_gather() -> None:
+    """The compiler makes them part of the kernels around: x is put in order where it is normalised, y is put
+    back where it is added to the residual, and the gradient of x in the backward of the norm."""
+    x, weight_in, _, _, _ = network(bias=False)
+    weight_out, gain = torch.randn(WIDTH, FEATURES).bfloat16(), torch.ones(WIDTH).bfloat16()
+    leaves = (x, gain.requires_grad_(), weight_in, weight_out.requires_grad_())
+    table = tuple((product._replace(width=WIDTH), measured) for product, measured in FORCED)
+    options = Options24(backward="split_gemm", algorithms=table)
+    graphs: list[torch.fx.Graph] = []
+
+    def block(x: Tensor, gain: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return x + activation24(F.rms_norm(x, (WIDTH,), gain), w, None, v, None, options=options)[0]
+
+    def keep(module: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut)
+    y = torch.compile(block, fullgraph=True, backend=backend)(*leaves)
+    for ours, theirs in zip(
+        (y, *torch.autograd.grad(y.sum(), leaves)),
+        (block(*leaves), *torch.autograd.grad(block(*leaves).sum(), leaves)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    for graph, orders in zip(graphs, (1, 0), strict=True):
+        gathers = graph.find_nodes(op="call_function", target=torch.ops.aten.index.Tensor)
+        assert [node.meta["val"].shape for node in gathers] == [(TOKENS, WIDTH)] * 2
+        # The gradient of y comes from outside, and the residual takes it as it is.
+        sources = [node.args[0] for node in gathers[1 - orders :]]
+        assert all(len(source.users) == 1 for source in sources)
+        asked = graph.find_nodes(op="call_function", target=torch.ops.act24.token_order.default)
+        assert [node.args[0].op for node in asked] == ["placeholder"] * orders
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_compiled_graph_has_the_products_of_the_table(named: bool) -> None:
+    """To torch.compile a tuple and the named tuple that equals it are different keys: with either kind of
+    table the graph has the operators, not the reference."""
+    table = FORCED if named else tuple((tuple(product), tuple(measured)) for product, measured in FORCED)
+    targets: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs = (m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule))
+        targets.extend(str(node.target) for graph in graphs for node in graph.nodes)
+        return module
+
+    torch._dynamo.reset()
+    options = Options24(backward="split_gemm", algorithms=table)
+    compiled = torch.compile(
+        lambda *tensors: activation24(*tensors, options=options)[0], backend=backend, fullgraph=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(*(None if t is None else t.detach().float().requires_grad_() for t in network(bias=False)))
+    assert "act24.pack_activation" in targets
+    assert "act24.product24" in targets
+
+
+@pytest.mark.parametrize("method", ["soft_threshold", "mvue"])
+def test_exact_gradients_that_have_no_other_form_are_packed(method: str) -> None:
+    options = Options24(method=method)  # type: ignore[arg-type]
+    assert why_not_masked(network_of(network()), options)
+    assert why_not_packed(network_of(network()), options) == ""
+
+
+def test_fp8_runs_packed_or_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow and naive with exact gradients too, which in bfloat16 have other forms."""
+    tensors, options = network(bias=False), Options24(precision="fp8")
+    assert why_not_packed(network_of(tensors), options) == ""
+    assert "no fp8" in why_not_narrow(network_of(tensors), options)
+    assert "no fp8" in why_not_masked(network_of(tensors), options)
+    assert why_not_masked(network_of((*tensors[:3], None, None)), options) == ""  # nothing to do in fp8
+    narrower = (*tensors[:3], tensors[3][:24], None)
+    assert "multiple of 16" in why_not_packed(network_of(narrower), options)
+    monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "another layout")
+    assert why_not_packed(network_of(tensors), options) == "another layout"
+    assert why_not_packed(network_of(tensors), PACKED) == ""
+
+
+def test_one_sentence_for_each_reason() -> None:
+    x, _, _, weight_out, _ = tensors = network(bias=False)
+    float32 = tuple(None if t is None else t.float() for t in tensors)
+    assert "switched off" in why_not_packed(network_of(tensors), PACKED._replace(kernels=False))
+    assert "straight-through" in why_not_packed(network_of(tensors), PACKED._replace(estimator="ste"))
+    assert "bfloat16" in why_not_packed(network_of(float32), PACKED)
+    assert "dense products are faster" in why_not_packed(network_of(tensors), Options24())
+    assert (
+        why_not_packed(network_of(tensors), Options24(backward="sparse")) == ""
+    )  # the reference costs more than any
+    for form in (why_not_packed, why_not_narrow):
+        assert "both sides" in form(network_of((x, None, None, weight_out, None)), Options24())
+    assert "multiples of 64" in why_not_packed(network_of((x[:1, :10], *tensors[1:])), PACKED)
+    assert "multiples of 8" in why_not_packed(network_of((*tensors[:3], weight_out[:-3], None)), PACKED)
+    assert "exact weight gradients only" in why_not_masked(network_of(tensors), Options24(backward="sparse"))
+    assert "multiples of 64" in why_not_masked(network_of((x[:1, :10], *tensors[1:])), Options24())
+    assert "no bias" in why_not_narrow(network_of(network()), Options24())
+    assert "naive relu²" in why_not_narrow(network_of(tensors), Options24(backward="sparse"))
+    assert "256 at most" in why_not_narrow(
+        network_of((*tensors[:3], weight_out.repeat(8, 1), None)), Options24()
+    )

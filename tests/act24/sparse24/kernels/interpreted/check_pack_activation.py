@@ -1,0 +1,149 @@
+"""The forward kernel against its reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import act24.sparse24.kernels.operators  # noqa: F401  (fills REFERENCES)
+from act24.sparse24.format.packed import Packed24, empty_packed, unpack
+from act24.sparse24.kernels.activation_gradient import activation_gradient
+from act24.sparse24.kernels.pack_activation import pack_activation
+from act24.sparse24.kernels.shared.registry import REFERENCES
+
+FUNCTIONS, METHODS = ("relu2", "relu"), ("naive", "soft_threshold", "mvue")
+SEED = 2**40 + 17
+
+
+def awkward(tokens: int, features: int, seed: int = 0) -> Tensor:
+    """Normal values with ties, zeros of both signs and an empty row among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, features, generator=generator)
+    x = torch.where(torch.rand(x.shape, generator=generator) < 0.3, (2 * x).round() / 2, x)
+    x[3] = 0
+    x[5, ::2] = -0.0
+    return x.bfloat16()
+
+
+def run(
+    hidden: Tensor, real: Tensor | None, function: str, method: str, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernel: the activation, its slope, the counts and the sums."""
+    tokens, features = hidden.shape
+    packed = Packed24(empty_packed(tokens, features, hidden).fill_(7))
+    slope = hidden.new_full((tokens, features // 2), 7)
+    counts = hidden.new_zeros(features, dtype=torch.int32)
+    seed = torch.tensor(SEED)
+    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, function, method, order)
+    assert sums is not None
+    return unpack(packed), dense_slope(slope, packed), counts, sums
+
+
+def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
+    metadata = packed.metadata.view(slope.dtype)
+    return unpack(Packed24(torch.cat((slope.flatten(), metadata)).view_as(packed.buffer)))
+
+
+def reference(
+    hidden: Tensor, real: Tensor | None, function: str, method: str, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, slope, counts, sums = REFERENCES["pack_activation"](
+        hidden, torch.tensor(SEED), real, function, method, True, False, True, True, order
+    )
+    return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), counts, sums
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64 * 9, 64), (128, 192)])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_equals_the_reference(function: str, method: str, shape: tuple[int, int]) -> None:
+    """Several slabs, more than a program walks, several strips; with and without padding."""
+    hidden = awkward(*shape)
+    for real in (None, torch.rand(shape[0]) < 0.8):
+        ours, expected = run(hidden, real, function, method), reference(hidden, real, function, method)
+        for a, b in zip(ours[:3], expected[:3], strict=True):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(ours[3], expected[3], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_token_draws_the_same_wherever_its_row_is(function: str) -> None:
+    hidden, order = awkward(64 * 9, 64), torch.randperm(64 * 9)
+    in_place = run(hidden, None, function, "mvue")
+    ours = run(hidden[order], None, function, "mvue", order)
+    for a, b, c in zip(
+        ours[:2], in_place, reference(hidden[order], None, function, "mvue", order), strict=False
+    ):
+        assert torch.equal(a, b[order])
+        assert torch.equal(a, c)
+    assert torch.equal(ours[2], in_place[2])
+
+
+VALUES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0078125, 3.0e15])
+
+
+@settings(max_examples=15)
+@given(st.lists(VALUES, min_size=4, max_size=64), st.sampled_from(FUNCTIONS), st.sampled_from(METHODS))
+def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: str) -> None:
+    hidden = torch.tensor(values).repeat(64 * 64)[: 64 * 64].view(64, 64).bfloat16()
+    for a, b in zip(
+        run(hidden, None, function, method)[:3], reference(hidden, None, function, method)[:3], strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) -> None:
+    hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
+    filled, counts = torch.full_like(hidden, 7), hidden.new_zeros(192, dtype=torch.int32)
+    sums = pack_activation(hidden, filled, None, counts, True, torch.tensor(SEED), real, function, method)
+    value, _, expected_counts, expected_sums = reference(hidden, real, function, method)
+    assert torch.equal(filled, value)
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_counting_alone_counts_the_same(function: str) -> None:
+    hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
+    untouched, counts = hidden.clone(), hidden.new_zeros(192, dtype=torch.int32)
+    sums = pack_activation(hidden, None, None, counts, True, None, real, function, "naive")
+    expected_counts, expected_sums = REFERENCES["count_activation"](hidden, real, function)
+    assert torch.equal(hidden, untouched)
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradient_of_what_has_its_zeros(function: str) -> None:
+    """Against the slope that the reference keeps, in a size that is no multiple of a program's."""
+    hidden, grad = awkward(64, 192), awkward(64, 192, seed=1)
+    value, slope, *_ = reference(hidden, None, function, "naive")
+    result = torch.full_like(grad, 7)
+    activation_gradient(grad, value, result, function)
+    assert torch.equal(result, REFERENCES["activation_gradient"](grad, value, function))
+    assert torch.equal(result, slope * grad)
+
+
+def test_infinity_and_nan_are_seen() -> None:
+    """NaN as products on a GPU make it, with its sign bit clear; PyTorch on a CPU sets it."""
+    hidden = awkward(64, 64)
+    hidden[10, 8:12] = torch.tensor([float("inf"), 1.0, 2.0, 3.0])
+    hidden[20, 8:12] = torch.tensor([1.0, 0.0, 2.0, 3.0])
+    hidden.view(torch.int16)[20, 9] = 0x7FFF
+    value, *_ = run(hidden, None, "relu2", "naive")
+    assert value[10, 8:12].tolist() == [float("inf"), 0, 0, 9]
+    assert value[20, 9].isnan()
+    assert value[20, 11] == 9
+
+
+def test_no_negative_zero_comes_out() -> None:
+    """Backward sorts bit patterns, where -0 would be the largest."""
+    hidden = torch.full((64, 64), -1.0).bfloat16()
+    packed = Packed24(empty_packed(64, 64, hidden))
+    pack_activation(hidden, packed, None, None, False, None, None, "relu2", "naive")
+    assert not packed.values.view(torch.int16).any()

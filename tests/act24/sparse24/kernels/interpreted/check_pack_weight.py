@@ -1,0 +1,34 @@
+"""Packing a weight both ways against packing W and Wᵀ in plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from act24.sparse24.format.packed import Packed24, empty_packed, pack, unpack
+from act24.sparse24.kernels.pack_weight import pack_weight
+
+#: 4×4 patterns that are 2:4 along either side; the last has an empty row and a group with one entry.
+PATTERNS = torch.tensor(
+    [
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]],
+        [[1, 0, 0, 1], [0, 1, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1]],
+        [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1], [1, 1, 0, 0]],
+    ]
+).bool()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 192)])
+def test_both_ways(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    blocks = PATTERNS[torch.randint(len(PATTERNS), (rows // 4, columns // 4))]
+    mask = blocks.permute(0, 2, 1, 3).reshape(rows, columns)
+    weight = torch.randn(rows, columns).bfloat16()
+    weight[:4] = -0.0
+    packed = Packed24(empty_packed(rows, columns, weight).fill_(7))
+    transposed = Packed24(empty_packed(columns, rows, weight).fill_(7))
+    pack_weight(weight, mask, packed, transposed)
+    expected = torch.where(mask, weight, 0)
+    assert torch.equal(unpack(packed), expected)
+    assert torch.equal(unpack(transposed), expected.T)
+    assert torch.equal(packed.buffer, pack(weight, mask).buffer)  # which dummies fill up is the same too

@@ -1,0 +1,286 @@
+"""2:4 weights: masks against brute force, the linear against its definition, the parts for one's own loop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from act24.errors import Act24Error
+from act24.sparse24.pattern.mvue import mvue24
+from act24.sparse24.pattern.soft_threshold import soft_threshold24
+from act24.sparse24.pattern.transposable import patterns, transposable_mask
+from act24.sparse24.weight.linear24 import flip_rate, linear24, masked_decay_, weight_mask, weight_scale
+from act24.sparse24.weight.module import SparseLinear24
+from act24.sparse24.weight.semi_structured import prune24, to_semi_structured
+
+
+def all_patterns() -> list[list[tuple[int, ...]]]:
+    """The 0/1 matrices of size 4 with two ones in every row and column, by trying all choices of rows."""
+    rows = [row for row in itertools.product((0, 1), repeat=4) if sum(row) == 2]
+    return [
+        m
+        for m in map(list, itertools.product(rows, repeat=4))
+        if all(sum(c) == 2 for c in zip(*m, strict=True))
+    ]
+
+
+def test_there_are_ninety_patterns() -> None:
+    expected = {tuple(map(tuple, m)) for m in all_patterns()}
+    assert len(expected) == 90
+    assert {tuple(map(tuple, p.int().tolist())) for p in patterns()} == expected
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.sampled_from(["float32", "float64", "bfloat16"]),
+    st.integers(0, 99),
+)
+def test_transposable_mask_is_the_best_of_ninety(rows: int, columns: int, dtype: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(4 * rows, 4 * columns, generator=generator).to(getattr(torch, dtype))
+    mask = transposable_mask(weight)
+    assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all())
+    assert bool((mask.T.unflatten(1, (-1, 4)).sum(-1) == 2).all())
+    table = torch.tensor(all_patterns(), dtype=torch.float64)
+    for r, c in itertools.product(range(rows), range(columns)):
+        block = weight[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].abs().double()
+        kept = float((block * mask[4 * r : 4 * r + 4, 4 * c : 4 * c + 4]).sum())
+        best = float((table * block).sum((1, 2)).max())
+        assert kept == pytest.approx(best, rel=1e-6)
+
+
+def test_transposable_mask_of_zeros_ties_and_transposes() -> None:
+    for weight in (torch.zeros(8, 12), torch.ones(8, 12)):
+        mask = transposable_mask(weight)
+        assert bool((mask.view(8, 3, 4).sum(-1) == 2).all())
+        assert bool((mask.view(2, 4, 12).sum(1) == 2).all())
+    weight = torch.randn(16, 8)
+    assert torch.equal(transposable_mask(weight).T, transposable_mask(weight.T))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        transposable_mask(torch.ones(6, 8))
+
+
+def test_transposable_keeps_less_than_row_wise_and_more_than_half() -> None:
+    weight = torch.randn(256, 256)
+    row_wise = float(weight.abs()[weight_mask(weight, "ste")].sum())
+    both_ways = float(weight.abs()[transposable_mask(weight)].sum())
+    assert 0.5 * float(weight.abs().sum()) < both_ways < row_wise
+
+
+def linear_tensors(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[Tensor, Tensor, Any]:
+    x = torch.randn(3, 7, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(12, 8, dtype=dtype, requires_grad=True)
+    return x, weight, torch.randn(12, dtype=dtype, requires_grad=True) if bias else None
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_is_that_of_the_sparse_weight_straight_through(soft: bool, bias: bool) -> None:
+    x, weight, b = linear_tensors(bias=bias)
+    mask = transposable_mask(weight)
+    scale = torch.tensor(1.4, dtype=torch.float64)
+    y = linear24(x, weight, b, None if soft else mask, scale if soft else None)
+    sparse = (scale * soft_threshold24(weight) if soft else weight * mask).detach().requires_grad_()
+    expected = F.linear(x, sparse, b)
+    assert torch.allclose(y, expected)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, weight, *([b] if bias else [])], grad)
+    # The gradient of the sparse weight goes to all of the dense one, unmasked and not times β.
+    want = torch.autograd.grad(expected, [x, sparse, *([b] if bias else [])], grad)
+    assert all(torch.allclose(p, q) for p, q in zip(got, want, strict=True))
+
+
+def test_mvue_makes_the_output_gradient_sparse_along_tokens() -> None:
+    x, weight, _ = linear_tensors(bias=False)
+    mask, seed = weight_mask(weight, "ste"), torch.tensor(3)
+    grad = torch.randn(3, 7, 12, dtype=torch.float64)
+    y = linear24(x, weight, None, mask, None, seed)
+    grad_x, grad_weight = torch.autograd.grad(y, [x, weight], grad)
+    assert torch.allclose(grad_x, grad @ (weight * mask))
+    padded = F.pad(grad.flatten(0, 1), (0, 0, 0, 3))  # 21 tokens to 24
+    drawn = mvue24(padded, seed, 0)
+    assert int((drawn.view(6, 4, 12) != 0).sum(1).max()) <= 2
+    assert torch.allclose(grad_weight, drawn[:21].T @ x.flatten(0, 1))
+
+
+def test_mvue_weight_gradient_is_unbiased() -> None:
+    x, weight, _ = linear_tensors(bias=False)
+    mask = weight_mask(weight, "ste")
+    grad = torch.randn(3, 7, 12, dtype=torch.float64)
+    draw = lambda seed: torch.autograd.grad(linear24(x, weight, None, mask, None, seed), weight, grad)[0]  # noqa: E731
+    samples = torch.stack([draw(torch.tensor(s)) for s in range(2000)])
+    exact = grad.flatten(0, 1).T @ x.detach().flatten(0, 1)
+    z = (samples.mean(0) - exact).abs() / (samples.std(0) / math.sqrt(2000))
+    assert float(z.max()) < 5.5
+
+
+def test_linear_says_what_it_lacks() -> None:
+    x, weight, _ = linear_tensors()
+    with pytest.raises(ValueError, match="mask, or a scale"):
+        linear24(x, weight, None, None)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        linear24(x[..., :6], weight[:, :6], None, torch.ones(12, 6, dtype=torch.bool))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 8))
+        self.register_buffer("mask", weight_mask(self.weight, "ste"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear24(x, self.weight, None, self.mask)  # type: ignore[arg-type]
+
+
+def test_stays_one_node_when_traced_twice() -> None:
+    module = Masked()
+    x = torch.randn(5, 8)
+    expected = torch.autograd.grad(module(x).sum(), module.weight)[0]
+    for traced in (once := fx.symbolic_trace(module), fx.symbolic_trace(once)):
+        assert [n.target for n in traced.graph.nodes].count(linear24) == 1
+        got = torch.autograd.grad(traced(x).sum(), traced.get_parameter("weight"))[0]
+        assert torch.equal(got, expected)
+
+
+def test_under_autocast() -> None:
+    x, weight, b = linear_tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear24(x, weight, b, weight_mask(weight, "ste"), None, torch.tensor(0))
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+def test_scale_is_the_least_squares_one() -> None:
+    weight = torch.randn(64, 64, dtype=torch.float64)
+    soft = soft_threshold24(weight)
+    solution = torch.linalg.lstsq(soft.reshape(-1, 1), weight.reshape(-1, 1)).solution
+    assert float(weight_scale(weight)) == pytest.approx(float(solution), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_decay_touches_dropped_weights_only(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 8, dtype=dtype)
+    mask = weight_mask(weight, "ste")
+    gradient = torch.randn(8, 8)
+    expected = gradient + 0.03 * weight.float() * (~mask)
+    result = masked_decay_(gradient, weight, mask, 0.03)
+    assert result is gradient
+    assert torch.allclose(gradient, expected)
+
+
+def test_flip_rate_counts_changed_entries() -> None:
+    before = torch.tensor([True, True, False, False])
+    after = torch.tensor([True, False, True, False])
+    assert float(flip_rate(before, after)) == 0.5
+    assert float(flip_rate(before, before)) == 0.0
+
+
+def train(layer: SparseLinear24, steps: int, decay: float = 0.0) -> list[float]:
+    """A regression on random data; the flip rates."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(layer.out_features, layer.in_features, generator=generator)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.02, weight_decay=0.0)
+    rates = []
+    for _ in range(steps):
+        for _ in range(2):  # accumulation
+            x = torch.randn(32, layer.in_features, generator=generator)
+            F.mse_loss(layer(x), x @ target.T).backward()
+        layer.decay_gradient_(decay)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.append(float(layer.update_()))
+    return rates
+
+
+@pytest.mark.parametrize("method", ["transposable", "soft_threshold", "ste", "sr_ste"])
+def test_sparse_linear_in_a_loop(method: Any) -> None:
+    layer = SparseLinear24(16, 8, method=method, mask_every=4, seed=5)
+    x = torch.randn(50, 16)
+    start = layer.mask.clone()
+    rates = train(layer, 12, decay=1e-3)
+    if method == "soft_threshold":
+        assert sum(rate > 0 for rate in rates) > 3
+        assert torch.allclose(layer(x), F.linear(x, layer.scale * soft_threshold24(layer.weight), layer.bias))
+    else:
+        assert [i for i, rate in enumerate(rates) if rate > 0] in ([3, 7, 11], [3, 7], [3, 11], [7, 11], [3])
+        assert not torch.equal(layer.mask, start)
+        assert torch.allclose(layer(x), F.linear(x, layer.weight * layer.mask, layer.bias))
+    assert torch.equal(layer.mask, weight_mask(layer.weight, method))
+    layer.sparse = False
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert float(layer.update_()) == 0.0
+
+
+def test_sparse_linear_resumes_exactly() -> None:
+    straight = SparseLinear24(16, 8, mask_every=3, seed=1)
+    with torch.no_grad():
+        twin = SparseLinear24(16, 8, mask_every=3)
+        twin.load_state_dict(straight.state_dict())
+    train(straight, 5)
+    train(twin, 5)
+    fresh = SparseLinear24(16, 8, mask_every=3)
+    fresh.load_state_dict(twin.state_dict())
+    assert train(fresh, 4) == train(straight, 4)
+    assert torch.equal(fresh.weight, straight.weight)
+
+
+def test_sparse_linear_takes_over_a_linear() -> None:
+    linear = nn.Linear(8, 12)
+    layer = SparseLinear24.from_linear(linear, method="ste", weight_gradient="dense")
+    assert layer.weight is linear.weight
+    assert torch.equal(layer.mask, weight_mask(linear.weight, "ste"))
+    with pytest.raises(ValueError, match="multiple"):
+        SparseLinear24(6, 8)
+
+
+def test_the_documented_loops_run() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "own-training-loop.md").read_text(encoding="utf-8")
+    weights, passes = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {}
+    exec(weights, names)
+    assert not any(layer.sparse for layer in names["sparse_layers"])
+    names = {}
+    exec(passes, names)
+    scales = [b for n, b in names["model"].named_buffers() if n.endswith("activation24_scale")]
+    assert all(1 < float(scale) < 2 for scale in scales)
+    assert len(scales) == 4
+
+
+def test_pruning_by_magnitude_by_mask_and_by_draw() -> None:
+    x = torch.tensor([[4.0, -3.0, 2.0, 1.0]])
+    assert prune24(x).tolist() == [[4.0, -3.0, 0.0, 0.0]]
+    mask = torch.tensor([[False, False, True, True]])
+    assert prune24(x, mask).tolist() == [[0.0, 0.0, 2.0, 1.0]]
+    assert torch.equal(prune24(x, seed=3), mvue24(x, 3))
+    with pytest.raises(ValueError, match="one of the two"):
+        prune24(x, mask, 3)
+    with pytest.raises(ValueError, match="more than two"):
+        prune24(x, torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_semi_structured_needs_a_gpu() -> None:
+    with pytest.raises(Act24Error, match="CUDA"):
+        to_semi_structured(torch.randn(64, 64))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="packs on CUDA only")
+def test_semi_structured_multiplies_like_the_dense_form() -> None:
+    x = torch.randn(128, 128, device="cuda", dtype=torch.bfloat16)
+    other = torch.randn(128, 128, device="cuda", dtype=torch.bfloat16)
+    packed = to_semi_structured(x, transposable_mask(x))
+    expected = prune24(x, transposable_mask(x)) @ other
+    torch.testing.assert_close(packed @ other, expected, rtol=2e-2, atol=1e-1)

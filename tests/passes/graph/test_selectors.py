@@ -1,0 +1,79 @@
+"""Where: globs, regular expressions, classes."""
+
+from __future__ import annotations
+
+import pytest
+from toys import SwiGLU, Trunk, llama
+
+from act24.passes import Activation24, Relu2FFN, apply_, plan
+from act24.passes.graph.selectors import SelectorError, matches, selected
+
+
+@pytest.mark.parametrize(
+    ("selector", "taken"),
+    [
+        ("*", True),
+        ("model.layers.1.mlp", True),
+        ("model.layers.*.mlp", True),
+        ("model.*.mlp", True),  # `*` crosses dots
+        ("*.mlp", True),
+        ("model.layers.[01].mlp", True),
+        ("model.layers.[!1].mlp", False),
+        ("model.layers.?.mlp", True),
+        ("model.layers.??.mlp", False),
+        ("mlp", False),  # the whole name, not a part
+        ("model.layers.1", False),
+        ("Model.layers.1.mlp", False),
+        (r"re:model\.layers\.(0|1)\.mlp", True),
+        (r"re:.*\.mlp", True),
+        (r"re:mlp", False),
+        (r"re:model\.layers\.\d", False),
+        ("class:LlamaMLP", True),
+        ("class:Llama*", False),
+        ("class:", False),
+    ],
+)
+def test_one_selector(selector: str, taken: bool) -> None:
+    assert matches(selector, "model.layers.1.mlp", "LlamaMLP") == taken
+
+
+def test_ignore_wins() -> None:
+    assert selected(("*.mlp",), (), "a.mlp", "M")
+    assert selected(("no", "*.mlp"), ("*.attn",), "a.mlp", "M")
+    assert not selected(("*.mlp",), ("class:M",), "a.mlp", "M")
+    assert not selected((), (), "a.mlp", "M")
+
+
+def test_bad_regular_expression() -> None:
+    with pytest.raises(SelectorError, match=r"'re:layers\.\(0' is no regular expression"):
+        plan(llama(), [Relu2FFN(targets=("re:layers.(0",))])
+
+
+def test_a_string_is_no_list_of_selectors() -> None:
+    """Each of its letters would be one, and `*` takes everything."""
+    with pytest.raises(SelectorError, match=r"\['model\.layers\.0\.\*'\]"):
+        plan(llama(), [Relu2FFN(targets="model.layers.0.*")])  # type: ignore[arg-type]
+    with pytest.raises(SelectorError, match="list"):
+        plan(llama(), [Relu2FFN(ignore="*")])  # type: ignore[arg-type]
+
+
+def test_passes_use_the_name_and_the_class_before_tracing() -> None:
+    def rewritten(**where: tuple[str, ...]) -> list[str]:
+        return [row.fqn for row in plan(llama(3), [Relu2FFN(optional=True, **where)]).rows]
+
+    assert rewritten(targets=("class:LlamaMLP",), ignore=("*.1.*",)) == [
+        "model.layers.0.mlp",
+        "model.layers.2.mlp",
+    ]
+    assert rewritten(targets=("class:LlamaDecoderLayer",)) == []
+    assert rewritten(targets=(r"re:.*\.[12]\.mlp",)) == ["model.layers.1.mlp", "model.layers.2.mlp"]
+
+
+def test_any_name_of_a_shared_module_will_do() -> None:
+    model = Trunk(SwiGLU, layers=3)
+    model.blocks[2] = model.blocks[0]
+    report = apply_(model, [Relu2FFN(targets=("blocks.2.*",)), Activation24(ignore=("blocks.1.*",))]).report
+    assert [(row.pass_name, row.fqn) for row in report.rows] == [
+        ("relu2_ffn", "blocks.0.mlp"),
+        ("activation24", "blocks.0.mlp"),
+    ]

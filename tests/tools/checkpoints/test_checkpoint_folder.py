@@ -1,0 +1,199 @@
+"""Folders are whole or no checkpoints: what is damaged, cut off or left over is never taken for one."""
+
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from act24.tools.checkpoints import folder as cf
+
+FILES = {
+    "state.json": b'{"tokens": 7}',
+    "optimizer/.metadata": bytes(range(256)),
+    "optimizer/__0_0.distcp": b"x",
+}
+
+
+def write(run: Path, step: int, files: dict[str, bytes] = FILES) -> Path:
+    """A checkpoint of plain bytes, made with the functions that `checkpoint.save` uses."""
+    folder = cf.folder_of(run, step)
+    unfinished = cf.temporary(folder)
+    for name, content in files.items():
+        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+        (unfinished / name).write_bytes(content)
+    manifest = {"format": cf.FORMAT, "step": step, "written": datetime.now(UTC).isoformat()}
+    cf.publish(
+        unfinished, folder, {**manifest, "files": cf.fingerprints(unfinished, cf.contents(unfinished))}
+    )
+    return folder
+
+
+def verify(folder: Path) -> None:
+    manifest = cf.read_manifest(folder)
+    cf.verify_files(folder, manifest, manifest["files"])
+
+
+def test_a_whole_folder_is_a_checkpoint(tmp_path):
+    folder = write(tmp_path, 500)
+    verify(folder)
+    assert folder == tmp_path / "checkpoints" / "step-000500"
+    assert cf.latest(tmp_path) == folder
+    assert sorted(cf.read_manifest(folder)["files"]) == sorted(FILES)
+    assert [path.name for path in folder.parent.iterdir()] == ["step-000500"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("run"), 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_is_found_and_its_file_named(published, data):
+    name = data.draw(st.sampled_from([*FILES, cf.MANIFEST]))
+    path = published / name
+    whole = path.read_bytes()
+    position = data.draw(st.integers(0, len(whole) - 1))
+    flipped = bytearray(whole)
+    flipped[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(flipped)
+    try:
+        with pytest.raises(cf.CheckpointError) as error:
+            verify(published)
+        assert str(path) in str(error.value)
+    finally:
+        path.write_bytes(whole)
+    verify(published)
+
+
+@pytest.mark.parametrize("name", [*FILES, cf.MANIFEST])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "longer", "empty"])
+def test_files_missing_or_of_another_length_are_named_and_not_latest(tmp_path, caplog, name, damage):
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    path = bad / name
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"shorter": whole[:-1], "longer": whole + b"\n", "empty": b""}[damage])
+    with pytest.raises(cf.CheckpointError) as error:
+        cf.read_manifest(bad)
+    assert name in str(error.value)
+    with caplog.at_level(logging.WARNING, "act24"):
+        assert cf.latest(tmp_path) == good
+    assert str(bad) in caplog.text
+
+
+def test_an_extra_file_is_named(tmp_path):
+    folder = write(tmp_path, 1)
+    (folder / "optimizer" / "notes.txt").write_text("mine")
+    with pytest.raises(cf.CheckpointError, match=r"optimizer/notes\.txt is not in the checkpoint's manifest"):
+        cf.read_manifest(folder)
+
+
+def test_a_manifest_of_a_later_format_says_so(tmp_path):
+    folder = write(tmp_path, 1)
+    manifest = cf.read_manifest(folder)
+    later = cf.folder_of(tmp_path, 2)
+    cf.publish(folder, later, {**manifest, "format": cf.FORMAT + 1})
+    with pytest.raises(cf.CheckpointError, match=f"has format {cf.FORMAT + 1}"):
+        cf.read_manifest(later)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"format": 1}', "\x00"])
+def test_a_manifest_of_something_else_is_damaged(tmp_path, content):
+    (tmp_path / cf.MANIFEST).write_text(content)
+    with pytest.raises(cf.CheckpointError, match=r"manifest\.json is damaged"):
+        cf.read_manifest(tmp_path)
+
+
+def test_what_is_no_folder_is_no_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cf.CheckpointError, match="is not a checkpoint"):
+        cf.read_manifest(tmp_path / "nothing")
+    with pytest.raises(cf.CheckpointError, match="cannot be read"):
+        cf.read_manifest(tmp_path / "file")
+    assert cf.latest(tmp_path / "nothing") is None
+
+
+def test_latest_is_the_one_written_last_and_no_temporary_one(tmp_path):
+    write(tmp_path, 400)
+    write(tmp_path, 500)
+    resumed = write(tmp_path, 350)  # the run went back to 300 and was saved on its new way
+    unfinished = cf.temporary(cf.folder_of(tmp_path, 600))
+    resumed_copy = {path.name: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
+    unfinished.mkdir()
+    for name, content in resumed_copy.items():
+        (unfinished / name).write_bytes(content)
+    assert cf.latest(tmp_path) == resumed
+    assert [folder.name for folder in cf.complete(tmp_path)] == ["step-000400", "step-000500", "step-000350"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 1, {"state.json": b"new"})
+    verify(folder)
+    assert (folder / "state.json").read_bytes() == b"new"
+    cf.prune(tmp_path, keep=1)
+    assert [path.name for path in folder.parent.iterdir()] == ["step-000001"]
+
+
+@given(steps=st.permutations(range(1, 7)), keep=st.integers(1, 8))
+@settings(max_examples=15, deadline=None)
+def test_prune_keeps_the_last_written_and_what_is_damaged(tmp_path_factory, steps, keep):
+    run = tmp_path_factory.mktemp("run")
+    damaged = write(run, 10)
+    (damaged / "state.json").unlink()
+    cf.temporary(cf.folder_of(run, 11)).mkdir()
+    for step in steps:
+        write(run, step)
+    cf.prune(run, keep)
+    expected = {f"step-{step:06d}" for step in steps[-keep:]} | {"step-000010"}
+    assert {path.name for path in damaged.parent.iterdir()} == expected
+
+
+def test_what_cannot_be_deleted_is_a_warning_and_the_rest_is_deleted(tmp_path, monkeypatch, caplog):
+    stuck, other, last = write(tmp_path, 1), write(tmp_path, 2), write(tmp_path, 3)
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self == stuck:
+            raise PermissionError(13, "Permission denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with caplog.at_level(logging.WARNING, "act24"):
+        cf.prune(tmp_path, keep=1)
+    assert "could not delete" in caplog.text
+    assert "step-000001" in caplog.text
+    assert stuck.exists()
+    assert not other.exists()
+    verify(last)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to see what was synced")
+def test_all_names_and_the_manifest_are_on_disk_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def logged_fsync(descriptor):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def logged_rename(self, target):
+        events.append(("rename", str(self)))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(Path, "rename", logged_rename)
+    folder = write(tmp_path, 1)
+    renamed = [i for i, (kind, _) in enumerate(events) if kind == "rename"]
+    assert len(renamed) == 1
+    unfinished = events[renamed[0]][1]
+    before = [path.removeprefix(unfinished) for _, path in events[: renamed[0]]]
+    assert before == [f"/{cf.MANIFEST}", "/optimizer", ""]
+    assert events[renamed[0] + 1 :] == [("sync", str(folder.parent))]

@@ -1,0 +1,194 @@
+"""Checkpoints against `transformers`, both ways, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from act24.errors import Act24Error
+from act24.initialise import build_llama
+from act24.llama import LlamaConfig
+from act24.tools.huggingface.folder import load_pretrained, save_pretrained
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = LlamaConfig(
+    vocab_size=67,
+    hidden_size=48,
+    intermediate_size=72,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    rope_theta=50000.0,
+    rms_norm_eps=1e-4,
+    initializer_range=0.2,
+    bos_token_id=0,
+    eos_token_id=(1, 3),
+)
+VARIANTS = [
+    {},
+    {"num_key_value_heads": 2},
+    {"tie_word_embeddings": True},
+    {"attention_bias": True, "head_dim": 12, "num_key_value_heads": 3},
+]
+INPUT_IDS = torch.randint(0, 67, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def close(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_what_we_save_transformers_loads(change: dict, tmp_path: Path) -> None:
+    model = build_llama(dataclasses.replace(CONFIG, **change), seed=0)
+    save_pretrained(model, tmp_path / "new" / "folder", {"recipe": "demo"})
+    folder = tmp_path / "new" / "folder"
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), told
+    close(theirs(INPUT_IDS).logits, model(INPUT_IDS))
+    assert theirs.config.eos_token_id == [1, 3]
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "recipe": "demo"}
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_what_transformers_saves_we_load(change: dict, shard: str, tmp_path: Path) -> None:
+    fields = dataclasses.asdict(dataclasses.replace(CONFIG, **change))
+    theta = fields.pop("rope_theta")
+    fields["eos_token_id"] = list(fields["eos_token_id"])
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**fields, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+    )
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    ours = load_pretrained(tmp_path)
+    close(ours(INPUT_IDS), theirs(INPUT_IDS).logits)
+    assert ours.config.rope_theta == theta
+    assert ours.config.eos_token_id == (1, 3)
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_exact(change: dict, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build_llama(dataclasses.replace(CONFIG, **change), seed=0, dtype=dtype)
+    save_pretrained(model, tmp_path)
+    back = load_pretrained(tmp_path)
+    assert back.state_dict().keys() == model.state_dict().keys()
+    for name, value in back.state_dict().items():
+        assert value.dtype == dtype
+        assert torch.equal(value, model.state_dict()[name])
+    resolved = {"head_dim": model.config.head_width, "num_key_value_heads": model.config.key_value_heads}
+    assert back.config == dataclasses.replace(model.config, **resolved)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_pretrained(build_llama(CONFIG, seed=0), tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    edit(state)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "type 'llama3'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"hidden_size": "absent"}, "hidden_size is missing"),
+        ({"hidden_size": "48"}, "hidden_size .* not '48'"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4"),
+        ({"intermediate_size": 80}, r"mlp.gate_proj.weight \[72, 48\] for \[80, 48\].* and 2 more"),
+        ({"num_hidden_layers": 1}, "unexpected: model.layers.1"),
+        ({"num_hidden_layers": 3}, "missing: model.layers.2"),
+    ],
+)
+def test_unsupported_and_ill_fitting_configurations_are_named(saved: Path, changes: dict, told: str) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(Act24Error, match=told) as caught:
+        load_pretrained(saved)
+    assert str(saved) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_harmless_spellings_of_other_writers_are_read(saved: Path) -> None:
+    expected = load_pretrained(saved)(INPUT_IDS)
+    # As LLaMA 1 conversions and the low-rank literature's configurations write them.
+    edit_config(
+        saved,
+        rope_scaling=None,
+        pad_token_id=-1,
+        max_sequence_length=1024,
+        num_key_value_heads="absent",
+        head_dim="absent",
+    )
+    edit_weights(saved, lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    model = load_pretrained(saved)
+    assert torch.equal(model(INPUT_IDS), expected)
+    assert model.config.pad_token_id is None
+
+
+def test_tied_head_in_the_file_must_be_the_embedding(saved: Path) -> None:
+    edit_config(saved, tie_word_embeddings=True)
+    with pytest.raises(Act24Error, match="lm_head"):
+        load_pretrained(saved)
+    edit_weights(saved, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    assert load_pretrained(saved).lm_head is None
+
+
+def test_missing_and_broken_files_are_named(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(Act24Error, match=r"model\.safetensors"):
+        load_pretrained(saved)
+    weights.unlink()
+    with pytest.raises(Act24Error, match=r"model\.safetensors"):
+        load_pretrained(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(Act24Error, match=r"config\.json"):
+        load_pretrained(saved)
+
+
+def test_a_rewritten_model_is_not_saved(tmp_path: Path) -> None:
+    model = build_llama(CONFIG, seed=0)
+    del model.model.layers[1].mlp.gate_proj
+    with pytest.raises(Act24Error, match=r"missing: model\.layers\.1\.mlp\.gate_proj\.weight"):
+        save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_the_disk(state, path, metadata) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fill_the_disk)
+    with pytest.raises(Act24Error, match="No space left"):
+        save_pretrained(build_llama(CONFIG, seed=0), tmp_path)
+    assert not list(tmp_path.iterdir())

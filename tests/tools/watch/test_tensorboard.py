@@ -1,0 +1,215 @@
+"""What TensorBoard's own reader finds in the event files is what was logged, under the right names."""
+
+import json
+import logging
+import re
+import resource
+import shlex
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from act24.tools.watch.tensorboard import RunLog, flat, open_hint
+
+MODULES = ("attn_q_proj", "attn_k_proj", "attn_v_proj", "attn_o_proj", "mlp_up_proj", "mlp_down_proj")
+LAYER_TAGS = ("sparsity_relu/*", *(f"weight_sparsity/*/{module}" for module in MODULES))
+
+
+def read(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def points(events: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_names_and_values_are_those_of_the_issue(tmp_path):
+    log = RunLog(tmp_path, layer_tags=LAYER_TAGS)
+    log.scalars({"loss/train": 2.5, "optim/lr": 1e-3, "perf/tokens_per_s": 1e6}, 10)
+    log.layers("sparsity_relu/*", [0.25, 0.5, 0.9], 10)
+    for module in MODULES:
+        log.layers(f"weight_sparsity/*/{module}", [0.0, 0.5, 0.5], 10)
+    log.text("recipe", "```toml\nsteps = 3\n```")
+    log.close()
+    events = read(tmp_path)
+    expected = {"loss/train": 2.5, "optim/lr": 1e-3, "perf/tokens_per_s": 1e6}
+    expected |= {"sparsity_relu/layer_0": 0.25, "sparsity_relu/layer_1": 0.5, "sparsity_relu/layer_2": 0.9}
+    expected |= {
+        "sparsity_relu/mean_across_layers": 0.55,
+        "sparsity_relu/min_across_layers": 0.25,
+        "sparsity_relu/max_across_layers": 0.9,
+    }
+    for module in MODULES:
+        statistics = {"layer_0": 0.0, "layer_1": 0.5, "layer_2": 0.5}
+        statistics |= {"mean_across_layers": 1 / 3, "min_across_layers": 0.0, "max_across_layers": 0.5}
+        expected |= {f"weight_sparsity/{name}/{module}": value for name, value in statistics.items()}
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for tag, value in expected.items():
+        assert points(events, tag) == {10: pytest.approx(value, rel=1e-6)}
+    assert set(events.Tags()["images"]) == {tag.replace("*", "heatmap") for tag in LAYER_TAGS}
+    text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == "```toml\nsteps = 3\n```"
+
+
+def test_the_layout_s_charts_hold_their_tags_and_no_others(tmp_path):
+    log = RunLog(tmp_path, layer_tags=LAYER_TAGS)
+    log.scalars({"loss/train": 1.0, "loss/val": 1.0, "loss/train_smoothed": 1.0}, 0)
+    for tag in LAYER_TAGS:
+        log.layers(tag, [0.5] * 12, 0)
+    log.close()
+    events = read(tmp_path)
+    tags = events.Tags()["scalars"]
+    page = layout_pb2.Layout()
+    page.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+
+    def lines(chart):  # the server takes re.match, from the start of the tag
+        return {tag for tag in tags for pattern in chart.multiline.tag if re.match(pattern, tag)}
+
+    charts = {(category.title, chart.title): chart for category in page.category for chart in category.chart}
+    assert lines(charts["loss", "train and held-out"]) == {"loss/train", "loss/val"}
+    for tag in LAYER_TAGS:
+        group = tag.split("/")[0]
+        every_layer = {tag.replace("*", f"layer_{layer}") for layer in range(12)}
+        assert lines(charts[group, f"{tag}: every layer"]) == every_layer
+        (band,) = charts[group, f"{tag}: mean, smallest to largest"].margin.series
+        assert (band.value, band.lower, band.upper) == tuple(
+            tag.replace("*", f"{name}_across_layers") for name in ("mean", "min", "max")
+        )
+        assert {band.value, band.lower, band.upper} <= set(tags)
+    assert len(charts) == 1 + 2 * len(LAYER_TAGS)
+
+
+def test_hyperparameters_are_in_the_run_itself_and_make_up_no_points(tmp_path):
+    recipe = {
+        "train": {"steps": 5, "dtype": "float32"},
+        "passes": [{"use": "cola", "rank": 8}, {"use": "relu2_ffn"}],
+    }
+    log = RunLog(tmp_path)
+    log.hparams(recipe | {"optimizer": {"betas": (0.9, 0.95)}, "missing": None, "on": True}, ["loss/val"])
+    log.scalars({"loss/val": 3.0}, 5)
+    log.close()
+    events = read(tmp_path)
+    metadata = events.summary_metadata
+    start = HParamsPluginData()
+    start.ParseFromString(metadata[hparams_metadata.SESSION_START_INFO_TAG].plugin_data.content)
+    given = {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in start.session_start_info.hparams.items()
+    }
+    assert given == {
+        "train.steps": 5,
+        "train.dtype": "float32",
+        "passes.0.use": "cola",
+        "passes.0.rank": 8,
+        "passes.1.use": "relu2_ffn",
+        "optimizer.betas.0": 0.9,
+        "optimizer.betas.1": 0.95,
+        "on": True,
+    }
+    experiment = HParamsPluginData()
+    experiment.ParseFromString(metadata[hparams_metadata.EXPERIMENT_TAG].plugin_data.content)
+    assert [info.name.tag for info in experiment.experiment.metric_infos] == ["loss/val"]
+    assert points(events, "loss/val") == {5: 3.0}
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # no run of its own
+
+
+def test_what_lies_after_the_checkpoint_is_hidden_on_resume(tmp_path):
+    log = RunLog(tmp_path, layer_tags=["sparsity_relu/*"])
+    for step in range(1, 8):
+        log.scalars({"loss/train": step}, step)
+        log.layers("sparsity_relu/*", [step / 10, step / 20], step)
+        if step == 5:
+            log.flush()
+            state = json.loads(json.dumps(log.state()))  # what the checkpoint after step 5 keeps
+    log.close()
+    resumed = RunLog(tmp_path, layer_tags=["sparsity_relu/*"], resumed_from=5, state=state)
+    resumed.scalars({"loss/train": 60}, 6)
+    resumed.layers("sparsity_relu/*", [0.0, 1.0], 6)
+    resumed.close()
+    events = read(tmp_path)
+    assert points(events, "loss/train") == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 60}
+    assert points(events, "sparsity_relu/layer_1")[6] == 1.0
+    page = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()  # the server's, with other rules
+    assert [event.step for event in page.Tensors("loss/train")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in page.Tensors("sparsity_relu/heatmap")] == [1, 2, 3, 4, 5, 6]
+    pictures = {event.step: event for event in events.Images("sparsity_relu/heatmap")}
+    assert sorted(pictures) == [1, 2, 3, 4, 5, 6]
+    assert resumed.state()["sparsity_relu/*"]["columns"] == [[s / 10, s / 20] for s in range(1, 6)] + [
+        [0.0, 1.0]
+    ]
+
+
+def test_a_new_run_in_an_old_folder_hides_the_old_one(tmp_path):
+    for value in (1.0, 2.0):
+        log = RunLog(tmp_path)
+        log.scalars({"loss/train": value}, 0)
+        log.close()
+    assert points(read(tmp_path), "loss/train") == {0: 2.0}
+
+
+def test_the_heatmap_in_the_file_is_the_picture(tmp_path):
+    log = RunLog(tmp_path)
+    log.layers("sparsity_relu/*", [0.1, 0.9], 3)
+    log.close()
+    (event,) = read(tmp_path).Images("sparsity_relu/heatmap")
+    (tmp_path / "picture.png").write_bytes(event.encoded_image_string)
+    pixels = numpy.asarray(Image.open(tmp_path / "picture.png"))
+    assert pixels[5, 400].tolist() == [0, 0, 4]  # layer 0, the smallest: darkest
+    assert pixels[20, 400].tolist() == [252, 255, 164]  # layer 1, the largest: brightest
+
+
+def test_closing_twice_is_closing_once(tmp_path):
+    log = RunLog(tmp_path)
+    log.scalars({"loss/train": 1.0}, 1)
+    log.close()
+    files = sorted(tmp_path.iterdir())
+    log.close()
+    assert sorted(tmp_path.iterdir()) == files
+    assert points(read(tmp_path), "loss/train") == {1: 1.0}
+
+
+def test_a_full_disk_ends_the_log_with_one_warning_and_not_the_run(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)  # of TensorBoard's writer thread
+    log = RunLog(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING, "act24"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+        try:
+            for step in range(200):
+                log.text("sample", "x" * 100, step)
+                log.flush()
+            log.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record.message for record in caplog.records if record.name == "act24"] == [
+        "nothing more is written for TensorBoard: [Errno 27] File too large"
+    ]
+    assert log.broken
+
+
+def test_nested_tables_get_dotted_names():
+    assert flat({"a": {"b": 1}, "c": [{"d": "x"}, 2.0], "e": {}}) == {"a.b": 1, "c.0.d": "x", "c.1": 2.0}
+
+
+def test_the_hint_is_a_command_that_a_shell_takes_apart_rightly(tmp_path):
+    run = tmp_path / "my runs" / "demo"
+    program, option, folder = shlex.split(open_hint(run))
+    assert Path(program).name == "tensorboard"
+    assert (option, folder) == ("--logdir", str(run))
+    assert Path(program).is_absolute() is (program != "tensorboard")
+
+
+def test_the_hint_names_the_environment_s_own_program_off_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    beside_python = tmp_path / "venv" / "tensorboard"
+    beside_python.parent.mkdir()
+    beside_python.touch()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "venv" / "python"))
+    assert open_hint(Path("runs/demo")) == f"{beside_python} --logdir runs/demo"

@@ -1,0 +1,331 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from act24.errors import Act24Error
+
+app = typer.Typer(
+    name="act24",
+    help="Train LLaMA-style language models with low-rank weights and 2:4 sparsity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(help="List, show, check and copy recipes.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Benchmarks on this machine's GPU.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (act24 recipe ls) or a .toml file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
+]
+DataOnResume = Literal["same", "grow"]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+#: What `probe-decay` tries: λ of the scripts of arXiv 2404.01847, 6e-5 and 2e-4, and one on each side.
+DECAYS = [2e-5, 6e-5, 2e-4, 6e-4]
+
+
+def main() -> None:
+    """Run the command line: user errors are one line and status 2, anything else is a bug."""
+    try:
+        app(prog_name="act24")  # also where it runs as `python -m act24`
+    except Act24Error as error:
+        for line in str(error).splitlines():
+            print(f"act24: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    # Not --run: torchrun, which reads all options first, takes that for one of its own.
+    run_dir: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<recipe>.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="never, auto (the run's last checkpoint, if any), or a checkpoint's folder.")
+    ] = "never",
+    data: Annotated[
+        DataOnResume,
+        typer.Option(
+            help="On --resume: the same files, or grow: those that were added from the next epoch on."
+        ),
+    ] = "same",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
+    ] = False,
+) -> None:
+    """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …"""
+    from act24.recipes.load import load_recipe
+    from act24.tools.commands.show import show_outcome
+    from act24.tools.run.folder import default_run_dir
+    from act24.tools.run.train import train as run_training
+
+    loaded = load_recipe(recipe, set_ or ())
+    run_dir = run_dir or default_run_dir(recipe)
+    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow")
+    show_outcome(loaded, outcome, None if dry_run else run_dir)
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    set_: SetOption = None,
+    legacy_average: Annotated[
+        bool,
+        typer.Option(
+            "--legacy-average", help="Also the sum/(n+1) mean of the public scripts, for their tables."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
+    from act24.tools.commands.show import show_evaluations
+    from act24.tools.run.evaluate import evaluate_checkpoint
+    from act24.tools.run.processes import own_rank
+
+    evaluations = evaluate_checkpoint(path, set_ or ())
+    if own_rank() == 0:
+        show_evaluations(evaluations, legacy_average, as_json)
+
+
+@app.command()
+def sample(
+    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Draw among the k most likely.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Continue a prompt with a trained model."""
+    from act24.tools.commands.sample import sample_text
+
+    print(sample_text(path, prompt, tokens, temperature, top_k, seed))
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+) -> None:
+    """Write a run's model: a stock Hugging Face checkpoint where there is one, else its own form."""
+    from act24.tools.huggingface.export import export_run
+
+    print(export_run(path, out))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, counts as whole integers.")] = False,
+) -> None:
+    """What each pass would rewrite, with parameters and FLOPs before and after. Allocates no weights."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.commands.show import show_plan
+
+    show_plan(load_recipe(recipe, set_ or ()), as_json)
+
+
+@app.command("probe-decay")
+def probe_decay(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    decay: Annotated[list[float], typer.Option(help="A λ to try. Repeatable.")] = DECAYS,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimizer steps a run; default ten times mask_every.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
+) -> None:
+    """Which λ of weight24's masked decay to take: a short run each, by flip rates beside dense training."""
+    import json
+
+    from act24.recipes.load import load_recipe
+    from act24.tools.commands.decay_probe import BOUNDS, default_steps, probe_decays, verdict
+    from act24.tools.run.processes import own_rank
+
+    def say(line: str) -> None:
+        if own_rank() == 0:
+            print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    loaded = load_recipe(recipe, set_ or ())
+    steps = steps or default_steps(loaded)
+    probes = probe_decays(loaded, decay, steps, say)
+    say(verdict(probes))
+    if as_json and own_rank() == 0:
+        runs = [probe.as_dict() for probe in probes]
+        result = {"steps": steps, "bounds": BOUNDS, "runs": runs, "verdict": verdict(probes)}
+        print(json.dumps(result, indent=1))
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="The run's folder; a run there is replaced.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train the demo recipe, evaluate it dense and 2:4, print a sample: about three minutes on two cores."""
+    from act24.tools.commands.demo import run_demo
+
+    run_demo(run_dir)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can do: GPU, libraries, the self-check of kernels, the path of each operation."""
+    from act24.tools.commands.doctor import doctor as examine
+
+    print(examine())
+
+
+@recipe_app.command("ls")
+def recipe_ls() -> None:
+    """List the recipes that ship with act24."""
+    from act24.recipes.load import load_recipe, recipe_names
+
+    names = recipe_names()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name.ljust(width)}  {load_recipe(name).description}")
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Print a recipe resolved: extended, overridden, every default filled in."""
+    from act24.recipes.load import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(recipe, set_ or ())), end="")
+
+
+@recipe_app.command("validate")
+def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Check a recipe: its keys and values, and that every pass finds something to rewrite."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.run.build import plan_recipe
+
+    plan_recipe(load_recipe(recipe, set_ or ()))
+    print(f"{recipe}: valid")
+
+
+@recipe_app.command("cp")
+def recipe_cp(
+    recipe: RecipeArgument,
+    destination: Annotated[Path, typer.Argument(help="The .toml file to write.")],
+) -> None:
+    """Copy a shipped recipe's file, comments and all, to start your own from."""
+    from act24.recipes.load import RecipeError, recipe_source
+
+    text, _ = recipe_source(recipe)
+    if destination.is_dir():
+        destination = destination / f"{Path(recipe).name.removesuffix('.toml')}.toml"
+    if destination.exists():
+        raise RecipeError(f"{destination} exists already")
+    try:
+        destination.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot write {destination}: {error.strerror}") from None
+    print(destination)
+
+
+@recipe_app.command("from-flags", context_settings={"ignore_unknown_options": True})
+def recipe_from_flags(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, as it was called.")
+    ],
+) -> None:
+    """Translate a run_c4.py command: the recipe, with a remark on every option as comments."""
+    from act24.recipes.from_flags import recipe_from_flags as translate
+
+    print(translate(arguments).text, end="")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Annotated[
+        str,
+        typer.Argument(help="builtin, a file, folder or glob, OWNER/NAME[:SUBSET] of the Hub, a recipe."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bpe (trained on the source), a tokenizer.json, a Hub name.")
+    ] = "bpe",
+    vocab_size: Annotated[int, typer.Option(min=257, help="Of the trained BPE.")] = 32000,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop the training split there.")] = None,
+    max_heldout_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop the held-out split there.")
+    ] = None,
+) -> None:
+    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards")."""
+    from act24.tools.commands.prepare import prepare_source
+
+    prepare_source(source, out, tokenizer, vocab_size, max_tokens, max_heldout_tokens)
+
+
+@bench_app.command("step")
+def bench_step(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Another recipe as the other side; --set holds for both.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows a step, in one micro-batch.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn; each side has two turns.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """A whole training step beside the same model written by hand, or beside another recipe's: time,
+    tokens/s, TFLOP/s, memory."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.bench.step import bench_step as run_bench
+    from act24.tools.commands.show import show_step_bench
+
+    other = load_recipe(beside, set_ or ()) if beside else None
+    show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps, beside=other), as_json)
+
+
+@bench_app.command("pack")
+def bench_pack(as_json: JsonOption = False) -> None:
+    """The elementwise passes of 2:4, as a share of what a copy moves."""
+    from act24.tools.bench.pack import bench_pack as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)
+
+
+@bench_app.command("gemm")
+def bench_gemm(as_json: JsonOption = False) -> None:
+    """2:4 products, the fastest valid algorithm of each, beside the dense product."""
+    from act24.tools.bench.gemm import bench_gemm as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench()[0], as_json)
+
+
+@bench_app.command("fp8")
+def bench_fp8(as_json: JsonOption = False) -> None:
+    """What e4m3 gives the forward product of a 2:4 activation, and what it costs."""
+    from act24.tools.bench.fp8 import bench_fp8 as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)
+
+
+@bench_app.command("ffn")
+def bench_ffn(as_json: JsonOption = False) -> None:
+    """A feed-forward network with 2:4 activations, full and low-rank, beside the compiled dense one."""
+    from act24.tools.bench.ffn import bench_ffn as run_bench
+    from act24.tools.bench.ffn import bench_low_rank
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench() + bench_low_rank(), as_json)

@@ -1,0 +1,30 @@
+"""`act24 sample`: text from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from act24.errors import Act24Error
+from act24.generate import generate
+from act24.tools.data import open_tokenizer
+from act24.tools.run.build import load
+
+
+def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The prompt and its continuation by the checkpoint at `path`, in the form that it was trained in.
+
+    Raises:
+        Act24Error: no checkpoint, or a prompt without a token.
+    """
+    built = load(path)
+    tokenizer = open_tokenizer(built.recipe.data, built.tokenizer)
+    ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
+    if not ids.numel():
+        raise Act24Error("the prompt is empty; give it at least one token")
+    generator = torch.Generator().manual_seed(seed)
+    built.model.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=built.recipe.train.dtype == "bfloat16_autocast"):
+        text = generate(built.model, ids, tokens, temperature, top_k, generator)
+    return tokenizer.decode(text[0].tolist())

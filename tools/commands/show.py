@@ -1,0 +1,106 @@
+"""Results as tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from act24.passes.report import Report
+from act24.recipes.schema import Recipe
+from act24.tools.bench.rows import Row
+from act24.tools.bench.rows import table as markdown_table
+from act24.tools.run.build import plan_recipe
+from act24.tools.run.evaluate import Evaluation
+from act24.tools.run.progress import console
+from act24.tools.run.train import Outcome, summary_rows
+from act24.tools.watch.tensorboard import open_hint
+
+
+def show_outcome(recipe: Recipe, outcome: Outcome, run_dir: Path | None) -> None:
+    """The summary at the end of a run, on the main process; `run_dir` None for a dry run."""
+    if not outcome.is_main:
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # of a path nothing may be missing
+    for name, value in summary_rows(recipe, outcome):
+        table.add_row(name, str(value))
+    console.print(table, highlight=False)
+    if run_dir is not None:
+        print(f"watch it: {open_hint(run_dir)}")
+
+
+def show_plan(recipe: Recipe, as_json: bool) -> None:
+    """`act24 plan`."""
+    report = plan_recipe(recipe).report
+    print(json.dumps(plan_table(report), indent=1) if as_json else report)
+
+
+def plan_table(report: Report) -> dict[str, object]:
+    """A report as JSON values; all counts are whole integers."""
+    return {
+        "parameters_before": report.parameters_before,
+        "parameters_after": report.parameters_after,
+        "flops_per_token_before": report.flops_before,
+        "flops_per_token_after": report.flops_after,
+        "matches": [vars(row) for row in report.rows],
+        "misses": [{"pass": name, "fqn": fqn, "reason": reason} for name, fqn, reason in report.misses],
+    }
+
+
+def show_evaluations(evaluations: Mapping[str, Evaluation], legacy_average: bool, as_json: bool) -> None:
+    """`act24 eval`: one row a form of the model."""
+    if as_json:
+        print(json.dumps({name: e.as_dict() for name, e in evaluations.items()}, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    columns = ["", "loss", "perplexity", "bits per byte", "tokens"]
+    columns += ["legacy n+1 loss", "legacy perplexity"] if legacy_average else []
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for name, e in evaluations.items():
+        row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", f"{e.tokens:,}"]
+        row += [f"{e.legacy_loss:.4f}", f"{e.legacy_perplexity:.2f}"] if legacy_average else []
+        table.add_row(*row)
+    console.print(table, highlight=False)
+
+
+def show_sparsity(outcome: Outcome) -> None:
+    """Zeros after relu² and what 2:4 drops, by layer."""
+    table = Table(box=None, pad_edge=False, title="relu² activations at the end", title_justify="left")
+    for column in ("layer", "zeros", "non-zeros dropped by 2:4", "energy dropped"):
+        table.add_column(column, justify="right")
+    for site in outcome.sites:
+        table.add_row(
+            f"{site.layer} {site.site}",
+            f"{site.sparsity:.1%}",
+            f"{site.dropped_nonzeros:.2%}",
+            f"{site.dropped_energy:.2%}",
+        )
+    console.print(table, highlight=False)
+
+
+def show_step_bench(result: dict[str, Any], as_json: bool) -> None:
+    """`act24 bench step`."""
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "ms a step", "tokens/s", "TFLOP/s", "peak GiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for side in result["sides"]:
+        figures = (f"{side['milliseconds']:.2f}", f"{side['tokens_per_second']:,.0f}")
+        table.add_row(side["name"], *figures, f"{side['teraflops']:.0f}", f"{side['peak_gib']:.2f}")
+    console.print(table, highlight=False)
+    other = result["sides"][1]["name"]
+    print(f"rate {result['rate_ratio']:.3f}, memory {result['memory_ratio']:.3f} of the {other} model")
+    print(f"{result['tokens_per_step']:,} tokens a step, {result['gpu']}, torch {result['torch']}")
+
+
+def show_bench_rows(rows: list[Row], as_json: bool) -> None:
+    """`act24 bench pack`, `gemm` and `ffn`."""
+    print(json.dumps([row.as_json() for row in rows], indent=1) if as_json else markdown_table(rows))

@@ -1,0 +1,133 @@
+"""From a recipe to the model that it describes: the stock LLaMA, rewritten by the recipe's passes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from act24.errors import Act24Error
+from act24.initialise import build_llama
+from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
+from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.recipes.load import parse_recipe
+from act24.recipes.schema import Recipe, Tokenizer
+from act24.sparse24.feed_forward.forms import why_no_fp8
+from act24.tools.checkpoints import checkpoint
+from act24.tools.checkpoints import folder as checkpoint_folder
+
+#: Passes that make products 2:4; evaluation compares the same weights with and without them.
+SPARSE_PASSES = ("activation24", "weight24")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text."""
+
+    recipe: Recipe
+    model: LlamaForCausalLM
+    pipeline: Pipeline
+    step: int
+    tokenizer: Tokenizer
+
+
+def model_config(recipe: Recipe) -> LlamaConfig:
+    """The stock configuration that a recipe starts from."""
+    return llama_config(recipe.model.preset, **recipe.model.overrides())
+
+
+def parameter_dtype(recipe: Recipe) -> torch.dtype:
+    """What parameters are stored in: float32 under autocast too."""
+    return torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
+
+
+def passes_of(recipe: Recipe) -> tuple[Pass, ...]:
+    """The recipe's passes, and the counting of activations if the recipe logs it."""
+    watch = (ActivationStatistics(optional=True),) if recipe.log.activation_statistics else ()
+    return (*recipe.passes, *watch)
+
+
+def build(
+    recipe: Recipe,
+    device: torch.device,
+    step: int = 0,
+    column_scores: Callable[[Sequence[str]], dict[str, Tensor]] | None = None,
+) -> Built:
+    """The model at its start, rewritten. All of its regions stand as graph modules, whatever the passes.
+
+    Args:
+        column_scores: measures what `Pipeline.needs_column_scores` names, if the recipe asks for any.
+
+    Raises:
+        PassError: the recipe's passes do not fit the model.
+        Act24Error: nor the device. Said here and not in the first 2:4 step, hours later.
+    """
+    _check_device(recipe, device)
+    model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
+    pipeline = _pipeline(recipe, model, step)
+    names = pipeline.needs_column_scores
+    pipeline.commit_(column_scores(names) if names and column_scores else None)
+    # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
+    gc.collect()
+    return Built(recipe, model, pipeline, step, recipe.tokenizer)
+
+
+def plan_recipe(recipe: Recipe) -> Pipeline:
+    """What the recipe's passes would do, with no weights allocated."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(model_config(recipe))
+    return Pipeline(model, recipe.passes)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
+    """Open a run's last checkpoint, or a checkpoint: the recipe in it is applied again, then its weights.
+
+    Raises:
+        Act24Error: there is no checkpoint, or it is damaged, or not for this device.
+    """
+    opened = open_checkpoint(Path(path))
+    recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
+    _check_device(recipe, torch.device(device))
+    with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
+        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
+    pipeline = _pipeline(recipe, model, opened.step)
+    pipeline.commit_()
+    model.to_empty(device=device)
+    checkpoint.load_weights_(opened, model)
+    for name, buffer in model.named_buffers():
+        if name not in model.state_dict():
+            buffer.zero_()  # statistics, which are not saved
+    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened))
+
+
+def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
+    """The checkpoint at a path, or the last one of the run there, verified.
+
+    Raises:
+        Act24Error: neither is there.
+    """
+    if (path / checkpoint_folder.MANIFEST).is_file() or path.name.startswith("step-"):
+        return checkpoint.load(path)
+    latest = checkpoint_folder.latest(path)
+    if latest is None:
+        raise Act24Error(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
+    return checkpoint.load(latest)
+
+
+def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
+    """The tokenizer that a checkpoint brings, as a recipe names one: its text was read with no other."""
+    return Tokenizer(name=str(opened.folder / checkpoint.TOKENIZER))
+
+
+def _check_device(recipe: Recipe, device: torch.device) -> None:
+    fp8 = any(isinstance(p, Activation24) and p.precision == "fp8" for p in recipe.passes)
+    if fp8 and (reason := why_no_fp8(device)):
+        raise Act24Error(reason)
+
+
+def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:
+    return Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)

@@ -1,0 +1,153 @@
+"""The held-out measure: a token-weighted exact mean, cross-entropy in float32.
+
+The mean is over tokens, not over batches, so that batch size and number of processes do not enter. The
+public scripts of the GaLore family count batches from 1 and report sum / (n + 1), which makes perplexities
+depend on the batch; `legacy_loss` gives that figure for comparison with their tables, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from act24.passes import OperationalPass, Pipeline
+from act24.passes.state import evaluation
+from act24.recipes.load import dump_recipe, parse_recipe
+from act24.recipes.schema import Recipe
+from act24.tools.data import HeldoutRows, heldout_rows, open_tokenizer
+from act24.tools.run.build import SPARSE_PASSES, Built, load
+from act24.tools.run.processes import Processes, open_processes
+from act24.tools.run.step import SummedLoss
+
+logger = logging.getLogger("act24")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on the held-out rows.
+
+    Attributes:
+        loss: nats per predicted token.
+        bits_per_byte: of the UTF-8 text that the tokens stand for.
+        tokens: predicted tokens.
+        legacy_loss: mean of batch means times n / (n + 1), over this many batches of the size used.
+        data: fingerprint of the rows; other rows give losses that cannot be compared.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    legacy_loss: float
+    data: str
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), as far as a float goes."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def legacy_perplexity(self) -> float:
+        """exp(legacy_loss), likewise."""
+        return math.exp(min(self.legacy_loss, 700.0))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}
+
+
+@torch.no_grad()
+def evaluate(
+    model: SummedLoss,
+    rows: HeldoutRows,
+    recipe: Recipe,
+    processes: Processes,
+    pipeline: Pipeline,
+    without: Sequence[str] = (),
+) -> Evaluation:
+    """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
+
+    Args:
+        pipeline: what rewrote the model, lowered for the step of the weights.
+        without: names of passes to leave out.
+    """
+    device = processes.device
+    batch_size = recipe.eval.batch_size or recipe.train.batch_size
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
+    losses, counts = [], []
+    with _evaluating(model), evaluation(pipeline, without), autocast:
+        for batch in rows.batches(batch_size):
+            loss, count = model(batch.input_ids.to(device), batch.labels.to(device))
+            losses.append(loss.double())
+            counts.append(count)
+    table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
+    total, tokens = (float(x) for x in table.sum(1).tolist())
+    means = (table[0] / table[1].clamp(min=1))[table[1] > 0]
+    return Evaluation(
+        loss=total / tokens,
+        bits_per_byte=total / math.log(2) / max(rows.bytes, 1),
+        tokens=int(tokens),
+        legacy_loss=float(means.sum()) / (len(means) + 1),
+        data=rows.fingerprint,
+    )
+
+
+def evaluate_forms(
+    built: Built, rows: HeldoutRows, recipe: Recipe, processes: Processes
+) -> dict[str, Evaluation]:
+    """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`.
+
+    Where no 2:4 pass is in force at the step of the weights, the sparse form is that of the first step at
+    which one is.
+    """
+    model, pipeline = SummedLoss(built.model), built.pipeline
+    sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
+    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, without=SPARSE_PASSES)}
+    if sparse:
+        in_force = any(p.active(built.step) for p in sparse)
+        pipeline.lower_(built.step if in_force else sparse[0].from_step)
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
+        pipeline.lower_(built.step)
+    return forms
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
+    """`evaluate_forms` of a run's last checkpoint, or of a checkpoint.
+
+    Args:
+        overrides: of the recipe in the checkpoint; those of `eval` and `data` make sense.
+
+    Raises:
+        Act24Error: no checkpoint, a damaged one, or data that cannot be read.
+    """
+    with open_processes() as processes:
+        built = load(path, processes.device)
+        recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
+        rows = heldout_rows(
+            recipe.data,
+            open_tokenizer(recipe.data, built.tokenizer),
+            recipe.eval.tokens,
+            vocab_size=built.model.config.vocab_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        if processes.is_main:
+            for line in rows.warnings:
+                logger.warning("warning: %s", line)
+        return evaluate_forms(built, rows, recipe, processes)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

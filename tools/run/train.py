@@ -1,0 +1,301 @@
+"""The training run: everything that touches the world, in the order in which it happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from act24.errors import Act24Error
+from act24.recipes.checks import oddities
+from act24.recipes.load import dump_recipe
+from act24.recipes.schema import Recipe
+from act24.tools.checkpoints import checkpoint
+from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer
+from act24.tools.run.build import Built, build, model_config, saved_tokenizer
+from act24.tools.run.column_scores import measure_column_scores
+from act24.tools.run.evaluate import Evaluation, evaluate
+from act24.tools.run.folder import describe_run, resume_point
+from act24.tools.run.optimizers import build_optimizer, learning_rate
+from act24.tools.run.processes import Processes, open_processes
+from act24.tools.run.progress import RunProgress, run_progress
+from act24.tools.run.signals import StopRequest, stop_on_signal
+from act24.tools.run.step import StepResult, TrainingStep, accumulation
+from act24.tools.run.tuning import tune_
+from act24.tools.watch.monitor import Monitor
+from act24.tools.watch.statistics import SiteStatistics
+
+
+class TrainingError(Act24Error):
+    """A run that cannot go on: the loss or its gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: optimizer steps made in all.
+        finished: all steps of the recipe are made; False after SIGTERM or Ctrl-C.
+        tokens: predicted tokens trained on, in all.
+        tokens_per_second: since this process took up the run, training steps only; 0 if it made none.
+        loss: training loss of the last logged steps; nan if this process made none.
+        evaluation: at the end; None when stopped early.
+        parameters: trained elements.
+        peak_memory: bytes allocated on the GPU, 0 on a CPU.
+        checkpoint: the last one; None in a dry run.
+        sites: activation statistics of the last logged steps.
+        is_main: this process is the one that speaks.
+    """
+
+    step: int
+    finished: bool
+    tokens: int
+    tokens_per_second: float
+    loss: float
+    evaluation: Evaluation | None
+    parameters: int
+    peak_memory: int
+    checkpoint: Path | None
+    sites: tuple[SiteStatistics, ...]
+    is_main: bool
+
+
+def train(
+    recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = False, grow: bool = False
+) -> Outcome:
+    """Train a recipe.
+
+    Args:
+        run_dir: its folder (`tools/run/folder.py`).
+        resume: see `act24.tools.run.folder.resume_point`.
+        dry_run: build, plan, print, make one step, and write no file.
+        grow: when it goes on, take data files that were added, from the next epoch on.
+
+    Raises:
+        Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
+            gradient that is not finite.
+    """
+    with open_processes() as processes, stop_on_signal() as stop:
+        accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
+        start = None if dry_run else resume_point(run_dir, resume, recipe)
+        run = _Run(recipe, run_dir, processes, start, dry_run, grow)
+        try:
+            return run.go(stop)
+        finally:
+            run.close()
+
+
+class _Run:
+    """One run in progress: what `train` has opened, and where it stands."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        processes: Processes,
+        start: checkpoint.Checkpoint | None,
+        dry_run: bool,
+        grow: bool,
+    ) -> None:
+        self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
+        self._step = start.step if start else 0
+        self._tokens = start.state["tokens"] if start else 0
+        self._last_checkpoint = start.folder if start else None
+        self._note: str | None = None
+        # A run that goes on reads the text as it did, also where it would train another tokenizer now.
+        self._tokenizer = open_tokenizer(recipe.data, saved_tokenizer(start) if start else recipe.tokenizer)
+        vocabulary = model_config(recipe).vocab_size
+        rank, world_size = processes.rank, processes.world_size
+        where = {"vocab_size": vocabulary, "rank": rank, "world_size": world_size}
+        read = (recipe.data, self._tokenizer)
+        self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
+        self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
+        self._built: Built = build(recipe, processes.device, self._step, self._column_scores)
+        pipeline = self._built.pipeline
+        saved = start.state.get("products") if start else None
+        self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
+        if processes.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of training; the tuner's operands are gone
+        self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
+        self._optimizer: Optimizer = build_optimizer(
+            self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
+        )
+        if start:
+            rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
+            self._rows.load_state_dict(rank_state["data"], grow)
+        self._rows.start()
+        self._epoch = self._rows.epoch
+        # From here on there is a run: all that can be wrong with its input would have shown.
+        if processes.is_main and not dry_run:
+            describe_run(run_dir, recipe, str(self._built.pipeline))
+        self._monitor = Monitor(
+            recipe,
+            self._built,
+            self._optimizer,
+            processes,
+            None if dry_run else run_dir,
+            resumed_at=start.step if start else None,
+            state=start.state["log"] if start else None,
+        )
+
+    def _column_scores(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Measured on the first batch, which is trained on all the same."""
+        beginning = self._rows.state_dict()
+        scores = measure_column_scores(self._recipe, names, next(self._rows), self._processes)
+        self._rows.load_state_dict(beginning)
+        return scores
+
+    def close(self) -> None:
+        self._rows.close()
+        self._monitor.close()
+        # Data parallelism has to end before its processes part. The other way round its destructor is the one
+        # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
+        del self._training_step
+
+    def go(self, stop: StopRequest) -> Outcome:
+        recipe, monitor = self._recipe, self._monitor
+        last = self._step + 1 if self._dry_run else recipe.train.steps
+        stopped, evaluation = False, None
+        with run_progress(self._step, last, self._processes.is_main) as progress:
+            progress.say(str(self._built.pipeline))
+            heldout_warnings = self._heldout.warnings if self._heldout else ()
+            for line in (*oddities(recipe), *self._rows.warnings, *heldout_warnings):
+                progress.say(f"warning: {line}")
+            if self._step == last:
+                progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
+            while self._step < last and not stopped:
+                self._advance()
+                stopped = self._processes.any(bool(stop))
+                evaluation = self._after_step(progress, ends=stopped or self._step == last)
+        if stopped:
+            progress.say(f"{stop.signal or 'stop'}: saved step {self._step} in {self._last_checkpoint}")
+        return Outcome(
+            step=self._step,
+            finished=self._step == recipe.train.steps,
+            tokens=self._tokens,
+            tokens_per_second=monitor.tokens / monitor.seconds if monitor.seconds else 0.0,
+            loss=monitor.loss,
+            evaluation=evaluation,
+            parameters=sum(p.numel() for p in self._built.model.parameters()),
+            peak_memory=torch.cuda.max_memory_allocated() if self._processes.device.type == "cuda" else 0,
+            checkpoint=self._last_checkpoint,
+            sites=tuple(monitor.sites),
+            is_main=self._processes.is_main,
+        )
+
+    def _advance(self) -> None:
+        """Make one optimizer step, with nothing read back from the device."""
+        recipe = self._recipe
+        self._built.pipeline.lower_(self._step)
+        rate = learning_rate(recipe, self._step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        waited = time.perf_counter()
+        count = accumulation(recipe.train, self._processes.world_size)
+        batches = [next(self._rows) for _ in range(count)]
+        waited = time.perf_counter() - waited
+        if _due(self._step, recipe.log.gradient_cosine_every):
+            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0], self._step))
+        result: StepResult = self._training_step(batches, self._optimizer, self._step)
+        self._step += 1
+        self._note = result.note
+        self._monitor.add(self._step, result, rate, waited, self._rows.epoch)
+
+    def _after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
+        """Log, evaluate and save where it is due.
+
+        A step that saves also logs: a window of averages never spans a checkpoint, so a run that was
+        interrupted logs the same figures as one that was not.
+        """
+        recipe, step = self._recipe, self._step
+        saves = not self._dry_run and (ends or _due(step, recipe.checkpoint.every))
+        finished = step == recipe.train.steps
+        evaluates = self._heldout is not None and (finished or (not ends and _due(step, recipe.eval.every)))
+        if saves or evaluates or ends or _due(step, recipe.log.every):
+            window = self._monitor.flush(step)
+            self._tokens += window.tokens
+            if window.first_bad_step is not None:
+                raise TrainingError(
+                    f"the loss or its gradient is not finite at step {window.first_bad_step}; "
+                    + (
+                        f"the last good checkpoint is {self._last_checkpoint}"
+                        if self._last_checkpoint
+                        else "there is no checkpoint before it"
+                    )
+                )
+            progress.update(step, window.shown())
+            for alarm in window.alarms:
+                progress.say(f"step {step}: {alarm}")
+        if self._note:
+            progress.say(self._note)
+        if self._rows.epoch != self._epoch:
+            self._epoch = self._rows.epoch
+            progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
+        evaluation = None
+        if evaluates and self._heldout is not None:
+            evaluation = evaluate(
+                self._training_step.summed_loss,
+                self._heldout,
+                recipe,
+                self._processes,
+                self._built.pipeline,
+            )
+            self._monitor.evaluated(step, evaluation)
+            progress.say(
+                f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
+                f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.tokens:,} tokens"
+            )
+        if saves:
+            self._save()
+        return evaluation
+
+    def _save(self) -> None:
+        self._last_checkpoint = checkpoint.save(
+            self._run_dir,
+            self._step,
+            model=self._built.model,
+            optimizer=self._optimizer,
+            state={"tokens": self._tokens, "log": self._monitor.state(), "products": self._products},
+            rank_state={"data": self._rows.state_dict()},
+            recipe_text=dump_recipe(self._recipe),
+            plan=asdict(self._built.pipeline.report),
+            tokenizer_json=self._tokenizer.to_json(),
+            keep=self._recipe.checkpoint.keep,
+        )
+        self._monitor.saved()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
+    """What a run came to, for the table at its end."""
+    rows: list[tuple[str, Any]] = [
+        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
+        ("parameters", f"{outcome.parameters:,}"),
+        ("tokens", f"{outcome.tokens:,}"),
+    ]
+    if outcome.tokens_per_second:
+        rows += [
+            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
+            ("training loss", f"{outcome.loss:.4f}"),
+        ]
+    if outcome.evaluation:
+        rows += [
+            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
+            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
+            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
+        ]
+    if outcome.peak_memory:
+        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
+    if outcome.checkpoint:
+        rows.append(("checkpoint", str(outcome.checkpoint)))
+    return rows

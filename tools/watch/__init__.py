@@ -1,0 +1,1 @@
+"""What is seen of a run: figures by layer, TensorBoard, pictures, alarms."""

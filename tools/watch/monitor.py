@@ -1,0 +1,266 @@
+"""What is watched while a run trains: sums kept on the device, read once a logging interval, written out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from act24.optim import LOROAdamW
+from act24.passes import Activation24
+from act24.passes.activation_statistics import BUFFER
+from act24.recipes.load import dump_recipe
+from act24.recipes.schema import Recipe
+from act24.tools.run.build import Built
+from act24.tools.run.evaluate import Evaluation
+from act24.tools.run.processes import Processes
+from act24.tools.run.step import StepResult
+from act24.tools.watch.sparsity_watch import alarms, take_flip_rates_
+from act24.tools.watch.statistics import (
+    SiteStatistics,
+    block_weights,
+    read_activation_statistics_,
+    weight_sparsity,
+)
+from act24.tools.watch.tensorboard import RunLog, flat
+
+#: Tags of values by layer of the feed-forward networks, and the statistic that each shows.
+FFN_TAGS = {
+    "sparsity_relu/*": "sparsity",
+    "crowded_groups/*": "crowded_groups",
+    "dropped_nonzeros/*": "dropped_nonzeros",
+    "dropped_energy/*": "dropped_energy",
+}
+#: The same of 2:4 along the tokens, and of scales: only some backwards and methods have them.
+_SPARSE_TAGS = {
+    "feature_dropped_nonzeros/*": "feature_dropped_nonzeros",
+    "feature_dropped_energy/*": "feature_dropped_energy",
+    "dense_feature_energy/*": "dense_feature_energy",
+    "activation24_scale/*": "scale",
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Averages over the steps since the last flush."""
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    rate: float
+    tokens_per_second: float
+    first_bad_step: int | None
+    alarms: tuple[str, ...] = ()
+
+    def shown(self) -> dict[str, str]:
+        """The figures for the terminal."""
+        return {
+            "loss": f"{self.loss:.4f}",
+            "lr": f"{self.rate:.2e}",
+            "grad": f"{self.grad_norm:.2f}",
+            "tokens/s": f"{self.tokens_per_second:,.0f}",
+        }
+
+
+class Monitor:
+    """Sums over steps on the device; scalars, layers and text for TensorBoard on the main process.
+
+    Attributes:
+        seconds: spent in training steps so far, by this process.
+        tokens: trained on so far, by all processes since this one began.
+        loss: of the last window.
+        sites: activation statistics of the last window.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        built: Built,
+        optimizer: Optimizer,
+        processes: Processes,
+        run_dir: Path | None,
+        resumed_at: int | None,
+        state: dict[str, Any] | None,
+    ) -> None:
+        """Open the log; `run_dir` None writes none. `state` is what `state()` returned at the checkpoint."""
+        self._recipe, self._built, self._processes = recipe, built, processes
+        self._optimizer = optimizer
+        self._cosines: dict[str, Tensor] = {}
+        self._alarmed = False
+        self.seconds, self.tokens, self.loss = 0.0, 0, float("nan")
+        self.sites: list[SiteStatistics] = []
+        self._log: RunLog | None = None
+        if run_dir is not None and processes.is_main:
+            self._log = RunLog(
+                run_dir, layer_tags=_layer_tags(recipe, built), resumed_from=resumed_at, state=state
+            )
+            if resumed_at is None:
+                self._describe(self._log)
+        self._restart()
+
+    def add(self, step: int, result: StepResult, rate: float, waited: float, epoch: int = 0) -> None:
+        """Take in one step. Nothing is read from the device."""
+        self._epoch = epoch
+        # A gradient that overflows has already spoiled the weights, although its loss was finite.
+        bad = ~torch.isfinite(result.loss + result.grad_norm)
+        self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
+        self._sums += torch.stack((result.loss.double(), result.grad_norm.double(), result.tokens.double()))
+        self._steps += 1
+        self._rate, self._waited = rate, self._waited + waited
+
+    def add_cosines(self, cosines: dict[str, Tensor]) -> None:
+        """Keep cosines of 2:4 to exact weight gradients for the next flush."""
+        self._cosines = cosines
+
+    def flush(self, step: int) -> Window:
+        """Read the window, write it out, begin the next. The one place where the host waits."""
+        sums = torch.cat((self._sums, self._first_bad.double()[None])).tolist()
+        elapsed = time.perf_counter() - self._began
+        steps = max(self._steps, 1)
+        sites = read_activation_statistics_(self._built.model, self._processes)
+        window = Window(
+            step=step,
+            tokens=int(sums[2]),
+            loss=sums[0] / steps,
+            grad_norm=sums[1] / steps,
+            rate=self._rate,
+            tokens_per_second=sums[2] / elapsed,
+            first_bad_step=int(sums[3]) if sums[3] >= 0 else None,
+            alarms=self._new_alarms(sites),
+        )
+        self.seconds += elapsed
+        self.tokens += window.tokens
+        self.loss = window.loss
+        every = self._recipe.log.weight_sparsity_every
+        weights = weight_sparsity(self._built.model) if every and step % every == 0 else {}
+        occasional = self._occasional(steps)
+        if self._log is not None and self._steps:
+            self._log.scalars(self._scalars(window, elapsed) | occasional, step)
+            for alarm in window.alarms:
+                self._log.text("alarms", alarm, step)
+            self._write_sites(self._log, sites, step)
+            self._write_weights(self._log, weights, step)
+        self.sites = sites or self.sites
+        self._restart()
+        return window
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Write a held-out measure; its time is no training time."""
+        if self._log is not None:
+            self._log.scalars(
+                {
+                    "loss/val": evaluation.loss,
+                    "loss/val_perplexity": evaluation.perplexity,
+                    "loss/val_bits_per_byte": evaluation.bits_per_byte,
+                },
+                step,
+            )
+        self._began = time.perf_counter()
+
+    def saved(self) -> None:
+        """A checkpoint was written; its time is no training time."""
+        self._began = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What the log needs to go on after a checkpoint; everything logged so far is on disk then."""
+        if self._log is None:
+            return {}
+        self._log.flush()
+        return self._log.state()
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _restart(self) -> None:
+        device = self._processes.device
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._steps, self._rate, self._waited, self._epoch = 0, 0.0, 0.0, 0
+        self._began = time.perf_counter()
+
+    def _scalars(self, window: Window, elapsed: float) -> dict[str, float]:
+        world_size = self._processes.world_size
+        scalars = {
+            "loss/train": window.loss,
+            "optim/lr": window.rate,
+            "optim/grad_norm": window.grad_norm,
+            "perf/tokens_per_s": window.tokens_per_second,
+            "perf/tokens_per_s_per_device": window.tokens_per_second / world_size,
+            "perf/data_wait_share": self._waited / elapsed,
+            "perf/step_ms": 1000 * elapsed / self._steps,
+            "data/epoch": self._epoch,
+        }
+        if self._processes.device.type == "cuda":
+            scalars["memory/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            scalars["memory/max_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        return scalars
+
+    def _occasional(self, steps: int) -> dict[str, float]:
+        """What only some passes and optimizers have: flip rates, the state of factors, gradient cosines."""
+        rates = take_flip_rates_(self._built.pipeline, steps)
+        scalars = {f"flip_rate/{name}": rate for name, rate in rates.items()}
+        tensors = {f"gradient_cosine/{name}": value for name, value in self._cosines.items()}
+        if isinstance(self._optimizer, LOROAdamW):
+            tensors |= {f"loro/{name}": value for name, value in self._optimizer.diagnostics_().items()}
+        self._cosines = {}
+        if tensors:
+            read = torch.stack([value.double() for value in tensors.values()]).tolist()
+            scalars |= dict(zip(tensors, read, strict=True))
+        return scalars
+
+    def _new_alarms(self, sites: list[SiteStatistics]) -> tuple[str, ...]:
+        """Alarms while 2:4 is in force, once until it was quiet again."""
+        sparse = any(isinstance(p, Activation24) for p in self._built.pipeline.active)
+        texts = tuple(alarms(sites)) if sparse else ()
+        new = () if self._alarmed else texts
+        self._alarmed = bool(texts)
+        return new
+
+    def _write_sites(self, log: RunLog, sites: Sequence[SiteStatistics], step: int) -> None:
+        networks = sorted((s for s in sites if s.site == "mlp"), key=lambda s: s.layer or 0)
+        for tag, field in (FFN_TAGS | _SPARSE_TAGS).items():
+            values = [getattr(site, field) for site in networks]
+            if values and None not in values:
+                log.layers(tag, values, step)
+        others = [s for s in sites if s.site != "mlp"]
+        if others:
+            scalars = {
+                f"lowrank_relu2_sparsity/layer_{s.layer}.{s.site.rpartition('.')[2]}": s.sparsity
+                for s in others
+            }
+            scalars["lowrank_relu2_sparsity/average"] = sum(scalars.values()) / len(scalars)
+            log.scalars(scalars, step)
+
+    def _write_weights(self, log: RunLog, weights: Mapping[str, float], step: int) -> None:
+        by_module: dict[str, list[float]] = {}
+        for name, share in weights.items():
+            by_module.setdefault(name.partition("/")[2], []).append(share)
+        for module, shares in by_module.items():
+            log.layers(f"weight_sparsity/*/{module}", shares, step)
+
+    def _describe(self, log: RunLog) -> None:
+        log.text("recipe", f"```toml\n{dump_recipe(self._recipe)}```")
+        log.text("plan", "\n".join(f"    {line}" for line in str(self._built.pipeline).splitlines()))
+        values = flat(self._recipe.model_dump(exclude={"passes", "description"}, exclude_none=True))
+        values |= {f"passes.{i}": repr(p) for i, p in enumerate(self._recipe.passes)}
+        log.hparams(values, ["loss/train", "loss/val"])
+
+
+def _layer_tags(recipe: Recipe, built: Built) -> list[str]:
+    watched = any(name.endswith(f"mlp.{BUFFER}") for name, _ in built.model.named_buffers())
+    tags = list(FFN_TAGS) if watched else []
+    for p in recipe.passes:
+        if watched and isinstance(p, Activation24):
+            tags += list(_SPARSE_TAGS) if p.backward != "dense" else ["activation24_scale/*"]
+    if recipe.log.weight_sparsity_every:
+        modules = dict.fromkeys(name.partition("/")[2] for name in block_weights(built.model))
+        tags += [f"weight_sparsity/*/{module}" for module in modules]
+    return tags

@@ -1,0 +1,169 @@
+"""What a run writes for TensorBoard: scalars, values by layer, text and hyperparameters, in one event folder.
+
+A *layer tag* is a tag with `*` where the layer stands: `sparsity_relu/*` or `weight_sparsity/*/mlp_up_proj`.
+Its values are written as `sparsity_relu/layer_0`, …, with `mean_across_layers`, `min_across_layers` and
+`max_across_layers` in the same place, and as a layer × step picture, `sparsity_relu/heatmap`.
+
+Custom Scalars shows each layer tag in two charts: the mean within the band from smallest to largest, and
+every layer. TensorBoard colours lines by run, so in the second all lines have one colour and are told apart
+by markers and tooltip; the heatmap is the view that separates layers. A child run for each layer would have
+given colours, at the price of a run list with one entry a layer and of names that no longer hold the layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+from act24.tools.watch.heatmap import History
+
+ACROSS_LAYERS = ("mean_across_layers", "min_across_layers", "max_across_layers")
+
+logger = logging.getLogger("act24")
+
+Write = TypeVar("Write", bound=Callable[..., None])
+
+
+def _never_fatal(write: Write) -> Write:
+    """A log that cannot be written (a full disk) ends with one warning; the training it watches goes on."""
+
+    @functools.wraps(write)
+    def guarded(self: RunLog, *arguments: Any, **options: Any) -> None:
+        if not self.broken:
+            try:
+                write(self, *arguments, **options)
+            except OSError as error:
+                self.broken = True
+                logger.warning("nothing more is written for TensorBoard: %s", error)
+
+    return guarded  # type: ignore[return-value]
+
+
+class RunLog:
+    """The event files in a run's folder. One process has it, the first."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        layer_tags: Sequence[str] = (),
+        resumed_from: int | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            run_dir: where the event files go; its name is the run's in TensorBoard.
+            layer_tags: those that will be logged; each gets its charts.
+            resumed_from: step of the checkpoint from which the run goes on; what was logged after it is
+                hidden. None hides all that an earlier run left in the folder.
+            state: what `state()` returned then. Without it the heatmaps begin anew.
+        """
+        self.broken = False
+        self._histories = {tag: History(**history) for tag, history in (state or {}).items()}
+        # A new run gets a start event too: TensorBoard's server hides nothing at the first of a folder.
+        first_step = 0 if resumed_from is None else resumed_from + 1
+        self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
+        self._writer.add_custom_scalars(layout(layer_tags))
+
+    @_never_fatal
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    @_never_fatal
+    def layers(self, layer_tag: str, values: Sequence[float], step: int) -> None:
+        """`values[i]` of layer i, their mean and range, and the picture when it has a new column."""
+        named = {f"layer_{layer}": value for layer, value in enumerate(values)}
+        named |= zip(ACROSS_LAYERS, (fmean(values), min(values), max(values)), strict=True)
+        for name, value in named.items():
+            self._writer.add_scalar(layer_tag.replace("*", name), value, step)
+        history = self._histories.setdefault(layer_tag, History())
+        if history.add(values, step):
+            tag = layer_tag.replace("*", "heatmap")
+            self._writer.add_image(tag, history.picture(), step, dataformats="HWC")
+
+    @_never_fatal
+    def text(self, tag: str, markdown: str, step: int = 0) -> None:
+        self._writer.add_text(tag, markdown, step)
+
+    @_never_fatal
+    def hparams(self, recipe: Mapping[str, Any], metrics: Iterable[str]) -> None:
+        """The recipe's values by dotted name (`passes.0.mlp_rank`), beside the scalars tagged `metrics`.
+
+        Not by `SummaryWriter.add_hparams`: it adds a run to the list, and to each metric a made-up point.
+        """
+        for summary in hparams_summaries(flat(recipe), dict.fromkeys(metrics, 0.0)):
+            self._writer._get_file_writer().add_summary(summary)
+
+    def state(self) -> dict[str, Any]:
+        """The heatmaps' histories as JSON values, for the checkpoint."""
+        return {tag: asdict(history) for tag, history in self._histories.items()}
+
+    @_never_fatal
+    def flush(self) -> None:
+        """Writes out what is waiting. To be called before a checkpoint, or a resumed run may miss points."""
+        self._writer.flush()
+
+    @_never_fatal
+    def close(self) -> None:
+        """Flushes and closes; calling it again does nothing."""
+        self._writer.close()
+
+
+def layout(layer_tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """The Custom Scalars page: the two losses in one chart, and two charts for each layer tag.
+
+    A Multiline chart takes regular expressions, matched from the start of a tag; a Margin chart takes the
+    tags of value, lower and upper.
+    """
+    page: dict[str, dict[str, list[Any]]] = {
+        "loss": {"train and held-out": ["Multiline", ["^loss/train$", "^loss/val$"]]}
+    }
+    for tag in layer_tags:
+        every_layer = re.escape(tag).replace(r"\*", r"layer_\d+")
+        page.setdefault(tag.partition("/")[0], {}).update(
+            {
+                f"{tag}: mean, smallest to largest": [
+                    "Margin",
+                    [tag.replace("*", name) for name in ACROSS_LAYERS],
+                ],
+                f"{tag}: every layer": ["Multiline", [f"^{every_layer}$"]],
+            }
+        )
+    return page
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested tables and lists as one table: `{"passes": [{"rank": 8}]}` → `{"passes.0.rank": 8}`."""
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, list | tuple):
+        inner = enumerate(value)
+    else:
+        return {name: value}
+    return {
+        dotted: leaf
+        for key, item in inner
+        for dotted, leaf in flat(item, f"{name}.{key}" if name else str(key)).items()
+    }
+
+
+def open_hint(run_dir: Path) -> str:
+    """The command that shows the run, by this environment's `tensorboard` if there is none on the PATH."""
+    program = "tensorboard"
+    beside_python = Path(sys.executable).with_name(program)
+    if shutil.which(program) is None and beside_python.exists():
+        program = str(beside_python)
+    return shlex.join([program, "--logdir", str(run_dir)])
