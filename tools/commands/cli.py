@@ -266,11 +266,31 @@ def data_prepare(
     max_heldout_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the held-out split there.")
     ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Of a record; default text.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text files and JSON; default UTF-8, or as detected.")
+    ] = None,
+    skip_bad_records: Annotated[
+        bool, typer.Option("--skip-bad-records", help="Leave out records that cannot be used; count them.")
+    ] = False,
 ) -> None:
-    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards")."""
+    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards").
+
+    Interrupted, the same command goes on where it was.
+    """
     from act24.tools.commands.prepare import prepare_source
 
-    prepare_source(source, out, tokenizer, vocab_size, max_tokens, max_heldout_tokens)
+    prepare_source(
+        source,
+        out,
+        tokenizer,
+        vocab_size,
+        max_tokens,
+        max_heldout_tokens,
+        text_field,
+        encoding,
+        skip_bad_records,
+    )
 
 
 @bench_app.command("step")

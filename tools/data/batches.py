@@ -16,8 +16,9 @@ import torch
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
-from act24.tools.data.documents import Split, open_documents
+from act24.tools.data.documents import open_documents
 from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows, epoch_of
+from act24.tools.data.shard import Split
 from act24.tools.data.shards import TokenShards
 from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary
 
@@ -75,12 +76,20 @@ class TokenRows(Iterator[Batch]):
         self._max_length, self._batch_size, self._vocab_size = max_length, batch_size, vocab_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="act24-data")
         self._prefetched: deque[Future[Batch]] = deque()
-        self.warnings: list[str] = []
+        self.warnings = [*rows.warnings]
+        self._said: set[str] = set()
         self._state = self._state_of_rows()
 
     def start(self) -> None:
         """Wait for the first batch, which is handed out later: what is wrong with the source shows now."""
         self._prefetch().result()
+
+    def failure(self, count: int) -> BaseException | None:
+        """Wait for the next `count` batches, which are handed out later; what keeps one from being made."""
+        while len(self._prefetched) < count:
+            self._prefetched.append(self._thread.submit(self._make))
+        failures = (future.exception() for future in itertools.islice(self._prefetched, count))
+        return next((failure for failure in failures if failure is not None), None)
 
     def __next__(self) -> Batch:
         batch = self._prefetch().result()  # an error stays at the front: a gap is before what follows it
@@ -96,6 +105,17 @@ class TokenRows(Iterator[Batch]):
     def epoch(self) -> int:
         """How often this rank had read all of its text before the row after the last batch handed out."""
         return epoch_of(self._state["position"])
+
+    def remarks(self) -> list[str]:
+        """The warnings, and what was wrong with the text so far, one line each; what was not said before."""
+        lines = [*self.warnings, *self._rows.tally.lines()]
+        new = [line for line in lines if line not in self._said]
+        self._said.update(new)
+        return new
+
+    def figures(self) -> dict[str, int]:
+        """The epoch, and what was wrong with the text so far, to be logged."""
+        return {"epoch": self.epoch, **self._rows.tally.counts()}
 
     def load_state_dict(self, state: dict[str, Any], grow: bool = False) -> None:
         """Continue with the row after that position.
@@ -216,7 +236,8 @@ def heldout_rows(
     check_vocabulary(tokenizer, vocab_size)
     mine, total, predicted, size = [], 0, 0, 0
     digest = hashlib.sha256()
-    for row in _rows(data, tokenizer, "heldout", 0, 1):
+    rows = _rows(data, tokenizer, "heldout", 0, 1)
+    for row in rows:
         check_ids([row], tokenizer, vocab_size)
         if total % world_size == rank:
             mine.append(row)
@@ -226,7 +247,7 @@ def heldout_rows(
         digest.update(row.astype(np.int64).tobytes())
         if predicted >= tokens:
             break
-    warnings = []
+    warnings = [f"held-out text: {line}" for line in rows.tally.lines()]
     if predicted < tokens:
         warnings.append(
             f"the held-out text has {predicted:,} predicted tokens, fewer than eval.tokens = {tokens:,}: "

@@ -7,7 +7,7 @@ first is predicted from those before it. What is shorter is filled up when rows 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from act24.errors import Act24Error
 from act24.tools.data.documents import Documents
 from act24.tools.data.permutation import permuted
 from act24.tools.data.shards import TokenShards
+from act24.tools.data.tally import Tally
 from act24.tools.data.tokenizer import Tokenizer
 
 GROUP_DOCUMENTS = 64  # encoded at once, so that all cores have work …
@@ -24,7 +25,15 @@ BLOCK = 4096  # places of a shuffled order computed at once
 
 
 class Rows(Iterator[np.ndarray], ABC):
-    """Rows with a position. `fingerprint` identifies them: a position means nothing under another one."""
+    """Rows with a position. `fingerprint` identifies them: a position means nothing under another one.
+
+    Attributes:
+        tally: counts what is wrong with the text.
+        warnings: what is worth saying about it before it is read.
+    """
+
+    tally: Tally
+    warnings: Sequence[str] = ()
 
     @property
     @abstractmethod
@@ -77,6 +86,12 @@ class DocumentRows(Rows):
     layout: str
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, max_length: int) -> None:
+        self.tally = documents.tally
+        if documents.shards == 1 and documents.fingerprint["shuffle_seed"] is not None:
+            self.warnings = (
+                "one file cannot be shuffled: each epoch has its documents in their order; "
+                "`act24 data prepare` makes token shards, whose rows are shuffled",
+            )
         self._documents = documents
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -200,6 +215,8 @@ class ShardRows(Rows):
             "rank": rank,
             "world_size": world_size,
         }
+        self.tally = Tally()  # of text that was read when the shards were made
+        self.warnings = shards.remarks
         self._shards = shards
         self._layout, self._max_length = layout, max_length
         self._count = shards.documents if layout == "padded" else -(-(shards.tokens - 1) // max_length)

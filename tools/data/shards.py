@@ -56,6 +56,7 @@ class SplitFiles(_Part):
     documents: int
     shards: dict[str, File]
     boundaries: dict[str, File]
+    remarks: list[str] = []
 
 
 class Index(_Part):
@@ -109,6 +110,7 @@ class TokenShards:
         fingerprint: identifies folder content and split.
         tokens: how many, the first end-of-text included.
         documents: how many.
+        remarks: what was wrong with the text that they were made of.
 
     Raises:
         Act24Error: no such folder, or a file that is missing, cut short or altered.
@@ -124,6 +126,7 @@ class TokenShards:
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         ((name, file),) = part.boundaries.items()
         self._documents = np.memmap(verified(folder, name, file), "<u8", "r")
+        self.remarks = [f"the text of {folder}: {line}" for line in part.remarks]
         self.tokens = int(self._ends[-1])
         self.documents = len(self._documents) - 1
         if (self._documents[0], self._documents[-1]) != (1, self.tokens):

@@ -266,16 +266,12 @@ def test_an_index_that_was_altered_is_noticed(folder, tokenizer, tmp_path, chang
 
     out = tmp_path / "shards"
     prepare_shards(section(folder), tokenizer, out)
+    shards = Data(source="shards", shards=str(out))
     index = altered(json.loads((out / "index.json").read_text()), change)
     (out / "index.json").write_text(json.dumps(index))
-    read = TokenShards
-    if change == "another end of text":
-
-        def read(folder, split):
-            open_tokenizer(Data(source="shards", shards=str(folder)), Tokenizer())
-
+    of_tokenizer = change == "another end of text"
     with pytest.raises(Act24Error, match=r"index\.json was altered: "):
-        read(out, "train")
+        _ = open_tokenizer(shards, Tokenizer()) if of_tokenizer else TokenShards(out, "train")
 
 
 # ------------------------------------------------------------------------------------------- the measure
