@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
     from act24.passes import Pipeline, apply_, plan, trace
     from act24.recipes.load import load_recipe
+    from act24.tools.huggingface.export import save_pretrained
     from act24.tools.run.build import load
 
     __version__: str
@@ -32,6 +33,7 @@ _EXPORTS = {
     "load": "act24.tools.run.build",
     "load_recipe": "act24.recipes.load",
     "plan": "act24.passes",
+    "save_pretrained": "act24.tools.huggingface.export",
     "trace": "act24.passes",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "load",
     "load_recipe",
     "plan",
+    "save_pretrained",
     "trace",
 ]
 

@@ -15,11 +15,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from act24.errors import Act24Error, nearest
+from act24.rotary import RotaryScaling, rotary_embedding, rotate
 
 _COUNTS = (
     "vocab_size",
@@ -49,6 +49,7 @@ class LlamaConfig:
     head_dim: int | None = None  # None: hidden_size // num_attention_heads
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RotaryScaling | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02  # standard deviation
     tie_word_embeddings: bool = False
@@ -138,21 +139,6 @@ def llama_config(preset: str, **overrides: Any) -> LlamaConfig:
     return dataclasses.replace(PRESETS[preset], **overrides)
 
 
-def rotary_embedding(
-    sequence: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary angles, each [S, head_dim / 2], float32 (Su et al., arXiv 2104.09864)."""
-    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.arange(sequence, dtype=torch.float32, device=device)[:, None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + d/2]) by their angles. x [..., S, d]; cos, sin [S, d/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class LlamaAttention(nn.Module):
     """Causal grouped-query attention. [B, S, D] -> [B, S, D]."""
 
@@ -226,7 +212,11 @@ class LlamaModel(nn.Module):
         # Computed anew each time: a few small kernels, for which no buffer can be lost between meta and
         # device.
         cos, sin = rotary_embedding(
-            input_ids.shape[1], self.config.head_width, self.config.rope_theta, input_ids.device
+            input_ids.shape[1],
+            self.config.head_width,
+            self.config.rope_theta,
+            input_ids.device,
+            self.config.rope_scaling,
         )
         hidden_states = self.embed_tokens(input_ids)
         for layer in self.layers:

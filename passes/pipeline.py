@@ -199,6 +199,11 @@ class Pipeline:
         self._lower_to([new if p is old else p for p in self._active])
 
     @property
+    def model(self) -> nn.Module:
+        """The model that the passes rewrote."""
+        return self._model
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
         """All passes, in order."""
         return self._passes
@@ -255,14 +260,19 @@ class Pipeline:
                     result.update({f"{fqn}.{name}": value for name, value in made.items()})
         return result, tuple(fresh)
 
-    def state_to_stock(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def state_to_stock(self, state: Mapping[str, Tensor], keep: Sequence[str] = ()) -> dict[str, Tensor]:
         """The rewritten model's state dict as a stock one of the same function.
+
+        Args:
+            keep: names of passes that are not undone, as the reader's model has them too.
 
         Raises:
             PassError: a pass has no such form, with its reason, or a name is missing.
         """
         result = dict(state)
         for site, match, change in reversed(list(self._changes())):
+            if site.claims[match.path].name in keep:
+                continue
             if change.to_stock is None:
                 raise PassError(f"{site.traced.name(match.path)} has no stock form: {change.why}")
             for fqn in site.traced.fqns:

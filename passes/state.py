@@ -20,13 +20,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
+from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, weight24
 from act24.passes.activation24 import SCALE, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.graph.activation_sites import PADS
@@ -34,7 +34,7 @@ from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.region import RegionModule
 from act24.passes.weight24 import stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
-from act24.sparse24.pattern.soft_threshold import scale_from_sums
+from act24.sparse24.pattern.soft_threshold import scale_from_sums, soft_threshold24
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_, weight_scale
 
 #: Sums a tensor over all processes, in place or not, and returns it.
@@ -270,3 +270,53 @@ def site_buffers(pipeline: Pipeline, kind: str) -> dict[str, Tensor]:
 def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     """The passes that do something."""
     return [p for p in passes if not p.observes]
+
+
+def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:
+    """The passes of the model as it is served: structural ones, and operational ones in force as they act in
+    evaluation, for every step.
+
+    Args:
+        without: names of passes to leave out.
+    """
+    served: list[Pass] = []
+    for p in pipeline.passes:
+        if p.observes or p.name in without:
+            continue
+        if not isinstance(p, OperationalPass):
+            served.append(p)
+        elif p in pipeline.active and (evaluated := p.in_evaluation()) is not None:
+            served.append(replace(evaluated, from_step=0, until_step=None))
+    return tuple(served)
+
+
+@torch.no_grad()
+def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]:
+    """The state dict of the model as it is served, without the state of `weight24`.
+
+    Args:
+        masked: weights that a `weight24` in force makes 2:4 are as their linears multiply with them; else all
+            weights are the dense masters.
+    """
+    state = pipeline.model.state_dict()
+    for p in pipeline.passes:
+        if not isinstance(p, Weight24):
+            continue
+        with pipeline.lowered([p]):
+            weights = list(sparse_weights(pipeline, p))
+        for weight in weights:
+            if masked and p in pipeline.active:
+                state[weight.name] = _as_multiplied(weight, p)
+            for kind in (weight24.MASK, weight24.SCALE):
+                state.pop(weight.name + kind, None)
+    return state
+
+
+def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
+    """A weight as its linear multiplies with it, in the orientation in which it is stored."""
+    dense = weight.parameter
+    if p.method != "soft_threshold":
+        return torch.where(stored_mask(dense, weight.transposed, p.method), dense, 0)
+    soft = soft_threshold24(dense.T if weight.transposed else dense)
+    scaled = soft * weight.buffer(weight24.SCALE).to(soft.dtype)
+    return scaled.T if weight.transposed else scaled

@@ -113,10 +113,12 @@ def run_python(code: str) -> str:
 
 
 def test_importing_changes_nothing_and_touches_no_gpu():
-    """Import all modules in one process, torch first, and watch what only a program may set."""
+    """Import all modules in one process, torch and transformers first, whose own doing is not ours, and watch
+    what only a program may set."""
     code = """
 import importlib, json, os, pkgutil, sys
 import torch
+from transformers import LlamaForCausalLM
 import act24
 
 done = []

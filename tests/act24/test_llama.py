@@ -15,9 +15,8 @@ from act24.llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     llama_config,
-    rotary_embedding,
-    rotate,
 )
+from act24.rotary import rotary_embedding, rotate
 
 TINY = LlamaConfig(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6

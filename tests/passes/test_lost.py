@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from toys import llama, tokens
 
 from act24.initialise import generator_for
-from act24.llama import LlamaForCausalLM, llama_config, rotary_embedding
+from act24.llama import LlamaForCausalLM, llama_config
 from act24.passes import Activation24, Lost, PassError, Pipeline, Recompute, Relu2FFN, apply_, plan
 from act24.relu2 import relu2
+from act24.rotary import rotary_embedding
 
 RANKS = {"attn_rank": 6, "mlp_rank": 8}
 UP = "model.layers.0.mlp.up_proj"

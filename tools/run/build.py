@@ -19,6 +19,7 @@ from act24.recipes.schema import Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.huggingface.folder import is_pretrained, open_pretrained
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
 SPARSE_PASSES = ("activation24", "weight24")
@@ -26,13 +27,16 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text."""
+    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
 
-    recipe: Recipe
+    Recipe and tokenizer are None where a folder holds a model alone.
+    """
+
+    recipe: Recipe | None
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -84,11 +88,15 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, or a checkpoint: the recipe in it is applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
+    are applied again, then its weights.
 
     Raises:
-        Act24Error: there is no checkpoint, or it is damaged, or not for this device.
+        Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if is_pretrained(Path(path)):
+        model, pipeline = open_pretrained(path)
+        return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     _check_device(recipe, torch.device(device))
@@ -116,6 +124,12 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     if latest is None:
         raise Act24Error(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
     return checkpoint.load(latest)
+
+
+def _beside(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a Hugging Face folder."""
+    file = folder / checkpoint.TOKENIZER
+    return Tokenizer(name=str(file)) if file.is_file() else None
 
 
 def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
