@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from act24.errors import nearest
+from act24.errors import nearest, reading
 from act24.llama import PRESETS
 from act24.recipes.flag_values import parse_flags
 from act24.recipes.flags import BY_NAME, FLAGS, REQUIRED, Flag
@@ -152,14 +152,15 @@ def _model(config: str) -> dict[str, Any]:
     preset = Path(config).stem.replace("_", "-")
     if preset in PRESETS:
         return {"preset": preset}
-    if not Path(config).is_file():
-        raise RecipeError(
-            f"--model_config {config}: no such file, and no preset of that name: {nearest(preset, PRESETS)}"
-        )
-    try:
+    with reading(f"--model_config {config}: not valid JSON", error=RecipeError):
+        if not Path(config).is_file():
+            raise RecipeError(
+                f"--model_config {config}: no such file, and no preset of that name: "
+                f"{nearest(preset, PRESETS)}"
+            )
         fields = json.loads(Path(config).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"--model_config {config}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise RecipeError(f"--model_config {config}: expected a JSON object, got {type(fields).__name__}")
     return {"preset": "llama-9m"} | {key: fields[key] for key in _CONFIG_FIELDS if key in fields}
 
 

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from act24.errors import Act24Error, nearest
+from act24.errors import Act24Error, nearest, reading
 from act24.passes import REGISTRY
 from act24.passes.base import OperationalPass, Pass
 from act24.recipes.checks import contradictions
@@ -47,11 +47,12 @@ def recipe_source(reference: str) -> tuple[str, str]:
     """
     if reference.endswith(".toml"):
         try:
-            return Path(reference).read_text(encoding="utf-8"), reference
-        except FileNotFoundError:
-            raise RecipeError(f"recipe file '{reference}' does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe file '{reference}' cannot be read: {error}") from None
+            with reading(f"recipe file '{reference}' cannot be read", error=RecipeError):
+                return Path(reference).read_text(encoding="utf-8"), reference
+        except RecipeError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise RecipeError(f"recipe file '{reference}' does not exist") from None
+            raise
     if reference not in recipe_names():
         raise RecipeError(
             f"unknown recipe '{reference}': {nearest(reference, recipe_names())} (files end in .toml)"
@@ -76,10 +77,11 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from its text, as stored in a run or a checkpoint; see `load_recipe`."""
-    table = _extended(text, origin, seen=())
-    for override in overrides:
-        _override(table, override)
-    return _validate(table, origin)
+    with reading(f"{origin}: cannot be read", error=RecipeError):
+        table = _extended(text, origin, seen=())
+        for override in overrides:
+            _override(table, override)
+        return _validate(table, origin)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -125,10 +127,8 @@ def _toml_names(folder: Any, prefix: str) -> Iterator[str]:
 
 
 def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    try:
+    with reading(f"{origin}: not valid TOML", error=RecipeError):
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{origin}: not valid TOML: {error}") from None
     parent = table.pop("extends", None)
     if parent is None:
         return table
@@ -158,9 +158,13 @@ def _override(table: dict[str, Any], override: str) -> None:
     if keys == ["extends"]:
         raise RecipeError("override 'extends': only a file extends a recipe; name that recipe itself")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+        with reading(f"override {_short(override)}", error=RecipeError):
+            parsed = tomllib.loads(f"value = {text}")
+    except RecipeError as error:
+        if not isinstance(error.__cause__, tomllib.TOMLDecodeError):
+            raise
+        parsed = {}
+    value = parsed["value"] if parsed.keys() == {"value"} else text.strip()
     node: Any = table
     for key in keys[:-1]:
         node = _listed(node, key, path) if isinstance(node, list) else node.setdefault(key, {})
@@ -172,7 +176,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 
 def _listed(passes: list[dict[str, Any]], key: str, path: str) -> dict[str, Any]:
-    names = [p.get("use", "") for p in passes]
+    names = [str(p.get("use", "")) if isinstance(p, dict) else "" for p in passes]
     if key.isdecimal() and int(key) < len(passes):
         return passes[int(key)]
     if names.count(key) == 1:
@@ -243,11 +247,17 @@ def _options_model(cls: type[Pass]) -> type[BaseModel]:
 
 
 def _tuples(value: Any) -> Any:
-    """TOML's lists as tuples: the schema is frozen, and strict about the difference."""
+    """TOML's lists as tuples: the schema is frozen, and strict about the difference.
+
+    Raises:
+        RecipeError: an integer that is none of TOML's, which `tomllib` would take.
+    """
     if isinstance(value, dict):
         return {key: _tuples(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return tuple(_tuples(entry) for entry in value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RecipeError(f"an integer of {value.bit_length()} bits: TOML's have 64")
     return value
 
 
@@ -263,9 +273,19 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> lis
             lines.append(f"{path}: missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+            shown = "" if item["type"] == "value_error" else f", got {_short(item['input'])}"
             lines.append(f"{path}: {message}{shown}" if path else f"{message}")
     return lines
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, no longer than a line; some cannot be written, and none be refused for
+    that."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _names_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:

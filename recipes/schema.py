@@ -80,6 +80,8 @@ class Data(Section):
             raise ValueError('source = "files" needs data.train_files, a list of globs')
         if self.source == "shards" and not self.shards:
             raise ValueError('source = "shards" needs data.shards, a folder written by `act24 data prepare`')
+        if self.rows == "padded" and self.max_length == 1:
+            raise ValueError('rows = "padded" needs max_length of 2 or more: of one token none is predicted')
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from act24.errors import Act24Error
+from act24.tools.commands.edge import ends_in_one_line
 
 app = typer.Typer(
     name="act24",
@@ -38,12 +38,8 @@ DECAYS = [2e-5, 6e-5, 2e-4, 6e-4]
 
 def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
-    try:
+    with ends_in_one_line():
         app(prog_name="act24")  # also where it runs as `python -m act24`
-    except Act24Error as error:
-        for line in str(error).splitlines():
-            print(f"act24: {line}", file=sys.stderr)
-        sys.exit(2)
 
 
 @app.command()

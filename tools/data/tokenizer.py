@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, reading
 from act24.recipes import schema
 from act24.tools.data.documents import open_documents
 from act24.tools.data.shards import read_index, verified
@@ -24,6 +24,7 @@ TRAINED = "bpe"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that is in the vocabulary
 PADDING = ("<pad>", "[PAD]", "<|padding|>")
 SAMPLE_CHARACTERS = 16_000_000  # of text for training one; more hardly changes the merges
+LARGEST = 2**20  # of trained vocabularies; four times the largest in use
 CACHE_VERSION = 1  # of the way `_train` trains
 
 
@@ -190,11 +191,12 @@ def _of_shards(folder: Path, name: str) -> Tokenizer:
 
 
 def _named(name: str) -> Tokenizer:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if path.is_file():
-        return _from_file(path, name)
+    with reading(f"cannot look for tokenizer {name!r}", RuntimeError):  # "~" and no such user
+        path = Path(name).expanduser()
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        if path.is_file():
+            return _from_file(path, name)
     if path.suffix == ".json" or path.is_absolute() or name.startswith((".", "~")):
         raise Act24Error(f"no tokenizer file {path}")
     try:
@@ -227,6 +229,8 @@ def _trained(data: schema.Data, vocab_size: int, cache: Path) -> Tokenizer:
         raise Act24Error(
             f"tokenizer.vocab_size = {vocab_size}: a byte-level BPE has at least {smallest} tokens"
         )
+    if vocab_size > LARGEST:
+        raise Act24Error(f"tokenizer.vocab_size = {vocab_size}: at most {LARGEST} can be trained here")
     sample = _sample(data)
     key = hashlib.sha256(f"{CACHE_VERSION} {tokenizers.__version__} {vocab_size}".encode())
     for text in sample:

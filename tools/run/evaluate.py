@@ -30,6 +30,8 @@ from act24.tools.run.step import SummedLoss
 
 logger = logging.getLogger("act24")
 
+_HEEDED = ("eval.", "data.", "train.batch_size", "train.dtype")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -131,6 +133,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         built = load(path, processes.device)
         if built.recipe is None or built.tokenizer is None:
             raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
+        check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
@@ -144,6 +147,20 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
             for line in rows.warnings:
                 logger.warning("warning: %s", line)
         return evaluate_forms(built, rows, recipe, processes)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        Act24Error: an override of what the checkpoint fixes: it would be ignored.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    ignored = [key for key in keys if not key.startswith(_HEEDED)]
+    if ignored:
+        raise Act24Error(
+            f"eval ignores {', '.join(ignored)}: the checkpoint says what was trained; it heeds eval.*, "
+            "data.*, train.batch_size and train.dtype"
+        )
 
 
 @contextmanager
