@@ -50,6 +50,7 @@ class Tokenizer(Section):
 
     name: str = "bpe"
     vocab_size: PositiveInt = 4096  # of the trained BPE; ignored by the others
+    end_of_text: str | None = None  # where it is none of the known ones ("<|endoftext|>", "</s>", …)
 
 
 class Data(Section):
@@ -73,6 +74,7 @@ class Data(Section):
     rows: Literal["packed", "padded"] = "packed"
     max_length: PositiveInt = 256  # tokens a row
     shuffle_seed: NonNegativeInt = 42
+    shuffle_buffer: NonNegativeInt = 0  # documents of text that are shuffled among each other; 0: none
 
     @model_validator(mode="after")
     def _source_has_its_keys(self) -> Data:

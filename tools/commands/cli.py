@@ -276,6 +276,9 @@ def data_prepare(
     skip_bad_records: Annotated[
         bool, typer.Option("--skip-bad-records", help="Leave out records that cannot be used; count them.")
     ] = False,
+    end_of_text: Annotated[
+        str | None, typer.Option(help="The tokenizer's token for it, if it is none of the known ones.")
+    ] = None,
 ) -> None:
     """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards").
 
@@ -293,6 +296,7 @@ def data_prepare(
         text_field,
         encoding,
         skip_bad_records,
+        end_of_text,
     )
 
 

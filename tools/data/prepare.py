@@ -86,6 +86,7 @@ def prepare_shards(
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
+                "end_of_text": tokenizer.token(tokenizer.eos_id),
                 "file": file.facts(),
             },
             "splits": splits,
