@@ -9,6 +9,7 @@ so that `import act24`, and with it `act24 --help`, does not wait for torch.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
     from act24.tools.run.build import load
 
     __version__: str
+
+_LINKS = ("passes", "recipes", "tools")
+
+
+def _check_links(package: str) -> None:
+    """Refuse a checkout whose symbolic links are text files. Python would look on for `act24.passes`, and an
+    editable install of another checkout would answer: two versions in one process, without a word."""
+    broken = [name for name in _LINKS if not os.path.isdir(os.path.join(package, name))]
+    if broken and os.path.isdir(package):  # in a zip file nothing is a folder
+        names = " ".join(f"act24/{name}" for name in _LINKS)
+        raise ImportError(
+            f"{os.path.join(package, broken[0])} is no folder: this checkout of act24 has no symbolic links. "
+            f"Run in it: git config core.symlinks true && rm -f {names} && git checkout -- {names}"
+        )
+
+
+_check_links(os.path.dirname(os.path.abspath(__file__)))
 
 # A second list beside the imports above, which only type checkers read; a test keeps the two equal.
 _EXPORTS = {

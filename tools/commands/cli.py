@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from act24.tools.commands.edge import ends_in_one_line
+
+if TYPE_CHECKING:
+    from act24.recipes.schema import Recipe
 
 app = typer.Typer(
     name="act24",
@@ -40,6 +43,14 @@ def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
     with ends_in_one_line():
         app(prog_name="act24")  # also where it runs as `python -m act24`
+
+
+def _warn_of_oddities(recipe: Recipe) -> None:
+    """Say on stderr what training would say when it starts."""
+    from act24.recipes.checks import oddities
+
+    for line in oddities(recipe):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 @app.command()
@@ -138,7 +149,9 @@ def plan(
     from act24.recipes.load import load_recipe
     from act24.tools.commands.show import show_plan
 
-    show_plan(load_recipe(recipe, set_ or ()), as_json)
+    loaded = load_recipe(recipe, set_ or ())
+    show_plan(loaded, as_json)
+    _warn_of_oddities(loaded)
 
 
 @app.command("probe-decay")
@@ -218,7 +231,9 @@ def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from act24.recipes.load import load_recipe
     from act24.tools.run.build import plan_recipe
 
-    plan_recipe(load_recipe(recipe, set_ or ()))
+    loaded = load_recipe(recipe, set_ or ())
+    plan_recipe(loaded)
+    _warn_of_oddities(loaded)
     print(f"{recipe}: valid")
 
 
@@ -264,7 +279,7 @@ def data_prepare(
     tokenizer: Annotated[
         str, typer.Option(help="bpe (trained on the source), a tokenizer.json, a Hub name.")
     ] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=257, help="Of the trained BPE.")] = 32000,
+    vocab_size: Annotated[int, typer.Option(min=257, max=2**20, help="Of the trained BPE.")] = 32000,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop the training split there.")] = None,
     max_heldout_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the held-out split there.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
@@ -59,12 +60,12 @@ def build(
     recipe: Recipe,
     device: torch.device,
     step: int = 0,
-    column_scores: Callable[[Sequence[str]], dict[str, Tensor]] | None = None,
+    measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
 ) -> Built:
     """The model at its start, rewritten. All of its regions stand as graph modules, whatever the passes.
 
     Args:
-        column_scores: measures what `Pipeline.needs_column_scores` names, if the recipe asks for any.
+        measure: measures what `Pipeline.measurements` names; called only if a pass wants anything.
 
     Raises:
         PassError: the recipe's passes do not fit the model.
@@ -73,8 +74,8 @@ def build(
     _check_device(recipe, device)
     model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
     pipeline = _pipeline(recipe, model, step)
-    names = pipeline.needs_column_scores
-    pipeline.commit_(column_scores(names) if names and column_scores else None)
+    wanted = pipeline.measurements
+    pipeline.commit_(measure(wanted) if wanted and measure else None)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()
     return Built(recipe, model, pipeline, step, recipe.tokenizer)

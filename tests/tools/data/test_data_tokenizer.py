@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from act24.errors import Act24Error
 from act24.recipes import schema
-from act24.tools.data import Tokenizer, check_vocabulary, open_tokenizer
+from act24.tools.data import Tokenizer, check_vocabulary, open_rows, open_tokenizer, prepare_shards
 from act24.tools.data import tokenizer as module
 from act24.tools.data.tokenizer import check_ids
 
@@ -174,9 +174,7 @@ def test_an_end_of_text_of_another_name(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(backend.to_str())
     data = schema.Data(source="builtin")
-    with pytest.raises(
-        Act24Error, match=r"no end-of-text token \(looked for .*\); tokenizer\.end_of_text names it"
-    ):
+    with pytest.raises(Act24Error, match=r"no end-of-text .*; tokenizer\.end_of_text names it"):
         open_tokenizer(data, schema.Tokenizer(name=str(path)))
     with pytest.raises(Act24Error, match=r"\(looked for <end>\)"):
         open_tokenizer(data, schema.Tokenizer(name=str(path), end_of_text="<end>"))

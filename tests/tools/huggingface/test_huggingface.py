@@ -132,7 +132,7 @@ def edit_weights(folder: Path, edit) -> None:
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
-        ({"hidden_size": "48"}, "hidden_size .* not '48'"),
+        ({"hidden_size": "48"}, "hidden_size .* got '48'"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4"),
         ({"intermediate_size": 80}, r"mlp.gate_proj.weight \[72, 48\] for \[80, 48\].* and 2 more"),
         ({"num_hidden_layers": 1}, "unexpected: model.layers.1"),
