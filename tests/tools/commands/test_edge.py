@@ -65,7 +65,7 @@ def test_a_vocabulary_beyond_memory(tmp_path, act24):
     command = ("data", "prepare", "builtin", tmp_path / "out", "--vocab-size", "99999999999999")
     status, _, errors = act24(*command)
     assert status == 2
-    assert "99999999999999 is not in the range" in " ".join(errors)
+    assert "--vocab-size" in " ".join(errors)
     (tmp_path / "a.txt").write_text("text " * 100)
     data = Data(source="files", train_files=(str(tmp_path / "a.txt"),))
     with pytest.raises(Act24Error, match=r"tokenizer\.vocab_size = 1048577: at most 1048576"):
