@@ -6,8 +6,9 @@ In order, for update `step` (updates already made), after `pipeline.lower_(step)
     for each micro-batch:
         begin_micro_batch_(pipeline, seed=…, step=…, …)       random seeds, padding
         forward, backward
+    decay_dropped_weights_(pipeline, clipped=False)            masked decay that is a part of the gradient
     clip the gradients
-    decay_dropped_weights_(pipeline, lr)                       masked decay of 2:4 weights
+    decay_dropped_weights_(pipeline, clipped=True)             masked decay that is not
     optimizer.step()
 
 and `with evaluation(pipeline):` around whatever is not training. The buffers are named by the passes
@@ -35,7 +36,8 @@ from act24.passes.graph.region import RegionModule
 from act24.passes.weight24 import stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
-from act24.sparse24.weight.linear24 import flip_rate, masked_decay_, weight_scale
+from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
+from act24.sparse24.weight.methods import weight_scale
 
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
@@ -132,7 +134,7 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     for weight in sparse_weights(pipeline, p):
         mask = stored_mask(weight.parameter, weight.transposed, p.method)
         if step == p.from_step:
-            if p.method == "soft_threshold":
+            if p.record.soft:
                 dense = weight.parameter.T if weight.transposed else weight.parameter
                 weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
         else:
@@ -141,21 +143,21 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
 
 
 @torch.no_grad()
-def decay_dropped_weights_(pipeline: Pipeline, lr: float) -> None:
-    """Masked decay, between clipping and the optimizer step: on the gradients for transposable masks, on the
-    weights for SR-STE.
+def decay_dropped_weights_(pipeline: Pipeline, *, clipped: bool) -> None:
+    """Masked decay of the gradients of an update, to be called twice: before clipping for methods whose decay
+    is a part of the gradient (SR-STE), and between clipping and the optimizer step for those where it is not.
 
     Args:
-        lr: learning rate of the update to come.
+        clipped: whether the gradients are clipped by now. A loop that does not clip makes both calls one
+            after the other.
     """
+    place = "after_clipping" if clipped else "before_clipping"
     for p in pipeline.active:
-        if isinstance(p, Weight24) and p.decay and p.method in ("transposable", "sr_ste"):
+        if isinstance(p, Weight24) and p.masked_decay and p.record.decay_place == place:
             for weight in sparse_weights(pipeline, p):
-                mask = weight.buffer(weight24.MASK)
-                if p.method == "sr_ste":
-                    masked_decay_(weight.parameter, weight.parameter, mask, -lr * p.decay)
-                elif weight.parameter.grad is not None:
-                    masked_decay_(weight.parameter.grad, weight.parameter, mask, p.decay)
+                if weight.parameter.grad is not None:
+                    mask = weight.buffer(weight24.MASK)
+                    masked_decay_(weight.parameter.grad, weight.parameter, mask, p.masked_decay)
 
 
 def refuse_exact_steps(pipeline: Pipeline) -> None:
