@@ -7,7 +7,6 @@ Prints what failed, and leaves with status 1 then.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import act24.sparse24.kernels.weight_operators  # noqa: F401  (defines pack_weight)
+import act24.sparse24.kernels.pack_weight  # noqa: F401  (defines it)
 from act24.sparse24.feed_forward.forms import network_of, why_not_packed
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Measured, feed_forward_products, layout_error, relative_error
-from act24.sparse24.kernels.shared.registry import REFERENCES
+from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.token_wise import Options24
 from act24.sparse24.pattern.transposable import transposable_mask
 from act24.tools.bench.rows import needed_gpu
@@ -79,7 +78,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
                 yield f"pack_activation {case} numbered", _same("pack_activation", 1, numbered, slope)
             if method == "naive":
                 yield f"count_activation {case}", _same("count_activation", 0, (hidden, real, function))
-            saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
+            saved, slopes, _, _ = OPERATORS["pack_activation"].reference(*arguments)
             slopes = slopes if slope else None
             for where in ((None, None), (real, index)):
                 arguments = (grad, saved, slopes, *where, function)
@@ -119,17 +118,22 @@ def _both_ways(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -
 
     def check() -> float:
         made = []
-        for of in (functools.partial(getattr, torch.ops.act24), REFERENCES.__getitem__):
-            _, *saved = of("linear_pack")(x, weight_in, True)
-            made.append(of("linear_gradient")(grad, weight_out, *saved))
+        for forward, backward in zip(_both("linear_pack"), _both("linear_gradient"), strict=True):
+            _, *saved = forward(x, weight_in, True)
+            made.append(backward(grad, weight_out, *saved))
         return _mismatch(*made, 0, False)
 
     return check
 
 
+def _both(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """An operator, and its reference."""
+    return getattr(torch.ops.act24, name), OPERATORS[name].reference
+
+
 def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Callable[[], float]:
     def check() -> float:
-        outputs, expected = getattr(torch.ops.act24, name)(*arguments), REFERENCES[name](*arguments)
+        outputs, expected = (form(*arguments) for form in _both(name))
         if isinstance(outputs, Tensor):
             outputs, expected = (outputs,), (expected,)
         return _mismatch(outputs, expected, packed, slope)
@@ -139,7 +143,7 @@ def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Call
 
 def _same_bytes(name: str, argument: Tensor) -> Callable[[], float]:
     def check() -> float:
-        outputs, expected = getattr(torch.ops.act24, name)(argument), REFERENCES[name](argument)
+        outputs, expected = (form(argument) for form in _both(name))
         pairs = [(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(outputs, expected, strict=True)]
         return max((a != b).float().mean().item() for a, b in pairs)
 

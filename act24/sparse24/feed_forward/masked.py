@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from act24.sparse24.feed_forward.forms import Tensors
 from act24.sparse24.feed_forward.packed import token_statistics
 from act24.sparse24.feed_forward.statistics import STATISTICS
-from act24.sparse24.kernels import operators
+from act24.sparse24.kernels.activation_gradient import activation_gradient
+from act24.sparse24.kernels.pack_activation import pack_activation
 from act24.sparse24.pattern.token_wise import Function, Options24
 
 
@@ -29,7 +30,7 @@ class _MaskedActivation24(torch.autograd.Function):
     def forward(
         hidden: Tensor, real: Tensor | None, function: Function, count: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        value, _, counts, sums = operators.pack_activation(
+        value, _, counts, sums = pack_activation(
             hidden, None, real, function, "naive", False, True, count, count
         )
         return value, counts, sums
@@ -45,7 +46,7 @@ class _MaskedActivation24(torch.autograd.Function):
     @once_differentiable  # the slope is made from a constant
     def backward(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (value,) = ctx.saved_tensors
-        return operators.activation_gradient(grad_value.contiguous(), value, ctx.function), None, None, None
+        return activation_gradient(grad_value.contiguous(), value, ctx.function), None, None, None
 
 
 def masked_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""`activation24` for narrow linears, where 2:4 products lose to dense ones (`act24.sparse24.kernels.narrow`):
-the activation and its derivative are made inside the products around them, and nothing F-wide is kept but the
-packed activation, 1.125 bytes a feature, or nothing at all.
+"""`activation24` for narrow linears, where 2:4 products lose to dense ones
+(`act24.sparse24.kernels.linear_pack`): the activation and its derivative are made inside the products around
+them, and nothing F-wide is kept but the packed activation, 1.125 bytes a feature, or nothing at all.
 
 The same function as the reference in `act24.sparse24.feed_forward.operation` up to the rounding of sums.
 """
@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from act24.sparse24.feed_forward.forms import Tensors
 from act24.sparse24.feed_forward.statistics import STATISTICS, token_wise_statistics
-from act24.sparse24.kernels import narrow_operators as operators
+from act24.sparse24.kernels.linear_gradient import linear_gradient
+from act24.sparse24.kernels.linear_pack import linear_pack
+from act24.sparse24.kernels.recompute_gradient import recompute_gradient
 from act24.sparse24.pattern.token_wise import Options24, sparsify_token_wise
 
 #: Statistics look at every 16th token: the pre-activation, which they need, is nowhere in memory.
@@ -35,7 +37,7 @@ class _NarrowActivation24(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         save = training and not options.recompute
-        value, values, fields = operators.linear_pack(rows, weight_in, save)
+        value, values, fields = linear_pack(rows, weight_in, save)
         y = F.linear(value, weight_out)
         y = y if bias_out is None else y + bias_out  # two roundings, as in the reference
         return y.view(*x.shape[:-1], len(weight_out)), values, fields
@@ -55,9 +57,9 @@ class _NarrowActivation24(torch.autograd.Function):
         need_x, need_weight_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:4]
         rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
         if ctx.options.recompute:
-            value, grad_hidden = operators.recompute_gradient(rows, weight_in, grad, weight_out)
+            value, grad_hidden = recompute_gradient(rows, weight_in, grad, weight_out)
         else:
-            value, grad_hidden = operators.linear_gradient(grad, weight_out, values, fields)
+            value, grad_hidden = linear_gradient(grad, weight_out, values, fields)
         return (
             (grad_hidden @ weight_in).view(x.shape) if need_x else None,
             grad_hidden.T @ rows if need_weight_in else None,

@@ -32,7 +32,7 @@ from act24.sparse24.feed_forward.narrow import narrow_activation24
 from act24.sparse24.feed_forward.packed import packed_activation24, token_statistics
 from act24.sparse24.feed_forward.statistics import STATISTICS, feature_wise_statistics, token_wise_statistics
 from act24.sparse24.format.fp8 import linear_fp8
-from act24.sparse24.kernels import operators
+from act24.sparse24.kernels.count_activation import count_activation
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.pattern.selection import densest, top2_of_4
 from act24.sparse24.pattern.token_wise import (
@@ -127,7 +127,7 @@ def dense_statistics(hidden: Tensor, pads: Tensor | None = None, function: Funct
     """
     rows, real = _rows(hidden.detach()), _real(pads)
     if not is_mapped() and not why_not_counted(rows):
-        counts, sums = operators.count_activation(rows.contiguous(), real, function)
+        counts, sums = count_activation(rows.contiguous(), real, function)
         return token_statistics(len(rows), counts, sums, real)
     positive = torch.relu(rows)
     dense = positive * positive if function == "relu2" else positive

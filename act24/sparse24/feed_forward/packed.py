@@ -24,9 +24,14 @@ from act24.sparse24.feed_forward.statistics import STATISTICS, feature_wise_stat
 from act24.sparse24.format.fp8 import scaled
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
-from act24.sparse24.kernels import fp8_operators, operators
+from act24.sparse24.kernels.gather_features import gather_features
+from act24.sparse24.kernels.pack_activation import pack_activation
+from act24.sparse24.kernels.pack_gradient import pack_gradient
 from act24.sparse24.kernels.product24 import product24
+from act24.sparse24.kernels.quantise_packed import quantise_packed
+from act24.sparse24.kernels.quantise_rows import quantise_rows
 from act24.sparse24.kernels.token_order import token_order
+from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise
 from act24.sparse24.pattern.selection import densest_features
 from act24.sparse24.pattern.token_wise import Options24
@@ -72,7 +77,7 @@ class _PackedActivation24(torch.autograd.Function):
         training: bool,
     ) -> tuple[Tensor, ...]:
         hidden = F.linear(x, weight_in, bias_in)
-        packed, slope, counts, sums = operators.pack_activation(
+        packed, slope, counts, sums = pack_activation(
             hidden,
             seed,
             real,
@@ -111,16 +116,14 @@ class _PackedActivation24(torch.autograd.Function):
         grad_activation = grad_product @ weight_out
         grad_weight_in = grad_weight_out = None
         if options.backward == "dense":
-            grad_hidden, value, dense = operators.unpack_gradient(
-                grad_activation, packed, slope, options.function
-            )
+            grad_hidden, value, dense = unpack_gradient(grad_activation, packed, slope, options.function)
             grad_weight_in = dense.T @ x if need_weight_in else None
             grad_weight_out = grad_product.T @ value if need_weight_out else None
         else:
             index = None
             if options.backward == "split_gemm":
                 index = densest_features(counts, options.dense_ratio)
-            grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = operators.pack_gradient(
+            grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = pack_gradient(
                 grad_activation, packed, slope, real, index, options.function
             )
             if need_weight_in:
@@ -150,8 +153,8 @@ def _forward_product(packed: Tensor, weight_out: Tensor, algorithm: int, options
     """a W_outᵀ. In fp8 what is packed in e4m3 is packed from what backward needs in bfloat16 anyway."""
     if options.precision == "bfloat16":
         return product24(packed, weight_out.T, algorithm, False, None, None)
-    narrow, scale = fp8_operators.quantise_packed(packed)
-    weight, columns = fp8_operators.quantise_rows(weight_out)
+    narrow, scale = quantise_packed(packed)
+    weight, columns = quantise_rows(weight_out)
     return scaled(product24(narrow, weight.T, algorithm, False, None, None), scale, columns)
 
 
@@ -217,7 +220,7 @@ def _statistics(
     if options.backward == "dense":
         return result
     index = torch.arange(0, features, _SAMPLE, device=sums.device)
-    value = operators.gather_features(packed.buffer, index, real)
+    value = gather_features(packed.buffer, index, real)
     dense = None
     if options.backward == "split_gemm":
         chosen = densest_features(counts, options.dense_ratio)

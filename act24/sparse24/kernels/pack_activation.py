@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
-from act24.sparse24.format.packed import Packed24
+from act24.sparse24.format.packed import Packed24, empty_packed, pack
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
     as_float,
@@ -29,6 +29,8 @@ from act24.sparse24.kernels.shared.keys import (
     upper,
 )
 from act24.sparse24.kernels.shared.random_draw import draw2
+from act24.sparse24.kernels.shared.registry import operator
+from act24.sparse24.pattern.token_wise import Options24, Sparse24, sparsify_token_wise
 
 #: Features a program owns, and slabs of 64 tokens it walks down at most, loads two slabs ahead.
 STRIP, SLABS = 64, 8
@@ -207,7 +209,118 @@ def _pack_activation(
         tl.store(program + 3, tl.sum(lost))
 
 
+def activation_counts(positive: Tensor, sparse: Sparse24, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Non-zeros before 2:4 by feature, int32 `[F]`, and float32 `[4]`: groups with more than
+    two non-zeros, non-zeros dropped, energy, energy dropped. `positive` is relu(h) `[T, F]`; tokens that are
+    not `real`, boolean `[T]`, count nowhere."""
+    nonzero = positive > 0 if real is None else (positive > 0) & real[:, None]
+    energy = torch.where(nonzero, sparse.dense.float().square(), 0)
+    sums = (
+        (nonzero.unflatten(-1, (-1, 4)).sum(-1) > 2).sum(),
+        (nonzero & ~sparse.mask).sum(),
+        energy.sum(),
+        torch.where(sparse.mask, 0, energy).sum(),
+    )
+    return nonzero.sum(0, dtype=torch.int32), torch.stack([s.float() for s in sums])
+
+
+def _reference(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    slope: bool,
+    dense: bool,
+    counts: bool,
+    statistics: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positive = torch.relu(hidden)
+    by_token = positive if order is None else positive[torch.argsort(order)]
+    sparse = sparsify_token_wise(by_token, seed, Options24(function=function, method=method))  # type: ignore[arg-type]
+    sparse = sparse if order is None else Sparse24(*(part[order] for part in sparse))
+    packed = pack(sparse.value, sparse.mask)
+    number, sums = activation_counts(positive, sparse, real)
+    return (
+        sparse.value if dense else packed.buffer,
+        pack(sparse.slope, sparse.mask).values.clone() if slope else hidden.new_empty(0),
+        number if counts else number[:0].clone(),
+        sums if statistics else sums[:0].clone(),
+    )
+
+
+def _fake(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    slope: bool,
+    dense: bool,
+    counts: bool,
+    statistics: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, features = hidden.shape
+    return (
+        torch.empty_like(hidden) if dense else empty_packed(tokens, features, hidden),
+        hidden.new_empty(tokens, features // 2) if slope else hidden.new_empty(0),
+        hidden.new_empty(features if counts else 0, dtype=torch.int32),
+        hidden.new_empty(SUMS if statistics else 0, dtype=torch.float32),
+    )
+
+
+@operator(_reference, _fake)
 def pack_activation(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    slope: bool,
+    dense: bool,
+    counts: bool,
+    statistics: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Activation, selection and packing along the features.
+
+    Args:
+        hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        seed: int64 scalar, for mvue.
+        real: boolean `[T]`, the tokens that count; None for all.
+        function: "relu2" or "relu".
+        method: "naive", "soft_threshold" or "mvue".
+        slope, counts, statistics: whether to make the second, third and fourth result.
+        dense: return the activation with its zeros, not packed.
+        order: int64 `[T]`, the token of every row, which is what mvue draws by; None for the row's number.
+
+    Returns:
+        the activation, the buffer of a packed matrix or `[T, F]`; its slope at the kept places, `[T, F/2]`;
+        non-zeros before 2:4 by feature, int32 `[F]`; and float32 `[4]`: groups with more than two non-zeros,
+        non-zeros dropped, energy, energy dropped. What was not asked for is empty.
+    """
+    result, slopes, number, _ = _fake(
+        hidden, seed, real, function, method, slope, dense, counts or statistics, statistics
+    )
+    number.zero_()
+    sums = launch(
+        hidden,
+        result if dense else Packed24(result),
+        slopes if slope else None,
+        number if counts or statistics else None,
+        statistics,
+        seed,
+        real,
+        function,
+        method,
+        order,
+    )
+    return result, slopes, number if counts else number[:0].clone(), sums
+
+
+def launch(
     hidden: Tensor,
     result: Packed24 | Tensor | None,
     slope: Tensor | None,
@@ -218,26 +331,13 @@ def pack_activation(
     function: str,
     method: str,
     order: Tensor | None = None,
-) -> Tensor | None:
-    """Launch the kernel: fill `result`, `slope` and `counts`, and return the sums.
-
-    Args:
-        hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
-        result: the activation `[T, F]`, unwritten; packed, or with its zeros, bfloat16; None to count only.
-        slope: bfloat16 `[T, F/2]`, unwritten, or None.
-        counts: int32 `[F]`, zeros, or None; needed for the statistics.
-        statistics: whether to count.
-        seed: int64 scalar for mvue.
-        real: boolean `[T]`, tokens that count; None for all.
-        function, method: as in `act24.sparse24.feed_forward.operation.Options24`.
-        order: int64 `[T]`, the token of every row, by which mvue draws; None for the number of the row.
-
-    Returns:
-        float32 `[SUMS]`, or None without statistics.
-    """
+) -> Tensor:
+    """Launch the kernel for `pack_activation` and `count_activation`: fill `result`, `slope` and `counts`,
+    those that are there, and return the sums, float32 `[4]`, or empty without statistics. `counts` begins as
+    zeros, and has to be there for statistics."""
     tokens, features = hidden.shape
     grid = (features // STRIP, triton.cdiv(tokens // 64, SLABS))
-    sums = hidden.new_empty(grid[0] * grid[1], SUMS, dtype=torch.float32) if statistics else None
+    sums = hidden.new_empty((grid[0] * grid[1], SUMS) if statistics else 0, dtype=torch.float32)
     words = hidden.view(torch.int32)
     unused = words
     form, values, metadata = "none", unused, unused
@@ -251,7 +351,7 @@ def pack_activation(
         metadata,
         unused if slope is None else slope,
         unused if counts is None else counts,
-        unused if sums is None else sums,
+        sums if statistics else unused,
         unused if real is None else real,
         unused if order is None else order,
         unused if seed is None else seed,
@@ -270,4 +370,4 @@ def pack_activation(
         STAGES=3,
         num_warps=8,
     )
-    return None if sums is None else sums.sum(0)
+    return sums.sum(0) if statistics else sums

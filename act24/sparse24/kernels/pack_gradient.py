@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
-from act24.sparse24.format.packed import Packed24
+from act24.sparse24.format.packed import Packed24, empty_packed, pack, unpack
 from act24.sparse24.kernels.shared.keys import (
-    as_float,
     as_signed,
     by_position,
     complement_field,
@@ -27,11 +26,12 @@ from act24.sparse24.kernels.shared.keys import (
     load_bits,
     metadata_field,
     metadata_words,
-    round16,
     sort4,
     spread,
     upper,
 )
+from act24.sparse24.kernels.shared.masked_gradient import masked_gradient, masked_gradient_reference
+from act24.sparse24.kernels.shared.registry import operator
 
 #: Tokens and features of a tile.
 TOKENS, FEATURES = 64, 64
@@ -51,38 +51,6 @@ def _rotate_left(bits):
 @jit
 def _rotate_right(bits):
     return bits >> 1 | bits << 31
-
-
-@jit
-def masked_gradient(pairs, both, slope, low, high, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
-    """dZ at the kept places.
-
-    Args:
-        pairs: dS, words [rows, features / 2].
-        both, slope: the saved activation and its slope, words [rows, features / 4], of no negative numbers.
-        low, high: the metadata of every group, in its bits 0 to 1 and 2 to 3.
-
-    Returns:
-        bfloat16 [rows, features / 4, 2].
-    """
-    even, odd = tl.split(tl.reshape(pairs, [both.shape[0], both.shape[1], 2]))
-    grad0 = as_float(even << 16)
-    grad1 = as_float(upper(even))
-    grad2 = as_float(odd << 16)
-    grad3 = as_float(upper(odd))
-    first = tl.where(low == 0, grad0, tl.where(low == 1, grad1, grad2))
-    second = tl.where(high == 12, grad3, tl.where(high == 8, grad2, grad1))
-    if SLOPE:
-        first *= as_float(slope << 16)
-        second *= as_float(upper(slope))
-    elif FUNCTION == "relu2":
-        # Rounded to 16 bits the root of the rounded square is relu(h) again, exactly: nothing else is saved.
-        first *= 2 * round16(tl.sqrt(as_float(both << 16)), tl.bfloat16)
-        second *= 2 * round16(tl.sqrt(as_float(upper(both))), tl.bfloat16)
-    else:
-        first = tl.where(both << 16 != 0, first, 0.0)
-        second = tl.where(upper(both) != 0, second, 0.0)
-    return tl.join(first, second).to(tl.bfloat16)
 
 
 @jit
@@ -314,60 +282,101 @@ def _pack_gradient(
         tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
 
 
-def pack_gradient(
+def _reference(
     grad: Tensor,
-    saved: Packed24,
+    saved: Tensor,
     slope: Tensor | None,
     real: Tensor | None,
-    places: Tensor | None,
-    grad_packed: Packed24,
-    value_rows: Packed24,
-    grad_rows: Packed24,
-    value_dense: Tensor,
-    grad_dense: Tensor,
+    index: Tensor | None,
     function: str,
-) -> None:
-    """Launch the kernel.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    value = Packed24(saved)
+    masked = masked_gradient_reference(grad, value, slope, function)
+    rows = []
+    for matrix in (unpack(value), unpack(masked)):
+        matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+        rows.append(matrix.T.contiguous())
+    chosen = grad.new_empty(0, dtype=torch.int64) if index is None else index
+    return masked.buffer, pack(rows[0]).buffer, pack(rows[1]).buffer, rows[0][chosen], rows[1][chosen]
+
+
+def _fake(
+    grad: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    real: Tensor | None,
+    index: Tensor | None,
+    function: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, features = grad.shape
+    dense = (0 if index is None else index.shape[0], tokens)
+    return (
+        torch.empty_like(saved),
+        empty_packed(features, tokens, grad),
+        empty_packed(features, tokens, grad),
+        grad.new_empty(dense),
+        grad.new_empty(dense),
+    )
+
+
+@operator(_reference, _fake)
+def pack_gradient(
+    grad: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    real: Tensor | None,
+    index: Tensor | None,
+    function: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From dS and what forward saved to the operands of backward.
 
     Args:
         grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
-        saved: the activation, 2:4 along the features, `[T, F]`.
-        slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
+        saved: the buffer of the activation, 2:4 along the features, `[T, F]`.
+        slope: bfloat16 `[T, F/2]` at the places of the saved values; None to take it from the activation.
         real: boolean `[T]`, False for tokens to leave out; None for none.
-        places: int32 `[F]`, the row of `value_dense` and `grad_dense` that a feature goes to, -1 for none;
-            None for no such features.
-        grad_packed: dZ `[T, F]`, unwritten.
-        value_rows, grad_rows: the activation and dZ, 2:4 along the tokens, `[F, T]`, unwritten.
-        value_dense, grad_dense: bfloat16 `[n, T]`, both as they are in the chosen features, unwritten.
-        function: as in `act24.sparse24.feed_forward.operation.Options24`.
+        index: int64 `[n]`, all different, the features that are wanted dense too; None for none.
+        function: "relu2" or "relu".
+
+    Returns:
+        the buffers of dZ packed along the features, `[T, F]`, and of the activation and dZ packed along the
+        tokens, `[F, T]`: the two largest magnitudes of every four tokens, tokens that are not real as zeros;
+        and both as they are in the chosen features, bfloat16 `[n, T]`.
     """
     tokens, features = grad.shape
+    outputs = _fake(grad, saved, slope, real, index, function)
+    value, grad_packed, value_rows, grad_rows = map(Packed24, (saved, *outputs[:3]))
     unused = words = grad.view(torch.int32)
+    places = unused
+    if index is not None:  # the row that each feature goes to, -1 for none
+        places = torch.full((features,), -1, dtype=torch.int32, device=grad.device)
+        places[index] = torch.arange(len(index), dtype=torch.int32, device=grad.device)
     _pack_gradient[(features // FEATURES, triton.cdiv(tokens // TOKENS, STEPS))](
         words,
-        saved.values.view(torch.int32),
-        saved.metadata.view(torch.int32),
+        value.values.view(torch.int32),
+        value.metadata.view(torch.int32),
         unused if slope is None else slope.view(torch.int32),
         unused if real is None else real,
-        unused if places is None else places,
+        places,
         grad_packed.values,
         grad_packed.metadata.view(torch.int32),
         value_rows.values.view(torch.int32),
         value_rows.metadata.view(torch.int32),
         grad_rows.values.view(torch.int32),
         grad_rows.metadata.view(torch.int32),
-        value_dense.view(torch.int32),
-        grad_dense.view(torch.int32),
+        outputs[3].view(torch.int32),
+        outputs[4].view(torch.int32),
         tokens,
         features,
         FUNCTION=function,
         SLOPE=slope is not None,
         PADS=real is not None,
-        DENSE=places is not None,
+        DENSE=index is not None,
         TOKENS=TOKENS,
         FEATURES=FEATURES,
         STEPS=STEPS,
         STAGES=STAGES,
         num_warps=4,
-        maxnreg=REGISTERS if places is None else REGISTERS_WITH_DENSE,
+        maxnreg=REGISTERS if index is None else REGISTERS_WITH_DENSE,
     )
+    return outputs

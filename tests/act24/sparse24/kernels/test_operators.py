@@ -1,0 +1,53 @@
+"""What holds for every operator in the table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from operator_cases import operator_cases
+from torch.library import opcheck
+
+from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.kernels.token_order import _kept_order
+from act24.sparse24.pattern.feature_wise import token_permutation
+
+
+def test_every_operator_has_a_case() -> None:
+    assert set(operator_cases()) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", operator_cases())
+def test_operators_keep_their_contracts(name: str) -> None:
+    """Schemas, shapes for tracing, and no gradient of their own."""
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    opcheck(getattr(torch.ops.act24, name).default, operator_cases()[name], test_utils=tests)
+
+
+def test_schemas_are_those_of_the_annotations() -> None:
+    """One of each type, by hand."""
+    assert str(torch.ops.act24.pack_activation.default._schema) == (
+        "act24::pack_activation(Tensor hidden, Tensor? seed, Tensor? real, str function, str method, "
+        "bool slope, bool dense, bool counts, bool statistics, Tensor? order=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    assert str(torch.ops.act24.token_order.default._schema) == (
+        "act24::token_order(Tensor like, SymInt[] shape, str kind) -> (Tensor, Tensor)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["batch", "sequence"])
+def test_the_kept_order_and_its_inverse(kind: Literal["batch", "sequence"]) -> None:
+    """What CUDA runs, on a CPU: sorted once, and handed out as copies."""
+    _kept_order.cache_clear()
+    like, numbers = torch.empty(0), torch.arange(3 * 64)
+    expected = token_permutation((3, 64), kind, like.device)
+    assert expected is not None
+    for _ in range(2):
+        order, inverse = OPERATORS["token_order"].launch(like, [3, 64], kind)
+        assert torch.equal(order, expected)
+        assert torch.equal(order[inverse], numbers)
+        assert torch.equal(inverse[order], numbers)
+        order.zero_()
+        inverse.zero_()
+    assert _kept_order.cache_info().misses == 1
