@@ -31,11 +31,6 @@ def _taken(start, end, u):
 
 
 @jit
-def _factor(taken, probability):
-    return tl.where(taken, tl.div_rn(1.0, tl.where(taken, probability, 1.0)), 0.0)
-
-
-@jit
 def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
     """Two of four magnitudes, drawn by the minimum-variance unbiased estimator.
 
@@ -66,11 +61,12 @@ def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
     dominated = rest < 1
     # One entry outweighs the others: it is certain, and they share one draw instead of two.
     single = dominated & (largest > 0)
-    scale = tl.where(rest > 0, rest, 1.0)
-    p0 = _probability(a0, other0, is0 & single, rest, scale, dominated)
-    p1 = _probability(a1, other1, is1 & single, rest, scale, dominated)
-    p2 = _probability(a2, other2, is2 & single, rest, scale, dominated)
-    p3 = _probability(a3, other3, is3 & single, rest, scale, dominated)
+    # Divisions are what this costs: one for either case, with what is divided by chosen before.
+    whole = tl.where(dominated, tl.where(rest > 0, rest, 1.0), 1 + rest)
+    p0 = _probability(tl.where(dominated, other0, 2 * a0), whole, is0 & single)
+    p1 = _probability(tl.where(dominated, other1, 2 * a1), whole, is1 & single)
+    p2 = _probability(tl.where(dominated, other2, 2 * a2), whole, is2 & single)
+    p3 = _probability(tl.where(dominated, other3, 2 * a3), whole, is3 & single)
     end0 = tl.where(is0 & single, 0.0, p0)
     end1 = end0 + tl.where(is1 & single, 0.0, p1)
     end2 = end1 + tl.where(is2 & single, 0.0, p2)
@@ -98,19 +94,24 @@ def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
     first, second = by_position(as_bits(best), as_bits(tl.maximum(tl.minimum(high01, high23), low)))
     first = first & 3
     second = second & 3
-    f0 = _factor(taken0, p0)
-    f1 = _factor(taken1, p1)
-    f2 = _factor(taken2, p2)
-    f3 = _factor(taken3, p3)
+    drawn0 = tl.where(taken0, p0, 0.0)
+    drawn1 = tl.where(taken1, p1, 0.0)
+    drawn2 = tl.where(taken2, p2, 0.0)
+    drawn3 = tl.where(taken3, p3, 0.0)
     return (
         as_bits(tl.where(first == 3, key0, tl.where(first == 2, key1, key2))),
         as_bits(tl.where(second == 0, key3, tl.where(second == 1, key2, key1))),
-        tl.where(first == 3, f0, tl.where(first == 2, f1, f2)),
-        tl.where(second == 0, f3, tl.where(second == 1, f2, f1)),
+        _inverse(tl.where(first == 3, drawn0, tl.where(first == 2, drawn1, drawn2))),
+        _inverse(tl.where(second == 0, drawn3, tl.where(second == 1, drawn2, drawn1))),
     )
 
 
 @jit
-def _probability(a, other, certain, rest, scale, dominated):
-    shared = tl.where(certain, 1.0, tl.div_rn(other, scale))
-    return tl.where(dominated, shared, tl.minimum(tl.div_rn(2 * a, 1 + rest), 1.0))
+def _probability(part, whole, certain):
+    """Never above 1: in the case where one entry outweighs the others a part is no larger than the whole."""
+    return tl.where(certain, 1.0, tl.minimum(tl.div_rn(part, whole), 1.0))
+
+
+@jit
+def _inverse(probability):
+    return tl.where(probability > 0, tl.div_rn(1.0, tl.where(probability > 0, probability, 1.0)), 0.0)
