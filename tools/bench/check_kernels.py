@@ -19,8 +19,10 @@ import act24.sparse24.kernels.pack_weight  # noqa: F401  (defines it)
 from act24.sparse24.feed_forward.forms import network_of, why_not_packed
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.format.cusparselt import multiplies
+from act24.sparse24.format.device import layout_error
+from act24.sparse24.format.multiply import relative_error
 from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.format.products import Measured, feed_forward_products, layout_error, relative_error
+from act24.sparse24.format.products import Measured, feed_forward_products
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.token_wise import Options24
 from act24.sparse24.pattern.transposable import transposable_mask

@@ -13,7 +13,8 @@ from act24.relu2 import relu2
 from act24.sparse24.feed_forward.masked import masked_activation24
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.packed import packed_activation24
-from act24.sparse24.format.products import Table, feed_forward_products, tuned
+from act24.sparse24.format.products import Table, feed_forward_products
+from act24.sparse24.format.tuner import tuned
 from act24.sparse24.pattern.token_wise import Options24
 from act24.tools.bench.rows import Row, graph_milliseconds, milliseconds, needed_gpu
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from act24.sparse24.format.fp8 import scaled
+from act24.sparse24.format.multiply import multiply24, relative_error
 from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.format.products import Product, multiply24, relative_error, tuned
+from act24.sparse24.format.products import Product
+from act24.sparse24.format.tuner import tuned
 from act24.sparse24.kernels.pack_activation import pack_activation
 from act24.sparse24.kernels.quantise_packed import quantise_packed
 from act24.sparse24.kernels.quantise_rows import quantise_rows

@@ -19,7 +19,8 @@ from act24.sparse24.feed_forward.forms import (
     why_not_packed,
 )
 from act24.sparse24.format.cusparselt import multiplies
-from act24.sparse24.format.products import Table, feed_forward_products, fp8_obstacle, layout_error, obstacle
+from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
+from act24.sparse24.format.products import Table, feed_forward_products
 from act24.sparse24.pattern.token_wise import Options24
 from act24.tools.run.tuning import cache_path, machine, read_table
 

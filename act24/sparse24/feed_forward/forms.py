@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from act24.operation import constant_when_compiled
-from act24.sparse24.format.products import Kind, choose, feed_forward_products, fp8_obstacle, obstacle
+from act24.sparse24.format.device import fp8_obstacle, obstacle
+from act24.sparse24.format.products import Kind, choose, feed_forward_products
 from act24.sparse24.pattern.token_wise import Options24
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
@@ -136,13 +137,13 @@ def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str
 
 @constant_when_compiled
 def obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.products.obstacle`, as a constant of a compiled graph."""
+    """`act24.sparse24.format.device.obstacle`, as a constant of a compiled graph."""
     return obstacle(device)
 
 
 @constant_when_compiled
 def fp8_obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.products.fp8_obstacle`, likewise."""
+    """`act24.sparse24.format.device.fp8_obstacle`, likewise."""
     return fp8_obstacle(device)
 
 

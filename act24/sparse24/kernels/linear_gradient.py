@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.sparse24.format.fields import from_bytes, with_zeros
 from act24.sparse24.kernels.shared.keys import (
     as_signed,
     load_bits,
@@ -73,10 +74,7 @@ def _linear_gradient(
 
 
 def _reference(grad: Tensor, weight: Tensor, values: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:
-    field = 15 - torch.stack((fields % 16, fields // 16), dim=-1).flatten(-2).long()
-    places = torch.stack((field % 4, field // 4), dim=-1)
-    groups = values.new_zeros(*field.shape, 4)
-    value = groups.scatter(-1, places, values.unflatten(-1, (-1, 2))).flatten(-2)
+    value = with_zeros(values, 15 - from_bytes(fields))
     # The root of the rounded square, rounded, is relu(h) exactly.
     return value, 2 * value.float().sqrt().to(value.dtype) * (grad @ weight)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.sparse24.format.fields import fields_of, kept_entries, to_bytes
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
     as_float,
@@ -85,12 +86,8 @@ def _reference(x: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, Tensor, T
     value = torch.where(mask, positive * positive, 0)
     if not save:
         return value, x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
-    a, b, c, d = mask.unflatten(-1, (-1, 4)).unbind(-1)
-    first = torch.where(a, 0, torch.where(b, 1, 2))
-    second = torch.where(d, 3, torch.where(c, 2, 1))
-    kept = value.unflatten(-1, (-1, 4)).gather(-1, torch.stack((first, second), -1)).flatten(-2)
-    field = 15 - (first + 4 * second)
-    return value, kept, (field[:, 0::2] + 16 * field[:, 1::2]).to(torch.uint8)
+    fields = fields_of(mask)
+    return value, kept_entries(value, fields), to_bytes(15 - fields)
 
 
 def _fake(x: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:

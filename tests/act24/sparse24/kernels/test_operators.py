@@ -29,86 +29,12 @@ def test_schemas_are_those_of_the_annotations() -> None:
     """One of each type, by hand."""
     assert str(torch.ops.act24.pack_activation.default._schema) == (
         "act24::pack_activation(Tensor hidden, Tensor? seed, Tensor? real, str function, str method, "
-        "bool slope, bool dense, bool counts, bool statistics, Tensor? order=None) -> (Tensor, Tensor, Tensor,
-                                                               Tensor)" )
-                                                              
-                                                              
-                                                              
-                                                             
-                                                             
-                                                             
-                                                            
-                                                            
-                                                            
-                                                           
-                                                           
-                                                           
-                                                          
-                                                          
-                                                          
-                                                         
-                                                         
-                                                         
-                                                        
-                                                        
-                                                        
-                                                       
-                                                       
-                                                       
-                                                      
-                                                      
-                                                      
-                                                     
-                                                     
-                                                     
-                                                    
-                                                    
-                                                    
-                                                   
-                                                   
-                                                   
-                                                  
-                                                  
-                                                  
-                                                 
-                                                 
-                                                 
-                                                
-                                                
-                                                
-                                               
-                                               
-                                               
-                                              
-                                              
-                                              
-                                             
-                                             
-                                             
-                                            
-                                            
-                                            
-                                           
-                                           
-                                           
-                                          
-                                          
-                                          
-                                         
-                                         
-                                         
-                                        
-                                        
-                                        
-                                       
-                                       
-                                       
-                                      
-                                      
-                                      
-                                                                                                         
-                                                          assert str(torch.ops.act24.token_order.default._schema) == ( "act24::token_order(Tensor like, SymInt[] shape, str kind) -> (Tensor, Tensor)"
-     )
+        "bool slope, bool dense, bool counts, bool statistics, Tensor? order=None) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    assert str(torch.ops.act24.token_order.default._schema) == (
+        "act24::token_order(Tensor like, SymInt[] shape, str kind) -> (Tensor, Tensor)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["batch", "sequence"])
@@ -126,21 +52,3 @@ def test_the_kept_order_and_its_inverse(kind: Literal["batch", "sequence"]) -> N
         order.zero_()
         inverse.zero_()
     assert _kept_order.cache_info().misses == 1
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
