@@ -37,67 +37,9 @@ def _store_row(mask, place, valid, pair, DOWN: tl.constexpr, ACROSS: tl.constexp
     kept1 = (pair == 0) | (pair == 3) | (pair == 4)
     kept2 = (pair == 1) | (pair == 3) | (pair == 5)
     kept3 = (pair == 2) | (pair > 3)
-    kept = tl.join(tl.join(kept0.to(tl.int8), kept2.to(tl.int8)), tl.join(kept1.to(tl.int8),
-    kept3.to(tl.int8))) tl.store(mask + place, tl.reshape(kept, [DOWN, ACROSS * 4]), mask=valid)
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
+    even = tl.join(kept0.to(tl.int8), kept2.to(tl.int8))
+    odd = tl.join(kept1.to(tl.int8), kept3.to(tl.int8))
+    tl.store(mask + place, tl.reshape(tl.join(even, odd), [DOWN, ACROSS * 4]), mask=valid)
 
 
 @jit
@@ -127,9 +69,7 @@ def _transposable_mask(
     chosen = tl.full([DOWN, ACROSS], code, tl.int32)
     for n in tl.static_range(1, PATTERNS):
         total = pairs0[FIRST[n]] + pairs1[SECOND[n]] + pairs2[THIRD[n]] + pairs3[FOURTH[n]]
-        chosen = tl.where(
-            total > best, FIRST[n] + 8 * SECOND[n] + 64 * THIRD[n] + 512 * FOURTH[n], chosen
-        )
+        chosen = tl.where(total > best, FIRST[n] + 8 * SECOND[n] + 64 * THIRD[n] + 512 * FOURTH[n], chosen)
         best = tl.maximum(best, total)
     _store_row(mask, place, valid, chosen & 7, DOWN, ACROSS)
     _store_row(mask, place + columns, valid, chosen >> 3 & 7, DOWN, ACROSS)

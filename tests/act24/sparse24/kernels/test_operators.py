@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 import pytest
 import torch
+from layouts import check_layouts
 from operator_cases import operator_cases
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.kernels.shared.registry import OPERATORS, _guard
 from act24.sparse24.kernels.token_order import _kept_order
 from act24.sparse24.pattern.feature_wise import token_permutation
 
@@ -52,3 +57,40 @@ def test_the_kept_order_and_its_inverse(kind: Literal["batch", "sequence"]) -> N
         order.zero_()
         inverse.zero_()
     assert _kept_order.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("name", operator_cases())
+def test_a_tensor_in_any_layout_is_read_right_or_refused(name: str) -> None:
+    """The references, which run on a CPU; `interpreted/check_layouts.py` has the kernels."""
+    check_layouts(name, OPERATORS[name].reference)
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="activation_gradient: tensors on cpu and on meta"):
+        OPERATORS["activation_gradient"].reference(torch.zeros(4), torch.zeros(4, device="meta"), "relu")
+
+
+def test_a_kernel_runs_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the second of two GPUs while the first is current."""
+    entered, ran = [], []
+
+    @contextlib.contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device.index)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+
+    def launch(index: Tensor) -> Tensor:
+        ran.append(list(entered))
+        return index
+
+    with FakeTensorMode():
+        first, second = (torch.empty(4, dtype=torch.int64, device=f"cuda:{n}") for n in range(2))
+        guarded = _guard(launch, launch, (), ())
+        guarded(first)
+        guarded(second)
+    assert ran == [[], [1]]
+    assert entered == [1, None]
