@@ -46,7 +46,7 @@ def activation_gradient(grad: Tensor, value: Tensor, function: str) -> Tensor:
     """dZ from dS and the activation with its zeros.
 
     Args:
-        grad: dS, bfloat16 `[T, F]`, contiguous.
+        grad: dS, bfloat16 `[T, F]`.
         value: the activation, 2:4 along the features, the same.
         function: "relu2" or "relu".
 

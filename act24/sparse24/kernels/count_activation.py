@@ -26,7 +26,7 @@ def count_activation(hidden: Tensor, real: Tensor | None, function: str) -> tupl
     """The last two results of `pack_activation` alone, under naive 2:4.
 
     Args:
-        hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        hidden: bfloat16 `[T, F]`, T and F multiples of 64.
         real: boolean `[T]`, the tokens that count; None for all.
         function: "relu2" or "relu".
 

@@ -63,7 +63,7 @@ def _fake(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
     return packed.new_empty(index.shape[0], packed.shape[0])
 
 
-@operator(_reference, _fake)
+@operator(_reference, _fake, ours=("packed",))
 def gather_features(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
     """Some features of a packed matrix, each as a row.
 

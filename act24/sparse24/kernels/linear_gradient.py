@@ -84,7 +84,7 @@ def _fake(grad: Tensor, weight: Tensor, values: Tensor, fields: Tensor) -> tuple
     return grad.new_empty(shape), grad.new_empty(shape)
 
 
-@operator(_reference, _fake)
+@operator(_reference, _fake, ours=("values", "fields"))
 def linear_gradient(grad: Tensor, weight: Tensor, values: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:
     """The activation and dZ for backward.
 

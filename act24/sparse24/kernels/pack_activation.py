@@ -287,7 +287,7 @@ def pack_activation(
     """Activation, selection and packing along the features.
 
     Args:
-        hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        hidden: bfloat16 `[T, F]`, T and F multiples of 64.
         seed: int64 scalar, for mvue.
         real: boolean `[T]`, the tokens that count; None for all.
         function: "relu2" or "relu".

@@ -319,7 +319,7 @@ def _fake(
     )
 
 
-@operator(_reference, _fake)
+@operator(_reference, _fake, ours=("saved", "slope"))
 def pack_gradient(
     grad: Tensor,
     saved: Tensor,
@@ -331,7 +331,7 @@ def pack_gradient(
     """From dS and what forward saved to the operands of backward.
 
     Args:
-        grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        grad: dS, bfloat16 `[T, F]`, T and F multiples of 64.
         saved: the buffer of the activation, 2:4 along the features, `[T, F]`.
         slope: bfloat16 `[T, F/2]` at the places of the saved values; None to take it from the activation.
         real: boolean `[T]`, False for tokens to leave out; None for none.

@@ -99,7 +99,7 @@ def pack_weight(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a weight and its transpose.
 
     Args:
-        weight: 16-bit `[O, I]`, contiguous, O and I multiples of 64.
+        weight: 16-bit `[O, I]`, O and I multiples of 64.
         mask: boolean, the same shape, at most two True in four consecutive entries of a row, and of a column.
 
     Returns:

@@ -82,7 +82,7 @@ def _fake(
     return packed.new_empty(shape[::-1] if transposed else shape, dtype=torch.bfloat16)
 
 
-@operator(_reference, _fake)
+@operator(_reference, _fake, ours=("packed",), transposable=("dense",))
 def product24(
     packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, rows: Tensor | None, index: Tensor | None
 ) -> Tensor:
@@ -93,7 +93,7 @@ def product24(
         dense: `[K, N]` of the same dtype, contiguous or the transpose of what is; in e4m3 only the latter.
         algorithm: cuSPARSELt's; on a CPU it means nothing.
         transposed: return `[N, M]`.
-        rows: bfloat16 `[n, K]`, contiguous, which stand for the rows `index` of the 2:4 matrix; or None.
+        rows: bfloat16 `[n, K]`, which stand for the rows `index` of the 2:4 matrix; or None.
         index: int64 `[n]`, all different, below M; or None.
 
     Returns:

@@ -81,14 +81,14 @@ def _fake(grad: Tensor, saved: Tensor, slope: Tensor | None, function: str) -> t
     return torch.empty_like(saved), torch.empty_like(grad), torch.empty_like(grad)
 
 
-@operator(_reference, _fake)
+@operator(_reference, _fake, ours=("saved", "slope"))
 def unpack_gradient(
     grad: Tensor, saved: Tensor, slope: Tensor | None, function: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From dS and what forward saved to the operands of backward with exact weight gradients.
 
     Args:
-        grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
+        grad: dS, bfloat16 `[T, F]`, T and F multiples of 64.
         saved: the buffer of the activation, 2:4 along the features, `[T, F]`.
         slope: bfloat16 `[T, F/2]` at the places of the saved values; None to take it from the activation.
         function: "relu2" or "relu".
