@@ -77,11 +77,15 @@ def _transposable_mask(
     _store_row(mask, place + 3 * columns, valid, chosen >> 9 & 7, DOWN, ACROSS)
 
 
+def _reference(weight: Tensor) -> Tensor:
+    return transposable_mask(weight)
+
+
 def _fake(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@operator(transposable_mask, _fake)
+@operator(_reference, _fake)
 def best_transposable_mask(weight: Tensor) -> Tensor:
     """The transposable mask that keeps the largest sum of magnitudes in every 4 × 4 block.
 
@@ -92,6 +96,8 @@ def best_transposable_mask(weight: Tensor) -> Tensor:
         boolean `[R, C]`, that of `act24.sparse24.pattern.transposable.transposable_mask`.
     """
     rows, columns = weight.shape
+    if rows % 4 or columns % 4:
+        raise ValueError(f"a transposable mask needs multiples of 4, got {tuple(weight.shape)}")
     mask = _fake(weight)
     first, second, third, fourth = zip(*choices(), strict=True)
     _transposable_mask[(triton.cdiv(rows, 4 * DOWN), triton.cdiv(columns, 4 * ACROSS))](

@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.operation import cast_for_autocast, operation
+from act24.operation import cast_for_autocast, is_mapped, operation
 from act24.sparse24.pattern.mvue import mvue24
+from act24.sparse24.weight.forms import PLAIN, Form, LinearOptions24, LinearState, why_not_packed
 from act24.sparse24.weight.methods import sparse_weight
+from act24.sparse24.weight.packed import linear_of, packed_linear24
+
+#: The forms, in the order in which they are asked; what none of them serves runs the reference.
+FORMS = (Form(name="packed", condition=why_not_packed, run=packed_linear24),)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -70,6 +75,9 @@ def linear24(
     mask: Tensor | None,
     scale: Tensor | None = None,
     seed: Tensor | None = None,
+    packed: Tensor | None = None,
+    transposed: Tensor | None = None,
+    options: LinearOptions24 = PLAIN,
 ) -> Tensor:
     """A linear whose weight is 2:4: y = x W₂₄ᵀ + b, dX = G W₂₄, dW = Gᵀ x straight through.
 
@@ -82,6 +90,10 @@ def linear24(
         scale: β, a scalar, for soft thresholding.
         seed: int64 scalar: dW = MVUE₂₄(G)ᵀ x, the output gradient made 2:4 along the tokens by an unbiased
             draw. None: the dense product.
+        packed, transposed: buffers of the packed W₂₄ `[out, in]` and W₂₄ᵀ `[in, out]`, of this very weight,
+            mask and scale, which 2:4 products then read. None, or no elements, and they are packed where they
+            are needed.
+        options: see `LinearOptions24`.
 
     Returns:
         `[..., out]`. It can be differentiated once.
@@ -95,7 +107,18 @@ def linear24(
         raise ValueError("a 2:4 linear needs a mask, or a scale for soft thresholding")
     if weight.shape[1] % 4:
         raise ValueError(f"2:4 needs a multiple of 4 inputs, got a weight {tuple(weight.shape)}")
-    return _Linear24.apply(*cast_for_autocast(x, weight, bias), mask, scale, seed)
+    tensors = cast_for_autocast(x, weight, bias)
+    if not is_mapped():
+        linear = linear_of(tensors[0], weight, seed)
+        for form in FORMS:
+            if not form.why_not(linear, options):
+                state = LinearState(mask, scale, seed, _or_none(packed), _or_none(transposed))
+                return form.run(*tensors, state, options)
+    return _Linear24.apply(*tensors, mask, scale, seed)
+
+
+def _or_none(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None or not buffer.numel() else buffer
 
 
 @torch.no_grad()

@@ -13,13 +13,18 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from act24.compiler import triton
 from act24.options import OneOf, OptionError, Range, check_options
 from act24.records import Table
+from act24.sparse24.kernels.transposable_mask import best_transposable_mask
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
 from act24.sparse24.pattern.transposable import transposable_mask
 
 WeightGradient = Literal["mvue", "dense"]
+
+#: What the kernel for transposable masks reads.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Where the masked decay λ · (1 - mask) ∘ W enters. `"before_clipping"`: it is a part of the gradient, and is
 #: clipped with it. `"after_clipping"`: it is added to the clipped gradient, before the optimizer.
@@ -77,6 +82,13 @@ class WeightMethod:
         return ("y", *both, *drawn)
 
 
+def _transposable(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    if weight.is_cuda and triton is not None and weight.dtype in _KERNEL_DTYPES:
+        return best_transposable_mask(weight)
+    return transposable_mask(weight)
+
+
 def _two_largest(weight: Tensor) -> Tensor:
     return top2_of_4(weight.detach().abs())
 
@@ -85,7 +97,7 @@ METHODS: Table[WeightMethod] = Table(
     "method of weight24",
     WeightMethod(
         name="transposable",
-        mask=transposable_mask,
+        mask=_transposable,
         both_ways=True,
         mask_every=40,
         decay_place="after_clipping",
