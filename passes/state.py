@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
 from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
@@ -38,6 +39,7 @@ from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
 from act24.sparse24.weight.methods import weight_scale
+from act24.sparse24.weight.packed import packed_operands
 
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
@@ -71,6 +73,7 @@ def begin_update_(
     for p in pipeline.active:
         if isinstance(p, Weight24):
             renew_masks_(pipeline, p, step)
+            pack_weights_(pipeline, p)
     due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
     if not due:
         return None
@@ -127,19 +130,44 @@ def _calibration_text(names: Sequence[str], table: Tensor) -> str:
 @torch.no_grad()
 def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
-    at the first sparse update. `begin_update_` does it for every such pass. Parameters must not be sharded.
+    at the first sparse update. `begin_update_` does it for every such pass.
+
+    Collective where parameters are sharded: each is gathered in turn, for masks and scales are of whole
+        weights.
     """
     if not p.renews_masks(step):
         return
     for weight in sparse_weights(pipeline, p):
-        mask = stored_mask(weight.parameter, weight.transposed, p.method)
+        parameter = _whole(weight.parameter)
+        mask = stored_mask(parameter, weight.transposed, p.method)
         if step == p.from_step:
             if p.record.soft:
-                dense = weight.parameter.T if weight.transposed else weight.parameter
+                dense = parameter.T if weight.transposed else parameter
                 weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
         else:
             weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
         weight.buffer(weight24.MASK).copy_(mask)
+
+
+@torch.no_grad()
+def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
+    """Pack the weights of a `weight24` in force that keeps them packed, as they and their masks are now, into
+    the
+    buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want it.
+    `begin_update_` does it for every such pass. Parameters must not be sharded."""
+    if not p.keep_packed:
+        return
+    for weight in sparse_weights(pipeline, p):
+        turned = (lambda t: t.T) if weight.transposed else (lambda t: t)
+        dense = turned(weight.parameter)
+        if not p.packs(*dense.shape):
+            continue
+        mask = None if p.record.soft else turned(weight.buffer(weight24.MASK))
+        scale = weight.buffer(weight24.SCALE) if p.record.soft else None
+        packed, transposed = packed_operands(dense, mask, scale, p.record.both_ways)
+        weight.fill_buffer_(weight24.PACKED, packed)
+        if transposed is not None:
+            weight.fill_buffer_(weight24.TRANSPOSED, transposed)
 
 
 @torch.no_grad()
@@ -157,7 +185,22 @@ def decay_dropped_weights_(pipeline: Pipeline, *, clipped: bool) -> None:
             for weight in sparse_weights(pipeline, p):
                 if weight.parameter.grad is not None:
                     mask = weight.buffer(weight24.MASK)
-                    masked_decay_(weight.parameter.grad, weight.parameter, mask, p.masked_decay)
+                    _decay_gradient_(weight.parameter, weight.parameter.grad, mask, p.masked_decay)
+
+
+def _decay_gradient_(parameter: Tensor, grad: Tensor, mask: Tensor, decay: float) -> None:
+    if isinstance(parameter, DTensor):
+        assert isinstance(grad, DTensor)
+        # Every process has the whole mask, and takes its part of it; nothing is sent.
+        mesh, placements = parameter.device_mesh, parameter.placements
+        mask = distribute_tensor(mask, mesh, placements, src_data_rank=None).to_local()
+        parameter, grad = parameter.to_local(), grad.to_local()
+    masked_decay_(grad, parameter, mask, decay)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor without sharding; collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_exact_steps(pipeline: Pipeline) -> None:
@@ -194,6 +237,15 @@ class SparseWeight:
 
     def buffer(self, kind: str) -> Tensor:
         return self.module.get_buffer(self.local + kind)
+
+    def fill_buffer_(self, kind: str, value: Tensor) -> None:
+        """Copy a value into a buffer; the first one takes the place of what has no elements."""
+        buffer = self.buffer(kind)
+        if buffer.shape == value.shape:
+            buffer.copy_(value)
+        else:
+            path, _, leaf = (self.local + kind).rpartition(".")
+            setattr(self.module.get_submodule(path), leaf, value)
 
 
 def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:

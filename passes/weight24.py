@@ -1,12 +1,13 @@
 """`weight24`: linears whose weight is 2:4 along the dimension that the product reduces over.
 
-    linear(x, W, b)   ==>   linear24(x, W, b, mask, scale, seed)
+    linear(x, W, b)   ==>   linear24(x, W, b, mask, scale, seed, packed, transposed)
 
 in attention, MLPs or both; the factors of low-rank linears count as linears. W stays a dense parameter. State
 is in buffers beside it, named after it: `<weight>24_mask`, and for soft thresholding `<weight>24_scale`,
-persistent; `<weight>24_seed`, set anew for every micro-batch; `<weight>24_flips`, what the mask's changes add
-up to between two readings. The shell writes them between updates (`act24.passes.state`) and adds the
-masked decay.
+persistent; `<weight>24_seed`, set anew for every micro-batch; `<weight>24_packed` and
+`<weight>24_packed_transposed`, the operands of 2:4 products, made for every update where the loop keeps them;
+`<weight>24_flips`, what the mask's changes add up to between two readings. The shell writes them between
+updates (`act24.passes.state`) and adds the masked decay.
 
 A product has one 2:4 operand: linears that `activation24` took, standing earlier, are none any more, and
 behind this pass `activation24` finds only activations.
@@ -15,17 +16,19 @@ behind this pass `activation24` finds only activations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from act24.options import Range, check_options
-from act24.passes.base import Match, OperationalPass, Plan
+from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
 from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
+from act24.sparse24.format.products import Measured, Product, Table
+from act24.sparse24.weight.forms import LinearOptions24, tunable_products
 from act24.sparse24.weight.linear24 import linear24
 from act24.sparse24.weight.methods import (
     METHODS,
@@ -41,6 +44,7 @@ from act24.sparse24.weight.methods import (
 
 #: What the names of the buffers add to the weight's.
 MASK, SCALE, SEED, FLIPS = "24_mask", "24_scale", "24_seed", "24_flips"
+PACKED, TRANSPOSED = "24_packed", "24_packed_transposed"
 
 #: As reports call the products.
 _SYMBOLS: dict[LinearProduct, str] = {"y": "y", "grad_x": "dX", "grad_weight": "dW"}
@@ -61,6 +65,12 @@ class Weight24(OperationalPass):
             None: as published with the method.
         mask_every: optimizer updates between two masks; None: as published with the method.
         decay: λ of the masked decay; None: as published with the method.
+        kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
+        keep_packed: forward and backward read packed weights from buffers, which `begin_update_` fills for
+            every update; else they pack them, in every micro-batch. For loops that call it without fail, and
+            weights that are not sharded; no key of a recipe.
+        algorithms: what a tuner found for the products (`act24.sparse24.format.products`), of no meaning to
+            the mathematics; no key of a recipe.
     """
 
     name: ClassVar[str] = "weight24"
@@ -70,6 +80,9 @@ class Weight24(OperationalPass):
     weight_gradient: WeightGradient | None = None
     mask_every: Annotated[int, Range(ge=1)] | None = None
     decay: Annotated[float, Range(ge=0)] | None = None
+    kernels: bool = True
+    keep_packed: bool = field(default=False, metadata=PYTHON_ONLY)
+    algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +119,25 @@ class Weight24(OperationalPass):
         """Whether masks are due once `step` updates are made."""
         return (step - self.from_step) % self.renewal == 0
 
+    def in_evaluation(self) -> Weight24:
+        """Packed weights are those of an update's beginning, and evaluation is of the weights as they are."""
+        return replace(self, keep_packed=False)
+
+    def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
+        """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
+        many tokens."""
+        site: LinearSite = match.nodes
+        return tunable_products(tokens, *site.shape, self.sparse_products)
+
+    def packs(self, out_features: int, in_features: int) -> bool:
+        """Whether some product of such a linear reads its packed weight, as the tuner found."""
+        return any(
+            kind in ("linear_y", "linear_grad_x")
+            and sizes == [out_features, in_features]
+            and Measured(*measured).sparse < Measured(*measured).dense
+            for (kind, _, *sizes), measured in self.algorithms
+        )
+
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
         symbols = ", ".join(_SYMBOLS[product] for product in self.sparse_products)
@@ -141,6 +173,14 @@ class Weight24(OperationalPass):
                     None if soft else self._mask(region, site),
                     region.graph.get_attr(site.weight + SCALE) if soft else None,
                     region.graph.get_attr(site.weight + SEED) if self.draws else None,
+                    region.graph.get_attr(site.weight + PACKED) if self.keep_packed else None,
+                    self._transposed(region, site),
+                    # Plain tuples: the graph's code has no names for their classes.
+                    LinearOptions24(
+                        self.record.both_ways,
+                        self.kernels,
+                        tuple((tuple(product), tuple(measured)) for product, measured in self.algorithms),
+                    ),
                 )
                 sparse = region.graph.call_function(linear24, (*node.args, *state))
             replace_node(region.graph, node, sparse)
@@ -148,6 +188,11 @@ class Weight24(OperationalPass):
     def _mask(self, region: Region, site: LinearSite) -> fx.Node:
         mask = region.graph.get_attr(site.weight + MASK)
         return region.graph.call_method("t", (mask,)) if site.transposed else mask
+
+    def _transposed(self, region: Region, site: LinearSite) -> fx.Node | None:
+        if not (self.keep_packed and self.record.both_ways):
+            return None
+        return region.graph.get_attr(site.weight + TRANSPOSED)
 
     def _add_buffers(self, region: Region, site: LinearSite) -> None:
         def mask(parameters: Mapping[str, Tensor]) -> Tensor:
@@ -159,6 +204,10 @@ class Weight24(OperationalPass):
         shape = tuple(region.parameters[site.weight].shape)
         region.add_buffer(site.weight + MASK, shape, torch.bool, persistent=True, initial=mask)
         region.add_buffer(site.weight + FLIPS, (), torch.float32, persistent=False)
+        # Without elements until they are first packed: where nothing is, they cost nothing.
+        region.add_buffer(site.weight + PACKED, (0,), torch.bfloat16, persistent=False)
+        if self.record.both_ways:
+            region.add_buffer(site.weight + TRANSPOSED, (0,), torch.bfloat16, persistent=False)
         if self.record.soft:
             region.add_buffer(site.weight + SCALE, (), torch.float32, persistent=True, initial=scale)
         if self.draws:

@@ -43,6 +43,26 @@ def packed_weight(weight: Tensor, mask: Tensor | None, scale: Tensor | None) -> 
     return pack_weight_rows(weight, mask)
 
 
+def packed_operands(
+    weight: Tensor, mask: Tensor | None, scale: Tensor | None, both_ways: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What 2:4 products read of a weight, for `linear24` to be handed in.
+
+    Args:
+        weight: `[out, in]`, multiples of 64, of any floating dtype; packed as bfloat16.
+        mask, scale: as for `act24.sparse24.weight.methods.sparse_weight`.
+        both_ways: the mask is 2:4 along `out` too.
+
+    Returns:
+        the buffers of the packed W₂₄ `[out, in]` and, with `both_ways`, of W₂₄ᵀ `[in, out]`.
+    """
+    weight = weight.to(torch.bfloat16)
+    if both_ways:
+        assert mask is not None
+        return pack_weight(weight, mask)
+    return packed_weight(weight, mask, scale), None
+
+
 class _PackedLinear24(torch.autograd.Function):
     """On rows `[T, in]`."""
 
