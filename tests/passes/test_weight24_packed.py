@@ -1,4 +1,5 @@
-"""Packed weights in a model: made once an update, of the weights and masks of that update, and of no other."""
+"""Packed weights in a model: made once an update, of the weights and masks of that update, and of no
+other."""
 
 from __future__ import annotations
 
@@ -19,9 +20,7 @@ from act24.passes.state import begin_micro_batch_, begin_update_, evaluation
 from act24.sparse24.format.products import Measured
 from act24.sparse24.weight import forms
 
-IDS = torch.randint(
-    97, (3, 2, 2, 64), generator=torch.Generator().manual_seed(0)
-)
+IDS = torch.randint(97, (3, 2, 2, 64), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
