@@ -107,14 +107,16 @@ def linear24(
         raise ValueError("a 2:4 linear needs a mask, or a scale for soft thresholding")
     if weight.shape[1] % 4:
         raise ValueError(f"2:4 needs a multiple of 4 inputs, got a weight {tuple(weight.shape)}")
-    tensors = cast_for_autocast(x, weight, bias)
+    cast_x, cast_weight, cast_bias = cast_for_autocast(x, weight, bias)
+    assert cast_x is not None
+    assert cast_weight is not None
     if not is_mapped():
-        linear = linear_of(tensors[0], weight, seed)
+        linear = linear_of(cast_x, cast_weight, seed)
         for form in FORMS:
             if not form.why_not(linear, options):
                 state = LinearState(mask, scale, seed, _or_none(packed), _or_none(transposed))
-                return form.run(*tensors, state, options)
-    return _Linear24.apply(*tensors, mask, scale, seed)
+                return form.run(cast_x, cast_weight, cast_bias, state, options)
+    return _Linear24.apply(cast_x, cast_weight, cast_bias, mask, scale, seed)
 
 
 def _or_none(buffer: Tensor | None) -> Tensor | None:

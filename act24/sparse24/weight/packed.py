@@ -120,7 +120,8 @@ def _algorithms(
 
 def linear_of(x: Tensor, weight: Tensor, seed: Tensor | None) -> Linear:
     """The linear of an operation's tensors."""
-    return Linear(x.numel() // max(x.shape[-1], 1), *weight.shape, x.dtype, x.device, seed is not None)
+    tokens, (out_features, in_features) = x.numel() // max(x.shape[-1], 1), weight.shape
+    return Linear(tokens, out_features, in_features, x.dtype, x.device, seed is not None)
 
 
 def packed_linear24(
