@@ -5,7 +5,7 @@ if __name__ != "act24.passes":
 
 from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
-from act24.passes.base import Match, OperationalPass, Pass, PassError, PassResult, Plan, StateMap
+from act24.passes.base import Match, OperationalPass, Pass, PassError, Plan, StateMap
 from act24.passes.cola import Cola
 from act24.passes.graph.region import Region
 from act24.passes.graph.tracing import trace
@@ -34,7 +34,6 @@ __all__ = [
     "OperationalPass",
     "Pass",
     "PassError",
-    "PassResult",
     "Pipeline",
     "Plan",
     "Recompute",

@@ -21,14 +21,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
+from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, weight24
 from act24.passes.activation24 import SCALE, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.graph.activation_sites import PADS
@@ -38,7 +38,7 @@ from act24.passes.weight24 import stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
-from act24.sparse24.weight.methods import weight_scale
+from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
 from act24.sparse24.weight.packed import packed_operands
 
 #: Sums a tensor over all processes, in place or not, and returns it.
@@ -213,7 +213,11 @@ def refuse_exact_steps(pipeline: Pipeline) -> None:
         if not isinstance(p, Weight24):
             continue
         with pipeline.lowered([p]):
-            factors = [w.name for w in sparse_weights(pipeline, p) if not w.name.endswith(".weight")]
+            factors = [
+                f"{fqn}.{match.nodes.weight}"
+                for fqn, match in pipeline.matches(p)
+                if match.nodes.factor is not None
+            ]
         if factors:
             raise Act24Error(
                 f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: "
@@ -324,3 +328,52 @@ def site_buffers(pipeline: Pipeline, kind: str) -> dict[str, Tensor]:
 def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     """The passes that do something."""
     return [p for p in passes if not p.observes]
+
+
+def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:
+    """The passes of the model as it is served: structural ones, and operational ones in force as they act in
+    evaluation, for every step.
+
+    Args:
+        without: names of passes to leave out.
+    """
+    served: list[Pass] = []
+    for p in pipeline.passes:
+        if p.observes or p.name in without:
+            continue
+        if not isinstance(p, OperationalPass):
+            served.append(p)
+        elif p in pipeline.active and (evaluated := p.in_evaluation()) is not None:
+            served.append(replace(evaluated, from_step=0, until_step=None))
+    return tuple(served)
+
+
+@torch.no_grad()
+def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]:
+    """The state dict of the model as it is served, without the state of `weight24`.
+
+    Args:
+        masked: weights that a `weight24` in force makes 2:4 are as their linears multiply with them; else all
+            weights are the dense masters.
+    """
+    state = pipeline.model.state_dict()
+    for p in pipeline.passes:
+        if not isinstance(p, Weight24):
+            continue
+        with pipeline.lowered([p]):
+            weights = list(sparse_weights(pipeline, p))
+        for weight in weights:
+            if masked and p in pipeline.active:
+                state[weight.name] = _as_multiplied(weight, p)
+            for kind in (weight24.MASK, weight24.SCALE):
+                state.pop(weight.name + kind, None)
+    return state
+
+
+def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
+    """A weight as its linear multiplies with it, in the orientation in which it is stored."""
+    dense = weight.parameter.T if weight.transposed else weight.parameter
+    soft = p.record.soft
+    mask = None if soft else weight_mask(dense, p.method)
+    sparse = sparse_weight(dense, mask, weight.buffer(weight24.SCALE) if soft else None)
+    return sparse.T if weight.transposed else sparse

@@ -90,10 +90,30 @@ def dump_recipe(recipe: Recipe) -> str:
         if isinstance(values, dict):
             lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     for p in recipe.passes:
-        options = {f.name: getattr(p, f.name) for f in _recipe_fields(type(p))}
-        lines += ["", "[[passes]]", f"use = {toml_value(p.name)}"]
-        lines += [f"{key} = {toml_value(value)}" for key, value in options.items() if value is not None]
+        lines += ["", "[[passes]]", *(f"{key} = {toml_value(value)}" for key, value in pass_table(p).items())]
     return "\n".join(lines).lstrip() + "\n"
+
+
+def pass_table(p: Pass) -> dict[str, Any]:
+    """A pass as a recipe's `[[passes]]` table: `use`, and every option that has a value."""
+    options = {f.name: getattr(p, f.name) for f in _recipe_fields(type(p))}
+    return {"use": p.name, **{key: value for key, value in options.items() if value is not None}}
+
+
+def passes_of_tables(tables: Sequence[Any], origin: str) -> tuple[Pass, ...]:
+    """The inverse of `pass_table`, for tables from a file.
+
+    Args:
+        origin: the file and key, for errors.
+
+    Raises:
+        RecipeError: with every mistake found.
+    """
+    errors: list[str] = []
+    built = [_build_pass(entry, f"{origin}[{index}]", errors) for index, entry in enumerate(tables)]
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return tuple(p for p in built if p is not None)
 
 
 def _toml_names(folder: Any, prefix: str) -> Iterator[str]:

@@ -77,6 +77,21 @@ def test_dependencies_run_one_way(layer):
     assert not wrong
 
 
+def test_the_machinery_of_the_passes_knows_no_pass():
+    """passes/graph may import the core, itself, and what a pass is."""
+    machinery = [source for source in sources("passes") if source.startswith("passes/graph/")]
+    assert len(machinery) > 5
+    wrong = [
+        f"{source} imports {module}"
+        for source in machinery
+        for module in imported(source)
+        if module.startswith("act24.passes")
+        and module != "act24.passes.base"
+        and not f"{module}.".startswith("act24.passes.graph.")
+    ]
+    assert not wrong
+
+
 def test_core_and_passes_import_nothing_of_the_world():
     wrong = []
     for source in sources("act24", "passes"):
@@ -113,10 +128,12 @@ def run_python(code: str) -> str:
 
 
 def test_importing_changes_nothing_and_touches_no_gpu():
-    """Import all modules in one process, torch first, and watch what only a program may set."""
+    """Import all modules in one process, torch and transformers first, whose own doing is not ours, and watch
+    what only a program may set."""
     code = """
 import importlib, json, os, pkgutil, sys
 import torch
+from transformers import LlamaForCausalLM
 import act24
 
 done = []

@@ -18,7 +18,11 @@ _HOOKS = (
 
 
 def refuse_hooks(region: Region) -> None:
-    """Raise a PassError that names the first module of a region with a hook, leaves excepted."""
+    """Check that no module of a region has a hook. Leaves may: they stay the modules that they are.
+
+    Raises:
+        PassError: names the first module that has one.
+    """
     leaves = tuple(f"{node.target}." for node in region.graph.nodes if node.op == "call_module")
     for path, module in region.module.named_modules():
         if f"{path}.".startswith(leaves):

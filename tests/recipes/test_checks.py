@@ -65,7 +65,7 @@ def test_each_name_has_the_settings_of_its_method_until_the_recipe_says_otherwis
         ("momentum_reset_warmup = 5", (), "", "without momentum_reset_steps"),
         ("momentum_reset_steps = 5\nmomentum_reset_warmup = 5", (), "", "below momentum_reset_steps"),
         ("", ("low_rank",), 'init = "xavir"', "did you mean 'xavier'"),
-        ("", ("lost",), "sparsity = 0.0", "share of input channels"),
+        ("", ("lost",), "sparsity = 0.0", "sparsity has to be above 0"),
     ],
 )
 def test_what_does_not_is_refused_with_the_reason(optimizer, passes, options, message):

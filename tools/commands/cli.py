@@ -111,11 +111,18 @@ def sample(
 def export(
     path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    form: Annotated[
+        str, typer.Option("--as", help="llama, arcee, act24; auto: the first of these that holds the model.")
+    ] = "auto",
+    dense_weights: Annotated[
+        bool, typer.Option(help="Of weight24 the dense masters, not the masked weights that were trained.")
+    ] = False,
 ) -> None:
-    """Write a run's model: a stock Hugging Face checkpoint where there is one, else its own form."""
+    """Write a run's model as a folder that transformers opens: as LLaMA, as Arcee (relu² networks), or as
+    act24's own type, which brings the passes along."""
     from act24.tools.huggingface.export import export_run
 
-    print(export_run(path, out))
+    print(export_run(path, out, form, dense_weights))
 
 
 @app.command()

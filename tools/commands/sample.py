@@ -8,6 +8,7 @@ import torch
 
 from act24.errors import Act24Error
 from act24.generate import generate
+from act24.recipes.schema import Data
 from act24.tools.data import open_tokenizer
 from act24.tools.run.build import load
 
@@ -19,12 +20,15 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
         Act24Error: no checkpoint, or a prompt without a token.
     """
     built = load(path)
-    tokenizer = open_tokenizer(built.recipe.data, built.tokenizer)
+    if built.tokenizer is None:
+        raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
+    tokenizer = open_tokenizer(Data(), built.tokenizer)
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
     if not ids.numel():
         raise Act24Error("the prompt is empty; give it at least one token")
     generator = torch.Generator().manual_seed(seed)
     built.model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=built.recipe.train.dtype == "bfloat16_autocast"):
+    autocast = built.recipe is not None and built.recipe.train.dtype == "bfloat16_autocast"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         text = generate(built.model, ids, tokens, temperature, top_k, generator)
     return tokenizer.decode(text[0].tolist())

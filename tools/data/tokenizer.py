@@ -76,6 +76,10 @@ class Tokenizer:
         """The text that `ids` stand for; special tokens stand for none."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def token(self, id: int) -> str:
+        """The piece that an id stands for, as the vocabulary has it."""
+        return self._backend.id_to_token(id)
+
     def to_json(self) -> str:
         """The content of a `tokenizer.json`."""
         return self._backend.to_str()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.huggingface.folder import is_pretrained, open_pretrained
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
 SPARSE_PASSES = ("activation24", "weight24")
@@ -26,13 +28,16 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text."""
+    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
 
-    recipe: Recipe
+    Recipe and tokenizer are None where a folder holds a model alone.
+    """
+
+    recipe: Recipe | None
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -55,12 +60,12 @@ def build(
     recipe: Recipe,
     device: torch.device,
     step: int = 0,
-    column_scores: Callable[[Sequence[str]], dict[str, Tensor]] | None = None,
+    measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
 ) -> Built:
     """The model at its start, rewritten. All of its regions stand as graph modules, whatever the passes.
 
     Args:
-        column_scores: measures what `Pipeline.needs_column_scores` names, if the recipe asks for any.
+        measure: measures what `Pipeline.measurements` names; called only if a pass wants anything.
 
     Raises:
         PassError: the recipe's passes do not fit the model.
@@ -69,8 +74,8 @@ def build(
     _check_device(recipe, device)
     model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
     pipeline = _pipeline(recipe, model, step)
-    names = pipeline.needs_column_scores
-    pipeline.commit_(column_scores(names) if names and column_scores else None)
+    wanted = pipeline.measurements
+    pipeline.commit_(measure(wanted) if wanted and measure else None)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
@@ -84,11 +89,15 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, or a checkpoint: the recipe in it is applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
+    are applied again, then its weights.
 
     Raises:
-        Act24Error: there is no checkpoint, or it is damaged, or not for this device.
+        Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if is_pretrained(Path(path)):
+        model, pipeline = open_pretrained(path)
+        return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     _check_device(recipe, torch.device(device))
@@ -116,6 +125,12 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     if latest is None:
         raise Act24Error(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
     return checkpoint.load(latest)
+
+
+def _beside(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a Hugging Face folder."""
+    file = folder / checkpoint.TOKENIZER
+    return Tokenizer(name=str(file)) if file.is_file() else None
 
 
 def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer
 from act24.tools.run.build import Built, build, model_config, saved_tokenizer
-from act24.tools.run.column_scores import measure_column_scores
 from act24.tools.run.evaluate import Evaluation, evaluate
 from act24.tools.run.folder import describe_run, resume_point
+from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
@@ -113,7 +114,7 @@ class _Run:
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
-        self._built: Built = build(recipe, processes.device, self._step, self._column_scores)
+        self._built: Built = build(recipe, processes.device, self._step, self._measure)
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
@@ -140,12 +141,12 @@ class _Run:
             state=start.state["log"] if start else None,
         )
 
-    def _column_scores(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Measured on the first batch, which is trained on all the same."""
+    def _measure(self, wanted: Mapping[str, Measurement]) -> dict[str, Tensor]:
+        """What passes want to know, on the first batch, which is trained on all the same."""
         beginning = self._rows.state_dict()
-        scores = measure_column_scores(self._recipe, names, next(self._rows), self._processes)
+        measured = measure(self._recipe, wanted, next(self._rows), self._processes)
         self._rows.load_state_dict(beginning)
-        return scores
+        return measured
 
     def close(self) -> None:
         self._rows.close()

@@ -110,18 +110,13 @@ def empty_packed(rows: int, columns: int, like: Tensor) -> Tensor:
     return like.new_empty(rows, columns * _SIXTEENTHS[like.element_size()] // 16)
 
 
-def top2_of_4_with_nan(scores: Tensor) -> Tensor:
-    """`top2_of_4` that counts NaN as infinite, so that a NaN stays in and is seen."""
-    return top2_of_4(torch.where(scores.isnan(), torch.inf, scores))
-
-
 def pack(dense: Tensor, mask: Tensor | None = None) -> Packed24:
     """Pack a matrix, two entries of every four columns.
 
     Args:
         dense: `[rows, columns]`, 16-bit or 8-bit, rows a multiple of 64, columns of 32 or 64.
         mask: boolean, the same shape, at most two True in a group: the entries that stay. None: the two
-            of largest magnitude, the lower column first on ties, NaN before infinity.
+            of largest magnitude, the lower column first on ties, NaN above infinity.
 
     Returns:
         the packed matrix. Entries outside the mask that fill up a group are stored as zero.
@@ -138,7 +133,7 @@ def pack(dense: Tensor, mask: Tensor | None = None) -> Packed24:
             f"{tuple(dense.shape)}"
         )
     if mask is None:
-        named = mask = top2_of_4_with_nan(dense.float().abs())
+        named = mask = top2_of_4(dense.float().abs())
     else:
         if mask.unflatten(-1, (-1, 4)).sum(-1).max() > 2:
             raise ValueError("the mask keeps more than two of four consecutive columns")

@@ -28,7 +28,7 @@ from act24.sparse24.kernels.shared.keys import (
     spread,
     upper,
 )
-from act24.sparse24.kernels.shared.random_draw import draw2
+from act24.sparse24.kernels.shared.random_draw import draw2, factor_of
 from act24.sparse24.kernels.shared.registry import operator
 from act24.sparse24.pattern.token_wise import Options24, Sparse24, sparsify_token_wise
 
@@ -40,16 +40,21 @@ SUMS = 4
 
 
 @jit
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def _activation(hidden, FUNCTION: tl.constexpr):
     """f(h); NaN stays NaN, and no result is -0, which would sort above everything."""
-    positive = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    positive = _relu(hidden)
     return positive * positive if FUNCTION == "relu2" else positive
 
 
 @jit
 def _slope(hidden, FUNCTION: tl.constexpr):
     """f'(h)."""
-    return 2 * tl.maximum(hidden, 0.0) if FUNCTION == "relu2" else tl.where(hidden > 0, 1.0, 0.0)
+    return 2 * _relu(hidden) if FUNCTION == "relu2" else tl.where(hidden > 0, 1.0, 0.0)
 
 
 @jit
@@ -120,7 +125,11 @@ def _pack_activation(
                 a1 = round16(_activation(as_float(upper(even)), FUNCTION), tl.bfloat16)
                 a2 = round16(_activation(as_float(odd << 16), FUNCTION), tl.bfloat16)
                 a3 = round16(_activation(as_float(upper(odd)), FUNCTION), tl.bfloat16)
-                first, second, factor0, factor1 = draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed)
+                first, second, kept0, kept1, a0, a1 = draw2(
+                    a0, a1, a2, a3, as_bits(key0), as_bits(key1), as_bits(key2), as_bits(key3), number, seed
+                )
+                factor0 = factor_of(kept0, a0)
+                factor1 = factor_of(kept1, a1)
                 x0 = as_float(upper(first))
                 x1 = as_float(upper(second))
                 value0 = round16(_activation(x0, FUNCTION), tl.bfloat16) * factor0
@@ -137,8 +146,8 @@ def _pack_activation(
                 if METHOD == "soft_threshold":
                     threshold = _activation(as_float(upper(as_bits(third))), FUNCTION)
                     threshold = round16(threshold, tl.bfloat16)
-                    value0 = tl.maximum(round16(value0, tl.bfloat16) - threshold, 0.0)
-                    value1 = tl.maximum(round16(value1, tl.bfloat16) - threshold, 0.0)
+                    value0 = _relu(round16(value0, tl.bfloat16) - threshold)
+                    value1 = _relu(round16(value1, tl.bfloat16) - threshold)
                 slope0 = _slope(x0, FUNCTION)
                 slope1 = _slope(x1, FUNCTION)
             target = start // 2 + (rows * (features // 2) + pair)
@@ -214,7 +223,8 @@ def activation_counts(positive: Tensor, sparse: Sparse24, real: Tensor | None) -
     two non-zeros, non-zeros dropped, energy, energy dropped. `positive` is relu(h) `[T, F]`; tokens that are
     not `real`, boolean `[T]`, count nowhere."""
     nonzero = positive > 0 if real is None else (positive > 0) & real[:, None]
-    energy = torch.where(nonzero, sparse.dense.float().square(), 0)
+    energy = sparse.dense.float().square()
+    energy = energy if real is None else torch.where(real[:, None], energy, 0)
     sums = (
         (nonzero.unflatten(-1, (-1, 4)).sum(-1) > 2).sum(),
         (nonzero & ~sparse.mask).sum(),

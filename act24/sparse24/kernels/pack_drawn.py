@@ -1,10 +1,9 @@
 """The output gradient of a linear, drawn 2:4 along the tokens without bias and packed: the 2:4 operand of
 dW = MVUE₂₄(G)ᵀ x (arXiv 2404.01847).
 
-Bytes an element: 2 read, 1.125 written. The draw is what binds: about 10 divisions for a group of four. A
-    thread
-holds 4 tokens of some features, so that a group lies inside it; only the results cross threads, on their way
-to rows that run along the tokens.
+Bytes an element: 2 read, 1.125 written. A thread holds 4 tokens of some features, so that a group lies inside
+    it;
+only the results cross threads, on their way to rows that run along the tokens.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -33,6 +32,9 @@ from act24.sparse24.pattern.mvue import mvue24, mvue_factor
 #: Tokens and features of a tile, and tiles that a program walks along the tokens.
 TOKENS, FEATURES, STEPS = 64, 64, 8
 
+#: Most registers a thread may have: with all that it would take, few CTAs run at a time.
+WARPS, REGISTERS = 8, 64
+
 #: The largest bfloat16, where 1/π would carry a value beyond it.
 LARGEST = 3.3895313892515355e38
 
@@ -43,13 +45,10 @@ def _magnitude(bits):
 
 
 @jit
-def _value(key, factor, unknown, LARGEST: tl.constexpr):
-    """A drawn entry over its probability, in bfloat16, as the upper half of a word."""
-    value = as_float(upper(key)) * factor
-    # `unknown` is 0, or NaN where the group holds what is not finite: it has to be seen in the weight's
-    # gradient.
-    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST) + unknown
-    return as_bits(round16(value, tl.bfloat16))
+def _value(key, kept, finite, LARGEST: tl.constexpr):
+    """A drawn entry as it is kept, in bfloat16, as the upper half of a word."""
+    value = as_bits(round16(tl.minimum(4 * kept, LARGEST), tl.bfloat16)) | (key & 0x80000000)
+    return tl.where(kept > 0, tl.where(finite, value, upper(key)), key & 0)
 
 
 @jit
@@ -60,12 +59,13 @@ def _drawn(bits0, bits1, bits2, bits3, number, seed, LARGEST: tl.constexpr):
     a1 = _magnitude(bits1)
     a2 = _magnitude(bits2)
     a3 = _magnitude(bits3)
-    unknown = (a0 - a0) + (a1 - a1) + (a2 - a2) + (a3 - a3)
-    first, second, factor0, factor1 = draw2(
+    infinity: tl.constexpr = float("inf")
+    finite = (a0 < infinity) & (a1 < infinity) & (a2 < infinity) & (a3 < infinity)
+    first, second, kept0, kept1, _, _ = draw2(
         a0, a1, a2, a3, bits0 | 3, bits1 | 2, bits2 | 1, bits3, number, seed
     )
-    low = _value(first, factor0, unknown, LARGEST)
-    high = _value(second, factor1, unknown, LARGEST)
+    low = _value(first, kept0, finite, LARGEST)
+    high = _value(second, kept1, finite, LARGEST)
     return low >> 16 | upper(high), complement_field(first, second)
 
 
@@ -119,13 +119,8 @@ def _pack_drawn(
 
 
 def _reference(grad: Tensor, seed: Tensor) -> Tensor:
-    groups = grad.unflatten(0, (-1, 4))
-    finite = groups.isfinite().all(1, keepdim=True)
-    taken = mvue_factor(grad, seed, 0).view_as(groups) > 0
-    first = torch.arange(4, device=grad.device)[:, None] < 2
-    values = torch.where(finite, mvue24(grad, seed, 0).view_as(groups), torch.nan)
-    mask = torch.where(finite, taken, first)
-    return pack(values.flatten(0, 1).T.contiguous(), mask.flatten(0, 1).T.contiguous()).buffer
+    taken = mvue_factor(grad, seed, 0) > 0
+    return pack(mvue24(grad, seed, 0).T.contiguous(), taken.T.contiguous()).buffer
 
 
 def _fake(grad: Tensor, seed: Tensor) -> Tensor:
@@ -139,8 +134,8 @@ def pack_drawn(grad: Tensor, seed: Tensor) -> Tensor:
     it.
 
     Args:
-        grad: bfloat16 `[T, N]`, contiguous, T and N multiples of 64. A group that holds what is not finite
-            comes out as NaN.
+        grad: bfloat16 `[T, N]`, contiguous, T and N multiples of 64. NaN and infinity stay, up to two in a
+            group.
         seed: int64 scalar on the same device.
 
     Returns:
@@ -160,6 +155,7 @@ def pack_drawn(grad: Tensor, seed: Tensor) -> Tensor:
         FEATURES=FEATURES,
         STEPS=STEPS,
         LARGEST=LARGEST,
-        num_warps=4,
+        num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
     return buffer

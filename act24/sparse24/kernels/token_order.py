@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from act24.sparse24.kernels.shared.registry import operator
-from act24.sparse24.pattern.feature_wise import shape_numel, token_permutation
+from act24.sparse24.pattern.feature_wise import token_permutation
 
 
 def _reference(like: Tensor, shape: list[int], kind: str) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,7 @@ def _reference(like: Tensor, shape: list[int], kind: str) -> tuple[Tensor, Tenso
 
 
 def _fake(like: Tensor, shape: list[int], kind: str) -> tuple[Tensor, Tensor]:
-    order = like.new_empty(shape_numel(tuple(shape)), dtype=torch.int64)
+    order = like.new_empty(math.prod(shape), dtype=torch.int64)
     return order, torch.empty_like(order)
 
 

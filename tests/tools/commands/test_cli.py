@@ -76,7 +76,8 @@ def test_doctor_names_versions_and_paths(act24):
 def test_export_says_what_it_wrote(act24, run_dir, tmp_path):
     status, out, errors = act24("export", run_dir, tmp_path / "out")
     assert (status, errors) == (0, [])
-    assert out.startswith(f"{tmp_path / 'out'}: the model in its own form")
+    assert out.startswith(f"{tmp_path / 'out'}: a Hugging Face checkpoint (ArceeForCausalLM), step ")
+    assert "Held-out loss with 2:4" in out
     assert act24("export", run_dir, tmp_path / "out")[::2] == (
         2,
         [f"act24: {tmp_path / 'out'} exists already"],

@@ -6,7 +6,6 @@ the same seed."""
 from __future__ import annotations
 
 from act24.compiler import jit, tl
-from act24.sparse24.kernels.shared.keys import as_bits, by_position
 
 
 @jit
@@ -26,13 +25,21 @@ def random_uniform(index, seed):
 
 
 @jit
-def _taken(start, end, u):
-    return ((start <= u) & (u < end)) | ((start <= u + 1) & (u + 1 < end))
+def _finite(a0, a1, a2, a3):
+    """Four magnitudes; where some are not finite, 1 for these and 0 for the others."""
+    infinity: tl.constexpr = float("inf")
+    finite = (a0 < infinity) & (a1 < infinity) & (a2 < infinity) & (a3 < infinity)
+    return (
+        tl.where(finite, a0, tl.where(a0 < infinity, 0.0, 1.0)),
+        tl.where(finite, a1, tl.where(a1 < infinity, 0.0, 1.0)),
+        tl.where(finite, a2, tl.where(a2 < infinity, 0.0, 1.0)),
+        tl.where(finite, a3, tl.where(a3 < infinity, 0.0, 1.0)),
+    )
 
 
 @jit
 def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
-    """Two of four magnitudes, drawn by the minimum-variance unbiased estimator.
+    """Two of four magnitudes, drawn by the minimum-variance unbiased estimator, without a division.
 
     Args:
         a0, a1, a2, a3: magnitudes, float32.
@@ -40,78 +47,69 @@ def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
         number: of the group, uint32; seed: pointer to an int64.
 
     Returns:
-        the keys that were drawn, by position, and 1/π of each, 0 for a key that only fills up.
+        the keys that were drawn, by position; for each a quarter of the magnitude with which it is kept, 0
+        for a key that only fills up; and for each a quarter of the magnitude that it had.
     """
+    a0, a1, a2, a3 = _finite(a0, a1, a2, a3)
+    a0 *= 0.25
+    a1 *= 0.25
+    a2 *= 0.25
+    a3 *= 0.25
     largest = tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3))
-    unit = tl.where(largest > 0, largest, 1.0)
-    # The first of the largest entries, as `Tensor.max` has it on a CPU.
-    is0 = a0 == largest
-    is1 = (a1 == largest) & (a0 != largest)
-    is2 = (a2 == largest) & (a0 != largest) & (a1 != largest)
-    is3 = (a0 != largest) & (a1 != largest) & (a2 != largest)
-    a0 = tl.div_rn(a0, unit)
-    a1 = tl.div_rn(a1, unit)
-    a2 = tl.div_rn(a2, unit)
-    a3 = tl.div_rn(a3, unit)
-    other0 = tl.where(is0, 0.0, a0)
-    other1 = tl.where(is1, 0.0, a1)
-    other2 = tl.where(is2, 0.0, a2)
-    other3 = tl.where(is3, 0.0, a3)
-    rest = other0 + other1 + other2 + other3
-    dominated = rest < 1
     # One entry outweighs the others: it is certain, and they share one draw instead of two.
-    single = dominated & (largest > 0)
-    # Divisions are what this costs: one for either case, with what is divided by chosen before.
-    whole = tl.where(dominated, tl.where(rest > 0, rest, 1.0), 1 + rest)
-    p0 = _probability(tl.where(dominated, other0, 2 * a0), whole, is0 & single)
-    p1 = _probability(tl.where(dominated, other1, 2 * a1), whole, is1 & single)
-    p2 = _probability(tl.where(dominated, other2, 2 * a2), whole, is2 & single)
-    p3 = _probability(tl.where(dominated, other3, 2 * a3), whole, is3 & single)
-    end0 = tl.where(is0 & single, 0.0, p0)
-    end1 = end0 + tl.where(is1 & single, 0.0, p1)
-    end2 = end1 + tl.where(is2 & single, 0.0, p2)
-    end3 = end2 + tl.where(is3 & single, 0.0, p3)
-    total = tl.where(single, 1.0, 2.0)
-    end0, end1, end2 = (
-        tl.where(end0 >= end3, total, end0),
-        tl.where(end1 >= end3, total, end1),
-        tl.where(end2 >= end3, total, end2),
-    )
+    single = 2 * largest > a0 + a1 + a2 + a3
+    certain0 = single & (a0 == largest)
+    certain1 = single & (a1 == largest)
+    certain2 = single & (a2 == largest)
+    certain3 = single & (a3 == largest)
+    end0 = tl.where(certain0, 0.0, a0)
+    end1 = end0 + tl.where(certain1, 0.0, a1)
+    end2 = end1 + tl.where(certain2, 0.0, a2)
+    total = end2 + tl.where(certain3, 0.0, a3)
+    kept = tl.where(single, total, total * 0.5)
     u = random_uniform(number, seed)
-    taken0 = (_taken(0.0, end0, u) | (is0 & single)) & (p0 > 0)
-    taken1 = (_taken(end0, end1, u) | (is1 & single)) & (p1 > 0)
-    taken2 = (_taken(end1, end2, u) | (is2 & single)) & (p2 > 0)
-    taken3 = (_taken(end2, total, u) | (is3 & single)) & (p3 > 0)
-    # Keys that were drawn come first, then by position: two pairs of (key, factor) in order.
-    rank0 = taken0.to(tl.int32) * 4 + 3
-    rank1 = taken1.to(tl.int32) * 4 + 2
-    rank2 = taken2.to(tl.int32) * 4 + 1
-    rank3 = taken3.to(tl.int32) * 4
-    high01 = tl.maximum(rank0, rank1)
-    high23 = tl.maximum(rank2, rank3)
-    best = tl.maximum(high01, high23)
-    low = tl.maximum(tl.minimum(rank0, rank1), tl.minimum(rank2, rank3))
-    first, second = by_position(as_bits(best), as_bits(tl.maximum(tl.minimum(high01, high23), low)))
-    first = first & 3
-    second = second & 3
-    drawn0 = tl.where(taken0, p0, 0.0)
-    drawn1 = tl.where(taken1, p1, 0.0)
-    drawn2 = tl.where(taken2, p2, 0.0)
-    drawn3 = tl.where(taken3, p3, 0.0)
+    one = u * kept
+    other = tl.where(single, one, (1 + u) * kept)
+    # The interval that reaches the total has no end.
+    taken0 = _before(one, end0, total)
+    taken1 = _before(one, end1, total)
+    taken2 = _before(one, end2, total)
+    again0 = _before(other, end0, total)
+    again1 = _before(other, end1, total)
+    again2 = _before(other, end2, total)
+    taken3 = (taken2 == 0) | (again2 == 0) | certain3
+    taken2 = (taken2 & (taken1 == 0)) | (again2 & (again1 == 0)) | certain2
+    taken1 = (taken1 & (taken0 == 0)) | (again1 & (again0 == 0)) | certain1
+    taken0 = taken0 | again0 | certain0
+    kept0 = _kept(taken0, certain0, a0, kept)
+    kept1 = _kept(taken1, certain1, a1, kept)
+    kept2 = _kept(taken2, certain2, a2, kept)
+    kept3 = _kept(taken3, certain3, a3, kept)
+    # Two of four in order, with a position that fills up where fewer were drawn.
+    first1 = taken1 & (taken2 | taken3)
+    first2 = taken2 & taken3
     return (
-        as_bits(tl.where(first == 3, key0, tl.where(first == 2, key1, key2))),
-        as_bits(tl.where(second == 0, key3, tl.where(second == 1, key2, key1))),
-        _inverse(tl.where(first == 3, drawn0, tl.where(first == 2, drawn1, drawn2))),
-        _inverse(tl.where(second == 0, drawn3, tl.where(second == 1, drawn2, drawn1))),
+        tl.where(first1, key1, tl.where(first2, key2, key0)),
+        tl.where(taken3, key3, tl.where(taken2, key2, key1)),
+        tl.where(first1, kept1, tl.where(first2, kept2, kept0)),
+        tl.where(taken3, kept3, tl.where(taken2, kept2, kept1)),
+        tl.where(first1, a1, tl.where(first2, a2, a0)),
+        tl.where(taken3, a3, tl.where(taken2, a2, a1)),
     )
 
 
 @jit
-def _probability(part, whole, certain):
-    """Never above 1: in the case where one entry outweighs the others a part is no larger than the whole."""
-    return tl.where(certain, 1.0, tl.minimum(tl.div_rn(part, whole), 1.0))
+def _before(place, end, total):
+    return (place < end) | (end >= total)
 
 
 @jit
-def _inverse(probability):
-    return tl.where(probability > 0, tl.div_rn(1.0, tl.where(probability > 0, probability, 1.0)), 0.0)
+def _kept(taken, certain, magnitude, kept):
+    return tl.where(taken & (magnitude > 0), tl.where(certain, magnitude, kept), 0.0)
+
+
+@jit
+def factor_of(kept, magnitude):
+    """1/π of a drawn key, 0 of one that fills up."""
+    drawn = kept > 0
+    return tl.where(drawn, tl.div_rn(kept, tl.where(drawn, magnitude, 1.0)), 0.0)

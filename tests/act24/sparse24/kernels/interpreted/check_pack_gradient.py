@@ -67,6 +67,29 @@ def test_unpack_gradient_equals_the_reference(function: str, method: str) -> Non
     assert torch.equal(dense[1], expected[2])
 
 
+def test_what_is_not_finite_stays_as_in_the_reference() -> None:
+    """In the gradient, of either sign, and in what forward saved."""
+    tokens, features = 64, 64
+    value, _ = saved(tokens, features, "relu2", "naive")
+    grad = awkward(tokens, features, seed=1)
+    (kept, *_), (other, *_) = (
+        unpack(Packed24(value))[token].nonzero().flatten().tolist() for token in (9, 18)
+    )
+    grad[8:12, kept] = torch.tensor([float("inf"), float("nan"), float("-inf"), 1.0])
+    grad.view(torch.int16)[16:20, other] = -1
+    Packed24(value).values.view(torch.int16)[20, 7] = 0x7FFF
+    for name, arguments in (
+        ("pack_gradient", (grad, value, None, None, torch.arange(features), "relu2")),
+        ("unpack_gradient", (grad, value, None, "relu2")),
+    ):
+        ours, expected = OPERATORS[name].launch(*arguments), OPERATORS[name].reference(*arguments)
+        for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            if number < (3 if name == "pack_gradient" else 1):
+                a, b = unpack(Packed24(a)), unpack(Packed24(b))
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            assert b.isnan().any()
+
+
 @pytest.mark.parametrize("number", [1, 5, 40])
 def test_gather_features_equals_the_reference(number: int) -> None:
     value, _ = saved(192, 128, "relu2", "naive")
