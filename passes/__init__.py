@@ -15,13 +15,13 @@ from act24.passes.pipeline import Pipeline, apply_, plan
 from act24.passes.recompute import Recompute
 from act24.passes.relu2_ffn import Relu2FFN
 from act24.passes.weight24 import Weight24
+from act24.records import Table
 
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
-#: happen to lie in a folder.
-REGISTRY: dict[str, type[Pass]] = {
-    cls.name: cls
-    for cls in (Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Recompute, ActivationStatistics)
-}
+#: happen to lie in a folder. A package from outside adds its own with `REGISTRY.add`.
+REGISTRY: Table[type[Pass]] = Table(
+    "pass", Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Recompute, ActivationStatistics
+)
 
 __all__ = [
     "REGISTRY",

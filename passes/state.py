@@ -28,18 +28,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, weight24
+from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
-from act24.passes.graph.region import RegionModule
+from act24.passes.graph.region import RegionModule, buffers_of
 from act24.passes.weight24 import stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
 from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
 from act24.sparse24.weight.packed import packed_operands
+
+#: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
+_DRAWN_FROM = {activation24.SEED: ".activation", weight24.SEED: ""}
 
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
@@ -87,7 +90,7 @@ def _calibrate_(
     pipeline: Pipeline, due: Sequence[Activation24], forward: Callable[[], object], reduce: Reduce
 ) -> tuple[list[str], Tensor]:
     """Measure and set the scales of the passes that are due; the names of their sites, and the sums."""
-    sums = site_buffers(pipeline, SUMS)
+    sums = buffers_of(pipeline.regions, SUMS)
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
@@ -96,11 +99,11 @@ def _calibrate_(
         forward()
     table = reduce(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
-    scales = site_buffers(pipeline, SCALE)
+    scales = buffers_of(pipeline.regions, SCALE)
     for name, row, new in zip(sums, table, measured, strict=True):
         # A site of a pass that is not due has summed up nothing.
         scales[name].copy_(torch.where(row[-1] > 0, new, scales[name]))
-    return [name.removesuffix(".") for name in sums], table
+    return list(sums), table
 
 
 def _calibration_text(names: Sequence[str], table: Tensor) -> str:
@@ -277,9 +280,11 @@ def begin_micro_batch_(
         pads: boolean, the shape of the token ids; None for rows without padding.
     """
     if any(p.draws for p in pipeline.active if isinstance(p, Activation24 | Weight24)):
-        seeds = site_buffers(pipeline, weight24.SEED)  # which the name of the other kind ends in too
-        values = [_hash(seed, name, step, micro_batch, rank) for name in seeds]
-        buffers = list(seeds.values())
+        values, buffers = [], []
+        for kind, suffix in _DRAWN_FROM.items():
+            for name, buffer in buffers_of(pipeline.regions, kind).items():
+                values.append(_hash(seed, f"{name}{suffix}", step, micro_batch, rank))
+                buffers.append(buffer)
         torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
     set_pads_(pipeline, pads)
@@ -313,16 +318,6 @@ def evaluation(pipeline: Pipeline, without: Sequence[str] = ()) -> Iterator[None
 
 def _in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     return [evaluated for p in passes if (evaluated := p.in_evaluation()) is not None]
-
-
-def site_buffers(pipeline: Pipeline, kind: str) -> dict[str, Tensor]:
-    """The buffers whose names end in `kind`, by the rest of their fully qualified names."""
-    return {
-        f"{fqn}.{name}".removesuffix(kind): buffer
-        for fqn, module in pipeline.regions.items()
-        for name, buffer in module.named_buffers()
-        if name.endswith(kind)
-    }
 
 
 def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -201,17 +201,19 @@ class Weight24(OperationalPass):
         def scale(parameters: Mapping[str, Tensor]) -> Tensor:
             return weight_scale(site.dense(parameters))
 
-        shape = tuple(region.parameters[site.weight].shape)
-        region.add_buffer(site.weight + MASK, shape, torch.bool, persistent=True, initial=mask)
-        region.add_buffer(site.weight + FLIPS, (), torch.float32, persistent=False)
+        def add(kind: str, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
+            region.add_buffer(site.weight + kind, shape, dtype, kind=kind, of=site.weight, **options)
+
+        add(MASK, tuple(region.parameters[site.weight].shape), torch.bool, persistent=True, initial=mask)
+        add(FLIPS, (), torch.float32, persistent=False)
         # Without elements until they are first packed: where nothing is, they cost nothing.
-        region.add_buffer(site.weight + PACKED, (0,), torch.bfloat16, persistent=False)
+        add(PACKED, (0,), torch.bfloat16, persistent=False)
         if self.record.both_ways:
-            region.add_buffer(site.weight + TRANSPOSED, (0,), torch.bfloat16, persistent=False)
+            add(TRANSPOSED, (0,), torch.bfloat16, persistent=False)
         if self.record.soft:
-            region.add_buffer(site.weight + SCALE, (), torch.float32, persistent=True, initial=scale)
+            add(SCALE, (), torch.float32, persistent=True, initial=scale)
         if self.draws:
-            region.add_buffer(site.weight + SEED, (), torch.int64, persistent=False)
+            add(SEED, (), torch.int64, persistent=False)
 
 
 def stored_mask(parameter: Tensor, transposed: bool, method: str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from act24.low_rank.activations import ACTIVATIONS
 from act24.operation import operation
+from act24.options import one_of
 
 
 class _SelectColumns(torch.autograd.Function):
@@ -79,7 +80,11 @@ def low_rank_beside_columns(
 
     Returns:
         `[..., out]`.
+
+    Raises:
+        OptionError: there is no such activation.
     """
+    one_of("low_rank_beside_columns", "activation", activation, ACTIVATIONS)
     rank, (count,) = weight_in.shape[0], indices.shape
     short = -(rank + count) % _MULTIPLE
     places = torch.arange(x.shape[-1], device=indices.device)

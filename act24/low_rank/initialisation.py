@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from act24.errors import nearest
-from act24.low_rank.truncation import truncated_factors
-from act24.options import OptionError
+from act24.low_rank.truncation import check_rank, truncated_factors
+from act24.options import OptionError, Range, in_range, shown
 
 #: (shape `[out, in]`, rank, initializer_range) -> (standard deviation of weight_in, of weight_out).
 Deviations = Callable[[tuple[int, int], int, float], tuple[float, float]]
@@ -69,12 +69,18 @@ def initial_factors(
         generator_in, generator_out: CPU generators, one a factor.
 
     Raises:
-        OptionError: unknown `init`.
+        OptionError: unknown `init`, `rank` below 1 (for `svd` and the orthonormal ones also above a side of
+            the weight), or `initializer_range` not above 0.
 
     Source: LORO's `lowrank_module.py`, where `orth` and `xavorth` fall back to plain normal entries by
     mistake, and CoLA's `cola_layer.py`.
     """
     check_init(init)
+    in_range("initial_factors", "initializer_range", initializer_range, Range(gt=0))
+    if init in ("svd", "orth", "xavorth"):
+        check_rank("initial_factors", rank, dense)
+    else:
+        in_range("initial_factors", "rank", rank, Range(ge=1))
     out_features, in_features = dense.shape
     if init == "svd":
         weight_in, weight_out = truncated_factors(dense[None], rank)
@@ -106,6 +112,8 @@ def check_init(init: str, owner: str = "initial_factors") -> None:
     Raises:
         OptionError: it does not.
     """
+    if not isinstance(init, str):
+        raise OptionError(f"{owner}: init has to be a string, got {shown(init)}")
     match = _NUMBER.fullmatch(init)
     if match:
         try:

@@ -54,12 +54,16 @@ class BufferSpec:
 
     Attributes:
         initial: its first value, from the region's parameters by local name; None: zeros.
+        kind: what it is for, a constant of the pass that asks for it.
+        of: the local name of what it belongs to, a site or a weight.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     persistent: bool
     initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    kind: str = ""
+    of: str = ""
 
     @torch.no_grad()
     def reset_(self, buffer: Tensor, parameters: Mapping[str, Tensor]) -> None:
@@ -178,6 +182,8 @@ class Region:
         dtype: torch.dtype,
         persistent: bool,
         initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        kind: str = "",
+        of: str = "",
     ) -> None:
         """Add a buffer (`BufferSpec`). Several passes may ask for the same one.
 
@@ -187,7 +193,7 @@ class Region:
         taken = name in self.parameters or name in dict(self.module.named_buffers(remove_duplicate=False))
         if taken and name not in self.buffers:
             raise PassError(f"{self.name(name)} is there already: a pass needs a buffer of this name")
-        self.buffers[name] = BufferSpec(shape, dtype, persistent, initial)
+        self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 
 class RegionModule(fx.GraphModule):
@@ -196,7 +202,12 @@ class RegionModule(fx.GraphModule):
     Regions with equal code share one class (`share_class`), so that torch.compile sees one function and
     compiles it once, not once a layer. A copy keeps the class; `recompile` after editing the graph of one
     region by hand leaves the shared class first.
+
+    Attributes:
+        buffer_kinds: of the buffers that passes added, by local name: their kind, and what they belong to.
     """
+
+    buffer_kinds: dict[str, tuple[str, str]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
         # GraphModule's own copy makes a class for each module, leaves out what the graph does not read, and
@@ -292,6 +303,7 @@ def _add_buffers(region: Region, module: RegionModule, values: Mapping[str, Tens
         elif not buffer.is_meta:
             spec.reset_(buffer, parameters)
         _namespace(module, name).register_buffer(_leaf(name), buffer, persistent=spec.persistent)
+    module.buffer_kinds = {name: (spec.kind, spec.of) for name, spec in region.buffers.items()}
 
 
 def reset_buffers_(module: RegionModule, specs: Mapping[str, BufferSpec]) -> None:
@@ -303,6 +315,21 @@ def reset_buffers_(module: RegionModule, specs: Mapping[str, BufferSpec]) -> Non
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, spec in specs.items():
         spec.reset_(module.get_buffer(name), parameters)
+
+
+def buffers_of(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]:
+    """The buffers of one kind in the regions among some modules, by the full name of what they belong to.
+
+    Args:
+        modules: by full name: a pipeline's regions, or `dict(model.named_modules())`.
+    """
+    return {
+        ".".join(part for part in (fqn, of) if part): module.get_buffer(name)
+        for fqn, module in modules.items()
+        if isinstance(module, RegionModule)
+        for name, (its_kind, of) in module.buffer_kinds.items()
+        if its_kind == kind
+    }
 
 
 @dataclass(frozen=True)

@@ -7,28 +7,35 @@ Prints what failed, and leaves with status 1 then.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from act24.sparse24.feed_forward.forms import network_of, why_not_packed
+from act24.sparse24.feed_forward.forms import network_of
+from act24.sparse24.feed_forward.methods import METHODS
 from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.self_check import mismatch
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import layout_error
 from act24.sparse24.format.multiply import relative_error
-from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.format.packed import Packed24, random_packed, unpack
 from act24.sparse24.format.products import Measured, feed_forward_products, linear_products
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.selection import top2_of_4
-from act24.sparse24.pattern.token_wise import Options24
+from act24.sparse24.pattern.token_wise import SPARSIFIERS, Function
 from act24.sparse24.pattern.transposable import transposable_mask
 from act24.sparse24.weight.forms import LinearOptions24
 from act24.sparse24.weight.linear24 import linear24
-from act24.sparse24.weight.methods import METHODS, weight_mask, weight_scale
+from act24.sparse24.weight.methods import METHODS as WEIGHT_METHODS
+from act24.sparse24.weight.methods import weight_mask, weight_scale
 from act24.sparse24.weight.packed import packed_operands
 from act24.tools.bench.rows import needed_gpu
 
@@ -45,25 +52,6 @@ def _awkward(tokens: int, features: int, device: torch.device) -> Tensor:
     return x.bfloat16()
 
 
-def _mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: int, slope: bool) -> float:
-    """Share of entries that differ. The first `packed` outputs are compared by what they stand for, and so is
-    a slope behind them: groups with fewer than two non-zeros may name any places."""
-    pairs = []
-    for side in (outputs, expected):
-        side = list(side)
-        if slope:
-            metadata = Packed24(side[0]).metadata.view(side[1].dtype)
-            side[1] = unpack(Packed24(torch.cat((side[1].flatten(), metadata)).view_as(side[0])))
-        pairs.append([unpack(Packed24(side[n])) if n < packed else side[n] for n in range(len(side))])
-    worst = 0.0
-    for a, b in zip(*pairs, strict=True):
-        if a.dtype is torch.float32:  # sums, of activations that one side rounds first
-            worst = max(worst, 0.0 if torch.allclose(a, b, rtol=1e-2) else 1.0)
-        elif a.numel():
-            worst = max(worst, (a != b).float().mean().item())
-    return worst
-
-
 def _kernels(device: torch.device) -> Iterator[Check]:
     for tokens, features in ((192, 128), (128, 320), (1024, 4096)):
         hidden, grad = _awkward(tokens, features, device), _awkward(tokens, features, device)
@@ -71,8 +59,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
         order = torch.randperm(tokens, device=device)
         index = torch.randperm(features, device=device)[: features // 20 + 1]
         seed = torch.tensor(2**40 + 17, device=device)
-        grad *= real[:, None]
-        for function, method in itertools.product(("relu2", "relu"), ("naive", "soft_threshold", "mvue")):
+        for function, method in itertools.product(get_args(Function), SPARSIFIERS):
             case = f"{tokens}×{features} {function} {method}"
             slope = method != "naive"
             arguments = (hidden, seed, real, function, method, slope, False, True, True)
@@ -119,15 +106,29 @@ def _narrow_kernels(device: torch.device) -> Iterator[Check]:
         yield f"pack_weight {case}", _same("pack_weight", 2, arguments)
 
 
+def _products(device: torch.device) -> Iterator[Check]:
+    """The library's product with dense rows put in, and the order of tokens, which is no kernel."""
+    generator = torch.Generator(device).manual_seed(0)
+    packed = random_packed(256, 512, torch.bfloat16, generator).buffer
+    dense, rows = (torch.randn(512, n, device=device).bfloat16() for n in (128, 40))
+    index = torch.randperm(256, device=device)[:40]
+    for transposed in (False, True):
+        arguments = (packed, dense, 0, transposed, rows.T.contiguous(), index)
+        found, expected = (form(*arguments) for form in _both("product24"))
+        yield f"product24 transposed {transposed}", functools.partial(relative_error, found, expected)
+    orders = [form(dense, [4, 64], "sequence") for form in _both("token_order")]
+    yield "token_order", lambda: float(not all(map(torch.equal, *orders)))
+
+
 def _both_ways(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -> Callable[[], float]:
-    """What forward saves is compared by what backward makes of it: see `_mismatch`."""
+    """What forward saves is compared by what backward makes of it: see `mismatch`."""
 
     def check() -> float:
         made = []
         for forward, backward in zip(_both("linear_pack"), _both("linear_gradient"), strict=True):
             _, *saved = forward(x, weight_in, True)
             made.append(backward(grad, weight_out, *saved))
-        return _mismatch(*made, 0, False)
+        return mismatch(*made, 0, False)
 
     return check
 
@@ -142,7 +143,7 @@ def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Call
         outputs, expected = (form(*arguments) for form in _both(name))
         if isinstance(outputs, Tensor):
             outputs, expected = (outputs,), (expected,)
-        return _mismatch(outputs, expected, packed, slope)
+        return mismatch(outputs, expected, packed, slope)
 
     return check
 
@@ -177,12 +178,12 @@ def _operation(device: torch.device) -> Iterator[Check]:
     products = feed_forward_products(tokens, width, features, width, False).values()
     forced = tuple((product, Measured(0, 0, 1)) for product in products)
     seed, scale = torch.tensor(5, device=device), torch.tensor(1.25, device=device)
-    for backward, method, precision in itertools.product(
-        ("dense", "sparse", "split_gemm"), ("naive", "soft_threshold", "mvue"), ("bfloat16", "fp8")
+    for backward, record, precision in itertools.product(
+        PACKED.backwards, [m for m in METHODS.values() if m.kernel in PACKED.sparsifiers], PACKED.precisions
     ):
+        method = record.name
         options = Options24(method=method, backward=backward, precision=precision, algorithms=forced)
-        # A scale goes with the soft method alone: some forms have none.
-        state = (scale if method == "soft_threshold" else None, seed, None)
+        state = (scale if record.scaled else None, seed, None)
 
         def run(
             options: Options24, function: Callable[..., Any] = activation24, state: tuple = state
@@ -196,7 +197,7 @@ def _operation(device: torch.device) -> Iterator[Check]:
             return max(map(relative_error, call(), expected))
 
         case = f"{backward} {method} {precision}"
-        if reason := why_not_packed(network_of(leaves), options):
+        if reason := PACKED.why_not(network_of(leaves, record.scaled), options):
             yield f"operation {case} runs on the reference: {reason}", lambda: float("inf")
             continue
         yield f"operation {case} eager", lambda run=run, o=options, e=error: e(lambda: run(o))
@@ -248,15 +249,15 @@ def _weights(device: torch.device) -> Iterator[Check]:
             yield f"best_transposable_mask {case} {dtype}", _same_mask(weight.to(dtype))
         yield f"pack_weight_rows {case}", _same("pack_weight_rows", 1, (weight, top2_of_4(weight.abs())))
         seed = torch.tensor(2**40 + 17, device=device)
-        yield f"pack_drawn mvue {case}", _same("pack_drawn", 1, (weight, seed))
+        yield f"pack_drawn {case}", _same("pack_drawn", 1, (weight, seed))
     tokens, width, features = 512, 256, 1024
     draw = lambda *size: torch.randn(*size, device=device).bfloat16()  # noqa: E731
     x, grad = draw(2, tokens // 2, width).requires_grad_(), draw(2, tokens // 2, features)
     weight, bias = (draw(features, width) / 16).requires_grad_(), draw(features).requires_grad_()
     products = linear_products(tokens, features, width).values()
     forced = tuple((tuple(product), (0, 0.0, 1.0)) for product in products)
-    for method, seed in itertools.product(METHODS, (None, torch.tensor(5, device=device))):
-        record = METHODS[method]
+    for method, seed in itertools.product(WEIGHT_METHODS, (None, torch.tensor(5, device=device))):
+        record = WEIGHT_METHODS[method]
         scale = weight_scale(weight) if record.soft else None
         state = (None if record.soft else weight_mask(weight, method), scale, seed)
         kept = packed_operands(weight.detach(), *state[:2], record.both_ways)
@@ -310,12 +311,14 @@ def main(word: str = "") -> int:
         ("kept plans against PyTorch's call", lambda: float(not multiplies(device, torch.bfloat16)), 0.0),
         ("kept plans of fp8 against it", lambda: float(not multiplies(device, torch.float8_e4m3fn)), 0.0),
     ]
-    # The draw of mvue rounds as the reference does but for the order of a sum.
-    checks += [(name, check, 1e-3 if "mvue" in name else 0.0) for name, check in _kernels(device)]
+    checks += [(name, check, 0.0) for name, check in _kernels(device)]
     checks += [(name, check, 0.0) for name, check in _narrow_kernels(device)]
+    checks += [(name, check, 1e-2) for name, check in _products(device)]
+    weights = _weights(device)
+    checks += [(name, check, 1e-2 if "linear24" in name else 0.0) for name, check in weights]
+    named = set(re.findall(r"\w+", " ".join(name for name, *_ in checks)))
+    checks.append(("every operator has a check", lambda: float(len({*OPERATORS} - named)), 0.0))
     checks += [(name, check, 1e-2) for name, check in _operation(device)]
-    weights = [(name, check) for name, check in _weights(device)]
-    checks += [(n, c, 1e-2 if "linear24" in n else 1e-3 if "mvue" in n else 0.0) for n, c in weights]
     failed = 0
     checks = [check for check in checks if word in check[0]]
     for name, check, allowed in checks:

@@ -22,7 +22,7 @@ from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.low_rank.lost import kept_columns
-from act24.optim import AdamW, parameter_groups
+from act24.optim import AdamW, AdamWOptions, parameter_groups
 from act24.passes import Cola, Lost, Pipeline, Relu2FFN
 from act24.passes.graph.linear_sites import FactorisingPass
 from act24.recipes.schema import Recipe
@@ -207,6 +207,11 @@ def _handwritten(
         loss = torch.compile(cross_entropy_sum, dynamic=False)
     # LORO's lazy updates, which are what is timed here, are AdamW's.
     options = recipe.optimizer
+    if not isinstance(options, AdamWOptions):
+        raise Act24Error(
+            f"the hand-written side is trained by AdamW, and the recipe by {options.name}: use --beside with "
+            "another recipe"
+        )
     optimizer = AdamW(
         parameter_groups(model, options.weight_decay, options.decay),
         lr=options.lr,

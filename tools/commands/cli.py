@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from act24.errors import Act24Error
+
+if TYPE_CHECKING:
+    from act24.recipes.schema import Recipe
 
 app = typer.Typer(
     name="act24",
@@ -43,6 +46,14 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"act24: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def _warn_of_oddities(recipe: Recipe) -> None:
+    """Say on stderr what training would say when it starts."""
+    from act24.recipes.checks import oddities
+
+    for line in oddities(recipe):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 @app.command()
@@ -135,7 +146,9 @@ def plan(
     from act24.recipes.load import load_recipe
     from act24.tools.commands.show import show_plan
 
-    show_plan(load_recipe(recipe, set_ or ()), as_json)
+    loaded = load_recipe(recipe, set_ or ())
+    show_plan(loaded, as_json)
+    _warn_of_oddities(loaded)
 
 
 @app.command("probe-decay")
@@ -215,7 +228,9 @@ def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from act24.recipes.load import load_recipe
     from act24.tools.run.build import plan_recipe
 
-    plan_recipe(load_recipe(recipe, set_ or ()))
+    loaded = load_recipe(recipe, set_ or ())
+    plan_recipe(loaded)
+    _warn_of_oddities(loaded)
     print(f"{recipe}: valid")
 
 

@@ -18,7 +18,8 @@ import torch
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig
 from act24.passes import Pass, Relu2FFN
-from act24.recipes.load import pass_table, passes_of_tables
+from act24.recipes.load import passes_of_tables
+from act24.recipes.records import as_table
 from act24.rotary import RotaryScaling
 
 CONFIG = "config.json"
@@ -173,7 +174,7 @@ def config_json(
         content["act24_weight_pattern"] = pattern
     if kind == ACT24:
         module = MODULE.removesuffix(".py")
-        content["act24_passes"] = [pass_table(p) for p in passes]
+        content["act24_passes"] = [as_table(p, "use") for p in passes]
         content["auto_map"] = {
             "AutoConfig": f"{module}.Act24Config",
             "AutoModelForCausalLM": f"{module}.{architecture}",

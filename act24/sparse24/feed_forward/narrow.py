@@ -1,6 +1,6 @@
-"""`activation24` for narrow linears, where 2:4 products lose to dense ones
-(`act24.sparse24.kernels.linear_pack`): the activation and its derivative are made inside the products around
-them, and nothing F-wide is kept but the packed activation, 1.125 bytes a feature, or nothing at all.
+"""`activation24` for narrow linears, where 2:4 products lose to dense ones (`act24.sparse24.kernels.narrow`):
+the activation and its derivative are made inside the products around them, and nothing F-wide is kept but the
+packed activation, 1.125 bytes a feature, or nothing at all.
 
 The same function as the reference in `act24.sparse24.feed_forward.operation` up to the rounding of sums.
 """
@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.sparse24.feed_forward.forms import Tensors
-from act24.sparse24.feed_forward.statistics import STATISTICS, token_wise_statistics
+from act24.sparse24.feed_forward.forms import Form, Network, State, Tensors
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.statistics import no_statistics, token_wise_from_some_tokens
 from act24.sparse24.kernels.linear_gradient import linear_gradient
 from act24.sparse24.kernels.linear_pack import linear_pack
 from act24.sparse24.kernels.recompute_gradient import recompute_gradient
-from act24.sparse24.pattern.token_wise import Options24, sparsify_token_wise
 
-#: Statistics look at every 16th token: the pre-activation, which they need, is nowhere in memory.
-_SAMPLE = 16
+#: Of the kernels: the tile, the step of a reduction, and the greatest width measured.
+_TILE, _STEP, _WIDEST = 128, 64, 256
 
 
 class _NarrowActivation24(torch.autograd.Function):
@@ -70,11 +70,13 @@ class _NarrowActivation24(torch.autograd.Function):
         )
 
 
-def narrow_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
-    """`act24.sparse24.feed_forward.operation.activation24` where `forms.why_not_narrow` has nothing to say.
+def narrow_activation24(tensors: Tensors, state: State, options: Options24) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.feed_forward.operation.activation24` where `NARROW` can run it.
 
     Args:
-        real: boolean `[T]`, the tokens that the statistics count; None for all.
+        tensors: in bfloat16, of the shapes that the operation has, without a bias before the activation.
+        state: without a scale.
+        options: naive relu², with exact weight gradients.
     """
     x, weight_in, _, weight_out, bias_out = tensors
     assert x is not None
@@ -82,9 +84,32 @@ def narrow_activation24(tensors: Tensors, real: Tensor | None, options: Options2
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, _, _ = _NarrowActivation24.apply(x, weight_in, weight_out, bias_out, options, training)
     if not options.statistics:
-        return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
-    with torch.no_grad():
-        rows = x.reshape(-1, x.shape[-1])[::_SAMPLE]
-        sparse = sparsify_token_wise(torch.relu(F.linear(rows, weight_in)), None, options)
-        sampled = None if real is None else real[::_SAMPLE]
-        return y, _SAMPLE * token_wise_statistics(sparse.dense, sparse.mask, sampled)
+        return y, no_statistics(y)
+    return y, token_wise_from_some_tokens(x, weight_in, state.real, options)
+
+
+def _condition(network: Network, options: Options24) -> str:
+    if network.biased:
+        return "the kernels have no bias before the activation"
+    if network.tokens == 0 or network.tokens % _TILE or network.features % _TILE:
+        return f"T {network.tokens} and F {network.features} have to be multiples of {_TILE}"
+    widths = (network.width, network.width_out)
+    if any(width % _STEP for width in widths) or max(widths) > _WIDEST:
+        return f"fused products take widths that are multiples of {_STEP}, {_WIDEST} at most"
+    return ""
+
+
+NARROW = Form(
+    name="narrow",
+    says="2:4 inside dense products",
+    sparsifiers=("naive",),
+    functions=("relu2",),
+    estimators=("masked",),
+    backwards=("dense",),
+    precisions=("bfloat16",),
+    linears=True,
+    scales=False,
+    operators=("linear_pack", "linear_gradient", "recompute_gradient"),
+    condition=_condition,
+    run=narrow_activation24,
+)

@@ -144,18 +144,24 @@ def pack(dense: Tensor, mask: Tensor | None = None) -> Packed24:
 
 
 def unpack(packed: Packed24) -> Tensor:
-    """The dense `[rows, columns]` matrix, zeros filled in."""
+    """The dense matrix `[rows, columns]` in the dtype of the buffer, zeros filled in."""
     values = packed.values.view(_BITS[packed.buffer.element_size()])
     return with_zeros(values, _fields(packed)).view(packed.buffer.dtype)
 
 
 def with_values(packed: Packed24, values: Tensor) -> Packed24:
-    """A packed matrix with the places of another, and `values` `[rows, columns / 2]` of either size there."""
+    """A packed matrix that keeps its values where another one does.
+
+    Args:
+        packed: `[rows, columns]`, 16-bit or 8-bit.
+        values: `[rows, columns / 2]`, in the order of `packed.values`. They may have the other size, which
+            the result then has.
+    """
     return _packed(values, _fields(packed))
 
 
 def random_packed(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Packed24:
-    """A packed matrix of normal values in random places, on the device of the generator."""
+    """A packed matrix `[rows, columns]` of normal values in random places, on the device of the generator."""
     device = generator.device
     legal = torch.tensor(LEGAL, dtype=torch.uint8, device=device)
     draws = torch.randint(len(LEGAL), (2, rows * columns // 8), generator=generator, device=device)

@@ -9,7 +9,9 @@ rule decides, `choose`. Everything else in act24 asks there.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from act24.options import Range
 
 #: For shapes that nobody tuned, from an H200 with cuSPARSELt 0.8: the smallest width and F at which a whole
 #: step with 2:4 products was seen to be no slower (60m, T 65,536: 1.014 times as fast, the products 1.43),
@@ -113,8 +115,9 @@ class Measured(NamedTuple):
 
 
 #: `(product, measured)` of each. As pairs, and any tuples will do, so that it can be a constant of a graph,
-#: whose code has no names for the two classes.
-Table = tuple[tuple[tuple[Kind, int, int, int], tuple[int, float, float]], ...]
+#: whose code has no names for the two classes. Where no algorithm was right, its time is infinite.
+Milliseconds = Annotated[float, Range(ge=0, infinite=True)]
+Table = tuple[tuple[tuple[Kind, int, int, int], tuple[int, Milliseconds, Milliseconds]], ...]
 
 
 def feed_forward_products(
@@ -142,7 +145,9 @@ def linear_products(tokens: int, out_features: int, in_features: int) -> dict[Ki
     return {kind: Product(kind, tokens, out_features, in_features) for kind in kinds}
 
 
-def choose(products: dict[Kind, Product], table: Table = (), always: bool = False) -> dict[Kind, int]:
+def choose(
+    products: dict[Kind, Product], table: Table = (), always: bool = False, untuned: bool = True
+) -> dict[Kind, int]:
     """The one rule between 2:4 and dense: all of these products, or none. A feed-forward network asks for all
     of its products together, a linear for each of its own.
 
@@ -152,6 +157,7 @@ def choose(products: dict[Kind, Product], table: Table = (), always: bool = Fals
     Args:
         always: for a network whose only other form is the reference, which costs more than
             any slow product: none only where an algorithm is missing.
+        untuned: the rule for shapes that nobody tuned may answer; it was measured on Hopper.
 
     Returns:
         the algorithm of each; empty where the dense ones are faster, as measured, or, where they are not all
@@ -165,6 +171,8 @@ def choose(products: dict[Kind, Product], table: Table = (), always: bool = Fals
         sparse = sum(m.sparse for m in measured.values())
         pays = sparse < sum(m.dense for m in measured.values())
         return chosen if pays or (always and math.isfinite(sparse)) else {}
+    if not untuned:
+        return {}
     if all(
         p.width >= LEAST_WIDTH and p.features >= LEAST_FEATURES and p.tokens >= LEAST_TOKENS
         for p in products.values()

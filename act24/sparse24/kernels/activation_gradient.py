@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
+from act24.relu2 import check_function, slope_from_value
 from act24.sparse24.kernels.shared.keys import round16
 from act24.sparse24.kernels.shared.registry import operator
 
@@ -32,9 +33,7 @@ def _activation_gradient(grad, value, result, number, FUNCTION: tl.constexpr, BL
 
 
 def _reference(grad: Tensor, value: Tensor, function: str) -> Tensor:
-    if function == "relu":
-        return torch.where(value != 0, grad, 0)
-    return grad * (2 * value.float().sqrt().to(value.dtype))
+    return grad * slope_from_value(value, function)
 
 
 def _fake(grad: Tensor, value: Tensor, function: str) -> Tensor:
@@ -53,6 +52,7 @@ def activation_gradient(grad: Tensor, value: Tensor, function: str) -> Tensor:
     Returns:
         bfloat16 `[T, F]`.
     """
+    check_function(function)
     result, number = torch.empty_like(grad), grad.numel()
     _activation_gradient[(triton.cdiv(number, BLOCK),)](
         grad, value, result, number, FUNCTION=function, BLOCK=BLOCK, num_warps=8

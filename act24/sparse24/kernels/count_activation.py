@@ -8,12 +8,12 @@ from torch import Tensor
 
 from act24.sparse24.kernels.pack_activation import SUMS, activation_counts, launch
 from act24.sparse24.kernels.shared.registry import operator
-from act24.sparse24.pattern.token_wise import Options24, sparsify_token_wise
+from act24.sparse24.pattern.token_wise import naive, sparsify_token_wise
 
 
 def _reference(hidden: Tensor, real: Tensor | None, function: str) -> tuple[Tensor, Tensor]:
     positive = torch.relu(hidden)
-    sparse = sparsify_token_wise(positive, None, Options24(function=function))  # type: ignore[arg-type]
+    sparse = sparsify_token_wise(positive, None, function, naive)  # type: ignore[arg-type]
     return activation_counts(positive, sparse, real)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.relu2 import slope_from_value
 from act24.sparse24.format.fields import from_bytes, with_zeros
 from act24.sparse24.kernels.shared.keys import (
     as_signed,
@@ -75,8 +76,7 @@ def _linear_gradient(
 
 def _reference(grad: Tensor, weight: Tensor, values: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:
     value = with_zeros(values, 15 - from_bytes(fields))
-    # The root of the rounded square, rounded, is relu(h) exactly.
-    return value, 2 * value.float().sqrt().to(value.dtype) * (grad @ weight)
+    return value, slope_from_value(value, "relu2") * (grad @ weight)
 
 
 def _fake(grad: Tensor, weight: Tensor, values: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:

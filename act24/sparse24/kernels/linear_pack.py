@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.relu2 import activation
 from act24.sparse24.format.fields import fields_of, kept_entries, to_bytes
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
     as_float,
     by_position,
     complement_field,
+    signed_keys,
     sort4,
     upper,
 )
@@ -25,7 +27,6 @@ from act24.sparse24.kernels.shared.tiled_product import (
     GROUP,
     INNER,
     ROWS,
-    column_keys,
     field_places,
     interleave,
     kept_value,
@@ -55,7 +56,7 @@ def _linear_pack(
     down, across = which_tile(tokens // ROWS, features // COLUMNS, GROUP)
     row, column = down * ROWS, across * COLUMNS
     even, odd = word_product(x, weight, row, column, features, WIDTH, True, ROWS, COLUMNS, INNER)
-    key0, key1, key2, key3 = column_keys(even, odd)
+    key0, key1, key2, key3 = signed_keys(even, odd)
     largest, next_largest, _, _ = sort4(key0, key1, key2, key3)
     start = row.to(tl.int64) * features + column  # T·F may pass 2^31
     rows = tl.arange(0, ROWS)[:, None]
@@ -83,7 +84,7 @@ def _linear_pack(
 def _reference(x: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     positive = torch.relu(x @ weight.T)
     mask = top2_of_4(positive)
-    value = torch.where(mask, positive * positive, 0)
+    value = torch.where(mask, activation(positive, "relu2"), 0)
     if not save:
         return value, x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
     fields = fields_of(mask)

@@ -61,12 +61,10 @@ def _drawn(bits0, bits1, bits2, bits3, number, seed, LARGEST: tl.constexpr):
     a3 = _magnitude(bits3)
     infinity: tl.constexpr = float("inf")
     finite = (a0 < infinity) & (a1 < infinity) & (a2 < infinity) & (a3 < infinity)
-    first, second, kept0, kept1, _, _ = draw2(
-        a0, a1, a2, a3, bits0 | 3, bits1 | 2, bits2 | 1, bits3, number, seed
-    )
-    low = _value(first, kept0, finite, LARGEST)
-    high = _value(second, kept1, finite, LARGEST)
-    return low >> 16 | upper(high), complement_field(first, second)
+    keys, kept, _ = draw2((a0, a1, a2, a3), (bits0 | 3, bits1 | 2, bits2 | 1, bits3), number, seed)
+    low = _value(keys[0], kept[0], finite, LARGEST)
+    high = _value(keys[1], kept[1], finite, LARGEST)
+    return low >> 16 | upper(high), complement_field(keys[0], keys[1])
 
 
 @jit

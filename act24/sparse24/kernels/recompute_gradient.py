@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.relu2 import activation, slope
 from act24.sparse24.kernels.shared.keys import (
     as_float,
+    signed_keys,
     sort4,
     upper,
 )
@@ -21,7 +23,6 @@ from act24.sparse24.kernels.shared.tiled_product import (
     GROUP,
     INNER,
     ROWS,
-    column_keys,
     interleave,
     kept_value,
     tiles,
@@ -51,7 +52,7 @@ def _recompute_gradient(
     down, across = which_tile(tokens // ROWS, features // COLUMNS, GROUP)
     row, column = down * ROWS, across * COLUMNS
     even, odd = word_product(x, weight_in, row, column, features, WIDTH_IN, True, ROWS, COLUMNS, INNER)
-    key0, key1, key2, key3 = column_keys(even, odd)
+    key0, key1, key2, key3 = signed_keys(even, odd)
     _, next_largest, _, _ = sort4(key0, key1, key2, key3)
     even, odd = word_product(grad, weight_out, row, column, features, WIDTH_OUT, False, ROWS, COLUMNS, INNER)
     target = tl.arange(0, ROWS)[:, None] * features + tl.arange(0, COLUMNS)[None, :]
@@ -72,7 +73,7 @@ def _recompute_gradient(
 def _reference(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -> tuple[Tensor, Tensor]:
     positive = torch.relu(x @ weight_in.T)
     positive = torch.where(top2_of_4(positive), positive, 0)
-    return positive * positive, 2 * positive * (grad @ weight_out)
+    return activation(positive, "relu2"), slope(positive, "relu2") * (grad @ weight_out)
 
 
 def _fake(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.relu2 import check_function
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.kernels.shared.keys import as_signed, load_bits, metadata_field, spread, upper
 from act24.sparse24.kernels.shared.masked_gradient import masked_gradient, masked_gradient_reference
@@ -97,6 +98,7 @@ def unpack_gradient(
         the buffer of dZ packed along the features, and the activation and dZ with their zeros filled in,
         bfloat16 `[T, F]`.
     """
+    check_function(function)
     tokens, features = grad.shape
     outputs = _fake(grad, saved, slope, function)
     value, packed = Packed24(saved), Packed24(outputs[0])

@@ -55,6 +55,6 @@ def densest_features(counts: Tensor, ratio: float) -> Tensor:
 
 
 def densest(counts: Tensor, ratio: float) -> Tensor:
-    """`densest_features` as a mask, boolean `[F]`."""
+    """`densest_features` as a mask: boolean `[F]` for counts `[F]`."""
     chosen = densest_features(counts, ratio)
     return torch.zeros_like(counts, dtype=torch.bool).scatter(0, chosen, True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
+from act24.relu2 import slope_from_value
 from act24.sparse24.format.packed import Packed24, pack, unpack, with_values
 from act24.sparse24.kernels.shared.keys import as_float, round16, upper
 
@@ -56,13 +57,5 @@ def masked_gradient_reference(grad: Tensor, saved: Packed24, slope: Tensor | Non
         dZ `[T, F]`, with the places of `saved`.
     """
     kept = unpack(with_values(saved, torch.ones_like(saved.values))) != 0
-    return with_values(saved, pack(grad, kept).values * _slope(saved, slope, function))
-
-
-def _slope(saved: Packed24, slope: Tensor | None, function: str) -> Tensor:
-    """d activation / d hidden at the places of `saved.values`."""
-    if slope is not None:
-        return slope
-    if function == "relu":
-        return (saved.values > 0).to(saved.values.dtype)
-    return 2 * saved.values.float().sqrt().to(saved.values.dtype)  # the exact relu(h): see the kernel
+    slope = slope_from_value(saved.values, function) if slope is None else slope
+    return with_values(saved, pack(grad, kept).values * slope)

@@ -38,18 +38,50 @@ def _finite(a0, a1, a2, a3):
 
 
 @jit
-def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
+def _ends(a0, a1, a2, a3):
+    """Sums of the first one, two, three and four."""
+    return a0, a0 + a1, a0 + a1 + a2, a0 + a1 + a2 + a3
+
+
+@jit
+def _before(place, ends):
+    """Whether a place lies before the end of the first, second and third interval; the one that reaches the
+    end of all has none."""
+    return (
+        (place < ends[0]) | (ends[0] >= ends[3]),
+        (place < ends[1]) | (ends[1] >= ends[3]),
+        (place < ends[2]) | (ends[2] >= ends[3]),
+    )
+
+
+@jit
+def _kept(taken, certain, magnitude, kept):
+    return tl.where(taken & (magnitude > 0), tl.where(certain, magnitude, kept), 0.0)
+
+
+@jit
+def _two(taken1, taken2, taken3, x0, x1, x2, x3):
+    """Of four, those of the two entries that were taken, in order; where fewer were, the first ones of the
+    others fill up."""
+    first = tl.where(taken1 & (taken2 | taken3), x1, tl.where(taken2 & taken3, x2, x0))
+    return first, tl.where(taken3, x3, tl.where(taken2, x2, x1))
+
+
+@jit
+def draw2(magnitudes, keys, number, seed):
     """Two of four magnitudes, drawn by the minimum-variance unbiased estimator, without a division.
 
     Args:
-        a0, a1, a2, a3: magnitudes, float32.
-        key0, key1, key2, key3: the keys at the same positions.
+        magnitudes: four, float32.
+        keys: the four keys at the same positions.
         number: of the group, uint32; seed: pointer to an int64.
 
     Returns:
-        the keys that were drawn, by position; for each a quarter of the magnitude with which it is kept, 0
-        for a key that only fills up; and for each a quarter of the magnitude that it had.
+        two each: the keys that were drawn, by position; a quarter of the magnitude with which they are kept,
+            0
+        for a key that only fills up; and a quarter of the magnitude that they had.
     """
+    a0, a1, a2, a3 = magnitudes
     a0, a1, a2, a3 = _finite(a0, a1, a2, a3)
     a0 *= 0.25
     a1 *= 0.25
@@ -62,50 +94,29 @@ def draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed):
     certain1 = single & (a1 == largest)
     certain2 = single & (a2 == largest)
     certain3 = single & (a3 == largest)
-    end0 = tl.where(certain0, 0.0, a0)
-    end1 = end0 + tl.where(certain1, 0.0, a1)
-    end2 = end1 + tl.where(certain2, 0.0, a2)
-    total = end2 + tl.where(certain3, 0.0, a3)
-    kept = tl.where(single, total, total * 0.5)
+    ends = _ends(
+        tl.where(certain0, 0.0, a0),
+        tl.where(certain1, 0.0, a1),
+        tl.where(certain2, 0.0, a2),
+        tl.where(certain3, 0.0, a3),
+    )
+    kept = tl.where(single, ends[3], ends[3] * 0.5)
     u = random_uniform(number, seed)
-    one = u * kept
-    other = tl.where(single, one, (1 + u) * kept)
-    # The interval that reaches the total has no end.
-    taken0 = _before(one, end0, total)
-    taken1 = _before(one, end1, total)
-    taken2 = _before(one, end2, total)
-    again0 = _before(other, end0, total)
-    again1 = _before(other, end1, total)
-    again2 = _before(other, end2, total)
-    taken3 = (taken2 == 0) | (again2 == 0) | certain3
-    taken2 = (taken2 & (taken1 == 0)) | (again2 & (again1 == 0)) | certain2
-    taken1 = (taken1 & (taken0 == 0)) | (again1 & (again0 == 0)) | certain1
-    taken0 = taken0 | again0 | certain0
+    one = _before(u * kept, ends)
+    other = _before(tl.where(single, u * kept, (1 + u) * kept), ends)
+    taken0 = one[0] | other[0] | certain0
+    taken1 = (one[1] & (one[0] == 0)) | (other[1] & (other[0] == 0)) | certain1
+    taken2 = (one[2] & (one[1] == 0)) | (other[2] & (other[1] == 0)) | certain2
+    taken3 = (one[2] == 0) | (other[2] == 0) | certain3
     kept0 = _kept(taken0, certain0, a0, kept)
     kept1 = _kept(taken1, certain1, a1, kept)
     kept2 = _kept(taken2, certain2, a2, kept)
     kept3 = _kept(taken3, certain3, a3, kept)
-    # Two of four in order, with a position that fills up where fewer were drawn.
-    first1 = taken1 & (taken2 | taken3)
-    first2 = taken2 & taken3
     return (
-        tl.where(first1, key1, tl.where(first2, key2, key0)),
-        tl.where(taken3, key3, tl.where(taken2, key2, key1)),
-        tl.where(first1, kept1, tl.where(first2, kept2, kept0)),
-        tl.where(taken3, kept3, tl.where(taken2, kept2, kept1)),
-        tl.where(first1, a1, tl.where(first2, a2, a0)),
-        tl.where(taken3, a3, tl.where(taken2, a2, a1)),
+        _two(taken1, taken2, taken3, keys[0], keys[1], keys[2], keys[3]),
+        _two(taken1, taken2, taken3, kept0, kept1, kept2, kept3),
+        _two(taken1, taken2, taken3, a0, a1, a2, a3),
     )
-
-
-@jit
-def _before(place, end, total):
-    return (place < end) | (end >= total)
-
-
-@jit
-def _kept(taken, certain, magnitude, kept):
-    return tl.where(taken & (magnitude > 0), tl.where(certain, magnitude, kept), 0.0)
 
 
 @jit

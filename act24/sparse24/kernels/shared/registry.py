@@ -72,13 +72,13 @@ def operator(
     def define(launch: Launcher) -> Launcher:
         name = launch.__name__
         schema = torch.library.infer_schema(launch, mutates_args=(), op_name=name)
-        guarded = [_guard(function, launch, ours, transposable) for function in (reference, launch)]
+        on_cpu, on_cuda = (_guard(function, launch, ours, transposable) for function in (reference, launch))
         # Packed buffers and rows that run along the tokens mean nothing in other strides.
         _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
-        _LIBRARY.impl(name, guarded[0], "CPU")
-        _LIBRARY.impl(name, guarded[1], "CUDA")
+        _LIBRARY.impl(name, on_cpu, "CPU")
+        _LIBRARY.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"act24::{name}", fake, lib=_LIBRARY)
-        OPERATORS[name] = Operator(*guarded, fake, ours)
+        OPERATORS[name] = Operator(on_cpu, on_cuda, fake, ours)
         return getattr(torch.ops.act24, name)
 
     return define

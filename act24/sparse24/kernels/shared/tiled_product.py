@@ -16,7 +16,6 @@ from act24.compiler import jit, tl
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
     as_float,
-    as_signed,
     upper,
 )
 
@@ -62,17 +61,6 @@ def word_product(
     bits = total.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
     even, odd = tl.split(tl.reshape(bits, [ROWS, COLUMNS // 2, 2]))
     return tl.split(tl.reshape(even | odd << 16, [ROWS, COLUMNS // 4, 2]))
-
-
-@jit
-def column_keys(even, odd):
-    """Signed keys of the four columns of every group."""
-    return (
-        as_signed(even << 16 | 3),
-        as_signed(upper(even) | 2),
-        as_signed(odd << 16 | 1),
-        as_signed(upper(odd)),
-    )
 
 
 @jit

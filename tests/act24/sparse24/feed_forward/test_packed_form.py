@@ -11,21 +11,24 @@ from small_network import FEATURES, FORCED, PACKED, TOKENS, WIDTH, network, outc
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from act24.sparse24.feed_forward import forms, masked, operation
-from act24.sparse24.feed_forward.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
-from act24.sparse24.feed_forward.operation import Options24, activation24, dense_statistics
-from act24.sparse24.feed_forward.statistics import STATISTICS
+from act24.sparse24.feed_forward import forms, masked, packed, statistics
+from act24.sparse24.feed_forward.forms import network_of
+from act24.sparse24.feed_forward.masked import MASKED
+from act24.sparse24.feed_forward.narrow import NARROW
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
 
 pytestmark = pytest.mark.usefixtures("capable_machine")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
-@pytest.mark.parametrize("method", ["naive", "soft_threshold", "mvue"])
+@pytest.mark.parametrize("method", ["naive", "soft_dynamic", "mvue"])
 @pytest.mark.parametrize("backward", ["dense", "sparse", "split_gemm"])
 def test_equals_the_reference(backward: str, method: str, precision: str) -> None:
     pads = torch.zeros(2, TOKENS // 2, dtype=torch.bool)
     pads[1, 50:] = True
-    scale = torch.tensor(1.25) if method == "soft_threshold" else None
+    scale = torch.tensor(1.25) if method == "soft_dynamic" else None
     seed = torch.tensor(77) if method == "mvue" else None
     tensors = network()
     for order, padding in itertools.product(("none", "batch", "sequence"), (None, pads)):
@@ -37,9 +40,9 @@ def test_equals_the_reference(backward: str, method: str, precision: str) -> Non
         tried = [options]
         if (backward, method, precision) == ("dense", "naive", "bfloat16"):
             tried.append(options._replace(algorithms=()))  # products so narrow are dense without a table
-            assert why_not_packed(network_of(tensors), tried[1])
-            assert not why_not_masked(network_of(tensors), tried[1])
-        assert why_not_packed(network_of(tensors), options) == ""
+            assert packed.PACKED.why_not(network_of(tensors), tried[1])
+            assert not MASKED.why_not(network_of(tensors), tried[1])
+        assert packed.PACKED.why_not(network_of(tensors), options) == ""
         for each in tried:
             ours = outcome(tensors, each, scale, seed, padding)
             torch.testing.assert_close(ours.pop(1)[:token_wise], statistics)
@@ -68,7 +71,7 @@ def test_where_a_linear_is_missing_kernels_make_the_activation(
     for index in missing:
         tensors[index] = None
     options = Options24(function=function, statistics=True)  # type: ignore[arg-type]
-    assert why_not_masked(network_of(tuple(tensors)), options) == ""
+    assert MASKED.why_not(network_of(tuple(tensors)), options) == ""
     leaves = [tensor for tensor in tensors if tensor is not None]
     outcomes = []
     for kernels in (True, False):
@@ -114,10 +117,10 @@ def test_a_dense_activation_is_counted_by_the_same_rule(
 ) -> None:
     hidden, pads = torch.randn(2, 64, 128).bfloat16(), torch.rand(2, 64) < 0.2
     calls = []
-    operator = operation.count_activation
-    monkeypatch.setattr(operation, "count_activation", lambda *a: calls.append(1) or operator(*a))
+    operator = statistics.count_activation
+    monkeypatch.setattr(statistics, "count_activation", lambda *a: calls.append(1) or operator(*a))
     counted = dense_statistics(hidden, pads, function)
-    monkeypatch.setattr(forms, "obstacle", lambda _: "not here")
+    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "not here")
     torch.testing.assert_close(counted, dense_statistics(hidden, pads, function))
     assert calls == [1]
 
@@ -125,7 +128,7 @@ def test_a_dense_activation_is_counted_by_the_same_rule(
 def test_narrow_equals_the_reference() -> None:
     tensors = network(bias=False, exact=True)
     options = Options24(statistics=True)
-    assert why_not_narrow(network_of(tensors), options) == ""
+    assert NARROW.why_not(network_of(tensors), options) == ""
     expected = outcome(tensors, options._replace(kernels=False))
     for recompute in (False, True):
         ours = outcome(tensors, options._replace(recompute=recompute))
@@ -141,7 +144,7 @@ def test_narrow_equals_the_reference() -> None:
         (PACKED._replace(backward="sparse"), 1.125 / 4),
         (PACKED._replace(backward="sparse", token_permutation="none"), 1.125 / 4),
         (PACKED._replace(backward="sparse", precision="fp8"), 1.125 / 4),
-        (PACKED._replace(backward="sparse", method="soft_threshold"), 2.125 / 4),
+        (PACKED._replace(backward="sparse", method="soft_dynamic"), 2.125 / 4),
         (Options24(function="relu"), 2 / 4),
         (Options24(), 1.125 / 4),
         (Options24(recompute=True), 0.0),

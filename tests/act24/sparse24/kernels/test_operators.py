@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
+from act24.options import OptionError
+from act24.relu2 import FUNCTIONS
 from act24.sparse24.kernels.shared.registry import OPERATORS, _guard
 from act24.sparse24.kernels.token_order import _kept_order
 from act24.sparse24.pattern.feature_wise import token_permutation
@@ -94,3 +96,14 @@ def test_a_kernel_runs_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) ->
         guarded(second)
     assert ran == [[], [1]]
     assert entered == [1, None]
+
+
+@pytest.mark.parametrize(
+    "name", ["pack_activation", "count_activation", "pack_gradient", "unpack_gradient", "activation_gradient"]
+)
+def test_a_kernel_refuses_an_unknown_activation(name: str) -> None:
+    """It would run relu for whatever is not relu2."""
+    arguments = operator_cases()[name]
+    arguments = ["gelu" if isinstance(a, str) and a in FUNCTIONS else a for a in arguments]
+    with pytest.raises(OptionError, match="gelu"):
+        OPERATORS[name].launch(*arguments)

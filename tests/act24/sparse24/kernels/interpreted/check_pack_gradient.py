@@ -44,7 +44,6 @@ def test_pack_gradient_equals_the_reference(shape: tuple[int, int], function: st
     for padded, dense in ((False, False), (True, True), (False, True)):
         real = torch.rand(tokens) < 0.8 if padded else None
         grad = awkward(tokens, features, seed=1)
-        grad = grad if real is None else grad * real[:, None]
         index = torch.randperm(features)[: features // 10] if dense else None
         arguments = (grad, value, slope, real, index, function)
         expected = OPERATORS["pack_gradient"].reference(*arguments)
