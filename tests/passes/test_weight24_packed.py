@@ -18,15 +18,10 @@ from act24.passes import Pipeline, Weight24, apply_
 from act24.passes import state as state_module
 from act24.passes.state import begin_micro_batch_, begin_update_, evaluation
 from act24.sparse24.format.products import Measured
-from act24.sparse24.weight import forms
 
 IDS = torch.randint(97, (3, 2, 2, 64), generator=torch.Generator().manual_seed(0))
 
-
-@pytest.fixture(autouse=True)
-def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU operators run their references."""
-    monkeypatch.setattr(forms, "obstacle_on", lambda device: "")
+pytestmark = pytest.mark.usefixtures("capable_machine")
 
 
 def packed_model(method: str, keep: bool, kernels: bool = True) -> tuple[LlamaForCausalLM, Pipeline]:

@@ -22,13 +22,13 @@ from act24.sparse24.feed_forward.methods import METHODS
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.packed import PACKED
-from act24.sparse24.feed_forward.self_check import mismatch
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import layout_error
 from act24.sparse24.format.multiply import relative_error
 from act24.sparse24.format.packed import Packed24, random_packed, unpack
 from act24.sparse24.format.products import Measured, feed_forward_products, linear_products
 from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.kernels.shared.self_check import mismatch
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.token_wise import SPARSIFIERS, Function
 from act24.sparse24.pattern.transposable import transposable_mask

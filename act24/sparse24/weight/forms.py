@@ -13,13 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from act24.operation import constant_when_compiled
-from act24.sparse24.format.device import obstacle
+from act24.sparse24.format.device import obstacle_on, rule_holds_on
 from act24.sparse24.format.products import Kind, Product, Table, choose, linear_products
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.weight.methods import LinearProduct
 
 #: T, and both sizes of the weight, are multiples of a metadata tile along either side.
 _TILE = 64
+
+#: Whose kernels the form launches.
+_OPERATORS = ("pack_weight", "pack_weight_rows", "pack_drawn")
 
 _KINDS: dict[LinearProduct, Kind] = {
     "y": "linear_y",
@@ -106,7 +109,7 @@ def why_not_packed(linear: Linear, options: LinearOptions24) -> str:
     if not product_algorithms(linear, options):
         shape = f"T {linear.tokens}, {linear.in_features}→{linear.out_features}"
         return f"dense products are faster at {shape}"
-    return ""
+    return kernel_obstacle_on(linear.device, _OPERATORS)
 
 
 def why_never_packed(tokens: int, out_features: int, in_features: int) -> str:
@@ -126,9 +129,11 @@ def product_algorithms(linear: Linear, options: LinearOptions24) -> dict[LinearP
     """
     products = linear_products(linear.tokens, linear.out_features, linear.in_features)
     chosen: dict[LinearProduct, int] = {}
+    untuned = rule_holds_on(linear.device)
     for name in possible_products(options.both_ways, linear.draws):
         kind = _KINDS[name]
-        found = choose({kind: products[kind]}, options.algorithms, always=name == "grad_weight")
+        always = name == "grad_weight"
+        found = choose({kind: products[kind]}, options.algorithms, always, untuned)
         if kind in found:
             chosen[name] = found[kind]
     return chosen
@@ -148,9 +153,3 @@ def tunable_products(
         return ()
     products = linear_products(tokens, out_features, in_features)
     return tuple(products[_KINDS[name]] for name in names)
-
-
-@constant_when_compiled
-def obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.device.obstacle`, as a constant of a compiled graph."""
-    return obstacle(device)

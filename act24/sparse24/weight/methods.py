@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from act24.compiler import triton
 from act24.options import OneOf, OptionError, Range, check_options
 from act24.records import Table
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle
 from act24.sparse24.kernels.transposable_mask import best_transposable_mask
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
@@ -84,7 +84,8 @@ class WeightMethod:
 
 def _transposable(weight: Tensor) -> Tensor:
     weight = weight.detach()
-    if weight.is_cuda and triton is not None and weight.dtype in _KERNEL_DTYPES:
+    fits = weight.is_cuda and weight.dtype in _KERNEL_DTYPES
+    if fits and not kernel_obstacle(weight.device, ("best_transposable_mask",)):
         return best_transposable_mask(weight)
     return transposable_mask(weight)
 

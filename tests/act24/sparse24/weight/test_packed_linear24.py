@@ -13,7 +13,7 @@ from act24.sparse24.format.multiply import relative_error
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Measured, linear_products
 from act24.sparse24.kernels.pack_weight import pack_weight
-from act24.sparse24.weight import forms, packed
+from act24.sparse24.weight import packed
 from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms, why_not_packed
 from act24.sparse24.weight.linear24 import FORMS, linear24
 from act24.sparse24.weight.methods import METHODS, weight_mask, weight_scale
@@ -23,10 +23,7 @@ TOKENS, OUT, IN = 128, 64, 192
 FASTER = tuple((tuple(p), Measured(0, 0, 1)) for p in linear_products(TOKENS, OUT, IN).values())
 SLOWER = tuple((tuple(p), Measured(0, 2, 1)) for p in linear_products(TOKENS, OUT, IN).values())
 
-
-@pytest.fixture(autouse=True)
-def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "obstacle_on", lambda device: "")
+pytestmark = pytest.mark.usefixtures("capable_machine")
 
 
 def tensors(bias: bool = True) -> list[Any]:
