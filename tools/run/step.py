@@ -151,9 +151,11 @@ class TrainingStep:
                 self._drop_unused_gradients()
         if self._adds_up:
             self._processes.sum_all_([p.grad for p in self._parameters if p.grad is not None])
+        if self._pipeline is not None:
+            decay_dropped_weights_(self._pipeline, clipped=False)
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
         if self._pipeline is not None:
-            decay_dropped_weights_(self._pipeline, optimizer.param_groups[0]["lr"])
+            decay_dropped_weights_(self._pipeline, clipped=True)
         optimizer.step()
         # Graphs add to the gradients that were there when they were captured.
         optimizer.zero_grad(set_to_none=self._graphs is None)
