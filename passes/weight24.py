@@ -188,7 +188,7 @@ class Weight24(OperationalPass):
                     LinearOptions24(
                         self.record.both_ways,
                         self.kernels,
-                        tuple((tuple(product), tuple(measured)) for product, measured in self.algorithms),
+                        tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[arg-type]
                     ),
                 )
                 sparse = region.graph.call_function(linear24, (*node.args, *state))

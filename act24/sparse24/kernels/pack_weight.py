@@ -115,7 +115,8 @@ def _rows_reference(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def _rows_fake(weight: Tensor, mask: Tensor) -> Tensor:
-    return empty_packed(*weight.shape, weight)
+    rows, columns = weight.shape
+    return empty_packed(rows, columns, weight)
 
 
 @operator(_rows_reference, _rows_fake)
