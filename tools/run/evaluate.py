@@ -7,6 +7,7 @@ depend on the batch; `legacy_loss` gives that figure for comparison with their t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ from act24.tools.data import HeldoutRows, heldout_rows, open_tokenizer
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.step import SummedLoss
+
+logger = logging.getLogger("act24")
+
+_HEEDED = ("eval.", "data.", "train.batch_size", "train.dtype")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         built = load(path, processes.device)
         if built.recipe is None or built.tokenizer is None:
             raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
+        check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
@@ -137,7 +143,24 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
             rank=processes.rank,
             world_size=processes.world_size,
         )
+        if processes.is_main:
+            for line in rows.warnings:
+                logger.warning("warning: %s", line)
         return evaluate_forms(built, rows, recipe, processes)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        Act24Error: an override of what the checkpoint fixes: it would be ignored.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    ignored = [key for key in keys if not key.startswith(_HEEDED)]
+    if ignored:
+        raise Act24Error(
+            f"eval ignores {', '.join(ignored)}: the checkpoint says what was trained; it heeds eval.*, "
+            "data.*, train.batch_size and train.dtype"
+        )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from act24.sparse24.feed_forward.forms import why_never_packed
 from act24.sparse24.format.device import obstacle
 from act24.sparse24.format.products import KINDS, Measured, Product, Table
 from act24.sparse24.format.tuner import tuned
+from act24.tools.files import whole_file
 from act24.tools.run.processes import Processes
 
 
@@ -63,9 +64,8 @@ def write_table(path: Path, key: str, table: Table) -> None:
     content[key] = _entries(sorted(known.items()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         raise TuningError(f"cannot write {path}: {error.strerror}") from None
 
