@@ -120,6 +120,7 @@ class Train(Section):
     seed: Seed = 0
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 switches clipping off
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU, where a micro-batch can be captured
     parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
     activation_checkpointing: bool = False
 
@@ -146,6 +147,7 @@ class Log(Section):
 
     every: PositiveSteps = 10  # optimizer steps
     activation_statistics: bool = True  # zeros after relu², and what 2:4 drops, by layer
+    activation_statistics_every: PositiveSteps = 1  # optimizer steps; those in between count nothing
     weight_sparsity_every: Steps = 1000  # optimizer steps; 0: never
     gradient_cosine_every: Steps = 0  # optimizer steps; 2:4 against exact weight gradients; 0: never
 

@@ -83,7 +83,10 @@ def _kernels(device: torch.device) -> Iterator[Check]:
             if method == "naive":
                 value = unpack(Packed24(saved))
                 yield f"activation_gradient {case}", _same("activation_gradient", 0, (grad, value, function))
-            yield f"gather_features {case}", _same("gather_features", 0, (saved, index, real))
+            yield (
+                f"gather_features {case}",
+                _same("gather_features", 0, (saved, index, real, saved.shape[0] // 2)),
+            )
             yield f"quantise_packed fp8 {case}", _same_bytes("quantise_packed", saved)
         yield f"quantise_rows fp8 {tokens}×{features}", _same_bytes("quantise_rows", hidden)
 

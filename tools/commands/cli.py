@@ -336,6 +336,45 @@ def bench_step(
     show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps, beside=other), as_json)
 
 
+@bench_app.command("train")
+def bench_train(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes; ratios are to the first one.")],
+    set_: SetOption = None,
+    rows: Annotated[str, typer.Option(help="Rows a micro-batch, several separated by commas.")] = "64",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn, after a window to warm up.")] = 20,
+    turns: Annotated[int, typer.Option(min=1, help="How often each side is built and timed.")] = 2,
+    without: Annotated[
+        bool, typer.Option("--without-24", help="Each recipe also without its 2:4 passes.")
+    ] = False,
+    transformers: Annotated[
+        bool,
+        typer.Option("--transformers", help="Also transformers' LLaMA of the first recipe's size, compiled."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
+) -> None:
+    """The training loop as `act24 train` runs it, recipes side by side: tokens/s, memory, time to begin."""
+    from act24.errors import Act24Error
+    from act24.recipes.load import load_recipe
+    from act24.tools.bench.train import bench_train as run_bench
+    from act24.tools.bench.train import with_dense_sides
+    from act24.tools.commands.show import show_train_bench
+
+    try:
+        numbers = [int(number) for number in rows.split(",")]
+    except ValueError:
+        raise Act24Error(f"--rows takes whole numbers separated by commas, not {rows!r}") from None
+    if min(numbers) < 1:
+        raise Act24Error(f"--rows takes numbers of at least 1, not {rows!r}")
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    loaded = {name: load_recipe(name, set_ or ()) for name in recipes}
+    if without:
+        loaded = with_dense_sides(loaded)
+    show_train_bench(run_bench(loaded, numbers, steps, turns, transformers, say), as_json)
+
+
 @bench_app.command("pack")
 def bench_pack(as_json: JsonOption = False) -> None:
     """The elementwise passes of 2:4, as a share of what a copy moves."""

@@ -28,10 +28,13 @@ from act24.sparse24.format.products import Table, feed_forward_products
 from act24.sparse24.kernels.shared.self_check import PROVEN, kernel_obstacle
 from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms
 from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
+from act24.tools.bench.launches import is_launch_bound, launch_seconds, product_rate
 from act24.tools.run.tuning import cache_path, machine, read_table
 
 #: Tokens a micro-batch for which the paths are shown, and the presets and ranks.
 _TOKENS = 32768
+#: Rows of a micro-batch, and their length, for which it is said what waits for launches.
+_ROWS, _LENGTH = (32, 64, 128, 256), 256
 _SHOWN = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b")
 _RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512, "llama-7b": 1024}
 
@@ -119,6 +122,21 @@ def _records() -> list[Finding]:
     tables = {"passes": REGISTRY, "optimizers": OPTIMIZERS, "schedules": SCHEDULES}
     named = [Finding(f"{name} of recipes", ", ".join(table)) for name, table in tables.items()]
     return [Finding("plugins", plugins), *named]
+
+
+def _launches(device: torch.device) -> list[Finding]:
+    """Which sizes wait for Python where micro-batches are not captured (`train.cuda_graphs`)."""
+    if device.type != "cuda":
+        return []
+    launch, rate = launch_seconds(device), product_rate(device)
+    findings = [
+        Finding("launches", f"{1e3 * launch:.2f} ms of the CPU for a block and micro-batch, compiled")
+    ]
+    for rows in _ROWS:
+        bound = [n for n in _SHOWN if is_launch_bound(PRESETS[n], rows * _LENGTH, launch, rate)]
+        found = f"{', '.join(bound) or 'none'} of {', '.join(_SHOWN)}"
+        findings.append(Finding(f"launch-bound without CUDA graphs, {rows} rows of {_LENGTH}", found))
+    return findings
 
 
 def _table(device: torch.device) -> Table:

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.passes import OperationalPass, Pipeline
 from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.data import HeldoutRows, heldout_rows, open_tokenizer
+from act24.tools.data import Batch, HeldoutRows, heldout_rows, open_tokenizer
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.step import SummedLoss
@@ -73,12 +73,14 @@ def evaluate(
     processes: Processes,
     pipeline: Pipeline,
     without: Sequence[str] = (),
+    loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
 ) -> Evaluation:
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
         pipeline: what rewrote the model, lowered for the step of the weights.
         without: names of passes to leave out.
+        loss_of: what `model` gives for a batch, made another way; a training step has captured it.
     """
     device = processes.device
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
@@ -86,7 +88,11 @@ def evaluate(
     losses, counts = [], []
     with _evaluating(model), evaluation(pipeline, without), autocast:
         for batch in rows.batches(batch_size):
-            loss, count = model(batch.input_ids.to(device), batch.labels.to(device))
+            loss, count = (
+                loss_of(batch)
+                if loss_of is not None
+                else model(batch.input_ids.to(device), batch.labels.to(device))
+            )
             losses.append(loss.double())
             counts.append(count)
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
+from act24.passes import ActivationStatistics
 from act24.passes.graph.measurements import Measurement
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe, parse_recipe
@@ -87,15 +88,20 @@ def train(
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         start = None if dry_run else resume_point(run_dir, resume, recipe)
         recipe = _pinned(recipe, start, processes)
-        run = _Run(recipe, run_dir, processes, start, dry_run, grow)
+        run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow)
         try:
             return run.go(stop)
         finally:
             run.close()
 
 
-class _Run:
-    """One run in progress: what `train` has opened, and where it stands."""
+class TrainingRun:
+    """One run in progress: what `train` has opened, and where it stands.
+
+    Attributes:
+        monitor: what it has logged.
+        training_step: the model, ready to train.
+    """
 
     def __init__(
         self,
@@ -103,9 +109,15 @@ class _Run:
         run_dir: Path,
         processes: Processes,
         start: checkpoint.Checkpoint | None,
-        dry_run: bool,
-        grow: bool,
+        dry_run: bool = False,
+        grow: bool = False,
+        make: Callable[..., Built] = build,
     ) -> None:
+        """
+        Args:
+            start: the checkpoint to go on from.
+            make: makes the model, as `build` does; a benchmark needs no trained start.
+        """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._step = start.step if start else 0
         self._tokens = start.state["tokens"] if start else 0
@@ -119,13 +131,13 @@ class _Run:
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
-        self._built: Built = build(recipe, processes.device, self._step, self._measure)
+        self._built: Built = make(recipe, processes.device, self._step, self._measure)
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
         if processes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of training; the tuner's operands are gone
-        self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
+        self.training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
         self._optimizer: Optimizer = build_optimizer(
             self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
         )
@@ -138,7 +150,7 @@ class _Run:
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline))
-        self._monitor = Monitor(
+        self.monitor = Monitor(
             recipe,
             self._built,
             self._optimizer,
@@ -157,13 +169,13 @@ class _Run:
 
     def close(self) -> None:
         self._rows.close()
-        self._monitor.close()
+        self.monitor.close()
         # Data parallelism has to end before its processes part. The other way round its destructor is the one
         # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
-        del self._training_step
+        del self.training_step
 
     def go(self, stop: StopRequest) -> Outcome:
-        recipe, monitor = self._recipe, self._monitor
+        recipe, monitor = self._recipe, self.monitor
         last = self._step + 1 if self._dry_run else recipe.train.steps
         stopped, evaluation = False, None
         failure: BaseException | None = None
@@ -172,13 +184,15 @@ class _Run:
             heldout_warnings = self._heldout.warnings if self._heldout else ()
             for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
                 progress.say(f"warning: {line}")
+            if self.training_step.capture_text:
+                progress.say(self.training_step.capture_text)
             if self._step == last:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             while self._step < last and not stopped:
-                self._advance()
+                self.advance()
                 failure = self._data_failure() if self._step < last else None
                 stopped = self._processes.any(bool(stop) or failure is not None)
-                evaluation = self._after_step(progress, ends=stopped or self._step == last)
+                evaluation = self.after_step(progress, ends=stopped or self._step == last)
         if failure:
             progress.say(f"the data failed: saved step {self._step} in {self._last_checkpoint}")
             raise failure
@@ -198,10 +212,11 @@ class _Run:
             is_main=self._processes.is_main,
         )
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Make one optimizer step, with nothing read back from the device."""
         recipe = self._recipe
-        self._built.pipeline.lower_(self._step)
+        counts = _due(self._step + 1, recipe.log.activation_statistics_every)
+        self._built.pipeline.lower_(self._step, without=() if counts else (ActivationStatistics.name,))
         rate = learning_rate(recipe, self._step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -209,11 +224,11 @@ class _Run:
         batches = [next(self._rows) for _ in range(self._count)]
         waited, self._waited = time.perf_counter() - waited + self._waited, 0.0
         if _due(self._step, recipe.log.gradient_cosine_every):
-            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0], self._step))
-        result: StepResult = self._training_step(batches, self._optimizer, self._step)
+            self.monitor.add_cosines(self.training_step.gradient_cosines(batches[0], self._step))
+        result: StepResult = self.training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
-        self._monitor.add(self._step, result, rate, waited, self._rows.figures())
+        self.monitor.add(self._step, result, rate, waited, self._rows.figures())
 
     def _data_failure(self) -> BaseException | None:
         """What keeps the next step's batches from being made. Asked for before that step, on which processes
@@ -223,7 +238,7 @@ class _Run:
         self._waited = time.perf_counter() - began
         return failure
 
-    def _after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
+    def after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
         """Log, evaluate and save where it is due.
 
         A step that saves also logs: a window of averages never spans a checkpoint, so a run that was
@@ -234,7 +249,7 @@ class _Run:
         finished = step == recipe.train.steps
         evaluates = self._heldout is not None and (finished or (not ends and _due(step, recipe.eval.every)))
         if saves or evaluates or ends or _due(step, recipe.log.every):
-            window = self._monitor.flush(step)
+            window = self.monitor.flush(step)
             self._tokens += window.tokens
             if window.first_bad_step is not None:
                 raise TrainingError(
@@ -258,13 +273,14 @@ class _Run:
         evaluation = None
         if evaluates and self._heldout is not None:
             evaluation = evaluate(
-                self._training_step.summed_loss,
+                self.training_step.summed_loss,
                 self._heldout,
                 recipe,
                 self._processes,
                 self._built.pipeline,
+                loss_of=self.training_step.evaluation_loss,
             )
-            self._monitor.evaluated(step, evaluation)
+            self.monitor.evaluated(step, evaluation)
             progress.say(
                 f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
                 f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.tokens:,} tokens"
@@ -279,14 +295,14 @@ class _Run:
             self._step,
             model=self._built.model,
             optimizer=self._optimizer,
-            state={"tokens": self._tokens, "log": self._monitor.state(), "products": self._products},
+            state={"tokens": self._tokens, "log": self.monitor.state(), "products": self._products},
             rank_state={"data": self._rows.state_dict()},
             recipe_text=dump_recipe(self._recipe),
             plan=asdict(self._built.pipeline.report),
             tokenizer_json=self._tokenizer.to_json(),
             keep=self._recipe.checkpoint.keep,
         )
-        self._monitor.saved()
+        self.monitor.saved()
 
 
 def _pinned(recipe: Recipe, start: checkpoint.Checkpoint | None, processes: Processes) -> Recipe:

@@ -100,7 +100,7 @@ class Trainer:
     """A model in training, and what its forwards see of the scales.
 
     Made in a function that returns before its processes part: behind that the destructor of data parallelism
-    may hang (`_Run.close`).
+    may hang (`TrainingRun.close`).
     """
 
     def __init__(self, recipe, processes, optimizer=ADAM, seed=0):

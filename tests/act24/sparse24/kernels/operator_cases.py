@@ -39,7 +39,7 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "pack_gradient": (grad, packed, slope, real, index, "relu2"),
         "unpack_gradient": (grad, packed, slope, "relu2"),
         "activation_gradient": (grad, hidden.relu(), "relu2"),
-        "gather_features": (packed, index, real),
+        "gather_features": (packed, index, real, 64),
         "product24": (packed, weight_out.T.contiguous(), 0, True, draw(len(index), FEATURES), index),
         "quantise_rows": (grad,),
         "quantise_packed": (packed,),
