@@ -363,6 +363,15 @@ def bench_fp8(as_json: JsonOption = False) -> None:
     show_bench_rows(run_bench(), as_json)
 
 
+@bench_app.command("weight")
+def bench_weight(as_json: JsonOption = False) -> None:
+    """A SwiGLU network with 2:4 weights beside the compiled dense one, and the passes that they need."""
+    from act24.tools.bench.weight import bench_weight as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)
+
+
 @bench_app.command("ffn")
 def bench_ffn(as_json: JsonOption = False) -> None:
     """A feed-forward network with 2:4 activations, full and low-rank, beside the compiled dense one."""

@@ -21,11 +21,11 @@ from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.operation import FORMS, form_of
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.packed import PACKED
-from act24.sparse24.feed_forward.self_check import PROVEN, kernel_obstacle
 from act24.sparse24.feed_forward.statistics import COUNTING
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
 from act24.sparse24.format.products import Table, feed_forward_products
+from act24.sparse24.kernels.shared.self_check import PROVEN, kernel_obstacle
 from act24.tools.run.tuning import cache_path, machine, read_table
 
 #: Tokens a micro-batch for which the paths are shown, and the presets and ranks.

@@ -120,9 +120,11 @@ class TrainingStep:
                 loss = self._forward(batch) * scale
                 loss.backward()
             total += loss.detach()
+        if self._pipeline is not None:
+            decay_dropped_weights_(self._pipeline, clipped=False)
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
         if self._pipeline is not None:
-            decay_dropped_weights_(self._pipeline, optimizer.param_groups[0]["lr"])
+            decay_dropped_weights_(self._pipeline, clipped=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return StepResult(self._processes.sum_(total) / world_size, whole(grad_norm), tokens, note)

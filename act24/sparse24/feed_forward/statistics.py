@@ -14,10 +14,11 @@ from torch import Tensor
 
 from act24.operation import is_mapped, operation
 from act24.options import one_of
-from act24.sparse24.feed_forward.forms import kernel_obstacle_on, why_never_packed
+from act24.sparse24.feed_forward.forms import why_never_packed
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.kernels.count_activation import count_activation
 from act24.sparse24.kernels.gather_features import gather_features
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise
 from act24.sparse24.pattern.selection import densest, top2_of_4
 from act24.sparse24.pattern.token_wise import Function, dense_activation, sparsify_token_wise

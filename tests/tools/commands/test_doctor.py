@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from act24.sparse24.feed_forward import forms
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS
-from act24.sparse24.feed_forward.self_check import PROVEN
+from act24.sparse24.format import device
+from act24.sparse24.kernels.shared import self_check
+from act24.sparse24.kernels.shared.self_check import PROVEN
 from act24.tools.commands import doctor
 
 
@@ -36,8 +37,8 @@ def test_what_recipes_can_name_is_listed() -> None:
 
 def test_paths_of_a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide networks are packed, narrow ones have 2:4 inside their products, lone activations around none."""
-    monkeypatch.setattr(forms, "obstacle", lambda _: "")
-    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "")
+    monkeypatch.setattr(device, "obstacle", lambda _: "")
+    monkeypatch.setattr(self_check, "kernel_obstacle", lambda *_: "")
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
     assert findings["llama-1b, full rank, 2048×8192"].startswith("packed 2:4 products")
     assert findings["llama-7b, rank 1024, 1024×16512"].startswith("packed 2:4 products")

@@ -11,13 +11,14 @@ from small_network import FEATURES, FORCED, PACKED, TOKENS, WIDTH, network, outc
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from act24.sparse24.feed_forward import forms, masked, packed, statistics
+from act24.sparse24.feed_forward import masked, packed, statistics
 from act24.sparse24.feed_forward.forms import network_of
 from act24.sparse24.feed_forward.masked import MASKED
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
+from act24.sparse24.kernels.shared import self_check
 
 pytestmark = pytest.mark.usefixtures("capable_machine")
 
@@ -120,7 +121,7 @@ def test_a_dense_activation_is_counted_by_the_same_rule(
     operator = statistics.count_activation
     monkeypatch.setattr(statistics, "count_activation", lambda *a: calls.append(1) or operator(*a))
     counted = dense_statistics(hidden, pads, function)
-    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "not here")
+    monkeypatch.setattr(self_check, "kernel_obstacle", lambda *_: "not here")
     torch.testing.assert_close(counted, dense_statistics(hidden, pads, function))
     assert calls == [1]
 
