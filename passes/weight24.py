@@ -46,6 +46,9 @@ from act24.sparse24.weight.methods import (
 MASK, SCALE, SEED, FLIPS = "24_mask", "24_scale", "24_seed", "24_flips"
 PACKED, TRANSPOSED = "24_packed", "24_packed_transposed"
 
+#: Tokens of a micro-batch that any kernel takes.
+_ANY_TOKENS = 64
+
 #: As reports call the products.
 _SYMBOLS: dict[LinearProduct, str] = {"y": "y", "grad_x": "dX", "grad_weight": "dW"}
 
@@ -159,9 +162,15 @@ class Weight24(OperationalPass):
                         nodes=site,
                         parameters_before=spec.numel(),
                         parameters_after=spec.numel(),
+                        note=self._note(site),
                     )
                 )
         return Plan(tuple(matches), tuple(misses), absent=f"no linear in scope '{self.scope}'")
+
+    def _note(self, site: LinearSite) -> str:
+        if self.kernels and not tunable_products(_ANY_TOKENS, *site.shape, self.sparse_products):
+            return "in plain PyTorch: 2:4 products want sizes that are multiples of 64"
+        return ""
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes
@@ -179,7 +188,7 @@ class Weight24(OperationalPass):
                     LinearOptions24(
                         self.record.both_ways,
                         self.kernels,
-                        tuple((tuple(product), tuple(measured)) for product, measured in self.algorithms),
+                        tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[arg-type]
                     ),
                 )
                 sparse = region.graph.call_function(linear24, (*node.args, *state))

@@ -247,6 +247,13 @@ def test_the_report_says_which_products_are_sparse(options: dict[str, Any], prod
     assert {row.after.partition("; ")[2] for row in rows} == {f"2:4 in {products}"}
 
 
+def test_the_report_says_where_products_cannot_be_sparse() -> None:
+    rows = plan(llama(1, hidden_size=64, intermediate_size=144), [Weight24()]).rows
+    noted = {row.fqn.rpartition(".")[2] for row in rows if "multiples of 64" in row.note}
+    assert noted == {"gate_proj", "up_proj", "down_proj"}
+    assert not any(row.note for row in plan(llama(1), [Weight24(kernels=False)]).rows)
+
+
 def test_a_method_from_outside_trains() -> None:
     """A record in the table is all that the pass, its state and its report need."""
     toy = WeightMethod("toy", mask=lambda w: torch.arange(w.shape[1]).expand(w.shape) % 4 < 2)

@@ -258,7 +258,7 @@ def _weights(device: torch.device) -> Iterator[Check]:
     x, grad = draw(2, tokens // 2, width).requires_grad_(), draw(2, tokens // 2, features)
     weight, bias = (draw(features, width) / 16).requires_grad_(), draw(features).requires_grad_()
     products = linear_products(tokens, features, width).values()
-    forced = tuple((tuple(product), (0, 0.0, 1.0)) for product in products)
+    forced = tuple((product, Measured(0, 0.0, 1.0)) for product in products)
     for method, seed in itertools.product(WEIGHT_METHODS, (None, torch.tensor(5, device=device))):
         record = WEIGHT_METHODS[method]
         scale = weight_scale(weight) if record.soft else None

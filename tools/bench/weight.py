@@ -92,8 +92,8 @@ def _networks(
         def linears(options: LinearOptions24) -> Callable[..., Tensor]:
             def network(x: Tensor, *of: Any) -> Tensor:
                 gate, up, down = of
-                hidden = F.silu(linear24(x, *gate, options)) * linear24(x, *up, options)
-                return linear24(hidden, *down, options)
+                hidden = F.silu(linear24(x, *gate, options=options)) * linear24(x, *up, options=options)
+                return linear24(hidden, *down, options=options)
 
             return network
 

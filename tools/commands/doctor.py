@@ -26,6 +26,8 @@ from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
 from act24.sparse24.format.products import Table, feed_forward_products
 from act24.sparse24.kernels.shared.self_check import PROVEN, kernel_obstacle
+from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms
+from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
 from act24.tools.bench.launches import is_launch_bound, launch_seconds, product_rate
 from act24.tools.run.tuning import cache_path, machine, read_table
 
@@ -184,9 +186,25 @@ def _paths(device: torch.device) -> list[Finding]:
     for name in _SHOWN:
         width, features = PRESETS[name].hidden_size, parity_width(PRESETS[name].intermediate_size)
         # LoST's activation has two branches on either side, and no linear that the operation takes.
+        findings += _weights(name, device, options.algorithms)
         for form, inner in (("full rank", width), (f"rank {_RANKS[name]}", _RANKS[name]), ("LoST", 0)):
             subject = f"{name}, {form}, {f'{inner}×' if inner else 'F '}{features}"
             findings.append(Finding(subject, _path(inner, features, device, options)))
+    return findings
+
+
+def _weights(name: str, device: torch.device, table: Table) -> list[Finding]:
+    """What becomes of a preset's linears under `weight24` with transposable masks."""
+    preset = PRESETS[name]
+    findings = []
+    for kind, out in (("attention", preset.hidden_size), ("MLP", preset.intermediate_size)):
+        linear = Linear(_TOKENS, out, preset.hidden_size, torch.bfloat16, device, draws=True)
+        options = LinearOptions24(both_ways=True, algorithms=table)
+        if reason := LINEAR_FORMS[0].why_not(linear, options):
+            said = f"plain PyTorch: {reason}"
+        else:
+            said = f"2:4 products: {', '.join(product_algorithms(linear, options))}"
+        findings.append(Finding(f"{name}, 2:4 weights, {kind}, {preset.hidden_size}→{out}", said))
     return findings
 
 

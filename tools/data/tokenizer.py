@@ -231,7 +231,9 @@ def _named(name: str, end_of_text: str | None = None) -> Tokenizer:
 def _from_file(path: Path, name: str, end_of_text: str | None = None) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # `tokenizers` raises nothing narrower, and Rust's panic is no Exception
         raise Act24Error(f"{path} is not a tokenizer.json: {error}") from error
     return Tokenizer(backend, name, end_of_text)
 

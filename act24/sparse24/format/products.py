@@ -36,8 +36,8 @@ DEFAULT_ALGORITHMS: dict[Kind, int] = {
     "grad_weight_in": 3,
     "grad_weight_out": 0,
     "y_fp8": 21,
-    "linear_y": 0,
-    "linear_grad_x": 0,
+    "linear_y": 17,
+    "linear_grad_x": 17,
     "linear_grad_weight": 3,
 }
 KINDS: tuple[Kind, ...] = tuple(DEFAULT_ALGORITHMS)

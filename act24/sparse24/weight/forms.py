@@ -102,9 +102,9 @@ def why_not_packed(linear: Linear, options: LinearOptions24) -> str:
     """Packed operands and 2:4 products (`act24.sparse24.weight.packed`)."""
     if linear.dtype is not torch.bfloat16:
         return f"the kernels are for bfloat16, these are {linear.dtype}"
-    if reason := why_never_packed(linear.tokens, linear.out_features, linear.in_features):
-        return reason
     if reason := obstacle_on(linear.device):
+        return reason
+    if reason := why_never_packed(linear.tokens, linear.out_features, linear.in_features):
         return reason
     if not product_algorithms(linear, options):
         shape = f"T {linear.tokens}, {linear.in_features}→{linear.out_features}"

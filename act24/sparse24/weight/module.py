@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from act24.options import Range, in_range, one_of
+from act24.sparse24.format.products import Table
+from act24.sparse24.weight.forms import LinearOptions24
 from act24.sparse24.weight.linear24 import flip_rate, linear24, masked_decay_
 from act24.sparse24.weight.methods import (
     METHODS,
@@ -40,6 +42,10 @@ class SparseLinear24(nn.Linear):
         scale: β of soft thresholding, a float32 scalar whatever the dtype of the weight, fixed when the layer
             was made.
         seed: int64 scalar that the last training forward drew from.
+        kernels: run on 2:4 products where this machine has them (`act24.sparse24.weight.forms`); False for
+            plain PyTorch.
+        algorithms: what a tuner found for the products (`act24.sparse24.format.products.Table`); empty for
+            the rule for shapes that nobody tuned.
     """
 
     mask: Tensor
@@ -84,7 +90,8 @@ class SparseLinear24(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.method, self.mask_every = record, renewal
         self.weight_gradient: WeightGradient = weight_gradient or record.weight_gradient
-        self.sparse = True
+        self.sparse = self.kernels = True
+        self.algorithms: Table = ()
         self._first_seed, self._updates, self._unset = seed, 0, False
         device = self.weight.device
         self.register_buffer("mask", torch.empty(self.weight.shape, dtype=torch.bool, device=device))
@@ -170,7 +177,8 @@ class SparseLinear24(nn.Linear):
             self.seed += 1
             seed = self.seed.clone()
         mask, scale = (None, self.scale) if self.method.soft else (self.mask, None)
-        return linear24(input, self.weight, self.bias, mask, scale, seed)
+        options = LinearOptions24(self.method.both_ways, self.kernels, self.algorithms)
+        return linear24(input, self.weight, self.bias, mask, scale, seed, None, None, options)
 
     def get_extra_state(self) -> Tensor:
         """int64 `[3]`: optimizer steps noted, whether it is sparse, `mask_every`."""

@@ -167,6 +167,20 @@ def test_the_json_round_trips(tokenizer):
     assert json.loads(tokenizer.to_json())["truncation"] is None
 
 
+def test_a_tokenizer_file_at_which_rust_panics_is_one_line(tmp_path, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3's is: no Exception."""
+
+    def panic(path):
+        raise PanicException("range end index 300 out of range for slice of length 256")
+
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_file", panic)
+    with pytest.raises(Act24Error, match=r"tokenizer\.json is not a tokenizer\.json: range end index 300"):
+        open_tokenizer(schema.Data(source="builtin"), schema.Tokenizer(name=str(path)))
+
+
 def test_an_end_of_text_of_another_name(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"low": 0, "rank": 1, "[UNK]": 2}, "[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

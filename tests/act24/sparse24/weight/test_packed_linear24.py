@@ -17,6 +17,7 @@ from act24.sparse24.weight import packed
 from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms, why_not_packed
 from act24.sparse24.weight.linear24 import FORMS, linear24
 from act24.sparse24.weight.methods import METHODS, weight_mask, weight_scale
+from act24.sparse24.weight.module import SparseLinear24
 from act24.sparse24.weight.packed import packed_weight
 
 TOKENS, OUT, IN = 128, 64, 192
@@ -124,6 +125,27 @@ def test_a_second_derivative_is_refused() -> None:
     (grad_x,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad_x.square().sum().backward()
+
+
+@pytest.mark.parametrize(("method", "products"), [("transposable", 3), ("soft_threshold", 2), ("ste", 1)])
+def test_the_module_outside_a_pipeline_has_the_same_products(
+    method: str, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = SparseLinear24(IN, OUT, method=method, dtype=torch.bfloat16, seed=3)
+    layer.algorithms = FASTER
+    calls: list[Any] = []
+    product = packed.product24
+    monkeypatch.setattr(packed, "product24", lambda *a: calls.append(a[0].shape) or product(*a))
+    x, grad = torch.randn(TOKENS, IN).bfloat16().requires_grad_(), torch.randn(TOKENS, OUT).bfloat16()
+    leaves = (x, layer.weight, layer.bias)
+    results = []
+    for layer.kernels in (True, False):
+        layer.seed.fill_(3)
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y, leaves, grad)])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-2
+    assert len(calls) == products
 
 
 def test_when_it_cannot_be_and_why() -> None:
