@@ -102,6 +102,18 @@ def bench_train(
     }
 
 
+def row_numbers(text: str) -> list[int]:
+    """`"32,64"` as numbers of rows.
+
+    Raises:
+        Act24Error: it is something else.
+    """
+    numbers = [int(number) if number.isdecimal() else 0 for number in text.split(",")]
+    if min(numbers) < 1:
+        raise Act24Error(f"--rows takes whole numbers of at least 1, separated by commas, not {text!r}")
+    return numbers
+
+
 def with_dense_sides(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """Each recipe behind the same one without its 2:4 passes, to which ratios then are where it is alone."""
     sides = {}

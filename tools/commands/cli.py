@@ -356,15 +356,10 @@ def bench_train(
     from act24.errors import Act24Error
     from act24.recipes.load import load_recipe
     from act24.tools.bench.train import bench_train as run_bench
-    from act24.tools.bench.train import with_dense_sides
+    from act24.tools.bench.train import row_numbers, with_dense_sides
     from act24.tools.commands.show import show_train_bench
 
-    try:
-        numbers = [int(number) for number in rows.split(",")]
-    except ValueError:
-        raise Act24Error(f"--rows takes whole numbers separated by commas, not {rows!r}") from None
-    if min(numbers) < 1:
-        raise Act24Error(f"--rows takes numbers of at least 1, not {rows!r}")
+    numbers = row_numbers(rows)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
