@@ -353,7 +353,6 @@ def bench_train(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
 ) -> None:
     """The training loop as `act24 train` runs it, recipes side by side: tokens/s, memory, time to begin."""
-    from act24.errors import Act24Error
     from act24.recipes.load import load_recipe
     from act24.tools.bench.train import bench_train as run_bench
     from act24.tools.bench.train import row_numbers, with_dense_sides
