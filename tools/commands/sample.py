@@ -8,7 +8,6 @@ import torch
 
 from act24.errors import Act24Error
 from act24.generate import generate
-from act24.tools.data import open_tokenizer
 from act24.tools.run.build import load
 
 
@@ -19,7 +18,7 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
         Act24Error: no checkpoint, or a prompt without a token.
     """
     built = load(path)
-    tokenizer = open_tokenizer(built.recipe.data, built.tokenizer)
+    tokenizer = built.open_tokenizer()
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
     if not ids.numel():
         raise Act24Error("the prompt is empty; give it at least one token")

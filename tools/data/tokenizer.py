@@ -118,7 +118,9 @@ class Tokenizer:
         return next((self._vocabulary[name] for name in names if name in self._vocabulary), None)
 
 
-def open_tokenizer(data: schema.Data, section: schema.Tokenizer, cache: Path | None = None) -> Tokenizer:
+def open_tokenizer(
+    data: schema.Data, section: schema.Tokenizer, cache: Path | None = None, saved: str | None = None
+) -> Tokenizer:
     """The tokenizer of a recipe.
 
     `section.name` is a path (a `tokenizer.json` or a folder with one), "bpe" (byte-level BPE of
@@ -127,11 +129,17 @@ def open_tokenizer(data: schema.Data, section: schema.Tokenizer, cache: Path | N
 
     Args:
         cache: default `$XDG_CACHE_HOME/act24/tokenizers`, or `~/.cache/act24/tokenizers`.
+        saved: the `tokenizer.json` that a checkpoint holds. It is taken, and `section.name` only names it.
 
     Raises:
         Act24Error: no such file, the Hub is out of reach, no end-of-text token, not the shards' tokenizer, or
             (training) whatever is wrong with the source.
     """
+    if saved is not None:
+        tokenizer = _from_json(saved, section.name)
+        if data.source == "shards":
+            _check_shards(Path(str(data.shards)), tokenizer)
+        return tokenizer
     if data.source == "shards":
         return _of_shards(Path(str(data.shards)), section.name)
     if section.name == TRAINED:
@@ -183,6 +191,15 @@ def _of_shards(folder: Path, name: str) -> Tokenizer:
     return tokenizer
 
 
+def _check_shards(folder: Path, tokenizer: Tokenizer) -> None:
+    wrote = read_index(folder)["tokenizer"]
+    if wrote["fingerprint"] != tokenizer.fingerprint:
+        raise Act24Error(
+            f"{folder} was written with tokenizer {wrote['name']!r}, which is not the one of the checkpoint "
+            f"({tokenizer.name})"
+        )
+
+
 def _named(name: str) -> Tokenizer:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -207,6 +224,14 @@ def _from_file(path: Path, name: str) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
         raise Act24Error(f"{path} is not a tokenizer.json: {error}") from error
+    return Tokenizer(backend, name)
+
+
+def _from_json(text: str, name: str) -> Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        raise Act24Error(f"{name} is not a tokenizer.json: {error}") from error
     return Tokenizer(backend, name)
 
 

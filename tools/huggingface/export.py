@@ -7,18 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM
 from act24.passes import PassError
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.data import open_tokenizer
 from act24.tools.huggingface.folder import save_pretrained
-from act24.tools.run.build import Built, load, open_checkpoint
-
-#: What a checkpoint needs to be opened, as opposed to going on from.
-_MODEL_FILES = (checkpoint.WEIGHTS, checkpoint.TOKENIZER, "recipe.toml", "plan.json", "state.json")
+from act24.tools.run.build import Built, from_checkpoint, open_checkpoint
 
 
 def export_run(path: Path, out: Path) -> str:
@@ -37,19 +34,19 @@ def export_run(path: Path, out: Path) -> str:
     if out.exists():
         raise Act24Error(f"{out} exists already")
     opened = open_checkpoint(path)
-    built = load(opened.folder)
+    built = from_checkpoint(opened)
     try:
         state = built.pipeline.state_to_stock(built.model.state_dict())
     except PassError as error:
         _copy_model(opened, out)
         return f"{out}: the model in its own form, for act24.load, because {error}"
     save_pretrained(_stock(built, state), out)
-    shutil.copy(opened.folder / checkpoint.TOKENIZER, out)
+    (out / checkpoint.TOKENIZER).write_text(opened.tokenizer_json, encoding="utf-8")
     return f"{out}: a Hugging Face checkpoint"
 
 
 def _stock(built: Built, state: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    tokenizer = open_tokenizer(built.recipe.data, built.tokenizer)
+    tokenizer = built.open_tokenizer()
     config = dataclasses.replace(built.model.config, eos_token_id=tokenizer.eos_id)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -61,9 +58,10 @@ def _copy_model(opened: checkpoint.Checkpoint, out: Path) -> None:
     written = checkpoint_folder.temporary(out)
     try:
         written.mkdir(parents=True)
-        for name in _MODEL_FILES:
-            shutil.copy(opened.folder / name, written)
-        files = {name: opened.manifest["files"][name] for name in _MODEL_FILES}
+        for name, text in opened.documents().items():
+            (written / name).write_text(text, encoding="utf-8")
+        save_file(opened.weights, written / checkpoint.WEIGHTS, metadata={"format": "pt"})
+        files = checkpoint_folder.fingerprints(written, checkpoint.MODEL_FILES)
         checkpoint_folder.publish(written, out, {**opened.manifest, "files": files})
     except OSError as error:
         raise Act24Error(f"cannot write {out}: {error}") from error

@@ -21,7 +21,7 @@ from act24.passes import OperationalPass, Pipeline
 from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.data import HeldoutRows, heldout_rows, open_tokenizer
+from act24.tools.data import HeldoutRows, heldout_rows
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.step import SummedLoss
@@ -128,7 +128,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
-            open_tokenizer(recipe.data, built.tokenizer),
+            built.open_tokenizer(recipe.data),
             recipe.eval.tokens,
             vocab_size=built.model.config.vocab_size,
             rank=processes.rank,

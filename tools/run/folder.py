@@ -3,27 +3,36 @@
 RUN/
     recipe.toml         the resolved recipe
     plan.txt            what the passes did
+    history.jsonl       when it began, was taken up again and from where
+    .lock               held by the process that trains (`lock.py`)
     checkpoints/        `tools/checkpoints/checkpoint.py`
     events.out.tfevents…
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from act24.errors import Act24Error
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.checkpoints.checkpoint import version
+from act24.tools.checkpoints.reading import contents_of, read_text
+from act24.tools.checkpoints.together import on_the_first
+from act24.tools.run.lock import LOCK, RunError, run_lock
+
+RECIPE, HISTORY = "recipe.toml", "history.jsonl"
+_OURS = re.compile(r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\..+")
 
 #: What may differ when a run goes on: it changes what is watched and kept, not what is computed.
 _FREE = ("description", "log", "checkpoint", "eval")
-
-
-class RunError(Act24Error):
-    """A run's folder that cannot be used as asked."""
 
 
 def default_run_dir(reference: str) -> Path:
@@ -36,39 +45,115 @@ def resume_point(run_dir: Path, resume: str, recipe: Recipe) -> checkpoint.Check
     """The verified checkpoint to go on from, or None for a fresh start.
 
     Args:
-        resume: `never`, `auto` (the last checkpoint of the run, if there is one), or a checkpoint's folder.
+        resume: `never`, `auto` (the last checkpoint of the run, if there is a run), a checkpoint's folder, or
+            another run's, of which the last checkpoint is taken.
 
     Raises:
-        RunError: the folder already holds a run and `resume` is `never`, or the checkpoint is of another
-            recipe.
-        CheckpointError: the checkpoint is damaged.
+        RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
+            the checkpoint is of another recipe.
+        CheckpointError: the checkpoint is damaged, or there are some and none can be used.
     """
-    if resume == "never":
-        if (run_dir / "recipe.toml").exists() or (run_dir / "checkpoints").exists():
-            raise RunError(
-                f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run-dir"
-            )
-        return None
-    folder = checkpoint_folder.latest(run_dir) if resume == "auto" else Path(resume)
+    folder = on_the_first(lambda: _chosen(run_dir, resume, recipe))
     if folder is None:
         return None
     opened = checkpoint.load(folder)
-    differences = _differences(parse_recipe(opened.recipe_text, f"{folder}/recipe.toml"), recipe)
+    with contents_of(folder / RECIPE):
+        differences = _differences(parse_recipe(opened.recipe_text, f"{folder}/recipe.toml"), recipe)
     if differences:
         raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(differences[:4])}")
     return opened
 
 
-def describe_run(run_dir: Path, recipe: Recipe, plan: str) -> None:
-    """Make the run's folder and write what it is a run of.
+def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
+    described = run_dir / RECIPE
+    holds_run = described.exists() or (run_dir / "checkpoints").exists()
+    if resume == "never":
+        if holds_run:
+            raise RunError(
+                f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run-dir"
+            )
+        return None
+    if resume == "auto":
+        folder = checkpoint_folder.latest(run_dir)
+        if folder is None and described.exists():  # it ended before its first checkpoint
+            differences = _differences(parse_recipe(read_text(described), str(described)), recipe)
+            if differences:
+                raise RunError(
+                    f"{run_dir} holds a run of another recipe ({'; '.join(differences[:4])}): choose another "
+                    "folder with --run-dir"
+                )
+        return folder
+    folder = last_checkpoint(Path(resume))
+    if holds_run and folder.resolve().parent.parent != run_dir.resolve():
+        raise RunError(
+            f"{run_dir} already holds a run, and {folder} is not of it: go on with --resume auto, or choose "
+            "another folder with --run-dir"
+        )
+    return folder
+
+
+def last_checkpoint(path: Path) -> Path:
+    """`path`, if it is a checkpoint, or the last checkpoint of the run there.
+
+    Raises:
+        Act24Error: it is neither, or no checkpoint of the run can be used.
+    """
+    if (path / checkpoint_folder.MANIFEST).is_file() or path.name.startswith("step-"):
+        return path
+    latest = checkpoint_folder.latest(path)
+    if latest is None:
+        raise RunError(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
+    return latest
+
+
+def clear_run(run_dir: Path) -> None:
+    """Delete the run in a folder, if that is all there is in it.
+
+    Raises:
+        RunError: it holds anything that no run wrote, and is as it was; or a run is in progress there.
+    """
+    if not run_dir.exists():
+        return
+    _refuse_foreign(run_dir)  # before a lock is put into what may be no run
+    with run_lock(run_dir):
+        _refuse_foreign(run_dir)
+        for folder in checkpoint_folder.all_of(run_dir):
+            shutil.rmtree(folder)
+        names = [entry.name for entry in os.scandir(run_dir) if entry.name != LOCK]
+        for name in sorted(names, key=lambda name: name == HISTORY):  # last: without it no run is deleted
+            path = run_dir / name
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _refuse_foreign(run_dir: Path) -> None:
+    try:
+        entries = sorted(os.scandir(run_dir), key=lambda entry: entry.name)
+        foreign = [e.name for e in entries if not _OURS.fullmatch(e.name) or e.is_symlink()]
+        inside = checkpoint_folder.all_of(run_dir)
+        foreign += [f"checkpoints/{f.name}" for f in inside if checkpoint_folder.why_not_ours(f)]
+    except OSError as error:
+        raise RunError(f"{run_dir} cannot be read: {error.strerror}") from None
+    if entries and HISTORY not in (entry.name for entry in entries):
+        foreign.append(f"it has no {HISTORY}")
+    if foreign:
+        raise RunError(
+            f"{run_dir} holds something else than a run ({foreign[0]}); choose another with --run-dir"
+        )
+
+
+def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: checkpoint.Checkpoint | None) -> None:
+    """Write into a run's folder what it is a run of, and that it begins, or goes on from a checkpoint.
 
     Raises:
         RunError: the folder cannot be written.
     """
+    entry = {"act24": version(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    entry |= {"step": start.step, "from": str(start.folder)} if start else {"step": 0}
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+        (run_dir / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
         (run_dir / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+        with open(run_dir / HISTORY, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +19,13 @@ from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
+from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer
 from act24.tools.run.build import Built, build, model_config, saved_tokenizer
 from act24.tools.run.column_scores import measure_column_scores
 from act24.tools.run.evaluate import Evaluation, evaluate
 from act24.tools.run.folder import describe_run, resume_point
+from act24.tools.run.lock import lock_on_the_first
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
@@ -30,6 +34,7 @@ from act24.tools.run.step import StepResult, TrainingStep, accumulation
 from act24.tools.run.tuning import tune_
 from act24.tools.watch.monitor import Monitor
 from act24.tools.watch.statistics import SiteStatistics
+from act24.tools.watch.tensorboard import histories
 
 
 class TrainingError(Act24Error):
@@ -81,12 +86,13 @@ def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = 
     """
     with open_processes() as processes, stop_on_signal() as stop:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
-        start = None if dry_run else resume_point(run_dir, resume, recipe)
-        run = _Run(recipe, run_dir, processes, start, dry_run)
-        try:
-            return run.go(stop)
-        finally:
-            run.close()
+        with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir):
+            start = None if dry_run else resume_point(run_dir, resume, recipe)
+            run = _Run(recipe, run_dir, processes, start, dry_run)
+            try:
+                return run.go(stop)
+            finally:
+                run.close()
 
 
 class _Run:
@@ -102,11 +108,19 @@ class _Run:
     ) -> None:
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._step = start.step if start else 0
-        self._tokens = start.state["tokens"] if start else 0
+        self._tokens, log_state = 0, None
+        if start:
+            with contents_of(start.folder / "state.json"):
+                self._tokens, log_state = operator.index(start.state["tokens"]), start.state["log"]
+                histories(log_state)  # as the log will read them, when the run's folder is already written
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
         # A run that goes on reads the text as it did, also where it would train another tokenizer now.
-        self._tokenizer = open_tokenizer(recipe.data, saved_tokenizer(start) if start else recipe.tokenizer)
+        self._tokenizer = open_tokenizer(
+            recipe.data,
+            saved_tokenizer(start) if start else recipe.tokenizer,
+            saved=start.tokenizer_json if start else None,
+        )
         vocabulary = model_config(recipe).vocab_size
         rank, world_size = processes.rank, processes.world_size
         where = {"vocab_size": vocabulary, "rank": rank, "world_size": world_size}
@@ -125,11 +139,12 @@ class _Run:
         )
         if start:
             rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
-            self._rows.load_state_dict(rank_state["data"])
+            with contents_of(start.folder / f"rank-{rank:05d}.json"):
+                self._rows.load_state_dict(rank_state["data"])
         self._rows.start()
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
-            describe_run(run_dir, recipe, str(self._built.pipeline))
+            describe_run(run_dir, recipe, str(self._built.pipeline), start)
         self._monitor = Monitor(
             recipe,
             self._built,
@@ -137,7 +152,7 @@ class _Run:
             processes,
             None if dry_run else run_dir,
             resumed_at=start.step if start else None,
-            state=start.state["log"] if start else None,
+            state=log_state,
         )
 
     def _column_scores(self, names: Sequence[str]) -> dict[str, Tensor]:

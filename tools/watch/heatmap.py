@@ -38,6 +38,16 @@ class History:
     first_step: int = 0
     last_step: int = 0  # of the last full column
 
+    def __post_init__(self) -> None:
+        counts = (self.stride, self.first_step, self.last_step)
+        points = [*self.columns, *self.pending]
+        if not all(type(count) is int for count in counts) or self.stride < 1:
+            raise ValueError(f"stride and steps of a heatmap are integers, not {counts}")
+        if len({len(point) for point in points}) > 1 or len(self.columns) > MAX_COLUMNS:
+            raise ValueError("the points of a heatmap are of different lengths, or too many")
+        if not all(isinstance(value, float | int) for point in points for value in point):
+            raise TypeError("the points of a heatmap are lists of numbers")
+
     def add(self, values: Sequence[float], step: int) -> bool:
         """Adds a point; True if that completed a column, so that the picture has changed."""
         if not self.columns and not self.pending:

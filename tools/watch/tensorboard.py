@@ -71,7 +71,7 @@ class RunLog:
             state: what `state()` returned then. Without it the heatmaps begin anew.
         """
         self.broken = False
-        self._histories = {tag: History(**history) for tag, history in (state or {}).items()}
+        self._histories = histories(state or {})
         # A new run gets a start event too: TensorBoard's server hides nothing at the first of a folder.
         first_step = 0 if resumed_from is None else resumed_from + 1
         self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
@@ -120,6 +120,15 @@ class RunLog:
     def close(self) -> None:
         """Flushes and closes; calling it again does nothing."""
         self._writer.close()
+
+
+def histories(state: Mapping[str, Any]) -> dict[str, History]:
+    """The heatmaps' histories from what `RunLog.state` returned.
+
+    Raises:
+        TypeError, ValueError: it returned something else.
+    """
+    return {tag: History(**history) for tag, history in state.items()}
 
 
 def layout(layer_tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:

@@ -229,7 +229,7 @@ def test_a_run_goes_on_only_with_its_own_recipe(tiny, straight, tmp_path):
         caught.value
     )
     assert "log" not in str(caught.value)  # what is only watched may change
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    with pytest.raises(RunError, match="is neither a checkpoint nor a run"):
         train(tiny(), tmp_path / "new", resume=str(tmp_path))
 
 
