@@ -1,0 +1,187 @@
+"""The one mechanism by which options are checked where the object is made, in Python as in a recipe.
+
+A dataclass of options says with its annotations what each field takes, and calls `check_options(self)` in
+`__post_init__`:
+
+    method: Annotated[str, OneOf(METHODS)] = "naive"         # a name in a table, which plugins add to
+    backward: Literal["dense", "sparse"] = "dense"
+    dense_ratio: Annotated[float, Range(ge=0, lt=1)] = 0.05  # finite, and in range
+    targets: tuple[str, ...] = ("*",)
+
+Functions check single values with `one_of` and `in_range`. What a field says about another one stays in the
+class's own `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from act24.errors import Act24Error, nearest
+
+
+class OptionError(Act24Error, ValueError):
+    """A value that an option does not take."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Metadata of a number: its bounds. Infinite and NaN never lie in a range, an empty one too."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        low = None if self.ge is None else f"{self.ge:g} or more"
+        low = low if self.gt is None else f"above {self.gt:g}"
+        high = None if self.le is None else f"{self.le:g} at most"
+        high = high if self.lt is None else f"below {self.lt:g}"
+        return " and ".join(part for part in (low, high) if part) or "finite"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Metadata of a name: the table that it has to be in, read when a value is checked."""
+
+    choices: Iterable[str]
+
+
+#: What a number without a range of its own has to be.
+FINITE = Range()
+
+
+def one_of(owner: str, name: str, value: object, choices: Iterable[str]) -> None:
+    """Check a name.
+
+    Raises:
+        OptionError: `value` is none of `choices`.
+    """
+    names = [*choices]
+    if not isinstance(value, str) or value not in names:
+        hint = nearest(value, names) if isinstance(value, str) else f"choose from {', '.join(sorted(names))}"
+        raise OptionError(f"{_full(owner, name)} has no {_shown(value)}: {hint}")
+
+
+def in_range(owner: str, name: str, value: float, bounds: Container[float] = FINITE) -> None:
+    """Check a number.
+
+    Raises:
+        OptionError: `value` is not finite, or out of `bounds`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise OptionError(f"{_full(owner, name)} has to be a number, got {_shown(value)}")
+    try:
+        inside = value in bounds
+    except OverflowError:  # an integer beyond every float
+        inside = False
+    if not inside:
+        raise OptionError(f"{_full(owner, name)} has to be {bounds}, got {_shown(value)}")
+
+
+def check_options(options: object, owner: str = "") -> None:
+    """Check every annotated field of a dataclass or named tuple against its annotation.
+
+    Args:
+        owner: what errors call it; not given: its `name`, or that of its class.
+
+    Raises:
+        OptionError: names the field, the value, and what it takes.
+    """
+    owner = owner or str(getattr(type(options), "name", None) or type(options).__name__)
+    for name, annotation in _fields(type(options)):
+        _check(owner, name, getattr(options, name), annotation)
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[tuple[str, Any], ...]:
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple((n, a) for n, a in hints.items() if a is not ClassVar and get_origin(a) is not ClassVar)
+
+
+def _check(owner: str, name: str, value: Any, annotation: Any) -> None:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return
+    if origin is Annotated:
+        inner, *metadata = arguments
+        _check(owner, name, value, inner)
+        for bound in metadata:
+            if isinstance(bound, OneOf) and value is not None:
+                one_of(owner, name, value, bound.choices)
+            elif isinstance(bound, Range) and value is not None:
+                in_range(owner, name, value, bound)
+    elif origin is Literal:
+        one_of(owner, name, value, arguments)
+    elif origin in (Union, types.UnionType):
+        _check_union(owner, name, value, arguments)
+    elif origin is tuple:
+        _check_tuple(owner, name, value, arguments)
+    elif annotation in (int, float):
+        _check_number(owner, name, value, annotation)
+    else:
+        kind = origin or annotation
+        if not isinstance(value, kind):
+            raise OptionError(f"{_full(owner, name)} has to be {_kind(kind)}, got {_shown(value)}")
+
+
+def _check_number(owner: str, name: str, value: Any, kind: type) -> None:
+    # A bool is an int to Python, and never what is meant.
+    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise OptionError(f"{_full(owner, name)} has to be an integer, got {_shown(value)}")
+    in_range(owner, name, value)
+
+
+def _check_union(owner: str, name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    if value is None and type(None) in kinds:
+        return
+    errors = []
+    for kind in kinds:
+        if kind is type(None):
+            continue
+        try:
+            return _check(owner, name, value, kind)
+        except OptionError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _check_tuple(owner: str, name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    if not isinstance(value, tuple):
+        raise OptionError(f"{_full(owner, name)} has to be a tuple, got {_shown(value)}")
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise OptionError(f"{_full(owner, name)} has to have {len(kinds)} entries, got {_shown(value)}")
+    for index, (entry, kind) in enumerate(zip(value, kinds, strict=True)):
+        _check(owner, f"{name}[{index}]", entry, kind)
+
+
+def _full(owner: str, name: str) -> str:
+    return f"{owner}: {name}" if owner else name
+
+
+def _kind(kind: Any) -> str:
+    return {str: "a string", bool: "true or false"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _shown(value: object) -> str:
+    """A value short enough for a line: integers of thousands of digits have no text at all in Python."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+        return "an integer of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
