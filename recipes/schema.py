@@ -60,7 +60,13 @@ class Data(Section):
     subset: str = "en"  # "" for a data set that has none
     train_split: str = "train"
     heldout_split: str = "validation"
+    revision: str | None = None  # of the Hub's data set: a commit, tag or branch; a run pins the commit
     text_field: str = "text"
+    encoding: str | None = None  # of text files and JSON; not given: UTF-8, or as detected
+    on_bad_record: Literal["stop", "skip"] = "stop"  # no JSON, no text field: skip leaves it out, counted
+    retry_seconds: NonNegativeFloat = (
+        120.0  # that a stream of the Hub waits for a network; inf: till it is back
+    )
     train_files: tuple[str, ...] = ()
     heldout_files: tuple[str, ...] = ()
     shards: str | None = None  # folder written by `act24 data prepare`

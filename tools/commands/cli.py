@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
 ]
+DataOnResume = Literal["same", "grow"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What `probe-decay` tries: λ of the scripts of arXiv 2404.01847, 6e-5 and 2e-4, and one on each side.
@@ -54,6 +55,12 @@ def train(
     resume: Annotated[
         str, typer.Option(help="never, auto (the run's last checkpoint, if any), or a checkpoint's folder.")
     ] = "never",
+    data: Annotated[
+        DataOnResume,
+        typer.Option(
+            help="On --resume: the same files, or grow: those that were added from the next epoch on."
+        ),
+    ] = "same",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
     ] = False,
@@ -66,7 +73,7 @@ def train(
 
     loaded = load_recipe(recipe, set_ or ())
     run_dir = run_dir or default_run_dir(recipe)
-    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run)
+    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow")
     show_outcome(loaded, outcome, None if dry_run else run_dir)
 
 
@@ -259,11 +266,31 @@ def data_prepare(
     max_heldout_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the held-out split there.")
     ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Of a record; default text.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text files and JSON; default UTF-8, or as detected.")
+    ] = None,
+    skip_bad_records: Annotated[
+        bool, typer.Option("--skip-bad-records", help="Leave out records that cannot be used; count them.")
+    ] = False,
 ) -> None:
-    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards")."""
+    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards").
+
+    Interrupted, the same command goes on where it was.
+    """
     from act24.tools.commands.prepare import prepare_source
 
-    prepare_source(source, out, tokenizer, vocab_size, max_tokens, max_heldout_tokens)
+    prepare_source(
+        source,
+        out,
+        tokenizer,
+        vocab_size,
+        max_tokens,
+        max_heldout_tokens,
+        text_field,
+        encoding,
+        skip_bad_records,
+    )
 
 
 @bench_app.command("step")

@@ -181,8 +181,10 @@ def check_ids(rows: Sequence[np.ndarray], tokenizer: Tokenizer, vocab_size: int)
 
 def _of_shards(folder: Path, name: str) -> Tokenizer:
     index = read_index(folder)
-    path = verified(folder, "tokenizer.json", index["tokenizer"]["file"])
-    tokenizer = _from_file(path, index["tokenizer"]["name"])
+    path = verified(folder, "tokenizer.json", index.tokenizer.file)
+    tokenizer = _from_file(path, index.tokenizer.name)
+    if (tokenizer.vocab_size, tokenizer.eos_id) != (index.tokenizer.vocab_size, index.tokenizer.eos_id):
+        raise Act24Error(f"{folder / 'index.json'} was altered: its tokenizer is not the one beside it")
     if name not in (TRAINED, tokenizer.name) and _named(name).fingerprint != tokenizer.fingerprint:
         raise Act24Error(
             f"{folder} was written with tokenizer {tokenizer.name!r}, the recipe asks for {name!r}; "

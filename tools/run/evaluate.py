@@ -7,6 +7,7 @@ depend on the batch; `legacy_loss` gives that figure for comparison with their t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from act24.tools.data import HeldoutRows, heldout_rows
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.step import SummedLoss
+
+logger = logging.getLogger("act24")
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
             rank=processes.rank,
             world_size=processes.world_size,
         )
+        if processes.is_main:
+            for line in rows.warnings:
+                logger.warning("warning: %s", line)
         return evaluate_forms(built, rows, recipe, processes)
 
 

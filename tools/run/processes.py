@@ -7,10 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process. Goes over the CPU, so it never waits for the GPU."""

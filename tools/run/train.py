@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from act24.errors import Act24Error
 from act24.recipes.checks import oddities
-from act24.recipes.load import dump_recipe
+from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
-from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer
+from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer, pinned
 from act24.tools.run.build import Built, build, model_config, saved_tokenizer
 from act24.tools.run.column_scores import measure_column_scores
 from act24.tools.run.evaluate import Evaluation, evaluate
@@ -72,13 +72,16 @@ class Outcome:
     is_main: bool
 
 
-def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = False) -> Outcome:
+def train(
+    recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = False, grow: bool = False
+) -> Outcome:
     """Train a recipe.
 
     Args:
         run_dir: its folder (`tools/run/folder.py`).
         resume: see `act24.tools.run.folder.resume_point`.
         dry_run: build, plan, print, make one step, and write no file.
+        grow: when it goes on, take data files that were added, from the next epoch on.
 
     Raises:
         Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
@@ -88,7 +91,8 @@ def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = 
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir):
             start = None if dry_run else resume_point(run_dir, resume, recipe)
-            run = _Run(recipe, run_dir, processes, start, dry_run)
+            recipe = _pinned(recipe, start, processes)
+            run = _Run(recipe, run_dir, processes, start, dry_run, grow)
             try:
                 return run.go(stop)
             finally:
@@ -105,6 +109,7 @@ class _Run:
         processes: Processes,
         start: checkpoint.Checkpoint | None,
         dry_run: bool,
+        grow: bool,
     ) -> None:
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._step = start.step if start else 0
@@ -140,8 +145,10 @@ class _Run:
         if start:
             rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
             with contents_of(start.folder / f"rank-{rank:05d}.json"):
-                self._rows.load_state_dict(rank_state["data"])
+                self._rows.load_state_dict(rank_state["data"], grow)
         self._rows.start()
+        self._count, self._waited = accumulation(recipe.train, world_size), 0.0
+        self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline), start)
@@ -173,16 +180,22 @@ class _Run:
         recipe, monitor = self._recipe, self._monitor
         last = self._step + 1 if self._dry_run else recipe.train.steps
         stopped, evaluation = False, None
+        failure: BaseException | None = None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
-            for line in oddities(recipe):
+            heldout_warnings = self._heldout.warnings if self._heldout else ()
+            for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
                 progress.say(f"warning: {line}")
             if self._step == last:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             while self._step < last and not stopped:
                 self._advance()
-                stopped = self._processes.any(bool(stop))
+                failure = self._data_failure() if self._step < last else None
+                stopped = self._processes.any(bool(stop) or failure is not None)
                 evaluation = self._after_step(progress, ends=stopped or self._step == last)
+        if failure:
+            progress.say(f"the data failed: saved step {self._step} in {self._last_checkpoint}")
+            raise failure
         if stopped:
             progress.say(f"{stop.signal or 'stop'}: saved step {self._step} in {self._last_checkpoint}")
         return Outcome(
@@ -207,15 +220,22 @@ class _Run:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         waited = time.perf_counter()
-        count = accumulation(recipe.train, self._processes.world_size)
-        batches = [next(self._rows) for _ in range(count)]
-        waited = time.perf_counter() - waited
+        batches = [next(self._rows) for _ in range(self._count)]
+        waited, self._waited = time.perf_counter() - waited + self._waited, 0.0
         if _due(self._step, recipe.log.gradient_cosine_every):
             self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0], self._step))
         result: StepResult = self._training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
-        self._monitor.add(self._step, result, rate, waited)
+        self._monitor.add(self._step, result, rate, waited, self._rows.figures())
+
+    def _data_failure(self) -> BaseException | None:
+        """What keeps the next step's batches from being made. Asked for before that step, on which processes
+        would wait for each other, and before the position is that of batches nobody trained on."""
+        began = time.perf_counter()
+        failure = self._rows.failure(self._count)
+        self._waited = time.perf_counter() - began
+        return failure
 
     def _after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
         """Log, evaluate and save where it is due.
@@ -244,6 +264,11 @@ class _Run:
                 progress.say(f"step {step}: {alarm}")
         if self._note:
             progress.say(self._note)
+        if self._rows.epoch != self._epoch:
+            self._epoch = self._rows.epoch
+            progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
+            for line in self._rows.remarks():
+                progress.say(f"warning: {line}")
         evaluation = None
         if evaluates and self._heldout is not None:
             evaluation = evaluate(
@@ -276,6 +301,16 @@ class _Run:
             keep=self._recipe.checkpoint.keep,
         )
         self._monitor.saved()
+
+
+def _pinned(recipe: Recipe, start: checkpoint.Checkpoint | None, processes: Processes) -> Recipe:
+    """The recipe with the commit of the Hub's data set, the one that the run began with if there is one."""
+    data = recipe.data
+    if start and data.revision is None:
+        began = parse_recipe(start.recipe_text, f"{start.folder}/recipe.toml").data
+        data = data.model_copy(update={"revision": began.revision})
+    (data, *_) = processes.gather(pinned(data))  # one answer for all: there may be a push in between
+    return recipe.model_copy(update={"data": data})
 
 
 def _due(step: int, every: int) -> bool:
