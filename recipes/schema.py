@@ -95,6 +95,9 @@ class Train(Section):
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
     activation_checkpointing: bool = False
+    # Of a loss or gradient: end the run, or leave the batch out. To skip, the host waits for each step.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skips: PositiveInt = 10  # batches left out in a row, after which the run ends all the same
 
 
 #: What `[optimizer]` has where the recipe says nothing, by name.
@@ -224,6 +227,10 @@ class Checkpoint(Section):
 
     every: NonNegativeInt = 1000  # optimizer steps; 0: only at the end
     keep: PositiveInt = 2  # the newest that stay
+    keep_every: NonNegativeInt = 0  # those after every so many optimizer steps stay too; 0: none
+    keep_best: NonNegativeInt = (
+        0  # so many of least held-out loss stay too, among those evaluated at their step
+    )
 
 
 class Log(Section):
@@ -259,12 +266,18 @@ class Recipe(Section):
             )
         return self
 
-    def lr_multiplier(self, step: int) -> float:
-        """The factor on `optimizer.lr` at update `step`, counted from 0."""
+    def lr_multiplier(self, step: int, total_steps: int | None = None) -> float:
+        """The factor on `optimizer.lr` at update `step`, counted from 0.
+
+        Args:
+            total_steps: what the schedule is computed for, default `train.steps`. Behind them its last value
+                stays.
+        """
+        total_steps = total_steps or self.train.steps
         softened = schedules.rewarm(
             step,
             every=self.optimizer.momentum_reset_steps,
             warmup_steps=self.optimizer.momentum_reset_warmup,
         )
         schedule = schedules.SCHEDULES[self.schedule.name]
-        return schedule(step, **self.schedule.arguments(self.train.steps)) * softened
+        return schedule(min(step, total_steps - 1), **self.schedule.arguments(total_steps)) * softened

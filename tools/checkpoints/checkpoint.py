@@ -49,7 +49,7 @@ from act24.tools.checkpoints import optimizer_state
 from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.checkpoints.random_states import random_states, set_random_states_
 from act24.tools.checkpoints.reading import TensorReader, contents_of, read_json, read_text, read_weights
-from act24.tools.checkpoints.together import on_every_rank, rank, reason, world_size
+from act24.tools.checkpoints.together import on_every_rank, on_the_first, rank, reason, world_size
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -97,12 +97,16 @@ def save(
     plan: dict[str, Any],
     tokenizer_json: str,
     keep: int,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    heldout: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes the checkpoint after `step` optimizer steps, then deletes all but the `keep` written last.
+    """Writes the checkpoint after `step` optimizer steps, then deletes older ones (`folder.prune`).
 
     `model` is the bare module (under DistributedDataParallel its `.module`) and may be sharded by FSDP2; its
     buffers are taken to be equal on all ranks. `state`, `plan` and each process's own `rank_state` are JSON
-    values. The process's random states are added. Returns the folder.
+    values. The process's random states are added. `heldout` is the loss of these weights, `{"loss": …,
+    "data": …}`, where it was measured. Returns the folder.
 
     Raises CheckpointError if it could not be written (disk full, no permission): the unfinished folder is
     gone and the older checkpoints are as they were. The same where a weight or a moment is not finite,
@@ -110,7 +114,7 @@ def save(
     """
     tensors, table = optimizer_state.capture(_tensors(model), optimizer)
     documents = {  # made before anything is written: what does not fit into JSON is the caller's bug
-        f"rank-{rank():05d}.json": json.dumps({"random": random_states(), "state": rank_state})
+        _rank_file(rank()): json.dumps({"random": random_states(), "state": rank_state})
     }
     if rank() == 0:
         documents["state.json"] = json.dumps(state, indent=1)
@@ -137,7 +141,7 @@ def save(
     def publish() -> None:
         if rank() == 0:
             sequence = checkpoint_folder.next_sequence(run_dir)
-            manifest = {**_origin(), "step": step, "sequence": sequence, "files": files}
+            manifest = {**_origin(), "step": step, "sequence": sequence, "heldout": heldout, "files": files}
             checkpoint_folder.publish(written, folder, manifest)
 
     try:
@@ -158,7 +162,7 @@ def save(
             + (f"the last good checkpoint is {last}" if last else "there is no older checkpoint")
         ) from error
     if rank() == 0:
-        checkpoint_folder.prune(run_dir, keep, written=folder)
+        checkpoint_folder.prune(run_dir, keep, written=folder, keep_every=keep_every, keep_best=keep_best)
     return folder
 
 
@@ -201,15 +205,10 @@ def load_weights_(checkpoint: Checkpoint, model: nn.Module) -> None:
 def restore_(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Puts weights, optimizer state and this process's random states back; returns its `rank_state`.
 
-    Afterwards training goes on bit for bit, provided that nothing draws random numbers in between.
-    Raises CheckpointError, having changed nothing, if model, optimizer or number of processes are others.
+    Afterwards training goes on bit for bit, provided that nothing draws random numbers in between and there
+    are as many processes as there were. Where there are others, process r takes what process r modulo their
+    number had. Raises CheckpointError, having changed nothing, if model or optimizer are others.
     """
-    before, now = checkpoint.manifest["world_size"], world_size()
-    if before != now:
-        raise CheckpointError(
-            f"{checkpoint.folder} is of a run with world size {before} and this one has {now}; "
-            "data position and random states are kept by process, so start as many"
-        )
     targets = _tensors(model)
     _check_kinds(checkpoint, targets)
     table_file = checkpoint.folder / "optimizer.json"
@@ -217,7 +216,7 @@ def restore_(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> 
     with contents_of(table_file):
         optimizer_state.check(targets, optimizer, table)
         tensors = optimizer_state.allocate(targets, table)
-    rank_file = checkpoint.folder / f"rank-{rank():05d}.json"
+    rank_file = checkpoint.folder / _rank_file(rank() % _writers(checkpoint))
     of_rank = read_json(rank_file)
     folder = checkpoint.folder / "optimizer"
     _dcp(state_dict_loader.load, tensors, folder, storage_reader=TensorReader(folder))
@@ -228,6 +227,33 @@ def restore_(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> 
     with contents_of(rank_file):
         set_random_states_(of_rank["random"])
         return of_rank["state"]
+
+
+def rank_states(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The `rank_state` of every process that wrote the checkpoint, by rank, on every process of this run.
+
+    Raises CheckpointError if they cannot be read.
+    """
+
+    def read() -> list[dict[str, Any]]:
+        states = []
+        for writer in range(_writers(checkpoint)):
+            path = checkpoint.folder / _rank_file(writer)
+            of_rank = read_json(path)
+            with contents_of(path):
+                states.append(of_rank["state"])
+        return states
+
+    return on_the_first(read)
+
+
+def _writers(checkpoint: Checkpoint) -> int:
+    """How many processes wrote it; at least one, or the first file is named as missing."""
+    return max(checkpoint.manifest["world_size"], 1)
+
+
+def _rank_file(writer: int) -> str:
+    return f"rank-{writer:05d}.json"
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

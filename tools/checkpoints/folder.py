@@ -229,9 +229,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _is_sound(manifest: dict[str, Any]) -> bool:
     """Whether the fields that everything relies on are there: a hash that fits does not say so."""
     counters = [manifest.get("step"), manifest.get("sequence", 0), manifest.get("world_size", 1)]
-    files = manifest.get("files")
+    files, heldout = manifest.get("files"), manifest.get("heldout")
+    if not isinstance(heldout, dict | None):
+        return False
     return (
         all(type(counter) is int and counter >= 0 for counter in counters)
+        and (heldout is None or (isinstance(heldout.get("loss"), float) and "data" in heldout))
         and isinstance(files, dict)
         and all(isinstance(file, dict) and type(file.get("bytes")) is int for file in files.values())
         and not any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files)
@@ -284,16 +287,23 @@ def publish(written: Path, folder: Path, manifest: dict[str, Any]) -> None:
     sync(folder.parent)
 
 
-def prune(run_dir: Path, keep: int, written: Path | None = None) -> None:
+def prune(
+    run_dir: Path, keep: int, written: Path | None = None, *, keep_every: int = 0, keep_best: int = 0
+) -> None:
     """Deletes all but the `keep` checkpoints written last, and what interrupted saves left behind.
 
-    `written`, the one that was just published, stays whatever the others say. So does what is damaged, for
+    Those whose step is a multiple of `keep_every` stay too, and the `keep_best` of least held-out loss, among
+    those that have one, measured on the rows that the last such one was measured on. `written`, the one that
+    was just published, stays whatever the others say. So does what is damaged, for
     whoever wants to look at it, and what holds somebody else's files; the latter and what cannot be deleted
     are warnings. A checkpoint is renamed before it is deleted, so that a deletion cut short leaves no half
     checkpoint.
     """
     leftovers = [path for path in (run_dir / "checkpoints").glob("step-*") if _TEMPORARY.fullmatch(path.name)]
-    old = [folder for folder in complete(run_dir)[:-keep] if folder != written]
+    all_complete = complete(run_dir)
+    kept = {*all_complete[-keep:], *_best(all_complete, keep_best), written}
+    kept |= {folder for folder in all_complete if keep_every and _step(folder) % keep_every == 0}
+    old = [folder for folder in all_complete if folder not in kept]
     for folder in leftovers:
         _delete(folder)
     for folder in old:
@@ -301,6 +311,24 @@ def prune(run_dir: Path, keep: int, written: Path | None = None) -> None:
             logger.warning("the old checkpoint %s is kept: %s", folder, reason)
         else:
             _delete(folder, rename=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _best(folders: list[Path], count: int) -> list[Path]:
+    if not count:
+        return []
+    measured = [
+        (folder, m["heldout"]) for folder in folders if (m := _manifest_or_none(folder) or {}).get("heldout")
+    ]
+    losses = [
+        (heldout["loss"], folder)
+        for folder, heldout in measured
+        if heldout["data"] == measured[-1][1]["data"]
+    ]
+    return [folder for _, folder in sorted(losses)[:count]]
 
 
 def _delete(folder: Path, rename: bool = False) -> None:

@@ -13,15 +13,18 @@ from act24.tools.run.train import train
 from act24.tools.watch.tensorboard import open_hint
 
 
-def run_demo(run_dir: Path) -> None:
-    """Train the recipe `demo`, evaluate the weights dense and 2:4, print a sample and the sparsity."""
+def run_demo(run_dir: Path) -> bool:
+    """Train the recipe `demo`, evaluate the weights dense and 2:4, print a sample and the sparsity.
+
+    Returns False if a signal stopped it before its end.
+    """
     clear_run(run_dir)
     recipe = load_recipe("demo")
     outcome = train(recipe, run_dir)
     print()
     show_outcome(recipe, outcome, None)
     if not outcome.finished:
-        return
+        return False
     print("\nThe same weights without and with 2:4 activations, on held-out text:")
     show_evaluations(evaluate_checkpoint(run_dir), legacy_average=False, as_json=False)
     print("\nA sample:")
@@ -29,3 +32,4 @@ def run_demo(run_dir: Path) -> None:
     print()
     show_sparsity(outcome)
     print(f"\nCurves, per-layer sparsity and the plan in TensorBoard:\n    {open_hint(run_dir)}")
+    return True

@@ -194,10 +194,10 @@ def _of_shards(folder: Path, name: str) -> Tokenizer:
 
 
 def _check_shards(folder: Path, tokenizer: Tokenizer) -> None:
-    wrote = read_index(folder)["tokenizer"]
-    if wrote["fingerprint"] != tokenizer.fingerprint:
+    wrote = read_index(folder).tokenizer
+    if wrote.fingerprint != tokenizer.fingerprint:
         raise Act24Error(
-            f"{folder} was written with tokenizer {wrote['name']!r}, which is not the one of the checkpoint "
+            f"{folder} was written with tokenizer {wrote.name!r}, which is not the one of the checkpoint "
             f"({tokenizer.name})"
         )
 

@@ -25,9 +25,14 @@ from act24.recipes.schema import Recipe
 from act24.tools.data import HeldoutRows, heldout_rows
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
+from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
 
 logger = logging.getLogger("act24")
+
+
+class EvaluationStopped(Exception):
+    """Somebody asked to stop before all held-out rows were through."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,17 @@ def evaluate(
     processes: Processes,
     pipeline: Pipeline,
     without: Sequence[str] = (),
+    stop: StopRequest | None = None,
 ) -> Evaluation:
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
+        stop: looked at before each batch, by all processes together.
         pipeline: what rewrote the model, lowered for the step of the weights.
         without: names of passes to leave out.
+
+    Raises:
+        EvaluationStopped: by `stop`, on all processes.
     """
     device = processes.device
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
@@ -83,6 +93,8 @@ def evaluate(
     losses, counts = [], []
     with _evaluating(model), evaluation(pipeline, without), autocast:
         for batch in rows.batches(batch_size):
+            if stop is not None and processes.any(bool(stop)):
+                raise EvaluationStopped
             loss, count = model(batch.input_ids.to(device), batch.labels.to(device))
             losses.append(loss.double())
             counts.append(count)

@@ -3,7 +3,7 @@
 RUN/
     recipe.toml         the resolved recipe
     plan.txt            what the passes did
-    history.jsonl       when it began, was taken up again and from where
+    history.jsonl       when it began, was taken up again, from where and with what changes
     .lock               held by the process that trains (`lock.py`)
     checkpoints/        `tools/checkpoints/checkpoint.py`
     events.out.tfevents…
@@ -12,9 +12,11 @@ RUN/
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,28 @@ from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.checkpoint import version
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
+from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
 from act24.tools.run.lock import LOCK, RunError, run_lock
 
 RECIPE, HISTORY = "recipe.toml", "history.jsonl"
 _OURS = re.compile(r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\..+")
 
-#: What may differ when a run goes on: it changes what is watched and kept, not what is computed.
-_FREE = ("description", "log", "checkpoint", "eval")
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: verified.
+        schedule_steps: what its learning rate is computed for from here on.
+        changes: what is different from here on.
+        remarks: the same for people, with what it does, one line each.
+    """
+
+    checkpoint: checkpoint.Checkpoint
+    schedule_steps: int
+    changes: tuple[Change, ...]
+    remarks: tuple[str, ...]
 
 
 def default_run_dir(reference: str) -> Path:
@@ -41,16 +58,21 @@ def default_run_dir(reference: str) -> Path:
     return Path("runs") / name
 
 
-def resume_point(run_dir: Path, resume: str, recipe: Recipe) -> checkpoint.Checkpoint | None:
-    """The verified checkpoint to go on from, or None for a fresh start.
+def resume_point(
+    run_dir: Path, resume: str, recipe: Recipe, schedule: ScheduleChoice = "hold", world_size: int = 1
+) -> Start | None:
+    """The verified checkpoint to go on from, with what changes there, or None for a fresh start.
 
     Args:
         resume: `never`, `auto` (the last checkpoint of the run, if there is a run), a checkpoint's folder, or
             another run's, of which the last checkpoint is taken.
+        schedule: `hold` leaves the learning rate as it was for the steps that the run had, and behind them at
+            its last value; `stretch` computes it anew for the steps of the recipe.
+        world_size: processes now.
 
     Raises:
         RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
-            the checkpoint is of another recipe.
+            the checkpoint is of another recipe, or behind its end.
         CheckpointError: the checkpoint is damaged, or there are some and none can be used.
     """
     folder = on_the_first(lambda: _chosen(run_dir, resume, recipe))
@@ -58,10 +80,22 @@ def resume_point(run_dir: Path, resume: str, recipe: Recipe) -> checkpoint.Check
         return None
     opened = checkpoint.load(folder)
     with contents_of(folder / RECIPE):
-        differences = _differences(parse_recipe(opened.recipe_text, f"{folder}/recipe.toml"), recipe)
-    if differences:
-        raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(differences[:4])}")
-    return opened
+        then = parse_recipe(opened.recipe_text, f"{folder}/recipe.toml")
+    different, others = changes(then, recipe)
+    if others:
+        raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}")
+    if recipe.train.steps < opened.step:
+        raise RunError(f"train.steps is {recipe.train.steps}, and {folder} is behind that already")
+    before = opened.manifest["world_size"]
+    if before != world_size:
+        different.append(Change("processes", before, world_size))
+    with contents_of(folder / "state.json"):
+        computed_for = operator.index(opened.state.get("schedule_steps", then.train.steps))
+    steps = recipe.train.steps if schedule == "stretch" else computed_for
+    remarks = effects(different)
+    if then.train.steps != recipe.train.steps or steps != computed_for:
+        remarks.append(schedule_line(recipe, opened.step, computed_for, steps, then.train.steps))
+    return Start(opened, steps, tuple(different), tuple(remarks))
 
 
 def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
@@ -76,11 +110,11 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
     if resume == "auto":
         folder = checkpoint_folder.latest(run_dir)
         if folder is None and described.exists():  # it ended before its first checkpoint
-            differences = _differences(parse_recipe(read_text(described), str(described)), recipe)
-            if differences:
+            _, others = changes(parse_recipe(read_text(described), str(described)), recipe)
+            if others:
                 raise RunError(
-                    f"{run_dir} holds a run of another recipe ({'; '.join(differences[:4])}): choose another "
-                    "folder with --run-dir"
+                    f"{run_dir} holds a run of another recipe ({'; '.join(map(str, others[:4]))}): choose "
+                    "another folder with --run-dir"
                 )
         return folder
     folder = last_checkpoint(Path(resume))
@@ -141,14 +175,19 @@ def _refuse_foreign(run_dir: Path) -> None:
         )
 
 
-def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: checkpoint.Checkpoint | None) -> None:
-    """Write into a run's folder what it is a run of, and that it begins, or goes on from a checkpoint.
+def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: Start | None) -> None:
+    """Write into a run's folder what it is a run of, and that it begins, or from where it goes on and with
+    what changes.
 
     Raises:
         RunError: the folder cannot be written.
     """
-    entry = {"act24": version(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    entry |= {"step": start.step, "from": str(start.folder)} if start else {"step": 0}
+    entry: dict[str, Any] = {"step": 0}
+    if start:
+        entry = {"step": start.checkpoint.step, "from": str(start.checkpoint.folder)}
+        entry["changes"] = {change.key: [change.old, change.new] for change in start.changes}
+        entry["schedule_steps"] = start.schedule_steps
+    entry |= {"act24": version(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         (run_dir / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
         (run_dir / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
@@ -156,21 +195,3 @@ def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: checkpoint.Che
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
-
-
-def _differences(then: Recipe, now: Recipe) -> list[str]:
-    old, new = _flat(then), _flat(now)
-    if new["data.revision"] is None:  # a run stays at the commit that it began with
-        new["data.revision"] = old["data.revision"]
-    return [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {f"passes.{i}": repr(p) for i, p in enumerate(recipe.passes)}
-    for name, value in recipe.model_dump(exclude={"passes", *_FREE}).items():
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat

@@ -45,12 +45,14 @@ class StepResult:
         grad_norm: global, before clipping.
         tokens: number of predicted tokens.
         note: something to tell the user, at rare steps.
+        skipped: loss or gradient were not finite, and no update was made of them.
     """
 
     loss: Tensor
     grad_norm: Tensor
     tokens: Tensor
     note: str | None = None
+    skipped: bool = False
 
 
 class TrainingStep:
@@ -74,6 +76,7 @@ class TrainingStep:
         self._seed = train.seed
         self._accumulated = accumulation(train, processes.world_size)
         self._clip = train.grad_clip
+        self._skips = train.on_nonfinite == "skip"
         self._autocast = train.dtype == "bfloat16_autocast"
         compiled = uses_compile(train, processes.device)
         if train.activation_checkpointing:
@@ -121,11 +124,15 @@ class TrainingStep:
                 loss.backward()
             total += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
-        if self._pipeline is not None:
-            decay_dropped_weights_(self._pipeline, optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        loss, grad_norm = self._processes.sum_(total) / world_size, whole(grad_norm)
+        # Whoever asks to skip waits for the device here. Both values are the same on all processes.
+        skipped = self._skips and not bool(torch.isfinite(loss + grad_norm))
+        if not skipped:
+            if self._pipeline is not None:
+                decay_dropped_weights_(self._pipeline, optimizer.param_groups[0]["lr"])
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(self._processes.sum_(total) / world_size, whole(grad_norm), tokens, note)
+        return StepResult(loss, grad_norm, tokens, note, skipped)
 
     def gradient_cosines(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Of 2:4 weight gradients to exact ones, by weight, on the device (`sparsity_watch`), on the first

@@ -83,14 +83,15 @@ class RunLog:
             self._writer.add_scalar(tag, value, step)
 
     @_never_fatal
-    def layers(self, layer_tag: str, values: Sequence[float], step: int) -> None:
-        """`values[i]` of layer i, their mean and range, and the picture when it has a new column."""
-        named = {f"layer_{layer}": value for layer, value in enumerate(values)}
-        named |= zip(ACROSS_LAYERS, (fmean(values), min(values), max(values)), strict=True)
+    def layers(self, layer_tag: str, values: Mapping[int, float], step: int) -> None:
+        """Values by layer of the model, their mean and range, and the picture when it has a new column."""
+        across = values.values()
+        named = {f"layer_{layer}": value for layer, value in values.items()}
+        named |= zip(ACROSS_LAYERS, (fmean(across), min(across), max(across)), strict=True)
         for name, value in named.items():
             self._writer.add_scalar(layer_tag.replace("*", name), value, step)
-        history = self._histories.setdefault(layer_tag, History())
-        if history.add(values, step):
+        history = self._histories.setdefault(layer_tag, History(layers=list(values)))
+        if history.add(list(across), step):
             tag = layer_tag.replace("*", "heatmap")
             self._writer.add_image(tag, history.picture(), step, dataformats="HWC")
 
