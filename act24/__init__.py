@@ -9,6 +9,7 @@ so that `import act24`, and with it `act24 --help`, does not wait for torch.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,27 @@ if TYPE_CHECKING:
     from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
     from act24.passes import Pipeline, apply_, plan, trace
     from act24.recipes.load import load_recipe
+    from act24.tools.huggingface.export import save_pretrained
     from act24.tools.run.build import load
 
     __version__: str
+
+_LINKS = ("passes", "recipes", "tools")
+
+
+def _check_links(package: str) -> None:
+    """Refuse a checkout whose symbolic links are text files. Python would look on for `act24.passes`, and an
+    editable install of another checkout would answer: two versions in one process, without a word."""
+    broken = [name for name in _LINKS if not os.path.isdir(os.path.join(package, name))]
+    if broken and os.path.isdir(package):  # in a zip file nothing is a folder
+        names = " ".join(f"act24/{name}" for name in _LINKS)
+        raise ImportError(
+            f"{os.path.join(package, broken[0])} is no folder: this checkout of act24 has no symbolic links. "
+            f"Run in it: git config core.symlinks true && rm -f {names} && git checkout -- {names}"
+        )
+
+
+_check_links(os.path.dirname(os.path.abspath(__file__)))
 
 # A second list beside the imports above, which only type checkers read; a test keeps the two equal.
 _EXPORTS = {
@@ -32,6 +51,7 @@ _EXPORTS = {
     "load": "act24.tools.run.build",
     "load_recipe": "act24.recipes.load",
     "plan": "act24.passes",
+    "save_pretrained": "act24.tools.huggingface.export",
     "trace": "act24.passes",
 }
 
@@ -46,6 +66,7 @@ __all__ = [
     "load",
     "load_recipe",
     "plan",
+    "save_pretrained",
     "trace",
 ]
 

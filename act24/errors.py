@@ -14,6 +14,10 @@ class Act24Error(Exception):
     """
 
 
+class PassError(Act24Error):
+    """A pass that cannot be applied to this model, and why."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A hint for an unknown `name`: the closest valid choice, or the whole list when none is close.
 

@@ -13,44 +13,42 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from act24.errors import Act24Error, nearest
+from act24.options import Range, check_options
+from act24.rotary import RotaryScaling, rotary_embedding, rotate
 
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+#: A width, of anything. The largest models have some 10^5, and more than a hundred million is a typing error.
+Width = Annotated[int, Range(ge=1, le=10**8)]
+#: How many layers, or heads in one.
+Count = Annotated[int, Range(ge=1, le=10_000)]
+Positive = Annotated[float, Range(gt=0)]
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Hugging Face's field names, and its defaults for all but the sizes, which must be given.
 
-    Raises Act24Error, naming the field, for values that are no sizes or do not fit together.
+    Raises:
+        Act24Error: names the field whose value is no size, absurdly large, or does not fit to another one.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None  # None: as many as attention heads
-    head_dim: int | None = None  # None: hidden_size // num_attention_heads
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02  # standard deviation
+    vocab_size: Width
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None  # None: as many as attention heads
+    head_dim: Width | None = None  # None: hidden_size // num_attention_heads
+    max_position_embeddings: Annotated[int, Range(ge=1, le=10**9)] = 2048
+    rope_theta: Positive = 10000.0
+    rope_scaling: RotaryScaling | None = None
+    rms_norm_eps: Positive = 1e-6
+    initializer_range: Positive = 0.02  # standard deviation
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -60,14 +58,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise Act24Error(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or value <= 0:
-                raise Act24Error(f"{name} must be a number above 0, not {value!r}")
+        check_options(self, "model")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise Act24Error(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -127,7 +118,8 @@ PRESETS: dict[str, LlamaConfig] = {
 def llama_config(preset: str, **overrides: Any) -> LlamaConfig:
     """The preset of that name with single fields replaced.
 
-    Raises Act24Error for an unknown preset or field, or for sizes that do not fit together.
+    Raises:
+        Act24Error: an unknown preset or field, or a value that `LlamaConfig` does not take.
     """
     if preset not in PRESETS:
         raise Act24Error(f"unknown preset '{preset}': {nearest(preset, PRESETS)}")
@@ -136,21 +128,6 @@ def llama_config(preset: str, **overrides: Any) -> LlamaConfig:
         if name not in fields:
             raise Act24Error(f"unknown model field '{name}': {nearest(name, fields)}")
     return dataclasses.replace(PRESETS[preset], **overrides)
-
-
-def rotary_embedding(
-    sequence: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary angles, each [S, head_dim / 2], float32 (Su et al., arXiv 2104.09864)."""
-    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.arange(sequence, dtype=torch.float32, device=device)[:, None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + d/2]) by their angles. x [..., S, d]; cos, sin [S, d/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class LlamaAttention(nn.Module):
@@ -226,7 +203,11 @@ class LlamaModel(nn.Module):
         # Computed anew each time: a few small kernels, for which no buffer can be lost between meta and
         # device.
         cos, sin = rotary_embedding(
-            input_ids.shape[1], self.config.head_width, self.config.rope_theta, input_ids.device
+            input_ids.shape[1],
+            self.config.head_width,
+            self.config.rope_theta,
+            input_ids.device,
+            self.config.rope_scaling,
         )
         hidden_states = self.embed_tokens(input_ids)
         for layer in self.layers:

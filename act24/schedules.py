@@ -2,17 +2,131 @@
 
 `step` counts updates already made, so the first update has index 0. Every function checks its arguments each
 time, which costs a few comparisons an update.
+
+A schedule that a recipe can name is one record, a frozen dataclass of options with a name and a method
+`multiplier`, in one table, `SCHEDULES`. A package from outside adds its own with `SCHEDULES.add`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from act24.errors import Act24Error
+from act24.options import (
+    MOST_STEPS,
+    OptionError,
+    PositiveSteps,
+    Range,
+    Steps,
+    check_options,
+    check_values,
+    in_range,
+)
+from act24.records import Table
 
 #: What `cosine_restart` restarts from, and what is left of the learning rate right after moments are reset.
 RESTART_FLOOR = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The options that every schedule has, which are none, and what is asked of one.
+
+    Attributes:
+        name: as recipes have it.
+
+    Raises:
+        OptionError: when made with a value that a field does not take, naming both.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def multiplier(self, step: int, total_steps: int) -> float:
+        """The factor on the peak learning rate at update `step` of a run of `total_steps`.
+
+        Raises:
+            OptionError: the options make no sense for a run of this length.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Schedule):
+    """Options of `cosine`."""
+
+    name: ClassVar[str] = "cosine"
+
+    warmup_steps: Steps = 0
+    min_lr_ratio: Annotated[float, Range(ge=0, le=1)] = 0.1
+
+    def multiplier(self, step: int, total_steps: int) -> float:
+        return cosine(
+            step,
+            total_steps=total_steps,
+            warmup_steps=self.warmup_steps,
+            min_lr_ratio=self.min_lr_ratio,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Cosine):
+    """Options of `linear`."""
+
+    name: ClassVar[str] = "linear"
+
+    def multiplier(self, step: int, total_steps: int) -> float:
+        return linear(
+            step,
+            total_steps=total_steps,
+            warmup_steps=self.warmup_steps,
+            min_lr_ratio=self.min_lr_ratio,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Cosine):
+    """Options of `constant`.
+
+    It takes `min_lr_ratio` and has none: recipes that extend one with a cosine cannot take that key away.
+    """
+
+    name: ClassVar[str] = "constant"
+
+    def multiplier(self, step: int, total_steps: int) -> float:
+        return constant(step, warmup_steps=self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineRestart(Cosine):
+    """Options of `cosine_restart`; None: what that function takes where it is not given."""
+
+    name: ClassVar[str] = "cosine_restart"
+
+    restart_every: PositiveSteps
+    restart_warmup_steps: Steps | None = None
+    lr_adjust_steps: Annotated[int, Range(ge=-MOST_STEPS, le=0)] | None = None
+    restart_in_warmup: bool | None = None
+
+    def multiplier(self, step: int, total_steps: int) -> float:
+        names = ("restart_warmup_steps", "lr_adjust_steps", "restart_in_warmup")
+        given: dict[str, Any] = {name: v for name in names if (v := getattr(self, name)) is not None}
+        return cosine_restart(
+            step,
+            total_steps=total_steps,
+            warmup_steps=self.warmup_steps,
+            min_lr_ratio=self.min_lr_ratio,
+            restart_every=self.restart_every,
+            **given,
+        )
+
+
+#: The schedules that a recipe can name.
+SCHEDULES: Table[type[Schedule]] = Table("schedule", Cosine, Linear, Constant, CosineRestart)
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
@@ -20,7 +134,7 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: floa
 
     With a warm-up the update of index 0 has multiplier 0, as in GaLore's scripts. Constant after the end.
     """
-    _check(step, total_steps, warmup_steps, min_lr_ratio)
+    _check("cosine", step, total_steps, warmup_steps, min_lr_ratio)
     if step < warmup_steps:
         return step / warmup_steps
     return _half_cosine(min(1.0, (step - warmup_steps) / (total_steps - warmup_steps)), min_lr_ratio)
@@ -28,7 +142,7 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: floa
 
 def linear(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
     """Linear warm-up from 0, then a straight line down to `min_lr_ratio`; with 0 that of `transformers`."""
-    _check(step, total_steps, warmup_steps, min_lr_ratio)
+    _check("linear", step, total_steps, warmup_steps, min_lr_ratio)
     if step < warmup_steps:
         return step / warmup_steps
     left = max(0, total_steps - step) / (total_steps - warmup_steps)
@@ -37,8 +151,8 @@ def linear(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: floa
 
 def constant(step: int, *, warmup_steps: int = 0) -> float:
     """Linear warm-up from 0, then 1."""
-    if step < 0 or warmup_steps < 0:
-        raise Act24Error(f"step ({step}) and warmup_steps ({warmup_steps}) must be 0 or more")
+    in_range("constant", "step", step, Range(ge=0))
+    check_values(Constant, "constant", warmup_steps=warmup_steps)
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
@@ -67,20 +181,26 @@ def cosine_restart(
     The warm-up starts at `min_lr_ratio`, not at 0. Bit for bit the scheduler `cosine_restart` of LORO's
     pretraining script (ICLR 2025): the order of the operations below is part of the definition.
     """
-    _check(step, total_steps, warmup_steps, min_lr_ratio)
+    _check("cosine_restart", step, total_steps, warmup_steps, min_lr_ratio)
+    check_values(
+        CosineRestart,
+        "cosine_restart",
+        restart_every=restart_every,
+        restart_warmup_steps=restart_warmup_steps,
+        lr_adjust_steps=lr_adjust_steps,
+        restart_in_warmup=restart_in_warmup,
+    )
     if min_lr_ratio == 0:
-        raise Act24Error("cosine_restart: min_lr_ratio must be above 0, because the warm-up starts there")
-    if restart_every < 1:
-        raise Act24Error(f"cosine_restart: restart_every must be at least 1, got {restart_every}")
-    if not 0 <= restart_warmup_steps <= restart_every:
-        raise Act24Error(
-            f"cosine_restart: restart_warmup_steps ({restart_warmup_steps}) must lie between 0 and "
-            f"restart_every ({restart_every})"
+        raise OptionError("cosine_restart: min_lr_ratio has to be above 0, because the warm-up starts there")
+    if restart_warmup_steps > restart_every:
+        raise OptionError(
+            f"cosine_restart: restart_warmup_steps ({restart_warmup_steps}) has to be restart_every "
+            f"({restart_every}) at most"
         )
-    if lr_adjust_steps > 0 or warmup_steps - lr_adjust_steps >= total_steps:
-        raise Act24Error(
-            f"cosine_restart: lr_adjust_steps ({lr_adjust_steps}) must be 0 or negative, a delay that ends "
-            f"before total_steps ({total_steps}) with warmup_steps ({warmup_steps}) added"
+    if warmup_steps - lr_adjust_steps >= total_steps:
+        raise OptionError(
+            f"cosine_restart: lr_adjust_steps ({lr_adjust_steps}) has to be a delay that ends before "
+            f"total_steps ({total_steps}) with warmup_steps ({warmup_steps}) added"
         )
     decay_steps = total_steps - warmup_steps
 
@@ -106,7 +226,12 @@ def rewarm(step: int, *, every: int, warmup_steps: int) -> float:
 
     1 but for the `warmup_steps` updates from each positive multiple of `every` on, over which it climbs from
     1e-6 as in `cosine_restart`. `every` = 0: no resets, always 1.
+
+    Raises:
+        OptionError: a number is below 0.
     """
+    for name, value in (("step", step), ("every", every), ("warmup_steps", warmup_steps)):
+        in_range("rewarm", name, value, Range(ge=0))
     if every == 0 or step < every or step % every >= warmup_steps:
         return 1.0
     return RESTART_FLOOR + step % every / warmup_steps * (1 - RESTART_FLOOR)
@@ -119,29 +244,26 @@ def resets_without_rewarm(
 
     There Adam with fresh moments makes its first update, one of the size of the learning rate in every
     coordinate, at full learning rate. None for `every` = 0.
+
+    Raises:
+        OptionError: a number is below 0.
     """
+    in_range("resets_without_rewarm", "every", every, Range(ge=0))
+    in_range("resets_without_rewarm", "total_steps", total_steps, Range(ge=0))
     if every == 0:
         return ()
     resets = range(every, total_steps, every)
     return tuple(step for step in resets if multiplier(step) > multiplier(step - 1) / 2)
 
 
-#: The schedules that a recipe can name.
-SCHEDULES: dict[str, Callable[..., float]] = {
-    schedule.__name__: schedule for schedule in (cosine, linear, constant, cosine_restart)
-}
-
-
 def _half_cosine(progress: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _check(step: int, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> None:
-    if step < 0:
-        raise Act24Error(f"step must be 0 or more, got {step}")
-    if not 0 <= warmup_steps < total_steps:
-        raise Act24Error(
-            f"warmup_steps ({warmup_steps}) must be 0 or more and below total_steps ({total_steps})"
+def _check(owner: str, step: int, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> None:
+    in_range(owner, "step", step, Range(ge=0))
+    check_values(Cosine, owner, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    if warmup_steps >= total_steps:
+        raise OptionError(
+            f"{owner}: warmup_steps ({warmup_steps}) has to be below total_steps ({total_steps})"
         )
-    if not 0 <= min_lr_ratio <= 1:
-        raise Act24Error(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}")

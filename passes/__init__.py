@@ -3,9 +3,10 @@
 if __name__ != "act24.passes":
     raise ImportError("import act24.passes: the folder `passes` is a part of the package act24")
 
+from act24.errors import PassError
 from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
-from act24.passes.base import Match, OperationalPass, Pass, PassError, PassResult, Plan, StateMap
+from act24.passes.base import Match, OperationalPass, Pass, Plan, StateMap
 from act24.passes.cola import Cola
 from act24.passes.graph.region import Region
 from act24.passes.graph.tracing import trace
@@ -15,13 +16,13 @@ from act24.passes.pipeline import Pipeline, apply_, plan
 from act24.passes.recompute import Recompute
 from act24.passes.relu2_ffn import Relu2FFN
 from act24.passes.weight24 import Weight24
+from act24.records import Table
 
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
-#: happen to lie in a folder.
-REGISTRY: dict[str, type[Pass]] = {
-    cls.name: cls
-    for cls in (Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Recompute, ActivationStatistics)
-}
+#: happen to lie in a folder. A package from outside adds its own with `REGISTRY.add`.
+REGISTRY: Table[type[Pass]] = Table(
+    "pass", Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Recompute, ActivationStatistics
+)
 
 __all__ = [
     "REGISTRY",
@@ -34,7 +35,6 @@ __all__ = [
     "OperationalPass",
     "Pass",
     "PassError",
-    "PassResult",
     "Pipeline",
     "Plan",
     "Recompute",

@@ -9,42 +9,44 @@ precedes relu2 is not one linear, or one that another 2:4 product owns, the oper
 pre-activation; where relu2 has several consumers all of them see the same 2:4 activation. With no linear on
 either side, as in LoST, there is no weight gradient in it, and `backward` is exact.
 
-State is in buffers under the site's name. `<site>.activation24_scale`, β of the soft methods, is persistent;
-`<site>.activation24_seed`, of mvue, is set anew for every micro-batch. The shell writes both between
-updates (`act24.passes.state`); the graph only reads them.
+What a method needs is in its record (`act24.sparse24.feed_forward.methods`). State is in buffers under the
+site's name. `<site>.activation24_scale`, β of the methods that have one, is persistent;
+`<site>.activation24_seed`, of those that draw, is set anew for every micro-batch. The shell writes both
+between updates (`act24.passes.state`); the graph only reads them.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, PassError, Plan
-from act24.passes.graph.activation_sites import ActivationSite, activation_sites, pads_node
+from act24.options import OneOf, OptionError, Range
+from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
+from act24.passes.graph.activation_sites import (
+    ActivationSite,
+    activation_sites,
+    add_site_buffer,
+    keep_site,
+    pads_node,
+)
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
-from act24.sparse24.feed_forward import operation as activation
 from act24.sparse24.feed_forward.calibration import CALIBRATION
-from act24.sparse24.feed_forward.operation import Backward, Estimator, Options24, Precision
+from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24, Precision, check_pair
+from act24.sparse24.feed_forward.packed import PACKED
 from act24.sparse24.format.products import Product, Table, feed_forward_products
 from act24.sparse24.pattern.feature_wise import TokenPermutation
 from act24.sparse24.weight.linear24 import linear24
 
-#: Last parts of the names of the buffers.
+#: Kinds of the buffers, and the last parts of their names.
 SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
-
-Method = Literal["naive", "mvue", "soft_dynamic", "soft_threshold_weights"]
-_METHODS: dict[Method, activation.Method] = {
-    "naive": "naive",
-    "mvue": "mvue",
-    "soft_dynamic": "soft_threshold",
-    "soft_threshold_weights": "soft_threshold",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +54,17 @@ class Activation24(OperationalPass):
     """Options of `activation24`.
 
     Attributes:
-        method: `"naive"` keeps the two largest of four. `"mvue"` draws two without bias, and is naive in
-            evaluation. `"soft_dynamic"` soft-thresholds and scales by β = ⟨H, S⟩/⟨S, S⟩, measured on
-            activations again and again. `"soft_threshold_weights"` does so with a β fixed at the first
-            sparse update.
+        method: a name in `act24.sparse24.feed_forward.methods.METHODS`. `"naive"` keeps the two largest of
+            four. `"mvue"` draws two without bias, and is naive in evaluation. `"soft_dynamic"`
+            soft-thresholds and scales by β = ⟨H, S⟩/⟨S, S⟩, measured on activations again and again.
+            `"soft_threshold_weights"` does so with a β fixed at the first sparse update.
         scale_from: where the fixed β comes from. `"weight"`: the least squared error of the weights that
             read the activation, before and after soft thresholding. `"output"`: the least squared error of
             the layer's output.
         dynamic_steps: optimizer updates between two measurements of soft_dynamic's β; 0 for each update.
         calibration_samples: token rows, without padding, in one measurement, by each process.
         backward, estimator, precision, dense_ratio, token_permutation: as in
-            `act24.sparse24.feed_forward.operation.Options24`.
+            `act24.sparse24.feed_forward.options.Options24`.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
             What is counted of a dense activation is not this pass's: a kernel may do it all the same.
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
@@ -72,14 +74,14 @@ class Activation24(OperationalPass):
 
     name: ClassVar[str] = "activation24"
 
-    method: Method = "naive"
+    method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"
-    dynamic_steps: int = 10
-    calibration_samples: int = 100
-    backward: Backward = "dense"
-    estimator: Estimator = "masked"
+    dynamic_steps: Annotated[int, Range(ge=0)] = 10
+    calibration_samples: Annotated[int, Range(ge=1)] = 100
+    backward: Annotated[str, OneOf(BACKWARDS)] = "dense"
+    estimator: Annotated[str, OneOf(ESTIMATORS)] = "masked"
     precision: Precision = "bfloat16"
-    dense_ratio: float = 0.05
+    dense_ratio: Annotated[float, Range(ge=0, lt=1)] = 0.05
     token_permutation: TokenPermutation = "batch"
     kernels: bool = True
     recompute: bool = False
@@ -87,51 +89,47 @@ class Activation24(OperationalPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.estimator == "ste" and self.backward != "dense":
-            raise PassError(
-                f"activation24: the straight-through gradient is not 2:4, so it has no {self.backward} "
-                'backward: set backward = "dense", or estimator = "masked"'
-            )
+        check_pair(self.estimator, self.backward, self.name)
         if self.recompute and self.precision == "fp8":
-            raise PassError(
+            raise OptionError(
                 "activation24: recompute is of networks of narrow linears inside dense products, which have "
                 'no fp8: set precision = "bfloat16", or recompute = false'
             )
-        if not 0 <= self.dense_ratio < 1:
-            raise PassError(f"activation24: dense_ratio is a share below 1, got {self.dense_ratio}")
-        if self.dynamic_steps < 0 or self.calibration_samples < 1:
-            raise PassError(
-                "activation24: dynamic_steps must be 0 or more and calibration_samples 1 or more, got "
-                f"{self.dynamic_steps} and {self.calibration_samples}"
-            )
+
+    @property
+    def record(self) -> Method:
+        """The record of the method."""
+        return METHODS[self.method]
 
     @property
     def soft(self) -> bool:
         """Whether the method has a scale."""
-        return _METHODS[self.method] == "soft_threshold"
+        return self.record.scaled
 
     @property
     def draws(self) -> bool:
         """Whether the forward draws from a seed."""
-        return self.method == "mvue"
+        return self.record.draws
 
     def calibrates(self, step: int) -> bool:
         """Whether a scale is due once `step` updates are made."""
         since = step - self.from_step
         every = max(self.dynamic_steps, 1)
-        return self.soft and (since == 0 or (self.method == "soft_dynamic" and since % every == 0))
+        return self.record.scaled and (since == 0 or (self.record.remeasured and since % every == 0))
 
     def in_evaluation(self) -> Activation24:
-        return replace(self, method="naive") if self.draws else self
+        other = self.record.in_evaluation
+        return replace(self, method=other) if other else self
 
     def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
         many tokens; none where the activation has no linear on both sides."""
         site: ActivationSite = match.nodes
-        if not (site.width_in and site.width and site.width_out and self.estimator == "masked"):
+        options = self._options(site)
+        if not (site.width_in and site.width and site.width_out) or not PACKED.knows(options):
             return ()
         shape = (tokens, site.width_in, site.width, site.width_out)
-        exact, fp8 = self.backward == "dense", self.precision == "fp8"
+        exact, fp8 = not BACKWARDS[self.backward].along_tokens, self.precision == "fp8"
         return tuple(feed_forward_products(*shape, exact, fp8).values())
 
     def plan(self, region: Region) -> Plan:
@@ -165,13 +163,15 @@ class Activation24(OperationalPass):
                 f'backward = "{self.backward}" does nothing here: a weight gradient needs a linear that '
                 "alone precedes or reads the activation"
             )
-        elif self.backward != "dense" and self.token_permutation == "none":
+        elif BACKWARDS[self.backward].along_tokens and self.token_permutation == "none":
             notes.append(
                 "no token permutation: neighbouring tokens crowd the weight gradients (2.919 beside 2.652)"
             )
         if self.precision == "fp8" and not site.after:
             notes.append("no fp8: several read the activation, or one that is no linear")
-        if self.method == "soft_threshold_weights":
+        if unread := self._unread_options():
+            notes.append(f'method = "{self.method}" does not look at {", ".join(unread)}')
+        if "scale_from" in self.record.options:
             linears = sum(_reads_by_weight(user, site.node) for user in site.node.users)
             if not linears:
                 notes.append(
@@ -180,6 +180,27 @@ class Activation24(OperationalPass):
             elif linears < len(site.node.users):
                 notes.append(f'scale_from "{self.scale_from}" leaves out what reads it other than linears')
         return "; ".join(notes)
+
+    def _unread_options(self) -> list[str]:
+        """The options of other methods that were given all the same."""
+        foreign = {name for method in METHODS.values() for name in method.options} - {*self.record.options}
+        return [f.name for f in fields(self) if f.name in foreign and getattr(self, f.name) != f.default]
+
+    def _options(self, site: ActivationSite) -> Options24:
+        """What the operation at a site is told."""
+        return Options24(
+            function=site.function,
+            method=self.method,
+            backward=self._backward(site),
+            estimator=self.estimator,
+            precision=self.precision,
+            dense_ratio=self.dense_ratio,
+            token_permutation=self.token_permutation,
+            kernels=self.kernels,
+            recompute=self.recompute,
+            # Plain tuples: the graph's code has no names for their classes.
+            algorithms=tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[misc]
+        )
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: ActivationSite = match.nodes
@@ -190,50 +211,32 @@ class Activation24(OperationalPass):
             _, weight_out, bias_out = site.after.args if site.after else (None, None, None)
             linears = (x, weight_in, bias_in, weight_out, bias_out)
             state = (self._scale(region, site), self._seed(region, site), pads_node(region))
-            options = Options24(
-                function=site.function,
-                method=_METHODS[self.method],
-                backward=self._backward(site),
-                estimator=self.estimator,
-                precision=self.precision,
-                dense_ratio=self.dense_ratio,
-                token_permutation=self.token_permutation,
-                kernels=self.kernels,
-                recompute=self.recompute,
-                # Plain tuples: the graph's code has no names for their classes.
-                algorithms=tuple((tuple(product), tuple(measured)) for product, measured in self.algorithms),
-            )
-            sparse = graph.call_function(activation.activation24, (*linears, *state, options))
+            arguments = (*linears, *state, self._options(site))
+            sparse = graph.call_function(activation24, arguments)
+            keep_site(site.node, sparse)
             output = graph.call_function(operator.getitem, (sparse, 0))
         replace_node(graph, end, output)
 
-    def _backward(self, site: ActivationSite) -> Backward:
+    def _backward(self, site: ActivationSite) -> str:
         """Only a linear that the operation takes has weight gradients in it."""
         return self.backward if site.before or site.after else "dense"
 
     def _scale(self, region: Region, site: ActivationSite) -> fx.Node | None:
         if not self.soft:
             return None
-        name = site_buffer(site.path, SCALE)
-        region.add_buffer(name, (), torch.float32, persistent=True, initial=lambda _: torch.ones(()))
-        sums = site_buffer(site.path, SUMS)
-        region.add_buffer(sums, (len(CALIBRATION),), torch.float64, persistent=False)
+        name = add_site_buffer(
+            region, site.path, SCALE, (), torch.float32, persistent=True, initial=lambda _: torch.ones(())
+        )
+        add_site_buffer(region, site.path, SUMS, (len(CALIBRATION),), torch.float64)
         return region.graph.get_attr(name)
 
     def _seed(self, region: Region, site: ActivationSite) -> fx.Node | None:
         if not self.draws:
             return None
-        name = site_buffer(site.path, SEED)
-        region.add_buffer(name, (), torch.int64, persistent=False)
-        return region.graph.get_attr(name)
+        return region.graph.get_attr(add_site_buffer(region, site.path, SEED, (), torch.int64))
 
 
 def _reads_by_weight(user: fx.Node, node: fx.Node) -> bool:
     """Whether a user is a linear of the node, or was one: scales are measured before operations take it."""
-    linears = (F.linear, linear24, activation.activation24)
+    linears = (F.linear, linear24, activation24)
     return user.target in linears and user.args[0] is node and user.args[1] is not None
-
-
-def site_buffer(path: str, name: str) -> str:
-    """The name of a site's buffer, local to the region."""
-    return f"{path}.{name}" if path else name

@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from act24.passes.activation24 import SUMS, Activation24, site_buffer
+from act24.passes.activation24 import SUMS, Activation24
 from act24.passes.base import Match, OperationalPass, Plan
-from act24.passes.graph.activation_sites import ActivationSite, consumers, pads_node
+from act24.passes.graph.activation_sites import ActivationSite, add_site_buffer, consumers, pads_node
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.calibration import CALIBRATION, calibration_sums
+from act24.sparse24.feed_forward.methods import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,8 @@ class ActivationCalibration(OperationalPass):
     def _rewrite(self, region: Region, match: Match) -> None:
         site: ActivationSite = match.nodes
         graph = region.graph
-        scale_from = "activation" if self.of.method == "soft_dynamic" else self.of.scale_from
-        buffer = site_buffer(match.path, SUMS)
-        region.add_buffer(buffer, (len(CALIBRATION),), torch.float64, persistent=False)
+        scale_from = "activation" if METHODS[self.of.method].remeasured else self.of.scale_from
+        buffer = add_site_buffer(region, match.path, SUMS, (len(CALIBRATION),), torch.float64)
         with graph.inserting_before(graph.output_node()):  # behind every weight that is read
             weights = () if scale_from == "activation" else tuple(_weights(graph, site))
             arguments = (site.hidden, pads_node(region), scale_from, self.of.calibration_samples)

@@ -15,14 +15,20 @@ from typing import ClassVar
 
 import torch
 
-from act24.passes.activation24 import site_buffer
 from act24.passes.base import Match, OperationalPass, Plan
-from act24.passes.graph.activation_sites import function_of, is_activation, pads_node, site_path
+from act24.passes.graph.activation_sites import (
+    add_site_buffer,
+    function_of,
+    is_activation,
+    name_sites,
+    pads_node,
+    site_path,
+)
 from act24.passes.graph.region import Region
-from act24.sparse24.feed_forward.operation import activation24, dense_statistics
-from act24.sparse24.feed_forward.statistics import STATISTICS
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
 
-#: Last part of the name of every statistics buffer.
+#: The kind of every statistics buffer, and the last part of its name.
 BUFFER = "activation_statistics"
 
 
@@ -37,6 +43,7 @@ class ActivationStatistics(OperationalPass):
         return None
 
     def plan(self, region: Region) -> Plan:
+        name_sites(region)
         matches = tuple(
             Match(path, node.name, f"{node.name}, counted", node, 0, 0)
             for node in region.graph.nodes
@@ -46,8 +53,7 @@ class ActivationStatistics(OperationalPass):
 
     def _rewrite(self, region: Region, match: Match) -> None:
         node, graph = match.nodes, region.graph
-        buffer = site_buffer(match.path, BUFFER)
-        region.add_buffer(buffer, (len(STATISTICS),), torch.float32, persistent=False)
+        buffer = add_site_buffer(region, match.path, BUFFER, (len(STATISTICS),), torch.float32)
         with graph.inserting_before(node.next):
             if node.target is activation24:
                 *arguments, options = node.args

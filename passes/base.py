@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from act24.errors import Act24Error
-from act24.passes.graph.selectors import selected
+from act24.errors import PassError
+from act24.options import Range, check_options
+from act24.passes.graph.selectors import check_selectors, selected
 
 if TYPE_CHECKING:
     from act24.passes.graph.region import Region
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
 PYTHON_ONLY = {"python_only": True}
 
 
-class PassError(Act24Error):
-    """A pass that cannot be applied to this model, and why."""
-
-
 @dataclass(frozen=True)
 class StateMap:
     """How the parameters that one match replaces turn into those it creates, and back.
@@ -30,13 +28,14 @@ class StateMap:
     Names are local to the region.
 
     Attributes:
-        removes: names of a stock state dict that end here.
-        creates: names that begin here.
-        from_stock: removed values to created values; None: they cannot be carried over, and the created
-            ones start fresh.
-        to_stock: created values to removed values; None: there is no such form.
-        exact: the function of the model is the same after `to_stock`.
-        why: what is lost, or why there is no way back.
+        removes: parameters that the match takes away.
+        creates: parameters, and persistent buffers, that it puts in their place.
+        from_stock: makes the values of `creates` from those of `removes`. None: nothing of them can be used,
+            and the new ones start fresh.
+        to_stock: makes the values of `removes` from those of `creates`. None: no values there would compute
+            the same.
+        exact: after `to_stock` the model computes the same function.
+        why: what is lost on the way, or why there is no way back.
     """
 
     removes: tuple[str, ...]
@@ -54,7 +53,7 @@ class Match:
     Attributes:
         path: where, local to the region (`mlp`).
         before, after: the expression there, for the report.
-        nodes: what `apply` needs to find it again; only the pass that wrote it looks inside.
+        nodes: what `apply` needs to find the place again. Only the pass that wrote it reads it.
         parameters_before, parameters_after: elements in the parameters that the expression reads.
         state: for passes that change parameters.
         note: one remark for the report.
@@ -76,21 +75,13 @@ class Plan:
 
     Attributes:
         matches: what it rewrites.
-        misses: (local path, reason) of what it recognises and still leaves alone.
-        absent: what the region has instead of the pattern, where there is neither.
+        misses: (local path, reason) of what it recognises and leaves alone all the same.
+        absent: what the region has in the pattern's place, for a region without matches and misses.
     """
 
     matches: tuple[Match, ...] = ()
     misses: tuple[tuple[str, str], ...] = ()
     absent: str = ""
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """A region after a pass, and whether anything in it changed."""
-
-    region: Region
-    changed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,27 +98,46 @@ class Pass:
     kind: ClassVar[Literal["structural", "operational"]]
     #: Whether the pass only looks: reports leave it out.
     observes: ClassVar[bool] = False
-    #: Whether the pass takes what all others leave, wherever it stands in the list.
+    #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        """Check every field against its annotation; subclasses with rules of their own call this first.
+
+        Raises:
+            OptionError: names the pass, the field, the value, and what the field takes.
+        """
+        for name in ("targets", "ignore"):
+            if isinstance(selectors := getattr(self, name), str):
+                check_selectors(selectors, f"{self.name}: {name}")
+        check_options(self, self.name)
+        for name in ("targets", "ignore"):
+            check_selectors(getattr(self, name), f"{self.name}: {name}")
+
     def plan(self, region: Region) -> Plan:
         """The places that the pass would rewrite. Touches nothing."""
         raise NotImplementedError
 
-    def apply(self, region: Region, plan: Plan) -> PassResult:
+    def apply(self, region: Region, plan: Plan) -> None:
         """Rewrite `region`, in place, as planned; without matches it stays as it is."""
         for match in plan.matches:
             self._rewrite(region, match)
         if plan.matches:
             region.graph.lint()
-        return PassResult(region, changed=bool(plan.matches))
 
     def _rewrite(self, region: Region, match: Match) -> None:
         raise NotImplementedError
+
+    def finish(self, region: Region) -> None:
+        """Simplify, in place, what is left of this pass's work at the end of every lowering.
+
+        It is called when all passes in force have rewritten the region, and may change how the graph
+        computes, but not what, nor the region's parameters and buffers.
+        """
 
     def selects(self, region: Region, path: str) -> bool:
         """Whether `targets` and `ignore` let the pass act at this path of the region."""
@@ -154,12 +164,11 @@ class OperationalPass(Pass):
 
     kind: ClassVar[Literal["structural", "operational"]] = "operational"
 
-    from_step: int = 0
-    until_step: int | None = None
+    from_step: Annotated[int, Range(ge=0)] = 0
+    until_step: Annotated[int, Range(ge=1)] | None = None
 
     def __post_init__(self) -> None:
-        if self.from_step < 0:
-            raise PassError(f"{self.name}: from_step must be 0 or more, got {self.from_step}")
+        super().__post_init__()
         if self.until_step is not None and self.until_step <= self.from_step:
             raise PassError(
                 f"{self.name}: until_step ({self.until_step}) must be above from_step ({self.from_step})"
@@ -172,3 +181,46 @@ class OperationalPass(Pass):
     def in_evaluation(self) -> OperationalPass | None:
         """The pass as evaluation has it, which neither draws nor counts; None: not at all."""
         return self
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a pipeline takes besides passes: checked, not kept."""
+
+    model: nn.Module
+    seed: int
+    step: Annotated[int, Range(ge=0)]
+
+
+def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    """The passes of a pipeline, if they are passes and stand in an order that can be.
+
+    Raises:
+        PassError: something else than a list of passes, one that is given twice, or the wrong order.
+    """
+    if isinstance(passes, str | type | Pass) or not isinstance(passes, Iterable):
+        raise PassError(f"passes come as a list: write [Relu2FFN(), Activation24()], not {_shown(passes)}")
+    given = tuple(passes)
+    for index, p in enumerate(given):
+        if isinstance(p, type) and issubclass(p, Pass):
+            raise PassError(f"{p.__name__} is the class of a pass: write {p.__name__}(...), with its options")
+        if not isinstance(p, StructuralPass | OperationalPass):
+            raise PassError(f"{_shown(p)} is no pass: passes derive from StructuralPass or OperationalPass")
+        if p in given[:index]:
+            raise PassError(f"{p.name} is given twice with the same options")
+    for first, second in pairwise(p for p in given if not p.last):
+        if _rank(first) > _rank(second):
+            raise PassError(
+                f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
+                "passes that only change operations, passes that only look"
+            )
+    return given
+
+
+def _rank(p: Pass) -> tuple[bool, bool]:
+    return not isinstance(p, StructuralPass), p.observes
+
+
+def _shown(value: object) -> str:
+    text = value.__name__ if isinstance(value, type) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

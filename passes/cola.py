@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.node import Target
 
+from act24.low_rank.activations import ACTIVATIONS
 from act24.low_rank.initialisation import initial_factors
 from act24.passes.base import Match, Plan, StateMap
 from act24.passes.graph.linear_sites import (
@@ -28,10 +28,6 @@ from act24.passes.graph.linear_sites import (
 )
 from act24.passes.graph.normal_form import is_call, replace_node
 from act24.passes.graph.region import Region
-from act24.relu2 import relu2
-
-#: What may stand between the factors.
-ACTIVATIONS: dict[str, Target | None] = {"silu": F.silu, "relu2": relu2, "none": None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from act24.low_rank.initialisation import check_init, initial_factors
 from act24.low_rank.truncation import truncated_factors
-from act24.passes.base import Match, PassError, StateMap
+from act24.options import Range
+from act24.passes.base import Match, StateMap
 from act24.passes.graph.linear_sites import (
     FactorisingPass,
     LinearSite,
@@ -40,13 +41,11 @@ class LowRank(FactorisingPass):
     name: ClassVar[str] = "low_rank"
 
     init: str = "xavier"
-    initializer_range: float = 0.02
+    initializer_range: Annotated[float, Range(gt=0)] = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_init(self.init)
-        if self.initializer_range <= 0:
-            raise PassError(f"low_rank: initializer_range must be positive, got {self.initializer_range}")
+        check_init(self.init, self.name)
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         specs = factor_specs(region, site, rank)
@@ -94,8 +93,8 @@ def _factors_of_stock(site: LinearSite, rank: int) -> Callable[[Mapping[str, Ten
         weight_in, weight_out = truncated_factors(site.dense(removed)[None], rank)
         dtype = removed[site.weight].dtype
         return {
-            site.factor("weight_in"): weight_in[0].to(dtype),
-            site.factor("weight_out"): weight_out[0].to(dtype),
+            site.part("in"): weight_in[0].to(dtype),
+            site.part("out"): weight_out[0].to(dtype),
         }
 
     return from_stock
@@ -103,7 +102,7 @@ def _factors_of_stock(site: LinearSite, rank: int) -> Callable[[Mapping[str, Ten
 
 def _product(site: LinearSite) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     def to_stock(created: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weight_in, weight_out = created[site.factor("weight_in")], created[site.factor("weight_out")]
+        weight_in, weight_out = created[site.part("in")], created[site.part("out")]
         # In float64, so that one rounding is all that a bfloat16 checkpoint loses.
         dense = (weight_out.double() @ weight_in.double()).to(weight_in.dtype)
         return {site.weight: site.stored(dense)}

@@ -10,21 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from act24.errors import PassError
 from act24.initialise import generator_for
-from act24.passes.base import Match, OperationalPass, Pass, PassError, StateMap, StructuralPass
-from act24.passes.graph.flops import region_flops
-from act24.passes.graph.fused_columns import fuse_columns
+from act24.options import check_options
+from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.hooks import refuse_hooks
+from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
-from act24.passes.graph.region import Lowering, Region, RegionModule, lower_, lowering, materialise
+from act24.passes.graph.region import (
+    Lowering,
+    Region,
+    RegionModule,
+    lower_,
+    lowering,
+    materialise,
+    reset_buffers_,
+)
+from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
-from act24.passes.report import Report, Row, no_match, row
+from act24.passes.report import Report, Row, figures, no_match, row
 
 
 def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
@@ -40,8 +49,10 @@ def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int
         the pipeline: print it for the report, keep it for `lower_` when passes have step ranges.
 
     Raises:
-        PassError: a pass matches nothing and is not optional, passes collide, a module has forward hooks,
-            or the model was already rewritten. The model is then as it was.
+        PassError: what is given is no list of passes, a pass matches nothing and is not optional, passes
+            collide, a module has forward hooks, or the model was already rewritten. The model is then as it
+            was.
+        OptionError: the model is no module, the seed no integer, the step none or negative.
     """
     pipeline = Pipeline(model, passes, seed=seed, step=step)
     pipeline.commit_()
@@ -59,7 +70,7 @@ class _Site:
 
     traced: Region
     base: Region
-    matches: list[Match] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     claims: dict[str, Pass] = field(default_factory=dict)
     touched: bool = False
     module: RegionModule | None = None
@@ -96,17 +107,18 @@ class Pipeline:
         Args:
             keep_all: let regions stand as graph modules even where no pass acts, single linears excepted.
         """
+        check_options(Start(model, seed, step), "Pipeline")
         self._model = model
-        self._passes = tuple(passes)
+        self._passes = check_passes(passes)
         self._seed = seed
         self._classes: dict[tuple[Any, ...], type] = {}
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
         self._misses: list[tuple[str, str, str]] = []
+        self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]
         operational = [p for p in self._passes if isinstance(p, OperationalPass)]
         self._operational = sorted(operational, key=lambda p: p.last)
         self._active = [p for p in self._operational if p.active(step)]
-        self._check_order()
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
         regions, self._unclean = trace(model)
@@ -114,48 +126,42 @@ class Pipeline:
             _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
             for region in regions
         ]
-        self._plan_structural()
+        base = [site.base for site in self._sites]
+        for p in self._structural:
+            self._plan_pass(p, base)
         lowered = self._plan_operational()
         for site in self._sites:
             if site.touched:
                 refuse_hooks(site.traced)
-        self.report = self._make_report(lowered)
+        counts = figures(model, [site.traced for site in self._sites], base, lowered)
+        self.report = Report(tuple(self._rows), tuple(self._misses), **counts)
 
     def __str__(self) -> str:
         return str(self.report)
 
     @property
-    def needs_column_scores(self) -> tuple[str, ...]:
-        """The dense weights of which `commit_` wants a score for each input channel, measured by the shell:
-        those that `lost` with `method = "gradient"` takes columns from."""
-        return tuple(
-            site.base.name(name)
-            for site in self._sites
-            for new in site.base.created
-            if new.scored
-            for name in new.sources
-        )
+    def measurements(self) -> dict[str, Measurement]:
+        """What `commit_` has to be told of the model as it is before: by name what is wanted, and of which
+        parameter. Passes ask for it; who owns the data measures it."""
+        return {name: wanted for site in self._sites for name, wanted in site.base.measurements.items()}
 
-    def commit_(self, column_scores: Mapping[str, Tensor] | None = None) -> None:
+    def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
         """Build all new modules, then put each where its region was traced.
 
         Args:
-            column_scores: `[in]` for each of `needs_column_scores`; not looked at on the meta device.
+            measured: a tensor for each of `measurements`, of the shape given there. On the meta device
+                nothing is measured, since nothing has values.
 
         Raises:
-            PassError: that was done before, or scores are missing.
+            PassError: that was done before, or a measurement is missing or of another shape.
         """
         if self.modules:
             raise PassError("this pipeline was already committed")
-        on_meta = any(p.is_meta for p in self._model.parameters())
-        missing = [n for n in self.needs_column_scores if n not in (column_scores or {}) and not on_meta]
-        if missing:
-            raise PassError(
-                f"{len(missing)} weights, {missing[0]} the first, need column scores, measured on the first "
-                "batch: pass them to Pipeline.commit_(column_scores=...)"
-            )
+        measured = measured or {}
+        if not any(p.is_meta for p in self._model.parameters()):
+            check_measured(self.measurements, measured)
         built: list[tuple[_Site, RegionModule]] = [
-            (site, materialise(site.base, lambda name: generator_for(self._seed, name), column_scores))
+            (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
             for site in self._sites
             if site.touched
         ]
@@ -199,6 +205,11 @@ class Pipeline:
         self._lower_to([new if p is old else p for p in self._active])
 
     @property
+    def model(self) -> nn.Module:
+        """The model that the passes rewrote."""
+        return self._model
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
         """All passes, in order."""
         return self._passes
@@ -223,6 +234,13 @@ class Pipeline:
             if p.name == pass_name
         )
 
+    def reset_buffers_(self) -> None:
+        """Give all buffers that passes added their first values, for a model whose parameters were made up
+        after `to_empty`, as a benchmark does."""
+        for site in self._sites:
+            if site.module is not None:
+                reset_buffers_(site.module, site.base.buffers)
+
     @property
     def modules(self) -> tuple[RegionModule, ...]:
         """The graph modules that stand in the model."""
@@ -239,56 +257,22 @@ class Pipeline:
         Raises:
             PassError: a name that a pass starts from is missing.
         """
-        result, fresh = dict(state), dict[str, None]()
-        for site, _, change in self._changes():
-            for fqn in site.traced.fqns:
-                removes = {name: f"{fqn}.{name}" for name in change.removes}
-                creates = [f"{fqn}.{name}" for name in change.creates]
-                fill = change.from_stock if fresh.keys().isdisjoint(removes.values()) else None
-                if fill is None:
-                    for name in removes.values():
-                        result.pop(name, None)
-                        fresh.pop(name, None)
-                    fresh.update(dict.fromkeys(creates))
-                else:
-                    made = fill(_take(result, removes))
-                    result.update({f"{fqn}.{name}": value for name, value in made.items()})
-        return result, tuple(fresh)
+        return from_stock(self._changes(), state)
 
-    def state_to_stock(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def state_to_stock(self, state: Mapping[str, Tensor], keep: Sequence[str] = ()) -> dict[str, Tensor]:
         """The rewritten model's state dict as a stock one of the same function.
+
+        Args:
+            keep: names of passes that are not undone, as the reader's model has them too.
 
         Raises:
             PassError: a pass has no such form, with its reason, or a name is missing.
         """
-        result = dict(state)
-        for site, match, change in reversed(list(self._changes())):
-            if change.to_stock is None:
-                raise PassError(f"{site.traced.name(match.path)} has no stock form: {change.why}")
-            for fqn in site.traced.fqns:
-                created = _take(result, {name: f"{fqn}.{name}" for name in change.creates})
-                made = change.to_stock(created)
-                result.update({f"{fqn}.{name}": value for name, value in made.items()})
-        return result
+        return to_stock([change for change in self._changes() if change.pass_name not in keep], state)
 
-    def _changes(self) -> Iterator[tuple[_Site, Match, StateMap]]:
-        """The matches that change parameters, in the order in which they do."""
-        for site in self._sites:
-            yield from ((site, match, match.state) for match in site.matches if match.state is not None)
-
-    def _check_order(self) -> None:
-        rank = lambda p: (not isinstance(p, StructuralPass), p.observes)  # noqa: E731
-        for first, second in pairwise(p for p in self._passes if not p.last):
-            if rank(first) > rank(second):
-                raise PassError(
-                    f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
-                    "passes that only change operations, passes that only look"
-                )
-
-    def _plan_structural(self) -> None:
-        for p in self._passes:
-            if isinstance(p, StructuralPass):
-                self._plan_pass(p, [site.base for site in self._sites])
+    def _changes(self) -> list[Change]:
+        """What passes do to parameters, in their order."""
+        return [change for site in self._sites for change in site.changes]
 
     def _plan_operational(self) -> list[Region]:
         """Run every interval of steps once, so that no pass can fail in the middle of a run.
@@ -313,25 +297,22 @@ class Pipeline:
         return final
 
     def _plan_pass(self, p: Pass, regions: list[Region], report: bool = True) -> None:
-        matched, absent = 0, list[tuple[str, str]]()
-        for site, region in zip(self._sites, regions, strict=True):
-            planned = p.plan(region)
+        """Plan a pass over all regions, one a site, and apply it to them.
+
+        Args:
+            report: note what it does; once is enough for a pass that is in force in several intervals.
+        """
+        plans = [p.plan(region) for region in regions]
+        if not any(planned.matches for planned in plans) and not p.optional:
+            raise PassError(no_match(p, regions, plans, self._unclean))
+        for site, region, planned in zip(self._sites, regions, plans, strict=True):
             if isinstance(p, StructuralPass):
                 self._claim(p, site, region, planned.matches)
             p.apply(region, planned)
-            matched += len(planned.matches)
             site.touched |= bool(planned.matches)
-            misses = [(p.name, region.name(path), reason) for path, reason in planned.misses]
-            absent += [(fqn, reason) for _, fqn, reason in misses]
-            if not planned.matches and not misses:
-                absent.append((f"{region.fqn} [{region.class_name('')}]", planned.absent))
             if report and not p.observes:
                 self._rows += [row(p, region, match) for match in planned.matches]
-                self._misses += misses
-        if not matched and not p.optional:
-            everywhere = replace(p, targets=("*",), ignore=())
-            left_out = [region.name(m.path) for region in regions for m in everywhere.plan(region).matches]
-            raise PassError(no_match(p, left_out, absent, self._unclean))
+                self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]
 
     def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""
@@ -339,7 +320,8 @@ class Pipeline:
             other = site.claims.setdefault(match.path, p)
             if other is not p:
                 raise PassError(f"{other.name} and {p.name} both rewrite {region.name(match.path)}")
-        site.matches += matches
+            if match.state is not None:
+                site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
         changed = active != self._active
@@ -362,26 +344,6 @@ class Pipeline:
             planned = p.plan(region)
             p.apply(region, planned)
             matches.append(planned.matches)
-        fuse_columns(region)
+        for p in (*self._structural, *self._active):
+            p.finish(region)
         return _Lowered(site, lowering(region.graph, self._classes), matches)
-
-    def _make_report(self, lowered: list[Region]) -> Report:
-        tensors = {id(t): t.numel() for t in self._model.parameters()}
-        before = sum(tensors.values())
-        change = sum(site.base.numel() - site.traced.numel() for site in self._sites)
-        traced = [site.traced for site in self._sites]
-        return Report(
-            rows=tuple(self._rows),
-            misses=tuple(self._misses),
-            parameters_before=before,
-            parameters_after=before + change,
-            flops_before=sum(region_flops(r) * len(r.fqns) for r in traced),
-            flops_after=sum(region_flops(r) * len(r.fqns) for r in lowered),
-        )
-
-
-def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Take tensors out of a state dict, by the keys of `names`."""
-    if missing := [fqn for fqn in names.values() if fqn not in state]:
-        raise PassError(f"the state dict has no {missing[0]}")
-    return {name: state.pop(fqn) for name, fqn in names.items()}

@@ -11,7 +11,7 @@ cost of the second factors, attention and the norms. It is CoLA-M (arXiv 2502.10
 factors over modules: no parameter changes its name. Of a LLaMA block T D + 7 T R values are kept; CoLA-M
 keeps another T D, the stream behind attention, because its last addition is inside what is repeated.
 
-The pass takes what all others leave, wherever it stands in the list.
+The pass is applied to the graph that all others leave, wherever it stands in the list.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.normal_form import parameter_name, replace_node
 from act24.passes.graph.region import Region
 
-#: What reads a bottleneck: the second factor, or LoST's columns, whose input is narrow too.
-_READERS = ("weight_out", "weight_columns")
+#: The parts of a weight that read a bottleneck: the second factor, and columns, whose input is narrow too.
+_READERS = ("out", "columns")
 #: What keeps nothing but its inputs for backward.
 _PLAIN = (F.linear, operator.add, torch.add)
 
@@ -47,7 +47,7 @@ class Recompute(OperationalPass):
     def plan(self, region: Region) -> Plan:
         if not self.selects(region, ""):
             return Plan(absent="not targeted")
-        kept = _bottlenecks(region.graph)
+        kept = _bottlenecks(region)
         if not kept:
             return Plan(absent="no bottleneck of low_rank, cola or lost")
         for node in region.graph.nodes:
@@ -66,16 +66,17 @@ class Recompute(OperationalPass):
 
     def _rewrite(self, region: Region, match: Match) -> None:
         _open_norms(region)
-        region.graph = _segmented(region.graph)
+        region.graph = _segmented(region.graph, _levels(region))
 
 
-def _bottlenecks(graph: fx.Graph) -> set[fx.Node]:
+def _bottlenecks(region: Region) -> set[fx.Node]:
     """The nodes whose values are narrow and read by a second factor."""
     return {
         node.args[0]
-        for node in graph.nodes
+        for node in region.graph.nodes
         if node.op == "call_function" and len(node.args) > 1 and isinstance(node.args[0], fx.Node)
-        if (parameter_name(node.args[1]) or "").rpartition(".")[2] in _READERS
+        if (name := parameter_name(node.args[1])) in region.parameters
+        and region.parameters[name].factor in _READERS
     }
 
 
@@ -98,11 +99,11 @@ def _open_norms(region: Region) -> None:
             replace_node(graph, node, opened)
 
 
-def _levels(graph: fx.Graph) -> dict[fx.Node, int]:
+def _levels(region: Region) -> dict[fx.Node, int]:
     """How many kept values lie, at most, on the way to each node whose value is used."""
-    kept = _bottlenecks(graph)
+    kept = _bottlenecks(region)
     levels: dict[fx.Node, int] = {}
-    for node in graph.nodes:
+    for node in region.graph.nodes:
         if node.op.startswith("call_") and node.users:
             levels[node] = max(
                 (levels[i] + (i in kept) for i in node.all_input_nodes if i in levels), default=0
@@ -110,36 +111,50 @@ def _levels(graph: fx.Graph) -> dict[fx.Node, int]:
     return levels
 
 
-def _segmented(graph: fx.Graph) -> fx.Graph:
-    """The same graph level by level, each one call that is repeated in backward, if repeating spares memory.
-    Writes to buffers, which nothing reads, happen once, at the end."""
-    levels = _levels(graph)
+class _Copies(dict[fx.Node, fx.Node]):
+    """Nodes of one graph by those of another that they are copies of; a missing one is copied into `graph`,
+    and before it what it reads."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __missing__(self, node: fx.Node) -> fx.Node:
+        self[node] = self.graph.node_copy(node, self.__getitem__)
+        return self[node]
+
+
+def _segmented(graph: fx.Graph, levels: dict[fx.Node, int]) -> fx.Graph:
+    """The same graph level by level, each one call that is repeated in backward if repeating spares memory.
+
+    Writes to buffers, which nothing reads and which have no level, happen once, at the end.
+    """
     result = fx.Graph(tracer_cls=graph._tracer_cls)
-    copies: dict[fx.Node, fx.Node] = {}
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            copies[node] = result.node_copy(node, copied)
-        return copies[node]
-
+    copies = _Copies(result)
     for node in graph.nodes:
         if node.op == "placeholder":
-            copied(node)
+            copies[node]
     for level in range(max(levels.values()) + 1):
         nodes = [node for node in graph.nodes if levels.get(node) == level]
-        if all(node.target in _PLAIN for node in nodes):
+        if any(node.target not in _PLAIN for node in nodes):
+            _repeat(nodes, copies, level)
+        else:
             for node in nodes:
-                copied(node)
-            continue
-        segment, inputs, outputs = _extracted(nodes)
-        call = result.call_function(_recomputed(segment, level), tuple(copied(node) for node in inputs))
-        for index, node in enumerate(outputs):
-            copies[node] = result.call_function(operator.getitem, (call, index))
+                copies[node]
     for node in graph.nodes:
         if node not in levels and node.op.startswith("call_"):
-            copied(node)
-    result.output(fx.map_arg(graph.output_node().args[0], copied))
+            copies[node]
+    result.output(fx.map_arg(graph.output_node().args[0], copies.__getitem__))
     return result
+
+
+def _repeat(nodes: list[fx.Node], copies: _Copies, level: int) -> None:
+    """Put one call into the new graph in the place of some nodes: of a function that computes them again in
+    backward."""
+    segment, inputs, outputs = _extracted(nodes)
+    call = copies.graph.call_function(_recomputed(segment, level), tuple(copies[node] for node in inputs))
+    for index, node in enumerate(outputs):
+        copies[node] = copies.graph.call_function(operator.getitem, (call, index))
 
 
 def _extracted(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from act24.passes.base import Match, PassError, Plan, StateMap, StructuralPass
+from act24.options import Range
+from act24.passes.base import Match, Plan, StateMap, StructuralPass
 from act24.passes.graph.normal_form import (
     bias_name,
     common_path,
@@ -33,6 +34,7 @@ from act24.passes.graph.region import ParameterSpec, Region
 from act24.relu2 import relu2
 
 _MULTIPLE = 128
+_FUNCTIONS = {"relu2": relu2, "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,7 @@ class Relu2FFN(StructuralPass):
 
     activation: Literal["relu2", "relu"] = "relu2"
     width: Literal["parity", "exact", "keep"] = "parity"
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.initializer_range <= 0:
-            raise PassError(f"relu2_ffn: initializer_range must be positive, got {self.initializer_range}")
+    initializer_range: Annotated[float, Range(gt=0)] = 0.02
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
@@ -126,8 +124,7 @@ class Relu2FFN(StructuralPass):
         specs = {name: resized[name] for name in match.state.creates}
         region.create(specs, self._initialise(specs), replaces=match.state.removes)
         with region.graph.inserting_before(found.product):
-            function = relu2 if self.activation == "relu2" else F.relu
-            activation = region.graph.call_function(function, (found.up,))
+            activation = region.graph.call_function(_FUNCTIONS[self.activation], (found.up,))
         replace_node(region.graph, found.product, activation)
 
     def _initialise(self, specs: Mapping[str, ParameterSpec]) -> Any:
@@ -145,7 +142,7 @@ class Relu2FFN(StructuralPass):
 
 
 def parity_width(width: int) -> int:
-    """1.5 F to the nearest multiple of 128, at least one."""
+    """1.5 F, rounded to the nearest multiple of 128, and at least 128."""
     return max(1, (3 * width + _MULTIPLE) // (2 * _MULTIPLE)) * _MULTIPLE
 
 

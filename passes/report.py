@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from act24.passes.base import Match, OperationalPass, Pass
+from torch import nn
+
+from act24.passes.base import Match, OperationalPass, Pass, Plan
+from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
 
 
@@ -91,13 +95,44 @@ def row(p: Pass, region: Region, match: Match) -> Row:
     )
 
 
-def no_match(p: Pass, left_out: list[str], absent: list[tuple[str, str]], unclean: dict[str, str]) -> str:
-    """Why nothing matched: what is left out, or what the regions have instead and what is none."""
+def figures(
+    model: nn.Module, traced: Sequence[Region], base: Sequence[Region], lowered: Sequence[Region]
+) -> dict[str, int]:
+    """The figures of a report by name.
+
+    Args:
+        traced, base, lowered: the regions as they were, behind the structural passes, and behind all.
+    """
+    tensors = {id(tensor): tensor.numel() for tensor in model.parameters()}
+    before = sum(tensors.values())
+    change = sum(new.numel() - old.numel() for old, new in zip(traced, base, strict=True))
+    return {
+        "parameters_before": before,
+        "parameters_after": before + change,
+        "flops_before": sum(region_flops(region) * len(region.fqns) for region in traced),
+        "flops_after": sum(region_flops(region) * len(region.fqns) for region in lowered),
+    }
+
+
+def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean: Mapping[str, str]) -> str:
+    """Why a pass matches nothing: its selectors leave out what there is, or there is something else instead.
+
+    Args:
+        plans: of the pass, without a match, one a region.
+        unclean: the modules that are no regions, and why.
+    """
     where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
     where += f" without {list(p.ignore)}" if p.ignore else ""
+    everywhere = replace(p, targets=("*",), ignore=())
+    left_out = [region.name(match.path) for region in regions for match in everywhere.plan(region).matches]
     if left_out:
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         return f"{p.name} matches nothing{where}, which leaves out {left_out[0]}{others}"
+    absent: list[tuple[str, str]] = []
+    for region, planned in zip(regions, plans, strict=True):
+        absent += [(region.name(path), reason) for path, reason in planned.misses]
+        if not planned.misses:
+            absent.append((f"{region.fqn} [{region.class_name('')}]", planned.absent))
     text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
     return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
 

@@ -20,22 +20,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
+from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
-from act24.passes.graph.region import RegionModule
+from act24.passes.graph.region import RegionModule, buffers_of
 from act24.passes.weight24 import stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
-from act24.sparse24.pattern.soft_threshold import scale_from_sums
+from act24.sparse24.pattern.soft_threshold import scale_from_sums, soft_threshold24
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_, weight_scale
+
+#: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
+_DRAWN_FROM = {activation24.SEED: ".activation", weight24.SEED: ""}
 
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
@@ -82,7 +85,7 @@ def _calibrate_(
     pipeline: Pipeline, due: Sequence[Activation24], forward: Callable[[], object], reduce: Reduce
 ) -> tuple[list[str], Tensor]:
     """Measure and set the scales of the passes that are due; the names of their sites, and the sums."""
-    sums = site_buffers(pipeline, SUMS)
+    sums = buffers_of(pipeline.regions, SUMS)
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
@@ -91,11 +94,11 @@ def _calibrate_(
         forward()
     table = reduce(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
-    scales = site_buffers(pipeline, SCALE)
+    scales = buffers_of(pipeline.regions, SCALE)
     for name, row, new in zip(sums, table, measured, strict=True):
         # A site of a pass that is not due has summed up nothing.
         scales[name].copy_(torch.where(row[-1] > 0, new, scales[name]))
-    return [name.removesuffix(".") for name in sums], table
+    return list(sums), table
 
 
 def _calibration_text(names: Sequence[str], table: Tensor) -> str:
@@ -168,7 +171,11 @@ def refuse_exact_steps(pipeline: Pipeline) -> None:
         if not isinstance(p, Weight24):
             continue
         with pipeline.lowered([p]):
-            factors = [w.name for w in sparse_weights(pipeline, p) if not w.name.endswith(".weight")]
+            factors = [
+                f"{fqn}.{match.nodes.weight}"
+                for fqn, match in pipeline.matches(p)
+                if match.nodes.factor is not None
+            ]
         if factors:
             raise Act24Error(
                 f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: "
@@ -219,9 +226,11 @@ def begin_micro_batch_(
         pads: boolean, the shape of the token ids; None for rows without padding.
     """
     if any(p.draws for p in pipeline.active if isinstance(p, Activation24 | Weight24)):
-        seeds = site_buffers(pipeline, weight24.SEED)  # which the name of the other kind ends in too
-        values = [_hash(seed, name, step, micro_batch, rank) for name in seeds]
-        buffers = list(seeds.values())
+        values, buffers = [], []
+        for kind, suffix in _DRAWN_FROM.items():
+            for name, buffer in buffers_of(pipeline.regions, kind).items():
+                values.append(_hash(seed, f"{name}{suffix}", step, micro_batch, rank))
+                buffers.append(buffer)
         torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
     set_pads_(pipeline, pads)
@@ -257,16 +266,56 @@ def _in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     return [evaluated for p in passes if (evaluated := p.in_evaluation()) is not None]
 
 
-def site_buffers(pipeline: Pipeline, kind: str) -> dict[str, Tensor]:
-    """The buffers whose names end in `kind`, by the rest of their fully qualified names."""
-    return {
-        f"{fqn}.{name}".removesuffix(kind): buffer
-        for fqn, module in pipeline.regions.items()
-        for name, buffer in module.named_buffers()
-        if name.endswith(kind)
-    }
-
-
 def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     """The passes that do something."""
     return [p for p in passes if not p.observes]
+
+
+def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:
+    """The passes of the model as it is served: structural ones, and operational ones in force as they act in
+    evaluation, for every step.
+
+    Args:
+        without: names of passes to leave out.
+    """
+    served: list[Pass] = []
+    for p in pipeline.passes:
+        if p.observes or p.name in without:
+            continue
+        if not isinstance(p, OperationalPass):
+            served.append(p)
+        elif p in pipeline.active and (evaluated := p.in_evaluation()) is not None:
+            served.append(replace(evaluated, from_step=0, until_step=None))
+    return tuple(served)
+
+
+@torch.no_grad()
+def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]:
+    """The state dict of the model as it is served, without the state of `weight24`.
+
+    Args:
+        masked: weights that a `weight24` in force makes 2:4 are as their linears multiply with them; else all
+            weights are the dense masters.
+    """
+    state = pipeline.model.state_dict()
+    for p in pipeline.passes:
+        if not isinstance(p, Weight24):
+            continue
+        with pipeline.lowered([p]):
+            weights = list(sparse_weights(pipeline, p))
+        for weight in weights:
+            if masked and p in pipeline.active:
+                state[weight.name] = _as_multiplied(weight, p)
+            for kind in (weight24.MASK, weight24.SCALE):
+                state.pop(weight.name + kind, None)
+    return state
+
+
+def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
+    """A weight as its linear multiplies with it, in the orientation in which it is stored."""
+    dense = weight.parameter
+    if p.method != "soft_threshold":
+        return torch.where(stored_mask(dense, weight.transposed, p.method), dense, 0)
+    soft = soft_threshold24(dense.T if weight.transposed else dense)
+    scaled = soft * weight.buffer(weight24.SCALE).to(soft.dtype)
+    return scaled.T if weight.transposed else scaled

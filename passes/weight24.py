@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from act24.passes.base import Match, OperationalPass, PassError, Plan
+from act24.errors import PassError
+from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
@@ -124,13 +125,15 @@ class Weight24(OperationalPass):
         def scale(parameters: Mapping[str, Tensor]) -> Tensor:
             return weight_scale(site.dense(parameters))
 
-        shape = tuple(region.parameters[site.weight].shape)
-        region.add_buffer(site.weight + MASK, shape, torch.bool, persistent=True, initial=mask)
-        region.add_buffer(site.weight + FLIPS, (), torch.float32, persistent=False)
+        def add(kind: str, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
+            region.add_buffer(site.weight + kind, shape, dtype, kind=kind, of=site.weight, **options)
+
+        add(MASK, tuple(region.parameters[site.weight].shape), torch.bool, persistent=True, initial=mask)
+        add(FLIPS, (), torch.float32, persistent=False)
         if self.method == "soft_threshold":
-            region.add_buffer(site.weight + SCALE, (), torch.float32, persistent=True, initial=scale)
+            add(SCALE, (), torch.float32, persistent=True, initial=scale)
         if self.draws:
-            region.add_buffer(site.weight + SEED, (), torch.int64, persistent=False)
+            add(SEED, (), torch.int64, persistent=False)
 
 
 def stored_mask(parameter: Tensor, transposed: bool, method: Method) -> Tensor:

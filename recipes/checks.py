@@ -1,18 +1,20 @@
-"""What a recipe's tables say about each other: combinations that contradict, and those that only look odd."""
+"""What a recipe's tables say about each other: what contradicts, and what only looks odd.
+
+Whatever reads a recipe refuses the first; `validate`, `plan` and `train` print the second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from act24.errors import Act24Error
-from act24.optim.loro import check_loro_options, refresh_period
-from act24.passes import Cola, Lost, LowRank, Pass, Weight24
+from act24.llama import llama_config
+from act24.passes import LowRank, OperationalPass, Pass, Weight24
 from act24.recipes.schema import Recipe
 from act24.schedules import resets_without_rewarm
 
-#: Optimizers that are AdamW with the settings of a pass, and that pass.
-_SETTINGS_OF = {"cola_adamw": Cola, "lost_adamw": Lost}
-_SHOWN = 6
+_SHOWN = 6  # resets that are named
+_LOOKED_AT = 10_000  # resets, the first ones of a run
 
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
@@ -25,55 +27,65 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield 'train.parallel: weight24 does not run on sharded parameters: use "ddp"'
     if recipe.train.parallel == "fsdp" and recipe.log.gradient_cosine_every:
         yield 'log.gradient_cosine_every: compares gradients of whole weights: use train.parallel = "ddp"'
-    optimizer = recipe.optimizer
-    if optimizer.name == "loro_adamw":
-        yield from _loro_contradictions(recipe)
-    elif (method := _SETTINGS_OF.get(optimizer.name)) and not _has(recipe, method):
-        yield (
-            f'optimizer.name: "{optimizer.name}" is AdamW with the settings of {method.name}, and the recipe '
-            'has no such pass: use "adamw"'
-        )
+    yield from _of_the_model(recipe)
+    yield from _of_the_optimizer(recipe)
 
 
 def oddities(recipe: Recipe) -> Iterator[str]:
     """What can be run and is likely not meant, one line each."""
-    for every in _reset_periods(recipe):
-        steps = resets_without_rewarm(recipe.lr_multiplier, every=every, total_steps=recipe.train.steps)
-        if steps:
-            more = f" and {len(steps) - _SHOWN} more" if len(steps) > _SHOWN else ""
+    steps = recipe.train.steps
+    for i, p in enumerate(recipe.passes):
+        if isinstance(p, OperationalPass) and p.from_step >= steps:
+            yield (
+                f"passes.{i}.from_step: {p.name} comes into force at step {p.from_step}, and the run ends at "
+                f"{steps}: it is trained without"
+            )
+    for every in recipe.optimizer.reset_periods():
+        looked_at = min(steps, every * _LOOKED_AT)
+        found = resets_without_rewarm(recipe.lr_multiplier, every=every, total_steps=looked_at)
+        if found:
+            count = f"{len(found) - _SHOWN}" + ("" if looked_at == steps else " or more")
+            more = f" and {count} more" if len(found) > _SHOWN else ""
             yield (
                 f"moments are reset every {every} updates, but the learning rate does not warm up again at "
-                f"step {', '.join(map(str, steps[:_SHOWN]))}{more}: there the first update is of full size "
+                f"step {', '.join(map(str, found[:_SHOWN]))}{more}: there the first update is of full size "
                 "in every coordinate"
             )
 
 
-def _loro_contradictions(recipe: Recipe) -> Iterator[str]:
-    optimizer = recipe.optimizer
+def _of_the_model(recipe: Recipe) -> Iterator[str]:
     try:
-        check_loro_options(**optimizer.loro_options())
+        config = llama_config(recipe.model.preset, **recipe.model.overrides())
     except Act24Error as error:
-        yield f"optimizer: {error}"
-    if optimizer.lr_scaler != -1 and (optimizer.lr_scaler or 0) <= 0:
-        yield f"optimizer.lr_scaler: -1, for rank / hidden_size, or above 0, got {optimizer.lr_scaler}"
-    for method, settings in ((Cola, "cola_adamw"), (Lost, "lost_adamw")):
-        if _has(recipe, method):
+        yield f"model: {error}"
+        return
+    trained = recipe.tokenizer.name == "bpe" and recipe.data.source != "shards"
+    if trained and recipe.tokenizer.vocab_size > config.vocab_size:
+        yield (
+            f"tokenizer.vocab_size: {recipe.tokenizer.vocab_size} tokens are more than the vocabulary of the "
+            f"model has, model.vocab_size = {config.vocab_size}"
+        )
+
+
+def _of_the_optimizer(recipe: Recipe) -> Iterator[str]:
+    optimizer, uses = recipe.optimizer, {p.name for p in recipe.passes}
+    refused = [why for name, why in optimizer.refuses.items() if name in uses]
+    if refused:
+        yield f'optimizer.name: "{optimizer.name}" {refused[0]}'
+    elif optimizer.needs and optimizer.needs not in uses:
+        yield (
+            f'optimizer.name: "{optimizer.name}" {optimizer.why}, and the recipe has no pass '
+            f'{optimizer.needs}: use "adamw"'
+        )
+    if not optimizer.exact_steps():
+        return
+    for i, p in enumerate(recipe.passes):
+        if isinstance(p, LowRank) and p.init.startswith("const_"):
             yield (
-                'optimizer.name: "loro_adamw" steps on products of two factors, and the model computes with '
-                f'no product of those of {method.name}: use "{settings}"'
-            )
-            return
-    if not _has(recipe, LowRank):
-        yield 'optimizer.name: "loro_adamw" steps on factors, and the recipe has no pass low_rank'
-    exact = optimizer.type != "eucl" and optimizer.exact_every
-    for p in recipe.passes:
-        if isinstance(p, LowRank) and p.init.startswith("const_") and (exact or optimizer.restarts):
-            yield (
-                f"passes.low_rank.init: {p.init} makes factors of rank one, which have no exact step; set "
+                f"passes.{i}.init: {p.init} makes factors of rank one, which have no exact step; set "
                 'optimizer.type = "eucl", or another init'
             )
-
-    if (exact or optimizer.restarts) and any(_overlap(p, q) for p in recipe.passes for q in recipe.passes):
+    if any(_overlap(p, q) for p in recipe.passes for q in recipe.passes):
         yield (
             "passes.weight24: it takes factors of low_rank, and LORO's exact step mixes their columns, which "
             'tears a 2:4 mask; set optimizer.type = "eucl", or keep the scopes apart'
@@ -86,18 +98,6 @@ def _overlap(factors: Pass, sparse: Pass) -> bool:
         return False
     chosen = any(p.targets != ("*",) or p.ignore for p in (factors, sparse))
     return not chosen and ("all" in (factors.scope, sparse.scope) or factors.scope == sparse.scope)
-
-
-def _reset_periods(recipe: Recipe) -> list[int]:
-    """Updates from one reset of moments to the next, for each cause of resets."""
-    optimizer = recipe.optimizer
-    periods = {optimizer.momentum_reset_steps}
-    if optimizer.name == "loro_adamw":
-        periods.add(optimizer.restarts or 0)
-        if optimizer.refresh != "none":
-            options = optimizer.loro_options()
-            periods.add(refresh_period(options["type"], options["exact_every"], options["refresh_every"]))
-    return sorted(periods - {0})
 
 
 def _has(recipe: Recipe, method: type) -> bool:

@@ -78,7 +78,7 @@ def _value(flag: Flag, text: str) -> Any:
         if flag.name == "optimizer":
             return text.lower()
         return {"int": int, "float": float, "str": str}[flag.kind](text)
-    except (ValueError, AttributeError):
+    except (ValueError, OverflowError, AttributeError):
         raise RecipeError(f"--{flag.name} takes {_article(flag.kind)}, not '{text}'") from None
 
 

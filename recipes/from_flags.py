@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from act24.errors import nearest
 from act24.llama import PRESETS
+from act24.optim import ColaAdamWOptions, LOROAdamWOptions, LostAdamWOptions
 from act24.recipes.flag_values import parse_flags
 from act24.recipes.flags import BY_NAME, FLAGS, REQUIRED, Flag
 from act24.recipes.load import RecipeError, parse_recipe, toml_value
 from act24.recipes.schema import Recipe
+from act24.schedules import Cosine, CosineRestart
 
 _BACKWARDS = {1: "split_gemm", 2: "sparse", 3: "dense"}
 _SCHEDULES = {"const": "constant", "cosine_restart_zero": "cosine_restart"}
-_METHODS = {"loro_adamw": "low_rank", "cola_adamw": "cola", "lost_adamw": "lost"}
+_METHODS = {o.name: o.needs for o in (LOROAdamWOptions, ColaAdamWOptions, LostAdamWOptions)}
 _CONFIG_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -119,6 +121,8 @@ def _table(command: _Command) -> dict[str, Any]:
     rows = _total_batch_size(command)
     steps = command.num_training_steps
     if command.max_train_tokens is not None:
+        if rows * command.max_length < 1:
+            raise RecipeError("--max_train_tokens needs --batch_size and --max_length of 1 or more")
         steps = max(1, command.max_train_tokens // (rows * command.max_length))
     return {
         "model": _model(command.model_config),
@@ -157,10 +161,12 @@ def _model(config: str) -> dict[str, Any]:
             f"--model_config {config}: no such file, and no preset of that name: {nearest(preset, PRESETS)}"
         )
     try:
-        fields = json.loads(Path(config).read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings = json.loads(Path(config).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"--model_config {config}: not valid JSON: {error}") from None
-    return {"preset": "llama-9m"} | {key: fields[key] for key in _CONFIG_FIELDS if key in fields}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"--model_config {config}: has to hold an object of settings, such as hidden_size")
+    return {"preset": "llama-9m"} | {key: settings[key] for key in _CONFIG_FIELDS if key in settings}
 
 
 def _data(command: _Command) -> dict[str, Any]:
@@ -198,10 +204,17 @@ def _optimizer(command: _Command) -> dict[str, Any]:
         "name": "loro_adamw",
         "type": command.loro_type,
         "exact_every": command.loro_freq,
-        "lr_scaler": float(command.loro_lr_scaler),
+        "lr_scaler": _scaler(command.loro_lr_scaler),
         "refresh": command.loro_refresh if refreshes else "none",
     }
     return table | ({"refresh_every": command.loro_refresh_freq} if refreshes else {})
+
+
+def _scaler(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"--loro_lr_scaler takes a number, not '{text}'") from None
 
 
 def _schedule(command: _Command) -> dict[str, Any]:
@@ -311,7 +324,7 @@ def _idle(flag: Flag, command: _Command) -> str:
         return _why_no_sparse_weights(command)
     if flag.key.startswith("passes.relu2_ffn") and command.use_hf_model:
         return "no effect beside --use_hf_model"
-    restarting = ("restart_every", "restart_warmup_steps", "lr_adjust_steps", "restart_in_warmup")
+    restarting = {f.name for f in fields(CosineRestart)} - {f.name for f in fields(Cosine)}
     if flag.key.removeprefix("schedule.") in restarting and not command.scheduler.startswith(
         "cosine_restart"
     ):

@@ -11,19 +11,25 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field
-from dataclasses import fields as dataclass_fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 
 from act24.errors import Act24Error, nearest
+from act24.optim import OPTIMIZERS
+from act24.options import shown
 from act24.passes import REGISTRY
 from act24.passes.base import OperationalPass, Pass
 from act24.recipes.checks import contradictions
+from act24.recipes.plugins import load_plugins
+from act24.recipes.records import Named, as_table, made
 from act24.recipes.schema import Recipe
+from act24.records import Table
+from act24.schedules import SCHEDULES
+
+T = TypeVar("T", bound=Named)
 
 
 class RecipeError(Act24Error):
@@ -90,10 +96,26 @@ def dump_recipe(recipe: Recipe) -> str:
         if isinstance(values, dict):
             lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     for p in recipe.passes:
-        options = {f.name: getattr(p, f.name) for f in _recipe_fields(type(p))}
-        lines += ["", "[[passes]]", f"use = {toml_value(p.name)}"]
-        lines += [f"{key} = {toml_value(value)}" for key, value in options.items() if value is not None]
+        lines += ["", "[[passes]]"]
+        lines += [f"{key} = {toml_value(value)}" for key, value in as_table(p, "use").items()]
     return "\n".join(lines).lstrip() + "\n"
+
+
+def passes_of_tables(tables: Sequence[Any], origin: str) -> tuple[Pass, ...]:
+    """The passes of `[[passes]]` tables that some other file than a recipe holds.
+
+    Args:
+        origin: the file and key, for errors.
+
+    Raises:
+        RecipeError: with every mistake found.
+    """
+    load_plugins()
+    errors: list[str] = []
+    built = [_pass(_tuples(entry), f"{origin}[{index}]", errors) for index, entry in enumerate(tables)]
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return tuple(p for p in built if p is not None)
 
 
 def _toml_names(folder: Any, prefix: str) -> Iterator[str]:
@@ -107,8 +129,8 @@ def _toml_names(folder: Any, prefix: str) -> Iterator[str]:
 def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{origin}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{origin}: not valid TOML: {_why_not_toml(error)}") from None
     parent = table.pop("extends", None)
     if parent is None:
         return table
@@ -120,6 +142,13 @@ def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise RecipeError(f"{origin}: extends goes in a circle: {' → '.join((*seen, origin, parent))}")
     parent_text, parent_origin = recipe_source(parent)
     return _merged(_extended(parent_text, parent_origin, (*seen, origin)), table)
+
+
+def _why_not_toml(error: Exception) -> str:
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return str(error)
+    # tomllib lets these two through.
+    return "tables are too deep" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +170,8 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"override '{path}': not a value of TOML: {_why_not_toml(error)}") from None
     node: Any = table
     for key in keys[:-1]:
         node = _listed(node, key, path) if isinstance(node, list) else node.setdefault(key, {})
@@ -162,18 +193,23 @@ def _listed(passes: list[dict[str, Any]], key: str, path: str) -> dict[str, Any]
 
 
 def _validate(table: dict[str, Any], origin: str) -> Recipe:
-    table = dict(table)
+    load_plugins()
+    table = _tuples(table)
     errors: list[str] = []
-    passes = table.pop("passes", [])
-    if not isinstance(passes, list):
+    passes = table.pop("passes", ())
+    if not isinstance(passes, tuple):
         errors.append('passes: expected [[passes]] tables, each with use = "..."')
-        passes = []
-    built = [_build_pass(entry, f"passes.{i}", errors) for i, entry in enumerate(passes)]
+        passes = ()
+    built = [_pass(entry, f"passes.{i}", errors) for i, entry in enumerate(passes)]
+    if "optimizer" in table:
+        table["optimizer"] = _named(OPTIMIZERS, table["optimizer"], "optimizer", "adamw", errors)
+    if "schedule" in table:
+        table["schedule"] = _named(SCHEDULES, table["schedule"], "schedule", "cosine", errors)
     recipe = None
     try:
-        recipe = Recipe.model_validate(_tuples(table))
+        recipe = Recipe.model_validate(table)
     except ValidationError as error:
-        errors += _explain(error, Recipe, "")
+        errors += _explain(error, Recipe)
     if recipe is not None and not errors:
         recipe = recipe.model_copy(update={"passes": tuple(p for p in built if p is not None)})
         errors += contradictions(recipe)
@@ -182,44 +218,27 @@ def _validate(table: dict[str, Any], origin: str) -> Recipe:
     return recipe
 
 
-def _build_pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
+def _named(records: Table[type[T]], entry: Any, path: str, usual: str, errors: list[str]) -> T | None:
+    """What `[optimizer]` or `[schedule]` says; `usual` where it has no name."""
+    values = {"name": usual, **entry} if isinstance(entry, dict) else {}
+    if not isinstance(values.get("name"), str):
+        errors.append(f'{path}: expected a table, with name = "<{path}>" or without')
+        return None
+    return made(records, values, path, "name", errors)
+
+
+def _pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("use"), str):
         errors.append(f'{path}: expected a table with use = "<pass>"; {nearest("", REGISTRY)}')
         return None
-    options = dict(entry)
-    name = options.pop("use")
-    if name not in REGISTRY:
-        errors.append(f"{path}.use: unknown pass '{name}': {nearest(name, REGISTRY)}")
-        return None
-    cls = REGISTRY[name]
-    if not issubclass(cls, OperationalPass):
-        for key in ("from_step", "until_step"):
-            if key in options:
-                errors.append(
-                    f"{path}.{key}: {name} changes parameters: it holds all run long, without step range"
-                )
-                return None
-    model = _options_model(cls)
-    try:
-        values = model.model_validate(_tuples(options))
-        return cls(**{field: getattr(values, field) for field in options})
-    except ValidationError as error:
-        errors += _explain(error, model, path)
-    except Act24Error as error:
-        errors.append(f"{path}: {error}")
-    return None
-
-
-def _recipe_fields(cls: type[Pass]) -> list[Field[Any]]:
-    """The options of a pass that a recipe may name."""
-    return [f for f in dataclass_fields(cls) if not f.metadata.get("python_only")]
-
-
-def _options_model(cls: type[Pass]) -> type[BaseModel]:
-    """A pass's dataclass as a strict pydantic model: dataclasses alone would ignore unknown keys."""
-    hints = get_type_hints(cls)
-    definitions: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in _recipe_fields(cls)}
-    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=True), **definitions)
+    cls = REGISTRY.get(entry["use"])
+    for key in ("from_step", "until_step"):
+        if cls is not None and not issubclass(cls, OperationalPass) and key in entry:
+            errors.append(
+                f"{path}.{key}: {cls.name} changes parameters: it holds all run long, without step range"
+            )
+            return None
+    return made(REGISTRY, entry, path, "use", errors)
 
 
 def _tuples(value: Any) -> Any:
@@ -231,11 +250,11 @@ def _tuples(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
+def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line an error: the path, what is wrong, what was expected."""
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in ((prefix, *item["loc"]) if prefix else item["loc"]))
+        path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             names = _names_at(model, item["loc"][:-1])
             lines.append(f"{path}: unknown key: {nearest(str(item['loc'][-1]), names)}")
@@ -243,8 +262,8 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> lis
             lines.append(f"{path}: missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = "" if item["type"] == "value_error" else f", got {item['input']!r}"
-            lines.append(f"{path}: {message}{shown}" if path else f"{message}")
+            got = "" if item["type"] == "value_error" else f", got {shown(item['input'])}"
+            lines.append(f"{path}: {message}{got}" if path else f"{message}")
     return lines
 
 

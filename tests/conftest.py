@@ -24,3 +24,4 @@ def capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(forms, "obstacle", lambda _: "")
     monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "")
+    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "")

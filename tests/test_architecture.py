@@ -1,6 +1,7 @@
 """The house rules that a machine can check: what imports what, and what importing does."""
 
 import ast
+import graphlib
 import json
 import os
 import re
@@ -77,6 +78,66 @@ def test_dependencies_run_one_way(layer):
     assert not wrong
 
 
+def test_the_machinery_of_the_passes_knows_no_pass():
+    """passes/graph may import the core, itself, and what a pass is."""
+    machinery = [source for source in sources("passes") if source.startswith("passes/graph/")]
+    assert len(machinery) > 5
+    wrong = [
+        f"{source} imports {module}"
+        for source in machinery
+        for module in imported(source)
+        if module.startswith("act24.passes")
+        and module != "act24.passes.base"
+        and not f"{module}.".startswith("act24.passes.graph.")
+    ]
+    assert not wrong
+
+
+#: Inside act24/sparse24 each may import itself and what stands before it; the last two not each other.
+ROOMS = ("pattern", "format", "kernels", "feed_forward", "weight")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_rooms_of_sparse24_import_one_way(room):
+    own = sources(f"act24/sparse24/{room}")
+    assert own
+    allowed = {*ROOMS[: ROOMS.index(room) + 1]} - ({"feed_forward"} if room == "weight" else set())
+    wrong = [
+        f"{source} imports {module}"
+        for source in own
+        for module in imported(source)
+        if module.startswith("act24.sparse24.") and module.split(".")[2] not in allowed
+    ]
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports inside functions count too."""
+    modules = {source: _module(source) for source in sources(*LAYERS) if source not in DOORS}
+    graph = {
+        module: {name for name in imported(source) if name in modules.values()} - {module}
+        for source, module in modules.items()
+    }
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def _module(source: str) -> str:
+    """The name under which a file is imported."""
+    parts = source.removesuffix(".py").removesuffix("/__init__").split("/")
+    return ".".join(parts if parts[0] == "act24" else ("act24", *parts))
+
+
+def test_no_file_is_long():
+    lengths = {
+        source: len((ROOT / source).read_text(encoding="utf-8").splitlines())
+        for source in sources(*LAYERS, "tests")
+    }
+    assert not {source: length for source, length in lengths.items() if length > 450}
+
+
 def test_core_and_passes_import_nothing_of_the_world():
     wrong = []
     for source in sources("act24", "passes"):
@@ -113,10 +174,12 @@ def run_python(code: str) -> str:
 
 
 def test_importing_changes_nothing_and_touches_no_gpu():
-    """Import all modules in one process, torch first, and watch what only a program may set."""
+    """Import all modules in one process, torch and transformers first, whose own doing is not ours, and watch
+    what only a program may set."""
     code = """
 import importlib, json, os, pkgutil, sys
 import torch
+from transformers import LlamaForCausalLM
 import act24
 
 done = []

@@ -19,7 +19,8 @@ from act24.low_rank.exact_step import refactor
 from act24.passes import Activation24, Cola, LowRank, Relu2FFN, apply_
 from act24.relu2 import relu2
 from act24.schedules import cosine_restart, resets_without_rewarm
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.pattern.selection import densest, top2_of_4
@@ -244,7 +245,7 @@ def test_a_backward_without_scale_is_too_small() -> None:
     weight_out = torch.randn(16, 32)
     gradients = []
     for scale in (None, torch.tensor(2.0)):
-        options = Options24(method="soft_threshold")
+        options = Options24(method="soft_dynamic")
         y, _ = activation24(hidden, None, None, weight_out, None, scale, None, None, options)
         gradients.append(torch.autograd.grad(y.sum(), hidden)[0])
     assert torch.allclose(gradients[1], 2 * gradients[0])

@@ -78,6 +78,48 @@ def shipped(root: Path, *patterns: str) -> set[str]:
     return {path.relative_to(root).as_posix() for path in found}
 
 
+@pytest.fixture
+def linkless(root, tmp_path) -> Path:
+    """A clone as git makes it where it may not write symbolic links: with text files in their place."""
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    folder = tmp_path / "clone"
+    run(
+        "git", "clone", "-q", "-c", "core.symlinks=false", "--depth=1", f"file://{root}", folder, cwd=tmp_path
+    )
+    assert not any((folder / link).is_symlink() for link in PACKAGES[1:])
+    # The door of this working tree, which may not be committed yet.
+    shutil.copy(root / "act24/__init__.py", folder / "act24/__init__.py")
+    return folder
+
+
+@pytest.mark.parametrize("module", ["act24", "act24.passes", "act24.tools.run.build"])
+def test_a_clone_without_links_says_so_and_finds_no_other_act24(root, linkless, module):
+    """Another act24 is installed the editable way: its finder answers for every folder of the name."""
+    code = f"""
+import importlib.util, sys
+class Editable:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.startswith("act24."):
+            place = {str(root)!r} + "/" + name.replace(".", "/")
+            return importlib.util.spec_from_file_location(name, place + "/__init__.py")
+sys.meta_path.append(Editable)
+try:
+    import {module}
+except ImportError as error:
+    print(error)
+else:
+    print("imported", sys.modules[{module!r}].__file__)
+"""
+    (line,) = run(sys.executable, "-c", code, cwd=linkless).splitlines()
+    assert line.startswith(f"{linkless}/act24/passes is no folder")
+    advice = line.partition("Run in it: ")[2]
+    run("sh", "-c", advice, cwd=linkless)  # and what it says to do helps
+    assert all((linkless / link).is_symlink() for link in PACKAGES[1:])
+    assert run(sys.executable, "-c", code, cwd=linkless).startswith(f"imported {linkless}/")
+
+
 def test_wheel_holds_each_module_and_recipe_and_nothing_else(root, wheel):
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == shipped(root, "*.py", "*.toml") | {"act24/py.typed"}

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.low_rank.activations import ACTIVATIONS
 from act24.operation import operation
-from act24.relu2 import relu2
+from act24.options import one_of
 
 
 class _SelectColumns(torch.autograd.Function):
@@ -79,12 +80,17 @@ def low_rank_beside_columns(
 
     Returns:
         `[..., out]`.
+
+    Raises:
+        OptionError: there is no such activation.
     """
+    one_of("low_rank_beside_columns", "activation", activation, ACTIVATIONS)
     rank, (count,) = weight_in.shape[0], indices.shape
     short = -(rank + count) % _MULTIPLE
     places = torch.arange(x.shape[-1], device=indices.device)
     identity = F.pad((indices[:, None] == places).to(weight_in.dtype), (0, 0, 0, short))
     columns = F.pad((1 - gamma) * weight_columns, (0, short))
     hidden, kept = F.linear(x, torch.cat((weight_in, identity))).split((rank, count + short), -1)
-    hidden = F.silu(hidden) if activation == "silu" else relu2(hidden) if activation == "relu2" else hidden
-    return F.linear(torch.cat((hidden, kept), -1), torch.cat((gamma * weight_out, columns), -1))
+    function = ACTIVATIONS[activation]
+    bottleneck = hidden if function is None else function(hidden)
+    return F.linear(torch.cat((bottleneck, kept), -1), torch.cat((gamma * weight_out, columns), -1))

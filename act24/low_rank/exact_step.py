@@ -11,18 +11,29 @@ than float32 would, needs no switch for TF32, which would be global, and lets Gr
 factors stand for QR decompositions, which a GPU does not do in batches. What is left of the cost is one
 eigendecomposition of `[n, 2R, 2R]`.
 
-Two differences to LORO's script, both for robustness. Y₁ enters only through its Gram matrix, not through
-an orthonormal basis, so nothing is to be capped where 2R exceeds a side of W, and nothing drifts where Y₁ is
-rank-deficient or zero. And a module whose factors are ill-conditioned is reported instead of asserted on.
+The decomposition itself: with an orthonormal basis Q of Y₁ = Q K, the right-hand side is A [V, Q]ᵀ for
+
+    A = [U C - lr Y₂,  -lr U Kᵀ],        AᵀA = | CᵀC + lr² Y₂ᵀY₂    -lr CᵀKᵀ |
+                                               | -lr K C            lr² K Kᵀ |
+
+so the eigenvectors of AᵀA, the R largest, are the right singular vectors in the basis [V, Q], and the
+eigenvalues are the squares of the singular values.
+
+There are two differences to LORO's script, both for robustness. Q is never formed, only K, from
+Y₁ᵀY₁ = KᵀK: so nothing has to be cut where 2R exceeds a side of W, and nothing drifts where Y₁ is
+rank-deficient or zero. And a module whose factors are ill-conditioned is reported, where the script asserts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from act24.options import OptionError, Range, in_range
 
 #: Symmetric `[n, k, k]` to ascending eigenvalues `[n, k]` and eigenvectors in columns, as torch.linalg.eigh.
 Eigh = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -63,32 +74,44 @@ def exact_step(
         direction_in, direction_out: the gradients of the factors, of the same shapes. They determine P_T(G),
             and the result does not depend on how W is split into factors. LORO feeds Adam's directions
             instead, which belong to no common G; the formulas then take UᵀGV from `direction_in`.
-        lr: the step size, a number or a 0-D tensor.
+        lr: the step size, a number of 0 or more or a 0-D tensor.
         eigh: for the eigendecomposition; a GPU may have a faster one for batches.
-    """
-    outer, outer_r, outer_inverse, outer_valid = _cholesky_qr(weight_out.double())
-    inner, inner_r, inner_inverse, inner_valid = _cholesky_qr(weight_in.mT.double())
-    rank = outer_r.shape[-1]
-    gradient_v = direction_out.double() @ inner_inverse  # G V, from dM = G N = G V R_N
-    gradient_u = direction_in.mT.double() @ outer_inverse  # Gᵀ U, from dN = Gᵀ M = Gᵀ U R_M
-    overlap = gradient_u.mT @ inner  # Uᵀ G V
-    inner_rest = gradient_u - inner @ overlap.mT  # Y₁
-    outer_rest = gradient_v - outer @ (outer.mT @ gradient_v)  # Y₂
-    core = outer_r @ inner_r.mT - lr * overlap  # C
 
-    gram = inner_rest.mT @ inner_rest
-    root = _semidefinite_cholesky(gram)  # K with Kᵀ K = Y₁ᵀ Y₁; Y₁ K⁻¹ would be orthonormal
-    coupling = -lr * (root @ core)
-    squared = _blocks(
-        core.mT @ core + lr**2 * (outer_rest.mT @ outer_rest), coupling.mT, coupling, lr**2 * (root @ root.mT)
-    )
-    valid = outer_valid & inner_valid & squared.isfinite().all(-1).all(-1)
+    Raises:
+        OptionError: the shapes do not belong together, or `lr` is out of range.
+    """
+    _check_factors("exact_step", weight_in, weight_out)
+    if (direction_in.shape, direction_out.shape) != (weight_in.shape, weight_out.shape):
+        raise OptionError(
+            f"exact_step: direction_in and direction_out have to be {_shapes(weight_in, weight_out)} as the "
+            f"factors are, got {_shapes(direction_in, direction_out)}"
+        )
+    if not isinstance(lr, Tensor):
+        in_range("exact_step", "lr", lr, Range(ge=0))
+    u, v = _thin_qr(weight_out.double()), _thin_qr(weight_in.mT.double())
+    g_v = direction_out.double() @ v.inverse  # G V, from the gradient of M, which is G N = G V R_N
+    gt_u = direction_in.mT.double() @ u.inverse  # Gᵀ U, from the gradient of N, which is Gᵀ M = Gᵀ U R_M
+    ut_g_v = gt_u.mT @ v.q
+    y1 = gt_u - v.q @ ut_g_v.mT
+    y2 = g_v - u.q @ (u.q.mT @ g_v)
+    c = u.r @ v.r.mT - lr * ut_g_v
+
+    y1_gram = y1.mT @ y1
+    k = _semidefinite_cholesky(y1_gram)
+    block_vv = c.mT @ c + lr**2 * (y2.mT @ y2)
+    block_qv = -lr * (k @ c)
+    block_qq = lr**2 * (k @ k.mT)
+    squared = torch.cat((torch.cat((block_vv, block_qv.mT), -1), torch.cat((block_qv, block_qq), -1)), -2)
+    valid = u.valid & v.valid & squared.isfinite().all(-1).all(-1)
+
+    rank = c.shape[-1]
     values, vectors = _top(squared, rank, valid, eigh)
-    top, bottom = vectors[..., :rank, :], vectors[..., rank:, :]
-    # Y₁ K⁻¹ bottom without the inverse: the eigenvector equation gives K⁻¹ bottom.
-    weights = (lr**2 * (root.mT @ bottom) - lr * (core @ top)) / values[:, None]
-    right = inner @ top + inner_rest @ weights
-    left = outer @ (core @ top - lr * (gram @ weights)) - lr * (outer_rest @ top)
+    in_v, in_q = vectors[..., :rank, :], vectors[..., rank:, :]
+    # Q in_q is Y₁ in_y1 with in_y1 = K⁻¹ in_q. The second row of AᵀA x = s² x, from the left by K⁻¹, has it
+    # without an inverse.
+    in_y1 = (lr**2 * (k.mT @ in_q) - lr * (c @ in_v)) / values[:, None]
+    right = v.q @ in_v + y1 @ in_y1
+    left = u.q @ (c @ in_v - lr * (y1_gram @ in_y1)) - lr * (y2 @ in_v)  # A x; Kᵀ in_q = Y₁ᵀY₁ in_y1
     return _balanced(left, right, values, valid, weight_in.dtype)
 
 
@@ -97,23 +120,46 @@ def refactor(weight_in: Tensor, weight_out: Tensor, eigh: Eigh = torch.linalg.ei
 
     Args:
         weight_in, weight_out: `[n, R, in]` and `[n, out, R]`.
+        eigh: as for `exact_step`.
+
+    Raises:
+        OptionError: the shapes do not belong together.
 
     Source: the restarts of arXiv 2505.22922.
     """
-    outer, outer_r, _, outer_valid = _cholesky_qr(weight_out.double())
-    inner, inner_r, _, inner_valid = _cholesky_qr(weight_in.mT.double())
-    core = outer_r @ inner_r.mT
+    _check_factors("refactor", weight_in, weight_out)
+    u, v = _thin_qr(weight_out.double()), _thin_qr(weight_in.mT.double())
+    core = u.r @ v.r.mT
     squared = core.mT @ core
-    valid = outer_valid & inner_valid & squared.isfinite().all(-1).all(-1)
+    valid = u.valid & v.valid & squared.isfinite().all(-1).all(-1)
     values, vectors = _top(squared, core.shape[-1], valid, eigh)
-    return _balanced(outer @ (core @ vectors), inner @ vectors, values, valid, weight_in.dtype)
+    return _balanced(u.q @ (core @ vectors), v.q @ vectors, values, valid, weight_in.dtype)
 
 
-def _cholesky_qr(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Thin QR of `[n, d, R]`: (Q, R, R⁻¹, whether the condition is below MAX_CONDITION `[n]`).
+def _check_factors(owner: str, weight_in: Tensor, weight_out: Tensor) -> None:
+    fits = weight_in.ndim == weight_out.ndim == 3 and len(weight_in) == len(weight_out)
+    if not fits or weight_in.shape[1] != weight_out.shape[2]:
+        raise OptionError(
+            f"{owner}: weight_in and weight_out have to be [n, R, in] and [n, out, R], got "
+            f"{_shapes(weight_in, weight_out)}"
+        )
 
-    Two rounds of Cholesky, which in float64 give an orthonormal Q up to conditions of about 1e7.
-    """
+
+def _shapes(*tensors: Tensor) -> str:
+    return " and ".join(str([*tensor.shape]) for tensor in tensors)
+
+
+class _ThinQR(NamedTuple):
+    """Q `[n, d, R]`, R `[n, R, R]`, its inverse, and whether the condition is below MAX_CONDITION `[n]`."""
+
+    q: Tensor
+    r: Tensor
+    inverse: Tensor
+    valid: Tensor
+
+
+def _thin_qr(matrix: Tensor) -> _ThinQR:
+    """Two rounds of Cholesky QR, which in float64 give an orthonormal Q up to conditions of about 1e7."""
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     q, r, inverse = matrix, identity, identity
     sound = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
@@ -125,7 +171,7 @@ def _cholesky_qr(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, r, inverse = q @ step, lower.mT @ r, inverse @ step
     # Between the condition / R and the condition: exact where all singular values are equal.
     condition = r.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) / r.shape[-1]
-    return q, r, inverse, sound & (condition < MAX_CONDITION)
+    return _ThinQR(q, r, inverse, sound & (condition < MAX_CONDITION))
 
 
 def _semidefinite_cholesky(gram: Tensor) -> Tensor:
@@ -135,10 +181,6 @@ def _semidefinite_cholesky(gram: Tensor) -> Tensor:
     shift = gram.shape[-1] * precision.eps * trace + precision.tiny
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.linalg.cholesky_ex(gram + shift[:, None, None] * identity).L.mT
-
-
-def _blocks(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    return torch.cat((torch.cat((a, b), -1), torch.cat((c, d), -1)), -2)
 
 
 def _top(squared: Tensor, rank: int, valid: Tensor, eigh: Eigh) -> tuple[Tensor, Tensor]:

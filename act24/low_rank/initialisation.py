@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from act24.errors import Act24Error, nearest
-from act24.low_rank.truncation import truncated_factors
+from act24.errors import nearest
+from act24.low_rank.truncation import check_rank, truncated_factors
+from act24.options import OptionError, Range, in_range, shown
 
 #: (shape `[out, in]`, rank, initializer_range) -> (standard deviation of weight_in, of weight_out).
 Deviations = Callable[[tuple[int, int], int, float], tuple[float, float]]
@@ -44,7 +45,8 @@ def _randn(deviation: float, *_: object) -> tuple[float, float]:
 #: Normal entries: LORO's `xavier`, `auto` (the product has the dense initializer_range) and `kaiming` (with
 #: the true fan-in; LORO's script takes R for both), and CoLA's (its product has variance 1 / (in + out)).
 _NORMAL: dict[str, Deviations] = {"xavier": _xavier, "auto": _auto, "kaiming": _kaiming, "cola": _cola}
-_NAMES = (*_NORMAL, "orth", "xavorth", "svd", "randn_<std>", "const_<value>")
+_NAMES = (*_NORMAL, "orth", "xavorth", "svd")
+_PATTERNS = ("randn_<std>", "const_<value>")
 _NUMBER = re.compile(r"(randn|const)_([-+0-9.eE]+)")
 
 
@@ -67,12 +69,18 @@ def initial_factors(
         generator_in, generator_out: CPU generators, one a factor.
 
     Raises:
-        Act24Error: unknown `init`.
+        OptionError: unknown `init`, `rank` below 1 (for `svd` and the orthonormal ones also above a side of
+            the weight), or `initializer_range` not above 0.
 
     Source: LORO's `lowrank_module.py`, where `orth` and `xavorth` fall back to plain normal entries by
     mistake, and CoLA's `cola_layer.py`.
     """
     check_init(init)
+    in_range("initial_factors", "initializer_range", initializer_range, Range(gt=0))
+    if init in ("svd", "orth", "xavorth"):
+        check_rank("initial_factors", rank, dense)
+    else:
+        in_range("initial_factors", "rank", rank, Range(ge=1))
     out_features, in_features = dense.shape
     if init == "svd":
         weight_in, weight_out = truncated_factors(dense[None], rank)
@@ -83,7 +91,7 @@ def initial_factors(
             return torch.full((rank, in_features), number), torch.full((out_features, rank), number)
         deviations: Deviations = partial(_randn, number)
     else:
-        deviations = _NORMAL.get(init, _xavier)
+        deviations = _NORMAL["xavier" if init in ("orth", "xavorth") else init]
     std_in, std_out = deviations((out_features, in_features), rank, initializer_range)
     weight_in = torch.empty(rank, in_features).normal_(generator=generator_in)
     weight_out = torch.empty(out_features, rank).normal_(generator=generator_out)
@@ -95,18 +103,27 @@ def initial_factors(
     return weight_in * std_in, weight_out * std_out
 
 
-def check_init(init: str) -> None:
-    """Raises Act24Error if `init` names no initialisation."""
+def check_init(init: str, owner: str = "initial_factors") -> None:
+    """Check that `init` names an initialisation.
+
+    Args:
+        owner: whose option it is, for the error.
+
+    Raises:
+        OptionError: it does not.
+    """
+    if not isinstance(init, str):
+        raise OptionError(f"{owner}: init has to be a string, got {shown(init)}")
     match = _NUMBER.fullmatch(init)
     if match:
         try:
             number = float(match[2])
         except ValueError:
             number = 0.0
-        if number <= 0:
-            raise Act24Error(f"init '{init}' needs a number above 0 behind the underscore")
+        if not 0 < number < math.inf:
+            raise OptionError(f"{owner}: init '{init}' needs a finite number above 0 behind the underscore")
     elif init not in _NAMES:
-        raise Act24Error(f"unknown init '{init}': {nearest(init, _NAMES)}")
+        raise OptionError(f"{owner}: init has no '{init}': {nearest(init, (*_NAMES, *_PATTERNS))}")
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from act24.low_rank.truncation import factors_of, right_spectrum
+from act24.low_rank.truncation import check_rank, factors_of, right_spectrum
+from act24.options import Range, in_range
 
 
 def low_rank_and_scores(dense: Tensor, rank: int, window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,22 +25,46 @@ def low_rank_and_scores(dense: Tensor, rank: int, window: int = 0) -> tuple[Tens
     Returns:
         weight_in `[n, R, in]`, weight_out `[n, out, R]`, and the norms `[n, in]`, float64, of the columns of
         Σ s_i u_i v_iᵀ over the window.
+
+    Raises:
+        OptionError: `rank` is below 1 or above a side of the weights, or `window` is below 0.
     """
+    check_rank("low_rank_and_scores", rank, dense)
+    in_range("low_rank_and_scores", "window", window, Range(ge=0))
     singular, scaled = right_spectrum(dense)
     end = rank + window if window else singular.shape[-1]
     return *factors_of(dense, singular, scaled, rank), scaled[..., rank:end, :].norm(dim=-2)
 
 
 def kept_columns(in_features: int, density: float) -> int:
-    """How many input channels a density between 0 and 1 keeps: at least one."""
+    """How many input channels a density keeps: at least one.
+
+    Raises:
+        OptionError: `in_features` is below 1, or `density` is not above 0 and 1 at most.
+    """
+    in_range("kept_columns", "in_features", in_features, Range(ge=1))
+    in_range("kept_columns", "density", density, Range(gt=0, le=1))
     return max(1, int(density * in_features))
 
 
 def top_columns(scores: Tensor, count: int) -> Tensor:
-    """The `count` columns of highest score, ascending: `[n, in]` to int64 `[n, count]`."""
+    """The `count` columns of highest score, ascending: `[n, in]` to int64 `[n, count]`.
+
+    Raises:
+        OptionError: there are no `count` columns.
+    """
+    in_range("top_columns", "count", count, Range(ge=1, le=scores.shape[-1]))
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
 def random_columns(in_features: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` columns drawn without replacement, ascending: int64 `[count]`."""
+    """`count` columns drawn without replacement, ascending: int64 `[count]`.
+
+    Args:
+        generator: on the CPU.
+
+    Raises:
+        OptionError: there are no `count` columns.
+    """
+    in_range("random_columns", "count", count, Range(ge=1, le=in_features))
     return torch.randperm(in_features, generator=generator)[:count].sort().values

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from act24.options import Range, in_range
+
 
 def right_spectrum(dense: Tensor) -> tuple[Tensor, Tensor]:
     """The right singular vectors times their singular values, largest first.
@@ -38,8 +40,17 @@ def truncated_factors(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         float32 or wider, as `dense`: weight_in `[n, R, in]` and weight_out `[n, out, R]`.
+
+    Raises:
+        OptionError: `rank` is below 1 or above a side of the weights.
     """
+    check_rank("truncated_factors", rank, dense)
     return factors_of(dense, *right_spectrum(dense), rank)
+
+
+def check_rank(owner: str, rank: int, dense: Tensor) -> None:
+    """Raises OptionError unless weights `[..., out, in]` have approximations of this rank."""
+    in_range(owner, "rank", rank, Range(ge=1, le=min(dense.shape[-2:])))
 
 
 def factors_of(dense: Tensor, singular: Tensor, scaled: Tensor, rank: int) -> tuple[Tensor, Tensor]:

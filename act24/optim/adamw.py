@@ -10,18 +10,99 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from act24.errors import Act24Error, nearest
+from act24.optim.base import OptimizerOptions, Surroundings
+from act24.options import OptionError, Range, Steps, check_values, in_range
+from act24.schedules import rewarm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 StateDtype = Literal["float32", "parameter"]
 Decay = Literal["matrices", "all"]
+Beta = Annotated[float, Range(ge=0, lt=1)]
 _PART = 2**26
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWOptions(OptimizerOptions):
+    """Options of `adamw`; those of `AdamW` are among them.
+
+    Attributes:
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, times the learning rate.
+        decay: what weight decay acts on (`parameter_groups`).
+        state_dtype: of the moments: `"float32"`, or float64 for float64 parameters; `"parameter"` takes the
+            parameter's, which reproduces pure bfloat16 training.
+        momentum_reset_steps: zero all moments after every so many updates; 0: never.
+        momentum_reset_warmup: updates over which the learning rate climbs after that.
+    """
+
+    name: ClassVar[str] = "adamw"
+
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Annotated[float, Range(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Range(ge=0)] = 0.0
+    decay: Decay = "matrices"
+    state_dtype: StateDtype = "float32"
+    momentum_reset_steps: Steps = 0
+    momentum_reset_warmup: Steps = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        period, climb = self.momentum_reset_steps, self.momentum_reset_warmup
+        if climb and not period:
+            raise OptionError(
+                f"{self.name}: momentum_reset_warmup has no meaning without momentum_reset_steps"
+            )
+        if period and climb >= period:
+            raise OptionError(
+                f"{self.name}: momentum_reset_warmup ({climb}) must be below momentum_reset_steps ({period})"
+            )
+
+    def build(self, model: nn.Module, surroundings: Surroundings) -> AdamW:
+        groups = parameter_groups(model, self.weight_decay, self.decay)
+        return AdamW(groups, **self.of_every_group())
+
+    def of_every_group(self) -> dict[str, Any]:
+        """The options that `AdamW` takes beside the groups."""
+        names = ("lr", "betas", "eps", "state_dtype", "momentum_reset_steps")
+        return {name: getattr(self, name) for name in names}
+
+    def reset_periods(self) -> tuple[int, ...]:
+        return (self.momentum_reset_steps,) if self.momentum_reset_steps else ()
+
+    def softened(self, step: int) -> float:
+        return rewarm(step, every=self.momentum_reset_steps, warmup_steps=self.momentum_reset_warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColaAdamWOptions(AdamWOptions):
+    """AdamW with the settings that CoLA was published with (arXiv 2502.10940)."""
+
+    name: ClassVar[str] = "cola_adamw"
+    aliases: ClassVar[tuple[str, ...]] = ("adamw_cola",)
+    needs: ClassVar[str] = "cola"
+    why: ClassVar[str] = "is AdamW with the settings of cola"
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Annotated[float, Range(ge=0)] = 0.01
+    decay: Decay = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostAdamWOptions(AdamWOptions):
+    """AdamW with the settings that LoST was published with (arXiv 2508.02668)."""
+
+    name: ClassVar[str] = "lost_adamw"
+    aliases: ClassVar[tuple[str, ...]] = ("adamw_lost",)
+    needs: ClassVar[str] = "lost"
+    why: ClassVar[str] = "is AdamW with the settings of lost"
 
 
 def adam_direction(
@@ -41,7 +122,11 @@ def adam_direction(
 
     Returns:
         new tensors in the moments' dtype, positive where the parameter is to fall.
+
+    Raises:
+        OptionError: a number is out of range.
     """
+    _check_numbers("adam_direction", step, betas=betas, eps=eps)
     beta1, beta2 = betas
     gradients = [gradient.to(average.dtype) for gradient, average in zip(gradients, exp_avgs, strict=True)]
     torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
@@ -79,7 +164,13 @@ def adamw_(
         parameters, gradients, exp_avgs, exp_avg_sqs: lists of equal shapes, on one device.
         step: as for `adam_direction`.
         lr: a number, or a 0-D tensor.
+
+    Raises:
+        OptionError: a number is out of range.
     """
+    _check_numbers("adamw_", step, betas=betas, eps=eps, weight_decay=weight_decay)
+    if not isinstance(lr, Tensor):
+        in_range("adamw_", "lr", lr, Range(ge=0))
     if not parameters:
         return
     dtypes = {tensor.dtype for tensor in itertools.chain(parameters, gradients, exp_avgs, exp_avg_sqs)}
@@ -111,6 +202,11 @@ def adamw_(
         torch._foreach_add_(parameters[part], updates)
 
 
+def _check_numbers(owner: str, step: int, **options: object) -> None:
+    in_range(owner, "step", step, Range(ge=1))
+    check_values(AdamWOptions, owner, **options)
+
+
 def _parts(tensors: list[Tensor]) -> Iterator[slice]:
     """The list in parts of about `_PART` elements: temporaries are of that size, and not of the model's."""
     start, elements = 0, 0
@@ -124,7 +220,13 @@ def _parts(tensors: list[Tensor]) -> Iterator[slice]:
 
 def reset_due(updates: int, every: int) -> bool:
     """Whether moments are reset after `updates` updates: after every `every`-th, never for 0, and never
-    before the first update."""
+    before the first update.
+
+    Raises:
+        OptionError: a number is below 0.
+    """
+    in_range("reset_due", "updates", updates, Range(ge=0))
+    in_range("reset_due", "every", every, Range(ge=0))
     return every > 0 and updates > 0 and updates % every == 0
 
 
@@ -148,9 +250,11 @@ def parameter_groups(
     Args:
         decay: `"matrices"` decays what has at least two dimensions and is no embedding table (so not a tied
             head either); `"all"` decays everything.
+
+    Raises:
+        OptionError: an option is none of these, or out of range.
     """
-    if decay not in ("matrices", "all"):
-        raise Act24Error(f"unknown decay '{decay}': {nearest(decay, ('matrices', 'all'))}")
+    check_values(AdamWOptions, "parameter_groups", weight_decay=weight_decay, decay=decay)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
@@ -178,38 +282,34 @@ class AdamW(torch.optim.Optimizer):
         params: Any,
         *,
         lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        state_dtype: StateDtype = "float32",
-        momentum_reset_steps: int = 0,
+        betas: tuple[float, float] = AdamWOptions.betas,
+        eps: float = AdamWOptions.eps,
+        weight_decay: float = AdamWOptions.weight_decay,
+        state_dtype: StateDtype = AdamWOptions.state_dtype,
+        momentum_reset_steps: int = AdamWOptions.momentum_reset_steps,
         **group_defaults: Any,
     ) -> None:
         """
         Args:
             params: parameters, or groups such as those of `parameter_groups`.
-            lr: a number, or a 0-D tensor that a schedule fills.
-            state_dtype: of the moments: `"float32"`, or float64 for float64 parameters; `"parameter"` takes
-                the parameter's, which reproduces pure bfloat16 training.
-            momentum_reset_steps: zero all moments after every so many updates; 0: never.
+            lr: a number of 0 or more, or a 0-D tensor that a schedule fills.
+            betas, eps, weight_decay, state_dtype, momentum_reset_steps: see `AdamWOptions`.
             group_defaults: further entries of groups that lack them, for rules that build on this one.
 
         Raises:
-            Act24Error: an option is out of range.
+            OptionError: names the option and the value that it does not take.
         """
-        if isinstance(lr, float | int) and lr < 0:
-            raise Act24Error(f"lr must be 0 or more, got {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise Act24Error(f"betas must lie between 0 and 1, 1 excluded, got {betas}")
-        if eps <= 0:
-            raise Act24Error(f"eps must be above 0, got {eps}")
-        if weight_decay < 0:
-            raise Act24Error(f"weight_decay must be 0 or more, got {weight_decay}")
-        if momentum_reset_steps < 0:
-            raise Act24Error(f"momentum_reset_steps must be 0 or more, got {momentum_reset_steps}")
-        if state_dtype not in ("float32", "parameter"):
-            choices = ("float32", "parameter")
-            raise Act24Error(f"unknown state_dtype '{state_dtype}': {nearest(state_dtype, choices)}")
+        if not isinstance(lr, Tensor):
+            in_range(type(self).__name__, "lr", lr, Range(ge=0))
+        check_values(
+            AdamWOptions,
+            type(self).__name__,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            state_dtype=state_dtype,
+            momentum_reset_steps=momentum_reset_steps,
+        )
         self.momentum_reset_steps = momentum_reset_steps
         defaults = {
             "lr": lr,

@@ -10,18 +10,21 @@ zeroed; couple it with a schedule that warms up again (`act24.schedules.cosine_r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from act24.errors import Act24Error, nearest
+from act24.errors import Act24Error
 from act24.low_rank.diagnostics import balance, largest_singular_value
 from act24.low_rank.exact_step import Eigh, Refactored, exact_step, refactor
 from act24.optim.adamw import (
     AdamW,
+    AdamWOptions,
+    Beta,
     Decay,
     StateDtype,
     adam_direction,
@@ -31,6 +34,8 @@ from act24.optim.adamw import (
     reset_due,
     reset_moments_,
 )
+from act24.optim.base import Share, Surroundings, unshared
+from act24.options import OptionError, Range, Steps, check_values, in_range
 
 LoroType = Literal["loro", "eucl", "loro_raw"]
 Refresh = Literal["all", "reg", "lrk", "none"]
@@ -38,17 +43,84 @@ Refresh = Literal["all", "reg", "lrk", "none"]
 #: The two factors of a linear.
 Pair = tuple[nn.Parameter, nn.Parameter]
 
-#: Shares modules out over processes: (a function from a part of a stack to its results, size of the stack)
-#: -> the results of the whole stack, the same bits on every process.
-Share = Callable[[Callable[[slice], tuple[Tensor, ...]], int], tuple[Tensor, ...]]
-
 #: Elements of a factor that are stacked at once; the exact step holds some ten such stacks, in float64.
 _STACK_ELEMENTS = 2**26
 
 
-def unshared(compute: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
-    """The `Share` of a single process: it computes the whole stack."""
-    return compute(slice(0, count))
+@dataclass(frozen=True, kw_only=True)
+class LOROAdamWOptions(AdamWOptions):
+    """Options of `loro_adamw`; those of `LOROAdamW` are among them.
+
+    Attributes:
+        type: what the exact update is fed: `"loro"`, Adam's direction, as in the published runs;
+            `"loro_raw"`, the gradient, as in the paper's Algorithm 1; `"eucl"`: there is none.
+        lr_scaler: factor on the factors' learning rate in lazy updates; -1: rank / hidden_size.
+        exact_every: updates from one exact one to the next; 0: none.
+        exact_lr_scale: factor on the learning rate in exact updates.
+        refresh: moments that are zeroed: of the factors (`"lrk"`), of all else (`"reg"`), both or none.
+        refresh_every: after every so many updates; None: after each exact one.
+        restarts: replace the factors by the balanced ones of the same product, and refresh, after every so
+            many updates (arXiv 2505.22922); 0: never.
+    """
+
+    name: ClassVar[str] = "loro_adamw"
+    needs: ClassVar[str] = "low_rank"
+    why: ClassVar[str] = "steps on factors of low_rank"
+    refuses: ClassVar[Mapping[str, str]] = {
+        method: "steps on products of two factors, and the model computes with no product of those of "
+        f'{method}: use "{settings}"'
+        for method, settings in (("cola", "cola_adamw"), ("lost", "lost_adamw"))
+    }
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Range(gt=0)] = 1e-6
+    type: LoroType = "loro"
+    lr_scaler: float = -1.0
+    exact_every: Steps = 500
+    exact_lr_scale: Annotated[float, Range(gt=0)] = 1.0
+    refresh: Refresh = "all"
+    refresh_every: Steps | None = None
+    restarts: Steps = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_scale(self.name, "lr_scaler", self.lr_scaler)
+        _check_restarts(self.name, self.type, self.refresh, self.restarts)
+
+    def build(self, model: nn.Module, surroundings: Surroundings) -> LOROAdamW:
+        groups = loro_parameter_groups(
+            model,
+            surroundings.places(self.needs),
+            self.weight_decay,
+            self.decay,
+            hidden_size=getattr(getattr(model, "config", None), "hidden_size", None),
+            lr_scale=self.lr_scaler,
+        )
+        return LOROAdamW(
+            groups,
+            type=self.type,
+            exact_every=self.exact_every,
+            exact_lr_scale=self.exact_lr_scale,
+            refresh=self.refresh,
+            refresh_every=self.refresh_every,
+            restarts=self.restarts,
+            eigh=surroundings.eigh,
+            share=surroundings.share,
+            **self.of_every_group(),
+        )
+
+    def exact_steps(self) -> bool:
+        return bool(exact_period(self.type, self.exact_every) or self.restarts)
+
+    def reset_periods(self) -> tuple[int, ...]:
+        periods = {*super().reset_periods(), self.restarts}
+        if self.refresh != "none":
+            periods.add(refresh_period(self.type, self.exact_every, self.refresh_every))
+        return tuple(sorted(periods - {0}))
+
+    def diagnostics_(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        assert isinstance(optimizer, LOROAdamW)
+        return {f"loro/{name}": value for name, value in optimizer.diagnostics_().items()}
 
 
 def loro_parameter_groups(
@@ -73,10 +145,10 @@ def loro_parameter_groups(
         (weight_in, weight_out) one after the other.
 
     Raises:
-        Act24Error: `lr_scale` is neither -1 nor above 0.
+        OptionError: `lr_scale` is neither -1 nor above 0.
+        Act24Error: it is -1, and there is no `hidden_size`.
     """
-    if lr_scale != -1 and lr_scale <= 0:
-        raise Act24Error(f"lr_scale must be -1, for R / D, or above 0, got {lr_scale}")
+    _check_scale("loro_parameter_groups", "lr_scale", lr_scale)
     if lr_scale == -1 and hidden_size is None:
         raise Act24Error("lr_scale = -1 means R / D, and the model tells no hidden_size: give a number")
     by_rank: dict[int, list[nn.Parameter]] = {}
@@ -101,36 +173,6 @@ def loro_parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def check_loro_options(
-    *,
-    type: str,
-    exact_every: int,
-    exact_lr_scale: float,
-    refresh: str,
-    refresh_every: int | None,
-    restarts: int,
-) -> None:
-    """Raises Act24Error if an option of `LOROAdamW` is out of range, or two contradict each other."""
-    for name, value, choices in (
-        ("type", type, ("loro", "eucl", "loro_raw")),
-        ("refresh", refresh, ("all", "reg", "lrk", "none")),
-    ):
-        if value not in choices:
-            raise Act24Error(f"unknown {name} '{value}': {nearest(value, choices)}")
-    if exact_every < 0 or restarts < 0 or (refresh_every or 0) < 0:
-        raise Act24Error("exact_every, refresh_every and restarts must be 0 or more")
-    if exact_lr_scale <= 0:
-        raise Act24Error(f"exact_lr_scale must be above 0, got {exact_lr_scale}")
-    if restarts and type != "eucl":
-        raise Act24Error(
-            f"restarts re-factorise, which the exact update of type '{type}' does anyway: use type 'eucl'"
-        )
-    if restarts and refresh in ("reg", "none"):
-        raise Act24Error(
-            f"restarts leave the factors' moments without meaning, which refresh '{refresh}' would keep"
-        )
-
-
 def exact_period(type: str, exact_every: int) -> int:
     """Updates from one exact update to the next; 0: there are none."""
     return 0 if type == "eucl" else exact_every
@@ -139,6 +181,25 @@ def exact_period(type: str, exact_every: int) -> int:
 def refresh_period(type: str, exact_every: int, refresh_every: int | None) -> int:
     """Updates from one refresh to the next, unless given that of the exact updates; 0: there are none."""
     return exact_period(type, exact_every) if refresh_every is None else refresh_every
+
+
+def _check_scale(owner: str, name: str, scale: float) -> None:
+    in_range(owner, name, scale)
+    if scale != -1 and scale <= 0:
+        raise OptionError(f"{owner}: {name} has to be -1, for rank / hidden_size, or above 0, got {scale}")
+
+
+def _check_restarts(owner: str, type: str, refresh: str, restarts: int) -> None:
+    if restarts and type != "eucl":
+        raise OptionError(
+            f"{owner}: restarts re-factorise, which the exact update of type '{type}' does anyway: use type "
+            "'eucl'"
+        )
+    if restarts and refresh in ("reg", "none"):
+        raise OptionError(
+            f"{owner}: restarts leave the factors' moments without meaning, which refresh '{refresh}' would "
+            "keep"
+        )
 
 
 class LOROAdamW(AdamW):
@@ -158,37 +219,32 @@ class LOROAdamW(AdamW):
         params: Any,
         *,
         lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        state_dtype: StateDtype = "float32",
-        momentum_reset_steps: int = 0,
-        type: LoroType = "loro",
-        exact_every: int = 500,
-        exact_lr_scale: float = 1.0,
-        refresh: Refresh = "all",
-        refresh_every: int | None = None,
-        restarts: int = 0,
+        betas: tuple[float, float] = LOROAdamWOptions.betas,
+        eps: float = LOROAdamWOptions.eps,
+        weight_decay: float = LOROAdamWOptions.weight_decay,
+        state_dtype: StateDtype = LOROAdamWOptions.state_dtype,
+        momentum_reset_steps: int = LOROAdamWOptions.momentum_reset_steps,
+        type: LoroType = LOROAdamWOptions.type,
+        exact_every: int = LOROAdamWOptions.exact_every,
+        exact_lr_scale: float = LOROAdamWOptions.exact_lr_scale,
+        refresh: Refresh = LOROAdamWOptions.refresh,
+        refresh_every: int | None = LOROAdamWOptions.refresh_every,
+        restarts: int = LOROAdamWOptions.restarts,
         eigh: Eigh = torch.linalg.eigh,
         share: Share = unshared,
     ) -> None:
         """
         Args:
             params: groups, of `loro_parameter_groups`; and as for `AdamW` further on.
-            type: what the exact update is fed: `"loro"`, Adam's direction, as in the published runs;
-                `"loro_raw"`, the gradient, as in the paper's Algorithm 1; `"eucl"`: there is none.
-            exact_every: updates from one exact one to the next; 0: none.
-            exact_lr_scale: factor on the learning rate in exact updates.
-            refresh: moments that are zeroed: of the factors (`"lrk"`), of all else (`"reg"`), or both.
-            refresh_every: after every so many updates; None: after each exact one.
-            restarts: replace the factors by the balanced ones of the same product, and refresh, after every
-                so many updates (arXiv 2505.22922); 0: never.
+            type, exact_every, exact_lr_scale, refresh, refresh_every, restarts: see `LOROAdamWOptions`.
             eigh, share: see `Eigh` and `Share`.
 
         Raises:
-            Act24Error: an option is out of range, or two contradict each other.
+            OptionError: names the option and the value that it does not take, or the two that contradict.
         """
-        check_loro_options(
+        check_values(
+            LOROAdamWOptions,
+            "LOROAdamW",
             type=type,
             exact_every=exact_every,
             exact_lr_scale=exact_lr_scale,
@@ -196,6 +252,7 @@ class LOROAdamW(AdamW):
             refresh_every=refresh_every,
             restarts=restarts,
         )
+        _check_restarts("LOROAdamW", type, refresh, restarts)
         super().__init__(
             params,
             lr=lr,

@@ -1,19 +1,23 @@
 """Where relu² or relu stands in a graph, dense or already 2:4, and under which name.
 
 A site is named by the innermost module above the linears around it: `mlp` for a feed-forward network,
-`self_attn.q_proj` for the bottleneck inside a factorised projection. The name is the same before and after
-`activation24`, so that state kept under it outlives a change of pipeline.
+`self_attn.q_proj` for the bottleneck inside a factorised projection. Where several sites have that name, each
+is named by the linear in front of it (`mlp.first_up`, `mlp.second_up`) or behind it; and where a module is
+called several times, which gives sites with the same linears, by the number of the call too
+(`mlp.call_1`, `mlp.call_2`). Names are given once, to the dense graph, and stay with the node that takes an
+activation's place, so that state kept under them outlives a change of pipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
+from act24.errors import PassError
 from act24.passes.graph.normal_form import (
     common_path,
     is_call,
@@ -23,12 +27,16 @@ from act24.passes.graph.normal_form import (
 )
 from act24.passes.graph.region import Region
 from act24.relu2 import relu2
-from act24.sparse24.feed_forward.operation import Function, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.pattern.token_wise import Function
 from act24.sparse24.weight.linear24 import linear24
 
 #: A buffer at the root of a region: True where a token is padding, one value a token. A scalar, which is how
 #: it starts, says that there is none; the shell puts another tensor in its place for each micro-batch.
 PADS = "pad_rows"
+
+#: Where a node's metadata has the name of its site.
+_SITE = "activation_site"
 
 _FUNCTIONS: dict[object, Function] = {relu2: "relu2", F.relu: "relu"}
 
@@ -71,6 +79,7 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
     belongs to the first, whose product with it can be 2:4.
     """
     taken: set[fx.Node] = set()
+    name_sites(region)
     for node in list(region.graph.nodes):
         if node.op != "call_function" or node.target not in _FUNCTIONS:
             continue
@@ -106,10 +115,80 @@ def function_of(node: fx.Node) -> Function:
 
 
 def site_path(node: fx.Node) -> str:
-    """The name of the site of an activation, dense or 2:4."""
+    """The name of the site of an activation, dense or 2:4, that `name_sites` has seen."""
+    return node.meta[_SITE]
+
+
+def add_site_buffer(
+    region: Region,
+    path: str,
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    persistent: bool = False,
+    initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+) -> str:
+    """Let a site have a buffer (`Region.add_buffer`); its name, local to the region."""
+    name = f"{path}.{kind}" if path else kind
+    region.add_buffer(name, shape, dtype, persistent, initial, kind=kind, of=path)
+    return name
+
+
+def keep_site(old: fx.Node, new: fx.Node) -> None:
+    """Let the node that takes an activation's place have the name of its site."""
+    new.meta[_SITE] = old.meta[_SITE]
+
+
+def name_sites(region: Region) -> None:
+    """Give every activation of a region a name of its own, which it then keeps.
+
+    Raises:
+        PassError: two of them would have one name.
+    """
+    nodes = [node for node in region.graph.nodes if is_activation(node)]
+    if all(_SITE in node.meta for node in nodes):
+        return
+    around = {node: _around(node) for node in nodes}
+    names = {node: common_path(*up, *down) for node, (up, down) in around.items()}
+    names = _told_apart(names, lambda node: common_path(*around[node][0][:1]))
+    names = _told_apart(names, lambda node: common_path(*around[node][1][:1]))
+    for same in _of_one_name(names):
+        for number, node in enumerate(same, 1):
+            call = f"call_{number}"
+            names[node] = f"{names[node]}.{call}" if names[node] else call
+    names = {node: node.meta.get(_SITE, name) for node, name in names.items()}
+    for same in _of_one_name(names):
+        raise PassError(
+            f"{region.name(names[same[0]])} would be the name of {len(same)} activations, whose scales, "
+            "seeds and statistics could not be told apart: give the linears around them modules of their own"
+        )
+    for node, name in names.items():
+        node.meta[_SITE] = name
+
+
+def _told_apart(names: dict[fx.Node, str], other: Callable[[fx.Node], str]) -> dict[fx.Node, str]:
+    """The names, with another one for nodes that share theirs, where that tells them apart."""
+    names = dict(names)
+    for same in _of_one_name(names):
+        others = [other(node) for node in same]
+        if len(set(others)) > 1 and all(others):
+            names.update(zip(same, others, strict=True))
+    return names
+
+
+def _of_one_name(names: dict[fx.Node, str]) -> list[list[fx.Node]]:
+    """The groups of nodes that share a name, in graph order."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node, name in names.items():
+        groups.setdefault(name, []).append(node)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _around(node: fx.Node) -> tuple[list[str], list[str]]:
+    """The weights of the nearest linears in front of an activation and behind it."""
     weights = node.args[1:5:2] if node.target is activation24 else (None, None)
     up, down = ([name] if (name := parameter_name(weight)) else None for weight in weights)
-    return common_path(*(up or _reach(node, up=True)), *(down or _reach(node, up=False)))
+    return up or _reach(node, up=True), down or _reach(node, up=False)
 
 
 def consumers(site: ActivationSite) -> Iterator[tuple[fx.Node, ...]]:

@@ -12,7 +12,8 @@ from act24.sparse24.weight.linear24 import linear24
 
 
 def region_flops(region: Region) -> int:
-    """Two per weight that takes part in a dense product, one where an operand is 2:4."""
+    """Of one forward, per token: two for each element of a weight in a dense product, one where an operand is
+    2:4. What is no product with a weight is not counted."""
     return sum(_node_flops(region, node) for node in region.graph.nodes)
 
 

@@ -1,9 +1,9 @@
-"""What every lowered graph ends with: LoST's two branches as two products, where no pass has taken a part.
+"""Two products in place of LoST's two branches (`act24.passes.lost`), where no pass has taken a part of them.
 
     γ · linear(f(linear(x, W_in)), W_out) + (1 - γ) · linear(x[..., I], W_I)
     ==>   low_rank_beside_columns(x, W_in, W_out, W_I, I, γ, f)
 
-It is the same function of the same parameters, so it is no pass of a recipe, and nothing depends on it.
+Both compute the same function of the same parameters.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from act24.low_rank.activations import ACTIVATIONS
 from act24.low_rank.columns import low_rank_beside_columns, select_columns
-from act24.passes.cola import ACTIVATIONS
 from act24.passes.graph.normal_form import is_call, replace_node, weight_name
 from act24.passes.graph.region import Region
 
@@ -22,7 +22,7 @@ _FEW = 0.25
 
 
 def fuse_columns(region: Region) -> None:
-    """Fuse what is whole, in place."""
+    """Rewrite, in place, every sum of two branches that is still as `lost` wrote it and has few columns."""
     for node in list(region.graph.nodes):
         if arguments := _branches(region, node):
             with region.graph.inserting_before(node):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from act24.passes.base import PassError
+from act24.errors import PassError
 from act24.passes.graph.region import Region
 
 _HOOKS = (
@@ -18,7 +18,11 @@ _HOOKS = (
 
 
 def refuse_hooks(region: Region) -> None:
-    """Raise a PassError that names the first module of a region with a hook, leaves excepted."""
+    """Check that no module of a region has a hook. Leaves may: they stay the modules that they are.
+
+    Raises:
+        PassError: names the first module that has one.
+    """
     leaves = tuple(f"{node.target}." for node in region.graph.nodes if node.op == "call_module")
     for path, module in region.module.named_modules():
         if f"{path}.".startswith(leaves):

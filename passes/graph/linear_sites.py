@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import Target
 
-from act24.passes.base import Match, PassError, Plan, StructuralPass
+from act24.errors import PassError
+from act24.options import Range
+from act24.passes.base import Match, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
     bias_name,
     is_transposed,
@@ -23,7 +25,7 @@ from act24.passes.graph.normal_form import (
     replace_node,
     weight_name,
 )
-from act24.passes.graph.region import ParameterSpec, Region
+from act24.passes.graph.region import Factor, ParameterSpec, Region
 
 Scope = Literal["all", "attn", "mlp"]
 _ATTENTION = ("attn", "attention")
@@ -41,6 +43,7 @@ class LinearSite:
         shape: `(out, in)` of the weight, however it is stored.
         transposed: whether it is stored `[in, out]`.
         kind: where it stands.
+        factor: which part of a dense weight its weight is; None: it is one.
     """
 
     path: str
@@ -49,25 +52,34 @@ class LinearSite:
     shape: tuple[int, int]
     transposed: bool
     kind: Literal["attn", "mlp", "other"]
+    factor: Factor | None = None
 
-    def factor(self, name: str) -> str:
-        """The local name of a parameter that stands in the weight's place: `weight_in` for instance."""
-        return self.weight.removesuffix("weight") + name
+    def part(self, factor: Factor) -> str:
+        """The local name of a part of the weight: `weight_in` for `"in"`."""
+        return f"{self.weight}_{factor}"
+
+    def beside(self, name: str) -> str:
+        """The local name of something else that belongs to the weight, in the weight's module. Only a weight
+        that is not called `weight` shows in it, since there may be another such weight beside it."""
+        path, _, leaf = self.weight.rpartition(".")
+        own = name if leaf == "weight" else f"{leaf}_{name}"
+        return f"{path}.{own}" if path else own
 
     def dense(self, old: Mapping[str, Tensor]) -> Tensor:
-        """The weight as `[out, in]`, from values by local name."""
+        """The weight as `[out, in]`, a view, from the region's values by local name."""
         return old[self.weight].T if self.transposed else old[self.weight]
 
     def stored(self, dense: Tensor) -> Tensor:
-        """`[out, in]` as the weight is stored."""
+        """A weight `[out, in]` as the module stores it: `[in, out]`, contiguous, if it is transposed."""
         return dense.T.contiguous() if self.transposed else dense
 
 
 def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
-    """The linears of a region, in graph order; weights that something else reads too are left out.
+    """The linears of a region, in graph order. A weight that something else reads too, an embedding for
+    instance, is left out.
 
     Args:
-        factors: also those that a low-rank pass made, whose parameters are not named `weight`.
+        factors: also those whose weights are factors that a low-rank pass made.
     """
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes_of(region.graph, F.linear):
@@ -76,12 +88,13 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
             calls.setdefault(name, []).append(node)
     for name, nodes in calls.items():
         transposed = is_transposed(nodes[0])
-        if _reads(region.graph, name) > len(nodes) or not (factors or name.endswith("weight")):
+        spec = region.parameters[name]
+        if _reads(region.graph, name) > len(nodes) or (spec.factor is not None and not factors):
             continue
         path = name.rpartition(".")[0]
-        rows, columns = region.parameters[name].shape
+        rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        yield LinearSite(path, name, tuple(nodes), shape, transposed, _kind(region.name(path)))
+        yield LinearSite(path, name, tuple(nodes), shape, transposed, _kind(region.name(path)), spec.factor)
 
 
 def _reads(graph: fx.Graph, name: str) -> int:
@@ -100,7 +113,8 @@ def _kind(fqn: str) -> Literal["attn", "mlp", "other"]:
 
 
 def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
-    """Whether a linear stands where `scope` says; one outside attention and MLPs has to be named."""
+    """Whether a linear stands where `scope` says. A linear outside attention and MLPs is in scope only if
+    `targets` are given, and not everything."""
     if site.kind == "other":
         return "*" not in targets
     return scope in ("all", site.kind)
@@ -112,21 +126,19 @@ class FactorisingPass(StructuralPass):
 
     Attributes:
         scope: linears of attention (`"attn"`), of the MLPs (`"mlp"`), or both.
-        attn_rank: rank R of the former; must be given if the scope has them.
-        mlp_rank: of the latter, and of linears outside both that `targets` names.
+        attn_rank: rank R of attention's linears, 1 or more. It must be given if they are in scope.
+        mlp_rank: the same for the MLPs' linears, and for linears outside both that `targets` names.
     """
 
     scope: Scope = "all"
-    attn_rank: int | None = None
-    mlp_rank: int | None = None
+    attn_rank: Annotated[int, Range(ge=1)] | None = None
+    mlp_rank: Annotated[int, Range(ge=1)] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key, kind in (("attn_rank", "attn"), ("mlp_rank", "mlp")):
-            rank = getattr(self, key)
-            if rank is None and self.scope in ("all", kind):
+            if getattr(self, key) is None and self.scope in ("all", kind):
                 raise PassError(f"{self.name}: {key} is missing, which scope '{self.scope}' needs")
-            if rank is not None and rank < 1:
-                raise PassError(f"{self.name}: {key} must be at least 1, got {rank}")
 
     def plan(self, region: Region) -> Plan:
         sites = [site for site in linear_sites(region) if self._takes(region, site)]
@@ -164,18 +176,27 @@ class FactorisingPass(StructuralPass):
 
 def factor_specs(region: Region, site: LinearSite, rank: int) -> dict[str, ParameterSpec]:
     """`weight_in` `[R, in]` and `weight_out` `[out, R]`, otherwise like the weight."""
-    dense = region.parameters[site.weight]
     out_features, in_features = site.shape
     return {
-        site.factor("weight_in"): replace(dense, shape=torch.Size((rank, in_features))),
-        site.factor("weight_out"): replace(dense, shape=torch.Size((out_features, rank))),
+        site.part("in"): part_spec(region, site, "in", (rank, in_features)),
+        site.part("out"): part_spec(region, site, "out", (out_features, rank)),
     }
 
 
+def part_spec(region: Region, site: LinearSite, factor: Factor, shape: tuple[int, int]) -> ParameterSpec:
+    """A part of the weight, of another shape and otherwise like it."""
+    return replace(region.parameters[site.weight], shape=torch.Size(shape), factor=factor)
+
+
 def bottleneck(region: Region, site: LinearSite, call: fx.Node, activation: Target | None) -> fx.Node:
-    """Insert activation(linear(x, weight_in)), or the linear alone, before a call of the linear."""
+    """Insert activation(linear(x, weight_in)), `[..., R]`, at the graph's point of insertion.
+
+    Args:
+        call: of the linear; only its input x is read.
+        activation: None for the linear alone.
+    """
     graph = region.graph
-    weight = graph.get_attr(site.factor("weight_in"))
+    weight = graph.get_attr(site.part("in"))
     hidden = graph.call_function(F.linear, (call.args[0], weight, None))
     return hidden if activation is None else graph.call_function(activation, (hidden,))  # type: ignore[arg-type]
 
@@ -185,7 +206,7 @@ def factorise(region: Region, site: LinearSite, activation: Target | None) -> No
     for call in site.nodes:
         with region.graph.inserting_before(call):
             hidden = bottleneck(region, site, call, activation)
-            weight = region.graph.get_attr(site.factor("weight_out"))
+            weight = region.graph.get_attr(site.part("out"))
             output = region.graph.call_function(F.linear, (hidden, weight, call.args[2]))
         replace_node(region.graph, call, output)
 

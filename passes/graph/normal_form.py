@@ -40,7 +40,11 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def normalise(graph: fx.Graph, module: nn.Module) -> None:
-    """Bring a traced graph into normal form, in place."""
+    """Bring a traced graph into normal form, in place.
+
+    Args:
+        module: what was traced; linears are opened by the tracer, activations here.
+    """
     for node in list(graph.nodes):
         node.type = None  # annotations, which may be strings that pickle cannot look up
         if node.op == "call_module":
@@ -96,13 +100,13 @@ def is_product(node: Any) -> TypeGuard[fx.Node]:
 
 
 def _pure(activation: fx.Node) -> bool:
-    """Whether an activation can be taken as a function, though it may be written in place."""
+    """Whether an activation can be replaced by its function: it writes into nothing that others see."""
     written = activation.kwargs.get("inplace") or True in activation.args[1:]
     return not written or _alone(_argument(activation, 0, "input"))
 
 
 def _alone(value: fx.Node) -> bool:
-    """Whether nobody sees a write into a value but its one user."""
+    """Whether a value has one user only, so that nobody else sees it if that user writes into it."""
     return len(value.users) == 1 and value.op != "placeholder"
 
 
@@ -141,14 +145,14 @@ def is_call(node: Any, target: Callable[..., Any]) -> TypeGuard[fx.Node]:
 
 
 def parameter_name(argument: Any) -> str | None:
-    """The parameter that an argument is, or is the transpose of; None for anything else."""
+    """The local name of the parameter that an argument of a call is, or is the transpose of, or None."""
     if isinstance(argument, fx.Node) and argument.op == "call_method" and argument.target == "t":
         argument = argument.args[0]
     return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
 
 
 def readers(graph: fx.Graph, name: str) -> int:
-    """How often a graph reads a parameter: more than once in a module that is called twice."""
+    """How many nodes read a parameter. A module that is called twice reads its weight twice."""
     return sum(len(node.users) for node in graph.nodes if node.op == "get_attr" and node.target == name)
 
 

@@ -10,11 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
+
+from act24.errors import PassError
+from act24.passes.graph.measurements import Measurement
+
+#: Parts of a dense weight (`ParameterSpec.factor`).
+Factor = Literal["in", "out", "columns"]
 
 #: First values of new parameters: (old values by local name, generator by local name) -> new values.
 Initialise = Callable[[Mapping[str, Tensor], Callable[[str], torch.Generator]], Mapping[str, Tensor]]
@@ -27,6 +33,8 @@ class ParameterSpec:
     Attributes:
         shape, dtype, device, requires_grad: as of the tensor.
         shared: other places, fully qualified, that hold the same parameter.
+        factor: which part of a dense weight it is, where a pass has made it one: `"in"` and `"out"` are the
+            two factors, `"columns"` some columns beside them. None: a parameter of its own.
     """
 
     shape: torch.Size
@@ -34,6 +42,7 @@ class ParameterSpec:
     device: torch.device
     requires_grad: bool = True
     shared: tuple[str, ...] = ()
+    factor: Factor | None = None
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -45,31 +54,39 @@ class BufferSpec:
 
     Attributes:
         initial: its first value, from the region's parameters by local name; None: zeros.
+        kind: what it is for, a constant of the pass that asks for it.
+        of: the local name of what it belongs to, a site or a weight.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     persistent: bool
     initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    kind: str = ""
+    of: str = ""
+
+    @torch.no_grad()
+    def reset_(self, buffer: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        """Give the buffer its first value."""
+        buffer.zero_() if self.initial is None else buffer.copy_(self.initial(parameters))
 
 
 @dataclass(frozen=True)
 class NewParameters:
-    """Parameters that a pass creates: `initialise` makes the values of `names` from those of `sources`.
+    """Parameters that a pass creates.
 
-    It may make first values of persistent buffers as well. Where `scored` is set it finds, beside each
-    source, what the shell measured of it, under `column_scores_key`.
+    Attributes:
+        sources: parameters that go, local names.
+        names: parameters that come.
+        initialise: makes the values of `names`, and of persistent buffers if it likes, from those of
+            `sources`. It finds the results of `measured` beside them.
+        measured: by a local name of the pass's choice.
     """
 
     sources: tuple[str, ...]
     names: tuple[str, ...]
     initialise: Initialise
-    scored: bool = False
-
-
-def column_scores_key(weight: str) -> str:
-    """Where `initialise` finds the scores of a weight's input channels."""
-    return f"{weight}:column_scores"
+    measured: Mapping[str, Measurement] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,13 +147,33 @@ class Region:
         specs: Mapping[str, ParameterSpec],
         initialise: Initialise,
         replaces: tuple[str, ...] = (),
-        scored: bool = False,
+        measured: Mapping[str, Measurement] | None = None,
     ) -> None:
-        """Add parameters, and take away those that they replace; a name may be in both."""
-        self.created.append(NewParameters(replaces, tuple(specs), initialise, scored))
+        """Add parameters, and take away those that they replace. A name may be in both.
+
+        Args:
+            specs: of the new ones, by local name.
+            initialise, replaces, measured: as `NewParameters` has them.
+
+        Raises:
+            PassError: the module has another parameter of a new name.
+        """
+        for name in specs:
+            if name in self.parameters and name not in replaces:
+                raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
+        self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)
+
+    @property
+    def measurements(self) -> dict[str, Measurement]:
+        """What has to be measured before the region can be built; all names fully qualified."""
+        return {
+            self.name(name): replace(wanted, parameter=self.name(wanted.parameter))
+            for new in self.created
+            for name, wanted in new.measured.items()
+        }
 
     def add_buffer(
         self,
@@ -145,9 +182,18 @@ class Region:
         dtype: torch.dtype,
         persistent: bool,
         initial: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        kind: str = "",
+        of: str = "",
     ) -> None:
-        """Add a buffer (`BufferSpec`); several passes may ask for the same one."""
-        self.buffers[name] = BufferSpec(shape, dtype, persistent, initial)
+        """Add a buffer (`BufferSpec`). Several passes may ask for the same one.
+
+        Raises:
+            PassError: the module has something else of this name.
+        """
+        taken = name in self.parameters or name in dict(self.module.named_buffers(remove_duplicate=False))
+        if taken and name not in self.buffers:
+            raise PassError(f"{self.name(name)} is there already: a pass needs a buffer of this name")
+        self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 
 class RegionModule(fx.GraphModule):
@@ -156,7 +202,12 @@ class RegionModule(fx.GraphModule):
     Regions with equal code share one class (`share_class`), so that torch.compile sees one function and
     compiles it once, not once a layer. A copy keeps the class; `recompile` after editing the graph of one
     region by hand leaves the shared class first.
+
+    Attributes:
+        buffer_kinds: of the buffers that passes added, by local name: their kind, and what they belong to.
     """
+
+    buffer_kinds: dict[str, tuple[str, str]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
         # GraphModule's own copy makes a class for each module, leaves out what the graph does not read, and
@@ -177,59 +228,108 @@ class RegionModule(fx.GraphModule):
 
 
 def materialise(
-    region: Region,
-    generator: Callable[[str], torch.Generator],
-    column_scores: Mapping[str, Tensor] | None = None,
+    region: Region, generator: Callable[[str], torch.Generator], measured: Mapping[str, Tensor] | None = None
 ) -> RegionModule:
-    """Build the module of a region: old tensors as they are, new ones from `generator(fqn)`.
+    """Build the module of a region. Tensors that no pass replaced are the traced module's own.
 
     Args:
-        column_scores: by fully qualified name, of the weights that a pass wants them of.
+        generator: of the first values of a new parameter, by its fully qualified name.
+        measured: the results of `region.measurements`, by the same names.
     """
     old = dict(region.module.named_parameters(remove_duplicate=False))
-    values: dict[str, Tensor] = dict(old)
-    with torch.no_grad():
-        for new in region.created:
-            # On the meta device what an earlier pass created has no value.
-            sources = {name: values.pop(name) for name in new.sources if name in values}
-            if len(sources) == len(new.sources) and not any(t.is_meta for t in sources.values()):
-                if new.scored:
-                    scores = column_scores or {}
-                    sources |= {column_scores_key(n): scores[region.name(n)] for n in new.sources}
-                values.update(new.initialise(sources, lambda name: generator(region.name(name))))
+    values = _first_values(region, old, generator, measured or {})
     module = RegionModule(nn.Module(), fx.Graph())
     module.train(region.module.training)
     for name, spec in region.parameters.items():
-        if name in old and values.get(name) is old[name]:
-            tensor = old[name]
-        else:
-            value = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
-            if name in values:  # not on the meta device, where there is no value to give
-                value.copy_(values[name])
-            tensor = nn.Parameter(value, requires_grad=spec.requires_grad)
-        parent, leaf = _namespace(module, name)
-        parent.register_parameter(leaf, tensor)
+        kept = name in old and values.get(name) is old[name]
+        parameter = old[name] if kept else _new_parameter(spec, values.get(name))
+        _namespace(module, name).register_parameter(_leaf(name), parameter)
+    _adopt_buffers(region, module)
+    _add_buffers(region, module, values)
+    for node in region.graph.nodes:
+        if node.op == "call_module":
+            stands = region.module.get_submodule(node.target)
+            _namespace(module, node.target)._modules[_leaf(node.target)] = stands
+    module.graph = region.graph
+    return module
+
+
+def _first_values(
+    region: Region,
+    old: Mapping[str, Tensor],
+    generator: Callable[[str], torch.Generator],
+    measured: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The values of all parameters by local name, and of the buffers that a pass makes along with them.
+
+    What a pass creates on the meta device has none, and neither has what a later pass makes of that.
+    """
+    values = dict(old)
+    with torch.no_grad():
+        for new in region.created:
+            sources = {name: values.pop(name) for name in new.sources if name in values}
+            if len(sources) < len(new.sources) or any(tensor.is_meta for tensor in sources.values()):
+                continue
+            sources |= {name: measured[region.name(name)] for name in new.measured}
+            values.update(new.initialise(sources, lambda name: generator(region.name(name))))
+    return values
+
+
+def _new_parameter(spec: ParameterSpec, value: Tensor | None) -> nn.Parameter:
+    """A parameter as a pass described it; on the meta device there is no value to give."""
+    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+    if value is not None:
+        with torch.no_grad():
+            tensor.copy_(value)
+    return nn.Parameter(tensor, requires_grad=spec.requires_grad)
+
+
+def _adopt_buffers(region: Region, module: RegionModule) -> None:
+    """Register the traced module's buffers, the same tensors, as persistent as they were."""
     for name, buffer in region.module.named_buffers(remove_duplicate=False):
-        path, _, leaf = name.rpartition(".")
-        persistent = leaf not in region.module.get_submodule(path)._non_persistent_buffers_set
-        parent, leaf = _namespace(module, name)
-        parent.register_buffer(leaf, buffer, persistent=persistent)
+        owner = region.module.get_submodule(name.rpartition(".")[0])
+        persistent = _leaf(name) not in owner._non_persistent_buffers_set
+        _namespace(module, name).register_buffer(_leaf(name), buffer, persistent=persistent)
+
+
+def _add_buffers(region: Region, module: RegionModule, values: Mapping[str, Tensor]) -> None:
+    """Register the buffers that passes ask for, with their first values."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     for name, spec in region.buffers.items():
         buffer = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
         if name in values:
             buffer.copy_(values[name])
-        elif spec.initial is not None and not buffer.is_meta:
-            buffer.copy_(spec.initial(parameters))
-        parent, leaf = _namespace(module, name)
-        parent.register_buffer(leaf, buffer, persistent=spec.persistent)
-    for node in region.graph.nodes:
-        if node.op == "call_module":
-            parent, leaf = _namespace(module, node.target)
-            parent._modules[leaf] = region.module.get_submodule(node.target)
-    module.graph = region.graph
-    return module
+        elif not buffer.is_meta:
+            spec.reset_(buffer, parameters)
+        _namespace(module, name).register_buffer(_leaf(name), buffer, persistent=spec.persistent)
+    module.buffer_kinds = {name: (spec.kind, spec.of) for name, spec in region.buffers.items()}
+
+
+def reset_buffers_(module: RegionModule, specs: Mapping[str, BufferSpec]) -> None:
+    """Give buffers that passes added their first values, as far as parameters tell.
+
+    Args:
+        specs: by local name, as in `Region.buffers`.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, spec in specs.items():
+        spec.reset_(module.get_buffer(name), parameters)
+
+
+def buffers_of(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]:
+    """The buffers of one kind in the regions among some modules, by the full name of what they belong to.
+
+    Args:
+        modules: by full name: a pipeline's regions, or `dict(model.named_modules())`.
+    """
+    return {
+        ".".join(part for part in (fqn, of) if part): module.get_buffer(name)
+        for fqn, module in modules.items()
+        if isinstance(module, RegionModule)
+        for name, (its_kind, of) in module.buffer_kinds.items()
+        if its_kind == kind
+    }
 
 
 @dataclass(frozen=True)
@@ -258,7 +358,11 @@ def lowering(graph: fx.Graph, classes: dict[tuple[Any, ...], type]) -> Lowering:
 
 
 def lower_(module: RegionModule, to: Lowering, classes: dict[tuple[Any, ...], type]) -> None:
-    """Give a region's module another graph over the same tensors; `classes` as for `lowering`."""
+    """Give a region's module another graph over the same tensors.
+
+    Args:
+        classes: as for `lowering`.
+    """
     _set_class(module, to.region_class, classes)
     module._graph = to.graph
     module._code = to.code.src
@@ -291,11 +395,14 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return duplicate
 
 
-def _namespace(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the last part of a dotted name, made of plain modules where missing."""
-    *path, leaf = name.split(".")
-    for part in path:
+def _namespace(root: nn.Module, name: str) -> nn.Module:
+    """The module that holds the tensor or module of a dotted name, made of plain modules where missing."""
+    for part in name.split(".")[:-1]:
         if part not in root._modules:
             root.add_module(part, nn.Module().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
-    return root, leaf
+    return root
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

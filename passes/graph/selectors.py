@@ -11,34 +11,62 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from act24.errors import Act24Error
+from act24.errors import nearest
+from act24.options import OptionError
+
+_PREFIXES = ("re:", "class:")
 
 
-class SelectorError(Act24Error):
+class SelectorError(OptionError):
     """A selector that cannot be read."""
 
 
+def check_selectors(selectors: Iterable[str], owner: str = "") -> None:
+    """Check that selectors can be read, whatever they would take.
+
+    Args:
+        owner: the option that they are, for errors: "cola: targets".
+
+    Raises:
+        SelectorError: a string where a list of them is due, a malformed regular expression, an unknown
+            prefix, or an empty selector.
+    """
+    where = f"{owner}: " if owner else ""
+    if isinstance(selectors, str):
+        raise SelectorError(f"{where}selectors come as a list: write [{selectors!r}] for {selectors!r}")
+    for selector in selectors:
+        if reason := _unreadable(selector):
+            raise SelectorError(f"{where}selector {selector!r} {reason}")
+
+
+def _unreadable(selector: str) -> str:
+    """Why a selector cannot be read, or the empty string."""
+    prefix, colon, rest = selector.partition(":")
+    if not colon or not prefix.isidentifier():  # a glob, in which a colon is a letter like others
+        return "" if selector else "names nothing: write '*' for everything"
+    if prefix + colon not in _PREFIXES:
+        return f"begins with no known prefix: {nearest(prefix + colon, _PREFIXES)}"
+    if not rest:
+        return f"has nothing behind '{prefix}:'"
+    try:
+        re.compile(rest if prefix == "re" else "")
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is no regular expression: {error}"
+    return ""
+
+
 def matches(selector: str, fqn: str, class_name: str) -> bool:
-    """Whether one selector takes the module `fqn` of class `class_name`."""
+    """Whether one selector takes the module `fqn` of class `class_name`. It has to be readable
+    (`check_selectors`)."""
     if selector.startswith("re:"):
-        try:
-            return re.fullmatch(selector[3:], fqn) is not None
-        except re.error as error:
-            raise SelectorError(f"selector '{selector}' is no regular expression: {error}") from None
+        return re.fullmatch(selector[3:], fqn) is not None
     if selector.startswith("class:"):
         return selector[6:] == class_name
     return fnmatchcase(fqn, selector)
 
 
 def selected(targets: Iterable[str], ignore: Iterable[str], fqn: str, class_name: str) -> bool:
-    """Whether some target takes the module and nothing in `ignore` does.
-
-    Raises:
-        SelectorError: a selector that cannot be read, or one where a list of them is due.
-    """
-    for given in (targets, ignore):
-        if isinstance(given, str):
-            raise SelectorError(f"selectors come as a list: write ['{given}'] for '{given}'")
+    """Whether some target takes the module and nothing in `ignore` does."""
     return any(matches(s, fqn, class_name) for s in targets) and not any(
         matches(s, fqn, class_name) for s in ignore
     )

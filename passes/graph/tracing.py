@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from act24.passes.base import PassError
+from act24.errors import PassError
 from act24.passes.graph.clean_trace import Unclean, clean_trace, is_closed, matrices
 from act24.passes.graph.region import ParameterSpec, Region, RegionModule
 
@@ -22,8 +22,8 @@ def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
     """Find the regions of a model. The model is not touched.
 
     Returns:
-        the regions in the order in which the model lists its modules, and the modules that were looked at
-        and are none, as "fqn [class]" with the reason.
+        the regions in the order in which the model lists its modules; and by "fqn [class]" the modules that
+        were tried and could not be traced, with the reason.
 
     Raises:
         PassError: the model was already rewritten.

@@ -15,9 +15,8 @@ from act24.llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     llama_config,
-    rotary_embedding,
-    rotate,
 )
+from act24.rotary import rotary_embedding, rotate
 
 TINY = LlamaConfig(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6
@@ -171,9 +170,25 @@ def test_overrides_replace_single_fields() -> None:
         ("llama-9m", {"hidden_size": 130}, "num_attention_heads 4"),
         ("llama-9m", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ("llama-9m", {"hidden_size": 12}, "even head_dim, not 3"),
-        ("llama-9m", {"intermediate_size": 0}, "intermediate_size .* not 0"),
-        ("llama-9m", {"vocab_size": "32000"}, "vocab_size .* not '32000'"),
-        ("llama-9m", {"rope_theta": -1.0}, "rope_theta .* not -1.0"),
+        ("llama-9m", {"intermediate_size": 0}, "model: intermediate_size .* 1 or more .* got 0"),
+        ("llama-9m", {"vocab_size": "32000"}, "vocab_size .* integer, got '32000'"),
+        ("llama-9m", {"vocab_size": True}, "vocab_size .* integer, got True"),
+        ("llama-9m", {"rope_theta": -1.0}, "rope_theta .* above 0, got -1.0"),
+        ("llama-9m", {"rope_theta": float("inf")}, "rope_theta .* got inf"),
+        ("llama-9m", {"initializer_range": float("nan")}, "initializer_range .* got nan"),
+        (
+            "llama-9m",
+            {"num_hidden_layers": 10**18},
+            "layers .* 10000 at most, got 10{18}$",
+        ),
+        (
+            "llama-9m",
+            {"num_hidden_layers": 10**5000},
+            "layers .* more than 30 digits",
+        ),
+        ("llama-9m", {"hidden_size": 10**9}, "hidden_size .* 1e\\+08 at most"),
+        ("llama-9m", {"tie_word_embeddings": "yes"}, "tie_word_embeddings .* true or false, got 'yes'"),
+        ("llama-9m", {"head_dim": 5}, "even head_dim, not 5"),
     ],
 )
 def test_bad_configurations_are_named(preset: str, overrides: dict, told: str) -> None:

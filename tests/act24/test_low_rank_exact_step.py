@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from act24.errors import Act24Error
 from act24.low_rank.diagnostics import balance, largest_singular_value
 from act24.low_rank.exact_step import exact_step, refactor
 
@@ -191,3 +192,29 @@ def test_balance_is_the_ratio_of_norms():
         [(o.norm() / i.norm()).item() for i, o in zip(weight_in, weight_out, strict=True)]
     )
     torch.testing.assert_close(balance(weight_in, weight_out), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weight_in": torch.zeros(3, 5)}, r"\[n, R, in\] and \[n, out, R\], got \[3, 5\]"),
+        ({"weight_in": torch.zeros(2, 4, 5)}, r"got \[2, 4, 5\] and \[2, 7, 3\]"),
+        ({"weight_in": torch.zeros(1, 3, 5)}, r"got \[1, 3, 5\]"),
+        ({"direction_in": torch.zeros(2, 5, 3)}, r"as the factors are, got \[2, 5, 3\]"),
+        ({"direction_out": torch.zeros(7, 3)}, r"and \[7, 3\]"),
+        ({"lr": -0.1}, "lr has to be 0 or more"),
+        ({"lr": float("nan")}, "lr has to be 0 or more, got nan"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change, named):
+    weight_in, weight_out, _, direction_in, direction_out = problem(2, 7, 5, 3, seed=0)
+    good = {
+        "weight_in": weight_in,
+        "weight_out": weight_out,
+        "direction_in": direction_in,
+        "direction_out": direction_out,
+        "lr": 0.1,
+    }
+    assert exact_step(**good).valid.all()
+    with pytest.raises(Act24Error, match=named):
+        exact_step(**{**good, **change})

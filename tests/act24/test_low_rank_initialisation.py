@@ -144,3 +144,25 @@ def test_random_columns_are_distinct_ascending_and_seeded():
     assert len(drawn) == 10
     assert torch.equal(drawn, random_columns(100, 10, generator_for(0, "a")))
     assert not torch.equal(drawn, random_columns(100, 10, generator_for(0, "b")))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: initial_factors("svd", torch.zeros(4, 6), 5, torch.Generator(), torch.Generator()),
+        lambda: initial_factors("xavier", torch.zeros(4, 6), 0, torch.Generator(), torch.Generator()),
+        lambda: initial_factors("randn_1e999", torch.zeros(4, 6), 2, torch.Generator(), torch.Generator()),
+        lambda: initial_factors(
+            "auto", torch.zeros(4, 6), 2, torch.Generator(), torch.Generator(), initializer_range=math.inf
+        ),
+        lambda: truncated_factors(torch.zeros(1, 4, 6), 5),
+        lambda: low_rank_and_scores(torch.zeros(1, 4, 6), 2, window=-1),
+        lambda: kept_columns(8, 0.0),
+        lambda: kept_columns(8, math.nan),
+        lambda: top_columns(torch.zeros(1, 6), 7),
+        lambda: random_columns(6, 7, torch.Generator()),
+    ],
+)
+def test_numbers_out_of_range_are_refused(call):
+    with pytest.raises(Act24Error):
+        call()

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 import act24
 from act24.operation import cast_for_autocast, operation
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 
 
 class _Tripled(torch.autograd.Function):

@@ -229,6 +229,11 @@ def test_groups_decay_matrices_but_no_norms_biases_and_embeddings():
         ({"lr": 0.1, "eps": 0.0}, "eps"),
         ({"lr": 0.1, "weight_decay": -0.1}, "weight_decay"),
         ({"lr": 0.1, "momentum_reset_steps": -1}, "momentum_reset_steps"),
+        ({"lr": math.inf}, "lr"),
+        ({"lr": 0.1, "betas": (2, -1)}, "betas"),
+        ({"lr": 0.1, "betas": 0.9}, "betas"),
+        ({"lr": 0.1, "eps": math.inf}, "eps"),
+        ({"lr": 0.1, "momentum_reset_steps": 10**18}, "momentum_reset_steps"),
         ({"lr": 0.1, "state_dtype": "float23"}, "did you mean 'float32'"),
     ],
 )
@@ -237,3 +242,15 @@ def test_bad_options_are_named(options, named):
         AdamW(parameters_of(torch.float32), **options)
     with pytest.raises(Act24Error, match="did you mean 'matrices'"):
         parameter_groups(nn.Linear(2, 2), 0.1, decay="matrixes")
+
+
+@pytest.mark.parametrize("change", [{"step": 0}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"eps": math.nan}])
+def test_rules_refuse_numbers_out_of_range(change):
+    rows = [tensors(2, torch.float32) for _ in range(4)]
+    numbers = {"step": 1, "betas": (0.9, 0.95), "eps": 1e-8} | change
+    with pytest.raises(Act24Error, match=next(iter(change))):
+        adam_direction(*rows[1:], **numbers)
+    with pytest.raises(Act24Error, match=next(iter(change))):
+        adamw_(*rows, lr=0.1, weight_decay=0.0, **numbers)
+    with pytest.raises(Act24Error, match="every"):
+        reset_due(3, -1)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act24.relu2 import relu2
+from act24.options import OptionError
+from act24.relu2 import FUNCTIONS, activation, relu2, slope, slope_from_value
 
 FINITE = st.floats(-1e6, 1e6, width=32)
 
@@ -41,3 +42,23 @@ def test_one_tensor_is_saved() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
         relu2(hidden * 1)
     assert len(saved) == 1
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_slopes_are_those_of_autograd(function: str) -> None:
+    """From relu(h), and from the saved activation: for every bfloat16 number whose square is one too."""
+    hidden = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    hidden = hidden[(hidden.abs() > 1e-18) & (hidden.abs() < 1e18)].requires_grad_()
+    formula = torch.relu(hidden) ** (2 if function == "relu2" else 1)
+    (expected,) = torch.autograd.grad(formula.sum(), hidden)
+    positive = torch.relu(hidden.detach())
+    value = activation(positive, function)
+    assert torch.equal(value, formula)
+    assert torch.equal(slope(positive, function), expected)
+    assert torch.equal(slope_from_value(value, function), expected)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    for call in (activation, slope, slope_from_value):
+        with pytest.raises(OptionError, match="gelu"):
+            call(torch.ones(2), "gelu")

@@ -1,7 +1,5 @@
 """Schedules against printed values of the published runs, and against the properties they are used for."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +8,10 @@ from hypothesis import strategies as st
 from act24.errors import Act24Error
 from act24.schedules import (
     SCHEDULES,
+    Constant,
+    Cosine,
+    CosineRestart,
+    Linear,
     constant,
     cosine,
     cosine_restart,
@@ -165,9 +167,25 @@ def test_constant_warms_up():
 
 def test_the_table_holds_every_schedule_under_its_name():
     assert sorted(SCHEDULES) == ["constant", "cosine", "cosine_restart", "linear"]
-    assert SCHEDULES["cosine"](50, total_steps=100, warmup_steps=0, min_lr_ratio=0.0) == pytest.approx(
-        0.5 * (1 + math.cos(math.pi / 2))
-    )
+    assert all(schedule.name == name for name, schedule in SCHEDULES.items())
+
+
+@pytest.mark.parametrize("step", [0, 3, 10, 57, 99])
+def test_a_schedule_is_its_function_of_its_options(step):
+    given = {"warmup_steps": 10, "min_lr_ratio": 0.2}
+    restarts = {
+        "restart_every": 20,
+        "restart_warmup_steps": 3,
+        "lr_adjust_steps": -7,
+        "restart_in_warmup": False,
+    }
+    assert Cosine(**given).multiplier(step, 100) == cosine(step, total_steps=100, **given)
+    assert Linear(**given).multiplier(step, 100) == linear(step, total_steps=100, **given)
+    assert Constant(**given).multiplier(step, 100) == constant(step, warmup_steps=10)
+    made = CosineRestart(**given, **restarts)
+    assert made.multiplier(step, 100) == cosine_restart(step, total_steps=100, **given, **restarts)
+    plain = CosineRestart(**given, restart_every=20)
+    assert plain.multiplier(step, 100) == cosine_restart(step, total_steps=100, **given, restart_every=20)
 
 
 GOOD = {"total_steps": 100, "warmup_steps": 10, "min_lr_ratio": 0.1}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import Trunk, features, llama, tokens
 
+from act24.errors import Act24Error
 from act24.passes import (
     Activation24,
     ActivationStatistics,
@@ -24,7 +25,8 @@ from act24.passes import (
 )
 from act24.passes.activation24 import SCALE, SEED, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.pattern.selection import top2_of_4
 
 METHODS = ("naive", "mvue", "soft_dynamic", "soft_threshold_weights")
@@ -295,17 +297,27 @@ def test_only_a_fixed_scale_asks_who_reads() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "ste", "backward": "sparse"}, "straight-through"),
+        ({"estimator": "ste", "backward": "sparse"}, "straight through"),
         ({"recompute": True, "precision": "fp8"}, "no fp8"),
         ({"dense_ratio": 1.0}, "dense_ratio"),
         ({"dense_ratio": -0.1}, "dense_ratio"),
         ({"dynamic_steps": -1}, "dynamic_steps"),
         ({"calibration_samples": 0}, "calibration_samples"),
         ({"from_step": 5, "until_step": 5}, "until_step"),
+        ({"precision": "e4m3"}, "precision has no 'e4m3'"),
+        ({"backward": "exact"}, "backward has no 'exact'"),
+        ({"method": "soft"}, "method has no 'soft'"),
+        ({"estimator": "straight"}, "estimator has no 'straight'"),
+        ({"dense_ratio": float("nan")}, "dense_ratio"),
+        ({"dynamic_steps": 2.5}, "dynamic_steps has to be an integer"),
+        ({"scale_from": "activation"}, "scale_from"),
+        ({"token_permutation": "random"}, "token_permutation"),
+        ({"kernels": "no"}, "kernels has to be true or false"),
+        ({"algorithms": [1]}, "algorithms has to be a tuple"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(PassError, match=message):
+    with pytest.raises(Act24Error, match=message):
         Activation24(**options)
 
 

@@ -113,12 +113,17 @@ def test_a_width_without_groups_is_counted_all_the_same() -> None:
     assert entries["dropped_nonzeros"] == entries["dropped_energy"] == 0
 
 
-def test_two_sites_of_one_name_add_up() -> None:
+def test_two_calls_of_a_module_are_two_sites() -> None:
     class Twice(Relu2MLP):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(super().forward(x))
 
-    model = nn.ModuleList([Twice()])
+    model, plain = nn.ModuleList([Twice()]), Relu2MLP()
+    plain.load_state_dict(model[0].state_dict())
     apply_(model, [ActivationStatistics()])
-    model[0](features(3, 16))
-    assert counts(model)["0"]["elements"] == 2 * 3 * 32
+    x = features(3, 16)
+    model[0](x)
+    for site in ("0.call_1", "0.call_2"):
+        for name, value in by_hand(plain.up(x)).items():
+            assert counts(model)[site][name] == pytest.approx(value, rel=1e-5)
+        x = plain(x)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from toys import llama, tokens
 
+from act24.options import OptionError
 from act24.passes import Activation24, ActivationStatistics, Cola, PassError, Pipeline, Relu2FFN, apply_, plan
 from act24.passes.activation_statistics import BUFFER
 from act24.relu2 import relu2
@@ -90,6 +91,20 @@ def test_dropping_a_silu_that_is_not_there_is_said():
     report = plan(llama(layers=1), passes)
     assert [reason for _, _, reason in report.misses] == ["no SiLU behind it to drop"]
     assert not plan(llama(), [Cola(attn_rank=8, mlp_rank=8, mlp_activation="drop")]).misses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bottleneck": "gelu"}, "cola: bottleneck has no 'gelu'"),
+        ({"bottleneck": "none"}, "cola: bottleneck has no 'none'"),  # which is low_rank
+        ({"mlp_activation": True}, "cola: mlp_activation has no True"),
+        ({"attn_rank": 8.0}, "cola: attn_rank has to be an integer, got 8.0"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(OptionError, match=message):
+        Cola(**{"attn_rank": 8, "mlp_rank": 8, **options})
 
 
 def test_layers_share_one_class_and_compile_without_breaks():

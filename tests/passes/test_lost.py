@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from toys import llama, tokens
 
+from act24.errors import Act24Error
 from act24.initialise import generator_for
-from act24.llama import LlamaForCausalLM, llama_config, rotary_embedding
+from act24.llama import LlamaForCausalLM, llama_config
 from act24.passes import Activation24, Lost, PassError, Pipeline, Recompute, Relu2FFN, apply_, plan
 from act24.relu2 import relu2
+from act24.rotary import rotary_embedding
 
 RANKS = {"attn_rank": 6, "mlp_rank": 8}
 UP = "model.layers.0.mlp.up_proj"
@@ -108,18 +110,22 @@ def test_random_columns_depend_on_seed_and_name():
 def test_gradient_columns_need_the_shells_measurement_and_follow_it():
     model = llama()
     pipeline = Pipeline(model, [Lost(**RANKS, method="gradient", sparsity=0.2)])
-    wanted = pipeline.needs_column_scores
+    wanted = pipeline.measurements
     assert len(wanted) == 14
-    assert f"{UP}.weight" in wanted
+    up = wanted[f"{UP}.column_scores"]
+    assert (up.what, up.parameter, up.shape) == ("column_scores", f"{UP}.weight", (32,))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(PassError, match=r"14 weights, model\.layers\.0\.self_attn\.q_proj\.weight the first"):
+    first = r"14 measurements are missing, column_scores of model\.layers\.0\.self_attn\.q_proj\.weight the"
+    with pytest.raises(PassError, match=first):
         pipeline.commit_()
+    scores = {name: torch.rand(one.shape) for name, one in wanted.items()}
+    with pytest.raises(PassError, match=r"up_proj\.weight has to have shape \[32\], got \[31\]"):
+        pipeline.commit_({**scores, f"{UP}.column_scores": torch.rand(31)})
     assert model.state_dict().keys() == before.keys()
-    scores = {name: torch.rand(model.get_parameter(name).shape[1]) for name in wanted}
-    pipeline.commit_(column_scores=scores)
-    best = scores[f"{UP}.weight"].argsort(descending=True)[:6].sort().values
+    pipeline.commit_(scores)
+    best = scores[f"{UP}.column_scores"].argsort(descending=True)[:6].sort().values
     assert torch.equal(model.get_submodule(UP).column_indices, best)
-    assert Pipeline(llama(), [Lost(**RANKS)]).needs_column_scores == ()
+    assert Pipeline(llama(), [Lost(**RANKS)]).measurements == {}
 
 
 def test_indices_are_saved_and_loaded_without_being_drawn_again():
@@ -165,15 +171,16 @@ def test_layers_share_one_class_though_their_columns_differ():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 0.0}, "share of input channels kept"),
-        ({"sparsity": 1.5}, "share of input channels kept"),
-        ({"gamma": 1.2}, "gamma"),
-        ({"svd_rank": -1}, "svd_rank"),
+        ({"sparsity": 0.0}, "lost: sparsity has to be above 0 and 1 at most, got 0.0"),
+        ({"sparsity": 1.5}, "lost: sparsity has to be above 0 and 1 at most, got 1.5"),
+        ({"gamma": 1.2}, "lost: gamma has to be 0 or more and 1 at most, got 1.2"),
+        ({"svd_rank": -1}, "lost: svd_rank has to be 0 or more, got -1"),
+        ({"bottleneck": "gelu"}, "lost: bottleneck has no 'gelu'"),
         ({"svd_rank": 4, "method": "random"}, "no meaning"),
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(PassError, match=message):
+    with pytest.raises(Act24Error, match=message):
         Lost(**RANKS, **options)
 
 
@@ -191,7 +198,7 @@ def test_branches_are_fused_where_no_pass_has_taken_a_part(sparsity, others, fus
     assert block.code.count("select_columns(") == 7 - fused or "recomputed" in block.code
     if not any(isinstance(p, Activation24) for p in others):  # which changes the function
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("act24.passes.pipeline.fuse_columns", lambda region: None)
+            patch.setattr(Lost, "finish", lambda self, region: None)
             apply_(apart, [lost])
         apart.load_state_dict(model.state_dict())
         torch.testing.assert_close(model(tokens()), apart(tokens()))

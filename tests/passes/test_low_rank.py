@@ -210,8 +210,14 @@ def test_a_named_head_is_factorised_and_a_tied_one_refused():
     ("options", "message"),
     [
         ({"attn_rank": 4}, "mlp_rank is missing"),
-        ({"attn_rank": 0, "mlp_rank": 4}, "attn_rank must be at least 1"),
-        ({"attn_rank": 4, "mlp_rank": 4, "init": "xavir"}, "did you mean 'xavier'"),
+        ({"attn_rank": 0, "mlp_rank": 4}, "low_rank: attn_rank has to be 1 or more, got 0"),
+        (
+            {"attn_rank": 4, "mlp_rank": 4, "init": "xavir"},
+            "low_rank: init .* did you mean 'xavier'",
+        ),
+        ({"attn_rank": 4, "mlp_rank": 4, "init": "randn_<std>"}, "init has no 'randn_<std>'"),
+        ({"attn_rank": 4, "mlp_rank": 4, "init": "randn_1e999"}, "low_rank: init .* finite number above 0"),
+        ({"attn_rank": 4, "mlp_rank": 4, "scope": "ffn"}, "low_rank: scope has no 'ffn'"),
         ({"attn_rank": 4, "mlp_rank": 4, "initializer_range": 0.0}, "initializer_range"),
     ],
 )

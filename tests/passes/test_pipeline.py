@@ -15,6 +15,7 @@ from toys import Doubled, Relu2MLP, SwiGLU, Trunk, features, fingerprint, llama
 
 from act24.initialise import generator_for
 from act24.llama import LlamaForCausalLM, llama_config
+from act24.options import OptionError
 from act24.passes import (
     Activation24,
     ActivationStatistics,
@@ -27,8 +28,10 @@ from act24.passes import (
     apply_,
     plan,
 )
-from act24.passes.base import StructuralPass
+from act24.passes.base import Pass, StructuralPass
+from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.region import ParameterSpec
+from act24.sparse24.feed_forward.operation import activation24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,89 @@ class Broken(StructuralPass):
     @staticmethod
     def _fail(old: Mapping[str, Tensor], generator: Any) -> dict[str, Tensor]:
         raise MemoryError("no room")
+
+
+# What is given
+
+
+class Neither(Pass):
+    """Neither structural nor operational: nobody would ever plan it."""
+
+    name: ClassVar[str] = "neither"
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([Relu2FFN], r"Relu2FFN is the class of a pass: write Relu2FFN\(\.\.\.\)"),
+        (Relu2FFN, r"passes come as a list: .*, not Relu2FFN"),
+        (Relu2FFN(), r"passes come as a list: .*, not Relu2FFN\(targets"),
+        ("relu2_ffn", r"passes come as a list: .*, not 'relu2_ffn'"),
+        (["relu2_ffn"], "'relu2_ffn' is no pass"),
+        ([Relu2FFN(), None], "None is no pass"),
+        (None, "passes come as a list: .*, not None"),
+        ([Neither()], "is no pass: .*StructuralPass or OperationalPass"),
+        ([Relu2FFN(), Activation24(), Activation24()], "activation24 is given twice"),
+    ],
+)
+def test_what_is_no_list_of_passes(passes: Any, message: str) -> None:
+    model = llama()
+    before = fingerprint(model)
+    for use in (Pipeline, apply_, plan):
+        with pytest.raises(PassError, match=message) as error:
+            use(model, passes)
+        assert "\n" not in str(error.value)
+    assert fingerprint(model) == before
+
+
+def test_what_is_no_model_no_seed_and_no_step() -> None:
+    with pytest.raises(OptionError, match=r"model has to be a Module, got \[Relu2FFN"):
+        apply_([Relu2FFN()], llama())  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="seed has to be an integer, got "):
+        apply_(llama(), [Relu2FFN()], seed=1.5)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="step has to be 0 or more, got -1"):
+        apply_(llama(), [Relu2FFN()], step=-1)
+
+
+# What a pass may ask for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(StructuralPass):
+    """Starts a parameter from what only a loop can measure, and notes what it is shown at the end."""
+
+    name: ClassVar[str] = "asking"
+    seen: ClassVar[list[bool]] = []
+
+    def plan(self, region: Region) -> Plan:
+        return Plan((Match("mlp.up_proj", "nothing", "two", None, 0, 2),) if "mlp" in region.classes else ())
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        spec = ParameterSpec(torch.Size((2,)), torch.float32, torch.device("cpu"))
+        wanted = Measurement("largest", "mlp.up_proj.weight", (2,))
+        region.create({"mlp.n": spec}, lambda old, _: {"mlp.n": 2 * old["mlp.m"]}, measured={"mlp.m": wanted})
+
+    def finish(self, region: Region) -> None:
+        self.seen.append(any(node.target is activation24 for node in region.graph.nodes))
+
+
+def test_a_pass_gets_what_it_wants_measured_and_finishes_every_lowering() -> None:
+    model = llama()
+    pipeline = Pipeline(model, [Relu2FFN(), Asking(), Activation24(from_step=5)])
+    wanted = pipeline.measurements
+    assert {(name, one.what, one.parameter, one.shape) for name, one in wanted.items()} == {
+        (f"model.layers.{i}.mlp.m", "largest", f"model.layers.{i}.mlp.up_proj.weight", (2,)) for i in (0, 1)
+    }
+    with pytest.raises(
+        PassError, match=r"2 measurements are missing, largest of model\.layers\.0\.mlp\.up_proj"
+    ):
+        pipeline.commit_()
+    Asking.seen.clear()
+    pipeline.commit_({f"model.layers.{i}.mlp.m": torch.tensor([1.0, 3.0]) + i for i in (0, 1)})
+    assert model.model.layers[1].mlp.n.tolist() == [4.0, 8.0]
+    assert Asking.seen == [False, False]
+    pipeline.lower_(5)
+    assert Asking.seen == [False, False, True, True]  # behind the passes in force
 
 
 # Order and collisions
@@ -240,7 +326,7 @@ def test_leaving_a_pass_out() -> None:
 
 
 def test_step_ranges_that_make_no_sense() -> None:
-    with pytest.raises(PassError, match="from_step must be 0 or more"):
+    with pytest.raises(OptionError, match="activation24: from_step has to be 0 or more, got -1"):
         Activation24(from_step=-1)
     with pytest.raises(PassError, match=r"until_step \(5\)"):
         Activation24(from_step=5, until_step=5)

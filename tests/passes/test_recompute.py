@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from toys import Trunk, features, llama, tokens
 
-from act24.llama import rotary_embedding
 from act24.passes import (
     Activation24,
     ActivationStatistics,
@@ -18,6 +17,7 @@ from act24.passes import (
     apply_,
     plan,
 )
+from act24.rotary import rotary_embedding
 
 RANKS = {"attn_rank": 8, "mlp_rank": 8}
 MODELS = {

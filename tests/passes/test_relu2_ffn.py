@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import Block, Relu2MLP, SwiGLU, Trunk, features, llama, tokens
 
+from act24.options import OptionError
 from act24.passes import PassError, Pipeline, Relu2FFN, apply_, plan
 from act24.passes.graph.region import RegionModule
 
@@ -318,8 +319,10 @@ def test_two_networks_in_one_block() -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(PassError, match="initializer_range must be positive"):
+    with pytest.raises(OptionError, match="relu2_ffn: initializer_range has to be above 0, got 0"):
         Relu2FFN(initializer_range=0)
+    with pytest.raises(OptionError, match="relu2_ffn: activation has no 'gelu'"):
+        Relu2FFN(activation="gelu")  # type: ignore[arg-type]
 
 
 def test_the_traced_model_is_the_only_one_that_changes() -> None:

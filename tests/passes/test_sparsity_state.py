@@ -79,7 +79,7 @@ def test_recomputation_draws_the_same() -> None:
     model, pipeline = rewritten(Relu2FFN(), Activation24(method="mvue", backward="sparse"))
     begin_micro_batch_(pipeline, seed=0, step=0, micro_batch=0)
     hidden = model.model.embed_tokens(IDS).detach()
-    from act24.llama import rotary_embedding
+    from act24.rotary import rotary_embedding
 
     cos, sin = rotary_embedding(12, 8, 1e4, hidden.device)
 

@@ -47,7 +47,7 @@ def test_each_name_has_the_settings_of_its_method_until_the_recipe_says_otherwis
     assert (cola.betas, cola.weight_decay, cola.decay) == ((0.9, 0.999), 0.01, "all")
     other = recipe_of('name = "cola_adamw"\nweight_decay = 0.3', passes=["cola"]).optimizer
     assert (other.weight_decay, other.decay) == (0.3, "all")
-    assert recipe_of().optimizer.type is None
+    assert not hasattr(recipe_of().optimizer, "type")
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,19 @@ def test_each_name_has_the_settings_of_its_method_until_the_recipe_says_otherwis
         ('name = "loro_adamw"', ("lost",), "", 'no product of those of lost: use "lost_adamw"'),
         ('name = "cola_adamw"', ("low_rank",), "", "settings of cola"),
         ('name = "lost_adamw"', (), "", "settings of lost"),
-        ("restarts = 5", ("low_rank",), "", 'restarts belongs to name = "loro_adamw"'),
+        (
+            "restarts = 5",
+            ("low_rank",),
+            "",
+            'optimizer.restarts: belongs to name = "loro_adamw", not to "adamw"',
+        ),
         ('name = "loro_adamw"\nrestarts = 5', ("low_rank",), "", "use type 'eucl'"),
         ('name = "loro_adamw"\nlr_scaler = -2.0', ("low_rank",), "", "lr_scaler"),
         ('name = "loro_adamw"', ("low_rank",), 'init = "const_0.1"', "factors of rank one"),
         ("momentum_reset_warmup = 5", (), "", "without momentum_reset_steps"),
         ("momentum_reset_steps = 5\nmomentum_reset_warmup = 5", (), "", "below momentum_reset_steps"),
         ("", ("low_rank",), 'init = "xavir"', "did you mean 'xavier'"),
-        ("", ("lost",), "sparsity = 0.0", "share of input channels"),
+        ("", ("lost",), "sparsity = 0.0", "sparsity: has to be above 0"),
     ],
 )
 def test_what_does_not_is_refused_with_the_reason(optimizer, passes, options, message):
@@ -80,12 +85,15 @@ def test_rank_one_factors_are_fine_without_exact_updates():
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ("lr_adjust_steps = -10", 'lr_adjust_steps belongs to name = "cosine_restart"'),
-        ('name = "linear"\nrestart_every = 10', 'restart_every belongs to name = "cosine_restart"'),
-        ('name = "cosine_restart"', "needs restart_every"),
-        ('name = "cosine_restart"\nrestart_every = 10\nlr_adjust_steps = 5', "schedule: .*lr_adjust_steps"),
+        ("lr_adjust_steps = -10", 'lr_adjust_steps: belongs to name = "cosine_restart"'),
+        ('name = "linear"\nrestart_every = 10', 'restart_every: belongs to name = "cosine_restart"'),
+        ('name = "cosine_restart"', "schedule.restart_every: missing"),
+        (
+            'name = "cosine_restart"\nrestart_every = 10\nlr_adjust_steps = 5',
+            "schedule.lr_adjust_steps: has to be",
+        ),
         ('name = "cosine_restart"\nrestart_every = 10\nmin_lr_ratio = 0.0', "schedule: .*min_lr_ratio"),
-        ("warmup_steps = 100", r"schedule: warmup_steps \(100\)"),
+        ("warmup_steps = 100", r"schedule: cosine: warmup_steps \(100\)"),
     ],
 )
 def test_schedules_that_do_not_exist_are_refused(schedule, message):
@@ -104,6 +112,38 @@ def test_resets_without_a_warm_up_are_listed():
     assert not list(oddities(recipe_of(f"{loro}20", restart, ["low_rank"])))
     assert len(list(oddities(recipe_of(f"{loro}30", restart, ["low_rank"])))) == 1
     assert not list(oddities(recipe_of(f'{loro}30\nrefresh = "none"', restart, ["low_rank"])))
+
+
+def test_a_pass_that_never_comes_into_force_is_said():
+    text = f'{BASE}[optimizer]\nlr = 0.01\n[[passes]]\nuse = "relu2_ffn"\n[[passes]]\nuse = "activation24"\n'
+    assert not list(oddities(parse_recipe(f"{text}from_step = 99", "test")))
+    (line,) = oddities(parse_recipe(f"{text}from_step = 100", "test"))
+    assert line.startswith(
+        "passes.1.from_step: activation24 comes into force at step 100, and the run ends at 100"
+    )
+
+
+def test_very_many_resets_are_looked_at_for_a_second_at_most():
+    optimizer = "momentum_reset_steps = 1"
+    recipe = parse_recipe(f"{BASE}[optimizer]\nlr = 0.01\n{optimizer}", "test", ["train.steps=1_000_000_000"])
+    (line,) = oddities(recipe)
+    assert "or more" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tokenizer.vocab_size=32001"], "tokenizer.vocab_size: 32001 .* model.vocab_size = 32000"),
+        (["model.vocab_size=300"], "tokenizer.vocab_size: 4096 .* model.vocab_size = 300"),
+        (["model.hidden_size=130"], "model: hidden_size 130 is not a multiple"),
+    ],
+)
+def test_a_model_that_fits_neither_itself_nor_the_tokenizer_is_refused(overrides, message):
+    text = f"{BASE}[optimizer]\nlr = 0.01"
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text, "test", overrides)
+    for elsewhere in ("tokenizer.name=google-t5/t5-base", "tokenizer.vocab_size=300"):
+        parse_recipe(text, "test", ["model.vocab_size=300", elsewhere])
 
 
 #: Steps at which LORO's published scripts refresh without warming up again.

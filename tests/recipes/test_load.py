@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -199,7 +199,7 @@ MISTAKES = {
     ),
     "unknown pass": (
         SMALL + '[[passes]]\nuse = "activaton24"',
-        ["passes.0.use: unknown pass 'activaton24': did you mean 'activation24'?"],
+        ["passes.0.use: there is no pass named 'activaton24': did you mean 'activation24'?"],
     ),
     "unknown option of a pass": (
         SMALL + '[[passes]]\nuse = "activation24"\nfrom_stp = 4',
@@ -207,11 +207,11 @@ MISTAKES = {
     ),
     "wrong type of an option": (
         SMALL + '[[passes]]\nuse = "activation24"\nfrom_step = "4"',
-        ["passes.0.from_step: Input should be a valid integer, got '4'"],
+        ["passes.0.from_step: has to be an integer, got '4'"],
     ),
     "an option's choice": (
         SMALL + '[[passes]]\nuse = "activation24"\nbackward = "spares"',
-        ["passes.0.backward: Input should be 'dense', 'split_gemm' or 'sparse', got 'spares'"],
+        ["passes.0.backward: has no 'spares': did you mean 'sparse'?"],
     ),
     "step range on a structural pass": (
         SMALL + '[[passes]]\nuse = "relu2_ffn"\nfrom_step = 4',
@@ -228,7 +228,7 @@ MISTAKES = {
     "passes as a table": (SMALL + "[passes]", ['passes: expected [[passes]] tables, each with use = "..."']),
     "warm-up longer than the run": (
         changed(schedule="warmup_steps = 10"),
-        ["schedule: warmup_steps (10) must be 0 or more and below total_steps (10)"],
+        ["schedule: cosine: warmup_steps (10) has to be below total_steps (10)"],
     ),
     "several at once": (
         changed(train="step = 4", data="max_length = 0") + '[[passes]]\nuse = "none"',
@@ -292,11 +292,15 @@ def test_recipes_that_cannot_be_read(tmp_path):
         recipe_source("../demo.toml")
 
 
-@given(st.text(st.characters(codec="utf-8")), st.floats(1e-30, 1e30), st.lists(st.text(max_size=5)))
+@given(
+    st.text(st.characters(codec="utf-8")),
+    st.floats(1e-30, 1e30),
+    st.lists(st.text(max_size=5).map("*".__add__)),
+)
 @example('a "b" \\ \t\r\n \x00\x7f 🙂', 1e-9, [])
 def test_every_value_comes_back(description, rate, targets):
     recipe = parse_recipe(SMALL, "mine.toml")
-    optimizer = recipe.optimizer.model_copy(update={"lr": rate})
+    optimizer = replace(recipe.optimizer, lr=rate)
     passes = (Activation24(targets=tuple(targets), from_step=3, until_step=9),)
     recipe = recipe.model_copy(update={"description": description, "optimizer": optimizer, "passes": passes})
     assert parse_recipe(dump_recipe(recipe), "again") == recipe

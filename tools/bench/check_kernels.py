@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-import act24.sparse24.kernels.weight_operators  # noqa: F401  (defines pack_weight)
-from act24.sparse24.feed_forward.forms import network_of, why_not_packed
+import act24.sparse24.kernels.pack_weight  # noqa: F401  (defines it)
+from act24.sparse24.feed_forward.forms import network_of
+from act24.sparse24.feed_forward.methods import METHODS
 from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.self_check import mismatch
 from act24.sparse24.format.cusparselt import multiplies
-from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.format.products import Measured, feed_forward_products, layout_error, relative_error
-from act24.sparse24.kernels.shared.registry import REFERENCES
-from act24.sparse24.pattern.token_wise import Options24
+from act24.sparse24.format.device import layout_error
+from act24.sparse24.format.multiply import relative_error
+from act24.sparse24.format.packed import Packed24, random_packed, unpack
+from act24.sparse24.format.products import Measured, feed_forward_products
+from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.pattern.token_wise import SPARSIFIERS, Function
 from act24.sparse24.pattern.transposable import transposable_mask
 from act24.tools.bench.rows import needed_gpu
 
@@ -40,25 +47,6 @@ def _awkward(tokens: int, features: int, device: torch.device) -> Tensor:
     return x.bfloat16()
 
 
-def _mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: int, slope: bool) -> float:
-    """Share of entries that differ. The first `packed` outputs are compared by what they stand for, and so is
-    a slope behind them: groups with fewer than two non-zeros may name any places."""
-    pairs = []
-    for side in (outputs, expected):
-        side = list(side)
-        if slope:
-            metadata = Packed24(side[0]).metadata.view(side[1].dtype)
-            side[1] = unpack(Packed24(torch.cat((side[1].flatten(), metadata)).view_as(side[0])))
-        pairs.append([unpack(Packed24(side[n])) if n < packed else side[n] for n in range(len(side))])
-    worst = 0.0
-    for a, b in zip(*pairs, strict=True):
-        if a.dtype is torch.float32:  # sums, of activations that one side rounds first
-            worst = max(worst, 0.0 if torch.allclose(a, b, rtol=1e-2) else 1.0)
-        elif a.numel():
-            worst = max(worst, (a != b).float().mean().item())
-    return worst
-
-
 def _kernels(device: torch.device) -> Iterator[Check]:
     for tokens, features in ((192, 128), (128, 320), (1024, 4096)):
         hidden, grad = _awkward(tokens, features, device), _awkward(tokens, features, device)
@@ -66,8 +54,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
         order = torch.randperm(tokens, device=device)
         index = torch.randperm(features, device=device)[: features // 20 + 1]
         seed = torch.tensor(2**40 + 17, device=device)
-        grad *= real[:, None]
-        for function, method in itertools.product(("relu2", "relu"), ("naive", "soft_threshold", "mvue")):
+        for function, method in itertools.product(get_args(Function), SPARSIFIERS):
             case = f"{tokens}×{features} {function} {method}"
             slope = method != "naive"
             arguments = (hidden, seed, real, function, method, slope, False, True, True)
@@ -79,7 +66,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
                 yield f"pack_activation {case} numbered", _same("pack_activation", 1, numbered, slope)
             if method == "naive":
                 yield f"count_activation {case}", _same("count_activation", 0, (hidden, real, function))
-            saved, slopes, _, _ = REFERENCES["pack_activation"](*arguments)
+            saved, slopes, _, _ = OPERATORS["pack_activation"].reference(*arguments)
             slopes = slopes if slope else None
             for where in ((None, None), (real, index)):
                 arguments = (grad, saved, slopes, *where, function)
@@ -114,32 +101,51 @@ def _narrow_kernels(device: torch.device) -> Iterator[Check]:
         yield f"pack_weight {case}", _same("pack_weight", 2, arguments)
 
 
+def _products(device: torch.device) -> Iterator[Check]:
+    """The library's product with dense rows put in, and the order of tokens, which is no kernel."""
+    generator = torch.Generator(device).manual_seed(0)
+    packed = random_packed(256, 512, torch.bfloat16, generator).buffer
+    dense, rows = (torch.randn(512, n, device=device).bfloat16() for n in (128, 40))
+    index = torch.randperm(256, device=device)[:40]
+    for transposed in (False, True):
+        arguments = (packed, dense, 0, transposed, rows.T.contiguous(), index)
+        found, expected = (form(*arguments) for form in _both("product24"))
+        yield f"product24 transposed {transposed}", functools.partial(relative_error, found, expected)
+    orders = [form(dense, [4, 64], "sequence") for form in _both("token_order")]
+    yield "token_order", lambda: float(not all(map(torch.equal, *orders)))
+
+
 def _both_ways(x: Tensor, weight_in: Tensor, grad: Tensor, weight_out: Tensor) -> Callable[[], float]:
-    """What forward saves is compared by what backward makes of it: see `_mismatch`."""
+    """What forward saves is compared by what backward makes of it: see `mismatch`."""
 
     def check() -> float:
         made = []
-        for of in (functools.partial(getattr, torch.ops.act24), REFERENCES.__getitem__):
-            _, *saved = of("linear_pack")(x, weight_in, True)
-            made.append(of("linear_gradient")(grad, weight_out, *saved))
-        return _mismatch(*made, 0, False)
+        for forward, backward in zip(_both("linear_pack"), _both("linear_gradient"), strict=True):
+            _, *saved = forward(x, weight_in, True)
+            made.append(backward(grad, weight_out, *saved))
+        return mismatch(*made, 0, False)
 
     return check
 
 
+def _both(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """An operator, and its reference."""
+    return getattr(torch.ops.act24, name), OPERATORS[name].reference
+
+
 def _same(name: str, packed: int, arguments: tuple, slope: bool = False) -> Callable[[], float]:
     def check() -> float:
-        outputs, expected = getattr(torch.ops.act24, name)(*arguments), REFERENCES[name](*arguments)
+        outputs, expected = (form(*arguments) for form in _both(name))
         if isinstance(outputs, Tensor):
             outputs, expected = (outputs,), (expected,)
-        return _mismatch(outputs, expected, packed, slope)
+        return mismatch(outputs, expected, packed, slope)
 
     return check
 
 
 def _same_bytes(name: str, argument: Tensor) -> Callable[[], float]:
     def check() -> float:
-        outputs, expected = getattr(torch.ops.act24, name)(argument), REFERENCES[name](argument)
+        outputs, expected = (form(argument) for form in _both(name))
         pairs = [(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(outputs, expected, strict=True)]
         return max((a != b).float().mean().item() for a, b in pairs)
 
@@ -157,12 +163,12 @@ def _operation(device: torch.device) -> Iterator[Check]:
     products = feed_forward_products(tokens, width, features, width, False).values()
     forced = tuple((product, Measured(0, 0, 1)) for product in products)
     seed, scale = torch.tensor(5, device=device), torch.tensor(1.25, device=device)
-    for backward, method, precision in itertools.product(
-        ("dense", "sparse", "split_gemm"), ("naive", "soft_threshold", "mvue"), ("bfloat16", "fp8")
+    for backward, record, precision in itertools.product(
+        PACKED.backwards, [m for m in METHODS.values() if m.kernel in PACKED.sparsifiers], PACKED.precisions
     ):
+        method = record.name
         options = Options24(method=method, backward=backward, precision=precision, algorithms=forced)
-        # A scale goes with the soft method alone: some forms have none.
-        state = (scale if method == "soft_threshold" else None, seed, None)
+        state = (scale if record.scaled else None, seed, None)
 
         def run(
             options: Options24, function: Callable[..., Any] = activation24, state: tuple = state
@@ -176,7 +182,7 @@ def _operation(device: torch.device) -> Iterator[Check]:
             return max(map(relative_error, call(), expected))
 
         case = f"{backward} {method} {precision}"
-        if reason := why_not_packed(network_of(leaves), options):
+        if reason := PACKED.why_not(network_of(leaves, record.scaled), options):
             yield f"operation {case} runs on the reference: {reason}", lambda: float("inf")
             continue
         yield f"operation {case} eager", lambda run=run, o=options, e=error: e(lambda: run(o))
@@ -249,6 +255,9 @@ def main(word: str = "") -> int:
     # The draw of mvue rounds as the reference does but for the order of a sum.
     checks += [(name, check, 1e-3 if "mvue" in name else 0.0) for name, check in _kernels(device)]
     checks += [(name, check, 0.0) for name, check in _narrow_kernels(device)]
+    checks += [(name, check, 1e-2) for name, check in _products(device)]
+    named = set(re.findall(r"\w+", " ".join(name for name, *_ in checks)))
+    checks.append(("every operator has a check", lambda: float(len({*OPERATORS} - named)), 0.0))
     checks += [(name, check, 1e-2) for name, check in _operation(device)]
     failed = 0
     checks = [check for check in checks if word in check[0]]

@@ -12,6 +12,7 @@ import itertools
 import statistics
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -53,7 +54,7 @@ def bench_exact_step(reference: str) -> list[Row]:
 def _steps(recipe: Recipe, eigh: Eigh, device: torch.device) -> tuple[float, float, Counter[int], float]:
     """Median milliseconds of a lazy and an exact step, how many products of which 2 R there are, and how many
     exact updates were refused."""
-    options = recipe.optimizer.model_copy(update={"exact_every": _PERIOD})
+    options = replace(recipe.optimizer, exact_every=_PERIOD)
     built = build(recipe, device)
     step = TrainingStep(built.model, recipe.train, Processes(0, 1, device))
     optimizer = build_optimizer(built.model, options, pipeline=built.pipeline)

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act24.relu2 import relu2
+from act24.sparse24.feed_forward.forms import State
 from act24.sparse24.feed_forward.masked import masked_activation24
 from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.packed import packed_activation24
-from act24.sparse24.format.products import Table, feed_forward_products, tuned
-from act24.sparse24.pattern.token_wise import Options24
+from act24.sparse24.format.products import Table, feed_forward_products
+from act24.sparse24.format.tuner import tuned
 from act24.tools.bench.rows import Row, graph_milliseconds, milliseconds, needed_gpu
 
 #: T, width, F, and the bars: inference, all-sparse backward, split backward.
@@ -174,13 +176,13 @@ def bench_low_rank(shape: tuple[int, int, int, int] = LOW_RANK) -> list[Row]:
     packed = Options24(token_permutation="none", algorithms=found)
 
     def with_packed(options: Options24) -> Callable[..., Tensor]:
-        return lambda x, b, c: packed_activation24((x, b, None, c, None), None, None, None, options)[0]
+        return lambda x, b, c: packed_activation24((x, b, None, c, None), State(), options)[0]
 
     modes: dict[str, tuple[Callable[..., Tensor], float | None, float | None]] = {
         "fast": (sparse(Options24()), 1.30, 0.50),
         "recompute": (sparse(Options24(recompute=True)), None, 0.10),
         "kernels around dense products": (
-            lambda x, b, c: masked_activation24((x, b, None, c, None), None, Options24())[0],
+            lambda x, b, c: masked_activation24((x, b, None, c, None), State(), Options24())[0],
             None,
             None,
         ),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from act24.sparse24.format.fp8 import quantise_rows, scaled
+from act24.sparse24.format.fp8 import scaled
+from act24.sparse24.format.multiply import multiply24, relative_error
 from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.format.products import Product, multiply24, relative_error, tuned
-from act24.sparse24.kernels import fp8_operators, operators
+from act24.sparse24.format.products import Product
+from act24.sparse24.format.tuner import tuned
+from act24.sparse24.kernels.pack_activation import pack_activation
+from act24.sparse24.kernels.quantise_packed import quantise_packed
+from act24.sparse24.kernels.quantise_rows import quantise_rows
 from act24.tools.bench.rows import Row, graph_milliseconds, needed_gpu
 
 #: T, width, F.
@@ -23,7 +27,7 @@ def bench_fp8(shape: tuple[int, int, int] = SHAPE) -> list[Row]:
     title = f"{tokens}×{width}×{features}"
     hidden = torch.randn(tokens, features, device=device).bfloat16()
     weight = (torch.randn(width, features, device=device) / features**0.5).bfloat16()
-    packed, *_ = operators.pack_activation(hidden, None, None, "relu2", "naive", False, False, False, False)
+    packed, *_ = pack_activation(hidden, None, None, "relu2", "naive", False, False, False, False)
     activation = unpack(Packed24(packed))
 
     wide, bf16_times = tuned(Product("y", tokens, features, width), graph_milliseconds, device)
@@ -52,8 +56,8 @@ def bench_fp8(shape: tuple[int, int, int] = SHAPE) -> list[Row]:
     y = multiply24(packed, weight.T, wide.algorithm, False)
     again = torch.compile(scaled)
     for name, size, call in (
-        ("quantise what is packed", tokens * features * 1.75, lambda: fp8_operators.quantise_packed(packed)),
-        ("quantise the weight", width * features * 3, lambda: fp8_operators.quantise_rows(weight)),
+        ("quantise what is packed", tokens * features * 1.75, lambda: quantise_packed(packed)),
+        ("quantise the weight", width * features * 3, lambda: quantise_rows(weight)),
         ("scale y", tokens * width * 4, lambda: again(y, scale, columns)),
     ):
         source = torch.empty(int(size / 2), dtype=torch.uint8, device=device)
@@ -61,7 +65,7 @@ def bench_fp8(shape: tuple[int, int, int] = SHAPE) -> list[Row]:
         copy = graph_milliseconds(lambda source=source, target=target: target.copy_(source))
         rows.append(Row(f"fp8 {name}, {title}", graph_milliseconds(call), copy, "ms", note="a copy"))
 
-    compressed, _ = fp8_operators.quantise_packed(packed)
+    compressed, _ = quantise_packed(packed)
     expected = activation.float() @ weight.float().T
     sparse = scaled(multiply24(compressed, right.T, narrow.algorithm, False), scale, columns)
     for name, found in (("2:4", sparse), ("dense, fast sums", dense())):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from act24.sparse24.format.products import KINDS, Product, Table, tuned
+from act24.sparse24.format.products import KINDS, Product, Table
+from act24.sparse24.format.tuner import tuned
 from act24.tools.bench.rows import Row, graph_milliseconds, needed_gpu
 
 #: T, width, F: the shapes of the bars, then presets 130m to 1b, and 350m's low-rank factors.

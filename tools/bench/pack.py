@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.kernels import operators
+from act24.sparse24.kernels.activation_gradient import activation_gradient
+from act24.sparse24.kernels.gather_features import gather_features
+from act24.sparse24.kernels.pack_activation import pack_activation
+from act24.sparse24.kernels.pack_gradient import pack_gradient
+from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.tools.bench.rows import Row, milliseconds, needed_gpu
 
 #: T × F.
@@ -35,13 +39,13 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
         counts: bool, statistics: bool, method: str = "naive", slope: bool = False, fill: bool = False
     ) -> tuple:
         seed = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        return operators.pack_activation(hidden, seed, None, "relu2", method, slope, fill, counts, statistics)
+        return pack_activation(hidden, seed, None, "relu2", method, slope, fill, counts, statistics)
 
     saved, *_ = forward(False, False)
     dense = unpack(Packed24(saved))
 
     def backward(index: Tensor | None = None) -> tuple:
-        return operators.pack_gradient(grad, saved, None, None, index, "relu2")
+        return pack_gradient(grad, saved, None, None, index, "relu2")
 
     passes = [
         ("along features", 3.125, 0.85, lambda: forward(False, False)),
@@ -52,13 +56,13 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
         ("along features, mvue", 4.125, None, lambda: forward(True, False, "mvue", True)),
         ("both ways (dZ and the activation)", 6.5, 0.70, backward),
         ("both ways, 5% of the features dense too", 6.7, None, lambda: backward(index)),
-        ("dense weight gradients", 8.25, None, lambda: operators.unpack_gradient(grad, saved, None, "relu2")),
-        ("dense products", 6, None, lambda: operators.activation_gradient(grad, dense, "relu2")),
+        ("dense weight gradients", 8.25, None, lambda: unpack_gradient(grad, saved, None, "relu2")),
+        ("dense products", 6, None, lambda: activation_gradient(grad, dense, "relu2")),
         (
             "5% of the features",
             1.225,
             None,
-            lambda: operators.gather_features(saved, index, None),
+            lambda: gather_features(saved, index, None),
         ),
         ("PyTorch's compressor", 3.125, None, lambda: torch.ops.aten._cslt_compress(dense)),
     ]

@@ -22,9 +22,8 @@ from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.low_rank.lost import kept_columns
-from act24.optim import AdamW, parameter_groups
+from act24.optim import AdamW, AdamWOptions, parameter_groups
 from act24.passes import Cola, Lost, Pipeline, Relu2FFN
-from act24.passes.activation24 import SCALE
 from act24.passes.graph.linear_sites import FactorisingPass
 from act24.recipes.schema import Recipe
 from act24.tools.bench.handwritten import (
@@ -178,11 +177,7 @@ def _unset(recipe: Recipe, device: torch.device, step: int) -> Built:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-        for name, buffer in model.named_buffers():
-            buffer.fill_(name.endswith(SCALE))
-            if name.endswith("column_indices"):
-                width = model.get_parameter(name.replace("column_indices", "weight_in")).shape[1]
-                buffer.copy_(torch.randperm(width, device=device)[: len(buffer)].sort().values)
+    pipeline.reset_buffers_()
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 
@@ -212,6 +207,11 @@ def _handwritten(
         loss = torch.compile(cross_entropy_sum, dynamic=False)
     # LORO's lazy updates, which are what is timed here, are AdamW's.
     options = recipe.optimizer
+    if not isinstance(options, AdamWOptions):
+        raise Act24Error(
+            f"the hand-written side is trained by AdamW, and the recipe by {options.name}: use --beside with "
+            "another recipe"
+        )
     optimizer = AdamW(
         parameter_groups(model, options.weight_decay, options.decay),
         lr=options.lr,

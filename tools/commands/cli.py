@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from act24.errors import Act24Error
+
+if TYPE_CHECKING:
+    from act24.recipes.schema import Recipe
 
 app = typer.Typer(
     name="act24",
@@ -49,6 +52,14 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"act24: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def _warn_of_oddities(recipe: Recipe) -> None:
+    """Say on stderr what training would say when it starts."""
+    from act24.recipes.checks import oddities
+
+    for line in oddities(recipe):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 @app.command()
@@ -140,11 +151,18 @@ def sample(
 def export(
     path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    form: Annotated[
+        str, typer.Option("--as", help="llama, arcee, act24; auto: the first of these that holds the model.")
+    ] = "auto",
+    dense_weights: Annotated[
+        bool, typer.Option(help="Of weight24 the dense masters, not the masked weights that were trained.")
+    ] = False,
 ) -> None:
-    """Write a run's model: a stock Hugging Face checkpoint where there is one, else its own form."""
+    """Write a run's model as a folder that transformers opens: as LLaMA, as Arcee (relu² networks), or as
+    act24's own type, which brings the passes along."""
     from act24.tools.huggingface.export import export_run
 
-    print(export_run(path, out))
+    print(export_run(path, out, form, dense_weights))
 
 
 @app.command()
@@ -157,7 +175,9 @@ def plan(
     from act24.recipes.load import load_recipe
     from act24.tools.commands.show import show_plan
 
-    show_plan(load_recipe(recipe, set_ or ()), as_json)
+    loaded = load_recipe(recipe, set_ or ())
+    show_plan(loaded, as_json)
+    _warn_of_oddities(loaded)
 
 
 @app.command("probe-decay")
@@ -240,7 +260,9 @@ def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from act24.recipes.load import load_recipe
     from act24.tools.run.build import plan_recipe
 
-    plan_recipe(load_recipe(recipe, set_ or ()))
+    loaded = load_recipe(recipe, set_ or ())
+    plan_recipe(loaded)
+    _warn_of_oddities(loaded)
     print(f"{recipe}: valid")
 
 

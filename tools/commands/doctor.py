@@ -10,17 +10,22 @@ import torch
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.llama import PRESETS
+from act24.optim import OPTIMIZERS
+from act24.passes import REGISTRY
 from act24.passes.relu2_ffn import parity_width
-from act24.sparse24.feed_forward.forms import (
-    Network,
-    obstacle_on,
-    why_not_masked,
-    why_not_narrow,
-    why_not_packed,
-)
+from act24.recipes.plugins import load_plugins
+from act24.schedules import SCHEDULES
+from act24.sparse24.feed_forward.forms import Form, Network
+from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
+from act24.sparse24.feed_forward.narrow import NARROW
+from act24.sparse24.feed_forward.operation import FORMS, form_of
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.self_check import PROVEN, kernel_obstacle
+from act24.sparse24.feed_forward.statistics import COUNTING
 from act24.sparse24.format.cusparselt import multiplies
-from act24.sparse24.format.products import Table, feed_forward_products, fp8_obstacle, layout_error, obstacle
-from act24.sparse24.pattern.token_wise import Options24
+from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
+from act24.sparse24.format.products import Table, feed_forward_products
 from act24.tools.run.tuning import cache_path, machine, read_table
 
 #: Tokens a micro-batch for which the paths are shown, and the presets and ranks.
@@ -46,7 +51,7 @@ def examine(device: torch.device | None = None) -> list[Finding]:
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     device = device or torch.device("cpu")
-    return [*_versions(), *_machine(device), *_paths(device)]
+    return [*_versions(), *_machine(device), *_methods(device), *_paths(device), *_records()]
 
 
 def doctor() -> str:
@@ -72,21 +77,28 @@ def _versions() -> list[Finding]:
 
 def _machine(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
-        reason = obstacle(device)
         return [
             Finding("GPU", "none: everything runs in plain PyTorch"),
-            Finding("2:4 kernels", f"no: {reason}"),
+            Finding("2:4 kernels", f"no: {kernel_obstacle(device, ())}"),
         ]
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
     memory = properties.total_memory / 2**30
     findings = [Finding("GPU", f"{properties.name}, compute capability {capability}, {memory:.0f} GiB")]
+    proven = any(name in properties.name for name in PROVEN)
+    known = f"run on {' and '.join(PROVEN)}; elsewhere never run, self-checked"
+    findings.append(Finding("2:4 kernels", "run and checked on such a GPU" if proven else known))
+    served = {form.name: form.operators for form in FORMS} | {"counting": COUNTING}
+    for name, operators in served.items():
+        reason = kernel_obstacle(device, operators)
+        findings.append(
+            Finding(f"kernels, {name}", f"no: {reason}" if reason else "agree with the reference")
+        )
     if reason := obstacle(device):
-        return [*findings, Finding("2:4 kernels", f"no: {reason}")]
+        return [*findings, Finding("2:4 products", f"no: {reason}")]
     error = layout_error(device)
     return [
         *findings,
-        Finding("2:4 kernels", "yes"),
         Finding(
             "2:4 products",
             "plans are kept" if multiplies(device, torch.bfloat16) else "a plan anew at each call",
@@ -97,11 +109,55 @@ def _machine(device: torch.device) -> list[Finding]:
     ]
 
 
+def _records() -> list[Finding]:
+    try:
+        plugins = ", ".join(load_plugins()) or "none"
+    except Act24Error as error:
+        plugins = str(error)
+    tables = {"passes": REGISTRY, "optimizers": OPTIMIZERS, "schedules": SCHEDULES}
+    named = [Finding(f"{name} of recipes", ", ".join(table)) for name, table in tables.items()]
+    return [Finding("plugins", plugins), *named]
+
+
 def _table(device: torch.device) -> Table:
     try:
         return read_table(cache_path(), machine(device)) if device.type == "cuda" else ()
     except Act24Error:  # training says so; here the rule for untuned shapes is what there is to show
         return ()
+
+
+def _methods(device: torch.device) -> list[Finding]:
+    """Every method, estimator and backward of `activation24`: what it does, and in which forms."""
+    wide = PRESETS["llama-1b"]
+    width, features = wide.hidden_size, parity_width(wide.intermediate_size)
+    findings = []
+    for method in METHODS.values():
+        network = Network(_TOKENS, features, width, width, torch.bfloat16, device, scaled=method.scaled)
+        paths: dict[str, list[str]] = {}
+        for backward in BACKWARDS:
+            options = Options24(method=method.name, backward=backward, algorithms=_table(device))
+            form = form_of(network, options)
+            path = form.says if form else _why_reference(network, options)
+            paths.setdefault(path, []).append(backward)
+        where = "; ".join(f"backward {', '.join(names)}: {path}" for path, names in paths.items())
+        text = f"{method.summary} ({_state(method)}); {where}"
+        findings.append(Finding(f"method {method.name}", text))
+    for kind, table in (("estimator", ESTIMATORS), ("backward", BACKWARDS)):
+        findings += [Finding(f"{kind} {record.name}", record.summary) for record in table.values()]
+    return findings
+
+
+def _state(method: Method) -> str:
+    """What a method needs beside the activation."""
+    needs = ["a seed for each micro-batch"] if method.draws else []
+    needs += ["a scale"] if method.scaled else []
+    return " and ".join(needs) or "no state"
+
+
+def _why_reference(network: Network, options: Options24) -> str:
+    """Why no form runs a network: each reason once."""
+    reasons = dict.fromkeys(form.why_not(network, options) for form in FORMS)
+    return f"plain PyTorch ({'; '.join(reasons)})"
 
 
 def _paths(device: torch.device) -> list[Finding]:
@@ -117,19 +173,20 @@ def _paths(device: torch.device) -> list[Finding]:
 
 
 def _path(width: int, features: int, device: torch.device, options: Options24) -> str:
-    if reason := obstacle_on(device):
-        return f"plain PyTorch: {reason}"
     network = Network(_TOKENS, features, width, width, torch.bfloat16, device)
-    if not (narrow := why_not_narrow(network, options)):
-        return "2:4 inside dense products"
-    if packed := why_not_packed(network, options):
-        if masked := why_not_masked(network, options):
-            return f"plain PyTorch: {packed}; {narrow}; {masked}"
-        if not width:
-            return "2:4 by a kernel between whatever products there are"
-        return f"2:4 by kernels around dense products (exact backward only): {packed}"
-    tuned = all(
-        product in dict(options.algorithms)
-        for product in feed_forward_products(_TOKENS, width, features, width, True).values()
-    )
-    return f"packed 2:4 products ({'tuned' if tuned else 'untuned: default algorithms'})"
+    form = form_of(network, options)
+    if form is None:
+        return _why_reference(network, options)
+    return form.says + _detail(form, network, options)
+
+
+def _detail(form: Form, network: Network, options: Options24) -> str:
+    """What there is to add about the products of a form."""
+    if not (network.width and network.width_out):
+        return ", here between whatever products there are"
+    shape = (network.tokens, network.width, network.features, network.width_out)
+    wanted = feed_forward_products(*shape, True).values()
+    if form is PACKED:
+        tuned = all(product in dict(options.algorithms) for product in wanted)
+        return " (tuned)" if tuned else " (untuned: default algorithms)"
+    return "" if form is NARROW else f" (exact backward only): {PACKED.why_not(network, options)}"

@@ -18,12 +18,15 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
         Act24Error: no checkpoint, or a prompt without a token.
     """
     built = load(path)
+    if built.tokenizer is None:
+        raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
     tokenizer = built.open_tokenizer()
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
     if not ids.numel():
         raise Act24Error("the prompt is empty; give it at least one token")
     generator = torch.Generator().manual_seed(seed)
     built.model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=built.recipe.train.dtype == "bfloat16_autocast"):
+    autocast = built.recipe is not None and built.recipe.train.dtype == "bfloat16_autocast"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         text = generate(built.model, ids, tokens, temperature, top_k, generator)
     return tokenizer.decode(text[0].tolist())

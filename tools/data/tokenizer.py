@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from act24.errors import Act24Error
 from act24.recipes import schema
 from act24.tools.data.documents import open_documents
 from act24.tools.data.shards import read_index, verified
+from act24.tools.files import whole_file
 
 TRAINED = "bpe"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that is in the vocabulary
@@ -75,6 +75,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text that `ids` stand for; special tokens stand for none."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def token(self, id: int) -> str:
+        """The piece that an id stands for, as the vocabulary has it."""
+        return self._backend.id_to_token(id)
 
     def to_json(self) -> str:
         """The content of a `tokenizer.json`."""
@@ -290,8 +294,7 @@ def _train(sample: list[str], vocab_size: int) -> tokenizers.Tokenizer:
 def _write_atomically(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise Act24Error(f"cannot keep the trained tokenizer: {error} (XDG_CACHE_HOME says where)") from error

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from act24.passes import Activation24
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
-from act24.sparse24.feed_forward.operation import Backward, Precision
+from act24.sparse24.feed_forward.options import Precision
 from act24.tools.bench.rows import Row, needed_gpu, table, versions
 from act24.tools.bench.step import time_recipe
 
@@ -56,7 +56,7 @@ class Model(NamedTuple):
 
     size: str
     recipe: str
-    backward: Backward | None = None
+    backward: str | None = None
     precision: Precision = "bfloat16"
 
     @property
@@ -95,7 +95,7 @@ class Comparison(NamedTuple):
     memory: float | None = None
 
 
-def _with_and_without(size: str, recipe: str, backwards: Sequence[Backward]) -> list[Comparison]:
+def _with_and_without(size: str, recipe: str, backwards: Sequence[str]) -> list[Comparison]:
     return [Comparison(Model(size, recipe, b), Model(size, recipe), rate=0.98) for b in backwards]
 
 

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.format import cusparselt
 from act24.sparse24.format.packed import random_packed
-from act24.sparse24.format.products import feed_forward_products, tuned
+from act24.sparse24.format.products import feed_forward_products
+from act24.sparse24.format.tuner import tuned
 from act24.tools.bench.rows import graph_milliseconds, needed_gpu
 
 _TOKENS, _WIDTH, _FEATURES = 16384, 4096, 16384

@@ -19,6 +19,7 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ def shortened(recipe: Recipe, shards: Path, tokens: int, factor: float, seed: in
     steps = max(50, tokens // (ROWS_A_STEP * recipe.data.max_length))
     share = steps / recipe.train.steps
 
-    def scaled(count: int | None) -> int | None:
-        return count and (round(count * share) or (1 if count > 0 else -1))
+    def scaled(options: object, *names: str) -> dict[str, int]:
+        counts = {name: getattr(options, name, 0) for name in names}
+        return {
+            name: round(count * share) or (1 if count > 0 else -1) for name, count in counts.items() if count
+        }
 
     optimizer, schedule = recipe.optimizer, recipe.schedule
     return recipe.model_copy(
@@ -67,20 +71,13 @@ def shortened(recipe: Recipe, shards: Path, tokens: int, factor: float, seed: in
                     "seed": seed,
                 }
             ),
-            "optimizer": optimizer.model_copy(
-                update={
-                    "lr": optimizer.lr * factor,
-                    "exact_every": scaled(optimizer.exact_every),
-                    "refresh_every": scaled(optimizer.refresh_every),
-                    "restarts": scaled(optimizer.restarts),
-                }
+            "optimizer": replace(
+                optimizer,
+                lr=optimizer.lr * factor,
+                **scaled(optimizer, "exact_every", "refresh_every", "restarts"),
             ),
-            "schedule": schedule.model_copy(
-                update={
-                    "warmup_steps": scaled(schedule.warmup_steps),
-                    "restart_every": scaled(schedule.restart_every),
-                    "lr_adjust_steps": scaled(schedule.lr_adjust_steps),
-                }
+            "schedule": replace(
+                schedule, **scaled(schedule, "warmup_steps", "restart_every", "lr_adjust_steps")
             ),
             "eval": recipe.eval.model_copy(update={"every": 0, "tokens": HELDOUT_TOKENS}),
             "checkpoint": recipe.checkpoint.model_copy(update={"every": 0}),

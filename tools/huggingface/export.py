@@ -1,69 +1,211 @@
-"""`act24 export`: a run for other programs, as a stock Hugging Face checkpoint where there is one."""
+"""`act24 export`: a run's model for other programs, as a folder that `transformers` opens.
+
+    form    when                                     what the folder computes
+    llama   no relu², low rank multiplies out        the function that was trained
+    arcee   every network is relu² (`relu2_ffn`)     the same; 2:4 activations dense
+    act24   everything else, or where asked for      the function that was trained; act24 has to be installed
+
+2:4 weights are written as the function has them: masked, exactly 2:4, in every form.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.llama import LlamaForCausalLM
-from act24.passes import PassError
-from act24.tools.checkpoints import checkpoint
+from act24.llama import LlamaConfig
+from act24.options import one_of
+from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weight24
+from act24.passes.state import served_passes, served_weights
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.huggingface.folder import save_pretrained
-from act24.tools.run.build import Built, from_checkpoint, open_checkpoint
+from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
+from act24.tools.huggingface.folder import write_pretrained
+from act24.tools.huggingface.tokenizer_files import write_tokenizer
+from act24.tools.run.build import Built, load
+
+FORMS = ("auto", LLAMA, ARCEE, ACT24)
+
+#: Held-out tokens on which the difference between 2:4 and dense activations is measured.
+MEASURED_TOKENS = 65_536
 
 
-def export_run(path: Path, out: Path) -> str:
-    """Write the model of a run's last checkpoint, or of a checkpoint, into the new folder `out`.
+@dataclass(frozen=True)
+class _Exported:
+    """A model as it is written."""
 
-    A model whose passes have a stock form (LORO's factors multiply out) becomes a Hugging Face checkpoint,
-    which `transformers` opens. Any other is written in its own form, without what only training needs, and
-    `act24.load(out)` opens it anywhere.
+    kind: str
+    config: LlamaConfig
+    state: dict[str, Tensor]
+    passes: tuple[Pass, ...] = ()
+    pattern: str = ""
+
+
+def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = False) -> str:
+    """Write the model of a run's last checkpoint, of a checkpoint, or of a folder that act24 opens, into the
+    new folder `out`.
+
+    Args:
+        form: "auto" takes the first of llama, arcee and act24 that holds the model.
+        dense_weights: write the dense master weights behind `weight24` in place of the masked ones, which are
+            the function that was trained.
 
     Returns:
-        what was written, and if it is not the stock form, why.
+        what was written, and what a reader of it computes.
 
     Raises:
-        Act24Error: no checkpoint, a damaged one, or `out` exists or cannot be written.
+        Act24Error: nothing to export, a form that does not hold the model, or `out` exists or cannot be
+            written.
     """
+    one_of("export", "form", form, FORMS)
     if out.exists():
         raise Act24Error(f"{out} exists already")
-    opened = open_checkpoint(path)
-    built = from_checkpoint(opened)
-    try:
-        state = built.pipeline.state_to_stock(built.model.state_dict())
-    except PassError as error:
-        _copy_model(opened, out)
-        return f"{out}: the model in its own form, for act24.load, because {error}"
-    save_pretrained(_stock(built, state), out)
-    (out / checkpoint.TOKENIZER).write_text(opened.tokenizer_json, encoding="utf-8")
-    return f"{out}: a Hugging Face checkpoint"
-
-
-def _stock(built: Built, state: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    tokenizer = built.open_tokenizer()
-    config = dataclasses.replace(built.model.config, eos_token_id=tokenizer.eos_id)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(state, assign=True)
-    return model
-
-
-def _copy_model(opened: checkpoint.Checkpoint, out: Path) -> None:
+    built = load(path)
+    tokenizer = built.open_tokenizer() if built.tokenizer else None
+    exported = _exported(built, form, dense_weights)
+    config = exported.config
+    if tokenizer is not None:
+        config = dataclasses.replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    remarks = _remarks(path, built, exported, dense_weights)
     written = checkpoint_folder.temporary(out)
     try:
         written.mkdir(parents=True)
-        for name, text in opened.documents().items():
-            (written / name).write_text(text, encoding="utf-8")
-        save_file(opened.weights, written / checkpoint.WEIGHTS, metadata={"format": "pt"})
-        files = checkpoint_folder.fingerprints(written, checkpoint.MODEL_FILES)
-        checkpoint_folder.publish(written, out, {**opened.manifest, "files": files})
-    except OSError as error:
+        content = (config, exported.kind, exported.state)
+        write_pretrained(written, *content, passes=exported.passes, pattern=exported.pattern)
+        if tokenizer is not None:
+            write_tokenizer(written, tokenizer, config.max_position_embeddings)
+        card = "\n\n".join(remarks)
+        (written / "README.md").write_text(f"# {out.name}\n\n{card}\n", encoding="utf-8")
+        written.rename(out)
+    except (OSError, safetensors.SafetensorError) as error:
         raise Act24Error(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(written, ignore_errors=True)
+    return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
+
+
+def save_pretrained(pipeline: Pipeline, folder: str | Path) -> None:
+    """Write a rewritten model so that `AutoModelForCausalLM.from_pretrained` opens the same function, with
+    act24 installed: `transformers`' own `save_pretrained` would leave out what the passes did.
+
+    Args:
+        pipeline: what `act24.apply_` returned, for a stock LLaMA or `transformers`' LlamaForCausalLM.
+        folder: must not exist.
+
+    Raises:
+        Act24Error: another model, or `folder` exists or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise Act24Error(f"{folder} exists already")
+    config = _stock_config(pipeline.model)
+    state = served_weights(pipeline)
+    passes = served_passes(pipeline, without=(Weight24.name,))
+    write_pretrained(folder, config, ACT24, state, passes=passes, pattern=_pattern(pipeline))
+
+
+def _stock_config(model: torch.nn.Module) -> LlamaConfig:
+    """The stock configuration of a model that was rewritten."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(config, LlamaConfig):
+        return config
+    if getattr(config, "model_type", None) != LLAMA:
+        raise Act24Error(
+            f"{type(model).__name__} is no LLaMA, for which alone there is a folder that brings passes back; "
+            "keep its state_dict() and apply the same passes before load_state_dict()"
+        )
+    from act24.tools.huggingface.config import config_of
+
+    return config_of(config.to_dict(), "this model's config")[0]
+
+
+def _exported(built: Built, form: str, dense_weights: bool) -> _Exported:
+    pipeline, config = built.pipeline, built.model.config
+    state = served_weights(pipeline, masked=not dense_weights)
+    pattern = "" if dense_weights else _pattern(pipeline)
+    if form != ACT24:
+        try:
+            kind, config, stock = _stock(pipeline, config, state)
+            # β of soft 2:4 activations, which the stock forms compute dense.
+            for name, _ in built.model.named_buffers():
+                stock.pop(name, None)
+        except PassError as error:
+            if form != "auto":
+                told = f'the model has no form "{form}": {error}; export it with --as act24'
+                raise Act24Error(told) from error
+        else:
+            if form not in ("auto", kind):
+                raise Act24Error(f'the model has no form "{form}"; export it with --as {kind}')
+            return _Exported(kind, config, stock, pattern=pattern)
+    passes = served_passes(pipeline, without=(Weight24.name,))
+    return _Exported(ACT24, built.model.config, state, passes, pattern)
+
+
+def _stock(
+    pipeline: Pipeline, config: LlamaConfig, state: dict[str, Tensor]
+) -> tuple[str, LlamaConfig, dict[str, Tensor]]:
+    """The model as a LLaMA or an Arcee.
+
+    Raises:
+        PassError: it is neither, and why.
+    """
+    relu2 = [p for p in pipeline.passes if isinstance(p, Relu2FFN)]
+    if not relu2:
+        return LLAMA, config, pipeline.state_to_stock(state)
+    networks = {f"model.layers.{index}.mlp" for index in range(config.num_hidden_layers)}
+    if left := sorted(networks - set(pipeline.places(Relu2FFN.name))):
+        raise PassError(f"Arcee has relu² in every layer, and {left[0]} has none")
+    if any(p.activation != "relu2" for p in relu2):
+        raise PassError("Arcee's activation is relu², this model's is relu")
+    if config.hidden_size % config.num_attention_heads:
+        raise PassError(
+            f"Arcee's hidden_size is a multiple of its heads, which {config.hidden_size} is not of "
+            f"{config.num_attention_heads}"
+        )
+    stock = pipeline.state_to_stock(state, keep=(Relu2FFN.name,))
+    width = stock["model.layers.0.mlp.up_proj.weight"].shape[0]
+    return ARCEE, dataclasses.replace(config, intermediate_size=width), stock
+
+
+def _pattern(pipeline: Pipeline) -> str:
+    return "2:4" if any(isinstance(p, Weight24) for p in pipeline.active) else ""
+
+
+def _remarks(path: Path, built: Built, exported: _Exported, dense_weights: bool) -> list[str]:
+    """What was written and what its readers compute: the model card, and what the command says."""
+    classes = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", ACT24: "the model type act24"}
+    remarks = [f"a Hugging Face checkpoint ({classes[exported.kind]}), step {built.step}"]
+    if exported.kind == ACT24:
+        remarks.append(
+            "It computes the function that was trained, where act24 is installed: import "
+            "act24.tools.huggingface.model_type, or trust_remote_code=True"
+        )
+    elif any(isinstance(p, Activation24) for p in built.pipeline.active):
+        remarks.append(
+            "It was trained with 2:4 activations, which its readers compute dense; --as act24 keeps them. "
+            + _cost_of_dense(path)
+        )
+    if exported.pattern:
+        remarks.append("Its weights are 2:4: two of every four along the inputs are zero")
+    elif dense_weights and _pattern(built.pipeline):
+        remarks.append("Its weights are the dense masters behind 2:4 ones, not the function that was trained")
+    return remarks
+
+
+def _cost_of_dense(path: Path) -> str:
+    """What computing 2:4 activations dense changes in held-out loss, or why that is not known."""
+    from act24.tools.run.evaluate import evaluate_checkpoint
+
+    try:
+        forms = evaluate_checkpoint(path, [f"eval.tokens={MEASURED_TOKENS}"])
+    except Act24Error as error:
+        return f"What that changes in held-out loss was not measured: {error}"
+    dense, sparse = forms["dense"], forms["2:4"]
+    return f"Held-out loss with 2:4 {sparse.loss:.4f}, dense {dense.loss:.4f}, over {dense.tokens:,} tokens"

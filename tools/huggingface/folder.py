@@ -1,51 +1,66 @@
-"""Stock LLaMA checkpoints in Hugging Face's layout: config.json beside model.safetensors, in and out.
+"""Checkpoints in Hugging Face's layout, config.json beside model.safetensors or beside shards and their
+index, in and out: of LLaMA, of Arcee (relu² networks), and of our own type "act24".
 
-Nothing is guessed. What the stock model does not compute (scaled rotary embeddings, other activations,
-quantised weights) is refused by name; so is every parameter that is missing, left over or of another shape.
+Every parameter that is missing, left over or of another shape is refused by name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.passes import Pass, Pipeline, Relu2FFN
+from act24.tools.files import whole_file
+from act24.tools.huggingface.config import (
+    ACT24,
+    ARCEE,
+    CONFIG,
+    LLAMA,
+    MODULE,
+    MODULE_TEXT,
+    config_json,
+    read_config,
+    read_json,
+)
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Fields of `transformers`' LlamaConfig that the stock model lacks, with the one value it stands for.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "sliding_window": None,
-}
+#: Bytes of a file of weights; what does not fit goes into more of them.
+SHARD = 5 * 10**9
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder has a config.json, as Hugging Face's do and ours, runs and checkpoints, do not."""
+    return (folder / CONFIG).is_file()
 
 
 def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
-    """The LLaMA stored in `folder`, in the dtype it is stored in, on the CPU.
+    """The model stored in `folder`: see `open_pretrained`."""
+    return open_pretrained(folder)[0]
 
-    Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists. Raises
-    Act24Error, naming the file and the field or parameter, for what is missing, unknown or unsupported.
+
+def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
+    """The LLaMA, Arcee or act24 model stored in `folder`, in the dtype it is stored in, on the CPU, and the
+    pipeline that rewrote the stock LLaMA into it.
+
+    Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    Raises:
+        Act24Error: names the file and the field or parameter that is missing, unknown or unsupported.
     """
     folder = Path(folder)
-    config = _config_from(folder / CONFIG)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    config, passes = read_config(folder)
+    model, pipeline = _unset(config, passes)
     state = _read_state(folder)
     # Old checkpoints store this buffer; it follows from rope_theta.
     state = {name: value for name, value in state.items() if not name.endswith(".rotary_emb.inv_freq")}
@@ -57,91 +72,100 @@ def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
             )
     _check_state(state, model, str(folder))
     model.load_state_dict(state, assign=True)
-    return model
+    for module in model.modules():  # what no file holds: the padding of the next forward, and the like
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return model, pipeline
 
 
 def save_pretrained(
     model: LlamaForCausalLM, folder: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write `model` so that `transformers`' `AutoModelForCausalLM.from_pretrained` computes the same logits.
+    """Write a stock model so that `transformers`' `AutoModelForCausalLM.from_pretrained` computes the same
+    logits. `metadata` goes into the headers of the weights.
 
-    `metadata` goes into the header of model.safetensors. Each file appears under its name only when it is
-    whole. Raises Act24Error for a model whose parameters are no longer those of a stock LLaMA, or where
-    writing fails.
+    Raises:
+        Act24Error: the parameters are no longer those of a stock LLaMA, or writing fails.
+    """
+    state = model.state_dict()
+    stock, _ = _unset(model.config, ())
+    _check_state(state, stock, "this model is no stock LLaMA, whose form was asked for")
+    write_pretrained(folder, model.config, LLAMA, state, metadata)
+
+
+def write_pretrained(
+    folder: str | Path,
+    config: LlamaConfig,
+    kind: str,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    passes: Sequence[Pass] = (),
+    pattern: str = "",
+    shard: int = SHARD,
+) -> None:
+    """Write the weights `state` of a model and its config.json. Each file appears under its name only when it
+    is whole, with the rights that the process gives new files, and config.json last.
+
+    Args:
+        kind, passes, pattern: as for `act24.tools.huggingface.config.config_json`.
+        shard: bytes of a file.
+
+    Raises:
+        Act24Error: `state` does not fit the configuration, or writing fails.
     """
     folder = Path(folder)
-    with torch.device("meta"):
-        stock = LlamaForCausalLM(model.config)
-    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    _check_state(state, stock, "this model is no stock LLaMA and has no Hugging Face form")
+    state = {name: value.detach().contiguous() for name, value in state.items()}
+    model, _ = _unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
+    _check_state(state, model, f"this is no {kind} model")
+    dtype = state["model.embed_tokens.weight"].dtype
+    content = config_json(config, kind, dtype, passes, pattern)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _whole(folder / WEIGHTS) as partial:
-            safetensors.torch.save_file(state, partial, {**(metadata or {}), "format": "pt"})
-        with _whole(folder / CONFIG) as partial:
-            partial.write_text(json.dumps(_config_to(model), indent=2) + "\n")
+        write_weights(folder, state, metadata, shard)
+        if kind == ACT24:
+            (folder / MODULE).write_text(MODULE_TEXT, encoding="utf-8")
+        with whole_file(folder / CONFIG) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise Act24Error(f"cannot write the checkpoint {folder}: {error}") from error
 
 
-def _config_from(path: Path) -> LlamaConfig:
-    """Translate a config.json, refusing what would change the numbers."""
-    raw = _read_json(path)
-    if raw.get("model_type") != "llama":
-        raise Act24Error(f"{path}: model_type is {raw.get('model_type')!r}; only 'llama' is the stock LLaMA")
-    # transformers 5 keeps rope_theta inside rope_parameters; 4 has it beside rope_scaling, null if unused.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise Act24Error(f"{path}: rotary embeddings of type {kind!r} are not supported; only 'default' is")
-    for name, only in _ONLY.items():
-        value = rope.get(name, raw.get(name, only))
-        if value != only:
-            raise Act24Error(f"{path}: {name} = {value!r} is not supported; only {only!r} is")
-    fields = {field.name: field for field in dataclasses.fields(LlamaConfig)}
-    values = {name: value for name, value in raw.items() if name in fields}
-    values.update({name: value for name, value in rope.items() if name == "rope_theta"})
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and name not in values:
-            raise Act24Error(f"{path}: {name} is missing")
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = tuple(values["eos_token_id"])
-    # The low-rank literature's way to say "none"; transformers 5 refuses to save it.
-    if values.get("pad_token_id") == -1:
-        values["pad_token_id"] = None
-    try:
-        return LlamaConfig(**values)
-    except Act24Error as error:
-        raise Act24Error(f"{path}: {error}") from error
+def write_weights(
+    folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, shard: int = SHARD
+) -> None:
+    """model.safetensors, or shards with their index, in an existing folder.
+
+    Raises:
+        OSError, safetensors.SafetensorError: writing fails.
+    """
+    split = split_torch_state_dict_into_shards(dict(state), max_shard_size=shard)
+    for name, tensors in split.filename_to_tensors.items():
+        with whole_file(folder / name) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode & 0o777  # safetensors would leave a file that only its owner reads
+            content = {tensor: state[tensor].contiguous() for tensor in tensors}
+            safetensors.torch.save_file(content, partial, {**(metadata or {}), "format": "pt"})
+            partial.chmod(mode)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        with whole_file(folder / INDEX) as partial:
+            partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _config_to(model: LlamaForCausalLM) -> dict[str, Any]:
-    """The config.json of a stock model, in the spelling that transformers 4 and 5 both read."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        **dataclasses.asdict(model.config),
-        "head_dim": model.config.head_width,  # resolved, because transformers 4 does not read null as absent
-        "num_key_value_heads": model.config.key_value_heads,
-        "torch_dtype": str(model.head_weight.dtype).removeprefix("torch."),
-    }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Act24Error(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise Act24Error(f"{path} holds no JSON object")
-    return content
+def _unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM, Pipeline]:
+    """The model of a configuration, on the meta device."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    pipeline = Pipeline(model, passes, keep_all=True)
+    pipeline.commit_()
+    return model, pipeline
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
     if (folder / INDEX).exists():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
     else:
         names = [WEIGHTS]
     state: dict[str, Tensor] = {}
@@ -174,14 +198,3 @@ def _some(names: list[str], limit: int = 4) -> str:
     """The first names, and how many more there are: a whole model's would fill the terminal."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to beside `path`, moved onto it when the writing is done and removed when it fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

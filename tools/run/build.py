@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
@@ -24,6 +25,7 @@ from act24.tools.checkpoints.reading import contents_of
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.data import open_tokenizer
 from act24.tools.data import tokenizer as data_tokenizer
+from act24.tools.huggingface.folder import is_pretrained, open_pretrained
 from act24.tools.run.folder import last_checkpoint
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
@@ -34,24 +36,26 @@ SPARSE_PASSES = ("activation24", "weight24")
 class Built:
     """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
 
-    `tokenizer_json` is the content of a checkpoint's `tokenizer.json`, None where the model is new.
+    Recipe and tokenizer are None where a folder holds a model alone. `tokenizer_json` is the content of a
+    checkpoint's `tokenizer.json`: its folder may be gone.
     """
 
-    recipe: Recipe
+    recipe: Recipe | None
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     tokenizer_json: str | None = None
 
     def open_tokenizer(self, data: Data | None = None) -> data_tokenizer.Tokenizer:
-        """The tokenizer, for the recipe's data or others.
+        """The tokenizer, for any text or for the given data.
 
         Raises:
             Act24Error: it cannot be opened, or `data` are token shards that another one wrote.
         """
+        assert self.tokenizer is not None
         with contents_of(Path(self.tokenizer.name)) if self.tokenizer_json else nullcontext():
-            return open_tokenizer(data or self.recipe.data, self.tokenizer, saved=self.tokenizer_json)
+            return open_tokenizer(data or Data(), self.tokenizer, saved=self.tokenizer_json)
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -74,12 +78,12 @@ def build(
     recipe: Recipe,
     device: torch.device,
     step: int = 0,
-    column_scores: Callable[[Sequence[str]], dict[str, Tensor]] | None = None,
+    measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
 ) -> Built:
     """The model at its start, rewritten. All of its regions stand as graph modules, whatever the passes.
 
     Args:
-        column_scores: measures what `Pipeline.needs_column_scores` names, if the recipe asks for any.
+        measure: measures what `Pipeline.measurements` names; called only if a pass wants anything.
 
     Raises:
         PassError: the recipe's passes do not fit the model.
@@ -88,8 +92,8 @@ def build(
     _check_device(recipe, device)
     model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
     pipeline = _pipeline(recipe, model, step)
-    names = pipeline.needs_column_scores
-    pipeline.commit_(column_scores(names) if names and column_scores else None)
+    wanted = pipeline.measurements
+    pipeline.commit_(measure(wanted) if wanted and measure else None)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
@@ -103,20 +107,16 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, or a checkpoint: the recipe in it is applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
+    are applied again, then its weights.
 
     Raises:
-        Act24Error: there is no checkpoint, or it is damaged, or not for this device.
+        Act24Error: there is none of these, or it is damaged, or not for this device.
     """
-    return from_checkpoint(open_checkpoint(Path(path)), device)
-
-
-def from_checkpoint(opened: checkpoint.Checkpoint, device: torch.device | str = "cpu") -> Built:
-    """The model of an open checkpoint. Its folder may be gone meanwhile.
-
-    Raises:
-        Act24Error: it is not for this device, or holds another model than its recipe says.
-    """
+    if is_pretrained(Path(path)):
+        model, pipeline = open_pretrained(path)
+        return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
+    opened = open_checkpoint(Path(path))
     with contents_of(opened.folder / "recipe.toml"):
         recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     _check_device(recipe, torch.device(device))
@@ -147,6 +147,12 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
         except CheckpointError:
             if folder == path or on_the_first(folder.exists):
                 raise
+
+
+def _beside(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a Hugging Face folder."""
+    file = folder / checkpoint.TOKENIZER
+    return Tokenizer(name=str(file)) if file.is_file() else None
 
 
 def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:

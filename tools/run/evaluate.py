@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from act24.errors import Act24Error
 from act24.passes import OperationalPass, Pipeline
 from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
@@ -140,6 +141,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     """
     with open_processes() as processes:
         built = load(path, processes.device)
+        if built.recipe is None or built.tokenizer is None:
+            raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,

@@ -12,9 +12,10 @@ from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from act24.optim import AdamW, LOROAdamW, loro_parameter_groups, parameter_groups
-from act24.optim.loro import exact_period, unshared
+from act24.optim import OptimizerOptions, Surroundings
+from act24.optim.base import unshared
 from act24.passes import Pipeline
 from act24.passes.state import refuse_exact_steps
 from act24.recipes import schema
@@ -24,47 +25,28 @@ from act24.tools.run.processes import Processes
 
 def build_optimizer(
     model: nn.Module,
-    section: schema.Optimizer,
+    options: OptimizerOptions,
     *,
     pipeline: Pipeline | None = None,
     processes: Processes | None = None,
-) -> AdamW:
+) -> Optimizer:
     """The optimizer over the trainable parameters of a model.
 
     Args:
-        pipeline: what rewrote the model; `loro_adamw` asks it which linears `low_rank` factorised.
-        processes: of the run; `loro_adamw` shares its exact updates out over them.
+        pipeline: what rewrote the model; an optimizer may ask which modules a pass took.
+        processes: of the run; an optimizer may share its work out over them.
 
     Raises:
-        Act24Error: `loro_adamw` without a factorised linear or with 2:4 factors that its exact updates would
-            tear, or options that are out of range.
+        Act24Error: exact steps would tear 2:4 factors, or what the optimizer itself says.
     """
-    shared = {
-        "lr": section.lr,
-        "betas": section.betas,
-        "eps": section.eps,
-        "state_dtype": section.state_dtype,
-        "momentum_reset_steps": section.momentum_reset_steps,
-    }
-    if section.name != "loro_adamw":
-        return AdamW(parameter_groups(model, section.weight_decay, section.decay), **shared)
-    if pipeline and (section.restarts or exact_period(section.type or "loro", section.exact_every or 0)):
+    if pipeline and options.exact_steps():
         refuse_exact_steps(pipeline)
-    groups = loro_parameter_groups(
-        model,
-        pipeline.places("low_rank") if pipeline else (),
-        section.weight_decay,
-        section.decay,
-        hidden_size=getattr(getattr(model, "config", None), "hidden_size", None),
-        lr_scale=section.lr_scaler or -1.0,
-    )
-    return LOROAdamW(
-        groups,
-        **section.loro_options(),
+    surroundings = Surroundings(
+        places=pipeline.places if pipeline else lambda name: (),
         eigh=batched_eigh,
         share=partial(shared_out, processes) if processes and processes.world_size > 1 else unshared,
-        **shared,
     )
+    return options.build(model, surroundings)
 
 
 def learning_rate(recipe: schema.Recipe, step: int, total_steps: int | None = None) -> float:
@@ -75,7 +57,7 @@ def learning_rate(recipe: schema.Recipe, step: int, total_steps: int | None = No
 def shared_out(
     processes: Processes, compute: Callable[[slice], tuple[Tensor, ...]], count: int
 ) -> tuple[Tensor, ...]:
-    """An `act24.optim.loro.Share`: each process computes its part of a stack and hands it to all others.
+    """An `act24.optim.base.Share`: each process computes its part of a stack and hands it to all others.
 
     Parts are equally long, as a gather wants them; the last ones overlap where `count` is no multiple.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
+from act24.passes.graph.measurements import Measurement
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
@@ -23,10 +24,10 @@ from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, open_tokenizer, pinned
 from act24.tools.run.build import Built, build, model_config, saved_tokenizer
 from act24.tools.run.changes import ScheduleChoice
-from act24.tools.run.column_scores import measure_column_scores
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, describe_run, resume_point
 from act24.tools.run.lock import lock_on_the_first
+from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
@@ -155,7 +156,7 @@ class _Run:
                 position = merged_state([state["data"] for state in checkpoint.rank_states(start)])
         streams = position["fingerprint"]["streams"] if position else None
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, streams=streams, **where)
-        self._built: Built = build(recipe, processes.device, self._step, self._column_scores)
+        self._built: Built = build(recipe, processes.device, self._step, self._measure)
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
@@ -186,12 +187,12 @@ class _Run:
         )
         self._monitor.remark(self._remarks, self._step)
 
-    def _column_scores(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Measured on the first batch, which is trained on all the same."""
+    def _measure(self, wanted: Mapping[str, Measurement]) -> dict[str, Tensor]:
+        """What passes want to know, on the first batch, which is trained on all the same."""
         beginning = self._rows.state_dict()
-        scores = measure_column_scores(self._recipe, names, next(self._rows), self._processes)
+        measured = measure(self._recipe, wanted, next(self._rows), self._processes)
         self._rows.load_state_dict(beginning)
-        return scores
+        return measured
 
     def close(self) -> None:
         self._rows.close()

@@ -1,7 +1,8 @@
 """Which algorithm of cuSPARSELt is fastest for which product on this machine: measured once, and kept.
 
-One JSON file for all machines, keyed by GPU and library version. The core measures (`products.tuned`) and is
-handed the table (`Options24.algorithms`); this file is all that touches the disk.
+One JSON file for all machines, keyed by GPU and library version. The core measures
+(`act24.sparse24.format.tuner.tuned`) and is handed the table (`Options24.algorithms`); this file is all that
+touches the disk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from act24.errors import Act24Error
 from act24.passes import Activation24, Pipeline
 from act24.recipes.schema import Recipe
 from act24.sparse24.feed_forward.forms import why_never_packed
-from act24.sparse24.format.products import KINDS, Measured, Product, Table, obstacle, tuned
+from act24.sparse24.format.device import obstacle
+from act24.sparse24.format.products import KINDS, Measured, Product, Table
+from act24.sparse24.format.tuner import tuned
+from act24.tools.files import whole_file
 from act24.tools.run.processes import Processes
 
 
@@ -60,9 +64,8 @@ def write_table(path: Path, key: str, table: Table) -> None:
     content[key] = _entries(sorted(known.items()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         raise TuningError(f"cannot write {path}: {error.strerror}") from None
 
@@ -119,7 +122,7 @@ def tuned_table(
 
     Args:
         wanted: the products of a model's networks (`products.feed_forward_products`).
-        device: a GPU that can run them (`products.obstacle`).
+        device: a GPU that can run them (`act24.sparse24.format.device.obstacle`).
         time: milliseconds that a call takes there.
         path: of the cache; None for `cache_path()`.
         held: what stands, whatever the cache says.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from act24.optim import LOROAdamW
 from act24.passes import Activation24
 from act24.passes.activation_statistics import BUFFER
+from act24.passes.graph.region import buffers_of
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.run.build import Built
@@ -26,6 +27,7 @@ from act24.tools.watch.statistics import (
     SiteStatistics,
     block_weights,
     read_activation_statistics_,
+    split_layer,
     weight_sparsity,
 )
 from act24.tools.watch.tensorboard import RunLog, flat
@@ -237,8 +239,7 @@ class Monitor:
         rates = take_flip_rates_(self._built.pipeline, steps)
         scalars = {f"flip_rate/{name}": rate for name, rate in rates.items()}
         tensors = {f"gradient_cosine/{name}": value for name, value in self._cosines.items()}
-        if isinstance(self._optimizer, LOROAdamW):
-            tensors |= {f"loro/{name}": value for name, value in self._optimizer.diagnostics_().items()}
+        tensors |= self._recipe.optimizer.diagnostics_(self._optimizer)
         self._cosines = {}
         if tensors:
             read = torch.stack([value.double() for value in tensors.values()]).tolist()
@@ -261,10 +262,12 @@ class Monitor:
                 log.layers(tag, values, step)
         others = [s for s in sites if s.site != "mlp"]
         if others:
-            scalars = {
-                f"lowrank_relu2_sparsity/layer_{s.layer}.{s.site.rpartition('.')[2]}": s.sparsity
-                for s in others
-            }
+            short = Counter((s.layer, s.site.rpartition(".")[2]) for s in others)
+            scalars = {}
+            for s in others:
+                name = s.site.rpartition(".")[2]
+                name = name if short[s.layer, name] == 1 else s.site
+                scalars[f"lowrank_relu2_sparsity/layer_{s.layer}.{name}"] = s.sparsity
             scalars["lowrank_relu2_sparsity/average"] = sum(scalars.values()) / len(scalars)
             log.scalars(scalars, step)
 
@@ -285,7 +288,8 @@ class Monitor:
 
 
 def _layer_tags(recipe: Recipe, built: Built) -> list[str]:
-    watched = any(name.endswith(f"mlp.{BUFFER}") for name, _ in built.model.named_buffers())
+    sites = buffers_of(dict(built.model.named_modules()), BUFFER)
+    watched = any(split_layer(name)[1] == "mlp" for name in sites)
     tags = list(FFN_TAGS) if watched else []
     for p in recipe.passes:
         if watched and isinstance(p, Activation24):

@@ -12,7 +12,7 @@ from torch import nn
 from act24.passes.activation24 import SCALE
 from act24.passes.activation_statistics import BUFFER
 from act24.passes.graph.normal_form import nodes_of, parameter_name
-from act24.passes.graph.region import RegionModule
+from act24.passes.graph.region import RegionModule, buffers_of
 from act24.passes.weight24 import MASK
 from act24.sparse24.feed_forward.statistics import STATISTICS
 from act24.sparse24.weight.linear24 import linear24
@@ -53,13 +53,13 @@ def read_activation_statistics_(model: nn.Module, processes: Processes) -> list[
 
     Sites that nothing has passed since are left out. Collective: every process has to call it.
     """
-    buffers = dict(model.named_buffers())
-    named = {name: buffer for name, buffer in buffers.items() if name.rpartition(".")[2] == BUFFER}
+    modules = dict(model.named_modules())
+    named, known = buffers_of(modules, BUFFER), buffers_of(modules, SCALE)
     if not named:
         return []
     table = processes.sum_(torch.stack(list(named.values())).double())
     one = table.new_ones(())
-    scales = [buffers.get(name.removesuffix(BUFFER) + SCALE, one).double() for name in named]
+    scales = [known.get(name, one).double() for name in named]
     table = torch.cat((table, torch.stack(scales)[:, None]), dim=1)  # one transfer for both
     for buffer in named.values():
         buffer.zero_()
@@ -74,7 +74,7 @@ def _site_statistics(name: str, counts: Mapping[str, float], scale: float) -> Si
     def share(part: str, whole: float) -> float:
         return counts[part] / whole if whole > 0 else 0.0
 
-    layer, site = split_layer(name.rpartition(".")[0])
+    layer, site = split_layer(name)
     feature_wise = counts["feature_nonzeros"] > 0
     return SiteStatistics(
         layer,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from act24.operation import operation
-from act24.sparse24.feed_forward.operation import Function
+from act24.options import Range, in_range, one_of
 from act24.sparse24.pattern.random_bits import random_bits
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.soft_threshold import scale_sums, soft_threshold24
+from act24.sparse24.pattern.token_wise import Function, dense_activation
 
 ScaleFrom = Literal["activation", "weight", "output"]
 
@@ -55,13 +56,22 @@ def calibration_sums(
 
     Returns:
         float64 `[len(CALIBRATION)]`.
+
+    Raises:
+        OptionError: there is no such function or source of scales, or no row to take.
+        ValueError: F is not a multiple of 4.
+
+    Source: the scale of S-STE (arXiv 2409.09099), of weights there.
     """
+    one_of("calibration_sums", "function", function, get_args(Function))
+    one_of("calibration_sums", "scale_from", scale_from, get_args(ScaleFrom))
+    in_range("calibration_sums", "samples", samples, Range(ge=1))
     rows = hidden.flatten(0, -2)
     chosen = sample_rows(pads, len(rows), samples, rows.device)
-    dense = torch.relu(rows[chosen].double())
+    positive = torch.relu(rows[chosen].double())
     if pads is not None and pads.ndim:
-        dense = dense * ~pads.flatten()[chosen][:, None]
-    dense = dense.square() if function == "relu2" else dense
+        positive = positive * ~pads.flatten()[chosen][:, None]
+    dense = dense_activation(positive, function).value
     soft = soft_threshold24(dense)
     measured = scale_sums(dense, soft)
     scale = measured

@@ -1,33 +1,50 @@
-"""Which form a 2:4 feed-forward network runs in: the one place that decides, for the operation, the shell and
-whoever asks why.
+"""What a form of `activation24` is, and what decides whether it can run a network.
 
-Every rule says in a few words why its form cannot be, and nothing where it can.
-`act24.sparse24.feed_forward.operation`
-asks for them in turn: narrow, packed, masked; else it is the reference.
+A form computes the same function as the reference, by kernels. Each says in one record what it serves; the
+list of them, in the order in which they are asked, is `act24.sparse24.feed_forward.operation.FORMS`. What no
+form serves runs the reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from act24.operation import constant_when_compiled
-from act24.sparse24.format.products import Kind, choose, feed_forward_products, fp8_obstacle, obstacle
-from act24.sparse24.pattern.token_wise import Options24
+from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
+from act24.sparse24.feed_forward.self_check import kernel_obstacle
+from act24.sparse24.format.device import fp8_obstacle, obstacle
+from act24.sparse24.format.products import Kind, choose, feed_forward_products
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
-_TILE, _LOAD, _FP8_LOAD = 64, 8, 16
+_TILE, _LOAD = 64, 8
 
 #: The least compute capability with e4m3, for which `torch.compile` has no code below.
 _FP8_CAPABILITY = (8, 9)
 
-#: Of the kernels for narrow linears: the tile, the step of a reduction, and the greatest width measured.
-_NARROW_TILE, _NARROW_STEP, _WIDEST = 128, 64, 256
+#: Where the rule for products that nobody tuned was measured: H100 and H200.
+_RULE_CAPABILITY = (9, 0)
 
 #: x, weight_in, bias_in, weight_out, bias_out of `act24.sparse24.feed_forward.operation.activation24`.
 Tensors = tuple[Tensor | None, ...]
+
+
+class State(NamedTuple):
+    """What the operation reads beside its tensors and options.
+
+    Attributes:
+        scale: β, a float32 scalar; None for 1.
+        seed: int64 scalar; None for methods that do not draw.
+        real: boolean `[T]`, the tokens that are no padding; None for all.
+    """
+
+    scale: Tensor | None = None
+    seed: Tensor | None = None
+    real: Tensor | None = None
 
 
 class Network(NamedTuple):
@@ -38,6 +55,7 @@ class Network(NamedTuple):
         width, width_out: what the first linear reads, and what the second writes; 0 where there is none.
         dtype, device: of the input.
         biased: the first linear has a bias.
+        scaled: the result is multiplied by β.
     """
 
     tokens: int
@@ -47,82 +65,97 @@ class Network(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     biased: bool = False
+    scaled: bool = False
 
 
-def network_of(tensors: Tensors) -> Network:
+def network_of(tensors: Tensors, scaled: bool = False) -> Network:
     """The network of an operation's tensors."""
     x, weight_in, bias_in, weight_out, _ = tensors
     assert x is not None
     features, width = (x.shape[-1], 0) if weight_in is None else weight_in.shape
     width_out = 0 if weight_out is None else weight_out.shape[0]
     tokens = x.numel() // max(x.shape[-1], 1)
-    return Network(tokens, features, width, width_out, x.dtype, x.device, bias_in is not None)
+    return Network(tokens, features, width, width_out, x.dtype, x.device, bias_in is not None, scaled)
 
 
-def why_not_packed(network: Network, options: Options24) -> str:
-    """Packed operands and 2:4 products (`act24.sparse24.feed_forward.packed`)."""
-    if reason := _why_no_products(network, options):
-        return reason
-    if options.estimator != "masked":
-        return "the straight-through gradient is not 2:4"
-    if options.precision == "fp8":
-        if network.width_out % _FP8_LOAD:
-            return f"in fp8 the width {network.width_out} of y has to be a multiple of {_FP8_LOAD}"
-        if reason := fp8_obstacle_on(network.device):
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to run the operation by kernels.
+
+    Attributes:
+        name: one word, for `act24 doctor`.
+        says: what it does, as `act24 doctor` says it of a network that takes it.
+        sparsifiers: the kernels' names of those that it knows (`methods.Method.kernel`).
+        functions, estimators, backwards, precisions: those that it knows.
+        linears: the network needs a linear on both sides.
+        scales: it takes β.
+        operators: whose kernels it launches; they check themselves on first use (`self_check`).
+        condition: why it cannot be for this shape and device, in a few words; "" if it can.
+        run: the operation on tensors that are cast already; y and the statistics.
+    """
+
+    name: str
+    says: str
+    sparsifiers: tuple[str, ...]
+    functions: tuple[str, ...]
+    estimators: tuple[str, ...]
+    backwards: tuple[str, ...]
+    precisions: tuple[str, ...]
+    linears: bool
+    scales: bool
+    operators: tuple[str, ...]
+    condition: Callable[[Network, Options24], str]
+    run: Callable[[Tensors, State, Options24], tuple[Tensor, Tensor]]
+
+    def why_not(self, network: Network, options: Options24) -> str:
+        """Why the form cannot run a network, in a few words; empty if it can."""
+        if not options.kernels:
+            return "kernels are switched off"
+        if reason := self.why_never(network, options):
             return reason
-    if not product_algorithms(network, options):
-        return (
-            f"dense products are faster at T {network.tokens}, F {network.features}, "
-            f"widths {network.width} and {network.width_out}"
-        )
-    return ""
+        if network.dtype is not torch.bfloat16:
+            return f"the kernels are for bfloat16, these are {network.dtype}"
+        if reason := self.condition(network, options):
+            return reason
+        return kernel_obstacle_on(network.device, self.operators)
 
+    def knows(self, options: Options24) -> bool:
+        """Whether a network of two linears could run in it, given the shape and the machine."""
+        both = Network(0, 0, 1, 1, torch.bfloat16, torch.device("cpu"), scaled=method_of(options).scaled)
+        return not self.why_never(both, options)
 
-def why_not_masked(network: Network, options: Options24) -> str:
-    """Kernels around dense products, or around none (`act24.sparse24.feed_forward.masked`)."""
-    if (options.method, options.backward, options.estimator) != ("naive", "dense", "masked"):
-        return "around dense products the kernels know naive 2:4 with exact weight gradients only"
-    if options.precision == "fp8" and network.width_out:
-        return "around dense products the kernels know no fp8"
-    return _why_no_kernels(network, options)
-
-
-def why_not_narrow(network: Network, options: Options24) -> str:
-    """2:4 inside the products of narrow linears (`act24.sparse24.feed_forward.narrow`)."""
-    chosen = (options.function, options.method, options.backward, options.estimator)
-    if chosen != ("relu2", "naive", "dense", "masked"):
-        return "the kernels know naive relu² with exact weight gradients only"
-    if options.precision == "fp8":
-        return "inside products the kernels know no fp8"
-    if reason := _why_no_products(network, options):
-        return reason
-    if network.biased:
-        return "the kernels have no bias before the activation"
-    if network.tokens % _NARROW_TILE or network.features % _NARROW_TILE:
-        return f"T {network.tokens} and F {network.features} have to be multiples of {_NARROW_TILE}"
-    widths = (network.width, network.width_out)
-    if any(width % _NARROW_STEP for width in widths) or max(widths) > _WIDEST:
-        return f"fused products take widths that are multiples of {_NARROW_STEP}, {_WIDEST} at most"
-    return ""
-
-
-def why_not_counted(hidden: Tensor) -> str:
-    """The kernel that counts what 2:4 would drop of a dense activation, h `[T, F]`."""
-    if hidden.dtype is not torch.bfloat16:
-        return f"the kernels are for bfloat16, this is {hidden.dtype}"
-    tokens, features = hidden.shape
-    return why_never_packed(tokens, features, ()) or obstacle_on(hidden.device)
+    def why_never(self, network: Network, options: Options24) -> str:
+        """The part of `why_not` that no shape, dtype or machine can change."""
+        method = method_of(options)
+        if method.kernel is None:
+            return f'no kernel knows the method "{options.method}"'
+        if method.kernel not in self.sparsifiers:
+            return f'its kernels do not know the method "{options.method}"'
+        if options.function not in self.functions:
+            return f"its kernels do not know {options.function}"
+        if options.estimator not in self.estimators:
+            return f'its kernels do not know the estimator "{options.estimator}"'
+        if options.backward not in self.backwards:
+            return f'its kernels do not know the "{options.backward}" backward'
+        if network.width_out and options.precision not in self.precisions:
+            return f"its kernels do not know {options.precision}"
+        if self.linears and not (network.width and network.width_out):
+            return "2:4 products need a linear on both sides of the activation"
+        if network.scaled and not self.scales:
+            return "its kernels have no scale"
+        return ""
 
 
 def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
     """The algorithm of each 2:4 product; empty where the products are dense."""
-    exact = options.backward == "dense"
+    exact = not backward_of(options).along_tokens
     tokens, features, width, width_out, *_ = network
     fp8 = options.precision == "fp8"
     products = feed_forward_products(tokens, width, features, width_out, exact, fp8)
     # Naive and exact has another form than this and the reference: the masked one, in bfloat16.
-    masked = exact and options.method == "naive" and not fp8
-    return choose(products, options.algorithms, always=not masked)
+    masked = exact and method_of(options).kernel == "naive" and not fp8
+    untuned = rule_holds_on(network.device)
+    return choose(products, options.algorithms, always=not masked, untuned=untuned)
 
 
 def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str:
@@ -135,15 +168,28 @@ def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str
 
 
 @constant_when_compiled
+def kernel_obstacle_on(device: torch.device, operators: tuple[str, ...]) -> str:
+    """`act24.sparse24.feed_forward.self_check.kernel_obstacle`, as a constant of a compiled graph."""
+    return kernel_obstacle(device, operators)
+
+
+@constant_when_compiled
 def obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.products.obstacle`, as a constant of a compiled graph."""
+    """`act24.sparse24.format.device.obstacle`, likewise."""
     return obstacle(device)
 
 
 @constant_when_compiled
 def fp8_obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.products.fp8_obstacle`, likewise."""
+    """`act24.sparse24.format.device.fp8_obstacle`, likewise."""
     return fp8_obstacle(device)
+
+
+@constant_when_compiled
+def rule_holds_on(device: torch.device) -> bool:
+    """Whether the rule for shapes that nobody tuned was measured on such a device. Elsewhere a tuner has to
+    have found the 2:4 products faster."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == _RULE_CAPABILITY
 
 
 @constant_when_compiled
@@ -155,20 +201,3 @@ def why_no_fp8(device: torch.device) -> str:
         f"this GPU has compute capability {capability[0]}.{capability[1]}, and e4m3 begins with 8.9: "
         'set precision = "bfloat16" for activation24'
     )
-
-
-def _why_no_products(network: Network, options: Options24) -> str:
-    """What holds for the two forms whose products know of 2:4."""
-    if not (network.width and network.width_out):
-        return "2:4 products need a linear on both sides of the activation"
-    return _why_no_kernels(network, options)
-
-
-def _why_no_kernels(network: Network, options: Options24) -> str:
-    """What holds for all of them."""
-    if not options.kernels:
-        return "kernels are switched off"
-    if network.dtype is not torch.bfloat16:
-        return f"the kernels are for bfloat16, these are {network.dtype}"
-    widths = (network.width, network.width_out)
-    return why_never_packed(network.tokens, network.features, widths) or obstacle_on(network.device)

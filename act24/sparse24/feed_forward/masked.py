@@ -2,8 +2,8 @@
 naive, with exact weight gradients.
 
 The same function as the reference, to the last bit where the products are the same. Saved for backward is the
-2:4 activation with its zeros, 2 bytes a feature, which the product behind it saves anyway, and from which the
-slope is a root away. A dense relu² network keeps twice as much, and moves as many bytes.
+2:4 activation with its zeros, 2 bytes a feature, which the product behind it saves anyway; the slope is made
+from its square root. A dense relu² network keeps twice as much, and moves as many bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.sparse24.feed_forward.forms import Tensors
-from act24.sparse24.feed_forward.packed import token_statistics
-from act24.sparse24.feed_forward.statistics import STATISTICS
-from act24.sparse24.kernels import operators
-from act24.sparse24.pattern.token_wise import Function, Options24
+from act24.sparse24.feed_forward.forms import Form, Network, State, Tensors, why_never_packed
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.statistics import no_statistics, token_wise_from_counts
+from act24.sparse24.kernels.activation_gradient import activation_gradient
+from act24.sparse24.kernels.pack_activation import pack_activation
+from act24.sparse24.pattern.token_wise import Function
 
 
 class _MaskedActivation24(torch.autograd.Function):
@@ -29,7 +30,7 @@ class _MaskedActivation24(torch.autograd.Function):
     def forward(
         hidden: Tensor, real: Tensor | None, function: Function, count: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        value, _, counts, sums = operators.pack_activation(
+        value, _, counts, sums = pack_activation(
             hidden, None, real, function, "naive", False, True, count, count
         )
         return value, counts, sums
@@ -45,25 +46,45 @@ class _MaskedActivation24(torch.autograd.Function):
     @once_differentiable  # the slope is made from a constant
     def backward(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (value,) = ctx.saved_tensors
-        return operators.activation_gradient(grad_value.contiguous(), value, ctx.function), None, None, None
+        return activation_gradient(grad_value.contiguous(), value, ctx.function), None, None, None
 
 
-def masked_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
-    """`act24.sparse24.feed_forward.operation.activation24` without a scale, where `forms.why_not_masked` says
-    nothing.
+def masked_activation24(tensors: Tensors, state: State, options: Options24) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.feed_forward.operation.activation24` where `MASKED` can run it.
 
     Args:
-        real: boolean `[T]`, the tokens that the statistics count; None for all.
+        tensors: in bfloat16, of the shapes that the operation has.
+        state: without a scale.
+        options: naive, with exact weight gradients.
     """
     x, weight_in, bias_in, weight_out, bias_out = tensors
     assert x is not None
     rows = x.reshape(-1, x.shape[-1])
     hidden = rows.contiguous() if weight_in is None else F.linear(rows, weight_in, bias_in)
-    value, counts, sums = _MaskedActivation24.apply(hidden, real, options.function, options.statistics)
+    value, counts, sums = _MaskedActivation24.apply(hidden, state.real, options.function, options.statistics)
     y = value if weight_out is None else F.linear(value, weight_out)
     y = y if bias_out is None else y + bias_out  # two roundings, as in the reference
     y = y.view(*x.shape[:-1], y.shape[-1])
     if not options.statistics:
-        return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
-    with torch.no_grad():
-        return y, token_statistics(len(value), counts, sums, real)
+        return y, no_statistics(y)
+    return y, token_wise_from_counts(len(value), counts, sums, state.real)
+
+
+def _condition(network: Network, options: Options24) -> str:
+    return why_never_packed(network.tokens, network.features, (network.width, network.width_out))
+
+
+MASKED = Form(
+    name="masked",
+    says="2:4 by kernels around dense products",
+    sparsifiers=("naive",),
+    functions=("relu2", "relu"),
+    estimators=("masked",),
+    backwards=("dense",),
+    precisions=("bfloat16",),
+    linears=False,
+    scales=False,
+    operators=("pack_activation", "activation_gradient"),
+    condition=_condition,
+    run=masked_activation24,
+)

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.sparse24.feed_forward.forms import Tensors
-from act24.sparse24.feed_forward.statistics import STATISTICS, token_wise_statistics
-from act24.sparse24.kernels import narrow_operators as operators
-from act24.sparse24.pattern.token_wise import Options24, sparsify_token_wise
+from act24.sparse24.feed_forward.forms import Form, Network, State, Tensors
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.statistics import no_statistics, token_wise_from_some_tokens
+from act24.sparse24.kernels.linear_gradient import linear_gradient
+from act24.sparse24.kernels.linear_pack import linear_pack
+from act24.sparse24.kernels.recompute_gradient import recompute_gradient
 
-#: Statistics look at every 16th token: the pre-activation, which they need, is nowhere in memory.
-_SAMPLE = 16
+#: Of the kernels: the tile, the step of a reduction, and the greatest width measured.
+_TILE, _STEP, _WIDEST = 128, 64, 256
 
 
 class _NarrowActivation24(torch.autograd.Function):
@@ -35,7 +37,7 @@ class _NarrowActivation24(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         save = training and not options.recompute
-        value, values, fields = operators.linear_pack(rows, weight_in, save)
+        value, values, fields = linear_pack(rows, weight_in, save)
         y = F.linear(value, weight_out)
         y = y if bias_out is None else y + bias_out  # two roundings, as in the reference
         return y.view(*x.shape[:-1], len(weight_out)), values, fields
@@ -55,9 +57,9 @@ class _NarrowActivation24(torch.autograd.Function):
         need_x, need_weight_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:4]
         rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
         if ctx.options.recompute:
-            value, grad_hidden = operators.recompute_gradient(rows, weight_in, grad, weight_out)
+            value, grad_hidden = recompute_gradient(rows, weight_in, grad, weight_out)
         else:
-            value, grad_hidden = operators.linear_gradient(grad, weight_out, values, fields)
+            value, grad_hidden = linear_gradient(grad, weight_out, values, fields)
         return (
             (grad_hidden @ weight_in).view(x.shape) if need_x else None,
             grad_hidden.T @ rows if need_weight_in else None,
@@ -68,11 +70,13 @@ class _NarrowActivation24(torch.autograd.Function):
         )
 
 
-def narrow_activation24(tensors: Tensors, real: Tensor | None, options: Options24) -> tuple[Tensor, Tensor]:
-    """`act24.sparse24.feed_forward.operation.activation24` where `forms.why_not_narrow` has nothing to say.
+def narrow_activation24(tensors: Tensors, state: State, options: Options24) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.feed_forward.operation.activation24` where `NARROW` can run it.
 
     Args:
-        real: boolean `[T]`, the tokens that the statistics count; None for all.
+        tensors: in bfloat16, of the shapes that the operation has, without a bias before the activation.
+        state: without a scale.
+        options: naive relu², with exact weight gradients.
     """
     x, weight_in, _, weight_out, bias_out = tensors
     assert x is not None
@@ -80,9 +84,32 @@ def narrow_activation24(tensors: Tensors, real: Tensor | None, options: Options2
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, _, _ = _NarrowActivation24.apply(x, weight_in, weight_out, bias_out, options, training)
     if not options.statistics:
-        return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
-    with torch.no_grad():
-        rows = x.reshape(-1, x.shape[-1])[::_SAMPLE]
-        sparse = sparsify_token_wise(torch.relu(F.linear(rows, weight_in)), None, options)
-        sampled = None if real is None else real[::_SAMPLE]
-        return y, _SAMPLE * token_wise_statistics(sparse.dense, sparse.mask, sampled)
+        return y, no_statistics(y)
+    return y, token_wise_from_some_tokens(x, weight_in, state.real, options)
+
+
+def _condition(network: Network, options: Options24) -> str:
+    if network.biased:
+        return "the kernels have no bias before the activation"
+    if network.tokens == 0 or network.tokens % _TILE or network.features % _TILE:
+        return f"T {network.tokens} and F {network.features} have to be multiples of {_TILE}"
+    widths = (network.width, network.width_out)
+    if any(width % _STEP for width in widths) or max(widths) > _WIDEST:
+        return f"fused products take widths that are multiples of {_STEP}, {_WIDEST} at most"
+    return ""
+
+
+NARROW = Form(
+    name="narrow",
+    says="2:4 inside dense products",
+    sparsifiers=("naive",),
+    functions=("relu2",),
+    estimators=("masked",),
+    backwards=("dense",),
+    precisions=("bfloat16",),
+    linears=True,
+    scales=False,
+    operators=("linear_pack", "linear_gradient", "recompute_gradient"),
+    condition=_condition,
+    run=narrow_activation24,
+)

@@ -19,45 +19,33 @@ from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.operation import cast_for_autocast, is_mapped, operation
-from act24.sparse24.feed_forward.forms import (
-    network_of,
-    why_no_fp8,
-    why_not_counted,
-    why_not_masked,
-    why_not_narrow,
-    why_not_packed,
+from act24.sparse24.feed_forward.forms import Form, Network, State, network_of, why_no_fp8
+from act24.sparse24.feed_forward.masked import MASKED
+from act24.sparse24.feed_forward.narrow import NARROW
+from act24.sparse24.feed_forward.options import PLAIN, Options24, backward_of, estimator_of, method_of
+from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.scale import times_scale
+from act24.sparse24.feed_forward.statistics import (
+    feature_wise_statistics,
+    no_statistics,
+    real_tokens,
+    token_wise_statistics,
 )
-from act24.sparse24.feed_forward.masked import masked_activation24
-from act24.sparse24.feed_forward.narrow import narrow_activation24
-from act24.sparse24.feed_forward.packed import packed_activation24, token_statistics
-from act24.sparse24.feed_forward.statistics import STATISTICS, feature_wise_statistics, token_wise_statistics
 from act24.sparse24.format.fp8 import linear_fp8
-from act24.sparse24.kernels import operators
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
-from act24.sparse24.pattern.selection import densest, top2_of_4
-from act24.sparse24.pattern.token_wise import (
-    PLAIN,
-    Backward,
-    Estimator,
-    Function,
-    Method,
-    Options24,
-    Precision,
-    Sparse24,
-    sparsify_token_wise,
-)
+from act24.sparse24.pattern.selection import densest
+from act24.sparse24.pattern.token_wise import Sparse24, sparsify_token_wise
 
-__all__ = [
-    "PLAIN",
-    "Backward",
-    "Estimator",
-    "Function",
-    "Method",
-    "Options24",
-    "Precision",
-    "activation24",
-    "dense_statistics",
-]
+#: The forms, in the order in which they are asked. A network that none of them serves runs the reference.
+FORMS: tuple[Form, ...] = (NARROW, PACKED, MASKED)
+
+
+def form_of(network: Network, options: Options24) -> Form | None:
+    """The form in which a network runs; None for the reference."""
+    for form in FORMS:
+        if not form.why_not(network, options):
+            return form
+    return None
 
 
 class _TokenGroups(NamedTuple):
@@ -84,9 +72,9 @@ class _TokenGroups(NamedTuple):
 
 
 def _token_groups(positive: Tensor, pads: Tensor | None, options: Options24) -> _TokenGroups:
-    real = _real(pads)
+    real = real_tokens(pads)
     permutation = token_permutation(positive.shape[:-1], options.token_permutation, positive.device)
-    if options.backward == "sparse":
+    if not backward_of(options).dense_features:
         return _TokenGroups(real, permutation, None)
     nonzero = _rows(positive) > 0
     counts = (nonzero if real is None else nonzero & real[:, None]).sum(0)
@@ -98,44 +86,25 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _real(pads: Tensor | None) -> Tensor | None:
-    return None if pads is None or not pads.ndim else ~pads.flatten()
+def _sparse(positive: Tensor, seed: Tensor | None, options: Options24) -> Sparse24:
+    return sparsify_token_wise(positive, seed, options.function, method_of(options).sparsifier)
 
 
 def _statistics(positive: Tensor, sparse: Sparse24, pads: Tensor | None, options: Options24) -> Tensor:
     if not options.statistics:
-        return positive.new_zeros(len(STATISTICS), dtype=torch.float32)
-    counts = token_wise_statistics(_rows(sparse.dense), _rows(sparse.mask), _real(pads))
-    if options.backward != "dense":
+        return no_statistics(positive)
+    counts = token_wise_statistics(_rows(sparse.dense), _rows(sparse.mask), real_tokens(pads))
+    if backward_of(options).along_tokens:
         groups = _token_groups(positive, pads, options)
         value = groups.ordered(_rows(sparse.value))
         counts += feature_wise_statistics(value, sparsify_feature_wise(value, groups.dense), groups.dense)
     return counts
 
 
-@operation
-def dense_statistics(hidden: Tensor, pads: Tensor | None = None, function: Function = "relu2") -> Tensor:
-    """The statistics of a dense activation: what naive 2:4 would drop, were it on.
-
-    Args:
-        hidden: pre-activation `[..., F]`. Where F is no multiple of 4 there are no groups, and nothing is
-            counted as dropped.
-        pads: as for `activation24`.
-
-    Returns:
-        float32 `[len(STATISTICS)]`.
-    """
-    rows, real = _rows(hidden.detach()), _real(pads)
-    if not is_mapped() and not why_not_counted(rows):
-        counts, sums = operators.count_activation(rows.contiguous(), real, function)
-        return token_statistics(len(rows), counts, sums, real)
-    positive = torch.relu(rows)
-    dense = positive * positive if function == "relu2" else positive
-    mask = torch.ones_like(dense, dtype=torch.bool) if dense.shape[1] % 4 else top2_of_4(positive)
-    return token_wise_statistics(dense, mask, real)
-
-
 class _Activation24(torch.autograd.Function):
+    """The options come as a plain tuple: `torch.func.vmap` takes the arguments apart as a tree, and puts the
+    dimensions that it maps over in the places of their leaves."""
+
     generate_vmap_rule = True  # per-sample gradients: torch.func.vmap over torch.func.grad
 
     @staticmethod
@@ -148,24 +117,25 @@ class _Activation24(torch.autograd.Function):
         scale: Tensor | None,
         seed: Tensor | None,
         pads: Tensor | None,
-        options: Options24,
+        fields: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        options = Options24(*fields)
         positive = torch.relu(x if weight_in is None else F.linear(x, weight_in, bias_in))
-        sparse = sparsify_token_wise(positive, seed, options)
+        sparse = _sparse(positive, seed, options)
         linear = linear_fp8 if options.precision == "fp8" else F.linear
         y = sparse.value if weight_out is None else linear(sparse.value, weight_out)
-        y = y if scale is None else y * scale.to(y.dtype)
+        y = times_scale(y, scale)
         y = y if bias_out is None else y + bias_out
         return y, _statistics(positive, sparse, pads, options), positive
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight_in, _, weight_out, _, scale, seed, pads, options = inputs
+        x, weight_in, _, weight_out, _, scale, seed, pads, fields = inputs
         _, statistics, positive = output
         ctx.mark_non_differentiable(statistics, positive)
         x = None if weight_in is None else x  # else the input is h itself, of which relu(h) is enough
         ctx.save_for_backward(x, weight_in, weight_out, scale, seed, pads, positive)
-        ctx.options = options
+        ctx.options = Options24(*fields)
 
     @staticmethod
     @once_differentiable  # relu(h) is saved as a constant, so a second derivative would be silently wrong
@@ -174,14 +144,19 @@ class _Activation24(torch.autograd.Function):
         options: Options24 = ctx.options
         need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
 
-        sparse = sparsify_token_wise(positive, seed, options)
-        grad_product = grad_y if scale is None else grad_y * scale.to(grad_y.dtype)
-        # `slope` carries the forward mask, so this gradient is 2:4 along the features as the activation is.
-        # A selection of its own would let dropped positions back in (3.735 beside 2.651 in the paper).
-        grad_hidden = sparse.slope * (grad_product if weight_out is None else grad_product @ weight_out)
+        along_tokens = backward_of(options).along_tokens
+        if along_tokens and pads is not None and pads.ndim:
+            grad_y = torch.where(pads[..., None], 0, grad_y)
+        sparse = _sparse(positive, seed, options)
+        grad_product = times_scale(grad_y, scale)
+        # The slope of the masked estimator carries the forward mask, so this gradient is 2:4 along the
+        # features as the activation is. A selection of its own would let dropped positions back in (3.735
+        # beside 2.651 in the paper).
+        slope = estimator_of(options).slope(sparse)
+        grad_hidden = slope * (grad_product if weight_out is None else grad_product @ weight_out)
 
         sparse_side = dense_side = _rows
-        if options.backward != "dense" and (need_weight_in or need_weight_out):
+        if along_tokens and (need_weight_in or need_weight_out):
             groups = _token_groups(positive, pads, options)
             sparse_side = lambda tensor: groups.sparse(_rows(tensor))  # noqa: E731
             dense_side = lambda tensor: groups.ordered(_rows(tensor))  # noqa: E731
@@ -223,35 +198,27 @@ def activation24(
             autograd refuses to write into it in place.
         bias_out: `[D_out]` or None.
         scale: β, a scalar; None for 1. It gets no gradient.
-        seed: int64 scalar, needed by `"mvue"`; the same seed draws the same.
-        pads: boolean, the shape of x without its last dimension: True for padding, which the weight
-            gradients' selection and the statistics leave out. Its gradient has to be zero anyway, as it is
-            for padding behind a causal sequence. None, or a scalar, for no padding.
+        seed: int64 scalar, needed by methods that draw (`"mvue"`); the same seed draws the same.
+        pads: boolean, the shape of x without its last dimension: True for padding, which the statistics leave
+            out, and a backward that selects along the tokens too: a gradient of y that is not zero there
+            goes nowhere, neither to x nor to weights and biases. The dense backward is exact, and takes such
+            a gradient as any other. (Behind a causal sequence it is zero.) None, or a scalar, for no padding.
         options: see `Options24`.
 
     Returns:
         y `[..., D_out]` and the statistics (`act24.sparse24.feed_forward.statistics.STATISTICS`).
 
     Raises:
-        ValueError: F is not a multiple of 4, or the options contradict each other.
+        ValueError: F is not a multiple of 4, or the method draws and there is no seed.
         Act24Error: fp8 on a GPU that has none.
 
     Source: arXiv 2503.16672, Fig. 4, and its fp8; soft thresholding from arXiv 2409.09099.
     """
-    if options.estimator == "ste" and options.backward != "dense":
-        raise ValueError(f"the straight-through gradient is not 2:4: no '{options.backward}' backward for it")
-    if options.method == "mvue" and seed is None:
-        raise ValueError("mvue draws at random: give a seed")
+    if method_of(options).draws and seed is None:
+        raise ValueError(f"{options.method} draws at random: give a seed")
     if options.precision == "fp8" and weight_out is not None and (reason := why_no_fp8(x.device)):
         raise Act24Error(reason)
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
-    if is_mapped():
-        return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]
-    network = network_of(tensors)
-    if scale is None and not why_not_narrow(network, options):
-        return narrow_activation24(tensors, _real(pads), options)
-    if not why_not_packed(network, options):
-        return packed_activation24(tensors, scale, seed, _real(pads), options)
-    if scale is None and not why_not_masked(network, options):
-        return masked_activation24(tensors, _real(pads), options)
-    return _Activation24.apply(*tensors, scale, seed, pads, options)[:2]
+    if not is_mapped() and (form := form_of(network_of(tensors, scale is not None), options)):
+        return form.run(tensors, State(scale, seed, real_tokens(pads)), options)
+    return _Activation24.apply(*tensors, scale, seed, pads, tuple(options))[:2]

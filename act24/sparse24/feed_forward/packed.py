@@ -2,8 +2,8 @@
 
 The same function as the reference in `act24.sparse24.feed_forward.operation`, selection for selection; only
 the rounding of sums differs. Saved for backward are x, the weights and the packed activation: 1.125 bytes a
-feature in place of 2 (and 2 more for the slope under the random and the soft method), for with relu² the
-slope is a root away.
+feature in place of 2. Naive relu² needs nothing else, since its slope is made from the square root; the other
+methods save the slope as well, 1 byte a feature more.
 
 Where weight gradients group tokens in another order, the whole network runs in that order: x and the gradient
 of y are gathered, y and the gradient of x put back, all of them narrow, and nothing F-wide ever moves. Saved
@@ -12,27 +12,48 @@ then is x in that order in place of x, with the order and its inverse, 16 bytes 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.sparse24.feed_forward.forms import Network, Tensors, product_algorithms
-from act24.sparse24.feed_forward.statistics import STATISTICS, feature_wise_statistics
+from act24.sparse24.feed_forward.forms import (
+    Form,
+    Network,
+    State,
+    Tensors,
+    fp8_obstacle_on,
+    kernel_obstacle_on,
+    obstacle_on,
+    product_algorithms,
+    why_never_packed,
+)
+from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
+from act24.sparse24.feed_forward.scale import times_scale
+from act24.sparse24.feed_forward.statistics import (
+    feature_wise_from_some_features,
+    no_statistics,
+    token_wise_from_counts,
+)
 from act24.sparse24.format.fp8 import scaled
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
-from act24.sparse24.kernels import fp8_operators, operators
+from act24.sparse24.kernels.pack_activation import pack_activation
+from act24.sparse24.kernels.pack_gradient import pack_gradient
 from act24.sparse24.kernels.product24 import product24
+from act24.sparse24.kernels.quantise_packed import quantise_packed
+from act24.sparse24.kernels.quantise_rows import quantise_rows
 from act24.sparse24.kernels.token_order import token_order
-from act24.sparse24.pattern.feature_wise import sparsify_feature_wise
+from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.sparse24.pattern.selection import densest_features
-from act24.sparse24.pattern.token_wise import Options24
 
-#: The statistics along the tokens look at every 64th feature.
-_SAMPLE = 64
+#: In e4m3 a 16-byte load holds so many values.
+_FP8_LOAD = 16
+
+#: What packs operands in e4m3.
+_FP8_OPERATORS = ("quantise_rows", "quantise_packed")
 
 
 class _Reordered(torch.autograd.Function):
@@ -66,33 +87,34 @@ class _PackedActivation24(torch.autograd.Function):
         bias_out: Tensor | None,
         scale: Tensor | None,
         seed: Tensor | None,
-        order: Tensor | None,
         real: Tensor | None,
+        order: Tensor | None,
         options: Options24,
         training: bool,
     ) -> tuple[Tensor, ...]:
         hidden = F.linear(x, weight_in, bias_in)
-        packed, slope, counts, sums = operators.pack_activation(
+        kernel = method_of(options).kernel
+        assert kernel is not None
+        packed, slope, counts, sums = pack_activation(
             hidden,
             seed,
             real,
             options.function,
-            options.method,
-            training and options.method != "naive",
+            kernel,
+            training and kernel != "naive",
             False,
-            (training and options.backward == "split_gemm") or options.statistics,
+            (training and backward_of(options).dense_features) or options.statistics,
             options.statistics,
             order,
         )
         algorithm = _algorithms(hidden, weight_in, weight_out, options)["y"]
-        y = _forward_product(packed, weight_out, algorithm, options)
-        y = y if scale is None else y * scale.to(y.dtype)
+        y = times_scale(_forward_product(packed, weight_out, algorithm, options), scale)
         y = y if bias_out is None else y + bias_out
         return y, packed, slope, counts, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight_in, _, weight_out, _, scale, _, _, real, options, _ = inputs
+        x, weight_in, _, weight_out, _, scale, _, real, _, options, _ = inputs
         _, packed, slope, counts, sums = output
         ctx.mark_non_differentiable(packed, slope, counts, sums)
         ctx.save_for_backward(x, weight_in, weight_out, scale, real, packed, slope, counts)
@@ -102,56 +124,94 @@ class _PackedActivation24(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight_in, weight_out, scale, real, packed, slope, counts = ctx.saved_tensors
-        options: Options24 = ctx.options
         need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
-        slope = slope if slope.numel() else None
-        grad_product = grad_y if scale is None else grad_y * scale.to(grad_y.dtype)
-        algorithms = _algorithms(x, weight_in, weight_out, options)
-
+        grad_product = times_scale(grad_y, scale)
         grad_activation = grad_product @ weight_out
-        grad_weight_in = grad_weight_out = None
-        if options.backward == "dense":
-            grad_hidden, value, dense = operators.unpack_gradient(
-                grad_activation, packed, slope, options.function
-            )
-            grad_weight_in = dense.T @ x if need_weight_in else None
-            grad_weight_out = grad_product.T @ value if need_weight_out else None
-        else:
-            index = None
-            if options.backward == "split_gemm":
-                index = densest_features(counts, options.dense_ratio)
-            grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = operators.pack_gradient(
-                grad_activation, packed, slope, real, index, options.function
-            )
-            if need_weight_in:
-                grad_weight_in = product24(
-                    hidden_rows, x.contiguous(), algorithms["grad_weight_in"], False, hidden_dense, index
-                )
-            if need_weight_out:
-                algorithm = algorithms["grad_weight_out"]
-                grad_weight_out = product24(
-                    value_rows, grad_product.contiguous(), algorithm, True, value_dense, index
-                )
+        saved = _Saved(packed, slope if slope.numel() else None, counts, real)
+        algorithms = _algorithms(x, weight_in, weight_out, ctx.options)
+        sides = x if need_weight_in else None, grad_product if need_weight_out else None
+        gradients = _sparse_gradients if backward_of(ctx.options).along_tokens else _exact_gradients
+        grad_hidden, grad_weight_in, grad_weight_out = gradients(
+            grad_activation, saved, *sides, ctx.options, algorithms
+        )
         grad_x = None
         if need_x:
             grad_x = product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
-        return (
-            grad_x,
-            grad_weight_in,
-            # A pass of its own over all features, for models with biases only.
-            unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None,
-            grad_weight_out,
-            grad_y.sum(0) if need_bias_out else None,
-            *(None,) * 6,
+        # The bias takes a pass of its own over all features; only models with biases pay it.
+        grad_bias_in = unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None
+        grad_bias_out = None
+        if need_bias_out:
+            if real is not None and backward_of(ctx.options).along_tokens:
+                grad_y = torch.where(real[:, None], grad_y, 0)
+            grad_bias_out = grad_y.sum(0)
+        return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 6
+
+
+class _Saved(NamedTuple):
+    """What forward left: the packed activation, its slope (None: made from it), the non-zeros of each feature
+    where they were counted, and the tokens that are no padding."""
+
+    packed: Tensor
+    slope: Tensor | None
+    counts: Tensor
+    real: Tensor | None
+
+
+def _exact_gradients(
+    grad_activation: Tensor,
+    saved: _Saved,
+    x: Tensor | None,
+    grad_product: Tensor | None,
+    options: Options24,
+    algorithms: dict[Kind, int],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dZ packed along the features, and dW_in = dZᵀ x and dW_out = Gᵀ a as dense products.
+
+    Args:
+        grad_activation: `[T, F]`.
+        x: `[T, D]`; None where dW_in is not asked for.
+        grad_product: G, `[T, D_out]`; None where dW_out is not asked for.
+    """
+    grad_hidden, value, dense = unpack_gradient(grad_activation, saved.packed, saved.slope, options.function)
+    grad_weight_in = None if x is None else dense.T @ x
+    grad_weight_out = None if grad_product is None else grad_product.T @ value
+    return grad_hidden, grad_weight_in, grad_weight_out
+
+
+def _sparse_gradients(
+    grad_activation: Tensor,
+    saved: _Saved,
+    x: Tensor | None,
+    grad_product: Tensor | None,
+    options: Options24,
+    algorithms: dict[Kind, int],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same with dZᵀ and aᵀ made 2:4 along the tokens, but for the densest features, whose rows are
+    replaced by those of the dense product. Arguments as for `_exact_gradients`."""
+    index = None
+    if backward_of(options).dense_features:
+        index = densest_features(saved.counts, options.dense_ratio)
+    grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = pack_gradient(
+        grad_activation, saved.packed, saved.slope, saved.real, index, options.function
+    )
+    grad_weight_in = grad_weight_out = None
+    if x is not None:
+        algorithm = algorithms["grad_weight_in"]
+        grad_weight_in = product24(hidden_rows, x.contiguous(), algorithm, False, hidden_dense, index)
+    if grad_product is not None:
+        algorithm = algorithms["grad_weight_out"]
+        grad_weight_out = product24(
+            value_rows, grad_product.contiguous(), algorithm, True, value_dense, index
         )
+    return grad_hidden, grad_weight_in, grad_weight_out
 
 
 def _forward_product(packed: Tensor, weight_out: Tensor, algorithm: int, options: Options24) -> Tensor:
     """a W_outᵀ. In fp8 what is packed in e4m3 is packed from what backward needs in bfloat16 anyway."""
     if options.precision == "bfloat16":
         return product24(packed, weight_out.T, algorithm, False, None, None)
-    narrow, scale = fp8_operators.quantise_packed(packed)
-    weight, columns = fp8_operators.quantise_rows(weight_out)
+    narrow, scale = quantise_packed(packed)
+    weight, columns = quantise_rows(weight_out)
     return scaled(product24(narrow, weight.T, algorithm, False, None, None), scale, columns)
 
 
@@ -162,65 +222,69 @@ def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Op
     return product_algorithms(network, options)
 
 
-def packed_activation24(
-    tensors: Tensors, scale: Tensor | None, seed: Tensor | None, real: Tensor | None, options: Options24
-) -> tuple[Tensor, Tensor]:
-    """`act24.sparse24.feed_forward.operation.activation24` where `forms.why_not_packed` has nothing to say.
+def packed_activation24(tensors: Tensors, state: State, options: Options24) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.feed_forward.operation.activation24` where `PACKED` can run it.
 
     Args:
-        real: boolean `[T]`, the tokens that are no padding; None for all. The others as there.
+        tensors: in bfloat16, of the shapes that the operation has, both linears among them.
+        state, options: as there.
     """
     x, weight_in, *others = tensors
     assert x is not None
     assert weight_in is not None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     shape, kind = x.shape[:-1], options.token_permutation
+    along_tokens, real = backward_of(options).along_tokens, state.real
     # Only weight gradients along the tokens, and their statistics, look at the order.
-    permuted = options.backward != "dense" and kind != "none" and (training or options.statistics)
+    permuted = along_tokens and kind != "none" and (training or options.statistics)
     rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
     if permuted:
         order, inverse = token_order(weight_in, list(shape), kind)
         rows = _Reordered.apply(rows, order, inverse)
         real = None if real is None else real[order]
-    drawn = order if options.method == "mvue" else None
+    drawn = order if method_of(options).draws else None
     y, packed, _, counts, sums = _PackedActivation24.apply(
-        rows, weight_in, *others, scale, seed, drawn, real, options, training
+        rows, weight_in, *others, state.scale, state.seed, real, drawn, options, training
     )
     y = _Reordered.apply(y, inverse, order) if permuted else y
     y = y.view(*shape, y.shape[-1])
     if not options.statistics:
-        return y, y.new_zeros(len(STATISTICS), dtype=torch.float32)
-    with torch.no_grad():
-        return y, _statistics(Packed24(packed), counts, sums, real, options)
+        return y, no_statistics(y)
+    statistics = token_wise_from_counts(len(rows), counts, sums, real)
+    if along_tokens:
+        statistics = statistics + feature_wise_from_some_features(packed, counts, real, options)
+    return y, statistics
 
 
-def token_statistics(tokens: int, counts: Tensor, sums: Tensor, real: Tensor | None) -> Tensor:
-    """The statistics along the features from the kernel's counts `[F]` and sums; the others are zero."""
-    number = sums.new_full((), tokens) if real is None else real.sum(dtype=torch.float32)
-    crowded, dropped, energy, lost = sums
-    elements = number * len(counts)
-    token_wise = (elements, elements - counts.sum(), elements / 4, crowded, dropped, energy, lost)
-    return torch.cat((torch.stack(token_wise), sums.new_zeros(len(STATISTICS) - len(token_wise))))
+def _condition(network: Network, options: Options24) -> str:
+    """This library has to read our layout here, and the products have to be faster than dense ones."""
+    widths = (network.width, network.width_out)
+    if reason := why_never_packed(network.tokens, network.features, widths) or obstacle_on(network.device):
+        return reason
+    if options.precision == "fp8":
+        if network.width_out % _FP8_LOAD:
+            return f"in fp8 the width {network.width_out} of y has to be a multiple of {_FP8_LOAD}"
+        if reason := fp8_obstacle_on(network.device) or kernel_obstacle_on(network.device, _FP8_OPERATORS):
+            return reason
+    if not product_algorithms(network, options):
+        return (
+            f"dense products are faster at T {network.tokens}, F {network.features}, widths {network.width} "
+            f"and {network.width_out}, or nobody tuned these products on this GPU"
+        )
+    return ""
 
 
-def _statistics(
-    packed: Packed24,
-    counts: Tensor,
-    sums: Tensor,
-    real: Tensor | None,
-    options: Options24,
-) -> Tensor:
-    """The statistics of the reference from the kernel's sums. Along the tokens they are an estimate, from
-    some features: the kernel that selects along the tokens runs in backward, too late."""
-    tokens, features = packed.shape
-    result = token_statistics(tokens, counts, sums, real)
-    if options.backward == "dense":
-        return result
-    index = torch.arange(0, features, _SAMPLE, device=sums.device)
-    value = operators.gather_features(packed.buffer, index, real)
-    dense = None
-    if options.backward == "split_gemm":
-        chosen = densest_features(counts, options.dense_ratio)
-        dense = torch.zeros_like(counts, dtype=torch.bool).scatter(0, chosen, True)[index]
-    kept = sparsify_feature_wise(value.T, dense)
-    return result + feature_wise_statistics(value.T, kept, dense) * (features / len(index))
+PACKED = Form(
+    name="packed",
+    says="packed 2:4 products",
+    sparsifiers=("naive", "soft_threshold", "mvue"),
+    functions=("relu2", "relu"),
+    estimators=("masked",),
+    backwards=("dense", "split_gemm", "sparse"),
+    precisions=("bfloat16", "fp8"),
+    linears=True,
+    scales=True,
+    operators=("pack_activation", "pack_gradient", "unpack_gradient", "gather_features"),
+    condition=_condition,
+    run=packed_activation24,
+)

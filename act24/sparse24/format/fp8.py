@@ -24,9 +24,13 @@ LEAST = 1e-30
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3, each over its own scale: float8 `[..., K]`, and float32 `[...]`.
+    """Rows in e4m3, each over its own scale.
 
-    A row with NaN or infinity comes out with NaN.
+    Args:
+        rows: `[..., K]`, any floating dtype. A row with NaN or infinity comes out with NaN.
+
+    Returns:
+        float8 `[..., K]`, and the scales, float32 `[...]`.
     """
     single = rows.float()
     scale = single.abs().amax(-1).clamp(min=LEAST) * PER_LARGEST
@@ -34,12 +38,27 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
-    """A product of quantised rows, `[..., N]`, times the scales `[...]` and `[N]` of both sides."""
+    """A product of quantised rows with their scales put back.
+
+    Args:
+        product: `[..., N]`.
+        scale, columns: float32 `[...]` and `[N]`, of the rows of both sides.
+
+    Returns:
+        `[..., N]` in the dtype of the product.
+    """
     return (product * scale[..., None] * columns).to(product.dtype)
 
 
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ with both sides in e4m3 by rows, and the sum rounded to the dtype of x before it is scaled.
+
+    Args:
+        x: `[..., K]`, any floating dtype.
+        weight: `[N, K]`, likewise.
+
+    Returns:
+        `[..., N]` in the dtype of x.
 
     e4m3 is exact in all wider types, so this multiplies in the dtype of x; but products reach 448², which
     float16 has no number for.

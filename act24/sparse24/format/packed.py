@@ -2,12 +2,11 @@
 unpack.
 
 One buffer holds the values, row-major, two for every group of four columns, and right behind them the
-metadata: four bits a group, `i | j << 2` with i < j the positions of the two values in the group. A group
-with fewer than two non-zeros still names two positions. The order of those four-bit fields in memory is
+metadata: four bits a group (`act24.sparse24.format.fields`). The order of those fields in memory is
 `metadata_field`, which the kernels compile as it stands, and for 8-bit values `metadata_field8`.
 
 NVIDIA documents none of this. The layouts were read off cuSPARSELt 0.8 (the 16-bit one agrees with the
-packers of FlagGems and xformers); `act24.sparse24.format.products.layout_error` compares them with the
+packers of FlagGems and xformers); `act24.sparse24.format.device.layout_error` compares them with the
 library at hand.
 """
 
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from act24.sparse24.format.fields import LEGAL, fields_of, from_bytes, kept_entries, to_bytes, with_zeros
 from act24.sparse24.pattern.selection import top2_of_4
 
 #: What the shape of a packed matrix must be a multiple of: the metadata comes in tiles of this size. The
@@ -110,18 +110,13 @@ def empty_packed(rows: int, columns: int, like: Tensor) -> Tensor:
     return like.new_empty(rows, columns * _SIXTEENTHS[like.element_size()] // 16)
 
 
-def top2_of_4_with_nan(scores: Tensor) -> Tensor:
-    """`top2_of_4` that counts NaN as infinite, so that a NaN stays in and is seen."""
-    return top2_of_4(torch.where(scores.isnan(), torch.inf, scores))
-
-
 def pack(dense: Tensor, mask: Tensor | None = None) -> Packed24:
     """Pack a matrix, two entries of every four columns.
 
     Args:
         dense: `[rows, columns]`, 16-bit or 8-bit, rows a multiple of 64, columns of 32 or 64.
         mask: boolean, the same shape, at most two True in a group: the entries that stay. None: the two
-            of largest magnitude, the lower column first on ties, NaN before infinity.
+            of largest magnitude, the lower column first on ties, NaN above infinity.
 
     Returns:
         the packed matrix. Entries outside the mask that fill up a group are stored as zero.
@@ -138,66 +133,62 @@ def pack(dense: Tensor, mask: Tensor | None = None) -> Packed24:
             f"{tuple(dense.shape)}"
         )
     if mask is None:
-        named = mask = top2_of_4_with_nan(dense.float().abs())
+        named = mask = top2_of_4(dense.float().abs())
     else:
         if mask.unflatten(-1, (-1, 4)).sum(-1).max() > 2:
             raise ValueError("the mask keeps more than two of four consecutive columns")
         named = top2_of_4(mask.to(torch.uint8))  # two positions a group, those of the mask first
-    a, b, c, d = named.unflatten(-1, (-1, 4)).unbind(-1)
-    first = torch.where(a, 0, torch.where(b, 1, 2))
-    second = torch.where(d, 3, torch.where(c, 2, 1))
-    positions = torch.stack((first, second), dim=-1)
-    kept = torch.where(mask, dense.view(_BITS[size]), 0).unflatten(-1, (-1, 4))
-    values = kept.gather(-1, positions).flatten(-2).view(dense.dtype)
-    return _packed(values, (first + 4 * second).to(torch.uint8))
+    fields = fields_of(named)
+    kept = torch.where(mask, dense.view(_BITS[size]), 0)
+    return _packed(kept_entries(kept, fields).view(dense.dtype), fields)
 
 
 def unpack(packed: Packed24) -> Tensor:
-    """The dense `[rows, columns]` matrix, zeros filled in."""
-    rows, columns = packed.shape
-    named = _named(packed)
-    positions = torch.stack((named % 4, named // 4), dim=-1).long()
+    """The dense matrix `[rows, columns]` in the dtype of the buffer, zeros filled in."""
     values = packed.values.view(_BITS[packed.buffer.element_size()])
-    dense = values.new_zeros(rows, columns // 4, 4)
-    dense.scatter_(-1, positions, values.unflatten(-1, (-1, 2)))
-    return dense.flatten(-2).view(packed.buffer.dtype)
+    return with_zeros(values, _fields(packed)).view(packed.buffer.dtype)
 
 
 def with_values(packed: Packed24, values: Tensor) -> Packed24:
-    """A packed matrix with the places of another, and `values` `[rows, columns / 2]` of either size there."""
-    return _packed(values, _named(packed))
+    """A packed matrix that keeps its values where another one does.
+
+    Args:
+        packed: `[rows, columns]`, 16-bit or 8-bit.
+        values: `[rows, columns / 2]`, in the order of `packed.values`. They may have the other size, which
+            the result then has.
+    """
+    return _packed(values, _fields(packed))
 
 
 def random_packed(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Packed24:
-    """A packed matrix of normal values in random places, on the device of the generator."""
+    """A packed matrix `[rows, columns]` of normal values in random places, on the device of the generator."""
     device = generator.device
-    legal = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE], dtype=torch.uint8, device=device)
-    draws = torch.randint(6, (2, rows * columns // 8), generator=generator, device=device)
+    legal = torch.tensor(LEGAL, dtype=torch.uint8, device=device)
+    draws = torch.randint(len(LEGAL), (2, rows * columns // 8), generator=generator, device=device)
     packed = Packed24(empty_packed(rows, columns, torch.empty(0, dtype=dtype, device=device)))
     packed.values.copy_(torch.empty_like(packed.values, dtype=torch.float32).normal_(generator=generator))
-    packed.metadata.copy_(legal[draws[0]] + 16 * legal[draws[1]])
+    packed.metadata.copy_(to_bytes(legal[draws.T.flatten()]))
     return packed
 
 
-def _packed(values: Tensor, named: Tensor) -> Packed24:
-    """Values `[rows, columns / 2]` with what `_named` returns."""
-    rows, columns = named.shape[0], named.shape[1] * 4
+def _packed(values: Tensor, fields: Tensor) -> Packed24:
+    """Values `[rows, columns / 2]` with the fields of their groups, uint8 `[rows, columns / 4]`."""
+    rows, columns = fields.shape[0], fields.shape[1] * 4
     packed = Packed24(empty_packed(rows, columns, values))
     packed.values.copy_(values)
-    fields = torch.empty_like(named).flatten()
-    fields[_fields(packed)] = named
-    packed.metadata.copy_(fields[0::2] + 16 * fields[1::2])
+    in_memory = torch.empty_like(fields).flatten()
+    in_memory[_places(packed)] = fields
+    packed.metadata.copy_(to_bytes(in_memory))
     return packed
-
-
-def _named(packed: Packed24) -> Tensor:
-    """The four bits of every group, uint8 `[rows, columns / 4]`."""
-    fields = torch.stack((packed.metadata % 16, packed.metadata // 16), dim=-1).flatten()
-    return fields[_fields(packed)]
 
 
 def _fields(packed: Packed24) -> Tensor:
-    """Where the field of every group is, `[rows, columns / 4]`."""
+    """The field of every group, uint8 `[rows, columns / 4]`."""
+    return from_bytes(packed.metadata)[_places(packed)]
+
+
+def _places(packed: Packed24) -> Tensor:
+    """Where the field of every group is, counted in fields, int64 `[rows, columns / 4]`."""
     rows, columns = packed.shape
     row = torch.arange(rows, device=packed.buffer.device)[:, None]
     column = torch.arange(0, columns, 4, device=packed.buffer.device)[None]

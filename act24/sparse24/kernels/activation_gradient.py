@@ -7,10 +7,13 @@ the root, which makes it relu(h) itself.
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
+from act24.relu2 import check_function, slope_from_value
 from act24.sparse24.kernels.shared.keys import round16
+from act24.sparse24.kernels.shared.registry import operator
 
 #: Entries of a program.
 BLOCK = 4096
@@ -29,16 +32,29 @@ def _activation_gradient(grad, value, result, number, FUNCTION: tl.constexpr, BL
     tl.store(result + place, made.to(tl.bfloat16), inside)
 
 
-def activation_gradient(grad: Tensor, value: Tensor, result: Tensor, function: str) -> None:
-    """Launch the kernel.
+def _reference(grad: Tensor, value: Tensor, function: str) -> Tensor:
+    return grad * slope_from_value(value, function)
+
+
+def _fake(grad: Tensor, value: Tensor, function: str) -> Tensor:
+    return torch.empty_like(grad)
+
+
+@operator(_reference, _fake)
+def activation_gradient(grad: Tensor, value: Tensor, function: str) -> Tensor:
+    """dZ from dS and the activation with its zeros.
 
     Args:
-        grad: dS, bfloat16 `[T, F]`, contiguous.
+        grad: dS, bfloat16 `[T, F]`.
         value: the activation, 2:4 along the features, the same.
-        result: dZ, the same, unwritten.
-        function: as in `act24.sparse24.feed_forward.operation.Options24`.
+        function: "relu2" or "relu".
+
+    Returns:
+        bfloat16 `[T, F]`.
     """
-    number = grad.numel()
+    check_function(function)
+    result, number = torch.empty_like(grad), grad.numel()
     _activation_gradient[(triton.cdiv(number, BLOCK),)](
         grad, value, result, number, FUNCTION=function, BLOCK=BLOCK, num_warps=8
     )
+    return result

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
-from act24.sparse24.format.packed import Packed24
+from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.kernels.shared.keys import load_bits, metadata_field
+from act24.sparse24.kernels.shared.registry import operator
 
 #: Features and tokens of a tile.
 FEATURES, TOKENS = 16, 128
@@ -52,20 +53,34 @@ def _gather_features(
     tl.store(rows + out, entry.to(tl.uint16).to(tl.int16, bitcast=True), inside)
 
 
-def gather_features(packed: Packed24, index: Tensor, real: Tensor | None, rows: Tensor) -> None:
-    """Launch the kernel.
+def _reference(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+    matrix = unpack(Packed24(packed))[:, index]
+    matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+    return matrix.T.contiguous()
+
+
+def _fake(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+    return packed.new_empty(index.shape[0], packed.shape[0])
+
+
+@operator(_reference, _fake, ours=("packed",))
+def gather_features(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+    """Some features of a packed matrix, each as a row.
 
     Args:
-        packed: `[T, F]`, packed along the features.
+        packed: the buffer of a 16-bit matrix `[T, F]`, packed along the features.
         index: int64 `[n]`, the features to take.
         real: boolean `[T]`, False for tokens to set to zero; None for none.
-        rows: 16-bit `[n, T]`, unwritten.
+
+    Returns:
+        16-bit `[n, T]`.
     """
-    tokens, features = packed.shape
-    words = packed.values.view(torch.int32)
+    matrix, rows = Packed24(packed), _fake(packed, index, real)
+    tokens, features = matrix.shape
+    words = matrix.values.view(torch.int32)
     _gather_features[(triton.cdiv(len(index), FEATURES), triton.cdiv(tokens, TOKENS))](
         words,
-        packed.metadata.view(torch.int32),
+        matrix.metadata.view(torch.int32),
         index,
         words if real is None else real,
         rows.view(torch.int16),
@@ -77,3 +92,4 @@ def gather_features(packed: Packed24, index: Tensor, real: Tensor | None, rows: 
         TOKENS=TOKENS,
         num_warps=4,
     )
+    return rows

@@ -2,8 +2,8 @@
 
 Bytes: 2 read and 1.125 written an element (1 more where the slope is kept; 2 instead of 1.125 with the zeros
 filled in, for a dense product; none where all that is wanted are counts), and nothing else as wide as F. A
-program owns a strip of features and walks
-down some slabs of 64 tokens, so that the counts of a feature stay in registers until its end.
+program owns a strip of features and walks down some slabs of 64 tokens, so that the counts of a feature stay
+in registers until its end.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
-from act24.sparse24.format.packed import Packed24
+from act24.options import one_of
+from act24.relu2 import check_function
+from act24.sparse24.format.packed import Packed24, empty_packed, pack
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
     as_float,
@@ -24,30 +26,121 @@ from act24.sparse24.kernels.shared.keys import (
     metadata_field,
     one_if_positive,
     round16,
+    signed_keys,
     sort4,
     spread,
     upper,
 )
 from act24.sparse24.kernels.shared.random_draw import draw2
+from act24.sparse24.kernels.shared.registry import operator
+from act24.sparse24.pattern.token_wise import SPARSIFIERS, Sparse24, sparsify_token_wise
 
 #: Features a program owns, and slabs of 64 tokens it walks down at most, loads two slabs ahead.
 STRIP, SLABS = 64, 8
+
+#: The methods that the kernel knows.
+METHODS = ("naive", "soft_threshold", "mvue")
 
 #: Sums that a program writes: groups with more than two non-zeros, non-zeros dropped, energy, energy dropped.
 SUMS = 4
 
 
 @jit
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def _activation(hidden, FUNCTION: tl.constexpr):
     """f(h); NaN stays NaN, and no result is -0, which would sort above everything."""
-    positive = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    positive = _relu(hidden)
     return positive * positive if FUNCTION == "relu2" else positive
 
 
 @jit
 def _slope(hidden, FUNCTION: tl.constexpr):
     """f'(h)."""
-    return 2 * tl.maximum(hidden, 0.0) if FUNCTION == "relu2" else tl.where(hidden > 0, 1.0, 0.0)
+    return 2 * _relu(hidden) if FUNCTION == "relu2" else tl.where(hidden > 0, 1.0, 0.0)
+
+
+@jit
+def _largest(keys, FUNCTION: tl.constexpr, SOFT: tl.constexpr):
+    """The two largest of four, less the third if SOFT.
+
+    Returns:
+        two each: keys by position, values and slopes, float32 [rows, groups].
+    """
+    largest, next_largest, third, _ = sort4(keys[0], keys[1], keys[2], keys[3])
+    first, second = by_position(as_bits(largest), as_bits(next_largest))
+    x0 = as_float(upper(first))
+    x1 = as_float(upper(second))
+    value0 = _activation(x0, FUNCTION)
+    value1 = _activation(x1, FUNCTION)
+    if SOFT:
+        threshold = _activation(as_float(upper(as_bits(third))), FUNCTION)
+        threshold = round16(threshold, tl.bfloat16)
+        value0 = _relu(round16(value0, tl.bfloat16) - threshold)
+        value1 = _relu(round16(value1, tl.bfloat16) - threshold)
+    return (first, second), (value0, value1), (_slope(x0, FUNCTION), _slope(x1, FUNCTION))
+
+
+@jit
+def _drawn(keys, number, seed, FUNCTION: tl.constexpr):
+    """Two of four, drawn; as `_largest`, and the two factors: 1/π, 0 for a key that only fills up."""
+    key0, key1, key2, key3 = keys
+    a0 = round16(_activation(as_float(upper(as_bits(key0))), FUNCTION), tl.bfloat16)
+    a1 = round16(_activation(as_float(upper(as_bits(key1))), FUNCTION), tl.bfloat16)
+    a2 = round16(_activation(as_float(upper(as_bits(key2))), FUNCTION), tl.bfloat16)
+    a3 = round16(_activation(as_float(upper(as_bits(key3))), FUNCTION), tl.bfloat16)
+    first, second, factor0, factor1 = draw2((a0, a1, a2, a3), keys, number, seed)
+    x0 = as_float(upper(first))
+    x1 = as_float(upper(second))
+    value0 = round16(_activation(x0, FUNCTION), tl.bfloat16) * factor0
+    value1 = round16(_activation(x1, FUNCTION), tl.bfloat16) * factor1
+    slopes = (_slope(x0, FUNCTION) * factor0, _slope(x1, FUNCTION) * factor1)
+    return (first, second), (value0, value1), slopes, (factor0, factor1)
+
+
+@jit
+def _largest_statistics(keys, FUNCTION: tl.constexpr):
+    """Of every group, float32: whether it has more than two non-zeros, how many the two largest leave out,
+    the energy, and the energy left out."""
+    largest, next_largest, third, smallest = sort4(keys[0], keys[1], keys[2], keys[3])
+    a0 = _activation(as_float(largest), FUNCTION)
+    a1 = _activation(as_float(next_largest), FUNCTION)
+    a2 = _activation(as_float(third), FUNCTION)
+    a3 = _activation(as_float(smallest), FUNCTION)
+    more = one_if_positive(as_float(third))
+    lower = a2 * a2 + a3 * a3
+    return more, more + one_if_positive(as_float(smallest)), a0 * a0 + a1 * a1 + lower, lower
+
+
+@jit
+def _drawn_statistics(keys, chosen, factors, gone, total, FUNCTION: tl.constexpr):
+    """The second and fourth result of `_largest_statistics` for a draw, from the second and third of
+    these."""
+    largest, next_largest, _, _ = sort4(keys[0], keys[1], keys[2], keys[3])
+    drawn0 = one_if_positive(factors[0])
+    drawn1 = one_if_positive(factors[1])
+    a0 = _activation(as_float(upper(chosen[0])), FUNCTION) * drawn0
+    a1 = _activation(as_float(upper(chosen[1])), FUNCTION) * drawn1
+    gone += one_if_positive(as_float(largest)) + one_if_positive(as_float(next_largest))
+    return gone - drawn0 - drawn1, total - (a0 * a0 + a1 * a1)
+
+
+@jit
+def _filled(field, pair):
+    """Two values of every group in a row of four with zeros: words of two columns, [rows, 2 · groups]."""
+    bits0 = as_bits(round16(pair[0], tl.bfloat16))
+    bits1 = as_bits(round16(pair[1], tl.bfloat16))
+    y0, y1, y2, y3 = spread(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1, 0)
+    return as_signed(tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [field.shape[0], field.shape[1] * 2]))
+
+
+@jit
+def _side_by_side(pair, dtype: tl.constexpr):
+    """The two values of every group next to each other, [rows, 2 · groups]."""
+    return tl.reshape(tl.join(pair[0], pair[1]), [pair[0].shape[0], pair[0].shape[1] * 2]).to(dtype)
 
 
 @jit
@@ -65,16 +158,12 @@ def _pack_activation(
     slabs,
     FUNCTION: tl.constexpr,
     METHOD: tl.constexpr,
-    SLOPE: tl.constexpr,
-    FORM: tl.constexpr,
-    COUNTS: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    PADS: tl.constexpr,
-    PERMUTED: tl.constexpr,
     STRIP: tl.constexpr,
     SLABS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Pointers that are None stand for what is not wanted, or not there; without `metadata` the values are
+    written with their zeros."""
     strip = tl.program_id(0) * STRIP
     pair = tl.arange(0, STRIP // 2)[None, :]
     group = tl.arange(0, STRIP // 4)[None, :]
@@ -105,90 +194,44 @@ def _pack_activation(
             rows = row + 8 * half
             bits = lower_rows if half == 0 else upper_rows
             even, odd = tl.split(tl.reshape(bits, [32, STRIP // 4, 2]))
-            key0 = (even << 16 | 3).to(tl.int32, bitcast=True)
-            key1 = (upper(even) | 2).to(tl.int32, bitcast=True)
-            key2 = (odd << 16 | 1).to(tl.int32, bitcast=True)
-            key3 = upper(odd).to(tl.int32, bitcast=True)
+            keys = signed_keys(even, odd)
             if METHOD == "mvue":
                 token = slab * 64 + rows
-                if PERMUTED:
+                if order is not None:
                     token = tl.load(order + token)
                 number = token.to(tl.uint32) * (features // 4) + strip // 4 + group
-                a0 = round16(_activation(as_float(even << 16), FUNCTION), tl.bfloat16)
-                a1 = round16(_activation(as_float(upper(even)), FUNCTION), tl.bfloat16)
-                a2 = round16(_activation(as_float(odd << 16), FUNCTION), tl.bfloat16)
-                a3 = round16(_activation(as_float(upper(odd)), FUNCTION), tl.bfloat16)
-                first, second, factor0, factor1 = draw2(a0, a1, a2, a3, key0, key1, key2, key3, number, seed)
-                x0 = as_float(upper(first))
-                x1 = as_float(upper(second))
-                value0 = round16(_activation(x0, FUNCTION), tl.bfloat16) * factor0
-                value1 = round16(_activation(x1, FUNCTION), tl.bfloat16) * factor1
-                slope0 = _slope(x0, FUNCTION) * factor0
-                slope1 = _slope(x1, FUNCTION) * factor1
+                chosen, value, slope, factor = _drawn(keys, number, seed, FUNCTION)
             else:
-                largest, next_largest, third, smallest = sort4(key0, key1, key2, key3)
-                first, second = by_position(as_bits(largest), as_bits(next_largest))
-                x0 = as_float(upper(first))
-                x1 = as_float(upper(second))
-                value0 = _activation(x0, FUNCTION)
-                value1 = _activation(x1, FUNCTION)
-                if METHOD == "soft_threshold":
-                    threshold = _activation(as_float(upper(as_bits(third))), FUNCTION)
-                    threshold = round16(threshold, tl.bfloat16)
-                    value0 = tl.maximum(round16(value0, tl.bfloat16) - threshold, 0.0)
-                    value1 = tl.maximum(round16(value1, tl.bfloat16) - threshold, 0.0)
-                slope0 = _slope(x0, FUNCTION)
-                slope1 = _slope(x1, FUNCTION)
+                chosen, value, slope = _largest(keys, FUNCTION, METHOD == "soft_threshold")
             target = start // 2 + (rows * (features // 2) + pair)
             # The lowest two bits of a key are all that this adds up.
-            field = complement_field(first, second) & 15
-            if FORM == "dense":
-                bits0 = as_bits(round16(value0, tl.bfloat16))
-                bits1 = as_bits(round16(value1, tl.bfloat16))
-                y0, y1, y2, y3 = spread(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1, 0)
-                filled = tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [32, STRIP // 2])
-                tl.store(values + target, as_signed(filled))
-            if FORM == "packed":
-                kept = tl.reshape(tl.join(value0, value1), [32, STRIP // 2])
-                tl.store(values + target, kept.to(values.dtype.element_ty))
-            if SLOPE:
-                kept = tl.reshape(tl.join(slope0, slope1), [32, STRIP // 2])
-                tl.store(slopes + target, kept.to(slopes.dtype.element_ty))
+            field = complement_field(chosen[0], chosen[1]) & 15
+            if values is not None:
+                if metadata is None:
+                    tl.store(values + target, _filled(field, value))
+                else:
+                    tl.store(values + target, _side_by_side(value, values.dtype.element_ty))
+            if slopes is not None:
+                tl.store(slopes + target, _side_by_side(slope, slopes.dtype.element_ty))
             # 4 bits of a byte in each of two rows.
             fields |= field << 4 * half
-            if COUNTS or STATISTICS:
+            if counts is not None:
                 weight = tl.full([32, 1], 1.0, tl.float32)
-                if PADS:
+                if real is not None:
                     weight = tl.load(real + slab * 64 + rows).to(tl.float32)
-                z0 = as_float(key0)
-                z1 = as_float(key1)
-                z2 = as_float(key2)
-                z3 = as_float(key3)
-                count0 += one_if_positive(z0) * weight
-                count1 += one_if_positive(z1) * weight
-                count2 += one_if_positive(z2) * weight
-                count3 += one_if_positive(z3) * weight
-            if STATISTICS:
-                largest, next_largest, third, smallest = sort4(key0, key1, key2, key3)
-                a0 = _activation(as_float(largest), FUNCTION)
-                a1 = _activation(as_float(next_largest), FUNCTION)
-                a2 = _activation(as_float(third), FUNCTION)
-                a3 = _activation(as_float(smallest), FUNCTION)
-                more = one_if_positive(as_float(third))
-                gone = more + one_if_positive(as_float(smallest))
-                lower = a2 * a2 + a3 * a3
-                total = a0 * a0 + a1 * a1 + lower
-                if METHOD == "mvue":  # what is dropped is what was not drawn
-                    a0 = _activation(x0, FUNCTION) * one_if_positive(factor0)
-                    a1 = _activation(x1, FUNCTION) * one_if_positive(factor1)
-                    lower = total - (a0 * a0 + a1 * a1)
-                    nonzero = one_if_positive(as_float(largest)) + one_if_positive(as_float(next_largest))
-                    gone += nonzero - one_if_positive(factor0) - one_if_positive(factor1)
-                crowded += more * weight
-                dropped += gone * weight
-                energy += total * weight
-                lost += lower * weight
-        if FORM == "packed":
+                count0 += one_if_positive(as_float(keys[0])) * weight
+                count1 += one_if_positive(as_float(keys[1])) * weight
+                count2 += one_if_positive(as_float(keys[2])) * weight
+                count3 += one_if_positive(as_float(keys[3])) * weight
+                if sums is not None:
+                    more, gone, total, lower = _largest_statistics(keys, FUNCTION)
+                    if METHOD == "mvue":
+                        gone, lower = _drawn_statistics(keys, chosen, factor, gone, total, FUNCTION)
+                    crowded += more * weight
+                    dropped += gone * weight
+                    energy += total * weight
+                    lost += lower * weight
+        if metadata is not None:
             # A word: the fields of two rows (8 bits), of groups 16 columns apart, of groups 4 columns apart.
             words = tl.reshape(fields << shift.to(tl.uint32), [32, STRIP // 32, 2, 2, 2])
             words = tl.sum(tl.sum(words, 4), 2) ^ 0xFFFFFFFF
@@ -196,10 +239,10 @@ def _pack_activation(
             tile = slab.to(tl.int64) * (2 * features) + strip * 2
             tl.store(metadata + tile + tl.max_contiguous(place, (1, 2)), words)
 
-    if COUNTS or STATISTICS:
+    if counts is not None:
         count = tl.reshape(tl.join(tl.join(count0, count2), tl.join(count1, count3)), [32, STRIP])
         tl.atomic_add(counts + strip + tl.arange(0, STRIP), tl.sum(count, 0).to(tl.int32), sem="relaxed")
-    if STATISTICS:
+    if sums is not None:
         program = sums + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 4
         tl.store(program, tl.sum(crowded))
         tl.store(program + 1, tl.sum(dropped))
@@ -207,7 +250,119 @@ def _pack_activation(
         tl.store(program + 3, tl.sum(lost))
 
 
+def activation_counts(positive: Tensor, sparse: Sparse24, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Non-zeros before 2:4 by feature, int32 `[F]`, and float32 `[4]`: groups with more than
+    two non-zeros, non-zeros dropped, energy, energy dropped. `positive` is relu(h) `[T, F]`; tokens that are
+    not `real`, boolean `[T]`, count nowhere."""
+    nonzero = positive > 0 if real is None else (positive > 0) & real[:, None]
+    energy = sparse.dense.float().square()
+    energy = energy if real is None else torch.where(real[:, None], energy, 0)
+    sums = (
+        (nonzero.unflatten(-1, (-1, 4)).sum(-1) > 2).sum(),
+        (nonzero & ~sparse.mask).sum(),
+        energy.sum(),
+        torch.where(sparse.mask, 0, energy).sum(),
+    )
+    return nonzero.sum(0, dtype=torch.int32), torch.stack([s.float() for s in sums])
+
+
+def _reference(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    slope: bool,
+    dense: bool,
+    counts: bool,
+    statistics: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positive = torch.relu(hidden)
+    by_token = positive if order is None else positive[torch.argsort(order)]
+    sparse = sparsify_token_wise(by_token, seed, function, SPARSIFIERS[method])  # type: ignore[arg-type]
+    sparse = sparse if order is None else Sparse24(*(part[order] for part in sparse))
+    packed = pack(sparse.value, sparse.mask)
+    number, sums = activation_counts(positive, sparse, real)
+    return (
+        sparse.value if dense else packed.buffer,
+        pack(sparse.slope, sparse.mask).values.clone() if slope else hidden.new_empty(0),
+        number if counts else number[:0].clone(),
+        sums if statistics else sums[:0].clone(),
+    )
+
+
+def _fake(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    slope: bool,
+    dense: bool,
+    counts: bool,
+    statistics: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, features = hidden.shape
+    return (
+        torch.empty_like(hidden) if dense else empty_packed(tokens, features, hidden),
+        hidden.new_empty(tokens, features // 2) if slope else hidden.new_empty(0),
+        hidden.new_empty(features if counts else 0, dtype=torch.int32),
+        hidden.new_empty(SUMS if statistics else 0, dtype=torch.float32),
+    )
+
+
+@operator(_reference, _fake)
 def pack_activation(
+    hidden: Tensor,
+    seed: Tensor | None,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    slope: bool,
+    dense: bool,
+    counts: bool,
+    statistics: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Activation, selection and packing along the features.
+
+    Args:
+        hidden: bfloat16 `[T, F]`, T and F multiples of 64.
+        seed: int64 scalar, for mvue.
+        real: boolean `[T]`, the tokens that count; None for all.
+        function: "relu2" or "relu".
+        method: "naive", "soft_threshold" or "mvue".
+        slope, counts, statistics: whether to make the second, third and fourth result.
+        dense: return the activation with its zeros, not packed.
+        order: int64 `[T]`, the token of every row, which is what mvue draws by; None for the row's number.
+
+    Returns:
+        the activation, the buffer of a packed matrix or `[T, F]`; its slope at the kept places, `[T, F/2]`;
+        non-zeros before 2:4 by feature, int32 `[F]`; and float32 `[4]`: groups with more than two non-zeros,
+        non-zeros dropped, energy, energy dropped. What was not asked for is empty.
+    """
+    result, slopes, number, _ = _fake(
+        hidden, seed, real, function, method, slope, dense, counts or statistics, statistics
+    )
+    number.zero_()
+    sums = launch(
+        hidden,
+        result if dense else Packed24(result),
+        slopes if slope else None,
+        number if counts or statistics else None,
+        statistics,
+        seed,
+        real,
+        function,
+        method,
+        order,
+    )
+    return result, slopes, number if counts else number[:0].clone(), sums
+
+
+def launch(
     hidden: Tensor,
     result: Packed24 | Tensor | None,
     slope: Tensor | None,
@@ -218,56 +373,38 @@ def pack_activation(
     function: str,
     method: str,
     order: Tensor | None = None,
-) -> Tensor | None:
-    """Launch the kernel: fill `result`, `slope` and `counts`, and return the sums.
-
-    Args:
-        hidden: bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
-        result: the activation `[T, F]`, unwritten; packed, or with its zeros, bfloat16; None to count only.
-        slope: bfloat16 `[T, F/2]`, unwritten, or None.
-        counts: int32 `[F]`, zeros, or None; needed for the statistics.
-        statistics: whether to count.
-        seed: int64 scalar for mvue.
-        real: boolean `[T]`, tokens that count; None for all.
-        function, method: as in `act24.sparse24.feed_forward.operation.Options24`.
-        order: int64 `[T]`, the token of every row, by which mvue draws; None for the number of the row.
-
-    Returns:
-        float32 `[SUMS]`, or None without statistics.
-    """
+) -> Tensor:
+    """Launch the kernel for `pack_activation` and `count_activation`: fill `result`, `slope` and `counts`,
+    those that are there, and return the sums, float32 `[4]`, or empty without statistics. `counts` begins as
+    zeros, and has to be there for statistics."""
+    check_function(function)
+    if method not in METHODS:
+        one_of("pack_activation", "method", method, METHODS)
     tokens, features = hidden.shape
     grid = (features // STRIP, triton.cdiv(tokens // 64, SLABS))
-    sums = hidden.new_empty(grid[0] * grid[1], SUMS, dtype=torch.float32) if statistics else None
-    words = hidden.view(torch.int32)
-    unused = words
-    form, values, metadata = "none", unused, unused
+    sums = hidden.new_empty((grid[0] * grid[1], SUMS) if statistics else 0, dtype=torch.float32)
+    values = metadata = None
     if isinstance(result, Packed24):
-        form, values, metadata = "packed", result.values, result.metadata.view(torch.int32)
+        values, metadata = result.values, result.metadata.view(torch.int32)
     elif result is not None:
-        form, values = "dense", result.view(torch.int32)
+        values = result.view(torch.int32)
     _pack_activation[grid](
-        words,
+        hidden.view(torch.int32),
         values,
         metadata,
-        unused if slope is None else slope,
-        unused if counts is None else counts,
-        unused if sums is None else sums,
-        unused if real is None else real,
-        unused if order is None else order,
-        unused if seed is None else seed,
+        slope,
+        counts,
+        sums if statistics else None,
+        real,
+        order,
+        seed,
         features,
         tokens // 64,
         FUNCTION=function,
         METHOD=method,
-        SLOPE=slope is not None,
-        FORM=form,
-        COUNTS=counts is not None,
-        STATISTICS=statistics,
-        PADS=real is not None,
-        PERMUTED=order is not None,
         STRIP=STRIP,
         SLABS=SLABS,
         STAGES=3,
         num_warps=8,
     )
-    return None if sums is None else sums.sum(0)
+    return sums.sum(0) if statistics else sums

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
-from act24.sparse24.format.packed import Packed24
+from act24.relu2 import check_function
+from act24.sparse24.format.packed import Packed24, empty_packed, pack, unpack
 from act24.sparse24.kernels.shared.keys import (
-    as_float,
     as_signed,
     by_position,
     complement_field,
@@ -27,11 +27,12 @@ from act24.sparse24.kernels.shared.keys import (
     load_bits,
     metadata_field,
     metadata_words,
-    round16,
     sort4,
     spread,
     upper,
 )
+from act24.sparse24.kernels.shared.masked_gradient import masked_gradient, masked_gradient_reference
+from act24.sparse24.kernels.shared.registry import operator
 
 #: Tokens and features of a tile.
 TOKENS, FEATURES = 64, 64
@@ -54,44 +55,8 @@ def _rotate_right(bits):
 
 
 @jit
-def masked_gradient(pairs, both, slope, low, high, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
-    """dZ at the kept places.
-
-    Args:
-        pairs: dS, words [rows, features / 2].
-        both, slope: the saved activation and its slope, words [rows, features / 4], of no negative numbers.
-        low, high: the metadata of every group, in its bits 0 to 1 and 2 to 3.
-
-    Returns:
-        bfloat16 [rows, features / 4, 2].
-    """
-    even, odd = tl.split(tl.reshape(pairs, [both.shape[0], both.shape[1], 2]))
-    grad0 = as_float(even << 16)
-    grad1 = as_float(upper(even))
-    grad2 = as_float(odd << 16)
-    grad3 = as_float(upper(odd))
-    first = tl.where(low == 0, grad0, tl.where(low == 1, grad1, grad2))
-    second = tl.where(high == 12, grad3, tl.where(high == 8, grad2, grad1))
-    if SLOPE:
-        first *= as_float(slope << 16)
-        second *= as_float(upper(slope))
-    elif FUNCTION == "relu2":
-        # Rounded to 16 bits the root of the rounded square is relu(h) again, exactly: nothing else is saved.
-        first *= 2 * round16(tl.sqrt(as_float(both << 16)), tl.bfloat16)
-        second *= 2 * round16(tl.sqrt(as_float(upper(both))), tl.bfloat16)
-    else:
-        first = tl.where(both << 16 != 0, first, 0.0)
-        second = tl.where(upper(both) != 0, second, 0.0)
-    return tl.join(first, second).to(tl.bfloat16)
-
-
-@jit
 def _fetch(
-    grad,
-    values,
-    metadata,
-    slopes,
-    real,
+    inputs,
     features,
     token,
     feature,
@@ -101,8 +66,14 @@ def _fetch(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """All that is read of the nth of every four tokens: dS, the saved activation, its slope and its metadata;
-    and where in dS the rows begin."""
+    """All that is read of the nth of every four tokens.
+
+    Returns:
+        where in dS the rows begin, dS, the saved activation, its slope, and its metadata: words [tokens / 4,
+        features / 2], the same, [.., features / 4] twice, [.., features / 8]. Activation and slope of tokens
+        that are not real are zeros, and with them all that comes of these tokens.
+    """
+    grad, values, metadata, slopes, real = inputs
     rows: tl.constexpr = TOKENS // 4
     pair = tl.arange(0, FEATURES // 2)[None, :]
     group = tl.arange(0, FEATURES // 4)[None, :]
@@ -123,13 +94,18 @@ def _fetch(
         both = tl.where(is_real, both, both & 0)
         slope = tl.where(is_real, slope, slope & 0)
     fields >>= (field % 8 * 4).to(tl.uint32)
-    return pairs, both, slope, fields, half_row
+    return half_row, pairs, both, slope, fields
 
 
 @jit
-def _keys(pairs, both, slope, fields, nth: tl.constexpr, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
-    """dZ of the nth of every four tokens, and keys of f(h) and of |dZ| for the four features of every group.
-    A key of |dZ| has its magnitude in the 15 upper bits, and its sign below the position."""
+def _masked_keys(grad_values, fetched, nth: tl.constexpr, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
+    """Store dZ of the nth of every four tokens.
+
+    Returns:
+        keys of f(h), and keys of |dZ|, for the four features of every group: four words [rows, groups] each.
+        A key of |dZ| has its magnitude in the 15 upper bits, and its sign below the position.
+    """
+    half_row, pairs, both, slope, fields = fetched
     fields = tl.reshape(tl.join(fields, fields >> 16), both.shape)
     low = fields & 3
     high = fields & 12
@@ -138,60 +114,77 @@ def _keys(pairs, both, slope, fields, nth: tl.constexpr, FUNCTION: tl.constexpr,
     first, second = tl.split(masked.to(tl.uint16, bitcast=True))
     first = _rotate_left(first.to(tl.uint32) << 16)
     second = _rotate_left(second.to(tl.uint32) << 16)
-    value0, value1, value2, value3 = spread(low, high, both << 16, upper(both), 3 - nth)
-    grad0, grad1, grad2, grad3 = spread(low, high, first, second, 6 - 2 * nth)
-    masked = tl.reshape(masked, pairs.shape)
-    return masked, value0, value1, value2, value3, grad0, grad1, grad2, grad3
+    value_keys = spread(low, high, both << 16, upper(both), 3 - nth)
+    grad_keys = spread(low, high, first, second, 6 - 2 * nth)
+    tl.store(grad_values + half_row, tl.reshape(masked, pairs.shape))
+    return value_keys, grad_keys
 
 
 @jit
-def _pair(larger, smaller):
-    """The two selected values in one word, and their metadata (inverted)."""
+def _pair(key0, key1, key2, key3, ROTATED: tl.constexpr):
+    """The two largest of four keys: their values in one word, and their metadata (inverted)."""
+    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
+    if ROTATED:
+        larger = _rotate_right(larger)
+        smaller = _rotate_right(smaller)
     first, second = by_position(larger, smaller)
     return first >> 16 | upper(second), complement_field(first, second)
 
 
 @jit
-def _select_value(key0, key1, key2, key3):
-    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
-    return _pair(larger, smaller)
+def _select(keys0, keys1, keys2, keys3, ROTATED: tl.constexpr):
+    """Of the keys of four tokens the two largest in each of the four features of every group: the pairs of
+    values by feature, and their metadata by feature."""
+    word0, field0 = _pair(keys0[0], keys1[0], keys2[0], keys3[0], ROTATED)
+    word1, field1 = _pair(keys0[1], keys1[1], keys2[1], keys3[1], ROTATED)
+    word2, field2 = _pair(keys0[2], keys1[2], keys2[2], keys3[2], ROTATED)
+    word3, field3 = _pair(keys0[3], keys1[3], keys2[3], keys3[3], ROTATED)
+    return (word0, word1, word2, word3), (field0, field1, field2, field3)
 
 
 @jit
-def _select_grad(key0, key1, key2, key3):
-    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
-    return _pair(_rotate_right(larger), _rotate_right(smaller))
-
-
-@jit
-def _along_tokens(x0, x1, x2, x3, rows: tl.constexpr, FEATURES: tl.constexpr):
+def _along_tokens(by_feature, rows: tl.constexpr, FEATURES: tl.constexpr):
     """Four tensors [tokens / 4, features / 4], one for each feature of a group, as [features, tokens / 4]."""
+    x0, x1, x2, x3 = by_feature
     return tl.trans(tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [rows, FEATURES]))
 
 
 @jit
-def _store_dense(
-    value_dense, grad_dense, places, target, tokens, v0, v1, v2, v3, g0, g1, g2, g3, rows: tl.constexpr,
-    FEATURES: tl.constexpr,
-):  # fmt: skip
+def _field_words(value_fields, grad_fields, rows: tl.constexpr, FEATURES: tl.constexpr):
+    """The metadata of both matrices along the tokens, words [tokens / 32, features]."""
+    # One byte a group holds both fields on the way to where the eight groups of a word meet.
+    v0, v1, v2, v3 = value_fields
+    g0, g1, g2, g3 = grad_fields
+    byte = _along_tokens((v0 + g0 * 16, v1 + g1 * 16, v2 + g2 * 16, v3 + g3 * 16), rows, FEATURES)
+    near, far = group_bytes(byte.to(tl.uint8))
+    shape: tl.constexpr = [rows // 8, FEATURES]
+    value_words = as_signed(tl.reshape(metadata_words(near, far), shape))
+    return value_words, as_signed(tl.reshape(metadata_words(near >> 4, far >> 4), shape))
+
+
+@jit
+def _store_dense(dense, places, target, tokens, values, grads, rows: tl.constexpr, FEATURES: tl.constexpr):
     """Of one feature of every group the four tokens, in rows of their own where the feature stays dense.
 
     Few do, so the work hangs on a branch for 8 features at a time: those of the even groups, then of the odd
     ones, as a thread has them. Transposed, since that is the layout that Triton picks for such a store by
     itself; any other would carry all the data through shared memory first.
     """
+    v0, v1, v2, v3 = values
+    g0, g1, g2, g3 = grads
     pairs: tl.constexpr = [rows, FEATURES // 8, 2]
     even0, odd0 = tl.split(tl.reshape(v0 >> 16 | upper(v1), pairs))
     even1, odd1 = tl.split(tl.reshape(v2 >> 16 | upper(v3), pairs))
     even2, odd2 = tl.split(tl.reshape(_rotate_right(g0) >> 16 | upper(_rotate_right(g1)), pairs))
     even3, odd3 = tl.split(tl.reshape(_rotate_right(g2) >> 16 | upper(_rotate_right(g3)), pairs))
     group = tl.arange(0, FEATURES // 8)[:, None] * 8
-    _store_chosen(value_dense, grad_dense, places + group, target, tokens, even0, even1, even2, even3)
-    _store_chosen(value_dense, grad_dense, places + group + 4, target, tokens, odd0, odd1, odd2, odd3)
+    _store_chosen(dense, places + group, target, tokens, even0, even1, even2, even3)
+    _store_chosen(dense, places + group + 4, target, tokens, odd0, odd1, odd2, odd3)
 
 
 @jit
-def _store_chosen(value_dense, grad_dense, places, target, tokens, value0, value1, grad0, grad1):
+def _store_chosen(dense, places, target, tokens, value0, value1, grad0, grad1):
+    value_dense, grad_dense = dense
     place = tl.load(places)
     if tl.max(place) >= 0:
         words = place.to(tl.int64) * (tokens // 2) + target
@@ -231,143 +224,149 @@ def _pack_gradient(
     rows: tl.constexpr = TOKENS // 4
     feature = tl.program_id(0) * FEATURES
     first_tile = tl.program_id(1) * STEPS
+    inputs = (grad, values, metadata, slopes, real)
     for step in tl.range(0, tl.minimum(STEPS, tokens // TOKENS - first_tile), num_stages=STAGES):
         token = (first_tile + step) * TOKENS
-        pairs0, both0, slope0, fields0, half_row0 = _fetch(
-            grad, values, metadata, slopes, real, features, token, feature,
-            0, SLOPE, PADS, TOKENS, FEATURES,
-        )  # fmt: skip
-        pairs1, both1, slope1, fields1, half_row1 = _fetch(
-            grad, values, metadata, slopes, real, features, token, feature,
-            1, SLOPE, PADS, TOKENS, FEATURES,
-        )  # fmt: skip
-        pairs2, both2, slope2, fields2, half_row2 = _fetch(
-            grad, values, metadata, slopes, real, features, token, feature,
-            2, SLOPE, PADS, TOKENS, FEATURES,
-        )  # fmt: skip
-        pairs3, both3, slope3, fields3, half_row3 = _fetch(
-            grad, values, metadata, slopes, real, features, token, feature,
-            3, SLOPE, PADS, TOKENS, FEATURES,
-        )  # fmt: skip
-        masked, v00, v01, v02, v03, g00, g01, g02, g03 = _keys(
-            pairs0, both0, slope0, fields0, 0, FUNCTION, SLOPE
-        )
-        tl.store(grad_values + half_row0, masked)
-        masked, v10, v11, v12, v13, g10, g11, g12, g13 = _keys(
-            pairs1, both1, slope1, fields1, 1, FUNCTION, SLOPE
-        )
-        tl.store(grad_values + half_row1, masked)
-        masked, v20, v21, v22, v23, g20, g21, g22, g23 = _keys(
-            pairs2, both2, slope2, fields2, 2, FUNCTION, SLOPE
-        )
-        tl.store(grad_values + half_row2, masked)
-        masked, v30, v31, v32, v33, g30, g31, g32, g33 = _keys(
-            pairs3, both3, slope3, fields3, 3, FUNCTION, SLOPE
-        )
-        tl.store(grad_values + half_row3, masked)
+        # All loads come first: the compiler moves none of them over a store.
+        fetched0 = _fetch(inputs, features, token, feature, 0, SLOPE, PADS, TOKENS, FEATURES)
+        fetched1 = _fetch(inputs, features, token, feature, 1, SLOPE, PADS, TOKENS, FEATURES)
+        fetched2 = _fetch(inputs, features, token, feature, 2, SLOPE, PADS, TOKENS, FEATURES)
+        fetched3 = _fetch(inputs, features, token, feature, 3, SLOPE, PADS, TOKENS, FEATURES)
+        values0, grads0 = _masked_keys(grad_values, fetched0, 0, FUNCTION, SLOPE)
+        values1, grads1 = _masked_keys(grad_values, fetched1, 1, FUNCTION, SLOPE)
+        values2, grads2 = _masked_keys(grad_values, fetched2, 2, FUNCTION, SLOPE)
+        values3, grads3 = _masked_keys(grad_values, fetched3, 3, FUNCTION, SLOPE)
 
         if DENSE:
             target = token // 2 + tl.arange(0, rows)[None, :] * 2
-            _store_dense(
-                value_dense, grad_dense, places + feature + 0, target, tokens,
-                v00, v10, v20, v30, g00, g10, g20, g30, rows, FEATURES,
-            )  # fmt: skip
-            _store_dense(
-                value_dense, grad_dense, places + feature + 1, target, tokens,
-                v01, v11, v21, v31, g01, g11, g21, g31, rows, FEATURES,
-            )  # fmt: skip
-            _store_dense(
-                value_dense, grad_dense, places + feature + 2, target, tokens,
-                v02, v12, v22, v32, g02, g12, g22, g32, rows, FEATURES,
-            )  # fmt: skip
-            _store_dense(
-                value_dense, grad_dense, places + feature + 3, target, tokens,
-                v03, v13, v23, v33, g03, g13, g23, g33, rows, FEATURES,
-            )  # fmt: skip
+            for nth in tl.static_range(4):
+                _store_dense(
+                    (value_dense, grad_dense),
+                    places + feature + nth,
+                    target,
+                    tokens,
+                    (values0[nth], values1[nth], values2[nth], values3[nth]),
+                    (grads0[nth], grads1[nth], grads2[nth], grads3[nth]),
+                    rows,
+                    FEATURES,
+                )
 
         start = feature.to(tl.int64) * (tokens // 4) + token // 4
         tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]
-        x0, m0 = _select_value(v00, v10, v20, v30)
-        x1, m1 = _select_value(v01, v11, v21, v31)
-        x2, m2 = _select_value(v02, v12, v22, v32)
-        x3, m3 = _select_value(v03, v13, v23, v33)
-        tl.store(value_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
-        x0, n0 = _select_grad(g00, g10, g20, g30)
-        x1, n1 = _select_grad(g01, g11, g21, g31)
-        x2, n2 = _select_grad(g02, g12, g22, g32)
-        x3, n3 = _select_grad(g03, g13, g23, g33)
-        tl.store(grad_rows + start + tile, as_signed(_along_tokens(x0, x1, x2, x3, rows, FEATURES)))
+        words, value_fields = _select(values0, values1, values2, values3, False)
+        tl.store(value_rows + start + tile, as_signed(_along_tokens(words, rows, FEATURES)))
+        words, grad_fields = _select(grads0, grads1, grads2, grads3, True)
+        tl.store(grad_rows + start + tile, as_signed(_along_tokens(words, rows, FEATURES)))
 
-        # One byte a group holds both fields on the way to where the eight groups of a word meet.
-        byte = _along_tokens(m0 + n0 * 16, m1 + n1 * 16, m2 + n2 * 16, m3 + n3 * 16, rows, FEATURES)
-        near, far = group_bytes(byte.to(tl.uint8))
-        value_words = metadata_words(near, far)
-        grad_words = metadata_words(near >> 4, far >> 4)
+        value_words, grad_words = _field_words(value_fields, grad_fields, rows, FEATURES)
         slab = feature.to(tl.int64) * (tokens // 32) + token * 2
         place = slab + tl.arange(0, TOKENS // 32)[:, None] * 64 + tl.arange(0, FEATURES)[None, :]
-        shape: tl.constexpr = [TOKENS // 32, FEATURES]
-        tl.store(value_row_metadata + place, as_signed(tl.reshape(value_words, shape)))
-        tl.store(grad_row_metadata + place, as_signed(tl.reshape(grad_words, shape)))
+        tl.store(value_row_metadata + place, value_words)
+        tl.store(grad_row_metadata + place, grad_words)
 
+        # Along the features dZ lies where the activation does.
         slab = token.to(tl.int64) * (features // 32) + feature * 2
         words = tl.arange(0, TOKENS // 64)[:, None] * (2 * features) + tl.arange(0, FEATURES * 2)[None, :]
         tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
 
 
-def pack_gradient(
+def _reference(
     grad: Tensor,
-    saved: Packed24,
+    saved: Tensor,
     slope: Tensor | None,
     real: Tensor | None,
-    places: Tensor | None,
-    grad_packed: Packed24,
-    value_rows: Packed24,
-    grad_rows: Packed24,
-    value_dense: Tensor,
-    grad_dense: Tensor,
+    index: Tensor | None,
     function: str,
-) -> None:
-    """Launch the kernel.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    value = Packed24(saved)
+    grad = grad if real is None else torch.where(real[:, None], grad, 0)
+    masked = masked_gradient_reference(grad, value, slope, function)
+    rows = []
+    for matrix in (unpack(value), unpack(masked)):
+        matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+        rows.append(matrix.T.contiguous())
+    chosen = grad.new_empty(0, dtype=torch.int64) if index is None else index
+    return masked.buffer, pack(rows[0]).buffer, pack(rows[1]).buffer, rows[0][chosen], rows[1][chosen]
+
+
+def _fake(
+    grad: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    real: Tensor | None,
+    index: Tensor | None,
+    function: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, features = grad.shape
+    dense = (0 if index is None else index.shape[0], tokens)
+    return (
+        torch.empty_like(saved),
+        empty_packed(features, tokens, grad),
+        empty_packed(features, tokens, grad),
+        grad.new_empty(dense),
+        grad.new_empty(dense),
+    )
+
+
+@operator(_reference, _fake, ours=("saved", "slope"))
+def pack_gradient(
+    grad: Tensor,
+    saved: Tensor,
+    slope: Tensor | None,
+    real: Tensor | None,
+    index: Tensor | None,
+    function: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From dS and what forward saved to the operands of backward.
 
     Args:
-        grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
-        saved: the activation, 2:4 along the features, `[T, F]`.
-        slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
+        grad: dS, bfloat16 `[T, F]`, T and F multiples of 64.
+        saved: the buffer of the activation, 2:4 along the features, `[T, F]`.
+        slope: bfloat16 `[T, F/2]` at the places of the saved values; None to take it from the activation.
         real: boolean `[T]`, False for tokens to leave out; None for none.
-        places: int32 `[F]`, the row of `value_dense` and `grad_dense` that a feature goes to, -1 for none;
-            None for no such features.
-        grad_packed: dZ `[T, F]`, unwritten.
-        value_rows, grad_rows: the activation and dZ, 2:4 along the tokens, `[F, T]`, unwritten.
-        value_dense, grad_dense: bfloat16 `[n, T]`, both as they are in the chosen features, unwritten.
-        function: as in `act24.sparse24.feed_forward.operation.Options24`.
+        index: int64 `[n]`, all different, the features that are wanted dense too; None for none.
+        function: "relu2" or "relu".
+
+    Returns:
+        the buffers of dZ packed along the features, `[T, F]`, and of the activation and dZ packed along the
+        tokens, `[F, T]`: the two largest magnitudes of every four tokens; and both as they are in the chosen
+        features, bfloat16 `[n, T]`. Tokens that are not real are zeros in all of them.
     """
+    check_function(function)
     tokens, features = grad.shape
+    outputs = _fake(grad, saved, slope, real, index, function)
+    value, grad_packed, value_rows, grad_rows = map(Packed24, (saved, *outputs[:3]))
     unused = words = grad.view(torch.int32)
+    places = unused
+    if index is not None:  # the row that each feature goes to, -1 for none
+        places = torch.full((features,), -1, dtype=torch.int32, device=grad.device)
+        places[index] = torch.arange(len(index), dtype=torch.int32, device=grad.device)
     _pack_gradient[(features // FEATURES, triton.cdiv(tokens // TOKENS, STEPS))](
         words,
-        saved.values.view(torch.int32),
-        saved.metadata.view(torch.int32),
+        value.values.view(torch.int32),
+        value.metadata.view(torch.int32),
         unused if slope is None else slope.view(torch.int32),
         unused if real is None else real,
-        unused if places is None else places,
+        places,
         grad_packed.values,
         grad_packed.metadata.view(torch.int32),
         value_rows.values.view(torch.int32),
         value_rows.metadata.view(torch.int32),
         grad_rows.values.view(torch.int32),
         grad_rows.metadata.view(torch.int32),
-        value_dense.view(torch.int32),
-        grad_dense.view(torch.int32),
+        outputs[3].view(torch.int32),
+        outputs[4].view(torch.int32),
         tokens,
         features,
         FUNCTION=function,
         SLOPE=slope is not None,
         PADS=real is not None,
-        DENSE=places is not None,
+        DENSE=index is not None,
         TOKENS=TOKENS,
         FEATURES=FEATURES,
         STEPS=STEPS,
         STAGES=STAGES,
         num_warps=4,
-        maxnreg=REGISTERS if places is None else REGISTERS_WITH_DENSE,
+        maxnreg=REGISTERS if index is None else REGISTERS_WITH_DENSE,
     )
+    return outputs

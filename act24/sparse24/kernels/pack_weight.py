@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
-from act24.sparse24.format.packed import Packed24
+from act24.sparse24.format.packed import Packed24, empty_packed, pack
 from act24.sparse24.kernels.shared.keys import as_bits, as_signed, group_bytes, metadata_words, sort4
+from act24.sparse24.kernels.shared.registry import operator
 
 #: Rows and columns of a tile.
 TILE = 64
@@ -75,15 +76,29 @@ def _pack_weight(
     )
 
 
-def pack_weight(weight: Tensor, mask: Tensor, packed: Packed24, transposed: Packed24) -> None:
-    """Launch the kernel.
+def _reference(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return pack(weight, mask).buffer, pack(weight.T.contiguous(), mask.T.contiguous()).buffer
+
+
+def _fake(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    return empty_packed(rows, columns, weight), empty_packed(columns, rows, weight)
+
+
+@operator(_reference, _fake)
+def pack_weight(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a weight and its transpose.
 
     Args:
-        weight: 16-bit `[O, I]`, contiguous, O and I multiples of 64.
+        weight: 16-bit `[O, I]`, O and I multiples of 64.
         mask: boolean, the same shape, at most two True in four consecutive entries of a row, and of a column.
-        packed, transposed: `[O, I]` and `[I, O]`, unwritten.
+
+    Returns:
+        the buffers of the packed `[O, I]` matrix and of its transpose, `[I, O]`.
     """
     rows, columns = weight.shape
+    buffers = _fake(weight, mask)
+    packed, transposed = map(Packed24, buffers)
     _pack_weight[(rows // TILE, columns // TILE)](
         weight.view(torch.int16),
         mask,
@@ -96,3 +111,4 @@ def pack_weight(weight: Tensor, mask: Tensor, packed: Packed24, transposed: Pack
         TILE=TILE,
         num_warps=4,
     )
+    return buffers

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl
-from act24.sparse24.format.packed import Packed24
-from act24.sparse24.kernels.pack_gradient import masked_gradient
+from act24.relu2 import check_function
+from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.kernels.shared.keys import as_signed, load_bits, metadata_field, spread, upper
+from act24.sparse24.kernels.shared.masked_gradient import masked_gradient, masked_gradient_reference
+from act24.sparse24.kernels.shared.registry import operator
 
 #: Tokens and features of a tile.
 TOKENS, FEATURES = 64, 64
@@ -69,36 +71,47 @@ def _unpack_gradient(
     tl.store(grad_metadata + tile + words, tl.load(metadata + tile + words))
 
 
+def _reference(
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    masked = masked_gradient_reference(grad, Packed24(saved), slope, function)
+    return masked.buffer, unpack(Packed24(saved)), unpack(masked)
+
+
+def _fake(grad: Tensor, saved: Tensor, slope: Tensor | None, function: str) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(saved), torch.empty_like(grad), torch.empty_like(grad)
+
+
+@operator(_reference, _fake, ours=("saved", "slope"))
 def unpack_gradient(
-    grad: Tensor,
-    saved: Packed24,
-    slope: Tensor | None,
-    grad_packed: Packed24,
-    value_dense: Tensor,
-    grad_dense: Tensor,
-    function: str,
-) -> None:
-    """Launch the kernel.
+    grad: Tensor, saved: Tensor, slope: Tensor | None, function: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From dS and what forward saved to the operands of backward with exact weight gradients.
 
     Args:
-        grad: dS, bfloat16 `[T, F]`, contiguous, T and F multiples of 64.
-        saved: the activation, 2:4 along the features, `[T, F]`.
-        slope: bfloat16 `[T, F/2]` in the places of `saved.values`; None to take it from the activation.
-        grad_packed: dZ `[T, F]`, unwritten.
-        value_dense, grad_dense: bfloat16 `[T, F]`, the activation and dZ with their zeros, unwritten.
-        function: as in `act24.sparse24.feed_forward.operation.Options24`.
+        grad: dS, bfloat16 `[T, F]`, T and F multiples of 64.
+        saved: the buffer of the activation, 2:4 along the features, `[T, F]`.
+        slope: bfloat16 `[T, F/2]` at the places of the saved values; None to take it from the activation.
+        function: "relu2" or "relu".
+
+    Returns:
+        the buffer of dZ packed along the features, and the activation and dZ with their zeros filled in,
+        bfloat16 `[T, F]`.
     """
+    check_function(function)
     tokens, features = grad.shape
+    outputs = _fake(grad, saved, slope, function)
+    value, packed = Packed24(saved), Packed24(outputs[0])
     unused = words = grad.view(torch.int32)
     _unpack_gradient[(features // FEATURES, tokens // TOKENS)](
         words,
-        saved.values.view(torch.int32),
-        saved.metadata.view(torch.int32),
+        value.values.view(torch.int32),
+        value.metadata.view(torch.int32),
         unused if slope is None else slope.view(torch.int32),
-        grad_packed.values,
-        grad_packed.metadata.view(torch.int32),
-        value_dense.view(torch.int32),
-        grad_dense.view(torch.int32),
+        packed.values,
+        packed.metadata.view(torch.int32),
+        outputs[1].view(torch.int32),
+        outputs[2].view(torch.int32),
         features,
         FUNCTION=function,
         SLOPE=slope is not None,
@@ -106,3 +119,4 @@ def unpack_gradient(
         FEATURES=FEATURES,
         num_warps=8,
     )
+    return outputs

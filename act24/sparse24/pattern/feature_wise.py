@@ -7,6 +7,7 @@ tokens of the micro-batch spreads them. Some features are hardly sparse: those s
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -35,17 +36,12 @@ def token_permutation(shape: tuple[int, ...], kind: TokenPermutation, device: to
     if kind == "none":
         return None
     *_, length = shape
-    count = shape_numel(shape)
+    count = math.prod(shape)
     if kind == "batch":
         return random_permutation(count, _PERMUTATION_SEED, device)
     within = random_permutation(length, _PERMUTATION_SEED, device)
     starts = torch.arange(0, count, length, device=device)
     return (starts[:, None] + within).flatten()
-
-
-def shape_numel(shape: tuple[int, ...]) -> int:
-    """Number of tokens in a shape."""
-    return torch.Size(shape).numel()
 
 
 def sparsify_feature_wise(x: Tensor, dense: Tensor | None) -> Tensor:

@@ -24,22 +24,20 @@ from act24.operation import operation
 from act24.sparse24.pattern.random_bits import random_uniform
 
 
-def inclusion_probabilities(magnitude: Tensor) -> Tensor:
-    """π of the estimator, by group.
+def _probabilities(magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """π by group, and the mask of the largest entry where it outweighs the others together.
 
     Args:
-        magnitude: `[..., 4]`, non-negative and finite.
+        magnitude: `[..., 4]`, non-negative. In a group with NaN or infinity these count as 1 and the others
+            as 0: what is not finite stays and is seen.
 
     Returns:
         float32 (float64 for float64) `[..., 4]`, in [0, 1], of sum 2 where two or more entries are not
-        zero; entries that are zero have 0.
+        zero; entries that are zero have 0. And boolean `[..., 4]`.
     """
-    return _probabilities(magnitude)[0]
-
-
-def _probabilities(magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """π, and the mask of the largest entry where it outweighs the others together."""
     a = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))
+    finite = a.isfinite()
+    a = torch.where(finite.all(-1, keepdim=True), a, (~finite).to(a.dtype))
     largest, index = a.max(dim=-1, keepdim=True)
     a = a / torch.where(largest > 0, largest, 1)  # the sums below can neither overflow nor vanish
     others = a.scatter(-1, index, 0)
@@ -55,7 +53,8 @@ def mvue_factor(x: Tensor, seed: Tensor | int, dim: int = -1) -> Tensor:
     """What `mvue24` multiplies by: 1/π for the entries that are drawn, 0 for the others. Not differentiable.
 
     Args:
-        x: finite; size K along `dim`, K a multiple of 4.
+        x: size K along `dim`, K a multiple of 4. NaN and infinity stay, and the finite entries of their
+            groups do not.
         seed: int64 scalar. The same seed draws the same.
 
     Returns:
@@ -92,4 +91,5 @@ def mvue24(x: Tensor, seed: Tensor | int, dim: int = -1) -> Tensor:
     finite `x`: values that 1/π would carry beyond the dtype stop at its largest.
     """
     largest = torch.finfo(x.dtype).max
-    return (x * mvue_factor(x, seed, dim)).clamp(-largest, largest).to(x.dtype)
+    estimate = x * mvue_factor(x, seed, dim)
+    return torch.where(x.isinf(), estimate, estimate.clamp(-largest, largest)).to(x.dtype)

@@ -16,7 +16,7 @@ def top2_of_4(scores: Tensor, dim: int = -1) -> Tensor:
     value, not magnitude; pass `x.abs()` for magnitudes.
 
     Args:
-        scores: finite; size K along `dim`, K a multiple of 4.
+        scores: size K along `dim`, K a multiple of 4. NaN is above infinity, so that it stays and is seen.
 
     Returns:
         boolean, the shape of `scores`.
@@ -29,8 +29,11 @@ def top2_of_4(scores: Tensor, dim: int = -1) -> Tensor:
     dim %= scores.ndim
     a, b, c, d = scores.unflatten(dim, (-1, 4)).unbind(dim + 1)
     # A tournament of six comparisons instead of a sort: `>=` lets the lower index win a tie, and an
-    # entry stays when it loses at most one of its three games.
-    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    # entry stays when it loses at most one of its three games. NaN wins all of them, and loses to an earlier
+    # one.
+    a_nan, b_nan, c_nan = a != a, b != b, c != c
+    ab, ac, ad = (a >= b) | a_nan, (a >= c) | a_nan, (a >= d) | a_nan
+    bc, bd, cd = (b >= c) | b_nan, (b >= d) | b_nan, (c >= d) | c_nan
     keep_a = (ab & ac) | (ab & ad) | (ac & ad)
     keep_b = (~ab & bc) | (~ab & bd) | (bc & bd)
     keep_c = (~ac & ~bc) | (~ac & cd) | (~bc & cd)
@@ -52,6 +55,6 @@ def densest_features(counts: Tensor, ratio: float) -> Tensor:
 
 
 def densest(counts: Tensor, ratio: float) -> Tensor:
-    """`densest_features` as a mask, boolean `[F]`."""
+    """`densest_features` as a mask: boolean `[F]` for counts `[F]`."""
     chosen = densest_features(counts, ratio)
     return torch.zeros_like(counts, dtype=torch.bool).scatter(0, chosen, True)

@@ -18,8 +18,15 @@ SCALE_RANGE = (1.0, 2.0)
 
 
 def third_largest(magnitude: Tensor, mask: Tensor) -> Tensor:
-    """The larger of the two magnitudes that `mask` drops, for every entry of its group, along the last
-    dimension; magnitudes are non-negative, `[..., K]`, and `mask` is that of `top2_of_4`."""
+    """The larger of the two magnitudes that a mask drops.
+
+    Args:
+        magnitude: non-negative `[..., K]`, K a multiple of 4.
+        mask: boolean `[..., K]`, that of `top2_of_4`.
+
+    Returns:
+        `[..., K]`: the same number for all four of a group.
+    """
     dropped = torch.where(mask, 0, magnitude).unflatten(-1, (-1, 4))
     return dropped.amax(dim=-1, keepdim=True).expand_as(dropped).flatten(-2)
 
@@ -29,7 +36,7 @@ def soft_threshold24(x: Tensor) -> Tensor:
     """S(x): sign(x) · (|x| - t) on the two largest of every four, t the third magnitude; else 0.
 
     Args:
-        x: `[..., K]`, K a multiple of 4, finite.
+        x: `[..., K]`, K a multiple of 4. NaN stays.
 
     Returns:
         `[..., K]`, at most two non-zeros in every group. The gradient passes through the two that stay, as
@@ -44,8 +51,14 @@ def soft_threshold24(x: Tensor) -> Tensor:
 
 
 def scale_sums(full: Tensor, sparse: Tensor) -> Tensor:
-    """⟨full, sparse⟩ and ⟨sparse, sparse⟩, float64 `[2]`: what `scale_from_sums` divides. Sums add up over
-    tensors and processes."""
+    """What `scale_from_sums` divides; sums add up over tensors and processes.
+
+    Args:
+        full, sparse: two tensors of one shape, any dtype: before and after soft thresholding.
+
+    Returns:
+        ⟨full, sparse⟩ and ⟨sparse, sparse⟩, float64 `[2]`.
+    """
     full, sparse = full.double(), sparse.double()
     return torch.stack(((full * sparse).sum(), sparse.square().sum()))
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 
 SEED = torch.tensor(11)
-METHODS = ("naive", "soft_threshold", "mvue")
+METHODS = ("naive", "soft_dynamic", "mvue")
 FUNCTIONS = ("relu2", "relu")
 SPARSE = Options24(backward="sparse")
 SPLIT = Options24(backward="split_gemm")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.format.products import Measured, feed_forward_products
 
 TOKENS, WIDTH, FEATURES, WIDTH_OUT = 128, 64, 128, 128
@@ -32,7 +33,5 @@ def outcome(tensors: tuple[Tensor | None, ...], options: Options24, *state: Tens
     """y, the statistics, and all gradients for one draw of the output's."""
     y, statistics = activation24(*tensors, *state, options=options)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    if state and (pads := state[2]) is not None:
-        grad = grad * ~pads[..., None]
     leaves = [tensor for tensor in tensors if tensor is not None]
     return [y, statistics, *torch.autograd.grad(y, leaves, grad)]

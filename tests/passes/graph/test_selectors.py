@@ -44,17 +44,30 @@ def test_ignore_wins() -> None:
     assert not selected((), (), "a.mlp", "M")
 
 
-def test_bad_regular_expression() -> None:
-    with pytest.raises(SelectorError, match=r"'re:layers\.\(0' is no regular expression"):
-        plan(llama(), [Relu2FFN(targets=("re:layers.(0",))])
+@pytest.mark.parametrize(
+    ("selector", "reason"),
+    [
+        ("re:layers.(0", r"'re:layers\.\(0' is no regular expression"),
+        ("re:a{99999999999999999999}", "is no regular expression"),
+        ("regex:.*mlp", "no known prefix: did you mean 're:'|no known prefix: choose from"),
+        ("clas:LlamaMLP", "no known prefix: did you mean 'class:'"),
+        ("class:", "nothing behind 'class:'"),
+        ("", "names nothing"),
+    ],
+)
+@pytest.mark.parametrize("field", ["targets", "ignore"])
+def test_selectors_that_cannot_be_read(field: str, selector: str, reason: str) -> None:
+    """They are refused where the pass is made, also those that no module would have been compared with."""
+    with pytest.raises(SelectorError, match=f"relu2_ffn: {field}: .*({reason})"):
+        Relu2FFN(**{field: ("*.mlp", selector)})
 
 
 def test_a_string_is_no_list_of_selectors() -> None:
     """Each of its letters would be one, and `*` takes everything."""
     with pytest.raises(SelectorError, match=r"\['model\.layers\.0\.\*'\]"):
-        plan(llama(), [Relu2FFN(targets="model.layers.0.*")])  # type: ignore[arg-type]
+        Relu2FFN(targets="model.layers.0.*")  # type: ignore[arg-type]
     with pytest.raises(SelectorError, match="list"):
-        plan(llama(), [Relu2FFN(ignore="*")])  # type: ignore[arg-type]
+        Relu2FFN(ignore="*")  # type: ignore[arg-type]
 
 
 def test_passes_use_the_name_and_the_class_before_tracing() -> None:

@@ -76,7 +76,8 @@ def test_doctor_names_versions_and_paths(act24):
 def test_export_says_what_it_wrote(act24, run_dir, tmp_path):
     status, out, errors = act24("export", run_dir, tmp_path / "out")
     assert (status, errors) == (0, [])
-    assert out.startswith(f"{tmp_path / 'out'}: the model in its own form")
+    assert out.startswith(f"{tmp_path / 'out'}: a Hugging Face checkpoint (ArceeForCausalLM), step ")
+    assert "Held-out loss with 2:4" in out
     assert act24("export", run_dir, tmp_path / "out")[::2] == (
         2,
         [f"act24: {tmp_path / 'out'} exists already"],
@@ -229,7 +230,7 @@ BAD_INPUT = {
     ),
     "unknown pass": (
         (*TRAIN, "--set", "passes.0.use=relu_ffn"),
-        r"RECIPE: passes\.0\.use: unknown pass 'relu_ffn': did you mean 'relu2_ffn'\?",
+        r"RECIPE: passes\.0\.use: there is no pass named 'relu_ffn': did you mean 'relu2_ffn'\?",
     ),
     "pass without match": (
         (*TRAIN, "--set", 'passes.relu2_ffn.targets=["*.attn"]'),
@@ -242,8 +243,8 @@ BAD_INPUT = {
     ),
     "small vocabulary": (
         (*TRAIN, "--set", "model.vocab_size=200"),
-        r"tokenizer 'bpe' gives ids up to 299, but the model's vocabulary has 200 entries; "
-        r"set model\.vocab_size to 300 or more",
+        r"RECIPE: tokenizer\.vocab_size: 300 tokens are more than the vocabulary of the model has, "
+        r"model\.vocab_size = 200",
     ),
     "missing data": (
         (*TRAIN, "--set", 'data.train_files=["no/*.txt"]'),
@@ -338,3 +339,14 @@ def test_a_full_disk_while_saving(act24, tiny_file, tmp_path, monkeypatch):
         f"act24: step 5 could not be saved in {tmp_path}/checkpoints: [Errno 28] No space left on device; "
         "there is no older checkpoint"
     ]
+
+
+@pytest.mark.parametrize("command", [("plan",), ("recipe", "validate")])
+def test_what_is_likely_not_meant_is_said_before_training(act24, tiny_file, command):
+    status, _, errors = act24(*command, tiny_file, "--set", "train.steps=10")
+    assert status == 0
+    assert errors == [
+        "warning: passes.1.from_step: activation24 comes into force at step 10, and the run ends at 10: it "
+        "is trained without"
+    ]
+    assert act24(*command, tiny_file)[2] == []

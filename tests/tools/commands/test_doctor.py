@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from act24.sparse24.feed_forward import forms
+from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS
+from act24.sparse24.feed_forward.self_check import PROVEN
 from act24.tools.commands import doctor
 
 
@@ -22,11 +27,49 @@ def test_text_has_a_line_for_every_finding() -> None:
     assert len(doctor.doctor().splitlines()) == len(doctor.examine())
 
 
+def test_what_recipes_can_name_is_listed() -> None:
+    findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
+    assert findings["optimizers of recipes"] == "adamw, loro_adamw, cola_adamw, lost_adamw"
+    assert findings["schedules of recipes"] == "cosine, linear, constant, cosine_restart"
+    assert findings["passes of recipes"].startswith("relu2_ffn, low_rank, cola, lost, ")
+
+
 def test_paths_of_a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide networks are packed, narrow ones have 2:4 inside their products, lone activations around none."""
     monkeypatch.setattr(forms, "obstacle", lambda _: "")
+    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "")
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
     assert findings["llama-1b, full rank, 2048×8192"].startswith("packed 2:4 products")
     assert findings["llama-7b, rank 1024, 1024×16512"].startswith("packed 2:4 products")
     assert findings["llama-350m, rank 256, 256×4096"].startswith("2:4 inside dense products")
-    assert findings["llama-130m, LoST, F 3072"].startswith("2:4 by a kernel")
+    assert findings["llama-130m, LoST, F 3072"].startswith("2:4 by kernels")
+
+
+def test_every_method_estimator_and_backward_is_shown() -> None:
+    findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
+    for kind, table in (("method", METHODS), ("estimator", ESTIMATORS), ("backward", BACKWARDS)):
+        for record in table.values():
+            assert findings[f"{kind} {record.name}"].startswith(record.summary)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("NVIDIA H100 80GB HBM3", ""), ("NVIDIA GeForce RTX 3090", "never run")]
+)
+def test_a_gpu_on_which_nothing_was_run_is_said_so(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is played: its kernels agree with their references, its library reads no layout of ours."""
+    properties = SimpleNamespace(name=name, major=8, minor=6, total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(
+        doctor, "kernel_obstacle", lambda _, operators: "" if "linear_pack" in operators else "wrong"
+    )
+    monkeypatch.setattr(doctor, "obstacle", lambda _: "cuSPARSELt reads another layout")
+    findings = {f.subject: f.finding for f in doctor._machine(torch.device("cuda", 0))}
+    assert (said in findings["2:4 kernels"]) is True
+    assert ("never run" in findings["2:4 kernels"]) is bool(said)
+    assert findings["kernels, narrow"] == "agree with the reference"
+    assert findings["kernels, masked"] == "no: wrong"
+    assert findings["2:4 products"] == "no: cuSPARSELt reads another layout"
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert all(gpu in readme for gpu in PROVEN)

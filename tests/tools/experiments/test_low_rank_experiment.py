@@ -17,6 +17,8 @@ intermediate_size = 48
 num_hidden_layers = 1
 num_attention_heads = 2
 
+[tokenizer]
+vocab_size = 300
 [data]
 max_length = 16
 

@@ -13,8 +13,9 @@ import torch
 
 from act24.errors import Act24Error
 from act24.initialise import build_llama
-from act24.llama import LlamaConfig
-from act24.tools.huggingface.folder import load_pretrained, save_pretrained
+from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.passes import Relu2FFN, apply_
+from act24.tools.huggingface.folder import load_pretrained, save_pretrained, write_pretrained
 
 transformers = pytest.importorskip("transformers")
 
@@ -112,8 +113,18 @@ def edit_weights(folder: Path, edit) -> None:
     [
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "type 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'default' and rope_scaling 'linear'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type has no 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor has to be 1 or more"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            "needs original_max",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2, "beta_fast": 8}}, "has no beta_fast"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "short_factor": []}},
+            "short_factor not supp",
+        ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "partial_rotary_factor = 0.5",
@@ -121,7 +132,7 @@ def edit_weights(folder: Path, edit) -> None:
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
-        ({"hidden_size": "48"}, "hidden_size .* not '48'"),
+        ({"hidden_size": "48"}, "hidden_size .* got '48'"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4"),
         ({"intermediate_size": 80}, r"mlp.gate_proj.weight \[72, 48\] for \[80, 48\].* and 2 more"),
         ({"num_hidden_layers": 1}, "unexpected: model.layers.1"),
@@ -192,3 +203,103 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Act24Error, match="No space left"):
         save_pretrained(build_llama(CONFIG, seed=0), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+SCALINGS = [
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "factor": 2.0, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
+    {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3},
+]
+LONG = torch.randint(0, 67, (1, 200), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_rotary_scalings_are_those_of_transformers_both_ways(scaling: dict, tmp_path: Path) -> None:
+    fields = dataclasses.asdict(CONFIG) | {"eos_token_id": [1, 3]}
+    theta = fields.pop("rope_theta")
+    del fields["rope_scaling"]
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**fields, rope_parameters={"rope_theta": theta, **scaling})
+    ).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    close(ours(LONG), theirs(LONG).logits)
+    save_pretrained(ours, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    close(again(LONG).logits, theirs(LONG).logits)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS[:3], ids=str)
+def test_the_older_spelling_of_rotary_scalings_is_read(scaling: dict, saved: Path) -> None:
+    edit_config(saved, rope_parameters={"rope_theta": 50000.0, **scaling}, rope_scaling=None)
+    expected = load_pretrained(saved)(LONG)
+    older = {"type" if name == "rope_type" else name: value for name, value in scaling.items()}
+    edit_config(saved, rope_parameters="absent", rope_scaling=older)
+    assert torch.equal(load_pretrained(saved)(LONG), expected)
+
+
+@pytest.mark.parametrize(
+    "change", [*VARIANTS, {"mlp_bias": True}, {"head_dim": 16, "attention_bias": True}], ids=str
+)
+def test_arcee_is_the_stock_model_with_relu2_both_ways(change: dict, tmp_path: Path) -> None:
+    fields = dataclasses.asdict(dataclasses.replace(CONFIG, **change)) | {"eos_token_id": [1, 3]}
+    theta = fields.pop("rope_theta")
+    del fields["rope_scaling"]
+    theirs = transformers.ArceeForCausalLM(
+        transformers.ArceeConfig(**fields, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+    ).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    close(ours(INPUT_IDS), theirs(INPUT_IDS).logits)
+    write_pretrained(tmp_path / "ours", ours.config, "arcee", ours.state_dict())
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert type(again).__name__ == "ArceeForCausalLM"
+    assert not any(told.values()), told
+    close(again(INPUT_IDS).logits, theirs(INPUT_IDS).logits)
+
+
+def test_what_arcee_has_its_own_defaults_for_is_written(tmp_path: Path) -> None:
+    """A config.json without them would be read with eps 1e-5 and end-of-text 128001."""
+    config = dataclasses.replace(CONFIG, bos_token_id=None, eos_token_id=None, rms_norm_eps=1e-6)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    apply_(model, [Relu2FFN(width="keep")])
+    state = {name: torch.zeros(value.shape) for name, value in model.state_dict().items()}
+    write_pretrained(tmp_path, config, "arcee", state)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    read = {name: getattr(theirs, name) for name in ("rms_norm_eps", "bos_token_id", "eos_token_id")}
+    assert read == {"rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None}
+    assert theirs.rope_parameters["rope_theta"] == 50000.0
+
+
+def test_large_checkpoints_are_sharded_and_come_back(tmp_path: Path) -> None:
+    model = build_llama(CONFIG, seed=0)
+    write_pretrained(tmp_path, CONFIG, "llama", model.state_dict(), shard=40_000)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[1].startswith("model-00001-of-0000")
+    assert len(names) > 5
+    assert names[-1] == "model.safetensors.index.json"
+    index = json.loads((tmp_path / names[-1]).read_text())
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    assert torch.equal(load_pretrained(tmp_path)(INPUT_IDS), model(INPUT_IDS))
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values()), told
+    close(theirs(INPUT_IDS).logits, model(INPUT_IDS))
+
+
+def test_files_have_the_rights_that_the_process_gives_new_files(tmp_path: Path) -> None:
+    save_pretrained(build_llama(CONFIG, seed=0), tmp_path / "out")
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}

@@ -8,9 +8,8 @@ import torch.distributed as dist
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig
-from act24.optim import AdamW, LOROAdamW
+from act24.optim import AdamW, AdamWOptions, LOROAdamW, LOROAdamWOptions
 from act24.passes import LowRank, apply_
-from act24.recipes.schema import Optimizer
 from act24.tools.run.batched_eigh import batched_eigh, describe_eigh
 from act24.tools.run.optimizers import build_optimizer, learning_rate, shared_out
 from act24.tools.run.processes import Processes, open_processes
@@ -18,7 +17,7 @@ from act24.tools.run.processes import Processes, open_processes
 CONFIG = LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
 )
-LORO = Optimizer(name="loro_adamw", lr=0.01, exact_every=2)
+LORO = LOROAdamWOptions(lr=0.01, exact_every=2)
 
 
 def low_rank_model():
@@ -27,7 +26,7 @@ def low_rank_model():
 
 
 def test_adamw_gets_its_groups():
-    optimizer = build_optimizer(build_llama(CONFIG, 0), Optimizer(name="adamw", lr=0.1, weight_decay=0.2))
+    optimizer = build_optimizer(build_llama(CONFIG, 0), AdamWOptions(lr=0.1, weight_decay=0.2))
     assert type(optimizer) is AdamW
     assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {"decay": 0.2, "no_decay": 0.0}
 

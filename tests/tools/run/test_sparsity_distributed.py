@@ -17,8 +17,8 @@ from act24.tools.checkpoints import checkpoint
 from act24.tools.data import Batch, HeldoutRows
 from act24.tools.run import train as training
 from act24.tools.run.build import build
-from act24.tools.run.column_scores import measure_column_scores
 from act24.tools.run.evaluate import evaluate
+from act24.tools.run.measurements import measure
 from act24.tools.run.processes import open_processes, whole
 from act24.tools.run.step import TrainingStep
 from act24.tools.watch.sparsity_watch import take_flip_rates_
@@ -278,15 +278,20 @@ def columns_agree(recipes):
     with open_processes() as processes:
         batch = own_batches(processes.rank, 0)[0]
         for method, recipe in recipes.items():
-            measure = functools.partial(measure_column_scores, recipe, batch=batch, processes=processes)
-            model = build(recipe, processes.device, column_scores=measure).model
+            asked = {}
+
+            def note(wanted, recipe=recipe, asked=asked):
+                asked.update(wanted)
+                return measure(recipe, wanted, batch, processes)
+
+            model = build(recipe, processes.device, measure=note).model
             indices = buffers(model, "column_indices")
             assert len(indices) == 14
             assert is_common(indices)
             assert len({tuple(chosen.tolist()) for chosen in indices.values()}) == 14
             if method == "gradient":
-                names = {n: n.replace("column_indices", "weight") for n in indices}
-                ranks = gathered(measure(list(names.values()), processes=replace(processes, world_size=1)))
+                names = {n: n.replace("column_indices", "column_scores") for n in indices}
+                ranks = gathered(measure(recipe, asked, batch, replace(processes, world_size=1)))
                 for name, chosen in indices.items():
                     mine, theirs = (scores[names[name]] for scores in ranks)
                     assert set(chosen.tolist()) == best(mine + theirs, len(chosen))

@@ -49,6 +49,17 @@ def upper(bits):
 
 
 @jit
+def signed_keys(even, odd):
+    """Keys, as int32, of the four columns of every group, from its two words."""
+    return (
+        as_signed(even << 16 | 3),
+        as_signed(upper(even) | 2),
+        as_signed(odd << 16 | 1),
+        as_signed(upper(odd)),
+    )
+
+
+@jit
 def sort4(key0, key1, key2, key3):
     """Four keys in descending order."""
     high01 = tl.maximum(key0, key1)

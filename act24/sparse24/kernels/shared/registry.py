@@ -1,31 +1,135 @@
 """Operators of our own in PyTorch's library: a compiled graph has one node for each, and never breaks.
 
-An operator has a schema; a reference in plain PyTorch, which is what it does on a CPU and what its kernel is
-held against; the kernel, which CUDA runs; and the shapes of its outputs, for tracing.
+An operator has a schema, read from the annotations of its launcher; a reference in plain PyTorch, which is
+what runs on a CPU and what the kernel is held against; the launcher, which CUDA runs: it allocates the
+outputs and starts the Triton kernel; and a fake, the outputs' shapes, for tracing.
+
+In front of reference and launcher stands one guard, for kernels see addresses and nothing else: it looks at
+the layout of every tensor, and makes the GPU that has them the current one.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("act24", "DEF")
 
-#: The plain-PyTorch form of every operator, by name: it runs on any device.
-REFERENCES: dict[str, Callable[..., Any]] = {}
+#: Bytes. Kernels read two 16-bit values at a time, and cuSPARSELt wants this much; Triton would compile
+#: another kernel for less.
+ALIGNMENT = 16
+
+
+class Operator(NamedTuple):
+    """What an operator is made of: three functions of the same arguments.
+
+    Attributes:
+        reference: plain PyTorch, for tensors on any device, behind the guard.
+        launch: the kernel, for tensors on a CUDA device, behind the guard.
+        fake: outputs of the right shapes and dtypes, unwritten.
+        ours: names of the parameters that only another operator writes.
+    """
+
+    reference: Callable[..., Any]
+    launch: Callable[..., Any]
+    fake: Callable[..., Any]
+    ours: tuple[str, ...]
+
+
+#: Every operator whose file was imported, by name.
+OPERATORS: dict[str, Operator] = {}
 
 
 def operator(
-    schema: str, reference: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    ours: tuple[str, ...] = (),
+    transposable: tuple[str, ...] = (),
+) -> Callable[[Launcher], Launcher]:
+    """Define an operator by its launcher, whose name it takes; it is also at `torch.ops.act24`. It has no
+    gradient of its own.
+
+    `Library.define` and `impl`, not `torch.library.custom_op`, whose wrappers take three times the Python a
+    call.
+
+    Args:
+        reference, fake: see `Operator`.
+        ours: parameters that only another operator writes, packed buffers above all. In another layout
+            they mean something else, so they are refused; other tensors are copied then.
+        transposable: matrices that may also be the transpose of a contiguous one.
+
+    Raises:
+        ValueError: by the operator, for tensors on several devices, or one of `ours` in another layout.
+    """
+
+    def define(launch: Launcher) -> Launcher:
+        name = launch.__name__
+        schema = torch.library.infer_schema(launch, mutates_args=(), op_name=name)
+        on_cpu, on_cuda = (_guard(function, launch, ours, transposable) for function in (reference, launch))
+        # Packed buffers and rows that run along the tokens mean nothing in other strides.
+        _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+        _LIBRARY.impl(name, on_cpu, "CPU")
+        _LIBRARY.impl(name, on_cuda, "CUDA")
+        torch.library.register_fake(f"act24::{name}", fake, lib=_LIBRARY)
+        OPERATORS[name] = Operator(on_cpu, on_cuda, fake, ours)
+        return getattr(torch.ops.act24, name)
+
+    return define
+
+
+def _guard(
+    function: Callable[..., Any],
+    launch: Callable[..., Any],
+    ours: tuple[str, ...],
+    transposable: tuple[str, ...],
 ) -> Callable[..., Any]:
-    """Define an operator; it is also at `torch.ops.act24`. No gradient of its own."""
-    name = schema[: schema.index("(")]
-    # Packed buffers and rows that run along the tokens mean nothing in other strides.
-    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
-    _LIBRARY.impl(name, reference, "CPU")
-    _LIBRARY.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"act24::{name}", fake, lib=_LIBRARY)
-    REFERENCES[name] = reference
-    return getattr(torch.ops.act24, name)
+    """`function` behind the guard. PyTorch passes all arguments by position."""
+    name, parameters = launch.__name__, tuple(inspect.signature(launch).parameters)
+
+    def in_layout(parameter: str, tensor: Tensor) -> Tensor:
+        if parameter in transposable and _is_plain(tensor.T):
+            return tensor
+        if parameter in ours:
+            raise ValueError(
+                f"{name}: {parameter} has to be as an operator returned it, contiguous and aligned to "
+                f"{ALIGNMENT} bytes; it is {tuple(tensor.shape)} with strides {tensor.stride()} and offset "
+                f"{tensor.storage_offset()}"
+            )
+        if parameter in transposable:
+            return tensor.T.clone(memory_format=torch.contiguous_format).T
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> Any:
+        device = None
+        for place, argument in enumerate(arguments):
+            if not isinstance(argument, Tensor):
+                continue
+            device = device or argument.device
+            if argument.device != device:
+                raise ValueError(
+                    f"{name}: tensors on {device} and on {argument.device}; give all on one device"
+                )
+            if not _is_plain(argument):
+                plain = in_layout(parameters[place], argument)
+                arguments = (*arguments[:place], plain, *arguments[place + 1 :])
+        assert device is not None
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(device):
+            return function(*arguments)
+
+    return guarded
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel that is given the address reads this tensor. Single bytes and integers may lie
+    anywhere."""
+    return tensor.is_contiguous() and (not tensor.is_floating_point() or tensor.data_ptr() % ALIGNMENT == 0)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from act24.sparse24.feed_forward.operation import PLAIN, Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import PLAIN, Options24
 from act24.sparse24.pattern.mvue import mvue_factor
 
 
@@ -32,7 +33,7 @@ def masked_reference(
         order = torch.argsort(groups, dim=-1, descending=True, stable=True)
         mask = torch.zeros_like(groups).scatter(-1, order[..., :2], 1.0).flatten(-2)
         third = groups.gather(-1, order[..., 2:3]).expand_as(groups).flatten(-2)
-        sparse = (dense - third if options.method == "soft_threshold" else dense) * mask
+        sparse = (dense - third if options.method == "soft_dynamic" else dense) * mask
     scaled = sparse if scale is None else scale * sparse
     if wo is not None:
         scaled = F.linear(scaled, wo)
@@ -208,7 +209,7 @@ def test_stays_one_node_when_traced_twice() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "backward"), [("naive", "split_gemm"), ("soft_threshold", "dense"), ("mvue", "sparse")]
+    ("method", "backward"), [("naive", "split_gemm"), ("soft_dynamic", "dense"), ("mvue", "sparse")]
 )
 def test_compiled_equals_eager(method: Any, backward: Any) -> None:
     torch.compiler.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -14,9 +15,14 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from act24.sparse24.feed_forward import forms
-from act24.sparse24.feed_forward.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward import forms, operation, packed
+from act24.sparse24.feed_forward.forms import network_of
+from act24.sparse24.feed_forward.masked import MASKED
+from act24.sparse24.feed_forward.methods import ESTIMATORS, METHODS
+from act24.sparse24.feed_forward.narrow import NARROW
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.format.products import feed_forward_products
 
 pytestmark = pytest.mark.usefixtures("capable_machine")
 
@@ -142,45 +148,87 @@ def test_a_compiled_graph_has_the_products_of_the_table(named: bool) -> None:
     assert "act24.product24" in targets
 
 
-@pytest.mark.parametrize("method", ["soft_threshold", "mvue"])
+@pytest.mark.parametrize("method", ["soft_dynamic", "mvue"])
 def test_exact_gradients_that_have_no_other_form_are_packed(method: str) -> None:
     options = Options24(method=method)  # type: ignore[arg-type]
-    assert why_not_masked(network_of(network()), options)
-    assert why_not_packed(network_of(network()), options) == ""
+    assert MASKED.why_not(network_of(network()), options)
+    assert packed.PACKED.why_not(network_of(network()), options) == ""
 
 
 def test_fp8_runs_packed_or_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow and naive with exact gradients too, which in bfloat16 have other forms."""
     tensors, options = network(bias=False), Options24(precision="fp8")
-    assert why_not_packed(network_of(tensors), options) == ""
-    assert "no fp8" in why_not_narrow(network_of(tensors), options)
-    assert "no fp8" in why_not_masked(network_of(tensors), options)
-    assert why_not_masked(network_of((*tensors[:3], None, None)), options) == ""  # nothing to do in fp8
+    assert packed.PACKED.why_not(network_of(tensors), options) == ""
+    assert "do not know fp8" in NARROW.why_not(network_of(tensors), options)
+    assert "do not know fp8" in MASKED.why_not(network_of(tensors), options)
+    assert MASKED.why_not(network_of((*tensors[:3], None, None)), options) == ""  # nothing to do in fp8
     narrower = (*tensors[:3], tensors[3][:24], None)
-    assert "multiple of 16" in why_not_packed(network_of(narrower), options)
+    assert "multiple of 16" in packed.PACKED.why_not(network_of(narrower), options)
     monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "another layout")
-    assert why_not_packed(network_of(tensors), options) == "another layout"
-    assert why_not_packed(network_of(tensors), PACKED) == ""
+    assert packed.PACKED.why_not(network_of(tensors), options) == "another layout"
+    assert packed.PACKED.why_not(network_of(tensors), PACKED) == ""
 
 
 def test_one_sentence_for_each_reason() -> None:
     x, _, _, weight_out, _ = tensors = network(bias=False)
     float32 = tuple(None if t is None else t.float() for t in tensors)
-    assert "switched off" in why_not_packed(network_of(tensors), PACKED._replace(kernels=False))
-    assert "straight-through" in why_not_packed(network_of(tensors), PACKED._replace(estimator="ste"))
-    assert "bfloat16" in why_not_packed(network_of(float32), PACKED)
-    assert "dense products are faster" in why_not_packed(network_of(tensors), Options24())
-    assert (
-        why_not_packed(network_of(tensors), Options24(backward="sparse")) == ""
-    )  # the reference costs more than any
-    for form in (why_not_packed, why_not_narrow):
-        assert "both sides" in form(network_of((x, None, None, weight_out, None)), Options24())
-    assert "multiples of 64" in why_not_packed(network_of((x[:1, :10], *tensors[1:])), PACKED)
-    assert "multiples of 8" in why_not_packed(network_of((*tensors[:3], weight_out[:-3], None)), PACKED)
-    assert "exact weight gradients only" in why_not_masked(network_of(tensors), Options24(backward="sparse"))
-    assert "multiples of 64" in why_not_masked(network_of((x[:1, :10], *tensors[1:])), Options24())
-    assert "no bias" in why_not_narrow(network_of(network()), Options24())
-    assert "naive relu²" in why_not_narrow(network_of(tensors), Options24(backward="sparse"))
-    assert "256 at most" in why_not_narrow(
-        network_of((*tensors[:3], weight_out.repeat(8, 1), None)), Options24()
-    )
+    form = packed.PACKED
+    assert "switched off" in form.why_not(network_of(tensors), PACKED._replace(kernels=False))
+    assert 'estimator "ste"' in form.why_not(network_of(tensors), PACKED._replace(estimator="ste"))
+    assert "bfloat16" in form.why_not(network_of(float32), PACKED)
+    assert "dense products are faster" in form.why_not(network_of(tensors), Options24())
+    # The reference costs more than any product.
+    assert form.why_not(network_of(tensors), Options24(backward="sparse")) == ""
+    for other in (form, NARROW):
+        assert "both sides" in other.why_not(network_of((x, None, None, weight_out, None)), Options24())
+    assert "multiples of 64" in form.why_not(network_of((x[:1, :10], *tensors[1:])), PACKED)
+    assert "multiples of 8" in form.why_not(network_of((*tensors[:3], weight_out[:-3], None)), PACKED)
+    assert '"sparse" backward' in MASKED.why_not(network_of(tensors), Options24(backward="sparse"))
+    assert "multiples of 64" in MASKED.why_not(network_of((x[:1, :10], *tensors[1:])), Options24())
+    assert "no bias" in NARROW.why_not(network_of(network()), Options24())
+    assert '"sparse" backward' in NARROW.why_not(network_of(tensors), Options24(backward="sparse"))
+    wide = network_of((*tensors[:3], weight_out.repeat(8, 1), None))
+    assert "256 at most" in NARROW.why_not(wide, Options24())
+    for without in (MASKED, NARROW):
+        assert "no scale" in without.why_not(network_of(tensors, scaled=True), Options24())
+
+
+def test_what_no_form_serves_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function, method, estimator, backward, precision, with and without its linears: a form that runs
+    lists each of them, and the reference runs where none does."""
+    table = tuple((tuple(product), tuple(measured)) for product, measured in FORCED)
+    tensors = network(bias=False)
+    shapes = (tensors, (*tensors[:3], None, None), (tensors[0], None, None, None, None))
+    met = set()
+    for function, method, estimator, precision in itertools.product(
+        ("relu2", "relu"), METHODS, ESTIMATORS, ("bfloat16", "fp8")
+    ):
+        for backward, shape in itertools.product(ESTIMATORS[estimator].backwards, shapes):
+            options = Options24(function, method, backward, estimator, precision, algorithms=table)
+            form = operation.form_of(network_of(shape, METHODS[method].scaled), options)
+            met.add(form.name if form else "reference")
+            if form is None:
+                continue
+            assert METHODS[method].kernel in form.sparsifiers
+            assert function in form.functions
+            assert estimator in form.estimators
+            assert backward in form.backwards
+            assert precision in form.precisions or shape[3] is None
+            assert not METHODS[method].scaled or form.scales
+    assert met == {"narrow", "packed", "masked", "reference"}
+
+
+def test_elsewhere_than_on_hopper_a_tuner_has_to_find_packed_products_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule for shapes that nobody tuned was measured on Hopper."""
+    wide = network_of(network())._replace(tokens=2**15, features=8192, width=2048, width_out=2048)
+    sparse = Options24(backward="sparse")
+    assert packed.PACKED.why_not(wide, sparse) == ""
+    monkeypatch.setattr(forms, "rule_holds_on", lambda _: False)
+    assert "nobody tuned" in packed.PACKED.why_not(wide, sparse)
+    shape = (wide.tokens, wide.width, wide.features, wide.width_out, False)
+    products = feed_forward_products(*shape).values()
+    for sparse_time, runs in ((1.0, True), (float("inf"), False)):
+        table = tuple((tuple(product), (3, sparse_time, 2.0)) for product in products)
+        assert (packed.PACKED.why_not(wide, sparse._replace(algorithms=table)) == "") is runs

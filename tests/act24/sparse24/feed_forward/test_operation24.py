@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad, vmap
 
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.pattern.selection import top2_of_4
 
 D, WIDE, OUT = 6, 16, 5
@@ -220,3 +221,35 @@ def test_all_negative_and_all_equal() -> None:
     y.sum().backward()
     assert h.grad.tolist() == [[0.0] * 8 + [6.0, 6.0, 0.0, 0.0]]
     assert top2_of_4(h).sum() == 6
+
+
+@pytest.mark.parametrize("scale", [1.06, 1.4430001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_scale_applied_is_the_scale_logged(dtype: torch.dtype, scale: float) -> None:
+    """1.06 is 1.0625 in bfloat16: what multiplies is the float32 value, rounded with the product only."""
+    hidden = torch.randn(64, 32).to(dtype).requires_grad_()
+    options, beta = Options24(method="soft_dynamic"), torch.tensor(scale)
+    plain, _ = activation24(hidden, None, None, None, None, options=options)
+    scaled, _ = activation24(hidden, None, None, None, None, beta, options=options)
+    assert torch.equal(scaled, (plain.double() * beta.double()).to(dtype))
+    grad = torch.randn(64, 32).to(dtype)
+    (ours,) = torch.autograd.grad(scaled, hidden, grad)
+    (expected,) = torch.autograd.grad(plain, hidden, (grad.double() * beta.double()).to(dtype))
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("backward", ["dense", "sparse", "split_gemm"])
+def test_a_gradient_at_padding(backward: str) -> None:
+    """A backward that selects along the tokens drops it, as if it had been zero; the dense one takes it."""
+    x, weight_in, weight_out = torch.randn(2, 8, 16), torch.randn(32, 16), torch.randn(12, 32)
+    bias_in, bias_out = torch.randn(32), torch.randn(12)
+    leaves = [t.double().requires_grad_() for t in (x, weight_in, bias_in, weight_out, bias_out)]
+    pads = torch.zeros(2, 8, dtype=torch.bool)
+    pads[1, 3:] = True
+    grad = torch.randn(2, 8, 12).double()
+    zeroed = torch.where(pads[..., None], 0, grad)
+    y, _ = activation24(*leaves, None, None, pads, Options24(backward=backward))
+    full, without = (torch.autograd.grad(y, leaves, g, retain_graph=True) for g in (grad, zeroed))
+    same = [torch.equal(a, b) for a, b in zip(full, without, strict=True)]
+    assert same == [backward != "dense"] * 5
+    assert bool(full[0][pads].any()) is (backward == "dense")

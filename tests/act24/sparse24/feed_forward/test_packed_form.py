@@ -9,27 +9,26 @@ import pytest
 import torch
 from small_network import FEATURES, FORCED, PACKED, TOKENS, WIDTH, network, outcome
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from act24.sparse24.feed_forward import forms
-from act24.sparse24.feed_forward.forms import network_of, why_not_masked, why_not_narrow, why_not_packed
-from act24.sparse24.feed_forward.operation import Options24, activation24, dense_statistics
-from act24.sparse24.feed_forward.statistics import STATISTICS
-from act24.sparse24.kernels import operators
-from act24.sparse24.kernels import token_order as order_operators
-from act24.sparse24.pattern.feature_wise import token_permutation
+from act24.sparse24.feed_forward import forms, masked, packed, statistics
+from act24.sparse24.feed_forward.forms import network_of
+from act24.sparse24.feed_forward.masked import MASKED
+from act24.sparse24.feed_forward.narrow import NARROW
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
 
 pytestmark = pytest.mark.usefixtures("capable_machine")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
-@pytest.mark.parametrize("method", ["naive", "soft_threshold", "mvue"])
+@pytest.mark.parametrize("method", ["naive", "soft_dynamic", "mvue"])
 @pytest.mark.parametrize("backward", ["dense", "sparse", "split_gemm"])
 def test_equals_the_reference(backward: str, method: str, precision: str) -> None:
     pads = torch.zeros(2, TOKENS // 2, dtype=torch.bool)
     pads[1, 50:] = True
-    scale = torch.tensor(1.25) if method == "soft_threshold" else None
+    scale = torch.tensor(1.25) if method == "soft_dynamic" else None
     seed = torch.tensor(77) if method == "mvue" else None
     tensors = network()
     for order, padding in itertools.product(("none", "batch", "sequence"), (None, pads)):
@@ -41,9 +40,9 @@ def test_equals_the_reference(backward: str, method: str, precision: str) -> Non
         tried = [options]
         if (backward, method, precision) == ("dense", "naive", "bfloat16"):
             tried.append(options._replace(algorithms=()))  # products so narrow are dense without a table
-            assert why_not_packed(network_of(tensors), tried[1])
-            assert not why_not_masked(network_of(tensors), tried[1])
-        assert why_not_packed(network_of(tensors), options) == ""
+            assert packed.PACKED.why_not(network_of(tensors), tried[1])
+            assert not MASKED.why_not(network_of(tensors), tried[1])
+        assert packed.PACKED.why_not(network_of(tensors), options) == ""
         for each in tried:
             ours = outcome(tensors, each, scale, seed, padding)
             torch.testing.assert_close(ours.pop(1)[:token_wise], statistics)
@@ -62,9 +61,9 @@ def test_where_a_linear_is_missing_kernels_make_the_activation(
     """Of half of a wider row, with a gradient that has no memory of its own: kernels cannot see strides."""
     seen = []
     for name in ("pack_activation", "activation_gradient"):
-        operator = getattr(operators, name)
+        operator = getattr(masked, name)
         look = lambda rows, *a, f=operator: seen.append(rows.is_contiguous()) or f(rows, *a)  # noqa: E731
-        monkeypatch.setattr(operators, name, look)
+        monkeypatch.setattr(masked, name, look)
     tensors = list(network())
     if 1 in missing:
         wide = torch.randn(2, TOKENS // 2, 2 * FEATURES).bfloat16().requires_grad_()
@@ -72,7 +71,7 @@ def test_where_a_linear_is_missing_kernels_make_the_activation(
     for index in missing:
         tensors[index] = None
     options = Options24(function=function, statistics=True)  # type: ignore[arg-type]
-    assert why_not_masked(network_of(tuple(tensors)), options) == ""
+    assert MASKED.why_not(network_of(tuple(tensors)), options) == ""
     leaves = [tensor for tensor in tensors if tensor is not None]
     outcomes = []
     for kernels in (True, False):
@@ -118,10 +117,10 @@ def test_a_dense_activation_is_counted_by_the_same_rule(
 ) -> None:
     hidden, pads = torch.randn(2, 64, 128).bfloat16(), torch.rand(2, 64) < 0.2
     calls = []
-    operator = operators.count_activation
-    monkeypatch.setattr(operators, "count_activation", lambda *a: calls.append(1) or operator(*a))
+    operator = statistics.count_activation
+    monkeypatch.setattr(statistics, "count_activation", lambda *a: calls.append(1) or operator(*a))
     counted = dense_statistics(hidden, pads, function)
-    monkeypatch.setattr(forms, "obstacle", lambda _: "not here")
+    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "not here")
     torch.testing.assert_close(counted, dense_statistics(hidden, pads, function))
     assert calls == [1]
 
@@ -129,7 +128,7 @@ def test_a_dense_activation_is_counted_by_the_same_rule(
 def test_narrow_equals_the_reference() -> None:
     tensors = network(bias=False, exact=True)
     options = Options24(statistics=True)
-    assert why_not_narrow(network_of(tensors), options) == ""
+    assert NARROW.why_not(network_of(tensors), options) == ""
     expected = outcome(tensors, options._replace(kernels=False))
     for recompute in (False, True):
         ours = outcome(tensors, options._replace(recompute=recompute))
@@ -145,7 +144,7 @@ def test_narrow_equals_the_reference() -> None:
         (PACKED._replace(backward="sparse"), 1.125 / 4),
         (PACKED._replace(backward="sparse", token_permutation="none"), 1.125 / 4),
         (PACKED._replace(backward="sparse", precision="fp8"), 1.125 / 4),
-        (PACKED._replace(backward="sparse", method="soft_threshold"), 2.125 / 4),
+        (PACKED._replace(backward="sparse", method="soft_dynamic"), 2.125 / 4),
         (Options24(function="relu"), 2 / 4),
         (Options24(), 1.125 / 4),
         (Options24(recompute=True), 0.0),
@@ -216,41 +215,3 @@ def test_inference_saves_and_counts_nothing() -> None:
         expected, _ = activation24(*tensors, options=Options24(kernels=False))
     assert torch.equal(y, expected)
     assert not statistics.any()
-
-
-def test_operators_keep_their_contracts() -> None:
-    """Schemas, shapes for tracing, and no gradient of their own."""
-    hidden, grad = torch.randn(2, 128, 64).bfloat16()
-    seed, real, order = torch.tensor(3), torch.rand(128) < 0.7, torch.randperm(128)
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    arguments = (hidden, seed, real, "relu2", "mvue", True, False, True, True, order)
-    packed, slope, _, _ = operators.pack_activation(*arguments)
-    for operator, inputs in (
-        (torch.ops.act24.pack_activation, arguments),
-        (torch.ops.act24.count_activation, (hidden, real, "relu")),
-        (torch.ops.act24.pack_gradient, (grad, packed, slope, real, torch.tensor([3, 9]), "relu2")),
-        (torch.ops.act24.unpack_gradient, (grad, packed, None, "relu2")),
-        (torch.ops.act24.activation_gradient, (grad, hidden.relu(), "relu2")),
-        (torch.ops.act24.gather_features, (packed, torch.tensor([3, 9]), real)),
-        (torch.ops.act24.product24, (packed, grad[:64].contiguous(), 0, True, None, None)),
-        (torch.ops.act24.quantise_rows, (grad,)),
-        (torch.ops.act24.quantise_packed, (packed,)),
-        (torch.ops.act24.token_order, (grad, [2, 64], "sequence")),
-        (torch.ops.act24.linear_pack, (hidden, grad, True)),
-        (torch.ops.act24.recompute_gradient, (hidden, grad, hidden, grad.T.contiguous())),
-    ):
-        opcheck(operator.default, inputs, test_utils=tests)
-
-
-@pytest.mark.parametrize("kind", ["batch", "sequence"])
-def test_the_kept_order_and_its_inverse(kind: str) -> None:
-    """What CUDA runs, on a CPU: sorted once, and handed out as copies."""
-    order_operators._kept_order.cache_clear()
-    like, numbers = torch.empty(0), torch.arange(3 * 64)
-    for _ in range(2):
-        order, inverse = order_operators._token_order_kernel(like, [3, 64], kind)
-        assert torch.equal(order, token_permutation((3, 64), kind, like.device))
-        assert torch.equal(order[inverse], numbers)
-        assert torch.equal(inverse[order], numbers)
-        order.zero_(), inverse.zero_()
-    assert order_operators._kept_order.cache_info().misses == 1

@@ -8,8 +8,9 @@ from by_hand import inputs, sparse_feature_wise_by_hand
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act24.sparse24.feed_forward.operation import Options24, activation24, dense_statistics
-from act24.sparse24.feed_forward.statistics import STATISTICS
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
 from act24.sparse24.pattern.selection import densest
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from act24.sparse24.format import cusparselt
+from act24.sparse24.format.multiply import relative_error
 from act24.sparse24.format.packed import Packed24, empty_packed, pack, unpack
-from act24.sparse24.format.products import relative_error
 
 
 class PlayedLibrary:

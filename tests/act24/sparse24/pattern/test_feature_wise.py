@@ -21,7 +21,8 @@ from by_hand import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from act24.sparse24.feed_forward.operation import Options24, activation24
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.statistics import STATISTICS
 from act24.sparse24.pattern.feature_wise import token_permutation
 from act24.sparse24.pattern.mvue import mvue_factor
@@ -64,7 +65,7 @@ def test_weight_gradients_by_hand(method: Any, tokens: int) -> None:
     dense = positive**2
     factor = mvue_factor(dense, SEED) if method == "mvue" else top2_of_4(positive).double()
     third = dense.unflatten(-1, (-1, 4)).sort(-1).values[..., 1:2].expand(-1, -1, 4).flatten(-2)
-    value = ((dense - third) if method == "soft_threshold" else dense) * factor
+    value = ((dense - third) if method == "soft_dynamic" else dense) * factor
     grad_hidden = 2 * positive * factor * (grad @ weight_out)
     counts = (positive > 0).sum(0).tolist()
     number = math.ceil(0.2 * 12)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from act24.sparse24.pattern.mvue import inclusion_probabilities, mvue24, mvue_factor
+from act24.sparse24.pattern.mvue import _probabilities, mvue24, mvue_factor
 from act24.sparse24.pattern.random_bits import random_bits, random_permutation, random_uniform
 
 SEED = torch.tensor(20240401)
@@ -39,7 +39,7 @@ def variance(a: torch.Tensor, probability: torch.Tensor) -> float:
 def test_mean_and_variance_are_those_of_theory(group: list[float]) -> None:
     x = torch.tensor(group, dtype=torch.float64)
     sample = draws(group)
-    expected_variance = variance(x.abs(), inclusion_probabilities(x.abs()))
+    expected_variance = variance(x.abs(), _probabilities(x.abs())[0])
     standard_error = math.sqrt(expected_variance / len(sample))
     deviation = (sample.mean(0) - x).abs().max().item()
     assert deviation <= 5 * standard_error + 1e-9
@@ -54,14 +54,14 @@ def test_variances_derived_by_hand() -> None:
 
 def variance_of(group: list[float]) -> float:
     a = torch.tensor(group, dtype=torch.float64)
-    return variance(a, inclusion_probabilities(a))
+    return variance(a, _probabilities(a)[0])
 
 
 @settings(max_examples=60)
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 100)), min_size=4, max_size=4))
 def test_no_other_probabilities_have_less_variance(group: list[float]) -> None:
     a = torch.tensor(group, dtype=torch.float64)
-    probability = inclusion_probabilities(a)
+    probability, _ = _probabilities(a)
     assert float(probability.max()) <= 1
     assert float(probability.sum()) <= 2 + 1e-12
     assert bool(((probability > 0) == (a > 0)).all())
@@ -113,6 +113,18 @@ def test_finite_on_every_input(group: list[float], dtype: torch.dtype) -> None:
     y = mvue24(torch.tensor(group * 500, dtype=dtype), SEED)
     assert bool(y.isfinite().all())
     assert int((y != 0).view(-1, 4).sum(1).max()) <= 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays(value: float) -> None:
+    """Alone in its group, it is all that stays."""
+    for place in range(4):
+        x = torch.tensor([3.0, 1.0, 0.5, 7.0])
+        x[place] = value
+        for seed in range(8):
+            y = mvue24(x, seed)
+            assert torch.equal(y[place].nan_to_num(5), x[place].nan_to_num(5))
+            assert y.count_nonzero() == 1
 
 
 def test_a_dominant_entry_is_always_kept_exactly() -> None:

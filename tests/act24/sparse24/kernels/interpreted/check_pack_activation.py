@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import act24.sparse24.kernels.operators  # noqa: F401  (fills REFERENCES)
-from act24.sparse24.format.packed import Packed24, empty_packed, unpack
-from act24.sparse24.kernels.activation_gradient import activation_gradient
-from act24.sparse24.kernels.pack_activation import pack_activation
-from act24.sparse24.kernels.shared.registry import REFERENCES
+import act24.sparse24.kernels.activation_gradient
+import act24.sparse24.kernels.count_activation
+import act24.sparse24.kernels.pack_activation  # noqa: F401  (fill OPERATORS)
+from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.kernels.shared.registry import OPERATORS
 
 FUNCTIONS, METHODS = ("relu2", "relu"), ("naive", "soft_threshold", "mvue")
 SEED = 2**40 + 17
@@ -29,17 +31,18 @@ def awkward(tokens: int, features: int, seed: int = 0) -> Tensor:
 
 
 def run(
-    hidden: Tensor, real: Tensor | None, function: str, method: str, order: Tensor | None = None
+    hidden: Tensor,
+    real: Tensor | None,
+    function: str,
+    method: str,
+    order: Tensor | None = None,
+    form: str = "launch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel: the activation, its slope, the counts and the sums."""
-    tokens, features = hidden.shape
-    packed = Packed24(empty_packed(tokens, features, hidden).fill_(7))
-    slope = hidden.new_full((tokens, features // 2), 7)
-    counts = hidden.new_zeros(features, dtype=torch.int32)
-    seed = torch.tensor(SEED)
-    sums = pack_activation(hidden, packed, slope, counts, True, seed, real, function, method, order)
-    assert sums is not None
-    return unpack(packed), dense_slope(slope, packed), counts, sums
+    """The kernel, or the reference: the activation, its slope, the counts and the sums."""
+    packed, slope, counts, sums = getattr(OPERATORS["pack_activation"], form)(
+        hidden, torch.tensor(SEED), real, function, method, True, False, True, True, order
+    )
+    return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), counts, sums
 
 
 def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
@@ -47,13 +50,7 @@ def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
     return unpack(Packed24(torch.cat((slope.flatten(), metadata)).view_as(packed.buffer)))
 
 
-def reference(
-    hidden: Tensor, real: Tensor | None, function: str, method: str, order: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed, slope, counts, sums = REFERENCES["pack_activation"](
-        hidden, torch.tensor(SEED), real, function, method, True, False, True, True, order
-    )
-    return unpack(Packed24(packed)), dense_slope(slope, Packed24(packed)), counts, sums
+reference = functools.partial(run, form="reference")
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64 * 9, 64), (128, 192)])
@@ -99,8 +96,9 @@ def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) -> None:
     hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
-    filled, counts = torch.full_like(hidden, 7), hidden.new_zeros(192, dtype=torch.int32)
-    sums = pack_activation(hidden, filled, None, counts, True, torch.tensor(SEED), real, function, method)
+    filled, _, counts, sums = OPERATORS["pack_activation"].launch(
+        hidden, torch.tensor(SEED), real, function, method, False, True, True, True
+    )
     value, _, expected_counts, expected_sums = reference(hidden, real, function, method)
     assert torch.equal(filled, value)
     assert torch.equal(counts, expected_counts)
@@ -110,9 +108,9 @@ def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) ->
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_counting_alone_counts_the_same(function: str) -> None:
     hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
-    untouched, counts = hidden.clone(), hidden.new_zeros(192, dtype=torch.int32)
-    sums = pack_activation(hidden, None, None, counts, True, None, real, function, "naive")
-    expected_counts, expected_sums = REFERENCES["count_activation"](hidden, real, function)
+    untouched = hidden.clone()
+    counts, sums = OPERATORS["count_activation"].launch(hidden, real, function)
+    expected_counts, expected_sums = OPERATORS["count_activation"].reference(hidden, real, function)
     assert torch.equal(hidden, untouched)
     assert torch.equal(counts, expected_counts)
     torch.testing.assert_close(sums, expected_sums, rtol=1e-2, atol=1e-2)
@@ -123,27 +121,36 @@ def test_gradient_of_what_has_its_zeros(function: str) -> None:
     """Against the slope that the reference keeps, in a size that is no multiple of a program's."""
     hidden, grad = awkward(64, 192), awkward(64, 192, seed=1)
     value, slope, *_ = reference(hidden, None, function, "naive")
-    result = torch.full_like(grad, 7)
-    activation_gradient(grad, value, result, function)
-    assert torch.equal(result, REFERENCES["activation_gradient"](grad, value, function))
+    result = OPERATORS["activation_gradient"].launch(grad, value, function)
+    assert torch.equal(result, OPERATORS["activation_gradient"].reference(grad, value, function))
     assert torch.equal(result, slope * grad)
 
 
-def test_infinity_and_nan_are_seen() -> None:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_is_not_finite_stays_as_in_the_reference(function: str, method: str) -> None:
     """NaN as products on a GPU make it, with its sign bit clear; PyTorch on a CPU sets it."""
     hidden = awkward(64, 64)
     hidden[10, 8:12] = torch.tensor([float("inf"), 1.0, 2.0, 3.0])
     hidden[20, 8:12] = torch.tensor([1.0, 0.0, 2.0, 3.0])
-    hidden.view(torch.int16)[20, 9] = 0x7FFF
-    value, *_ = run(hidden, None, "relu2", "naive")
-    assert value[10, 8:12].tolist() == [float("inf"), 0, 0, 9]
+    hidden[30, 8:12] = torch.tensor([float("inf"), 3.0, float("inf"), 0.0])
+    hidden.view(torch.int16)[20, 9] = hidden.view(torch.int16)[30, 11] = 0x7FFF
+    value, _, counts, sums = run(hidden, None, function, method)
+    expected, _, expected_counts, expected_sums = reference(hidden, None, function, method)
+    assert value[10, 8] == float("inf")
     assert value[20, 9].isnan()
-    assert value[20, 11] == 9
+    if method != "mvue":  # draws two of the three
+        assert value[30, 11].isnan()
+    torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+    finite = hidden.isfinite().all(0)
+    assert torch.equal(counts[finite], expected_counts[finite])
+    assert sums[2].isnan()
+    assert expected_sums[2].isnan()
 
 
 def test_no_negative_zero_comes_out() -> None:
     """Backward sorts bit patterns, where -0 would be the largest."""
     hidden = torch.full((64, 64), -1.0).bfloat16()
-    packed = Packed24(empty_packed(64, 64, hidden))
-    pack_activation(hidden, packed, None, None, False, None, None, "relu2", "naive")
-    assert not packed.values.view(torch.int16).any()
+    arguments = (hidden, None, None, "relu2", "naive", False, False, False, False)
+    packed, *_ = OPERATORS["pack_activation"].launch(*arguments)
+    assert not Packed24(packed).values.view(torch.int16).any()

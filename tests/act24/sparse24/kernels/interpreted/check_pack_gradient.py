@@ -7,12 +7,12 @@ import torch
 from check_pack_activation import SEED, awkward
 from torch import Tensor
 
-import act24.sparse24.kernels.operators  # noqa: F401  (fills REFERENCES)
-from act24.sparse24.format.packed import Packed24, empty_packed, unpack
-from act24.sparse24.kernels.gather_features import gather_features
-from act24.sparse24.kernels.pack_gradient import pack_gradient
-from act24.sparse24.kernels.shared.registry import REFERENCES
-from act24.sparse24.kernels.unpack_gradient import unpack_gradient
+import act24.sparse24.kernels.gather_features
+import act24.sparse24.kernels.pack_activation
+import act24.sparse24.kernels.pack_gradient
+import act24.sparse24.kernels.unpack_gradient  # noqa: F401  (fill OPERATORS)
+from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.kernels.shared.registry import OPERATORS
 
 
 def saved(tokens: int, features: int, function: str, method: str) -> tuple[Tensor, Tensor | None]:
@@ -28,7 +28,7 @@ def saved(tokens: int, features: int, function: str, method: str) -> tuple[Tenso
         False,
         False,
     )
-    packed, slope, _, _ = REFERENCES["pack_activation"](*arguments)
+    packed, slope, _, _ = OPERATORS["pack_activation"].reference(*arguments)
     return packed, None if method == "naive" else slope
 
 
@@ -44,35 +44,49 @@ def test_pack_gradient_equals_the_reference(shape: tuple[int, int], function: st
     for padded, dense in ((False, False), (True, True), (False, True)):
         real = torch.rand(tokens) < 0.8 if padded else None
         grad = awkward(tokens, features, seed=1)
-        grad = grad if real is None else grad * real[:, None]
         index = torch.randperm(features)[: features // 10] if dense else None
-        expected = REFERENCES["pack_gradient"](grad, value, slope, real, index, function)
-        places = None
-        if index is not None:
-            places = torch.full((features,), -1, dtype=torch.int32)
-            places[index] = torch.arange(len(index), dtype=torch.int32)
-        shapes = ((tokens, features), (features, tokens), (features, tokens))
-        outputs = [Packed24(empty_packed(*s, grad).fill_(7)) for s in shapes]
-        rows = [torch.full_like(e, 7) for e in expected[3:]]
-        pack_gradient(grad, Packed24(value), slope, real, places, *outputs, *rows, function)
-        for ours, theirs in zip(outputs, expected, strict=False):
-            assert torch.equal(unpack(ours), unpack(Packed24(theirs)))
-        for ours, theirs in zip(rows, expected[3:], strict=True):
+        arguments = (grad, value, slope, real, index, function)
+        expected = OPERATORS["pack_gradient"].reference(*arguments)
+        outputs = OPERATORS["pack_gradient"].launch(*arguments)
+        for ours, theirs in zip(outputs[:3], expected[:3], strict=True):
+            assert torch.equal(unpack(Packed24(ours)), unpack(Packed24(theirs)))
+        for ours, theirs in zip(outputs[3:], expected[3:], strict=True):
             assert torch.equal(ours, theirs)
-        assert torch.equal(outputs[0].metadata, Packed24(value).metadata)
+        assert torch.equal(Packed24(outputs[0]).metadata, Packed24(value).metadata)
 
 
 @pytest.mark.parametrize(("function", "method"), [("relu2", "naive"), ("relu", "naive"), ("relu2", "mvue")])
 def test_unpack_gradient_equals_the_reference(function: str, method: str) -> None:
     value, slope = saved(192, 128, function, method)
     grad = awkward(192, 128, seed=1)
-    expected = REFERENCES["unpack_gradient"](grad, value, slope, function)
-    packed = Packed24(empty_packed(192, 128, grad).fill_(7))
-    dense = [torch.full_like(grad, 7) for _ in range(2)]
-    unpack_gradient(grad, Packed24(value), slope, packed, *dense, function)
-    assert torch.equal(unpack(packed), unpack(Packed24(expected[0])))
+    expected = OPERATORS["unpack_gradient"].reference(grad, value, slope, function)
+    packed, *dense = OPERATORS["unpack_gradient"].launch(grad, value, slope, function)
+    assert torch.equal(unpack(Packed24(packed)), unpack(Packed24(expected[0])))
     assert torch.equal(dense[0], expected[1])
     assert torch.equal(dense[1], expected[2])
+
+
+def test_what_is_not_finite_stays_as_in_the_reference() -> None:
+    """In the gradient, of either sign, and in what forward saved."""
+    tokens, features = 64, 64
+    value, _ = saved(tokens, features, "relu2", "naive")
+    grad = awkward(tokens, features, seed=1)
+    (kept, *_), (other, *_) = (
+        unpack(Packed24(value))[token].nonzero().flatten().tolist() for token in (9, 18)
+    )
+    grad[8:12, kept] = torch.tensor([float("inf"), float("nan"), float("-inf"), 1.0])
+    grad.view(torch.int16)[16:20, other] = -1
+    Packed24(value).values.view(torch.int16)[20, 7] = 0x7FFF
+    for name, arguments in (
+        ("pack_gradient", (grad, value, None, None, torch.arange(features), "relu2")),
+        ("unpack_gradient", (grad, value, None, "relu2")),
+    ):
+        ours, expected = OPERATORS[name].launch(*arguments), OPERATORS[name].reference(*arguments)
+        for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            if number < (3 if name == "pack_gradient" else 1):
+                a, b = unpack(Packed24(a)), unpack(Packed24(b))
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            assert b.isnan().any()
 
 
 @pytest.mark.parametrize("number", [1, 5, 40])
@@ -80,7 +94,5 @@ def test_gather_features_equals_the_reference(number: int) -> None:
     value, _ = saved(192, 128, "relu2", "naive")
     index, real = torch.randperm(128)[:number], torch.rand(192) < 0.8
     for arguments in ((index, None), (index, real)):
-        expected = REFERENCES["gather_features"](value, *arguments)
-        rows = torch.full_like(expected, 7)
-        gather_features(Packed24(value), *arguments, rows)
-        assert torch.equal(rows, expected)
+        expected = OPERATORS["gather_features"].reference(value, *arguments)
+        assert torch.equal(OPERATORS["gather_features"].launch(value, *arguments), expected)

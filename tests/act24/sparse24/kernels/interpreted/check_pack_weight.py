@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from act24.sparse24.format.packed import Packed24, empty_packed, pack, unpack
-from act24.sparse24.kernels.pack_weight import pack_weight
+import act24.sparse24.kernels.pack_weight  # noqa: F401  (fills OPERATORS)
+from act24.sparse24.format.packed import Packed24, pack, unpack
+from act24.sparse24.kernels.shared.registry import OPERATORS
 
 #: 4×4 patterns that are 2:4 along either side; the last has an empty row and a group with one entry.
 PATTERNS = torch.tensor(
@@ -25,9 +26,7 @@ def test_both_ways(shape: tuple[int, int]) -> None:
     mask = blocks.permute(0, 2, 1, 3).reshape(rows, columns)
     weight = torch.randn(rows, columns).bfloat16()
     weight[:4] = -0.0
-    packed = Packed24(empty_packed(rows, columns, weight).fill_(7))
-    transposed = Packed24(empty_packed(columns, rows, weight).fill_(7))
-    pack_weight(weight, mask, packed, transposed)
+    packed, transposed = map(Packed24, OPERATORS["pack_weight"].launch(weight, mask))
     expected = torch.where(mask, weight, 0)
     assert torch.equal(unpack(packed), expected)
     assert torch.equal(unpack(transposed), expected.T)

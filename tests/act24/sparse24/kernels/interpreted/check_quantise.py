@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import act24.sparse24.kernels.fp8_operators  # noqa: F401  (fills REFERENCES)
-from act24.sparse24.format.packed import Packed24, empty_packed, random_packed
-from act24.sparse24.kernels.quantise import quantise_packed, quantise_rows
-from act24.sparse24.kernels.shared.registry import REFERENCES
+import act24.sparse24.kernels.quantise_packed
+import act24.sparse24.kernels.quantise_rows  # noqa: F401  (fill OPERATORS)
+from act24.sparse24.format.packed import random_packed
+from act24.sparse24.kernels.shared.registry import OPERATORS
 
 
 def awkward(values: Tensor) -> Tensor:
@@ -27,9 +27,8 @@ def same_bits(ours: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("shape", [(8, 64), (16, 80), (6, 1000)])
 def test_rows(shape: tuple[int, int]) -> None:
     matrix = awkward(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
-    narrow, scale = torch.full(shape, 7.0).to(torch.float8_e4m3fn), torch.full(shape[:1], 7.0)
-    quantise_rows(matrix, narrow, scale)
-    expected, expected_scale = REFERENCES["quantise_rows"](matrix)
+    narrow, scale = OPERATORS["quantise_rows"].launch(matrix)
+    expected, expected_scale = OPERATORS["quantise_rows"].reference(matrix)
     assert same_bits(narrow, expected)
     assert torch.equal(scale, expected_scale)
 
@@ -39,19 +38,15 @@ def test_packed(shape: tuple[int, int]) -> None:
     """Also where the metadata is no whole number of blocks a row."""
     packed = random_packed(*shape, torch.bfloat16, torch.Generator().manual_seed(0))
     awkward(packed.values)
-    narrow = Packed24(empty_packed(*shape, torch.empty(0, dtype=torch.float8_e4m3fn)))
-    narrow.buffer.view(torch.uint8).fill_(7)
-    scale = torch.full(shape[:1], 7.0)
-    quantise_packed(packed, narrow, scale)
-    expected, expected_scale = REFERENCES["quantise_packed"](packed.buffer)
-    assert same_bits(narrow.buffer, expected)
+    narrow, scale = OPERATORS["quantise_packed"].launch(packed.buffer)
+    expected, expected_scale = OPERATORS["quantise_packed"].reference(packed.buffer)
+    assert same_bits(narrow, expected)
     assert torch.equal(scale, expected_scale)
 
 
 def test_infinity_and_nan_are_seen() -> None:
     matrix = torch.ones(2, 64).bfloat16()
     matrix[0, 3], matrix[1, 5] = float("inf"), float("nan")
-    narrow, scale = matrix.to(torch.float8_e4m3fn), torch.empty(2)
-    quantise_rows(matrix, narrow, scale)
+    narrow, _ = OPERATORS["quantise_rows"].launch(matrix)
     assert narrow.float()[0, 3].isnan()
     assert narrow.float()[1, 5].isnan()

@@ -6,9 +6,11 @@ GPU rounds float32 to bfloat16 or e4m3, and it multiplies bfloat16 matrices as t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -42,3 +44,11 @@ def _float32(operand: Any) -> Any:
 
 interpreter._convert_float = convert
 interpreter.InterpreterBuilder.create_dot = dot
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_filled() -> Iterator[None]:
+    """With NaN or the largest integer, so that what a kernel leaves unwritten cannot look right."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

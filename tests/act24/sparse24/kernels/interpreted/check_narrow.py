@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from act24.sparse24.kernels.narrow import linear_gradient, linear_pack, recompute_gradient
+import act24.sparse24.kernels.linear_gradient
+import act24.sparse24.kernels.linear_pack
+import act24.sparse24.kernels.recompute_gradient  # noqa: F401  (fill OPERATORS)
+from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.selection import top2_of_4
 
 
@@ -24,24 +27,20 @@ def test_forward_and_both_backwards(tokens: int, features: int, width: int) -> N
     value = torch.where(mask, positive * positive, 0)
     grad_hidden = torch.where(mask, 2 * positive * (grad.float() @ weight_out.float()).bfloat16(), 0)
 
-    dense = torch.full_like(value, 7)
-    values = torch.full((tokens, features // 2), 7.0).bfloat16()
-    fields = torch.zeros(tokens, features // 8, dtype=torch.uint8)
-    linear_pack(x, weight_in, dense, values, fields)
+    dense, values, fields = OPERATORS["linear_pack"].launch(x, weight_in, True)
     assert torch.equal(dense, value)
-    outputs = torch.full_like(value, 7), torch.full_like(value, 7)
-    linear_gradient(grad, weight_out, values, fields, *outputs)
-    assert torch.equal(outputs[0], value)
-    assert torch.equal(outputs[1], grad_hidden)
-    outputs = torch.full_like(value, 7), torch.full_like(value, 7)
-    recompute_gradient(x, weight_in, grad, weight_out, *outputs)
-    assert torch.equal(outputs[0], value)
-    assert torch.equal(outputs[1], grad_hidden)
+    for name, arguments in (
+        ("linear_gradient", (grad, weight_out, values, fields)),
+        ("recompute_gradient", (x, weight_in, grad, weight_out)),
+    ):
+        outputs = OPERATORS[name].launch(*arguments)
+        assert torch.equal(outputs[0], value)
+        assert torch.equal(outputs[1], grad_hidden)
 
 
 def test_without_saving() -> None:
     x, weight_in = exact(128, 64), exact(128, 64)
-    dense = torch.full((128, 128), 7.0).bfloat16()
-    linear_pack(x, weight_in, dense, x.new_empty(0), torch.empty(0, dtype=torch.uint8))
+    dense, values, fields = OPERATORS["linear_pack"].launch(x, weight_in, False)
+    assert values.numel() == fields.numel() == 0
     positive = torch.relu(x.float() @ weight_in.float().T).bfloat16()
     assert torch.equal(dense, torch.where(top2_of_4(positive), positive * positive, 0))

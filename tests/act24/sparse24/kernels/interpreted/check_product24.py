@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from act24.sparse24.kernels.replace_rows import replace_rows
+from act24.sparse24.kernels.product24 import replace_rows
 
 
 @pytest.mark.parametrize("transposed", [False, True])

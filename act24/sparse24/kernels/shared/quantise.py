@@ -1,20 +1,15 @@
 # pyright: reportInvalidTypeForm=false
 """Rows of bfloat16 in e4m3, each over its own scale, from one read: a program holds a whole row.
 
-Of a packed matrix the metadata goes along, from the order of 16-bit values to that of 8-bit ones, which
-differ inside blocks of 512 bytes only. Bytes an element of the dense matrix: 1.125 read and 0.625 written.
-That is less than a pass for the largest activation of each token before packing (2 read) and e4m3 from the
-packing kernel (0.625 written), and holds for every method, whatever it makes of the largest.
+The metadata of a packed matrix goes along; its order differs inside blocks of 512 bytes only.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from act24.compiler import jit, tl, triton
 from act24.sparse24.format.fp8 import LEAST, PER_LARGEST
-from act24.sparse24.format.packed import Packed24
 from act24.sparse24.kernels.shared.keys import as_bits, as_signed
 
 
@@ -73,26 +68,15 @@ def _quantise(
     tl.store(narrow + place, value.to(tl.float8e4nv), mask=column < columns)
 
 
-def quantise_rows(matrix: Tensor, narrow: Tensor, scale: Tensor) -> None:
-    """Launch the kernel: fill `narrow`, float8 `[M, K]`, and `scale`, float32 `[M]`, from bfloat16 `[M, K]`,
-    contiguous."""
-    _launch(matrix, narrow, scale)
-
-
-def quantise_packed(packed: Packed24, narrow: Packed24, scale: Tensor) -> None:
-    """Launch the kernel: fill `narrow`, of e4m3, and `scale`, float32 `[M]`, from a bfloat16 matrix `[M, K]`,
-    K a multiple of 64."""
-    places = packed.metadata.view(torch.int32), narrow.metadata.view(torch.int32)
-    _launch(packed.values, narrow.values, scale, *places)
-
-
-def _launch(
+def launch(
     values: Tensor,
     narrow: Tensor,
     scale: Tensor,
     metadata: Tensor | None = None,
     narrow_metadata: Tensor | None = None,
 ) -> None:
+    """Fill `narrow`, float8 `[M, K]`, and `scale`, float32 `[M]`, from `values`, bfloat16 `[M, K]`; and
+    `narrow_metadata` from `metadata`, both as int32, if given."""
     rows, columns = values.shape
     blocks = 0 if metadata is None else metadata.numel() // 4
     share = triton.cdiv(blocks, rows)

@@ -1,0 +1,211 @@
+"""Whether the kernels of a form are right on a device: looked at on first use, against the references.
+
+A kernel that was written and measured on one GPU may be refused by the compiler of another, or be wrong there
+without an error. So each operator runs once on a small input, and its result is held against its
+plain-PyTorch reference, before anything relies on it. What does not agree is not used, and the reason is what
+`act24 doctor` and the plan of tuning show.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from act24.compiler import triton
+from act24.errors import Act24Error
+from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.pattern.token_wise import SPARSIFIERS
+
+#: Share of the entries in which a kernel may differ: the draw of mvue rounds as the reference does but for
+#: the order of a sum.
+_TOLERANCE, _DRAW_TOLERANCE = 0.0, 1e-3
+
+#: GPUs on which all of the kernels were run and checked (`act24.tools.bench.check_kernels`).
+PROVEN = ("H100", "H200")
+
+_SHAPE = 128, 256  # T and F; the widths of narrow networks are 64
+
+
+class _Case(NamedTuple):
+    """One call of an operator, and how its results compare: see `mismatch`."""
+
+    arguments: tuple[Any, ...]
+    packed: int = 0
+    slope: bool = False
+    tolerance: float = _TOLERANCE
+
+
+@functools.cache
+def kernel_obstacle(device: torch.device, operators: tuple[str, ...]) -> str:
+    """Why the kernels of these operators cannot be used on a device; empty if they can.
+
+    Looked at once a process and device. It launches kernels and waits for them, so it cannot be asked for the
+    first time while a CUDA graph is captured.
+
+    Raises:
+        Act24Error: a CUDA graph is being captured.
+    """
+    if device.type != "cuda":
+        return f"the kernels are for CUDA GPUs, this is {device.type}"
+    if triton is None:
+        return "Triton is not installed"
+    if torch.cuda.is_current_stream_capturing():
+        raise Act24Error(
+            "kernels check themselves on first use, which a CUDA graph cannot capture: run the model once "
+            "before it is captured"
+        )
+    for name in operators:
+        if reason := check_operator(name, device):
+            return reason
+    return ""
+
+
+@torch.no_grad()
+def check_operator(name: str, device: torch.device) -> str:
+    """Run one operator on a device beside its reference; why not to use it there, or the empty string."""
+    operator, reference = getattr(torch.ops.act24, name), OPERATORS[name].reference
+    try:
+        with torch.autocast(device.type, enabled=False):
+            for case in _CASES[name](device):
+                results = [_tuple(of(*case.arguments)) for of in (operator, reference)]
+                wrong = mismatch(results[0], results[1], case.packed, case.slope)
+                if not wrong <= case.tolerance:
+                    return (
+                        f"the kernel {name} is wrong on this GPU ({100 * wrong:.2g}% of the entries differ)"
+                    )
+    except Exception as exception:  # compilers and drivers raise whatever they like
+        first, *_ = str(exception).strip().splitlines() or [""]
+        return f"the kernel {name} does not run on this GPU ({type(exception).__name__}: {first[:100]})"
+    return ""
+
+
+def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: int, slope: bool) -> float:
+    """Share of the entries in which two results of an operator differ, the worst over its outputs.
+
+    Args:
+        packed: so many outputs, the first ones, are packed, and compared by what they stand for: groups with
+            fewer than two non-zeros may name any places.
+        slope: the output behind the first one holds the slope at its places, and is compared likewise.
+    """
+    pairs = []
+    for side in (outputs, expected):
+        side = list(side)
+        if slope:
+            metadata = Packed24(side[0]).metadata.view(side[1].dtype)
+            side[1] = unpack(Packed24(torch.cat((side[1].flatten(), metadata)).view_as(side[0])))
+        pairs.append([unpack(Packed24(side[n])) if n < packed else side[n] for n in range(len(side))])
+    worst = 0.0
+    for a, b in zip(*pairs, strict=True):
+        if a.dtype is torch.float32:  # sums, of activations that one side rounds first
+            worst = max(worst, 0.0 if torch.allclose(a, b, rtol=1e-2) else 1.0)
+        elif a.numel():
+            if a.dtype is torch.float8_e4m3fn:  # compared by their bytes
+                a, b = a.view(torch.uint8), b.view(torch.uint8)
+            worst = max(worst, (a != b).float().mean().item())
+    return worst
+
+
+def _draw(device: torch.device, *shape: int) -> Tensor:
+    """Multiples of 1/4 between -1 and 1: their products add up exactly in any order."""
+    values = torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return (values / 4).bfloat16().to(device)
+
+
+def _pack_activation(device: torch.device) -> Iterator[_Case]:
+    hidden, seed = _draw(device, *_SHAPE), torch.tensor(2**40 + 17, device=device)
+    real = torch.arange(_SHAPE[0], device=device) % 5 != 0
+    for method in SPARSIFIERS:
+        tolerance = _DRAW_TOLERANCE if method == "mvue" else _TOLERANCE
+        slope = method != "naive"
+        arguments = (hidden, seed, real, "relu2", method, slope, False, True, True)
+        yield _Case(arguments, 1, slope, tolerance)
+    yield _Case((hidden, None, real, "relu2", "naive", False, True, True, True))
+
+
+def _saved(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A gradient, and a packed activation as forward saves it."""
+    hidden = _draw(device, *_SHAPE)
+    saved, *_ = OPERATORS["pack_activation"].reference(
+        hidden, None, None, "relu2", "naive", False, False, False, False
+    )
+    return _draw(device, *_SHAPE).flip(0), saved
+
+
+def _pack_gradient(device: torch.device) -> Iterator[_Case]:
+    grad, saved = _saved(device)
+    real = torch.arange(_SHAPE[0], device=device) % 5 != 0
+    yield _Case((grad, saved, None, real, torch.arange(0, _SHAPE[1], 9, device=device), "relu2"), 3)
+
+
+def _unpack_gradient(device: torch.device) -> Iterator[_Case]:
+    yield _Case((*_saved(device), None, "relu2"), 1)
+
+
+def _activation_gradient(device: torch.device) -> Iterator[_Case]:
+    grad, saved = _saved(device)
+    for function in ("relu2", "relu"):
+        yield _Case((grad, unpack(Packed24(saved)), function))
+
+
+def _count_activation(device: torch.device) -> Iterator[_Case]:
+    for function in ("relu2", "relu"):
+        yield _Case((_draw(device, *_SHAPE), None, function))
+
+
+def _gather_features(device: torch.device) -> Iterator[_Case]:
+    _, saved = _saved(device)
+    yield _Case((saved, torch.arange(0, _SHAPE[1], 9, device=device), None))
+
+
+def _quantise_rows(device: torch.device) -> Iterator[_Case]:
+    yield _Case((_draw(device, *_SHAPE),))
+
+
+def _quantise_packed(device: torch.device) -> Iterator[_Case]:
+    _, saved = _saved(device)
+    yield _Case((saved,))
+
+
+def _linear_pack(device: torch.device) -> Iterator[_Case]:
+    tokens, features = _SHAPE
+    yield _Case((_draw(device, tokens, 64), _draw(device, features, 64), False))
+
+
+def _linear_gradient(device: torch.device) -> Iterator[_Case]:
+    tokens, features = _SHAPE
+    # What the kernel saved: of groups with fewer than two non-zeros it may name other places.
+    _, values, fields = torch.ops.act24.linear_pack(
+        _draw(device, tokens, 64), _draw(device, features, 64), True
+    )
+    yield _Case((_draw(device, tokens, 64).flip(0), _draw(device, 64, features), values, fields))
+
+
+def _recompute_gradient(device: torch.device) -> Iterator[_Case]:
+    tokens, features = _SHAPE
+    weight_in, weight_out = _draw(device, features, 64), _draw(device, 64, features)
+    yield _Case((_draw(device, tokens, 64), weight_in, _draw(device, tokens, 64).flip(0), weight_out))
+
+
+#: A small call, or several, of every operator that a form launches.
+_CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
+    "pack_activation": _pack_activation,
+    "pack_gradient": _pack_gradient,
+    "unpack_gradient": _unpack_gradient,
+    "activation_gradient": _activation_gradient,
+    "count_activation": _count_activation,
+    "gather_features": _gather_features,
+    "quantise_rows": _quantise_rows,
+    "quantise_packed": _quantise_packed,
+    "linear_pack": _linear_pack,
+    "linear_gradient": _linear_gradient,
+    "recompute_gradient": _recompute_gradient,
+}

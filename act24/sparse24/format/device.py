@@ -1,0 +1,67 @@
+"""What a device lacks for 2:4 products."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from act24.compiler import triton
+from act24.sparse24.format import cusparselt
+from act24.sparse24.format.multiply import TOLERANCE, library_product, relative_error
+from act24.sparse24.format.packed import pack, unpack
+
+
+def layout_error(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """How far a product with our packing is from one with cuSPARSELt's own compressor, on a small matrix.
+
+    Relative to the result: rounding apart zero, as long as the library reads the layout of
+    `act24.sparse24.format.packed` for values of this dtype, bfloat16 or e4m3.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    packed = pack(torch.randn(128, 256, generator=generator, device=device).to(dtype))
+    dense = torch.randn(64, 256, generator=generator, device=device).to(dtype).T
+    own = torch.ops.aten._cslt_compress(unpack(packed)).view_as(packed.buffer)
+    ours, expected = (library_product(buffer, dense) for buffer in (packed.buffer, own))
+    return relative_error(ours, expected)
+
+
+@functools.cache
+def obstacle(device: torch.device) -> str:
+    """Why this device cannot run packed products; empty if it can.
+
+    Looked at once a process: it is a fact about the machine. Whether the library reads our layout here, which
+    is Hopper's, is told from a product, not from its version or the GPU's name.
+    """
+    if device.type != "cuda":
+        return f"the kernels are for CUDA GPUs, this is {device.type}"
+    if not torch.backends.cusparselt.is_available():
+        return "this build of PyTorch has no cuSPARSELt"
+    if triton is None:
+        return "Triton is not installed"
+    version = torch.backends.cusparselt.version()
+    try:
+        error = layout_error(device)
+    except RuntimeError as exception:
+        return f"cuSPARSELt {version} does not multiply bfloat16 here ({str(exception).splitlines()[0]})"
+    if not error < TOLERANCE:
+        return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
+    # Waits for the device: now, and not while a graph is captured.
+    cusparselt.multiplies(device, torch.bfloat16)
+    return ""
+
+
+@functools.cache
+def fp8_obstacle(device: torch.device) -> str:
+    """Why this device cannot run packed products in e4m3, as `obstacle` does."""
+    if reason := obstacle(device):
+        return reason
+    version = torch.backends.cusparselt.version()
+    try:
+        error = layout_error(device, torch.float8_e4m3fn)
+    except RuntimeError as exception:
+        return f"cuSPARSELt {version} does not multiply e4m3 here ({str(exception).splitlines()[0]})"
+    if not error < TOLERANCE:
+        return f"cuSPARSELt {version} reads another 8-bit layout than ours (relative error {error:.2g})"
+    cusparselt.multiplies(device, torch.float8_e4m3fn)
+    return ""

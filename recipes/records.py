@@ -1,0 +1,82 @@
+"""Tables of a recipe that choose a record by name, as objects: `[optimizer]`, `[schedule]`, `[[passes]]`.
+
+The record is a frozen dataclass of options. Which keys there are, what they take and what they are where the
+recipe says nothing is all read off it; `act24.options` checks it, here as in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from act24.errors import Act24Error, nearest
+from act24.options import option_errors
+from act24.records import Table
+
+
+class Named(Protocol):
+    """A dataclass of options that stands in a table of records."""
+
+    name: ClassVar[str]
+
+
+T = TypeVar("T", bound=Named)
+
+
+def made(
+    table: Table[type[T]], values: Mapping[str, Any], path: str, key: str, errors: list[str]
+) -> T | None:
+    """The object that a table of a recipe describes, or None with what is wrong added to `errors`.
+
+    Args:
+        values: the table of the recipe, its lists as tuples; `values[key]`, a string, names the record.
+        path: where it stands in the recipe, for errors.
+        key: `name` or `use`.
+    """
+    options = dict(values)
+    name: str = options.pop(key)
+    aliases = {alias: cls.name for cls in table.values() for alias in getattr(cls, "aliases", ())}
+    name = aliases.get(name) or name
+    if name not in table:
+        errors.append(f"{path}.{key}: there is no {table.kind} named {name!r}: {nearest(name, table)}")
+        return None
+    record = table[name]
+    fields = {field.name: field for field in recipe_fields(record)}
+    found = [_unknown(table, record, option, path, key) for option in options if option not in fields]
+    required = [f.name for f in fields.values() if _has_no_default(f)]
+    found += [f"{path}.{option}: missing" for option in required if option not in options]
+    known = {option: value for option, value in options.items() if option in fields}
+    found += [f"{path}.{error.field}: {error.reason}" for error in option_errors(record, known)]
+    if found:
+        errors += found
+        return None
+    try:
+        return record(**known)
+    except Act24Error as error:  # about two options
+        errors.append(f"{path}: {error}")
+    return None
+
+
+def as_table(options: Named, key: str = "name") -> dict[str, Any]:
+    """The table that makes these options again: every value, defaults included. TOML has no None."""
+    values = {field.name: getattr(options, field.name) for field in recipe_fields(type(options))}
+    return {key: options.name} | {name: value for name, value in values.items() if value is not None}
+
+
+def recipe_fields(record: type) -> list[dataclasses.Field[Any]]:
+    """The options that a recipe may name."""
+    return [field for field in dataclasses.fields(record) if not field.metadata.get("python_only")]
+
+
+def _unknown(table: Table[Any], record: Any, option: str, path: str, key: str) -> str:
+    owners = [other.name for other in table.values() if option in {f.name for f in recipe_fields(other)}]
+    if owners:
+        belongs = " or ".join(f'{key} = "{owner}"' for owner in owners)
+        return f'{path}.{option}: belongs to {belongs}, not to "{record.name}"'
+    names = [field.name for field in recipe_fields(record)]
+    return f"{path}.{option}: unknown key: {nearest(option, [key, *names])}"
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

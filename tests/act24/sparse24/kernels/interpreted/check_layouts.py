@@ -1,0 +1,18 @@
+"""Every kernel given every one of its tensors in other layouts."""
+
+from __future__ import annotations
+
+import pytest
+from layouts import check_layouts
+from operator_cases import operator_cases
+
+from act24.sparse24.kernels.shared.registry import OPERATORS
+
+#: The product is cuSPARSELt's, and the order of tokens is no kernel; `test_multiply.py` has the one's
+#: layouts.
+KERNELS = sorted({*operator_cases()} - {"product24", "token_order"})
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_tensor_in_any_layout_is_read_right_or_refused(name: str) -> None:
+    check_layouts(name, OPERATORS[name].launch)

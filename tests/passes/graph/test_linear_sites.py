@@ -1,0 +1,116 @@
+"""Linears are told apart by what their weights are, not by what the weights are called."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import llama, tokens
+
+from act24.errors import Act24Error
+from act24.llama import LlamaForCausalLM
+from act24.passes import Lost, LowRank, PassError, Recompute, Weight24, apply_, plan
+from act24.passes.state import refuse_exact_steps
+
+RANKS = {"attn_rank": 4, "mlp_rank": 4}
+
+
+class Named(nn.Module):
+    """Two linears in one module, by weights that are called anything."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.names = (first, second)
+        self.register_parameter(first, nn.Parameter(torch.randn(16, 8)))
+        self.register_parameter(second, nn.Parameter(torch.randn(8, 16)))
+
+    def forward(self, x):
+        hidden = F.linear(x, getattr(self, self.names[0]))
+        return F.linear(F.silu(hidden), getattr(self, self.names[1]))
+
+
+class Blocks(nn.Module):
+    def __init__(self, *names):
+        super().__init__()
+        self.mlp = nn.ModuleList(Named(*names) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.mlp:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "names", [("fc_weight", "proj_weight"), ("w", "v"), ("weight_out", "weight_columns")]
+)
+def test_every_weight_is_factorised_whatever_its_name(names):
+    """Also one that is called as a factor would be; the product is the best approximation of that weight."""
+    model, stock = Blocks(*names), Blocks(*names)
+    stock.load_state_dict(model.state_dict())
+    apply_(model, [LowRank(scope="mlp", mlp_rank=4, init="svd")])
+    made = dict(model.named_parameters())
+    assert set(made) == {f"mlp.{i}.{n}_{part}" for i in (0, 1) for n in names for part in ("in", "out")}
+    for i in (0, 1):
+        for n in names:
+            u, s, vh = torch.linalg.svd(stock.get_parameter(f"mlp.{i}.{n}"))
+            product = made[f"mlp.{i}.{n}_out"] @ made[f"mlp.{i}.{n}_in"]
+            torch.testing.assert_close(product, u[:, :4] * s[:4] @ vh[:4], rtol=1e-4, atol=1e-4)
+
+
+def test_two_weights_of_one_module_keep_columns_of_their_own():
+    model = Blocks("w", "v")
+    apply_(model, [Lost(scope="mlp", mlp_rank=4, sparsity=0.3)])
+    buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    assert buffers == {f"mlp.{i}.{n}_column_indices": (k,) for i in (0, 1) for n, k in (("w", 2), ("v", 4))}
+    assert model(torch.randn(3, 8)).shape == (3, 8)
+
+
+def test_names_of_factors_do_not_make_factors():
+    """Weights of the model's own that are called weight_out are no factors: nothing is kept for them, and an
+    exact step has no business with them."""
+    with pytest.raises(PassError, match="no bottleneck"):
+        plan(Blocks("weight_out", "weight_columns"), [Recompute()])
+    refuse_exact_steps(apply_(Blocks("weight_in", "weight_out"), [Weight24(scope="mlp")]))
+    factors = apply_(Blocks("w", "v"), [LowRank(scope="mlp", mlp_rank=4), Weight24(scope="mlp")])
+    with pytest.raises(Act24Error, match=r"weight24 makes mlp\.0\.w_in 2:4"):
+        refuse_exact_steps(factors)
+
+
+def test_a_name_that_is_taken_is_refused():
+    """The factors of w would be w_in and w_out, and w_in is another weight of the same module."""
+    with pytest.raises(PassError, match=r"mlp\.0\.w_in is there already"):
+        plan(Blocks("w", "w_in"), [LowRank(scope="mlp", mlp_rank=4)])
+    model = Blocks("weight", "v")
+    for block in model.mlp:
+        block.register_buffer("column_indices", torch.zeros(3))
+    with pytest.raises(PassError, match=r"mlp\.0\.column_indices is there already"):
+        plan(model, [Lost(scope="mlp", mlp_rank=4)])
+
+
+def test_factors_count_as_linears_only_when_asked_for():
+    taken = [row.fqn for row in plan(Blocks("w", "v"), [LowRank(scope="mlp", mlp_rank=4), Weight24()]).rows]
+    assert len(taken) == 4 + 8
+    with pytest.raises(PassError, match="lost matches nothing"):
+        plan(Blocks("w", "v"), [LowRank(scope="mlp", mlp_rank=4), Lost(scope="mlp", mlp_rank=2)])
+
+
+def test_a_model_made_up_after_meta_has_buffers_that_can_be():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama().config)
+    pipeline = apply_(model, [Lost(**RANKS, sparsity=0.3), Weight24(scope="mlp", ignore=("*.down_proj",))])
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    pipeline.reset_buffers_()
+    kinds = [buffer.dtype for buffer in model.buffers()]
+    assert kinds.count(torch.int64) >= 14
+    assert kinds.count(torch.bool) >= 8
+    for name, buffer in model.named_buffers():
+        if buffer.dtype is torch.int64 and buffer.ndim:
+            width = model.get_parameter(name.replace("column_indices", "weight_in")).shape[1]
+            assert len(set(buffer.tolist())) == len(buffer)
+            assert buffer.min() >= 0
+            assert buffer.max() < width
+        if buffer.dtype is torch.bool and buffer.ndim:
+            assert (buffer.unflatten(-1, (-1, 4)).sum(-1) == 2).all(), name
+    assert model(tokens()).isfinite().all()

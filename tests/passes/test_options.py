@@ -1,0 +1,111 @@
+"""No option of a pass takes what it should not, from Python or from a recipe, and every refusal says which.
+
+The wrong values are drawn by what a field's annotation is made of: a name outside of the choices, a number
+that is not finite or negative, and whatever is of another kind altogether.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from act24.errors import Act24Error
+from act24.passes import REGISTRY
+from act24.recipes.load import parse_recipe
+
+#: What passes need to be made at all.
+NEEDED = {name: {"attn_rank": 8, "mlp_rank": 8} for name in ("low_rank", "cola", "lost")}
+
+FIELDS = [
+    (name, field.name)
+    for name, cls in REGISTRY.items()
+    for field in dataclasses.fields(cls)
+    if not field.metadata.get("python_only")
+]
+assert len(FIELDS) > 40
+
+WORDS = st.text(max_size=12).map(lambda text: f"no-{text}")  # no choice of any field begins so
+NOT_FINITE = st.sampled_from([math.inf, -math.inf, math.nan])
+NEGATIVE = st.integers(max_value=-1) | st.floats(max_value=-1e-9, allow_infinity=False)
+HUGE = st.sampled_from([10**400, -(10**400)])
+LISTS = st.lists(st.integers(), min_size=1, max_size=2).map(tuple)
+SELECTORS = st.sampled_from(["re:(", "re:[z-a]", "class:", "klass:LlamaMLP", ""]).map(
+    lambda text: ("*", text)
+)
+
+
+def wrong_values(name: str, field: str) -> st.SearchStrategy[Any]:
+    """What a field must refuse, all of it sayable in TOML."""
+    kinds = kinds_of(get_type_hints(REGISTRY[name])[field])
+    if bool in kinds:
+        return st.integers() | WORDS | LISTS | NOT_FINITE
+    if int in kinds:
+        return NOT_FINITE | NEGATIVE | HUGE | WORDS | LISTS | st.booleans() | st.just(2.5)
+    if float in kinds:
+        return NOT_FINITE | NEGATIVE | HUGE | WORDS | LISTS | st.booleans()
+    if tuple in kinds:
+        return SELECTORS | LISTS | WORDS | st.integers() | st.booleans()
+    assert str in kinds, f"what would be wrong for {name}.{field}?"
+    return WORDS | LISTS | st.integers() | st.booleans() | NOT_FINITE
+
+
+def kinds_of(hint: Any) -> set[type]:
+    if get_origin(hint) in (Union, types.UnionType):
+        return {kind for part in get_args(hint) for kind in kinds_of(part)}
+    if get_origin(hint) is Literal:
+        return {type(value) for value in get_args(hint)}
+    return {get_origin(hint) or hint}
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml, value))}]"
+    return repr(value)
+
+
+def refusal(make: Any) -> list[str]:
+    """What is said, line by line."""
+    with pytest.raises(Act24Error) as caught:
+        make()
+    return str(caught.value).split("\n")
+
+
+@pytest.mark.parametrize(("name", "field"), FIELDS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_wrong_values_are_refused_from_python(name: str, field: str, data: st.DataObject) -> None:
+    beyond_toml = st.sampled_from([object(), {}, b"2", 1j, int])
+    value = data.draw(wrong_values(name, field) | beyond_toml)
+    (said,) = refusal(lambda: REGISTRY[name](**{**NEEDED.get(name, {}), field: value}))
+    assert said.startswith(f"{name}: ")
+    assert field in said
+
+
+@pytest.mark.parametrize(("name", "field"), FIELDS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_wrong_values_are_refused_from_a_recipe(name: str, field: str, data: st.DataObject) -> None:
+    value = data.draw(wrong_values(name, field))
+    options = {**NEEDED.get(name, {}), field: value}
+    lines = [f"{key} = {toml(entry)}" for key, entry in options.items()]
+    text = "\n".join(['extends = "demo"', "[[passes]]", f'use = "{name}"', *lines])
+    for said in refusal(lambda: parse_recipe(text, "here.toml")):  # one for each entry of a list
+        assert said.startswith("here.toml: passes.0")
+        assert field in said
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_defaults_are_options(name: str) -> None:
+    """What the tests above start from is not refused itself."""
+    REGISTRY[name](**NEEDED.get(name, {}))

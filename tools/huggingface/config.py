@@ -1,0 +1,197 @@
+"""config.json of the models that the stock LLaMA computes, as it is or rewritten by passes: in and out.
+
+`transformers` knows the relu² network as Arcee: LLaMA's block with down(relu²(up(x))). The type "act24" is a
+LLaMA and the passes that rewrite it (`act24.tools.huggingface.model_type`). Nothing is guessed. What is not
+computed here is refused by name, and everything that a reader has its own default for is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from act24.errors import Act24Error
+from act24.llama import LlamaConfig
+from act24.passes import Pass, Relu2FFN
+from act24.recipes.load import passes_of_tables
+from act24.recipes.records import as_table
+from act24.rotary import RotaryScaling
+
+CONFIG = "config.json"
+LLAMA, ARCEE, ACT24 = "llama", "arcee", "act24"
+
+#: By model type: the class in `transformers` (of ours for "act24"), and the activation that it stands for.
+_ARCHITECTURES = {
+    LLAMA: ("LlamaForCausalLM", "silu"),
+    ARCEE: ("ArceeForCausalLM", "relu2"),
+    ACT24: ("Act24ForCausalLM", "silu"),
+}
+
+#: Beside config.json, for type "act24": what `trust_remote_code=True` runs where act24 was not imported.
+MODULE = "modeling_act24.py"
+MODULE_TEXT = '''"""Runs with act24 (pip install act24), which applies the model's passes to a LLaMA."""
+
+from act24.tools.huggingface.model_type import Act24Config, Act24ForCausalLM
+
+__all__ = ["Act24Config", "Act24ForCausalLM"]
+'''
+
+#: Fields of `transformers`' configs that the stock model lacks, with the one value it stands for.
+_ONLY = {
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "sliding_window": None,
+}
+
+#: What a config.json leaves out means this, where that is not the default of LlamaConfig.
+_DEFAULTS_OF = {LLAMA: {}, ARCEE: {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}, ACT24: {}}
+
+
+def read_config(folder: Path) -> tuple[LlamaConfig, tuple[Pass, ...]]:
+    """The configuration of the stock LLaMA in `folder`, and the passes that rewrite it.
+
+    Raises:
+        Act24Error: no such file, or something in it that would change the numbers.
+    """
+    path = folder / CONFIG
+    return config_of(read_json(path), str(path))
+
+
+def config_of(raw: dict[str, Any], path: str) -> tuple[LlamaConfig, tuple[Pass, ...]]:
+    """`read_config` of the content of a config.json; `path` is what errors call it."""
+    kind = raw.get("model_type")
+    if kind not in _ARCHITECTURES:
+        raise Act24Error(
+            f"{path}: model_type is {kind!r}; {', '.join(map(repr, _ARCHITECTURES))} are what the stock "
+            "model computes"
+        )
+    raw = {**_DEFAULTS_OF[kind], **raw}
+    # transformers 5 keeps rope_theta inside rope_parameters; 4 has it beside rope_scaling, null if unused.
+    rope, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if rope and older and _kind(rope) != _kind(older):
+        raise Act24Error(
+            f"{path}: rope_parameters says {_kind(rope)!r} and rope_scaling {_kind(older)!r}: "
+            "remove the wrong one"
+        )
+    rope = rope or older
+    _, activation = _ARCHITECTURES[kind]
+    for name, only in (_ONLY | {"hidden_act": activation}).items():
+        value = rope.get(name, raw.get(name, only))
+        if value != only:
+            raise Act24Error(f"{path}: {name} = {value!r} is not supported; only {only!r} is")
+    fields = {field.name: field for field in dataclasses.fields(LlamaConfig)}
+    values = {name: value for name, value in raw.items() if name in fields}
+    values |= {name: value for name, value in rope.items() if name == "rope_theta"}
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise Act24Error(f"{path}: {name} is missing")
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = tuple(values["eos_token_id"])
+    # The low-rank literature's way to say "none"; transformers 5 refuses to save it.
+    if values.get("pad_token_id") == -1:
+        values["pad_token_id"] = None
+    try:
+        values["rope_scaling"] = _scaling(rope, values)
+        return LlamaConfig(**values), _passes(kind, raw)
+    except Act24Error as error:
+        raise Act24Error(f"{path}: {error}") from error
+
+
+def _passes(kind: str, raw: dict[str, Any]) -> tuple[Pass, ...]:
+    if kind == ARCEE:
+        return (Relu2FFN(width="keep"),)
+    if kind == LLAMA:
+        return ()
+    tables = raw.get("act24_passes")
+    if not isinstance(tables, list):
+        raise Act24Error('a model of type "act24" has act24_passes, a list of tables')
+    return passes_of_tables(tables, "act24_passes")
+
+
+def _scaling(rope: dict[str, Any], values: dict[str, Any]) -> RotaryScaling | None:
+    kind = _kind(rope)
+    if kind == "default":
+        return None
+    given = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
+    given["rope_type"] = kind
+    fields = {field.name for field in dataclasses.fields(RotaryScaling)}
+    given.pop("partial_rotary_factor", None)
+    if unknown := sorted(given.keys() - fields):
+        raise Act24Error(f"rope_parameters: {', '.join(unknown)} not supported")
+    if kind == "yarn":  # as transformers has it where the file says nothing
+        given.setdefault(
+            "original_max_position_embeddings",
+            values.get("max_position_embeddings", LlamaConfig.max_position_embeddings),
+        )
+    return RotaryScaling(**{name: _number(value) for name, value in given.items()})
+
+
+def _kind(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _number(value: Any) -> Any:
+    """JSON writes 8192.0 for what is a count."""
+    return int(value) if isinstance(value, float) and value.is_integer() and value > 1000 else value
+
+
+def config_json(
+    config: LlamaConfig, kind: str, dtype: torch.dtype, passes: Sequence[Pass] = (), pattern: str = ""
+) -> dict[str, Any]:
+    """The config.json of a model, in the spelling that transformers 4 and 5, vLLM and SGLang all read.
+
+    Args:
+        config: of the stock LLaMA; for `"arcee"` with the width of the relu² network.
+        kind: `"llama"`, `"arcee"` or `"act24"`.
+        dtype: of the weights.
+        passes: of `"act24"`, as they act in evaluation.
+        pattern: what zeros the weights have, `"2:4"`; written as `act24_weight_pattern` if there is any.
+    """
+    architecture, activation = _ARCHITECTURES[kind]
+    fields = dataclasses.asdict(config)
+    scaling = fields.pop("rope_scaling")
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling:
+        rope = {name: value for name, value in scaling.items() if value is not None}
+    content = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "hidden_act": activation,
+        **fields,
+        "head_dim": config.head_width,  # resolved, because transformers 4 does not read null as absent
+        "num_key_value_heads": config.key_value_heads,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        **({"rope_scaling": rope} if scaling else {}),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if pattern:
+        content["act24_weight_pattern"] = pattern
+    if kind == ACT24:
+        module = MODULE.removesuffix(".py")
+        content["act24_passes"] = [as_table(p, "use") for p in passes]
+        content["auto_map"] = {
+            "AutoConfig": f"{module}.Act24Config",
+            "AutoModelForCausalLM": f"{module}.{architecture}",
+        }
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        Act24Error: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Act24Error(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise Act24Error(f"{path} holds no JSON object")
+    return content

@@ -1,0 +1,43 @@
+"""The model type "act24" of `transformers`: a LLaMA whose passes are applied again when it is opened.
+
+    from act24.tools.huggingface import model_type     # registers it with AutoConfig and AutoModelForCausalLM
+    AutoModelForCausalLM.from_pretrained(folder)
+
+It is `transformers`' own LLaMA, rewritten by the passes in its config.json, so caches, padding, `generate`
+and every attention implementation are theirs. Passes are stored as they act in evaluation: nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from act24.passes import Pass, apply_
+from act24.recipes.load import passes_of_tables
+from act24.tools.huggingface.config import ACT24
+
+
+class Act24Config(LlamaConfig):
+    """LlamaConfig and `act24_passes`, tables as recipes have them: `{"use": "cola", "mlp_rank": 256, …}`."""
+
+    model_type = ACT24
+    act24_passes: list | None = None
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes. Raises Act24Error for tables that are none."""
+        return passes_of_tables(self.act24_passes or [], "config.json: act24_passes")
+
+
+class Act24ForCausalLM(LlamaForCausalLM):
+    """`transformers`' LLaMA after the passes of its configuration."""
+
+    config_class = Act24Config
+
+    def __init__(self, config: Act24Config) -> None:
+        super().__init__(config)
+        if config.passes:
+            apply_(self, config.passes)
+
+
+AutoConfig.register(ACT24, Act24Config)
+AutoModelForCausalLM.register(Act24Config, Act24ForCausalLM)
