@@ -75,15 +75,6 @@ class Checkpoint:
     tokenizer_json: str
     weights: dict[str, Tensor] = field(repr=False)
 
-    def documents(self) -> dict[str, str]:
-        """The files of `MODEL_FILES` that are text, by name, as they are stored."""
-        return {
-            "recipe.toml": self.recipe_text,
-            "plan.json": json.dumps(self.plan, indent=1),
-            "state.json": json.dumps(self.state, indent=1),
-            TOKENIZER: self.tokenizer_json,
-        }
-
 
 def save(
     run_dir: Path,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from act24.errors import Act24Error
 from act24.tools.data.rows import Rows
 from act24.tools.data.tally import Tally
 
@@ -104,7 +103,7 @@ def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The position of a run, from the states of all its processes at one step.
 
     Raises:
-        Act24Error: they are no such states, or of different steps.
+        ValueError: they are no such states, or of different steps.
     """
     try:
         rows = {state["position"]["row"] for state in states}
@@ -116,7 +115,7 @@ def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         fingerprint = states[0]["fingerprint"]
         complete = set(streams) == {str(index) for index in range(fingerprint["streams"])}
     except (LookupError, TypeError, AttributeError) as error:
-        raise Act24Error(f"it holds no position that this act24 reads ({error!r})") from error
+        raise ValueError(f"it holds no position that this act24 reads ({error!r})") from error
     if len(rows) != 1 or not complete:
-        raise Act24Error(f"its processes stand at different rows, or some are missing: {sorted(rows)}")
+        raise ValueError(f"its processes stand at different rows, or some are missing: {sorted(rows)}")
     return {"fingerprint": fingerprint, "position": {"row": rows.pop(), "streams": streams}}

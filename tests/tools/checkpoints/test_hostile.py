@@ -134,7 +134,9 @@ HOSTILE = {
     ("state.json", "no JSON"): (lambda f, m: b"{", "state.json"),
     ("state.json", "tokens"): (lambda f, m: edited(f / "state.json", tokens="many"), "state.json"),
     ("state.json", "log"): (
-        lambda f, m: edited(f / "state.json", log={"sparsity_relu/*": {"columns": [[1], [1, 2]]}}),
+        lambda f, m: edited(
+            f / "state.json", log={"histories": {"sparsity_relu/*": {"columns": [[1], [1, 2]]}}}
+        ),
         "of different lengths",
     ),
     ("plan.json", "no text"): (lambda f, m: b"\xff\xfe\x00", "plan.json"),

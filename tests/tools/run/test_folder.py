@@ -209,7 +209,7 @@ def test_a_reader_survives_the_checkpoint_that_is_deleted_under_it(copied, monke
         (checkpoint_folder, "verify_files"),
         (checkpoint, "read_text"),
         (checkpoint, "read_weights"),
-        (build, "from_checkpoint"),
+        (build, "parse_recipe"),
     ]
     for owner, name in moments:
         original = getattr(owner, name)
