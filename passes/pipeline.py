@@ -8,7 +8,7 @@ their step ranges say so (`Pipeline.lower_`), over the same parameters and buffe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,8 @@ from act24.passes.graph.region import (
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
 from act24.passes.report import Report, Row, figures, no_match, row
+from act24.passes.state import Reduce, set_pads_
+from act24.passes.updates import Rows, Updates
 
 
 def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
@@ -111,6 +113,7 @@ class Pipeline:
         self._model = model
         self._passes = check_passes(passes)
         self._seed = seed
+        self._updates = Updates(self)
         self._classes: dict[tuple[Any, ...], type] = {}
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
@@ -173,6 +176,63 @@ class Pipeline:
             # The stock tensors that a pass replaced must not live on through the plan.
             site.traced.module = site.base.module = module
         self._lower()
+        self._updates.watch_()
+
+    def begin_update_(
+        self,
+        step: int,
+        batch: Rows | None = None,
+        reduce: Reduce | None = None,
+        *,
+        forward: Callable[..., object] | None = None,
+        rank: int | None = None,
+        without: Sequence[str] = (),
+    ) -> str | None:
+        """All that a training loop owes, once an update and before its first forward: lower the model for the
+        step, renew masks and scales that are due, and set seeds.
+
+        Collective: every process calls it with the same step. Micro-batches, masked decay and the end of the
+        update need no call (`act24.passes.updates`). A training forward without it raises `Act24Error`.
+
+        Args:
+            step: updates already made.
+            batch: the first rows of this process's part of the update, or all of them, `[rows, tokens]` each, as
+                the model takes them: a tensor, a sequence of tensors, or a mapping of keyword arguments. Methods
+                that measure a scale run a fixed number of these rows without gradients, under the autocast of
+                the caller, so a scale does not depend on how the update is split into micro-batches; the
+                others do not look at it.
+            reduce: sums a tensor over the processes and returns it; None: over all of `torch.distributed`'s.
+            forward: runs the rows; None: the model. For models that only a wrapper can run.
+            rank: of this process, of which it draws; None: that of `torch.distributed`.
+            without: names of passes to leave out.
+
+        Returns:
+            at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
+
+        Raises:
+            Act24Error: a scale is due, and there is no batch.
+        """
+        return self._updates.begin_(step, batch, reduce, forward, rank, without)
+
+    @contextmanager
+    def evaluation(self, without: Sequence[str] = ()) -> Iterator[None]:
+        """The model as it is evaluated and served after its last update: nothing is drawn at random, nothing is
+        counted, 2:4 weights have the masks of the weights as they are. What training reads is as before after.
+
+        A forward in evaluation mode (`model.eval()`) is of that function without this context too; with it the
+        masks are made once for many forwards.
+
+        Args:
+            without: names of passes to leave out, to see the same weights without 2:4.
+        """
+        set_pads_(self, None)
+        with self._updates.evaluation(without):
+            yield
+
+    def set_pads_(self, pads: Tensor | None) -> None:
+        """Say which tokens of the next forwards are padding: boolean, the shape of the token ids; None for rows
+        without padding. An `attention_mask` `[B, S]` among a forward's keyword arguments says it by itself."""
+        set_pads_(self, pads)
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         """Bring the operations in line with the passes in force once `step` updates are made.
@@ -189,11 +249,13 @@ class Pipeline:
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:
         """The model through other operational passes, over the same parameters and buffers, for as long as
-        the context lasts. They may need no buffer that the pipeline's own passes do not have."""
+        the context lasts. They may need no buffer that the pipeline's own passes do not have. Forwards in it
+        are no part of an update: seeds stay, and nothing is asked."""
         before = self._active
         self._lower_to(list(passes))
         try:
-            yield
+            with self._updates.held():
+                yield
         finally:
             self._lower_to(before)
 
@@ -203,6 +265,11 @@ class Pipeline:
         self._passes = tuple(new if p is old else p for p in self._passes)
         self._operational = [new if p is old else p for p in self._operational]
         self._lower_to([new if p is old else p for p in self._active])
+
+    @property
+    def seed(self) -> int:
+        """Of new parameters and of what is drawn in training."""
+        return self._seed
 
     @property
     def model(self) -> nn.Module:

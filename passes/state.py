@@ -1,101 +1,77 @@
-"""What a training loop does for 2:4 sparsity, between the graph's forwards: the state that lies in buffers.
+"""The state of 2:4 operations, which lies in buffers: what each kind of it is made of, and how.
 
-In order, for update `step` (updates already made), after `pipeline.lower_(step)`:
-
-    begin_update_(pipeline, step, forward)                     scales and weight masks that are due
-    for each micro-batch:
-        begin_micro_batch_(pipeline, seed=…, step=…, …)       random seeds, padding
-        forward, backward
-    decay_dropped_weights_(pipeline, clipped=False)            masked decay that is a part of the gradient
-    clip the gradients
-    decay_dropped_weights_(pipeline, clipped=True)             masked decay that is not
-    optimizer.step()
-
-and `with evaluation(pipeline):` around whatever is not training. The buffers are named by the passes
-(`act24.passes.activation24`, `act24.passes.weight24`). Nothing here waits for the device, but for
-the one line that `begin_update_` returns at a scale's first measurement.
+Masks and scales of weights, scales of activations, packed weights, seeds, padding, masked decay; and what of all
+this a served model has. The buffers are named by the passes (`act24.passes.activation24`,
+`act24.passes.weight24`). When each is written is not decided here: `Pipeline.begin_update_` and
+`Pipeline.evaluation` do that (`act24.passes.updates`). Nothing here waits for the device, but for the one line
+that `calibrate_` returns at a scale's first measurement.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, activation24, weight24
-from act24.passes.activation24 import SCALE, SUMS
+from act24.passes import activation24, weight24
+from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
+from act24.passes.base import OperationalPass, Pass
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.region import RegionModule, buffers_of
-from act24.passes.weight24 import stored_mask
+from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
 from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
 from act24.sparse24.weight.packed import packed_operands
 
+if TYPE_CHECKING:
+    from act24.passes.pipeline import Pipeline
+
 #: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
 _DRAWN_FROM = {activation24.SEED: ".activation", weight24.SEED: ""}
+
+#: What is added to a seed from one micro-batch to the next: 2⁶⁴ over the golden ratio (splitmix64), as int64.
+_BETWEEN_MICRO_BATCHES = 0x9E3779B97F4A7C15 - 2**64
 
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
 
 
-def _alone(summed: Tensor) -> Tensor:
-    return summed
-
-
-def begin_update_(
+def calibrate_(
     pipeline: Pipeline,
+    due: Sequence[Activation24],
     step: int,
     forward: Callable[[], object],
-    pads: Tensor | None = None,
-    reduce: Reduce = _alone,
+    reduce: Reduce,
 ) -> str | None:
-    """Bring scales and masks up to date, where they are due, before the first micro-batch of an update.
+    """Measure and set the scales of the passes that are due.
 
     Collective: every process calls it with the same step.
 
     Args:
         step: updates already made.
-        forward: runs the model on some rows of this process's first micro-batch, `calibration_samples` of
-            them or more; called without gradients if a scale is due.
-        pads: which tokens of those rows are padding, as for `begin_micro_batch_`.
+        forward: runs the model on the rows to measure on; called without gradients.
         reduce: sums a tensor over the processes; nothing here knows of any.
 
     Returns:
         at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
     """
-    for p in pipeline.active:
-        if isinstance(p, Weight24):
-            renew_masks_(pipeline, p, step)
-            pack_weights_(pipeline, p)
-    due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
-    if not due:
-        return None
-    set_pads_(pipeline, pads)
-    names, table = _calibrate_(pipeline, due, forward, reduce)
-    first = any(step == p.from_step for p in due)
-    return _calibration_text(names, table) if first else None
-
-
-def _calibrate_(
-    pipeline: Pipeline, due: Sequence[Activation24], forward: Callable[[], object], reduce: Reduce
-) -> tuple[list[str], Tensor]:
-    """Measure and set the scales of the passes that are due; the names of their sites, and the sums."""
     sums = buffers_of(pipeline.regions, SUMS)
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
     # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
-    with torch.no_grad(), pipeline.lowered([*measuring, *_in_evaluation(pipeline.active)]):
+    with torch.no_grad(), pipeline.lowered([*measuring, *in_evaluation(pipeline.active)]):
         forward()
     table = reduce(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
@@ -103,7 +79,8 @@ def _calibrate_(
     for name, row, new in zip(sums, table, measured, strict=True):
         # A site of a pass that is not due has summed up nothing.
         scales[name].copy_(torch.where(row[-1] > 0, new, scales[name]))
-    return list(sums), table
+    first = any(step == p.from_step for p in due)
+    return _calibration_text(list(sums), table) if first else None
 
 
 def _calibration_text(names: Sequence[str], table: Tensor) -> str:
@@ -133,7 +110,7 @@ def _calibration_text(names: Sequence[str], table: Tensor) -> str:
 @torch.no_grad()
 def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
-    at the first sparse update. `begin_update_` does it for every such pass.
+    at the first sparse update. `Pipeline.begin_update_` does it for every such pass.
 
     Collective where parameters are sharded: each is gathered in turn, for masks and scales are of whole
         weights.
@@ -141,7 +118,7 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     if not p.renews_masks(step):
         return
     for weight in sparse_weights(pipeline, p):
-        parameter = _whole(weight.parameter)
+        parameter = whole(weight.parameter)
         mask = stored_mask(parameter, weight.transposed, p.method)
         if step == p.from_step:
             if p.record.soft:
@@ -153,11 +130,21 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
 
 
 @torch.no_grad()
+def masks_of_weights_(pipeline: Pipeline) -> None:
+    """Give every `weight24` in force the masks of its weights as they are, whether an update is due to renew them
+    or not: of weights that were read, and are not trained on from here."""
+    for p in pipeline.active:
+        if isinstance(p, Weight24):
+            for weight in sparse_weights(pipeline, p):
+                mask = stored_mask(whole(weight.parameter), weight.transposed, p.method)
+                weight.buffer(weight24.MASK).copy_(mask)
+
+
+@torch.no_grad()
 def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
     """Pack the weights of a `weight24` in force that keeps them packed, as they and their masks are now, into
-    the
-    buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want it.
-    `begin_update_` does it for every such pass. Parameters must not be sharded."""
+    the buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want it.
+    `Pipeline.begin_update_` does it for every such pass. Parameters must not be sharded."""
     if not p.keep_packed:
         return
     for weight in sparse_weights(pipeline, p):
@@ -174,21 +161,19 @@ def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
 
 
 @torch.no_grad()
-def decay_dropped_weights_(pipeline: Pipeline, *, clipped: bool) -> None:
-    """Masked decay of the gradients of an update, to be called twice: before clipping for methods whose decay
-    is a part of the gradient (SR-STE), and between clipping and the optimizer step for those where it is not.
+def decay_dropped_weights_(pipeline: Pipeline, parameters: Container[int]) -> None:
+    """Masked decay of the gradients of an update, as its optimizer finds them: λ (1 - mask) ∘ W is a part of the
+    gradient that enters the optimizer, and of no norm that they were clipped by.
 
     Args:
-        clipped: whether the gradients are clipped by now. A loop that does not clip makes both calls one
-            after the other.
+        parameters: by `id`, those that are about to be updated.
     """
-    place = "after_clipping" if clipped else "before_clipping"
     for p in pipeline.active:
-        if isinstance(p, Weight24) and p.masked_decay and p.record.decay_place == place:
+        if isinstance(p, Weight24) and p.masked_decay:
             for weight in sparse_weights(pipeline, p):
-                if weight.parameter.grad is not None:
-                    mask = weight.buffer(weight24.MASK)
-                    _decay_gradient_(weight.parameter, weight.parameter.grad, mask, p.masked_decay)
+                parameter = weight.parameter
+                if parameter.grad is not None and id(parameter) in parameters:
+                    _decay_gradient_(parameter, parameter.grad, weight.buffer(weight24.MASK), p.masked_decay)
 
 
 def _decay_gradient_(parameter: Tensor, grad: Tensor, mask: Tensor, decay: float) -> None:
@@ -201,7 +186,7 @@ def _decay_gradient_(parameter: Tensor, grad: Tensor, mask: Tensor, decay: float
     masked_decay_(grad, parameter, mask, decay)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """A tensor without sharding; collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -251,8 +236,13 @@ class SparseWeight:
         if buffer.shape == value.shape:
             buffer.copy_(value)
         else:
-            path, _, leaf = (self.local + kind).rpartition(".")
-            setattr(self.module.get_submodule(path), leaf, value)
+            owner, leaf = self.place(kind)
+            setattr(owner, leaf, value)
+
+    def place(self, kind: str) -> tuple[nn.Module, str]:
+        """The module that has a buffer, and its name there."""
+        path, _, leaf = (self.local + kind).rpartition(".")
+        return self.module.get_submodule(path), leaf
 
 
 def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
@@ -263,31 +253,28 @@ def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
         yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
 
 
-def begin_micro_batch_(
-    pipeline: Pipeline,
-    *,
-    seed: int,
-    step: int,
-    micro_batch: int,
-    rank: int = 0,
-    pads: Tensor | None = None,
-) -> None:
-    """Say what the next forward draws from, and which of its tokens are padding.
+def set_seeds_(pipeline: Pipeline, step: int, rank: int) -> None:
+    """Say what the forwards of an update draw from, before the first of them (`next_seeds_`).
 
     Args:
-        seed, step, micro_batch, rank: of the run, the update, the micro-batch in it, the process. The same
-            four draw the same, in a recomputation and after a resume too.
-        pads: boolean, the shape of the token ids; None for rows without padding.
+        step, rank: of the update and the process. With the pipeline's seed they draw the same, in a recomputation
+            and after a resume too.
     """
-    if any(p.draws for p in pipeline.active if isinstance(p, Activation24 | Weight24)):
-        values, buffers = [], []
-        for kind, suffix in _DRAWN_FROM.items():
-            for name, buffer in buffers_of(pipeline.regions, kind).items():
-                values.append(_hash(seed, f"{name}{suffix}", step, micro_batch, rank))
-                buffers.append(buffer)
+    values, buffers = [], []
+    for kind, suffix in _DRAWN_FROM.items():
+        for name, buffer in buffers_of(pipeline.regions, kind).items():
+            values.append(_hash(pipeline.seed, f"{name}{suffix}", step, rank))
+            buffers.append(buffer)
+    if buffers:
         torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
-    set_pads_(pipeline, pads)
+
+
+def next_seeds_(pipeline: Pipeline) -> None:
+    """Seeds of the next micro-batch. On the device alone, so that a captured forward has it too."""
+    buffers = [b for kind in _DRAWN_FROM for b in buffers_of(pipeline.regions, kind).values()]
+    if buffers:
+        torch._foreach_add_(buffers, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def set_pads_(pipeline: Pipeline, pads: Tensor | None) -> None:
@@ -304,19 +291,8 @@ def _hash(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-@contextmanager
-def evaluation(pipeline: Pipeline, without: Sequence[str] = ()) -> Iterator[None]:
-    """The model as it is evaluated: nothing is drawn at random, nothing is counted, no state moves.
-
-    Args:
-        without: names of passes to leave out, to see the same weights without 2:4.
-    """
-    set_pads_(pipeline, None)
-    with pipeline.lowered(_in_evaluation([p for p in pipeline.active if p.name not in without])):
-        yield
-
-
-def _in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+def in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+    """The passes as evaluation has them."""
     return [evaluated for p in passes if (evaluated := p.in_evaluation()) is not None]
 
 

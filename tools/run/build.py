@@ -16,6 +16,7 @@ from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
 from act24.passes.graph.measurements import Measurement
+from act24.passes.state import masks_of_weights_
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
@@ -110,26 +111,36 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
     are applied again, then its weights.
 
+    The model is in evaluation mode, and is the function that the run itself evaluates: that of the last update,
+    with 2:4 masks of the weights as they are, and nothing drawn.
+
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
     if is_pretrained(Path(path)):
         model, pipeline = open_pretrained(path)
-        return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
+        return Built(None, model.to(device).eval(), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     with contents_of(opened.folder / "recipe.toml"):
         recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     _check_device(recipe, torch.device(device))
     with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
         model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
-    pipeline = _pipeline(recipe, model, opened.step)
+    pipeline = _pipeline(recipe, model, last_update(opened.step))
     pipeline.commit_()
-    model.to_empty(device=device)
+    model.to_empty(device=device).eval()
     checkpoint.load_weights_(opened, model)
     for name, buffer in model.named_buffers():
         if name not in model.state_dict():
             buffer.zero_()  # statistics, which are not saved
+    masks_of_weights_(pipeline)
     return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
+
+
+def last_update(step: int) -> int:
+    """The update by which a model of so many updates was made, counted from 0: its passes are those that were in
+    force there. A model of none has those of the first."""
+    return max(step - 1, 0)
 
 
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.passes import OperationalPass, Pipeline
-from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.data import Batch, HeldoutRows, heldout_rows
-from act24.tools.run.build import SPARSE_PASSES, Built, load
+from act24.tools.run.build import SPARSE_PASSES, Built, last_update, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
@@ -96,7 +95,7 @@ def evaluate(
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
     losses, counts = [], []
-    with _evaluating(model), evaluation(pipeline, without), autocast:
+    with _evaluating(model), pipeline.evaluation(without), autocast:
         for batch in rows.batches(batch_size):
             if stop is not None and processes.any(bool(stop)):
                 raise EvaluationStopped
@@ -122,20 +121,34 @@ def evaluate(
 def evaluate_forms(
     built: Built, rows: HeldoutRows, recipe: Recipe, processes: Processes
 ) -> dict[str, Evaluation]:
-    """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`.
+    """The same weights by form: `dense`, and `2:4` if the last update was made with a 2:4 pass in force.
 
-    Where no 2:4 pass is in force at the step of the weights, the sparse form is that of the first step at
-    which one is.
+    Before the first such update the sparse form is the one with which it will begin: masks are those of the
+    weights at hand, and scales are measured on held-out rows. After the last one there is none.
     """
     model, pipeline = SummedLoss(built.model), built.pipeline
     sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
     forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, without=SPARSE_PASSES)}
-    if sparse:
-        in_force = any(p.active(built.step) for p in sparse)
-        pipeline.lower_(built.step if in_force else sparse[0].from_step)
+    if any(p.name in SPARSE_PASSES for p in pipeline.active):
         forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
-        pipeline.lower_(built.step)
+    elif coming := [p.from_step for p in sparse if p.from_step >= built.step]:
+        _begin_sparse_(model, pipeline, min(coming), rows, recipe, processes)
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
+        pipeline.lower_(last_update(built.step))
     return forms
+
+
+def _begin_sparse_(
+    model: SummedLoss, pipeline: Pipeline, step: int, rows: HeldoutRows, recipe: Recipe, processes: Processes
+) -> None:
+    """Begin the first sparse update, on held-out rows."""
+    first = next(rows.batches(recipe.eval.batch_size or recipe.train.batch_size))
+    device = processes.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
+    batch = first.input_ids.to(device), first.labels.to(device)
+    pipeline.set_pads_(None if first.pads is None else first.pads.to(device))
+    with autocast:
+        pipeline.begin_update_(step, batch, processes.sum_, forward=model, rank=processes.rank)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
