@@ -1,0 +1,343 @@
+"""One call an update: what a training loop owes a rewritten model (`Pipeline.begin_update_`), and what watches
+that it is made.
+
+The loop says when an update begins. Everything else comes by itself: micro-batches are told apart by a hook on
+the module that calls the regions, outside of them, so that a region that is recomputed in backward draws what
+it drew; masked decay enters, and an update ends, when an optimizer makes its step with parameters of the
+model; and a forward in evaluation mode is one of the function that is served (`Pipeline.evaluation`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from act24.errors import Act24Error
+from act24.passes.activation24 import Activation24
+from act24.passes.base import OperationalPass
+from act24.passes.graph.region import RegionModule
+from act24.passes.state import (
+    Reduce,
+    calibrate_,
+    decay_dropped_weights_,
+    in_evaluation,
+    next_seeds_,
+    pack_weights_,
+    renew_masks_,
+    set_pads_,
+    set_seeds_,
+    sparse_weights,
+    stored_mask,
+    whole,
+)
+from act24.passes.weight24 import MASK, Weight24
+
+if TYPE_CHECKING:
+    from act24.passes.pipeline import Pipeline
+
+#: What a loop hands in to measure on: the arguments of a forward.
+Rows = Tensor | Sequence[Tensor] | Mapping[str, Any]
+
+#: Token rows that run for each one that is measured: neighbours in a text say much the same.
+_RUN_FOR_ONE = 16
+
+
+class Updates:
+    """Where the updates of one pipeline stand."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._begun = False
+        self._held = False
+        self._served: dict[str, tuple[Tensor, int, Tensor]] = {}  # parameter, its version, its mask
+        self._entered: ExitStack | None = None  # by a forward in evaluation mode
+        self._masked = False  # the padding is that of an attention mask
+
+    def watch_(self) -> None:
+        """Hook the model and the optimizers, if any pass ever needs it; once."""
+        passes = [p for p in self._pipeline.passes if isinstance(p, OperationalPass)]
+        if not any(p.renews for p in passes):
+            return
+        _Before.hide()
+        trunk = _trunk(self._pipeline.model, list(self._pipeline.regions))
+        trunk.register_forward_pre_hook(_Before(self), with_kwargs=True)
+        trunk.register_forward_hook(_After(self), always_call=True)
+        self._watch_optimizers()
+
+    def _watch_optimizers(self) -> None:
+        """Of whichever kind, wrapped or made anew: there is nothing to attach, and nothing to forget."""
+        this = weakref.ref(self)
+
+        def before(optimizer: Optimizer, *_: Any) -> None:
+            if (updates := this()) is not None:
+                decay_dropped_weights_(updates._pipeline, _parameters(optimizer))
+
+        def after(optimizer: Optimizer, *_: Any) -> None:
+            if (updates := this()) is not None and updates._begun:
+                ours = _parameters(optimizer)
+                updates._begun = not any(id(p) in ours for p in updates._pipeline.model.parameters())
+
+        for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
+            weakref.finalize(self, hook.remove)
+
+    def begin_(
+        self,
+        step: int,
+        batch: Rows | None,
+        reduce: Reduce | None,
+        forward: Callable[..., object] | None,
+        rank: int | None,
+        without: Sequence[str],
+    ) -> str | None:
+        pipeline = self._pipeline
+        pipeline.lower_(step, without)
+        for p in pipeline.active:
+            if isinstance(p, Weight24):
+                renew_masks_(pipeline, p, step)
+                pack_weights_(pipeline, p)
+        note = None
+        due = [p for p in measured_at(pipeline, step) if p in pipeline.active]
+        if due:
+            if batch is None:
+                raise Act24Error(
+                    f"activation24 measures the scale of {due[0].method} at step {step}, and nothing is there to "
+                    "measure it on: hand in the first rows of the update, begin_update_(step, batch=…)"
+                )
+            rows, run = first_rows(batch, due), forward or pipeline.model
+            note = calibrate_(pipeline, due, step, lambda: _call(run, rows), reduce or everywhere)
+        set_seeds_(pipeline, step, _rank() if rank is None else rank)
+        self._begun = True
+        return note
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Forwards are none of an update's micro-batches, and are as the caller has lowered the model."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    @contextmanager
+    def evaluation(self, without: Sequence[str] = (), trusting: bool = False) -> Iterator[None]:
+        """As `Pipeline.evaluation`.
+
+        Args:
+            trusting: masks are made anew only if a weight was written to since they were.
+        """
+        pipeline = self._pipeline
+        passes = in_evaluation([p for p in pipeline.active if p.name not in without])
+        with pipeline.lowered(passes), self._masks_of_weights(trusting):
+            yield
+
+    @contextmanager
+    def _masks_of_weights(self, trusting: bool) -> Iterator[None]:
+        """Masks of the weights as they are, in buffers of their own in the place of the update's. The memory is
+        the same every time, as CUDA graphs want it."""
+        exchanged: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for p in self._pipeline.active:
+                if not isinstance(p, Weight24) or p.record.soft:
+                    continue
+                for weight in sparse_weights(self._pipeline, p):
+                    fresh = self._mask_of(
+                        weight.name, weight.parameter, weight.transposed, p.method, trusting
+                    )
+                    owner, leaf = weight.place(MASK)
+                    exchanged.append((owner, leaf, owner._buffers[leaf]))  # type: ignore[arg-type]
+                    owner._buffers[leaf] = fresh
+            yield
+        finally:
+            for owner, leaf, buffer in reversed(exchanged):
+                owner._buffers[leaf] = buffer
+
+    @torch.inference_mode(False)  # what is made here is written to again
+    @torch.no_grad()
+    def _mask_of(self, name: str, parameter: Tensor, transposed: bool, method: str, trusting: bool) -> Tensor:
+        of, version, mask = self._served.get(name, (None, -1, None))
+        if trusting and of is parameter and version == parameter._version and mask is not None:
+            return mask
+        fresh = stored_mask(whole(parameter), transposed, method)
+        if mask is not None and mask.shape == fresh.shape and mask.device == fresh.device:
+            mask.copy_(fresh)
+        else:
+            mask = fresh
+        self._served[name] = (parameter, parameter._version, mask)
+        return mask
+
+    def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        self._read_attention_mask(kwargs.get("attention_mask"))
+        if self._held or torch._C._current_graph_task_id() != -1:  # a recomputation in backward
+            return
+        if not module.training:
+            self._entered = ExitStack()
+            self._entered.enter_context(self.evaluation(trusting=True))
+        elif torch.is_grad_enabled():
+            renewing = [p for p in self._pipeline.active if p.renews]
+            if renewing and not self._begun:
+                raise Act24Error(
+                    f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: call "
+                    "pipeline.begin_update_(step, batch=…) before the first forward of every update"
+                )
+            next_seeds_(self._pipeline)
+
+    def after_forward(self) -> None:
+        if self._entered is not None:
+            self._entered.close()
+            self._entered = None
+
+    def _read_attention_mask(self, mask: object) -> None:
+        """Padding as `transformers` marks it, `[B, S]` with zeros."""
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            set_pads_(self._pipeline, mask == 0)
+            self._masked = True
+        elif self._masked:
+            set_pads_(self._pipeline, None)
+            self._masked = False
+
+    def copied(self) -> str:
+        """What a copy of the model, which has no pipeline, has to be told."""
+        return "" if self._held else _COPIED
+
+
+_COPIED = (
+    "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: copy it "
+    "inside `with pipeline.evaluation():`, or apply the same passes to a stock model and load_state_dict()"
+)
+_UNTRAINED = (
+    "this model is a copy without the pipeline that renews its masks, scales and seeds: to train it, apply the "
+    "same passes to a stock model and load_state_dict()"
+)
+
+
+class _Hook:
+    """A hook of a model that lives on in copies of it as `_Orphan`."""
+
+    def __init__(self, updates: Updates) -> None:
+        self._updates = updates
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
+        return _Orphan(self._updates.copied())
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return _Orphan, (self._updates.copied(),)
+
+
+class _Before(_Hook):
+    @classmethod
+    def hide(cls) -> None:
+        """From torch.compile, for whoever compiles the whole model. Not at import, which would not be fast."""
+        if not hasattr(cls, "_hidden"):
+            cls._hidden = True
+            for kind in (_Before, _After):
+                kind.__call__ = torch.compiler.disable(kind.__call__)  # type: ignore[method-assign]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._updates.before_forward(module, kwargs)
+
+
+class _After(_Hook):
+    def __call__(self, *_: Any) -> None:
+        self._updates.after_forward()
+
+
+class _Orphan:
+    """Refuses what a copy of a model cannot do."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if self._why:
+            raise Act24Error(self._why)
+        if module.training and torch.is_grad_enabled():
+            raise Act24Error(_UNTRAINED)
+
+
+def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
+    """The rows of a batch that are enough to measure on; the same ones, however many follow."""
+    tensors = (
+        batch.values() if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
+    )
+    first = next((t for t in tensors if isinstance(t, Tensor) and t.ndim), None)
+    if first is None:
+        raise Act24Error(
+            "begin_update_: batch is a tensor, a sequence of them, or a mapping as of keyword arguments"
+        )
+    rows = rows_to_run(due, first.shape[1] if first.ndim > 1 else 1)
+
+    def cut(value: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.ndim and value.shape[0] == first.shape[0]
+        return value[:rows] if fits else value
+
+    if isinstance(batch, Tensor):
+        return cut(batch)
+    if isinstance(batch, Mapping):
+        return {name: cut(value) for name, value in batch.items()}
+    return tuple(map(cut, batch))
+
+
+def measured_at(pipeline: Pipeline, step: int) -> list[Activation24]:
+    """The passes whose scales are due once `step` updates are made."""
+    passes = (p for p in pipeline.passes if isinstance(p, Activation24) and p.active(step))
+    return [p for p in passes if p.calibrates(step)]
+
+
+def rows_to_run(due: Sequence[Activation24], length: int) -> int:
+    """Rows of so many tokens that are run when scales are due."""
+    samples = max(p.calibration_samples for p in due)
+    return -(-_RUN_FOR_ONE * samples // length)
+
+
+def everywhere(tensor: Tensor) -> Tensor:
+    """A sum over all processes, if there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _call(forward: Callable[..., object], rows: Rows) -> object:
+    if isinstance(rows, Mapping):
+        return forward(**rows)
+    return forward(rows) if isinstance(rows, Tensor) else forward(*rows)
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _trunk(model: nn.Module, regions: Sequence[str]) -> nn.Module:
+    """The innermost module that calls all regions and is none of a list of blocks."""
+    paths = [fqn.split(".")[:-1] for fqn in regions]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common:
+        module = model.get_submodule(".".join(common))
+        parent = model.get_submodule(".".join(common[:-1]))
+        if not _only_holds(module) and not _only_holds(parent) and not isinstance(module, RegionModule):
+            return module
+        common.pop()
+    return model
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether a module is a list or a dictionary of others."""
+    return type(module).forward is nn.Module.forward
