@@ -13,7 +13,6 @@ from toys import SwiGLU, Trunk, features, llama, tokens
 
 from act24.options import OptionError
 from act24.passes import Activation24, LowRank, PassError, Relu2FFN, Weight24, apply_, plan
-from act24.passes.state import begin_update_
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.sparse24.weight.linear24 import linear24
 from act24.sparse24.weight.methods import METHODS, WeightMethod, weight_mask, weight_scale
@@ -267,7 +266,7 @@ def test_a_method_from_outside_trains() -> None:
             for name, parameter in model.named_parameters():
                 if ".mlp." in name:
                     parameter[:, 2::4] = parameter[:, 3::4] = torch.nan
-        begin_update_(pipeline, 0, lambda: None)
+        pipeline.begin_update_(0)
         model(tokens()).sum().backward()
         assert bool(weight.grad.isfinite().all())  # type: ignore[union-attr]
     finally:

@@ -172,6 +172,7 @@ def _run(
     losses = []
     with rows:
         for step in range(steps):
+            pipeline.lower_(step)
             if step == steps // 2:
                 take_flip_rates_(pipeline, 1)
             for group in optimizer.param_groups:
@@ -179,7 +180,6 @@ def _run(
             batches = [next(rows) for _ in range(count)]
             without = ()
             if dense:  # the masks are watched, and the forward does without them
-                pipeline.lower_(step)
                 renew_masks_(pipeline, sparse, step)
                 without = (sparse.name,)
             losses.append(training_step(batches, optimizer, step, without).loss)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import act24
 from act24.errors import Act24Error
 from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN, Weight24
-from act24.passes.state import evaluation
 from act24.tools.huggingface import model_type  # noqa: F401  (registers it)
 from act24.tools.huggingface.export import export_run, save_pretrained
 from act24.tools.run.build import load
@@ -72,7 +71,7 @@ def served(run, without=()) -> torch.Tensor:
     """Logits of a run as its own evaluation has them, with masks of the weights that are read."""
     built = load(run)
     weights = [p for p in built.pipeline.active if isinstance(p, Weight24)]
-    with torch.no_grad(), evaluation(built.pipeline, without):
+    with torch.no_grad(), built.pipeline.evaluation(without):
         for p in weights:
             from act24.passes.state import renew_masks_
 
