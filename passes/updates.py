@@ -222,19 +222,20 @@ _UNTRAINED = (
 
 
 class _Hook:
-    """A hook of a model that lives on in copies of it as `_Orphan`."""
+    """A hook of a model; copies of it, which have no pipeline, have another in its place."""
 
     def __init__(self, updates: Updates) -> None:
         self._updates = updates
 
+
+
+class _Before(_Hook):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
         return _Orphan(self._updates.copied())
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return _Orphan, (self._updates.copied(),)
 
-
-class _Before(_Hook):
     @classmethod
     def hide(cls) -> None:
         """From torch.compile, for whoever compiles the whole model. Not at import, which would not be fast."""
@@ -248,8 +249,19 @@ class _Before(_Hook):
 
 
 class _After(_Hook):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Nothing:
+        return _Nothing()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Nothing, ()
+
     def __call__(self, *_: Any) -> None:
         self._updates.after_forward()
+
+
+class _Nothing:
+    def __call__(self, *_: Any) -> None:
+        pass
 
 
 class _Orphan:
@@ -259,10 +271,10 @@ class _Orphan:
         self._why = why
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        if self._why:
-            raise Act24Error(self._why)
         if module.training and torch.is_grad_enabled():
             raise Act24Error(_UNTRAINED)
+        if self._why and not module.training:
+            raise Act24Error(self._why)
 
 
 def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
