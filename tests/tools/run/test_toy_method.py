@@ -63,8 +63,10 @@ def test_it_is_trained_by_recipe_evaluated_and_resumed(toy, tiny, tmp_path) -> N
     assert len(scales) == 2
     assert all(scale > 1 for scale in scales), "measured, and kept in checkpoints"
     ids = torch.randint(300, (2, 16))
+    whole.model.train()
+    whole.pipeline.begin_update_(8)
     drawn = whole.model(ids)
-    with whole.pipeline.lowered([p.in_evaluation() for p in whole.pipeline.active if not p.observes]):
+    with whole.pipeline.evaluation():
         assert not torch.equal(whole.model(ids), drawn), "naive in evaluation"
 
 
