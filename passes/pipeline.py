@@ -87,6 +87,19 @@ class _Lowered:
     matches: list[tuple[Match, ...]]
 
 
+def refuse_save(*_: object, **__: object) -> None:
+    """In the place of `save_pretrained` of `transformers`' models: its folder would come back as another function,
+    without the passes, low-rank factors with fresh values.
+
+    Raises:
+        PassError: always.
+    """
+    raise PassError(
+        "save_pretrained would leave out what the passes did: call act24.save_pretrained(pipeline, folder), whose "
+        "folder comes back as the same function"
+    )
+
+
 class Pipeline:
     """Passes over one model, planned at construction.
 
@@ -177,6 +190,8 @@ class Pipeline:
             site.traced.module = site.base.module = module
         self._lower()
         self._updates.watch_()
+        if hasattr(self._model, "save_pretrained") and any(p for p in self._passes if not p.observes):
+            self._model.save_pretrained = refuse_save  # type: ignore[assignment]
 
     def begin_update_(
         self,

@@ -94,6 +94,11 @@ class Tokenizer:
         return self._backend.to_str()
 
     @cached_property
+    def ids(self) -> np.ndarray:
+        """The ids that have a token, int64, ascending; a vocabulary may have gaps."""
+        return np.array(sorted(set(self._vocabulary.values())), dtype=np.int64)
+
+    @cached_property
     def highest_text_id(self) -> int:
         """The highest id that rows can hold: of ordinary tokens, `eos_id` and `pad_id`."""
         special = self._special_ids - {self.eos_id, self.pad_id}

@@ -4,7 +4,8 @@
     AutoModelForCausalLM.from_pretrained(folder)
 
 It is `transformers`' own LLaMA, rewritten by the passes in its config.json, so caches, padding, `generate`
-and every attention implementation are theirs. Passes are stored as they act in evaluation: nothing is drawn.
+and every attention implementation are theirs. Passes are stored as they act in evaluation: nothing is drawn. To train
+it, call `model.pipeline.begin_update_` once an update.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Act24ForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: Act24Config) -> None:
         super().__init__(config)
-        if config.passes:
-            apply_(self, config.passes)
+        self.pipeline = apply_(self, config.passes) if config.passes else None
+        vars(self).pop("save_pretrained", None)  # the passes are in the configuration that it writes
 
 
 AutoConfig.register(ACT24, Act24Config)

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
+    """A model, the pipeline that rewrote it, the updates already made, and how a recipe names the tokenizer of its
+    text.
 
     Recipe and tokenizer are None where a folder holds a model alone. `tokenizer_json` is the content of a
     checkpoint's `tokenizer.json`: its folder may be gone.
@@ -45,8 +47,13 @@ class Built:
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
-    tokenizer: Tokenizer | None
+    tokenizer_section: Tokenizer | None
     tokenizer_json: str | None = None
+
+    @cached_property
+    def tokenizer(self) -> data_tokenizer.Tokenizer | None:
+        """The tokenizer, which encodes and decodes; None where there is none."""
+        return self.open_tokenizer() if self.tokenizer_section else None
 
     def open_tokenizer(self, data: Data | None = None) -> data_tokenizer.Tokenizer:
         """The tokenizer, for any text or for the given data.
@@ -54,9 +61,9 @@ class Built:
         Raises:
             Act24Error: it cannot be opened, or `data` are token shards that another one wrote.
         """
-        assert self.tokenizer is not None
-        with contents_of(Path(self.tokenizer.name)) if self.tokenizer_json else nullcontext():
-            return open_tokenizer(data or Data(), self.tokenizer, saved=self.tokenizer_json)
+        assert self.tokenizer_section is not None
+        with contents_of(Path(self.tokenizer_section.name)) if self.tokenizer_json else nullcontext():
+            return open_tokenizer(data or Data(), self.tokenizer_section, saved=self.tokenizer_json)
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:

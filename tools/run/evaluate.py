@@ -162,7 +162,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     """
     with open_processes() as processes:
         built = load(path, processes.device)
-        if built.recipe is None or built.tokenizer is None:
+        if built.recipe is None or built.tokenizer_section is None:
             raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
         check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
