@@ -24,8 +24,9 @@ def generate(
 
     `model` maps token ids [B, S] to logits [B, S, V]. `temperature` 0 takes the most likely token; `top_k`
     samples among the k most likely. `generator` lives on the device of `input_ids` and alone decides the
-    draw. `tokens` are the ids that may come, int64 `[n]`; None: all V. There is no key-value cache, so n tokens cost n forward passes: meant for looking at samples, not
-    for serving. Raises Act24Error for a negative temperature or a `top_k` below 1.
+    draw. `tokens` are the ids that may come, int64 `[n]`; None: all V. There is no key-value cache, so n
+    tokens cost n forward passes: meant for looking at samples, not for serving. Raises Act24Error for a
+    negative temperature or a `top_k` below 1.
     """
     if temperature < 0:
         raise Act24Error(f"temperature must not be negative, got {temperature}")

@@ -88,15 +88,15 @@ class _Lowered:
 
 
 def refuse_save(*_: object, **__: object) -> None:
-    """In the place of `save_pretrained` of `transformers`' models: its folder would come back as another function,
-    without the passes, low-rank factors with fresh values.
+    """In the place of `save_pretrained` of `transformers`' models: its folder would come back as another
+    function, without the passes, low-rank factors with fresh values.
 
     Raises:
         PassError: always.
     """
     raise PassError(
-        "save_pretrained would leave out what the passes did: call act24.save_pretrained(pipeline, folder), whose "
-        "folder comes back as the same function"
+        "save_pretrained would leave out what the passes did: call act24.save_pretrained(pipeline, folder), "
+        "whose folder comes back as the same function"
     )
 
 
@@ -190,7 +190,7 @@ class Pipeline:
             site.traced.module = site.base.module = module
         self._lower()
         self._updates.watch_()
-        if hasattr(self._model, "save_pretrained") and any(p for p in self._passes if not p.observes):
+        if hasattr(self._model, "save_pretrained") and not all(p.observes or p.last for p in self._passes):
             self._model.save_pretrained = refuse_save  # type: ignore[assignment]
 
     def begin_update_(
@@ -211,11 +211,11 @@ class Pipeline:
 
         Args:
             step: updates already made.
-            batch: the first rows of this process's part of the update, or all of them, `[rows, tokens]` each, as
-                the model takes them: a tensor, a sequence of tensors, or a mapping of keyword arguments. Methods
-                that measure a scale run a fixed number of these rows without gradients, under the autocast of
-                the caller, so a scale does not depend on how the update is split into micro-batches; the
-                others do not look at it.
+            batch: the first rows of this process's part of the update, or all, `[rows, tokens]` each, as the
+                model takes them: a tensor, a sequence of tensors, or a mapping of keyword arguments.
+                Methods that measure a scale run a fixed number of these rows without gradients, under the
+                autocast of the caller, so a scale does not depend on how the update is split into
+                micro-batches; the others do not look at it.
             reduce: sums a tensor over the processes and returns it; None: over all of `torch.distributed`'s.
             forward: runs the rows; None: the model. For models that only a wrapper can run.
             rank: of this process, of which it draws; None: that of `torch.distributed`.
@@ -231,11 +231,12 @@ class Pipeline:
 
     @contextmanager
     def evaluation(self, without: Sequence[str] = ()) -> Iterator[None]:
-        """The model as it is evaluated and served after its last update: nothing is drawn at random, nothing is
-        counted, 2:4 weights have the masks of the weights as they are. What training reads is as before after.
+        """The model as it is evaluated and served after its last update: nothing is drawn at random, nothing
+        is counted, 2:4 weights have the masks of the weights as they are. What training reads is as before
+        after.
 
-        A forward in evaluation mode (`model.eval()`) is of that function without this context too; with it the
-        masks are made once for many forwards.
+        A forward in evaluation mode (`model.eval()`) is of that function without this context too; with it
+        the masks are made once for many forwards.
 
         Args:
             without: names of passes to leave out, to see the same weights without 2:4.
@@ -245,8 +246,9 @@ class Pipeline:
             yield
 
     def set_pads_(self, pads: Tensor | None) -> None:
-        """Say which tokens of the next forwards are padding: boolean, the shape of the token ids; None for rows
-        without padding. An `attention_mask` `[B, S]` among a forward's keyword arguments says it by itself."""
+        """Say which tokens of the next forwards are padding: boolean, the shape of the token ids; None for
+        rows without padding. An `attention_mask` `[B, S]` among a forward's keyword arguments says it by
+        itself."""
         set_pads_(self, pads)
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:

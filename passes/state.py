@@ -1,10 +1,10 @@
 """The state of 2:4 operations, which lies in buffers: what each kind of it is made of, and how.
 
-Masks and scales of weights, scales of activations, packed weights, seeds, padding, masked decay; and what of all
-this a served model has. The buffers are named by the passes (`act24.passes.activation24`,
+Masks and scales of weights, scales of activations, packed weights, seeds, padding, masked decay; and what of
+all this a served model has. The buffers are named by the passes (`act24.passes.activation24`,
 `act24.passes.weight24`). When each is written is not decided here: `Pipeline.begin_update_` and
-`Pipeline.evaluation` do that (`act24.passes.updates`). Nothing here waits for the device, but for the one line
-that `calibrate_` returns at a scale's first measurement.
+`Pipeline.evaluation` do that (`act24.passes.updates`). Nothing here waits for the device, but for the one
+line that `calibrate_` returns at a scale's first measurement.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
 
 @torch.no_grad()
 def masks_of_weights_(pipeline: Pipeline) -> None:
-    """Give every `weight24` in force the masks of its weights as they are, whether an update is due to renew them
+    """Give every `weight24` in force the masks of its weights as they are, whether an update is due to renew
+    them
     or not: of weights that were read, and are not trained on from here."""
     for p in pipeline.active:
         if isinstance(p, Weight24):
@@ -142,8 +143,8 @@ def masks_of_weights_(pipeline: Pipeline) -> None:
 @torch.no_grad()
 def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
     """Pack the weights of a `weight24` in force that keeps them packed, as they and their masks are now, into
-    the buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want it.
-    `Pipeline.begin_update_` does it for every such pass. Parameters must not be sharded."""
+    the buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want
+    it. `Pipeline.begin_update_` does it for every such pass. Parameters must not be sharded."""
     if not p.keep_packed:
         return
     for weight in sparse_weights(pipeline, p):
@@ -161,8 +162,8 @@ def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
 
 @torch.no_grad()
 def decay_dropped_weights_(pipeline: Pipeline, parameters: Container[int]) -> None:
-    """Masked decay of the gradients of an update, as its optimizer finds them: λ (1 - mask) ∘ W is a part of the
-    gradient that enters the optimizer, and of no norm that they were clipped by.
+    """Masked decay of the gradients of an update, as its optimizer finds them: λ (1 - mask) ∘ W is a part of
+    the gradient that enters the optimizer, and of no norm that they were clipped by.
 
     Args:
         parameters: by `id`, those that are about to be updated.
@@ -256,8 +257,8 @@ def set_seeds_(pipeline: Pipeline, step: int, rank: int) -> None:
     """Say what the forwards of an update draw from, before the first of them (`next_seeds_`).
 
     Args:
-        step, rank: of the update and the process. With the pipeline's seed they draw the same, in a recomputation
-            and after a resume too.
+        step, rank: of the update and the process. With the pipeline's seed they draw the same, in a
+            recomputation and after a resume too.
     """
     values, buffers = [], []
     for kind, suffix in _DRAWN_FROM.items():

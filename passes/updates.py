@@ -1,9 +1,9 @@
-"""One call an update: what a training loop owes a rewritten model (`Pipeline.begin_update_`), and what watches
-that it is made.
+"""One call an update: what a training loop owes a rewritten model (`Pipeline.begin_update_`), and what
+watches that it is made.
 
-The loop says when an update begins. Everything else comes by itself: micro-batches are told apart by a hook on
-the module that calls the regions, outside of them, so that a region that is recomputed in backward draws what
-it drew; masked decay enters, and an update ends, when an optimizer makes its step with parameters of the
+The loop says when an update begins. Everything else comes by itself: micro-batches are told apart by a hook
+on the module that calls the regions, outside of them, so that a region that is recomputed in backward draws
+what it drew; masked decay enters, and an update ends, when an optimizer makes its step with parameters of the
 model; and a forward in evaluation mode is one of the function that is served (`Pipeline.evaluation`).
 """
 
@@ -111,8 +111,8 @@ class Updates:
         if due:
             if batch is None:
                 raise Act24Error(
-                    f"activation24 measures the scale of {due[0].method} at step {step}, and nothing is there to "
-                    "measure it on: hand in the first rows of the update, begin_update_(step, batch=…)"
+                    f"activation24 measures the scale of {due[0].method} at step {step}, and nothing is "
+                    "there to measure it on: hand in the first rows of the update, begin_update_(step, batch=…)"
                 )
             rows, run = first_rows(batch, due), forward or pipeline.model
             note = calibrate_(pipeline, due, step, lambda: _call(run, rows), reduce or everywhere)
@@ -143,8 +143,8 @@ class Updates:
 
     @contextmanager
     def _masks_of_weights(self, trusting: bool) -> Iterator[None]:
-        """Masks of the weights as they are, in buffers of their own in the place of the update's. The memory is
-        the same every time, as CUDA graphs want it."""
+        """Masks of the weights as they are, in buffers of their own in the place of the update's. The memory
+        is the same every time, as CUDA graphs want it."""
         exchanged: list[tuple[nn.Module, str, Tensor]] = []
         try:
             for p in self._pipeline.active:
@@ -187,8 +187,8 @@ class Updates:
             renewing = [p for p in self._pipeline.active if p.renews]
             if renewing and not self._begun:
                 raise Act24Error(
-                    f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: call "
-                    "pipeline.begin_update_(step, batch=…) before the first forward of every update"
+                    f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
+                    "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
             next_seeds_(self._pipeline)
 
@@ -212,12 +212,12 @@ class Updates:
 
 
 _COPIED = (
-    "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: copy it "
-    "inside `with pipeline.evaluation():`, or apply the same passes to a stock model and load_state_dict()"
+    "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: "
+    "copy it inside `with pipeline.evaluation():`, or apply the same passes to a stock model and load_state_dict()"
 )
 _UNTRAINED = (
-    "this model is a copy without the pipeline that renews its masks, scales and seeds: to train it, apply the "
-    "same passes to a stock model and load_state_dict()"
+    "this model is a copy without the pipeline that renews its masks, scales and seeds: to train it, apply "
+    "the same passes to a stock model and load_state_dict()"
 )
 
 
@@ -228,8 +228,11 @@ class _Hook:
         self._updates = updates
 
 
-
 class _Before(_Hook):
+    @property
+    def pipeline(self) -> Pipeline:
+        return self._updates._pipeline
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
         return _Orphan(self._updates.copied())
 
@@ -238,7 +241,8 @@ class _Before(_Hook):
 
     @classmethod
     def hide(cls) -> None:
-        """From torch.compile, for whoever compiles the whole model. Not at import, which would not be fast."""
+        """From torch.compile, for whoever compiles the whole model. Not at import, which would not be
+        fast."""
         if not hasattr(cls, "_hidden"):
             cls._hidden = True
             for kind in (_Before, _After):
@@ -298,6 +302,13 @@ def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
     if isinstance(batch, Mapping):
         return {name: cut(value) for name, value in batch.items()}
     return tuple(map(cut, batch))
+
+
+def pipeline_of(model: nn.Module) -> Pipeline | None:
+    """The pipeline to which a training loop of the model owes its call; None if it owes none, or for a
+    copy."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return next((hook.pipeline for hook in hooks if isinstance(hook, _Before)), None)
 
 
 def measured_at(pipeline: Pipeline, step: int) -> list[Activation24]:

@@ -54,7 +54,7 @@ def test_scale_is_decided_when_due_and_constant_between() -> None:
             for parameter in model.parameters():
                 parameter.mul_(1.05)  # as an optimizer would
         texts.append(pipeline.begin_update_(step, IDS))
-        for micro_batch in range(2):
+        for _ in range(2):
             model(IDS)
             seen.append(scales(model))
     assert seen[0] == seen[3] == [1.0, 1.0], "dense warm-up"

@@ -92,10 +92,10 @@ def test_only_training_forwards_are_micro_batches() -> None:
     assert seeds(model) != began
 
 
-@pytest.mark.parametrize("whole, reentrant", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("whole", "reentrant"), [(False, False), (False, True), (True, False)])
 def test_recomputation_draws_the_same(whole: bool, reentrant: bool) -> None:
-    """Activation checkpointing of the blocks, or of the whole model, runs forwards twice; the gradients of two
-    micro-batches are those of forwards that ran once."""
+    """Activation checkpointing of the blocks, or of the whole model, runs forwards twice; the gradients of
+    two micro-batches are those of forwards that ran once."""
 
     def gradients(recompute: bool) -> list[Tensor]:
         model, pipeline = rewritten(

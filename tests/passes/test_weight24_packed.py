@@ -43,7 +43,7 @@ def train(model: LlamaForCausalLM, pipeline: Pipeline, updates: int = 3) -> Iter
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for step in range(updates):
         pipeline.begin_update_(step)
-        for index, ids in enumerate(IDS[step]):
+        for ids in IDS[step]:
             F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         yield [p.grad.clone() for p in model.parameters() if p.grad is not None]
         optimizer.step()

@@ -4,15 +4,16 @@
     AutoModelForCausalLM.from_pretrained(folder)
 
 It is `transformers`' own LLaMA, rewritten by the passes in its config.json, so caches, padding, `generate`
-and every attention implementation are theirs. Passes are stored as they act in evaluation: nothing is drawn. To train
-it, call `model.pipeline.begin_update_` once an update.
+and every attention implementation are theirs. Passes are stored as they act in evaluation: nothing is drawn.
+To train it, call `model.pipeline.begin_update_` once an update.
 """
 
 from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from act24.passes import Pass, apply_
+from act24.passes import Pass, Pipeline, apply_
+from act24.passes.updates import pipeline_of
 from act24.recipes.load import passes_of_tables
 from act24.tools.huggingface.config import ACT24
 
@@ -36,8 +37,14 @@ class Act24ForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: Act24Config) -> None:
         super().__init__(config)
-        self.pipeline = apply_(self, config.passes) if config.passes else None
+        if config.passes:
+            apply_(self, config.passes)
         vars(self).pop("save_pretrained", None)  # the passes are in the configuration that it writes
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """For training, if the passes have state to renew: `begin_update_` once an update; else None."""
+        return pipeline_of(self)
 
 
 AutoConfig.register(ACT24, Act24Config)

@@ -17,9 +17,10 @@ from act24.passes.updates import measured_at
 class TrainerCallback(transformers.TrainerCallback):
     """Begins every update (`Pipeline.begin_update_`), and lets the Trainer save what it goes on from.
 
-    A scale that is due is measured on the first rows of the update's first micro-batch: the Trainer shows no more
-    of an update than that. The Trainer's checkpoints hold the weights as they are trained and no config.json;
-    they are for `resume_from_checkpoint`, and `act24.save_pretrained` writes the folder for others.
+    A scale that is due is measured on the first rows of the update's first micro-batch: the Trainer shows no
+    more of an update than that. The Trainer's checkpoints hold the weights as they are trained and no
+    config.json; they are for `resume_from_checkpoint`, and `act24.save_pretrained` writes the folder for
+    others.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:

@@ -36,8 +36,8 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, the updates already made, and how a recipe names the tokenizer of its
-    text.
+    """A model, the pipeline that rewrote it, the updates already made, and how a recipe names the tokenizer
+    of its text.
 
     Recipe and tokenizer are None where a folder holds a model alone. `tokenizer_json` is the content of a
     checkpoint's `tokenizer.json`: its folder may be gone.
@@ -118,8 +118,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
     are applied again, then its weights.
 
-    The model is in evaluation mode, and is the function that the run itself evaluates: that of the last update,
-    with 2:4 masks of the weights as they are, and nothing drawn.
+    The model is in evaluation mode, and is the function that the run itself evaluates: that of the last
+    update, with 2:4 masks of the weights as they are, and nothing drawn.
 
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
@@ -145,8 +145,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
 
 
 def last_update(step: int) -> int:
-    """The update by which a model of so many updates was made, counted from 0: its passes are those that were in
-    force there. A model of none has those of the first."""
+    """The update by which a model of so many updates was made, counted from 0: its passes are those that were
+    in force there. A model of none has those of the first."""
     return max(step - 1, 0)
 
 

@@ -45,8 +45,8 @@ class WeightMethod:
             update; else W₂₄ is W where the mask is True, and zero elsewhere.
         mask_every: optimizer updates between two masks, as published; None where masks are those of the
             weights of every update, and there is nothing to choose.
-        decay: λ of the masked decay λ · (1 - mask) ∘ W, as published, which is added to the gradient that enters the
-            optimizer, clipped by then; 0 where there is none.
+        decay: λ of the masked decay λ · (1 - mask) ∘ W, as published, which is added to the gradient that
+            enters the optimizer, clipped by then; 0 where there is none.
         weight_gradient: of dW, as published: `"mvue"` makes the output gradient 2:4 along the tokens.
         source: where it was published.
     """

@@ -70,13 +70,8 @@ def runs(tiny_file, tmp_path_factory):
 def served(run, without=()) -> torch.Tensor:
     """Logits of a run as its own evaluation has them, with masks of the weights that are read."""
     built = load(run)
-    weights = [p for p in built.pipeline.active if isinstance(p, Weight24)]
     with torch.no_grad(), built.pipeline.evaluation(without):
-        for p in weights:
-            from act24.passes.state import renew_masks_
-
-            renew_masks_(built.pipeline, p, p.from_step + p.mask_every)
-        return built.model.eval()(IDS)
+        return built.model(IDS)
 
 
 def test_every_run_has_a_form():
@@ -217,3 +212,35 @@ def test_a_rewritten_transformers_model_leaves_by_our_writer_as_the_same_functio
     assert not any(told.values()), told
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(IDS).logits, model(IDS).logits, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relu2", "loro", "relu2-act24", "cola-relu2-act24", "weight24", "lost"])
+def test_transformers_own_writer_refuses_a_rewritten_model_and_names_ours(name, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+    pipeline = act24.apply_(model, RUNS[name])
+    with pytest.raises(Act24Error, match=r"act24\.save_pretrained\(pipeline, folder\)") as refused:
+        model.save_pretrained(tmp_path / "theirs")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "theirs").exists()
+    save_pretrained(pipeline, tmp_path / "ours")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    opened.save_pretrained(tmp_path / "again")  # its configuration has the passes
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(IDS).logits, opened.eval()(IDS).logits)
+
+
+def test_an_opened_folder_is_trained_by_its_pipeline(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+    save_pretrained(act24.apply_(model, RUNS["relu2-soft"]), tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    with pytest.raises(Act24Error, match="begin_update_"):
+        opened(IDS)
+    opened.pipeline.begin_update_(0, {"input_ids": IDS})
+    opened(IDS, labels=IDS).loss.backward()

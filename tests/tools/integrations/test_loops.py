@@ -1,4 +1,5 @@
-"""The same six updates in three loops, stopped in the middle and gone on: equal weights, whatever the method."""
+"""The same six updates in three loops, stopped in the middle and gone on: equal weights, whatever the
+method."""
 
 from __future__ import annotations
 
