@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -111,8 +112,8 @@ class Updates:
         if due:
             if batch is None:
                 raise Act24Error(
-                    f"activation24 measures the scale of {due[0].method} at step {step}, and nothing is "
-                    "there to measure it on: hand in the first rows of the update, begin_update_(step, batch=…)"
+                    f"activation24 measures the scale of {due[0].method} at step {step}, and has no rows to "
+                    "measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
                 )
             rows, run = first_rows(batch, due), forward or pipeline.model
             note = calibrate_(pipeline, due, step, lambda: _call(run, rows), reduce or everywhere)
@@ -166,6 +167,7 @@ class Updates:
     @torch.no_grad()
     def _mask_of(self, name: str, parameter: Tensor, transposed: bool, method: str, trusting: bool) -> Tensor:
         of, version, mask = self._served.get(name, (None, -1, None))
+        trusting = trusting and not isinstance(parameter, DTensor)  # whose version says nothing of its shards
         if trusting and of is parameter and version == parameter._version and mask is not None:
             return mask
         fresh = stored_mask(whole(parameter), transposed, method)
@@ -213,7 +215,8 @@ class Updates:
 
 _COPIED = (
     "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: "
-    "copy it inside `with pipeline.evaluation():`, or apply the same passes to a stock model and load_state_dict()"
+    "copy it inside `with pipeline.evaluation():`, or apply the same passes to a stock model and "
+    "load_state_dict()"
 )
 _UNTRAINED = (
     "this model is a copy without the pipeline that renews its masks, scales and seeds: to train it, apply "

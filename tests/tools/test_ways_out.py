@@ -25,6 +25,7 @@ from act24.passes import (
     Cola,
     Lost,
     LowRank,
+    OperationalPass,
     Pass,
     Recompute,
     Relu2FFN,
@@ -86,7 +87,7 @@ FAST = ("activation24-mvue", "weight24-transposable", "relu2-cola-activation24")
 ELSEWHERE = {
     "own loop": "a loop is a way to train and not to read: tests/tools/integrations/test_loops.py",
     "Trainer": "the same",
-    "save_pretrained of transformers": "the stock LLaMA has none; of theirs: tests/tools/huggingface/test_export.py",
+    "transformers' save_pretrained": "the stock LLaMA has none: tests/tools/huggingface/test_export.py",
 }
 
 
@@ -165,7 +166,7 @@ def follow(recipe: Any, name: str, folder: Path) -> dict[int, Seen]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "evaluate", watched)
-        training.train(recipe.model_copy(update={"passes": MATRIX[name]}), folder)
+        assert training.train(recipe.model_copy(update={"passes": MATRIX[name]}), folder).finished
     assert sorted(seen) == [*STEPS]
     return seen
 
@@ -206,7 +207,7 @@ def written_by_us(folder: Path, tmp: Path) -> Tensor:
 
 
 def _renews(built: Built) -> bool:
-    return any(p.renews for p in built.pipeline.passes if hasattr(p, "renews"))
+    return any(p.renews for p in built.pipeline.passes if isinstance(p, OperationalPass))
 
 
 def copied(how: Callable[[Any], Any], folder: Path, tmp: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""The lines that docs/own-training-loop.md has for other people's loops run, and train as a plain loop does."""
+"""The lines that the documents have for other people's loops run, and train as a plain loop does."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import torch
 import act24
 from act24.passes import Activation24, Pipeline, Relu2FFN, Weight24
 
-TEXT = (Path(__file__).parents[3] / "docs" / "own-training-loop.md").read_text(encoding="utf-8")
-_, _, TRAINER, ACCELERATE, LIGHTNING = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+def blocks(path: str) -> list[str]:
+    text = (Path(__file__).parents[3] / path).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+_, _, TRAINER, ACCELERATE, LIGHTNING = blocks("docs/own-training-loop.md")
 ROWS = torch.randint(97, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -51,6 +56,12 @@ def plain_loop() -> dict[str, torch.Tensor]:
 def assert_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     for name, value in state.items():
         torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_readme() -> None:
+    pytest.importorskip("transformers")
+    (block,) = blocks("README.md")
+    exec(block, {})
 
 
 def test_accelerate() -> None:

@@ -148,9 +148,10 @@ def trained(tiny_file, tmp_path_factory):
     def run(name):
         if name not in made:
             recipe = recipe_of(functools.partial(tiny_recipe.load_tiny, tiny_file), name)
-            train(recipe, folder / name)
+            assert train(recipe, folder / name).finished
             resumed = folder / f"{name}-resumed"
-            train(recipe, resumed, resume=str(folder / name / "checkpoints" / f"step-{STOP:06d}"))
+            middle = folder / name / "checkpoints" / f"step-{STOP:06d}"
+            assert train(recipe, resumed, resume=str(middle)).finished
             whole, again = load(folder / name), load(resumed)
             state = whole.model.state_dict()
             assert all(torch.equal(value, state[n]) for n, value in again.model.state_dict().items())
