@@ -183,8 +183,15 @@ class Pipeline:
         Returns:
             whether anything changed. Parameters and buffers never do.
         """
-        active = [p for p in self._operational if p.active(step) and p.name not in without]
-        return self._lower_to(active)
+        return self._lower_to(self.in_force(step, without))
+
+    def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
+        """The operational passes in force once `step` updates are made, those named in `without` left out."""
+        return [p for p in self._operational if p.active(step) and p.name not in without]
+
+    def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
+        """The model through other operational passes from now on, as `lowered` has it for a while."""
+        self._lower_to(list(passes))
 
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:

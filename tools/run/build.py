@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,12 +17,18 @@ from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
 from act24.passes.graph.measurements import Measurement
+from act24.passes.served import lower_to_serve_
+from act24.passes.state import renew_to_read_
+from act24.recipes import schema
 from act24.recipes.load import parse_recipe
-from act24.recipes.schema import Recipe, Tokenizer
+from act24.recipes.schema import Recipe
 from act24.sparse24.feed_forward.forms import why_no_fp8
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.data import Tokenizer, open_tokenizer
 from act24.tools.huggingface.folder import is_pretrained, open_pretrained
+
+logger = logging.getLogger("act24")
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
 SPARSE_PASSES = ("activation24", "weight24")
@@ -28,16 +36,27 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
+    """A model, the pipeline that rewrote it, and the updates already made.
 
-    Recipe and tokenizer are None where a folder holds a model alone.
+    Attributes:
+        recipe: None where a folder holds a model alone.
+        tokenizer_file: names the tokenizer.json that was saved with the model; None where none was.
     """
 
     recipe: Recipe | None
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
-    tokenizer: Tokenizer | None
+    tokenizer_file: schema.Tokenizer | None = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """What was saved with the model, to encode and decode text.
+
+        Raises:
+            Act24Error: it cannot be read, or has no end-of-text token.
+        """
+        return open_tokenizer(schema.Data(), self.tokenizer_file) if self.tokenizer_file else None
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -78,7 +97,7 @@ def build(
     pipeline.commit_(measure(wanted) if wanted and measure else None)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()
-    return Built(recipe, model, pipeline, step, recipe.tokenizer)
+    return Built(recipe, model, pipeline, step)
 
 
 def plan_recipe(recipe: Recipe) -> Pipeline:
@@ -91,6 +110,9 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
     are applied again, then its weights.
+
+    The model is the one that would be served: nothing is drawn at random, and masks are those of the weights
+    that were read. `Pipeline.lower_` brings the operations of training.
 
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
@@ -110,6 +132,14 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     for name, buffer in model.named_buffers():
         if name not in model.state_dict():
             buffer.zero_()  # statistics, which are not saved
+    lower_to_serve_(pipeline, opened.step)
+    for p in renew_to_read_(pipeline, opened.step):
+        logger.warning(
+            "warning: %s stands at from_step (%d) of activation24, whose scale is measured in the update "
+            "that follows: until then it is 1. eval measures it on the held-out rows",
+            path,
+            p.from_step,
+        )
     return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened))
 
 
@@ -127,13 +157,13 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     return checkpoint.load(latest)
 
 
-def _beside(folder: Path) -> Tokenizer | None:
+def _beside(folder: Path) -> schema.Tokenizer | None:
     """The tokenizer in a Hugging Face folder."""
     file = folder / checkpoint.TOKENIZER
-    return Tokenizer(name=str(file)) if file.is_file() else None
+    return schema.Tokenizer(name=str(file)) if file.is_file() else None
 
 
-def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
+def saved_tokenizer(opened: checkpoint.Checkpoint) -> schema.Tokenizer:
     """The tokenizer that a checkpoint brings, as a recipe names one: its text was read with no other."""
     section = parse_recipe(opened.recipe_text, f"{opened.folder}/recipe.toml").tokenizer
     return section.model_copy(update={"name": str(opened.folder / checkpoint.TOKENIZER)})

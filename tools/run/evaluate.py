@@ -73,26 +73,35 @@ def evaluate(
     processes: Processes,
     pipeline: Pipeline,
     without: Sequence[str] = (),
+    step: int | None = None,
     loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
 ) -> Evaluation:
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
-        pipeline: what rewrote the model, lowered for the step of the weights.
+        pipeline: what rewrote the model.
         without: names of passes to leave out.
+        step: as for `act24.passes.state.evaluation`; scales are measured on the first batch.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
     """
     device = processes.device
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
+    autocast = recipe.train.dtype == "bfloat16_autocast"
+
+    def plain_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return model(batch.input_ids.to(device), batch.labels.to(device))
+
+    first = next(rows.batches(batch_size))
+    measured_on = {
+        "forward": lambda: plain_loss(first),
+        "pads": None if first.pads is None else first.pads.to(device),
+        "reduce": processes.sum_,
+    }
     losses, counts = [], []
-    with _evaluating(model), evaluation(pipeline, without), autocast:
+    with _evaluating(model), evaluation(pipeline, without, step=step, **measured_on):
         for batch in rows.batches(batch_size):
-            loss, count = (
-                loss_of(batch)
-                if loss_of is not None
-                else model(batch.input_ids.to(device), batch.labels.to(device))
-            )
+            loss, count = (loss_of or plain_loss)(batch)
             losses.append(loss.double())
             counts.append(count)
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
@@ -110,19 +119,17 @@ def evaluate(
 def evaluate_forms(
     built: Built, rows: HeldoutRows, recipe: Recipe, processes: Processes
 ) -> dict[str, Evaluation]:
-    """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`.
+    """The same weights by form: `dense` and, where a 2:4 pass is in force or is yet to come, `2:4`.
 
-    Where no 2:4 pass is in force at the step of the weights, the sparse form is that of the first step at
-    which one is.
+    Where none is in force at the step of the weights, the sparse form is that of the first step at which one
+    will be. Behind the last one's `until_step` the weights have no such form.
     """
     model, pipeline = SummedLoss(built.model), built.pipeline
     sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
-    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, without=SPARSE_PASSES)}
-    if sparse:
-        in_force = any(p.active(built.step) for p in sparse)
-        pipeline.lower_(built.step if in_force else sparse[0].from_step)
-        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
-        pipeline.lower_(built.step)
+    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, SPARSE_PASSES, built.step)}
+    steps = [max(built.step, p.from_step) for p in sparse if p.active(max(built.step, p.from_step))]
+    if steps:
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline, step=min(steps))
     return forms
 
 
@@ -137,13 +144,13 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     """
     with open_processes() as processes:
         built = load(path, processes.device)
-        if built.recipe is None or built.tokenizer is None:
+        if built.recipe is None or built.tokenizer_file is None:
             raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
         check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
-            open_tokenizer(recipe.data, built.tokenizer),
+            open_tokenizer(recipe.data, built.tokenizer_file),
             recipe.eval.tokens,
             vocab_size=built.model.config.vocab_size,
             rank=processes.rank,

@@ -278,6 +278,7 @@ class TrainingRun:
                 recipe,
                 self._processes,
                 self._built.pipeline,
+                step=step,
                 loss_of=self.training_step.evaluation_loss,
             )
             self.monitor.evaluated(step, evaluation)
