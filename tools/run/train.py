@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -428,28 +427,3 @@ def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
-    """What a run came to, for the table at its end."""
-    rows: list[tuple[str, Any]] = [
-        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
-        ("parameters", f"{outcome.parameters:,}"),
-        ("tokens", f"{outcome.tokens:,}"),
-    ]
-    if outcome.tokens_per_second:
-        rows += [
-            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
-            ("training loss", f"{outcome.loss:.4f}"),
-        ]
-    if outcome.evaluation:
-        rows += [
-            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
-            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
-            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
-        ]
-    if outcome.peak_memory:
-        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
-    if outcome.checkpoint:
-        rows.append(("checkpoint", str(outcome.checkpoint)))
-    return rows
