@@ -53,6 +53,7 @@ class Model(Section):
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     rope_theta: float | None = None
+    rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None
     initializer_range: float | None = None
 
@@ -121,6 +122,7 @@ class Evaluation(Section):
         10_000_000  # predicted tokens, as a target: whole rows until it is reached
     )
     batch_size: Size | None = None  # rows; None: train.batch_size
+    max_seconds: Annotated[float, Field(gt=0)] | None = None  # then it ends early, and says so; None: never
 
 
 class Checkpoint(Section):
