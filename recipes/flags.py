@@ -127,7 +127,7 @@ FLAGS: tuple[Flag, ...] = (
         "str",
         None,
         "",
-        "not of the recipe: act24.load opens such a folder; a run of act24 goes on with act24 train … "
+        "not of the recipe: act24.run_c4 begins with its weights; a run of act24 goes on with act24 train … "
         "--resume",
     ),
     Flag("batch_size", "int", REQUIRED, "train.batch_size"),

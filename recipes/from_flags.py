@@ -35,8 +35,10 @@ _CONFIG_FIELDS = (
     "rms_norm_eps",
     "initializer_range",
     "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
 )
-_ONLY = {"hidden_act": "silu", "rope_scaling": None, "attention_bias": False, "mlp_bias": False}
+_ONLY = {"hidden_act": "silu", "rope_scaling": None}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Translation:
         warnings: what `act24 train` would warn of.
         remarks: one for each option given, in order.
         spellings: what the command spelled in an older way.
+        save_dir, continue_from: of the command, or None: where a run goes and comes from is of no recipe.
     """
 
     recipe: Recipe
@@ -58,6 +61,8 @@ class Translation:
     warnings: tuple[str, ...]
     remarks: tuple[Remark, ...]
     spellings: tuple[str, ...]
+    save_dir: str | None
+    continue_from: str | None
 
 
 def recipe_from_flags(arguments: Sequence[str]) -> Translation:
@@ -79,7 +84,16 @@ def recipe_from_flags(arguments: Sequence[str]) -> Translation:
     recipe = parse_recipe(text, "the recipe of this command")
     changed, warned, told = changes(command), tuple(oddities(recipe)), remarks(command)
     comments = _comments(changed, warned, told, spellings)
-    return Translation(recipe, f"{comments}\n{text}", changed, warned, told, tuple(spellings))
+    return Translation(
+        recipe=recipe,
+        text=f"{comments}\n{text}",
+        changes=changed,
+        warnings=warned,
+        remarks=told,
+        spellings=tuple(spellings),
+        save_dir=command.save_dir,
+        continue_from=command.continue_from,
+    )
 
 
 def _comments(

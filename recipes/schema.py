@@ -56,6 +56,8 @@ class Model(Section):
     rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None
     initializer_range: float | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
 
     @model_validator(mode="after")
     def _values_are_those_of_a_llama(self) -> Model:

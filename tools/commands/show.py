@@ -63,7 +63,8 @@ def show_evaluations(evaluations: Mapping[str, Evaluation], legacy_average: bool
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, e in evaluations.items():
-        row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", f"{e.tokens:,}"]
+        extent = e.extent.replace(" tokens", "")
+        row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", extent]
         row += [f"{e.legacy_loss:.4f}", f"{e.legacy_perplexity:.2f}"] if legacy_average else []
         table.add_row(*row)
     console.print(table, highlight=False)

@@ -13,14 +13,16 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Weight24
 from act24.passes.graph.measurements import Measurement
+from act24.passes.state import renew_masks_
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.huggingface.folder import is_pretrained, open_pretrained
+from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
+from act24.tools.huggingface.old_folder import is_old, open_old
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
 SPARSE_PASSES = ("activation24", "weight24")
@@ -89,28 +91,68 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
-    are applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
+    run_c4.py left: its passes are applied again, then its weights.
 
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if is_old(Path(path)):
+        return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):
         model, pipeline = open_pretrained(path)
         return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
-    _check_device(recipe, torch.device(device))
+    model, pipeline = _without_values(recipe, opened.step, torch.device(device))
+    checkpoint.load_weights_(opened, model)
+    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened))
+
+
+def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[LlamaForCausalLM, Pipeline]:
+    """A recipe's model whose weights are still to be read; what no file holds, statistics, is zero."""
+    _check_device(recipe, device)
     with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
         model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
-    pipeline = _pipeline(recipe, model, opened.step)
+    pipeline = _pipeline(recipe, model, step)
     pipeline.commit_()
     model.to_empty(device=device)
-    checkpoint.load_weights_(opened, model)
     for name, buffer in model.named_buffers():
         if name not in model.state_dict():
-            buffer.zero_()  # statistics, which are not saved
-    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened))
+            buffer.zero_()
+    return model, pipeline
+
+
+def _load_old(path: Path, device: torch.device) -> Built:
+    old = open_old(path)
+    model, pipeline = _without_values(old.recipe, old.step, device)
+    load_old_weights_(Built(old.recipe, model, pipeline, old.step, None), old.state, str(path))
+    return Built(old.recipe, model, pipeline, old.step, _beside(path) or old.recipe.tokenizer)
+
+
+def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> None:
+    """Copy what run_c4.py saved into a model of its recipe. Masks, which it saved nowhere, are those of the
+    weights, and scales that it did not save are 1.
+
+    Raises:
+        Act24Error: names or shapes differ.
+    """
+    expected = built.model.state_dict()
+    kept = ("24_scale", "24_mask")
+    unsaved = [name for name in expected if name not in state and name.endswith(kept)]
+    check_state({**state, **{name: expected[name] for name in unsaved}}, built.model, path)
+    with torch.no_grad():
+        for name in unsaved:
+            expected[name].fill_(1)
+        for name, value in state.items():
+            expected[name].copy_(value)
+    for p in built.pipeline.active:
+        if isinstance(p, Weight24):
+            renew_masks_(built.pipeline, p, p.from_step)
+    with torch.no_grad():  # what was saved is the function that was trained
+        for name in state.keys() - unsaved:
+            if name.endswith(kept):
+                expected[name].copy_(state[name])
 
 
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:

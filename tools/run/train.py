@@ -19,7 +19,8 @@ from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer
-from act24.tools.run.build import Built, build, model_config, saved_tokenizer
+from act24.tools.huggingface.old_folder import open_old
+from act24.tools.run.build import Built, build, load_old_weights_, model_config, saved_tokenizer
 from act24.tools.run.evaluate import Evaluation, evaluate
 from act24.tools.run.folder import describe_run, resume_point
 from act24.tools.run.measurements import measure
@@ -68,13 +69,20 @@ class Outcome:
     is_main: bool
 
 
-def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = False) -> Outcome:
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    resume: str = "never",
+    dry_run: bool = False,
+    weights: Path | None = None,
+) -> Outcome:
     """Train a recipe.
 
     Args:
         run_dir: its folder (`tools/run/folder.py`).
         resume: see `act24.tools.run.folder.resume_point`.
         dry_run: build, plan, print, make one step, and write no file.
+        weights: a folder that run_c4.py left, whose weights a run begins with that begins anew.
 
     Raises:
         Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
@@ -83,7 +91,7 @@ def train(recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = 
     with open_processes() as processes, stop_on_signal() as stop:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         start = None if dry_run else resume_point(run_dir, resume, recipe)
-        run = _Run(recipe, run_dir, processes, start, dry_run)
+        run = _Run(recipe, run_dir, processes, start, dry_run, None if start else weights)
         try:
             return run.go(stop)
         finally:
@@ -100,6 +108,7 @@ class _Run:
         processes: Processes,
         start: checkpoint.Checkpoint | None,
         dry_run: bool,
+        weights: Path | None,
     ) -> None:
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._step = start.step if start else 0
@@ -115,6 +124,8 @@ class _Run:
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
         self._built: Built = build(recipe, processes.device, self._step, self._measure)
+        if weights:
+            load_old_weights_(self._built, open_old(weights).state, str(weights))
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
@@ -242,7 +253,7 @@ class _Run:
             self._monitor.evaluated(step, evaluation)
             progress.say(
                 f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
-                f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.tokens:,} tokens"
+                f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.extent}"
             )
         if saves:
             self._save()
@@ -283,6 +294,7 @@ def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
     if outcome.evaluation:
         rows += [
             ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
+            ("held-out text", outcome.evaluation.extent),
             ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
             ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
         ]

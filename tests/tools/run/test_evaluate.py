@@ -174,5 +174,5 @@ def test_processes_share_the_rows(run_dir, tmp_path):
 
 
 def test_a_loss_beyond_measure_can_still_be_shown():
-    assert Evaluation(1e4, 1e4, 512, 1e4, "").perplexity == math.exp(700)
-    assert math.isnan(Evaluation(math.nan, 1.0, 512, 1.0, "").perplexity)
+    assert Evaluation(1e4, 1e4, 512, 512, 1, 1e4, "").perplexity == math.exp(700)
+    assert math.isnan(Evaluation(math.nan, 1.0, 512, 512, 1, 1.0, "").perplexity)
