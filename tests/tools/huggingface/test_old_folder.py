@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 import act24
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.recipes.schema import Data, Tokenizer
 from act24.tools.commands.run_c4 import run
+from act24.tools.data import open_tokenizer
 from act24.tools.huggingface.export import export_run
 
 CONFIG = LlamaConfig(
@@ -95,11 +97,19 @@ def old_model(method: str, relu2: bool = False, sparse: bool = False) -> LlamaFo
     return model
 
 
-def write(folder: Path, model: nn.Module, flags: dict[str, Any] | None, kind: str = "bin", **config: Any) -> Path:
+def write(
+    folder: Path, model: nn.Module, flags: dict[str, Any] | None, kind: str = "bin", **config: Any
+) -> Path:
     """As the old code saved: save_pretrained of an old or a newer transformers, and optimizer.pt."""
     folder.mkdir()
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    content = {"model_type": "llama", "hidden_act": "silu", "pad_token_id": -1, "rms_norm_eps": 1e-6, **config}
+    content = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "pad_token_id": -1,
+        "rms_norm_eps": 1e-6,
+        **config,
+    }
     content |= {name: getattr(CONFIG, name) for name in fields}
     (folder / "config.json").write_text(json.dumps(content))
     state = model.state_dict()
@@ -109,7 +119,10 @@ def write(folder: Path, model: nn.Module, flags: dict[str, Any] | None, kind: st
     else:
         safetensors.torch.save_file(state, folder / "model.safetensors")
     if flags is not None:
-        saved = {"config": {**flags, "model": content, "world_size": 1, "device": "cuda:0"}, "update_step": 40}
+        saved = {
+            "config": {**flags, "model": content, "world_size": 1, "device": "cuda:0"},
+            "update_step": 40,
+        }
         torch.save({**saved, "optimizer": {"state": {}}, "dtype": "float32"}, folder / "optimizer.pt")
     (folder / "training_state.json").write_text(json.dumps({"update_step": 40, "global_step": 80}))
     return folder
@@ -130,7 +143,12 @@ FLAGS = {
     "tags": None,
     "single_gpu": False,
 }
-RELU2 = {"squ_relu": "relu2", "activation_2by4": True, "activation_dense_warmup_steps": 20, "dx_direct_sparse": 3}
+RELU2 = {
+    "squ_relu": "relu2",
+    "activation_2by4": True,
+    "activation_dense_warmup_steps": 20,
+    "dx_direct_sparse": 3,
+}
 CASES = {
     "dense": ("dense", {"optimizer": "adamw"}),
     "dense, relu2, 2:4": ("dense", {"optimizer": "adamw", **RELU2}),
@@ -163,9 +181,6 @@ def test_the_function_is_the_old_model_s(name: str, kind: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["LORO", "CoLA", "LoST", "dense, relu2, 2:4"])
 def test_it_is_exported_for_transformers(name: str, tmp_path: Path) -> None:
     folder, model = case(name, tmp_path / "model_40")
-    from act24.tools.data import open_tokenizer
-    from act24.recipes.schema import Data, Tokenizer
-
     (tmp_path / "text.txt").write_text("low rank and two of four " * 200)
     data = Data(source="files", train_files=(str(tmp_path / "text.txt"),))
     (folder / "tokenizer.json").write_text(open_tokenizer(data, Tokenizer(vocab_size=257)).to_json())
@@ -180,7 +195,9 @@ def test_it_is_exported_for_transformers(name: str, tmp_path: Path) -> None:
 def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
     model = old_model("cola")
     folder = write(tmp_path / "model_40", model, None)
-    with pytest.raises(Act24Error, match=r"do not tell LORO from CoLA: write the run_c4.py command into .*txt"):
+    with pytest.raises(
+        Act24Error, match=r"do not tell LORO from CoLA: write the run_c4.py command into .*txt"
+    ):
         act24.load(folder)
     (folder / "command.txt").write_text(
         "torchrun run_c4.py --model_config configs/llama_9m.json --batch_size 4 --dtype float32 \\\n"
@@ -232,9 +249,10 @@ def test_a_command_goes_on_from_it(tiny_file: Path, tmp_path: Path) -> None:
     """`--continue_from`, with a learning rate of nearly nothing: the weights are the old ones."""
     folder, model = case("LORO", tmp_path / "model_40")
     words = (
-        f"--model_config {folder}/config.json --batch_size 4 --dtype float32 --optimizer loro_adamw --lr 1e-9 "
-        f"--loro_scope all --loro_attn_rank {RANK} --loro_mlp_rank {RANK} --num_training_steps 2 "
-        f"--warmup_steps 0 --scheduler const --loro_freq 500 --train_data_path {tiny_file.parent}/train-*.txt "
+        f"--model_config {folder}/config.json --batch_size 4 --dtype float32 --optimizer loro_adamw "
+        f"--lr 1e-9 --loro_scope all --loro_attn_rank {RANK} --loro_mlp_rank {RANK} --num_training_steps 2 "
+        f"--warmup_steps 0 --scheduler const --loro_freq 500 "
+        f"--train_data_path {tiny_file.parent}/train-*.txt "
         f"--val_data_path {tiny_file.parent}/heldout.txt --max_length 16 "
         f"--continue_from {folder} --save_dir {tmp_path}/run"
     ).split()
@@ -250,7 +268,20 @@ def _tokenizer(folder: Path) -> Path:
     """One of few words, whose ids a vocabulary of 97 has."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<eos>", "<unk>", "low", "rank", "sparse", "two", "of", "four", "tokens", "graph", "pass", "relu"]
+    words = [
+        "<eos>",
+        "<unk>",
+        "low",
+        "rank",
+        "sparse",
+        "two",
+        "of",
+        "four",
+        "tokens",
+        "graph",
+        "pass",
+        "relu",
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<eos>", "<unk>"])
