@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class Act24Error(Exception):
@@ -11,6 +12,10 @@ class Act24Error(Exception):
 
     The command line prints it as one line and exits with status 2; anything else that escapes is a bug.
     """
+
+
+class PassError(Act24Error):
+    """A pass that cannot be applied to this model, and why."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -24,3 +29,42 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"choose from {', '.join(choices)}" if choices else "there is none to choose from"
+
+
+#: What reading a file or text of somebody else's making raises: no such file, not permitted, cut short
+#: (EOFError), not the encoding or syntax (ValueError), nested too deep (RecursionError), too large.
+_UNREADABLE = (OSError, EOFError, ValueError, RecursionError, MemoryError, OverflowError)
+
+
+@contextmanager
+def reading(failure: str, *also: type[Exception], error: type[Act24Error] = Act24Error) -> Iterator[None]:
+    """One line for whatever reading something raises: `failure`, and the reason.
+
+    Args:
+        failure: names the file, or says what it is not: "cannot read a.txt".
+        also: exceptions of the library that reads.
+        error: the kind to raise.
+
+    >>> with reading("cannot read x.json"):
+    ...     raise EOFError("cut short")
+    Traceback (most recent call last):
+        ...
+    act24.errors.Act24Error: cannot read x.json: cut short
+    """
+    try:
+        yield
+    except Act24Error:
+        raise
+    except (*_UNREADABLE, *also) as caught:
+        raise error(f"{failure}: {reason(caught)}") from caught
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line that says something, its type where it has no text of its own."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -3,9 +3,10 @@
 if __name__ != "act24.passes":
     raise ImportError("import act24.passes: the folder `passes` is a part of the package act24")
 
+from act24.errors import PassError
 from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
-from act24.passes.base import Match, OperationalPass, Pass, PassError, Plan, StateMap
+from act24.passes.base import Match, OperationalPass, Pass, Plan, StateMap
 from act24.passes.cola import Cola
 from act24.passes.graph.region import Region
 from act24.passes.graph.tracing import trace

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from act24.errors import Act24Error
+from act24.errors import PassError
 from act24.options import Range, check_options
 from act24.passes.graph.selectors import check_selectors, selected
 
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 #: Metadata of a field of a pass that recipes do not name: the shell sets it, or a user in Python.
 PYTHON_ONLY = {"python_only": True}
-
-
-class PassError(Act24Error):
-    """A pass that cannot be applied to this model, and why."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.errors import PassError
 from act24.low_rank.activations import ACTIVATIONS
 from act24.low_rank.columns import select_columns
 from act24.low_rank.lost import kept_columns, low_rank_and_scores, random_columns, top_columns
 from act24.options import Range
-from act24.passes.base import Match, PassError, StateMap
+from act24.passes.base import Match, StateMap
 from act24.passes.graph.fused_columns import fuse_columns
 from act24.passes.graph.linear_sites import (
     FactorisingPass,

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from act24.errors import PassError
 from act24.initialise import generator_for
 from act24.options import check_options
-from act24.passes.base import Match, OperationalPass, Pass, PassError, Start, StructuralPass, check_passes
+from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.hooks import refuse_hooks
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from act24.errors import nearest
+from act24.errors import nearest, reading
 from act24.llama import PRESETS, LlamaConfig
 from act24.recipes.checks import oddities
 from act24.recipes.flag_remarks import Remark, changes, remarks
@@ -162,10 +162,8 @@ def _model(config: str) -> dict[str, Any]:
         raise RecipeError(
             f"--model_config {config}: no such file, and no preset of that name: {nearest(preset, PRESETS)}"
         )
-    try:
+    with reading(f"--model_config {config}: not valid JSON", error=RecipeError):
         settings = json.loads(Path(config).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"--model_config {config}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"--model_config {config}: has to hold an object of settings, such as hidden_size")
     if missing := [name for name in _SIZES if name not in settings]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from act24.passes.base import PassError
+from act24.errors import PassError
 from act24.passes.graph.normal_form import (
     common_path,
     is_call,

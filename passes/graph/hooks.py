@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from act24.passes.base import PassError
+from act24.errors import PassError
 from act24.passes.graph.region import Region
 
 _HOOKS = (

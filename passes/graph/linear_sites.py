@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import Target
 
+from act24.errors import PassError
 from act24.options import Range
-from act24.passes.base import Match, PassError, Plan, StructuralPass
+from act24.passes.base import Match, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
     bias_name,
     is_transposed,

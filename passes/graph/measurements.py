@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from act24.passes.base import PassError
+from act24.errors import PassError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
-from act24.passes.base import PassError
+from act24.errors import PassError
 from act24.passes.graph.measurements import Measurement
 
 #: Parts of a dense weight (`ParameterSpec.factor`).

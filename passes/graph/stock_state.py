@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from act24.passes.base import PassError, StateMap
+from act24.errors import PassError
+from act24.passes.base import StateMap
 from act24.passes.graph.region import Region
 
 

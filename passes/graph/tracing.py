@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from act24.passes.base import PassError
+from act24.errors import PassError
 from act24.passes.graph.clean_trace import Unclean, clean_trace, is_closed, matrices
 from act24.passes.graph.region import ParameterSpec, Region, RegionModule
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from act24.errors import Act24Error
+from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -32,6 +32,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
 ]
+DataOnResume = Literal["same", "grow"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What `probe-decay` tries: λ of the scripts of arXiv 2404.01847, 6e-5 and 2e-4, and one on each side.
@@ -40,12 +41,8 @@ DECAYS = [2e-5, 6e-5, 2e-4, 6e-4]
 
 def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
-    try:
+    with ends_in_one_line():
         app(prog_name="act24")  # also where it runs as `python -m act24`
-    except Act24Error as error:
-        for line in str(error).splitlines():
-            print(f"act24: {line}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _warn_of_oddities(recipe: Recipe) -> None:
@@ -65,6 +62,12 @@ def train(
     resume: Annotated[
         str, typer.Option(help="never, auto (the run's last checkpoint, if any), or a checkpoint's folder.")
     ] = "never",
+    data: Annotated[
+        DataOnResume,
+        typer.Option(
+            help="On --resume: the same files, or grow: those that were added from the next epoch on."
+        ),
+    ] = "same",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
     ] = False,
@@ -77,7 +80,7 @@ def train(
 
     loaded = load_recipe(recipe, set_ or ())
     run_dir = run_dir or default_run_dir(recipe)
-    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run)
+    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow")
     show_outcome(loaded, outcome, None if dry_run else run_dir)
 
 
@@ -276,16 +279,40 @@ def data_prepare(
     tokenizer: Annotated[
         str, typer.Option(help="bpe (trained on the source), a tokenizer.json, a Hub name.")
     ] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=257, help="Of the trained BPE.")] = 32000,
+    vocab_size: Annotated[int, typer.Option(min=257, max=2**20, help="Of the trained BPE.")] = 32000,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop the training split there.")] = None,
     max_heldout_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the held-out split there.")
     ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Of a record; default text.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text files and JSON; default UTF-8, or as detected.")
+    ] = None,
+    skip_bad_records: Annotated[
+        bool, typer.Option("--skip-bad-records", help="Leave out records that cannot be used; count them.")
+    ] = False,
+    end_of_text: Annotated[
+        str | None, typer.Option(help="The tokenizer's token for it, if it is none of the known ones.")
+    ] = None,
 ) -> None:
-    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards")."""
+    """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards").
+
+    Interrupted, the same command goes on where it was.
+    """
     from act24.tools.commands.prepare import prepare_source
 
-    prepare_source(source, out, tokenizer, vocab_size, max_tokens, max_heldout_tokens)
+    prepare_source(
+        source,
+        out,
+        tokenizer,
+        vocab_size,
+        max_tokens,
+        max_heldout_tokens,
+        text_field,
+        encoding,
+        skip_bad_records,
+        end_of_text,
+    )
 
 
 @bench_app.command("step")
@@ -307,6 +334,39 @@ def bench_step(
 
     other = load_recipe(beside, set_ or ()) if beside else None
     show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps, beside=other), as_json)
+
+
+@bench_app.command("train")
+def bench_train(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes; ratios are to the first one.")],
+    set_: SetOption = None,
+    rows: Annotated[str, typer.Option(help="Rows a micro-batch, several separated by commas.")] = "64",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn, after a window to warm up.")] = 20,
+    turns: Annotated[int, typer.Option(min=1, help="How often each side is built and timed.")] = 2,
+    without: Annotated[
+        bool, typer.Option("--without-24", help="Each recipe also without its 2:4 passes.")
+    ] = False,
+    transformers: Annotated[
+        bool,
+        typer.Option("--transformers", help="Also transformers' LLaMA of the first recipe's size, compiled."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
+) -> None:
+    """The training loop as `act24 train` runs it, recipes side by side: tokens/s, memory, time to begin."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.bench.train import bench_train as run_bench
+    from act24.tools.bench.train import row_numbers, with_dense_sides
+    from act24.tools.commands.show import show_train_bench
+
+    numbers = row_numbers(rows)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    loaded = {name: load_recipe(name, set_ or ()) for name in recipes}
+    if without:
+        loaded = with_dense_sides(loaded)
+    show_train_bench(run_bench(loaded, numbers, steps, turns, transformers, say), as_json)
 
 
 @bench_app.command("pack")
@@ -331,6 +391,15 @@ def bench_gemm(as_json: JsonOption = False) -> None:
 def bench_fp8(as_json: JsonOption = False) -> None:
     """What e4m3 gives the forward product of a 2:4 activation, and what it costs."""
     from act24.tools.bench.fp8 import bench_fp8 as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)
+
+
+@bench_app.command("weight")
+def bench_weight(as_json: JsonOption = False) -> None:
+    """A SwiGLU network with 2:4 weights beside the compiled dense one, and the passes that they need."""
+    from act24.tools.bench.weight import bench_weight as run_bench
     from act24.tools.commands.show import show_bench_rows
 
     show_bench_rows(run_bench(), as_json)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from act24.errors import Act24Error
+from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -34,12 +35,8 @@ TRANSLATED = "from-flags.toml"
 
 def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
-    try:
+    with ends_in_one_line():
         run(sys.argv[1:])
-    except Act24Error as error:
-        for line in str(error).splitlines():
-            print(f"act24: {line}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: Sequence[str]) -> Outcome:

@@ -102,6 +102,39 @@ def show_step_bench(result: dict[str, Any], as_json: bool) -> None:
     print(f"{result['tokens_per_step']:,} tokens a step, {result['gpu']}, torch {result['torch']}")
 
 
+def show_train_bench(result: dict[str, Any], as_json: bool) -> None:
+    """`act24 bench train`."""
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    columns = (
+        "",
+        "rows × micro-batches",
+        "tokens/s",
+        "ratio",
+        "graphs",
+        "allocated, reserved GiB",
+        "to begin, s",
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for side in result["sides"]:
+        table.add_row(
+            side["name"],
+            f"{side['rows']} × {side['micro_batches']}",
+            f"{side['rate']:,.0f}",
+            f"{side['ratio']:.3f}",
+            "yes" if side["captured"] else "no",
+            f"{side['allocated_gib']:.1f}, {side['reserved_gib']:.1f}",
+            f"{side['begin_seconds']:.1f}",
+        )
+    console.print(table, highlight=False)
+    print(
+        f"{result['gpu']}, torch {result['torch']}, commit {result['commit']}; {result['steps']} steps a turn"
+    )
+
+
 def show_bench_rows(rows: list[Row], as_json: bool) -> None:
     """`act24 bench pack`, `gemm` and `ffn`."""
     print(json.dumps([row.as_json() for row in rows], indent=1) if as_json else markdown_table(rows))

@@ -10,7 +10,8 @@ which token comes next; it never holds text or tokens, and it never counts what 
 
 from act24.tools.data.batches import Batch, HeldoutRows, TokenRows, heldout_rows, open_rows
 from act24.tools.data.documents import Documents, open_documents
-from act24.tools.data.prepare import data_from_argument, prepare_shards
+from act24.tools.data.hub import pinned
+from act24.tools.data.prepare import data_from_argument, pinned_for, prepare_shards
 from act24.tools.data.tokenizer import Tokenizer, check_vocabulary, open_tokenizer
 
 __all__ = [
@@ -25,5 +26,7 @@ __all__ = [
     "open_documents",
     "open_rows",
     "open_tokenizer",
+    "pinned",
+    "pinned_for",
     "prepare_shards",
 ]

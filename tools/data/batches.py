@@ -16,10 +16,12 @@ import torch
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
-from act24.tools.data.documents import Split, open_documents
-from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows
+from act24.tools.data.documents import open_documents
+from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows, epoch_of
+from act24.tools.data.shard import Split
 from act24.tools.data.shards import TokenShards
-from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary
+from act24.tools.data.shuffled import ShuffledDocuments
+from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary, unused_vocabulary
 
 IGNORED = -100  # a label that is no token; `torch.nn.functional.cross_entropy` skips it by default
 PREFETCHED = 4  # batches
@@ -59,6 +61,9 @@ class TokenRows(Iterator[Batch]):
     batch handed out, never of one that was only prefetched. Use as a context manager, or `close()`, to stop
     the thread.
 
+    Attributes:
+        warnings: what is worth saying about the text, one line each.
+
     Raises (while iterating):
         Act24Error: whatever is wrong with the source, or an id that a model of `vocab_size` tokens cannot
             take.
@@ -72,11 +77,20 @@ class TokenRows(Iterator[Batch]):
         self._max_length, self._batch_size, self._vocab_size = max_length, batch_size, vocab_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="act24-data")
         self._prefetched: deque[Future[Batch]] = deque()
+        self.warnings = [*rows.warnings]
+        self._said: set[str] = set()
         self._state = self._state_of_rows()
 
     def start(self) -> None:
         """Wait for the first batch, which is handed out later: what is wrong with the source shows now."""
         self._prefetch().result()
+
+    def failure(self, count: int) -> BaseException | None:
+        """Wait for the next `count` batches, which are handed out later; what keeps one from being made."""
+        while len(self._prefetched) < count:
+            self._prefetched.append(self._thread.submit(self._make))
+        failures = (future.exception() for future in itertools.islice(self._prefetched, count))
+        return next((failure for failure in failures if failure is not None), None)
 
     def __next__(self) -> Batch:
         batch = self._prefetch().result()  # an error stays at the front: a gap is before what follows it
@@ -88,27 +102,53 @@ class TokenRows(Iterator[Batch]):
         """The position after the last batch handed out, with the fingerprint of the data."""
         return self._state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    @property
+    def epoch(self) -> int:
+        """How often this rank had read all of its text before the row after the last batch handed out."""
+        return epoch_of(self._state["position"])
+
+    def remarks(self) -> list[str]:
+        """The warnings, and what was wrong with the text so far, one line each; what was not said before."""
+        lines = [*self.warnings, *self._rows.tally.lines()]
+        new = [line for line in lines if line not in self._said]
+        self._said.update(new)
+        return new
+
+    def figures(self) -> dict[str, int]:
+        """The epoch, and what was wrong with the text so far, to be logged."""
+        return {"epoch": self.epoch, **self._rows.tally.counts()}
+
+    def load_state_dict(self, state: dict[str, Any], grow: bool = False) -> None:
         """Continue with the row after that position.
+
+        Args:
+            grow: read files that were added since, from the next epoch on.
 
         Raises:
             Act24Error: the state is of other data, another tokenizer, row length, rank or number of
                 processes.
         """
-        was, now = state["fingerprint"], self._rows.fingerprint
-        changed = [
-            f"{key} was {was.get(key)!r} and is {now.get(key)!r}"
-            for key in sorted(was.keys() | now.keys())
-            if was.get(key) != now.get(key)
-        ]
-        if changed:
-            raise Act24Error(f"the data are not those of the saved position: {'; '.join(changed)}")
         for future in self._prefetched:
             future.cancel()
         self._prefetched.clear()
         # In the thread, and so after the batch that it may still be at.
-        self._thread.submit(self._rows.load_state_dict, state["position"]).result()
-        self._state = state
+        self._state = self._thread.submit(self._continue, state, grow).result()
+
+    def _continue(self, state: dict[str, Any], grow: bool) -> dict[str, Any]:
+        was, now, position = state["fingerprint"], self._rows.fingerprint, state["position"]
+        changed = [
+            _change(key, was.get(key), now.get(key))
+            for key in sorted((was.keys() | now.keys()) - {"files"})
+            if was.get(key) != now.get(key)
+        ]
+        try:
+            if changed:
+                raise Act24Error("; ".join(changed))
+            self.warnings += self._rows.adopt(was, epoch_of(position), grow)
+        except Act24Error as error:
+            raise Act24Error(f"the data are not those of the saved position: {error}") from error
+        self._rows.load_state_dict(position)
+        return self._state_of_rows()
 
     def close(self) -> None:
         """Stop the thread, once it is done with the batch at hand."""
@@ -145,6 +185,7 @@ class HeldoutRows:
         tokens: predicted tokens, of all ranks.
         bytes: of UTF-8 text that those tokens stand for (`Tokenizer.token_bytes`).
         fingerprint: sha256 of all rows' tokens. Losses under different ones are not comparable.
+        warnings: what is worth saying about the text, one line each.
     """
 
     rows: list[np.ndarray]
@@ -155,6 +196,7 @@ class HeldoutRows:
     max_length: int
     pad_id: int
     world_size: int
+    warnings: tuple[str, ...] = ()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches of exactly `batch_size` rows, as many on every rank: rows without labels fill the last
@@ -180,7 +222,9 @@ def open_rows(
     """
     check_vocabulary(tokenizer, vocab_size)
     rows = _rows(data, tokenizer, "train", rank, world_size)
-    return TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size)
+    opened = TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size)
+    opened.warnings += unused_vocabulary(tokenizer, vocab_size)
+    return opened
 
 
 def heldout_rows(
@@ -195,7 +239,8 @@ def heldout_rows(
     check_vocabulary(tokenizer, vocab_size)
     mine, total, predicted, size = [], 0, 0, 0
     digest = hashlib.sha256()
-    for row in _rows(data, tokenizer, "heldout", 0, 1):
+    rows = _rows(data, tokenizer, "heldout", 0, 1)
+    for row in rows:
         check_ids([row], tokenizer, vocab_size)
         if total % world_size == rank:
             mine.append(row)
@@ -205,8 +250,22 @@ def heldout_rows(
         digest.update(row.astype(np.int64).tobytes())
         if predicted >= tokens:
             break
+    warnings = [f"held-out text: {line}" for line in rows.tally.lines()]
+    if predicted < tokens:
+        warnings.append(
+            f"the held-out text has {predicted:,} predicted tokens, fewer than eval.tokens = {tokens:,}: "
+            "all of it is measured"
+        )
     return HeldoutRows(
-        mine, total, predicted, size, digest.hexdigest(), data.max_length, tokenizer.pad_id, world_size
+        mine,
+        total,
+        predicted,
+        size,
+        digest.hexdigest(),
+        data.max_length,
+        tokenizer.pad_id,
+        world_size,
+        tuple(warnings),
     )
 
 
@@ -220,6 +279,12 @@ def collate(
         input_ids[index, : len(row)] = row[:max_length]
         labels[index, : len(row) - 1] = row[1:]
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), state or {})
+
+
+def _change(key: str, was: Any, now: Any) -> str:
+    if key == "heldout_files":
+        return "the content of data.heldout_files is another"
+    return f"{key} was {was!r} and is {now!r}"
 
 
 def _rows(data: Data, tokenizer: Tokenizer, split: Split, rank: int, world_size: int) -> Rows:
@@ -239,4 +304,6 @@ def _rows(data: Data, tokenizer: Tokenizer, split: Split, rank: int, world_size:
     documents = open_documents(
         data, split, shuffle_seed=seed, endless=training, rank=rank, world_size=world_size
     )
+    if training and data.shuffle_buffer:
+        documents = ShuffledDocuments(documents, data.shuffle_buffer, data.shuffle_seed)
     return (PackedRows if data.rows == "packed" else PaddedRows)(documents, tokenizer, data.max_length)

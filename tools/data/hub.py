@@ -4,19 +4,44 @@ from __future__ import annotations
 
 import random
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, reason
 from act24.recipes.schema import Data
-from act24.tools.data.documents import Shard
-from act24.tools.data.files import text_of
+from act24.tools.data.files import Reading, Wanted, text_of
+from act24.tools.data.shard import Shard
+from act24.tools.data.tally import Records
 
-RETRIES = 6  # in a row, waiting 1, 2, 4, … seconds: about a minute without the network is survived
+LONGEST_WAIT = 60.0  # seconds; waits double from one second up to this
 
 
-def hub_shards(data: Data, split: str) -> tuple[list[Shard], dict[str, Any]]:
+def pinned(data: Data) -> Data:
+    """The data with the commit that the Hub's data set is at now, so that a run reads the same text to its
+    end, and so does whoever evaluates it. Other sources, folders and what is pinned already stay as they are.
+
+    Raises:
+        Act24Error: the data set cannot be reached.
+    """
+    if data.source != "hf" or data.revision is not None or Path(data.dataset).exists():
+        return data
+    try:
+        return data.model_copy(update={"revision": find_commit(data.dataset)})
+    except Exception as error:
+        raise _unreachable(data, f"data set {data.dataset!r}", error) from error
+
+
+def find_commit(dataset: str) -> str | None:
+    """The newest commit of a data set, by the Hub."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(dataset).sha
+
+
+def hub_shards(data: Data, split: str, how: Reading) -> tuple[list[Shard], dict[str, Any]]:
     """The shards of one split of `data.dataset`, and what identifies them.
 
     Raises:
@@ -24,40 +49,50 @@ def hub_shards(data: Data, split: str) -> tuple[list[Shard], dict[str, Any]]:
     """
     what = f"{data.dataset} {data.subset}".rstrip()
     try:
-        stream = load_stream(data.dataset, data.subset or None, split)
-    except (OSError, ValueError) as error:  # offline; an unknown set, subset or split
-        raise Act24Error(
-            f"cannot open split {split!r} of data set {what!r}: {_reason(error)}. "
-            "Without a network use data.source = 'builtin', 'files' or 'shards'"
-        ) from error
-    count = stream.num_shards
+        stream = load_stream(data.dataset, data.subset or None, split, data.revision)
+        count = stream.num_shards
+    except Exception as error:  # offline; an unknown set, subset, split or revision; whatever a library says
+        raise _unreachable(data, f"split {split!r} of data set {what!r}", error) from error
     fingerprint = {
         "source": f"hf {what} {split}",
+        "revision": data.revision,
         "shards": count,
         "text_field": data.text_field,
     }
     name = f"{data.dataset}, split {split!r}"
-    read = partial(_read, stream, data.text_field, name, count)
-    return [retried(partial(read, index), name) for index in range(count)], fingerprint
+    read = partial(_read, stream, how, name, count)
+    patience = partial(retried, name=name, seconds=data.retry_seconds, how=how)
+    return [patience(partial(read, index)) for index in range(count)], fingerprint
 
 
-def load_stream(dataset: str, subset: str | None, split: str) -> Any:
+def load_stream(dataset: str, subset: str | None, split: str, revision: str | None) -> Any:
     """`datasets.load_dataset(…, streaming=True)`."""
     import datasets
 
     datasets.disable_progress_bars()  # it would draw one bar a rank for listing the shards
-    return datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    return datasets.load_dataset(dataset, subset, split=split, revision=revision, streaming=True)
 
 
-def retried(shard: Shard, name: str, sleep: Callable[[float], None] = time.sleep) -> Shard:
+def retried(
+    shard: Shard,
+    name: str,
+    seconds: float,
+    how: Reading,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Shard:
     """`shard`, read on from where it broke off when the network fails, after waits that double.
 
+    Args:
+        seconds: without one record after which the network is given up.
+
     Raises (while reading):
-        Act24Error: it failed `RETRIES` + 1 times without one record in between.
+        Act24Error: it was given up.
     """
 
-    def read(wanted: Callable[[int], bool]) -> Iterator[str | None]:
+    def read(wanted: Wanted) -> Iterator[str | None]:
         done = failures = 0
+        since = 0.0
         while True:
             try:
                 for index, text in enumerate(shard(wanted)):
@@ -69,31 +104,58 @@ def retried(shard: Shard, name: str, sleep: Callable[[float], None] = time.sleep
                 if not _is_network_error(error):
                     raise
                 failures += 1
-                if failures > RETRIES:
+                how.tally.retries += 1
+                since = clock() if failures == 1 else since
+                if clock() - since >= seconds:
                     raise Act24Error(
-                        f"reading {name} failed {failures} times in a row: {_reason(error)}. "
+                        f"reading {name} failed {failures} times in a row: {reason(error)}. "
+                        "data.retry_seconds = 1e9 waits as long as an outage lasts; "
                         "`act24 data prepare` makes a local copy that needs no network"
                     ) from error
-                sleep(2 ** (failures - 1) * random.uniform(0.5, 1.5))  # ranks must not all come back at once
+                # Ranks must not all come back at once.
+                sleep(min(2.0 ** min(failures - 1, 10), LONGEST_WAIT) * random.uniform(0.5, 1.5))
 
     return read
 
 
 def _read(
-    stream: Any, text_field: str, name: str, count: int, index: int, wanted: Callable[[int], bool]
+    stream: Any, how: Reading, name: str, count: int, index: int, wanted: Wanted
 ) -> Iterator[str | None]:
+    records = Records(f"{name}, shard {index}", how.skip_bad, how.tally)
     for record, example in enumerate(stream.shard(num_shards=count, index=index)):
-        where = f"{name}, shard {index}, record {record}"
-        yield text_of(example, text_field, where) if wanted(record) else None
+        if not wanted(record):
+            yield None
+            continue
+        try:
+            text = text_of(example, how, f"{name}, shard {index}, record {record}")
+        except Act24Error as error:
+            records.bad(error)
+            yield None
+            continue
+        records.good()
+        yield text
 
 
 def _is_network_error(error: Exception) -> bool:
-    """By name, as the HTTP library beneath `datasets` differs by its version."""
+    """By name, as the HTTP library beneath `datasets` differs by its version. A stream that breaks off within
+    a compressed file is an error of decompression."""
     packages = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    return isinstance(error, OSError) or bool(
-        packages & {"aiohttp", "httpcore", "httpx", "httpx2", "requests"}
+    network = {
+        "aiohttp",
+        "fsspec",
+        "http",
+        "httpcore",
+        "httpx",
+        "httpx2",
+        "huggingface_hub",
+        "requests",
+        "urllib3",
+    }
+    return isinstance(error, OSError | EOFError | zlib.error) or bool(packages & network)
+
+
+def _unreachable(data: Data, what: str, error: Exception) -> Act24Error:
+    return Act24Error(
+        f"cannot open {what}: {reason(error)}. HF_ENDPOINT names a mirror of the Hub; "
+        "without a network use data.source = 'builtin', 'files' or 'shards'"
     )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,29 +1,41 @@
-"""Text to token shards (`act24 data prepare`): tokenise once, train many times, shuffle the whole corpus."""
+"""Text to token shards (`act24 data prepare`): tokenise once, train many times, shuffle the whole corpus.
+
+What is written grows in `OUT.partial` and is renamed when it is whole. A journal in there says every
+`JOURNAL_TOKENS` up to where everything is on the disk; the same command goes on from there after a kill, a
+full disk or a bad record. A failure before the first such point leaves nothing.
+"""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, reading
 from act24.recipes.schema import Data
-from act24.tools.data.documents import Split, open_documents
+from act24.tools.data.documents import open_documents
 from act24.tools.data.files import KNOWN, suffix
+from act24.tools.data.hashed_file import HashedFile
+from act24.tools.data.hub import pinned
 from act24.tools.data.rows import encoded
-from act24.tools.data.shards import FORMAT
+from act24.tools.data.shard import Split
+from act24.tools.data.shards import FORMAT, token_dtype
 from act24.tools.data.tokenizer import Tokenizer
+from act24.tools.files import whole_file
 
 SHARD_TOKENS = 2**28  # after which a new shard begins: half a gigabyte in uint16
+JOURNAL_TOKENS = 2**24  # lost at most by a kill: well below a minute's work
+JOURNAL = "journal.json"
+LOCK = "lock"
 
 Progress = Callable[[Split, int, int], None]
 """`progress(split, documents, tokens)`: what is written so far."""
@@ -39,10 +51,10 @@ def prepare_shards(
     progress: Progress = lambda split, documents, tokens: None,
 ) -> dict[str, Any]:
     """Write both splits of `data` as token shards into the new folder `out`, in the format that `shards.py`
-    describes.
+    describes, or finish what an earlier call with the same arguments began.
 
     Training documents are written in the order of epoch 0, held-out ones in their own. The folder is whole or
-    not there: it is written under another name, synced and renamed.
+    not there.
 
     Args:
         max_tokens, max_heldout_tokens: stop each split after the document that reaches this; None:
@@ -52,40 +64,40 @@ def prepare_shards(
         The content of `index.json`.
 
     Raises:
-        Act24Error: `out` is not empty or cannot be written, or something is wrong with the source.
+        Act24Error: `out` is not empty or cannot be written, something is wrong with the source, or what was
+            begun is of another source or tokenizer.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise Act24Error(f"{out} exists already")
-    folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    splits = {}
-    try:
-        folder.mkdir(parents=True)
+    with _partial(_partial_of(out)) as folder:
+        journal = _Journal(folder)
         # The held-out split comes first: it is small, and a source that lacks one should say so now.
         limits: list[tuple[Split, int | None]] = [("heldout", max_heldout_tokens), ("train", max_tokens)]
-        for split, limit in limits:
-            splits[split] = _write_split(data, tokenizer, folder, split, dtype, limit, progress)
-        with _HashedFile(folder / "tokenizer.json") as file:
+        splits: dict[str, Any] = {
+            split: _Writing(data, tokenizer, folder, split, limit, journal).finish(progress)
+            for split, limit in limits
+        }
+        with HashedFile(folder / "tokenizer.json") as file:
             file.write(tokenizer.to_json().encode())
         index = {
             "format": FORMAT,
-            "dtype": dtype.str,
+            "dtype": token_dtype(tokenizer.vocab_size),
             "tokenizer": {
                 "name": tokenizer.name,
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
+                "end_of_text": tokenizer.token(tokenizer.eos_id),
                 "file": file.facts(),
             },
             "splits": splits,
         }
-        with _HashedFile(folder / "index.json") as file:
+        with HashedFile(folder / "index.json") as file:
             file.write(json.dumps(index, indent=1).encode())
+        for path in folder.glob(f"{JOURNAL}*"):  # what a kill left of one that was being written, too
+            path.unlink()
+        (folder / LOCK).unlink(missing_ok=True)
         os.replace(folder, out)
-    except OSError as error:
-        raise Act24Error(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return index
 
 
@@ -98,7 +110,11 @@ def data_from_argument(source: str) -> Data:
     """
     if source == "builtin":
         return Data(source="builtin")
-    if glob.has_magic(source) or Path(source).expanduser().exists() or suffix(Path(source)) in KNOWN:
+    with reading(
+        f"cannot look for {source!r}", RuntimeError
+    ):  # "~" and no such user; a path that is too long
+        local = glob.has_magic(source) or Path(source).expanduser().exists() or suffix(Path(source)) in KNOWN
+    if local:
         return Data(source="files", train_files=(source,))
     if match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", source):
         dataset, subset = match.groups()
@@ -110,63 +126,184 @@ def data_from_argument(source: str) -> Data:
     )
 
 
-def _write_split(
-    data: Data,
-    tokenizer: Tokenizer,
-    folder: Path,
-    split: Split,
-    dtype: np.dtype,
-    limit: int | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write `split`; what `index.json` says of it."""
-    documents = open_documents(data, split, shuffle_seed=data.shuffle_seed if split == "train" else None)
-    shards: list[_HashedFile] = []
-    tokens, count = 1, 0
-    with ExitStack() as stack:
-        begins = stack.enter_context(_HashedFile(folder / f"{split}-documents.bin"))
-        begins.write(np.uint64(tokens).astype("<u8").tobytes())
-        for _, document in encoded(documents, tokenizer):
-            if not shards or shards[-1].bytes >= SHARD_TOKENS * dtype.itemsize:
-                shards.append(stack.enter_context(_HashedFile(folder / f"{split}-{len(shards):05d}.bin")))
-                if len(shards) == 1:
-                    shards[0].write(np.array([tokenizer.eos_id], dtype).tobytes())
-            shards[-1].write(document.astype(dtype).tobytes())
-            tokens, count = tokens + len(document), count + 1
-            begins.write(np.uint64(tokens).astype("<u8").tobytes())
-            progress(split, count, tokens)
-            if limit is not None and tokens > limit:
-                break
-    return {
-        "documents_written_from": documents.fingerprint,
-        "tokens": tokens,
-        "documents": count,
-        "shards": {file.path.name: file.facts() for file in shards},
-        "boundaries": {begins.path.name: begins.facts()},
-    }
+def pinned_for(data: Data, out: Path) -> Data:
+    """The data with the commit of the Hub's data set that an earlier call began with, or else the newest.
+
+    Raises:
+        Act24Error: the Hub cannot be reached.
+    """
+    if data.source == "hf" and data.revision is None and (_partial_of(out) / JOURNAL).exists():
+        data = data.model_copy(update={"revision": _Journal(_partial_of(out)).revision()})
+    return pinned(data)
 
 
-class _HashedFile:
-    """A file that knows its size and sha256, and is on the disk when it is closed."""
+def _partial_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = 0
-        self._hash = hashlib.sha256()
-        self._file = path.open("wb")
 
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self.bytes += len(data)
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """The folder in which a call works, alone; gone after a failure that left nothing to go on from.
 
-    def facts(self) -> dict[str, Any]:
-        return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
+    Raises:
+        Act24Error: another process works in it, or it is none of these folders.
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / LOCK).exists():
+            raise Act24Error(f"{folder} is in the way: `act24 data prepare` did not write it")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise Act24Error(f"another process is writing {folder}") from None
+    except OSError as error:
+        raise Act24Error(f"cannot write {folder}: {error}") from error
+    try:
+        yield folder
+    except BaseException as error:
+        if not (folder / JOURNAL).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, Act24Error | OSError):
+            raise
+        failed = str(error) if isinstance(error, Act24Error) else f"cannot write {folder}: {error}"
+        if folder.exists():
+            failed += f". What is written stays in {folder}: the same command goes on from there"
+        raise Act24Error(failed) from error
+    finally:
+        lock.release()
 
-    def __enter__(self) -> _HashedFile:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+class _Journal:
+    """Up to where the folder is on the disk: by split the fingerprint of its text, and the place."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / JOURNAL
+        self._splits: dict[str, Any] = {}
+        self._unwritten = 0
+        if self._path.exists():
+            with reading(f"cannot go on from {self._path}; remove {folder} to begin anew"):
+                self._splits = json.loads(self._path.read_text(encoding="utf-8"))
+
+    def revision(self) -> str | None:
+        """The commit of the Hub's data set that it was begun with."""
+        return next((split["request"].get("revision") for split in self._splits.values()), None)
+
+    def place(self, split: Split, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Where to go on in a split, or None.
+
+        Raises:
+            Act24Error: it was begun with another text or tokenizer.
+        """
+        if split not in self._splits:
+            return None
+        began = self._splits[split]["request"]
+        if changed := [name for name in sorted({*began, *request}) if began.get(name) != request.get(name)]:
+            raise Act24Error(
+                f"{self._folder} was begun with other data ({', '.join(changed)}); "
+                "finish it with the same command, or remove it to begin anew"
+            )
+        return self._splits[split]["place"]
+
+    def due(self, tokens: int) -> bool:
+        """Whether so many tokens more are worth an entry."""
+        self._unwritten += tokens
+        return self._unwritten >= JOURNAL_TOKENS
+
+    def write(self, split: Split, request: dict[str, Any], place: dict[str, Any]) -> None:
+        """Everything up to `place` is on the disk."""
+        self._unwritten = 0
+        self._splits[split] = {"request": request, "place": place}
+        with whole_file(self._path) as partial, HashedFile(partial) as file:
+            file.write(json.dumps(self._splits).encode())
+
+
+class _Writing:
+    """One split as it is written: the shard at hand and the file of boundaries are open, and no others."""
+
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: Tokenizer,
+        folder: Path,
+        split: Split,
+        limit: int | None,
+        journal: _Journal,
+    ) -> None:
+        self._documents = open_documents(
+            data, split, shuffle_seed=data.shuffle_seed if split == "train" else None
+        )
+        self._tokenizer, self._folder, self._journal = tokenizer, folder, journal
+        self._split: Split = split
+        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+        self._limit = limit
+        self._request = json.loads(
+            json.dumps({**self._documents.fingerprint, "tokenizer": tokenizer.fingerprint, "limit": limit})
+        )
+        place = journal.place(split, self._request)
+        self._done: dict[str, Any] = place["shards"] if place else {}  # shards that are full
+        self._tokens, self._count = (place["tokens"], place["documents"]) if place else (1, 0)
+        self._boundaries = HashedFile(
+            folder / f"{split}-documents.bin", place["boundary_bytes"] if place else 0
+        )
+        self._shard = HashedFile(self._path(), place["shard_bytes"] if place else 0)
+        if place:
+            self._documents.load_state_dict(place["position"])
+        else:
+            self._boundaries.write(np.uint64(self._tokens).astype("<u8").tobytes())
+            self._shard.write(np.array([tokenizer.eos_id], self._dtype).tobytes())
+
+    def finish(self, progress: Progress) -> dict[str, Any]:
+        """Write what is left of the split; what `index.json` says of it."""
+        with self._boundaries, self._shard_at_hand():
+            if not self._full():
+                for position, document in encoded(self._documents, self._tokenizer):
+                    self._add(document)
+                    progress(self._split, self._count, self._tokens)
+                    if self._journal.due(len(document)):
+                        self._save(position)
+                    if self._full():
+                        break
+        return {
+            "documents_written_from": self._documents.fingerprint,
+            "tokens": self._tokens,
+            "documents": self._count,
+            "shards": {**self._done, self._shard.path.name: self._shard.facts()},
+            "boundaries": {self._boundaries.path.name: self._boundaries.facts()},
+            "remarks": self._documents.tally.lines(),
+        }
+
+    def _full(self) -> bool:
+        return self._limit is not None and self._tokens > self._limit
+
+    def _add(self, document: np.ndarray) -> None:
+        if self._shard.bytes >= SHARD_TOKENS * self._dtype.itemsize:
+            self._shard.close()
+            self._done[self._shard.path.name] = self._shard.facts()
+            self._shard = HashedFile(self._path())
+        self._shard.write(document.astype(self._dtype).tobytes())
+        self._tokens, self._count = self._tokens + len(document), self._count + 1
+        self._boundaries.write(np.uint64(self._tokens).astype("<u8").tobytes())
+
+    def _save(self, position: dict[str, int]) -> None:
+        self._shard.sync()
+        self._boundaries.sync()
+        place = {
+            "position": position,
+            "tokens": self._tokens,
+            "documents": self._count,
+            "shards": self._done,
+            "shard_bytes": self._shard.bytes,
+            "boundary_bytes": self._boundaries.bytes,
+        }
+        self._journal.write(self._split, self._request, place)
+
+    def _path(self) -> Path:
+        return self._folder / f"{self._split}-{len(self._done):05d}.bin"
+
+    @contextmanager
+    def _shard_at_hand(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._shard.close()

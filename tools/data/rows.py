@@ -7,7 +7,7 @@ first is predicted from those before it. What is shorter is filled up when rows 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,35 @@ from act24.errors import Act24Error
 from act24.tools.data.documents import Documents
 from act24.tools.data.permutation import permuted
 from act24.tools.data.shards import TokenShards
+from act24.tools.data.shuffled import ShuffledDocuments
+from act24.tools.data.tally import Tally
 from act24.tools.data.tokenizer import Tokenizer
 
 GROUP_DOCUMENTS = 64  # encoded at once, so that all cores have work …
 GROUP_CHARACTERS = 1_000_000  # … but long documents do not pile up
+Texts = Documents | ShuffledDocuments
 BLOCK = 4096  # places of a shuffled order computed at once
 
 
 class Rows(Iterator[np.ndarray], ABC):
-    """Rows with a position. `fingerprint` identifies them: a position means nothing under another one."""
+    """Rows with a position. `fingerprint` identifies them: a position means nothing under another one.
 
-    fingerprint: dict[str, Any]
+    Attributes:
+        tally: counts what is wrong with the text.
+        warnings: what is worth saying about it before it is read.
+    """
+
+    tally: Tally
+    warnings: Sequence[str] = ()
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies text, tokens and order, JSON-able; "files" only for `adopt` to compare."""
+
+    @abstractmethod
+    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
+        """See `Documents.adopt`."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -37,7 +55,12 @@ class Rows(Iterator[np.ndarray], ABC):
         """Go there. The state must come from rows of the same fingerprint."""
 
 
-def encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, int], np.ndarray]]:
+def epoch_of(position: dict[str, Any]) -> int:
+    """The epoch of a position of `Rows`: how often the text was read before."""
+    return position.get("document", position)["epoch"]
+
+
+def encoded(documents: Texts, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Each document's tokens, end-of-text added, with the position of `documents` after it."""
     while True:
         positions, texts, characters = [], [], 0
@@ -64,17 +87,30 @@ class DocumentRows(Rows):
 
     layout: str
 
-    def __init__(self, documents: Documents, tokenizer: Tokenizer, max_length: int) -> None:
-        self.fingerprint = {
-            **documents.fingerprint,
-            "tokenizer": tokenizer.fingerprint[:16],
-            "rows": self.layout,
-            "max_length": max_length,
-        }
+    def __init__(self, documents: Texts, tokenizer: Tokenizer, max_length: int) -> None:
+        self.tally = documents.tally
+        given = documents.fingerprint
+        if documents.shards == 1 and given["shuffle_seed"] is not None and "shuffle_buffer" not in given:
+            self.warnings = (
+                "one file cannot be shuffled: each epoch has its documents in their order; "
+                "data.shuffle_buffer mixes them, `act24 data prepare` makes token shards, which are shuffled",
+            )
         self._documents = documents
         self._tokenizer = tokenizer
         self._max_length = max_length
         self.load_state_dict({"document": documents.state_dict(), "offset": 0})
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            **self._documents.fingerprint,
+            "tokenizer": self._tokenizer.fingerprint[:16],
+            "rows": self.layout,
+            "max_length": self._max_length,
+        }
+
+    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
+        return self._documents.adopt(fingerprint, epoch, grow)
 
     def state_dict(self) -> dict[str, Any]:
         return {"document": self._before, "offset": self._offset}
@@ -104,7 +140,8 @@ class PackedRows(DocumentRows):
     short.
 
     Raises (while iterating):
-        Act24Error: an endless source has fewer tokens than one row.
+        Act24Error: an endless source has fewer tokens than one row. (One rank's share of an epoch may: it
+            fills the row from the next.)
     """
 
     layout = "packed"
@@ -116,7 +153,7 @@ class PackedRows(DocumentRows):
             self._before["epoch"] == self._before["record"] == self._before["passed"] == self._offset == 0
         )
         while missing and (tokens := self._document()) is not None:
-            if from_start and self._after["epoch"] > 0:
+            if from_start and self._after["epoch"] > 0 and self.fingerprint["world_size"] == 1:
                 raise Act24Error(too_short(self._max_length - missing, self._max_length))
             if not pieces:
                 before = tokens[self._offset - 1] if self._offset else self._tokenizer.eos_id
@@ -173,7 +210,7 @@ class ShardRows(Rows):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.fingerprint = {
+        self._fingerprint = {
             **shards.fingerprint,
             "rows": layout,
             "max_length": max_length,
@@ -181,6 +218,8 @@ class ShardRows(Rows):
             "rank": rank,
             "world_size": world_size,
         }
+        self.tally = Tally()  # of text that was read when the shards were made
+        self.warnings = shards.remarks
         self._shards = shards
         self._layout, self._max_length = layout, max_length
         self._count = shards.documents if layout == "padded" else -(-(shards.tokens - 1) // max_length)
@@ -191,6 +230,15 @@ class ShardRows(Rows):
         if endless and self._count < world_size:
             raise Act24Error(f"the training text has {self._count} rows for {world_size} processes")
         self.load_state_dict({"epoch": 0, "row": 0})
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return self._fingerprint
+
+    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
+        if grow:
+            raise Act24Error('--data grow is for data.source = "files"')
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "row": self._row}

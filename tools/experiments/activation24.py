@@ -28,6 +28,7 @@ from act24.errors import Act24Error
 from act24.recipes.load import parse_recipe, toml_value
 from act24.recipes.schema import Recipe
 from act24.tools.experiments.activation24_report import file_stem, write_report
+from act24.tools.files import whole_file
 
 WARMUP_SHARE = 0.1  # of the steps: of the learning rate, and of 2:4
 DENSE_FINISH_SHARE = 1 / 6  # of transposable weights, as published
@@ -234,9 +235,8 @@ def run_one(arguments: argparse.Namespace) -> None:
     # No recipe opens the checkpoint of a forgetful one.
     result = train_one(recipe, forms=not (variant.forgetful or arguments.skip_forms))
     target = result_file(arguments.out, arguments.name, arguments.seed)
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps({"name": arguments.name, "seed": arguments.seed} | result) + "\n")
-    partial.replace(target)
+    with whole_file(target) as partial:
+        partial.write_text(json.dumps({"name": arguments.name, "seed": arguments.seed} | result) + "\n")
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -7,9 +7,7 @@ Every parameter that is missing, left over or of another shape is refused by nam
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -21,6 +19,7 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
+from act24.tools.files import whole_file
 from act24.tools.huggingface.config import (
     ACT24,
     ARCEE,
@@ -126,7 +125,7 @@ def write_pretrained(
         write_weights(folder, state, metadata, shard)
         if kind == ACT24:
             (folder / MODULE).write_text(MODULE_TEXT, encoding="utf-8")
-        with _whole(folder / CONFIG) as partial:
+        with whole_file(folder / CONFIG) as partial:
             partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise Act24Error(f"cannot write the checkpoint {folder}: {error}") from error
@@ -142,7 +141,7 @@ def write_weights(
     """
     split = split_torch_state_dict_into_shards(dict(state), max_shard_size=shard)
     for name, tensors in split.filename_to_tensors.items():
-        with _whole(folder / name) as partial:
+        with whole_file(folder / name) as partial:
             partial.touch()
             mode = partial.stat().st_mode & 0o777  # safetensors would leave a file that only its owner reads
             content = {tensor: state[tensor].contiguous() for tensor in tensors}
@@ -150,7 +149,7 @@ def write_weights(
             partial.chmod(mode)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        with _whole(folder / INDEX) as partial:
+        with whole_file(folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -199,14 +198,3 @@ def _some(names: list[str], limit: int = 4) -> str:
     """The first names, and how many more there are: a whole model's would fill the terminal."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to beside `path`, moved onto it when the writing is done and removed when it fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, reading
 from act24.optim import AdamWOptions
 from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN
 from act24.recipes.flags import BY_NAME
@@ -174,11 +174,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    try:
+    failure = f"cannot read {path} without running code in it"
+    with reading(failure, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Act24Error(f"cannot read {path} without running code in it: {reason}") from error
     if not isinstance(content, dict):
         raise Act24Error(f"{path} holds no table of values")
     return content

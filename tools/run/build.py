@@ -83,6 +83,23 @@ def build(
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 
+def build_from_old(
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    step: int = 0,
+    measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
+) -> Built:
+    """`build`, with the weights of a folder that run_c4.py left.
+
+    Raises:
+        Act24Error: as `build`, and where the folder's model is not the recipe's.
+    """
+    built = build(recipe, device, step, measure)
+    load_old_weights_(built, open_old(folder).state, str(folder))
+    return built
+
+
 def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
@@ -177,7 +194,8 @@ def _beside(folder: Path) -> Tokenizer | None:
 
 def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
     """The tokenizer that a checkpoint brings, as a recipe names one: its text was read with no other."""
-    return Tokenizer(name=str(opened.folder / checkpoint.TOKENIZER))
+    section = parse_recipe(opened.recipe_text, f"{opened.folder}/recipe.toml").tokenizer
+    return section.model_copy(update={"name": str(opened.folder / checkpoint.TOKENIZER)})
 
 
 def _check_device(recipe: Recipe, device: torch.device) -> None:

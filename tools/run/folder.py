@@ -75,6 +75,8 @@ def describe_run(run_dir: Path, recipe: Recipe, plan: str) -> None:
 
 def _differences(then: Recipe, now: Recipe) -> list[str]:
     old, new = _flat(then), _flat(now)
+    if new["data.revision"] is None:  # a run stays at the commit that it began with
+        new["data.revision"] = old["data.revision"]
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted({*old, *new})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
+from act24.passes import ActivationStatistics
 from act24.passes.graph.measurements import Measurement
 from act24.recipes.checks import oddities
-from act24.recipes.load import dump_recipe
+from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
-from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer
-from act24.tools.huggingface.old_folder import open_old
-from act24.tools.run.build import Built, build, load_old_weights_, model_config, saved_tokenizer
+from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer, pinned
+from act24.tools.run.build import Built, build, build_from_old, model_config, saved_tokenizer
 from act24.tools.run.evaluate import Evaluation, evaluate
 from act24.tools.run.folder import describe_run, resume_point
 from act24.tools.run.measurements import measure
@@ -74,6 +75,7 @@ def train(
     run_dir: Path,
     resume: str = "never",
     dry_run: bool = False,
+    grow: bool = False,
     weights: Path | None = None,
 ) -> Outcome:
     """Train a recipe.
@@ -82,6 +84,7 @@ def train(
         run_dir: its folder (`tools/run/folder.py`).
         resume: see `act24.tools.run.folder.resume_point`.
         dry_run: build, plan, print, make one step, and write no file.
+        grow: when it goes on, take data files that were added, from the next epoch on.
         weights: a folder that run_c4.py left, whose weights a run begins with that begins anew.
 
     Raises:
@@ -91,15 +94,22 @@ def train(
     with open_processes() as processes, stop_on_signal() as stop:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         start = None if dry_run else resume_point(run_dir, resume, recipe)
-        run = _Run(recipe, run_dir, processes, start, dry_run, None if start else weights)
+        recipe = _pinned(recipe, start, processes)
+        make = build if start or weights is None else partial(build_from_old, weights)
+        run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make)
         try:
             return run.go(stop)
         finally:
             run.close()
 
 
-class _Run:
-    """One run in progress: what `train` has opened, and where it stands."""
+class TrainingRun:
+    """One run in progress: what `train` has opened, and where it stands.
+
+    Attributes:
+        monitor: what it has logged.
+        training_step: the model, ready to train.
+    """
 
     def __init__(
         self,
@@ -107,9 +117,15 @@ class _Run:
         run_dir: Path,
         processes: Processes,
         start: checkpoint.Checkpoint | None,
-        dry_run: bool,
-        weights: Path | None,
+        dry_run: bool = False,
+        grow: bool = False,
+        make: Callable[..., Built] = build,
     ) -> None:
+        """
+        Args:
+            start: the checkpoint to go on from.
+            make: makes the model, as `build` does; weights may come from elsewhere, or not be needed.
+        """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._step = start.step if start else 0
         self._tokens = start.state["tokens"] if start else 0
@@ -123,26 +139,26 @@ class _Run:
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
-        self._built: Built = build(recipe, processes.device, self._step, self._measure)
-        if weights:
-            load_old_weights_(self._built, open_old(weights).state, str(weights))
+        self._built: Built = make(recipe, processes.device, self._step, self._measure)
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
         if processes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of training; the tuner's operands are gone
-        self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
+        self.training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
         self._optimizer: Optimizer = build_optimizer(
             self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
         )
         if start:
             rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
-            self._rows.load_state_dict(rank_state["data"])
+            self._rows.load_state_dict(rank_state["data"], grow)
         self._rows.start()
+        self._count, self._waited = accumulation(recipe.train, world_size), 0.0
+        self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline))
-        self._monitor = Monitor(
+        self.monitor = Monitor(
             recipe,
             self._built,
             self._optimizer,
@@ -161,25 +177,33 @@ class _Run:
 
     def close(self) -> None:
         self._rows.close()
-        self._monitor.close()
+        self.monitor.close()
         # Data parallelism has to end before its processes part. The other way round its destructor is the one
         # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
-        del self._training_step
+        del self.training_step
 
     def go(self, stop: StopRequest) -> Outcome:
-        recipe, monitor = self._recipe, self._monitor
+        recipe, monitor = self._recipe, self.monitor
         last = self._step + 1 if self._dry_run else recipe.train.steps
         stopped, evaluation = False, None
+        failure: BaseException | None = None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
-            for line in oddities(recipe):
+            heldout_warnings = self._heldout.warnings if self._heldout else ()
+            for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
                 progress.say(f"warning: {line}")
+            if self.training_step.capture_text:
+                progress.say(self.training_step.capture_text)
             if self._step == last:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             while self._step < last and not stopped:
-                self._advance()
-                stopped = self._processes.any(bool(stop))
-                evaluation = self._after_step(progress, ends=stopped or self._step == last)
+                self.advance()
+                failure = self._data_failure() if self._step < last else None
+                stopped = self._processes.any(bool(stop) or failure is not None)
+                evaluation = self.after_step(progress, ends=stopped or self._step == last)
+        if failure:
+            progress.say(f"the data failed: saved step {self._step} in {self._last_checkpoint}")
+            raise failure
         if stopped:
             progress.say(f"{stop.signal or 'stop'}: saved step {self._step} in {self._last_checkpoint}")
         return Outcome(
@@ -196,25 +220,33 @@ class _Run:
             is_main=self._processes.is_main,
         )
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Make one optimizer step, with nothing read back from the device."""
         recipe = self._recipe
-        self._built.pipeline.lower_(self._step)
+        counts = _due(self._step + 1, recipe.log.activation_statistics_every)
+        self._built.pipeline.lower_(self._step, without=() if counts else (ActivationStatistics.name,))
         rate = learning_rate(recipe, self._step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         waited = time.perf_counter()
-        count = accumulation(recipe.train, self._processes.world_size)
-        batches = [next(self._rows) for _ in range(count)]
-        waited = time.perf_counter() - waited
+        batches = [next(self._rows) for _ in range(self._count)]
+        waited, self._waited = time.perf_counter() - waited + self._waited, 0.0
         if _due(self._step, recipe.log.gradient_cosine_every):
-            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0], self._step))
-        result: StepResult = self._training_step(batches, self._optimizer, self._step)
+            self.monitor.add_cosines(self.training_step.gradient_cosines(batches[0], self._step))
+        result: StepResult = self.training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
-        self._monitor.add(self._step, result, rate, waited)
+        self.monitor.add(self._step, result, rate, waited, self._rows.figures())
 
-    def _after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
+    def _data_failure(self) -> BaseException | None:
+        """What keeps the next step's batches from being made. Asked for before that step, on which processes
+        would wait for each other, and before the position is that of batches nobody trained on."""
+        began = time.perf_counter()
+        failure = self._rows.failure(self._count)
+        self._waited = time.perf_counter() - began
+        return failure
+
+    def after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
         """Log, evaluate and save where it is due.
 
         A step that saves also logs: a window of averages never spans a checkpoint, so a run that was
@@ -225,7 +257,7 @@ class _Run:
         finished = step == recipe.train.steps
         evaluates = self._heldout is not None and (finished or (not ends and _due(step, recipe.eval.every)))
         if saves or evaluates or ends or _due(step, recipe.log.every):
-            window = self._monitor.flush(step)
+            window = self.monitor.flush(step)
             self._tokens += window.tokens
             if window.first_bad_step is not None:
                 raise TrainingError(
@@ -241,16 +273,22 @@ class _Run:
                 progress.say(f"step {step}: {alarm}")
         if self._note:
             progress.say(self._note)
+        if self._rows.epoch != self._epoch:
+            self._epoch = self._rows.epoch
+            progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
+            for line in self._rows.remarks():
+                progress.say(f"warning: {line}")
         evaluation = None
         if evaluates and self._heldout is not None:
             evaluation = evaluate(
-                self._training_step.summed_loss,
+                self.training_step.summed_loss,
                 self._heldout,
                 recipe,
                 self._processes,
                 self._built.pipeline,
+                loss_of=self.training_step.evaluation_loss,
             )
-            self._monitor.evaluated(step, evaluation)
+            self.monitor.evaluated(step, evaluation)
             progress.say(
                 f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
                 f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.extent}"
@@ -265,14 +303,24 @@ class _Run:
             self._step,
             model=self._built.model,
             optimizer=self._optimizer,
-            state={"tokens": self._tokens, "log": self._monitor.state(), "products": self._products},
+            state={"tokens": self._tokens, "log": self.monitor.state(), "products": self._products},
             rank_state={"data": self._rows.state_dict()},
             recipe_text=dump_recipe(self._recipe),
             plan=asdict(self._built.pipeline.report),
             tokenizer_json=self._tokenizer.to_json(),
             keep=self._recipe.checkpoint.keep,
         )
-        self._monitor.saved()
+        self.monitor.saved()
+
+
+def _pinned(recipe: Recipe, start: checkpoint.Checkpoint | None, processes: Processes) -> Recipe:
+    """The recipe with the commit of the Hub's data set, the one that the run began with if there is one."""
+    data = recipe.data
+    if start and data.revision is None:
+        began = parse_recipe(start.recipe_text, f"{start.folder}/recipe.toml").data
+        data = data.model_copy(update={"revision": began.revision})
+    (data, *_) = processes.gather(pinned(data))  # one answer for all: there may be a push in between
+    return recipe.model_copy(update={"data": data})
 
 
 def _due(step: int, every: int) -> bool:

@@ -107,8 +107,16 @@ class Monitor:
                 self._describe(self._log)
         self._restart()
 
-    def add(self, step: int, result: StepResult, rate: float, waited: float) -> None:
-        """Take in one step. Nothing is read from the device."""
+    def add(
+        self,
+        step: int,
+        result: StepResult,
+        rate: float,
+        waited: float,
+        data: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take in one step; `data` are figures of the text so far. Nothing is read from the device."""
+        self._data = data or {}
         # A gradient that overflows has already spoiled the weights, although its loss was finite.
         bad = ~torch.isfinite(result.loss + result.grad_norm)
         self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
@@ -188,6 +196,7 @@ class Monitor:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._steps, self._rate, self._waited = 0, 0.0, 0.0
+        self._data: Mapping[str, float] = {}
         self._began = time.perf_counter()
 
     def _scalars(self, window: Window, elapsed: float) -> dict[str, float]:
@@ -200,6 +209,7 @@ class Monitor:
             "perf/tokens_per_s_per_device": window.tokens_per_second / world_size,
             "perf/data_wait_share": self._waited / elapsed,
             "perf/step_ms": 1000 * elapsed / self._steps,
+            **{f"data/{name}": value for name, value in self._data.items()},
         }
         if self._processes.device.type == "cuda":
             scalars["memory/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -69,9 +69,9 @@ def _fetch(
     """All that is read of the nth of every four tokens.
 
     Returns:
-        where in dS the rows begin, dS, the saved activation, its slope, its metadata, and which tokens are
-        real: words [tokens / 4, features / 2], the same, [.., features / 4] twice, [.., features / 8], and
-        [.., 1].
+        where in dS the rows begin, dS, the saved activation, its slope, and its metadata: words [tokens / 4,
+        features / 2], the same, [.., features / 4] twice, [.., features / 8]. Activation and slope of tokens
+        that are not real are zeros, and with them all that comes of these tokens.
     """
     grad, values, metadata, slopes, real = inputs
     rows: tl.constexpr = TOKENS // 4
@@ -89,22 +89,23 @@ def _fetch(
     both = load_bits(values + quarter_row)
     fields = load_bits(metadata + slab + tl.max_contiguous(field // 8, (1, 2)))
     slope = load_bits(slopes + quarter_row) if SLOPE else both
-    is_real = tl.load(real + token + row) if PADS else row
+    if PADS:
+        is_real = tl.load(real + token + row)
+        both = tl.where(is_real, both, both & 0)
+        slope = tl.where(is_real, slope, slope & 0)
     fields >>= (field % 8 * 4).to(tl.uint32)
-    return half_row, pairs, both, slope, fields, is_real
+    return half_row, pairs, both, slope, fields
 
 
 @jit
-def _masked_keys(
-    grad_values, fetched, nth: tl.constexpr, FUNCTION: tl.constexpr, SLOPE: tl.constexpr, PADS: tl.constexpr
-):
+def _masked_keys(grad_values, fetched, nth: tl.constexpr, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
     """Store dZ of the nth of every four tokens.
 
     Returns:
         keys of f(h), and keys of |dZ|, for the four features of every group: four words [rows, groups] each.
         A key of |dZ| has its magnitude in the 15 upper bits, and its sign below the position.
     """
-    half_row, pairs, both, slope, fields, is_real = fetched
+    half_row, pairs, both, slope, fields = fetched
     fields = tl.reshape(tl.join(fields, fields >> 16), both.shape)
     low = fields & 3
     high = fields & 12
@@ -113,10 +114,6 @@ def _masked_keys(
     first, second = tl.split(masked.to(tl.uint16, bitcast=True))
     first = _rotate_left(first.to(tl.uint32) << 16)
     second = _rotate_left(second.to(tl.uint32) << 16)
-    if PADS:  # tokens of padding have a gradient, but no share in those of the weights
-        both = tl.where(is_real, both, both & 0)
-        first = tl.where(is_real, first, first & 0)
-        second = tl.where(is_real, second, second & 0)
     value_keys = spread(low, high, both << 16, upper(both), 3 - nth)
     grad_keys = spread(low, high, first, second, 6 - 2 * nth)
     tl.store(grad_values + half_row, tl.reshape(masked, pairs.shape))
@@ -235,10 +232,10 @@ def _pack_gradient(
         fetched1 = _fetch(inputs, features, token, feature, 1, SLOPE, PADS, TOKENS, FEATURES)
         fetched2 = _fetch(inputs, features, token, feature, 2, SLOPE, PADS, TOKENS, FEATURES)
         fetched3 = _fetch(inputs, features, token, feature, 3, SLOPE, PADS, TOKENS, FEATURES)
-        values0, grads0 = _masked_keys(grad_values, fetched0, 0, FUNCTION, SLOPE, PADS)
-        values1, grads1 = _masked_keys(grad_values, fetched1, 1, FUNCTION, SLOPE, PADS)
-        values2, grads2 = _masked_keys(grad_values, fetched2, 2, FUNCTION, SLOPE, PADS)
-        values3, grads3 = _masked_keys(grad_values, fetched3, 3, FUNCTION, SLOPE, PADS)
+        values0, grads0 = _masked_keys(grad_values, fetched0, 0, FUNCTION, SLOPE)
+        values1, grads1 = _masked_keys(grad_values, fetched1, 1, FUNCTION, SLOPE)
+        values2, grads2 = _masked_keys(grad_values, fetched2, 2, FUNCTION, SLOPE)
+        values3, grads3 = _masked_keys(grad_values, fetched3, 3, FUNCTION, SLOPE)
 
         if DENSE:
             target = token // 2 + tl.arange(0, rows)[None, :] * 2

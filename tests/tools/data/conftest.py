@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Corpus:
         """These files, all of them in both splits, so that nothing depends on what is held out."""
         heldout = self.folder.parent / f"{self.folder.name}-heldout"
         if not heldout.exists():
-            heldout.symlink_to(self.folder)  # another name: a file in both lists is not trained on
+            shutil.copytree(self.folder, heldout)  # copies: a file in both lists is not trained on
         return schema.Data(
             source="files",
             train_files=(str(self.folder / self.glob),),

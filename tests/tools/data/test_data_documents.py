@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
-from act24.tools.data.documents import Documents, is_heldout, open_documents
+from act24.tools.data.documents import Documents, open_documents
+from act24.tools.data.shard import is_heldout
 
 
 def shards_of(texts_by_shard):

@@ -8,11 +8,11 @@ import pyarrow.parquet
 import pytest
 
 from act24.errors import Act24Error
-from act24.tools.data.files import find_files, read_documents
+from act24.tools.data.files import Reading, find_files, read_documents
 
 
 def read(path, text_field="text", wanted=lambda index: True):
-    return list(read_documents(path, text_field, wanted))
+    return list(read_documents(path, Reading(text_field), wanted))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.md.gz", "a.py"])
@@ -47,11 +47,11 @@ def test_parquet_rows_and_skipped_row_groups(tmp_path):
     assert read(path, "body", lambda index: index >= 4) == [None] * 4 + ["t4", "t5", "t6", ""]
 
 
-def test_bytes_that_are_no_text_do_not_stop_a_run(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "a.json").write_text('{"text": "half a pair: \\ud83d"}\n')
-    assert read(tmp_path / "a.txt") == ["caf�"]
-    assert read(tmp_path / "a.json") == ["half a pair: ?"]
+def test_half_a_pair_is_no_text(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "half a pair? \\ud83d"}\n')
+    how = Reading()
+    assert list(read_documents(tmp_path / "a.json", how, lambda index: True)) == ["half a pair? ?"]
+    assert how.tally.replaced == 1
 
 
 def test_globs_files_and_folders(tmp_path):

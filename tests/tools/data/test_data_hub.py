@@ -5,14 +5,16 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections import Counter
 
 import pytest
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
-from act24.tools.data import heldout_rows, hub, open_documents, open_rows
-from act24.tools.data.documents import is_heldout
+from act24.tools.data import heldout_rows, hub, open_documents, open_rows, pinned_for, prepare_shards
+from act24.tools.data.files import Reading
+from act24.tools.data.shard import is_heldout
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def local(corpora, monkeypatch) -> Data:
 
     files = sorted(str(path) for path in corpora["json"].folder.iterdir())
 
-    def load_stream(dataset, subset, split):
+    def load_stream(dataset, subset, split, revision):
         return datasets.load_dataset(
             "json", data_files={"train": files, "validation": files[-1:]}, split=split, streaming=True
         )
@@ -93,10 +95,23 @@ class NetworkOfItsOwn(Exception):
     __module__ = "httpx"
 
 
-@pytest.mark.parametrize("error", [ConnectionError, TimeoutError, NetworkOfItsOwn])
+class Outage:
+    """A clock that only waiting moves."""
+
+    def __init__(self):
+        self.waits = []
+
+    def sleep(self, seconds):
+        self.waits.append(seconds)
+
+    def clock(self):
+        return sum(self.waits)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError, NetworkOfItsOwn, EOFError, zlib.error])
 def test_a_failing_network_is_waited_for_and_no_record_lost_or_repeated(error):
     fail_before = [0, 0, 3, 7, 7, 7, 9]  # records; the same one may fail repeatedly
-    waits = []
+    outage, how = Outage(), Reading()
 
     def shard(wanted):
         for index in range(10):
@@ -105,26 +120,45 @@ def test_a_failing_network_is_waited_for_and_no_record_lost_or_repeated(error):
                 raise error("gone")
             yield str(index) if wanted(index) else None
 
-    read = hub.retried(shard, "c4", waits.append)
+    read = hub.retried(shard, "c4", 120, how, outage.sleep, outage.clock)
     assert list(read(lambda index: index != 5)) == ["0", "1", "2", "3", "4", None, "6", "7", "8", "9"]
     assert not fail_before
     rounds = [1, 2, 1, 1, 2, 4, 1]  # doubling, and from the start again once a record came
-    assert all(0.5 * r <= wait <= 1.5 * r for r, wait in zip(rounds, waits, strict=True))
+    assert all(0.5 * r <= wait <= 1.5 * r for r, wait in zip(rounds, outage.waits, strict=True))
+    assert how.tally.counts() == {"retries": 7}
 
 
-def test_a_network_that_stays_away_ends_in_one_line():
-    waits = []
+@pytest.mark.parametrize("seconds", [0, 100, 10_000])
+def test_a_network_that_stays_away_ends_in_one_line(seconds):
+    outage = Outage()
 
     def shard(wanted):
         yield "first"
         raise ConnectionError("no route\nto host")
 
-    read = hub.retried(shard, "allenai/c4, split 'train'", waits.append)(lambda index: True)
-    assert next(read) == "first"
-    message = r"^reading allenai/c4, split 'train' failed 7 times in a row: no route to host\. `act24 data"
+    read = hub.retried(shard, "allenai/c4, split 'train'", seconds, Reading(), outage.sleep, outage.clock)
+    records = read(lambda index: True)
+    assert next(records) == "first"
+    message = (
+        r"^reading allenai/c4, split 'train' failed \d+ times in a row: no route to host\. data\.retry_s"
+    )
     with pytest.raises(Act24Error, match=message):
-        next(read)
-    assert len(waits) == hub.RETRIES
+        next(records)
+    assert seconds <= outage.clock() <= seconds + 1.5 * hub.LONGEST_WAIT
+    assert max(outage.waits, default=0) <= 1.5 * hub.LONGEST_WAIT
+
+
+def test_an_outage_may_last():
+    outage, failures = Outage(), iter(range(5000))
+
+    def shard(wanted):
+        if next(failures, None) is not None:
+            raise ConnectionError("gone")
+        yield "there again"
+
+    read = hub.retried(shard, "c4", 1e9, Reading(), outage.sleep, outage.clock)
+    assert list(read(lambda index: True)) == ["there again"]
+    assert outage.clock() > 24 * 3600
 
 
 def test_other_errors_are_not_retried():
@@ -133,7 +167,11 @@ def test_other_errors_are_not_retried():
         yield
 
     with pytest.raises(Act24Error, match="no field"):
-        next(hub.retried(shard, "c4", sleep=lambda seconds: pytest.fail("waited"))(lambda index: True))
+        next(
+            hub.retried(shard, "c4", 120, Reading(), sleep=lambda seconds: pytest.fail("waited"))(
+                lambda index: True
+            )
+        )
 
 
 def test_offline_is_said_at_once_and_with_a_way_out(tmp_path):
@@ -155,6 +193,78 @@ for attempt in (
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     data, tokenizer = run.stdout.splitlines()
     assert data.startswith("cannot open split 'train' of data set 'allenai/c4 en': ")
-    assert data.endswith("Without a network use data.source = 'builtin', 'files' or 'shards'")
+    assert data.endswith("without a network use data.source = 'builtin', 'files' or 'shards'")
+    assert "HF_ENDPOINT names a mirror" in data
     assert tokenizer.startswith("cannot load tokenizer 't5-base' from the Hub, and there is no such file: ")
     assert "NEWLINE" not in run.stdout
+
+
+# ------------------------------------------------------------------------------------------ the commit
+
+
+@pytest.fixture
+def commits(local, monkeypatch):
+    """The commits of the Hub's data set, the newest last; and those at which streams were opened."""
+    newest, opened = ["a" * 40], []
+    load_stream = hub.load_stream
+
+    def load(dataset, subset, split, revision):
+        opened.append(revision)
+        return load_stream(dataset, subset, split, revision)
+
+    monkeypatch.setattr(hub, "load_stream", load)
+    monkeypatch.setattr(hub, "find_commit", lambda dataset: newest[-1])
+    return newest, opened
+
+
+def test_a_commit_is_pinned_once(local, commits):
+    newest, opened = commits
+    data = hub.pinned(local)
+    assert data.revision == "a" * 40
+    newest.append("b" * 40)
+    assert hub.pinned(data) == data
+    assert list(open_documents(data, "train"))
+    assert opened == ["a" * 40]
+    builtin = Data(source="builtin")
+    assert hub.pinned(builtin) == builtin
+
+
+def test_a_position_at_another_commit_is_refused(local, commits, tokenizer):
+    newest, _ = commits
+    with open_rows(hub.pinned(local), tokenizer, batch_size=1, vocab_size=300) as rows:
+        state = next(rows).state
+    newest.append("b" * 40)
+    with (
+        open_rows(hub.pinned(local), tokenizer, batch_size=1, vocab_size=300) as rows,
+        pytest.raises(Act24Error, match=r"revision was 'a+' and is 'b+'"),
+    ):
+        rows.load_state_dict(state)
+
+
+def test_prepared_data_go_on_at_the_commit_that_they_began_with(
+    local, commits, tokenizer, tmp_path, monkeypatch
+):
+    newest, opened = commits
+    monkeypatch.setattr("act24.tools.data.prepare.JOURNAL_TOKENS", 1)
+
+    def stop(split, documents, tokens):
+        if split == "train" and documents == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_shards(pinned_for(local, tmp_path / "out"), tokenizer, tmp_path / "out", progress=stop)
+    newest.append("b" * 40)
+    prepare_shards(pinned_for(local, tmp_path / "out"), tokenizer, tmp_path / "out")
+    assert set(opened) == {"a" * 40}
+    assert pinned_for(local, tmp_path / "another").revision == "b" * 40
+
+
+def test_a_hub_that_cannot_be_asked_for_its_commit_is_one_line(local, monkeypatch):
+    def fail(dataset):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "find_commit", fail)
+    with pytest.raises(
+        Act24Error, match=r"cannot open data set 'allenai/c4': no route to host\. HF_ENDPOINT names"
+    ):
+        hub.pinned(local)

@@ -76,7 +76,7 @@ def test_a_row_state_is_small_and_continues_exactly(tokenizer, texts, max_length
     for _, _ in zip(range(cut), first, strict=False):
         pass
     state = json.dumps(first.state_dict())
-    assert len(state) < 120
+    assert len(state) < 250
     second = kind(documents_of(texts), tokenizer, max_length)
     second.load_state_dict(json.loads(state))
     assert [row.tolist() for row in second] == rows[cut:]

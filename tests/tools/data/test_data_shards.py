@@ -22,9 +22,9 @@ from act24.tools.data import (
     open_tokenizer,
     prepare_shards,
 )
-from act24.tools.data.documents import Split
 from act24.tools.data.permutation import permuted
 from act24.tools.data.rows import PackedRows, PaddedRows, ShardRows
+from act24.tools.data.shard import Split
 from act24.tools.data.shards import TokenShards
 
 
@@ -205,7 +205,7 @@ def test_a_failure_leaves_nothing_behind(corpora, tokenizer, tmp_path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Act24Error, match=r"cannot write .*out: .*No space left on device"):
+    with pytest.raises(Act24Error, match=r"cannot write .*out\.partial: .*No space left on device"):
         prepare_shards(data, tokenizer, tmp_path / "out")
     assert os.listdir(tmp_path) == ["bad.jsonl"]
 

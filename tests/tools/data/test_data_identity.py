@@ -1,0 +1,286 @@
+"""The same data are the same content: what a saved position finds again, and what it notices."""
+
+import json
+import os
+import shutil
+from collections import Counter
+
+import pytest
+
+from act24.errors import Act24Error
+from act24.recipes.schema import Data, Tokenizer
+from act24.tools.data import heldout_rows, identity, open_documents, open_rows, open_tokenizer, prepare_shards
+from act24.tools.data.documents import FRUITLESS, Documents
+from act24.tools.data.files import find_files
+from act24.tools.data.shards import TokenShards
+
+
+def write(folder, texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def section(folder, **keys):
+    return Data(
+        source="files",
+        train_files=(f"{folder}/train*.txt",),
+        heldout_files=(f"{folder}/held.txt",),
+        rows="padded",
+        max_length=32,
+        **keys,
+    )
+
+
+TEXTS = {f"train{i}.txt": f"low rank {i} two of four" for i in range(6)} | {"held.txt": "sparse graph"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "data", TEXTS)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def opened(tokenizer):
+    """Rows one by one, as text; and the state after so many."""
+
+    def rows(data, count, state=None, grow=False, **place):
+        with open_rows(data, tokenizer, batch_size=1, vocab_size=300, **place) as batches:
+            if state is not None:
+                batches.load_state_dict(json.loads(json.dumps(state)), grow)
+            texts = [tokenizer.decode(next(batches).input_ids[0].tolist()) for _ in range(count)]
+            return texts, batches.state_dict(), batches.warnings
+
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ one file
+
+
+def test_two_spellings_of_one_file_are_one_file(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    os.symlink("train0.txt", "another.txt")
+    patterns = ("train*.txt", f"{folder}/train*.txt", "../data/train0.txt", "another.txt")
+    assert sorted(path.resolve().name for path in find_files(patterns)) == sorted(TEXTS)[1:]
+
+
+@pytest.mark.parametrize("spelling", ["relative", "absolute", "link"])
+def test_what_is_held_out_is_not_trained_on_however_it_is_spelled(folder, monkeypatch, spelling):
+    monkeypatch.chdir(folder.parent)
+    os.symlink(folder, "elsewhere")
+    heldout = {
+        "relative": "data/train0.txt",
+        "absolute": f"{folder}/train0.txt",
+        "link": "elsewhere/train0.txt",
+    }
+    data = section("data").model_copy(update={"heldout_files": (heldout[spelling],)})
+    assert sorted(open_documents(data, "train")) == sorted(TEXTS[f"train{i}.txt"] for i in range(1, 6))
+    assert list(open_documents(data, "heldout")) == [TEXTS["train0.txt"]]
+    everything = data.model_copy(update={"heldout_files": (f"{folder}/train*.txt",)})
+    with pytest.raises(Act24Error, match=r"every file of data\.train_files is also in data\.heldout_files"):
+        open_documents(everything, "train")
+
+
+# ------------------------------------------------------------------------------------- the same, or not
+
+
+def test_a_folder_that_moved_as_a_whole_is_the_same(folder, opened, tmp_path):
+    straight, _, _ = opened(section(folder), 15)
+    first, state, _ = opened(section(folder), 4)
+    shutil.move(folder, tmp_path / "there")
+    second, _, warnings = opened(section(tmp_path / "there"), 11, state)
+    assert (first + second, warnings) == (straight, [])
+
+
+def test_files_that_were_renamed_keep_the_order_of_the_run(folder, opened):
+    straight, _, _ = opened(section(folder), 15)
+    first, state, _ = opened(section(folder), 4)
+    for index in range(6):  # in the other order from now on
+        (folder / f"train{index}.txt").rename(folder / f"train-{9 - index}.txt")
+    second, _, _ = opened(section(folder), 11, state)
+    assert first + second == straight
+
+
+CHANGES = {
+    "an edit of the same size": ("train3.txt", "LOW rank 3 two of four", "1 of 6 files are gone or their"),
+    "the held-out text": ("held.txt", "SPARSE graph", r"the content of data\.heldout_files is another"),
+    "a file that is gone": ("train3.txt", None, "1 of 6 files are gone or their content has changed$"),
+    "a file that was added": (
+        "train9.txt",
+        "a model",
+        r"1 files were added \(.*train9\.txt\); --data grow takes",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_content_is_noticed(folder, opened, change):
+    name, text, message = CHANGES[change]
+    _, state, _ = opened(section(folder), 4)
+    (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    with pytest.raises(Act24Error, match=f"the data are not those of the saved position: {message}"):
+        opened(section(folder), 1, state)
+
+
+def test_a_position_of_an_older_act24_is_refused(folder, opened):
+    _, state, _ = opened(section(folder), 1)
+    state["fingerprint"]["files"] = "0123456789abcdef"
+    with pytest.raises(Act24Error, match="its list of files is not one that this act24 reads"):
+        opened(section(folder), 1, state)
+
+
+def test_of_a_large_file_pieces_are_compared_and_another_time_is_said(folder, opened, monkeypatch):
+    monkeypatch.setattr(identity, "WHOLE", 1000)
+    monkeypatch.setattr(identity, "PIECE", 10)
+    large = folder / "train3.txt"
+    large.write_bytes(b"low rank " * 300)
+    os.utime(large, (1, 1))
+    _, state, _ = opened(section(folder), 1)
+    content = bytearray(large.read_bytes())
+    content[15] ^= 1  # behind the first piece of ten bytes
+    large.write_bytes(content)
+    (warning,) = opened(section(folder), 1, state)[2]
+    assert warning.startswith(f"1 large files were modified or copied since the checkpoint ({large}, …)")
+    content[5] ^= 1
+    large.write_bytes(content)
+    with pytest.raises(Act24Error, match="1 of 6 files are gone or their content has changed"):
+        opened(section(folder), 1, state)
+
+
+# ---------------------------------------------------------------------------------------------- growing
+
+
+def test_added_files_are_read_from_the_next_epoch_on(folder, opened):
+    old = Counter(TEXTS[f"train{i}.txt"] for i in range(6))
+    straight, _, _ = opened(section(folder), 12)
+    first, state, _ = opened(section(folder), 8)  # two documents into epoch 1
+    write(folder, {"train0a.txt": "a new one", "train99.txt": "another new one"})
+    grown, later, (warning,) = opened(section(folder), 4 + 8 + 8, state, grow=True)
+    assert warning.startswith("2 files were added (")
+    assert warning.endswith("they are read from epoch 2 on")
+    assert first + grown[:4] == straight, "the epoch at hand is as it would have been"
+    both = old + Counter(["a new one", "another new one"])
+    assert Counter(grown[4:12]) == Counter(grown[12:]) == both
+    assert grown[4:12] != grown[12:]
+
+    _, between, _ = opened(section(folder), 6, state, grow=True)  # saved and resumed once more, now as it is
+    again, end, warnings = opened(section(folder), 14, between)
+    assert (again, end, warnings) == (grown[6:], later, [])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_what_was_added(folder, opened, world_size):
+    ranks = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
+    states = [opened(section(folder), 6 // world_size, **place)[1] for place in ranks]
+    write(folder, {f"train-{i}.txt": f"new {i}" for i in range(6)})
+    seen = Counter()
+    for place, state in zip(ranks, states, strict=True):
+        seen.update(opened(section(folder), 12 // world_size, state, grow=True, **place)[0])
+    assert sum(seen.values()) == 12
+    assert seen == Counter([*(TEXTS[f"train{i}.txt"] for i in range(6)), *(f"new {i}" for i in range(6))])
+
+
+def test_only_files_grow(folder, opened, tokenizer, tmp_path):
+    prepare_shards(section(folder), tokenizer, tmp_path / "shards")
+    data = Data(source="shards", shards=str(tmp_path / "shards"), max_length=8)
+    _, state, _ = opened(data, 1)
+    with pytest.raises(Act24Error, match=r'--data grow is for data\.source = "files"'):
+        opened(data, 1, state, grow=True)
+
+
+# ---------------------------------------------------------------------------- a rank that comes away empty
+
+
+def test_a_rank_without_a_document_in_one_epoch_goes_on():
+    """Three shards, two of them empty, for three ranks: each rank meets the full one in some epoch."""
+    shards = [lambda wanted: iter(["text"]), lambda wanted: iter([""]), lambda wanted: iter([None])]
+    epochs = set()
+    for rank in range(3):
+        documents = Documents(shards, {}, shuffle_seed=0, endless=True, rank=rank, world_size=3)
+        for _ in range(5):
+            assert next(documents) == "text"
+            epochs.add(documents.state_dict()["epoch"])
+    assert max(epochs) > 5, "or nothing was tried"
+
+
+def test_a_rank_that_never_finds_a_document_says_so():
+    read = []
+
+    def one(wanted):
+        read.append(None)
+        return iter(["text" if wanted(0) else None])
+
+    assert next(Documents([one], {}, endless=True, rank=0, world_size=2)) == "text"
+    with pytest.raises(Act24Error, match="none here"):
+        next(Documents([one], {}, endless=True, rank=1, world_size=2, empty="none here"))
+    assert len(read) < 3 * FRUITLESS
+    read.clear()
+    with pytest.raises(Act24Error, match="none here"):  # for nobody: said in the first epoch
+        next(
+            Documents(
+                [lambda wanted: iter([""])] * 2, {}, endless=True, rank=0, world_size=2, empty="none here"
+            )
+        )
+
+
+# ------------------------------------------------------------------------------------------ token shards
+
+
+def altered(index, change):
+    """The index with one thing changed."""
+    splits = index["splits"]
+    if change == "another dtype":
+        index["dtype"] = "<u4"
+    elif change == "no dtype at all":
+        index["dtype"] = "<f2"
+    elif change == "swapped splits":
+        splits["train"], splits["heldout"] = splits["heldout"], splits["train"]
+    elif change == "no held-out split":
+        del splits["heldout"]
+    elif change == "fewer tokens":
+        splits["train"]["tokens"] -= 1
+    elif change == "more documents":
+        splits["train"]["documents"] += 1
+    elif change == "another end of text":
+        index["tokenizer"]["eos_id"] += 1
+    elif change == "a file of text":
+        splits["train"]["shards"] = "train-00000.bin"
+    return index
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "another dtype",
+        "no dtype at all",
+        "swapped splits",
+        "no held-out split",
+        "fewer tokens",
+        "more documents",
+        "another end of text",
+        "a file of text",
+    ],
+)
+def test_an_index_that_was_altered_is_noticed(folder, tokenizer, tmp_path, change):
+
+    out = tmp_path / "shards"
+    prepare_shards(section(folder), tokenizer, out)
+    shards = Data(source="shards", shards=str(out))
+    index = altered(json.loads((out / "index.json").read_text()), change)
+    (out / "index.json").write_text(json.dumps(index))
+    of_tokenizer = change == "another end of text"
+    with pytest.raises(Act24Error, match=r"index\.json was altered: "):
+        _ = open_tokenizer(shards, Tokenizer()) if of_tokenizer else TokenShards(out, "train")
+
+
+# ------------------------------------------------------------------------------------------- the measure
+
+
+def test_a_measure_that_is_out_of_reach_is_said(folder, tokenizer):
+    rows = heldout_rows(section(folder), tokenizer, 1000, vocab_size=300)
+    (warning,) = rows.warnings
+    assert warning.startswith(
+        f"the held-out text has {rows.tokens} predicted tokens, fewer than eval.tokens = 1,000"
+    )
+    assert heldout_rows(section(folder), tokenizer, rows.tokens, vocab_size=300).warnings == ()

@@ -1,0 +1,204 @@
+"""`prepare_shards` interrupted: it goes on where it was, keeps little open, and leaves nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from act24.errors import Act24Error
+from act24.recipes.schema import Data
+from act24.tools.data import Tokenizer, data_from_argument, open_documents, prepare_shards
+from act24.tools.data import prepare as module
+from act24.tools.data.shards import TokenShards
+
+
+class Killed(BaseException):
+    """Ends a call at a chosen document."""
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A journal entry after each document, a new shard after few."""
+    monkeypatch.setattr(module, "JOURNAL_TOKENS", 1)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 150)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def straight(corpora, tokenizer, tmp_path, often):
+    prepare_shards(corpora["json"].data(), tokenizer, tmp_path / "straight")
+    return content(tmp_path / "straight")
+
+
+def test_an_interrupted_call_goes_on_where_it_was(corpora, tokenizer, tmp_path, straight):
+    """Ended after each of the documents in turn, twice in a row, it writes the same bytes."""
+    out, data = tmp_path / "out", corpora["json"].data()
+    total = sum(json.loads(straight["index.json"])["splits"][s]["documents"] for s in ("train", "heldout"))
+    for moment in range(1, total, 5):
+        done = []
+
+        def end(split, documents, tokens, done=done, moment=moment):
+            done.append((split, documents))
+            if len(done) == moment:
+                raise Killed
+
+        calls = 0
+        while not out.exists():
+            calls += 1
+            done.clear()
+            try:
+                prepare_shards(data, tokenizer, out, progress=end)
+            except Killed:
+                assert (tmp_path / "out.partial").exists() == (moment > 1 or calls > 1)
+                if moment == 1:
+                    break
+        if out.exists():
+            assert content(out) == straight
+            assert calls >= total // moment
+            for path in out.iterdir():
+                path.unlink()
+            out.rmdir()
+        assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_killed_process_goes_on(corpora, tokenizer_file, tmp_path):
+    """SIGKILL at moments that nobody chose, until it is through."""
+    data = corpora["json"].data()
+    program = f"""
+import sys, time
+from pathlib import Path
+from act24.recipes.schema import Data
+from act24.tools.data import prepare as module, prepare_shards
+from act24.tools.data.tokenizer import _named
+module.JOURNAL_TOKENS, module.SHARD_TOKENS = 1, 150
+print("ready", flush=True)
+prepare_shards(
+    Data(**{data.model_dump(exclude_none=True)!r}), _named({str(tokenizer_file)!r}), Path(sys.argv[1]),
+    progress=lambda *_: time.sleep(0.004),
+)
+"""
+    command = [sys.executable, "-c", program]
+    subprocess.run([*command, tmp_path / "straight"], check=True, stdout=subprocess.DEVNULL)
+    kills = 0
+    while not (tmp_path / "out").exists():
+        with subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.05 + 0.013 * (kills % 7))
+            process.send_signal(signal.SIGKILL)
+        kills += process.returncode == -signal.SIGKILL
+        assert kills < 100, "it never gets on"
+    assert kills > 0
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+    assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
+
+
+def test_little_is_open_at_any_time(corpora, tokenizer, tmp_path, often):
+    counts = []
+    prepare_shards(
+        corpora["json"].data(),
+        tokenizer,
+        tmp_path / "out",
+        progress=lambda *_: counts.append(len(os.listdir("/proc/self/fd"))),
+    )
+    assert len(list((tmp_path / "out").glob("train-0*"))) > 3
+    assert max(counts) - counts[0] <= 2
+
+
+def test_a_bad_record_costs_nothing_that_was_written(tokenizer, tmp_path, often):
+    lines = [json.dumps({"text": f"low rank {index}"}) for index in range(300)]
+    lines[250] = "not JSON"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "held.txt").write_text("sparse graph")
+    data = Data(
+        source="files",
+        train_files=(str(tmp_path / "a.jsonl"),),
+        heldout_files=(str(tmp_path / "held.txt"),),
+    )
+    out = tmp_path / "out"
+    with pytest.raises(Act24Error) as caught:
+        prepare_shards(data, tokenizer, out)
+    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl, line 251: expected one JSON object a line")
+    assert 'data.on_bad_record = "skip" leaves such records out' in str(caught.value)
+    assert str(caught.value).endswith(
+        f"What is written stays in {out}.partial: the same command goes on from there"
+    )
+    written = []
+    skipping = data.model_copy(update={"on_bad_record": "skip"})
+    index = prepare_shards(skipping, tokenizer, out, progress=lambda *where: written.append(where))
+    assert index["splits"]["train"]["documents"] == 299
+    assert next(documents for split, documents, _ in written if split == "train") > 150, "it went on"
+    assert index["splits"]["train"]["remarks"] == ["of 299 documents read so far: 1 dropped records"]
+    (said,) = (line for line in TokenShards(out, "train").remarks)
+    assert said.endswith("1 dropped records")
+
+
+@pytest.mark.parametrize(("bad", "enough"), [(10, True), (11, False)])
+def test_too_many_bad_records_are_refused(tokenizer, tmp_path, bad, enough):
+    lines = [json.dumps({"text": f"low rank {index}"}) for index in range(300)]
+    lines[100 : 100 + bad] = ['{"txt": "low rank"}'] * bad
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = data_from_argument(str(tmp_path / "a.jsonl")).model_copy(update={"on_bad_record": "skip"})
+    documents = open_documents(data, "train")
+    if enough:
+        assert len(list(documents)) + len(list(open_documents(data, "heldout"))) == 290
+        assert documents.tally.dropped == 10
+        return
+    message = (
+        r"11 of the first 111 records of .*a\.jsonl cannot be used: .* set data\.text_field to one of: txt"
+    )
+    with pytest.raises(Act24Error, match=message):
+        list(documents)
+
+
+def test_what_was_begun_with_other_data_is_refused(corpora, tokenizer, t5_backend, tmp_path, often):
+    def end(split, documents, tokens):
+        if documents == 3:
+            raise Killed
+
+    out, data = tmp_path / "out", corpora["json"].data()
+    with pytest.raises(Killed):
+        prepare_shards(data, tokenizer, out, progress=end)
+    kept = content(tmp_path / "out.partial")
+    for other, other_tokenizer, what in (
+        (corpora["text"].data(), tokenizer, "files"),
+        (data, Tokenizer(t5_backend, "t5"), "tokenizer"),
+    ):
+        with pytest.raises(Act24Error, match=rf"out\.partial was begun with other data \({what}\)"):
+            prepare_shards(other, other_tokenizer, out)
+        assert content(tmp_path / "out.partial") == kept
+    with pytest.raises(Act24Error, match=r"begun with other data \(limit\)"):
+        prepare_shards(data, tokenizer, out, max_heldout_tokens=5)
+    (tmp_path / "out.partial/journal.json").write_text("[" * 10_000)
+    with pytest.raises(Act24Error, match=r"cannot go on from .*journal\.json; remove .*: nested too deep"):
+        prepare_shards(data, tokenizer, out)
+
+
+def test_a_folder_of_somebody_else_stays(corpora, tokenizer, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/precious").touch()
+    with pytest.raises(Act24Error, match=r"out\.partial is in the way"):
+        prepare_shards(corpora["json"].data(), tokenizer, tmp_path / "out")
+    assert os.listdir(tmp_path / "out.partial") == ["precious"]
+
+
+def test_two_at_once(corpora, tokenizer, tmp_path, often):
+    data, out = corpora["json"].data(), tmp_path / "out"
+    met = []
+
+    def another(split, documents, tokens):
+        if not met:
+            with pytest.raises(Act24Error, match=r"another process is writing .*out\.partial") as caught:
+                prepare_shards(data, tokenizer, out)
+            met.append(caught)
+
+    prepare_shards(data, tokenizer, out, progress=another)
+    assert met
+    assert os.listdir(tmp_path) == ["out"]

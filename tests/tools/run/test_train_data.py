@@ -1,0 +1,136 @@
+"""What a run says of its text: epochs, files that were added, a measure out of reach."""
+
+import shutil
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import text, write_recipe
+
+from act24.errors import Act24Error
+from act24.tools.run.evaluate import evaluate_checkpoint
+from act24.tools.run.train import train
+
+
+@pytest.fixture
+def own(tmp_path, tiny_file):
+    """The tiny recipe with text of its own, which a test may change; the tokenizer's cache is shared."""
+    return write_recipe(tmp_path)
+
+
+def scalars(run_dir, tag):
+    log = EventAccumulator(str(run_dir))
+    log.Reload()
+    return {event.step: event.value for event in log.Scalars(tag)}
+
+
+def test_epochs_are_said_and_drawn(own, tiny, tmp_path, capsys):
+    from act24.recipes.load import load_recipe
+
+    (tmp_path / "train-1.txt").unlink()
+    (tmp_path / "train-2.txt").unlink()
+    (tmp_path / "train-3.txt").unlink()
+    (tmp_path / "train-0.txt").write_text(text(150, 0))
+    recipe = load_recipe(str(own), ["train.steps=9", "eval.tokens=100000"])
+    train(recipe, tmp_path / "run")
+    out = capsys.readouterr().out
+    drawn = scalars(tmp_path / "run", "data/epoch")
+    assert list(drawn) == list(range(1, 10))
+    assert drawn[1] == 0
+    assert max(drawn.values()) >= 2
+    begins = {int(value): step for step, value in reversed(drawn.items()) if value}
+    for epoch, step in begins.items():
+        assert f"step {step}: epoch {epoch} of the training text begins (the first was 0)\n" in out
+    assert out.count("of the training text begins") == len(begins)
+    assert "warning: the held-out text has " in out
+    assert "fewer than eval.tokens = 100,000" in out
+
+
+def test_data_grow(own, act24, tmp_path, capsys):
+    arguments = ("train", own, "--run-dir", tmp_path / "run", "--set", "checkpoint.every=2")
+    arguments += ("--set", "train.steps=5")
+    assert act24(*arguments)[0] == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000005")
+    (tmp_path / "train-9.txt").write_text(text(100, 99))
+    status, _, (line,) = act24(*arguments, "--resume", "auto")
+    assert status == 2
+    assert "1 files were added" in line
+    assert line.endswith("from the next epoch on")
+    status, out, errors = act24(*arguments, "--resume", "auto", "--data", "grow")
+    assert (status, errors) == (0, [])
+    assert "train-9.txt): they are read from epoch 1 on" in out
+
+
+def test_eval_says_what_it_could_not_reach(own, tmp_path, caplog):
+    from act24.recipes.load import load_recipe
+
+    train(load_recipe(str(own), ["train.steps=5"]), tmp_path / "run")
+    evaluate_checkpoint(tmp_path / "run", ["eval.tokens=100000"])
+    assert "the held-out text has " in caplog.text
+    (tmp_path / "heldout.txt").unlink()
+    with pytest.raises(Act24Error, match="no data file matches"):
+        evaluate_checkpoint(tmp_path / "run")
+
+
+def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeypatch):
+    """A file that cannot be read any more, met in the middle of training; resumed once it can."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.data import documents
+
+    whole = train(load_recipe(str(own), ["train.steps=200"]), tmp_path / "whole")
+    read, reads = documents.read_documents, []
+
+    def failing(path, how, wanted):
+        reads.append(path)
+        if len(reads) > 4 + 1 + 2:  # for the tokenizer, to evaluate, to train
+            raise Act24Error("cannot read the file: Input/output error")
+        yield from read(path, how, wanted)
+
+    monkeypatch.setattr(documents, "read_documents", failing)
+    monkeypatch.setattr("act24.tools.data.rows.GROUP_DOCUMENTS", 1)  # or all four are read at once
+    arguments = ("train", own, "--run-dir", tmp_path / "run", "--set", "train.steps=200")
+    status, out, errors = act24(*arguments)
+    assert (status, errors) == (2, ["act24: cannot read the file: Input/output error"])
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert 0 < step < 200
+    assert f"the data failed: saved step {step} in {saved}\n" in out
+
+    monkeypatch.setattr(documents, "read_documents", read)
+    status, out, errors = act24(*arguments, "--resume", "auto")
+    assert (status, errors) == (0, [])
+    assert scalars(tmp_path / "run", "loss/train")[200] == pytest.approx(whole.loss, abs=1e-6)
+
+
+def test_a_run_stays_at_the_commit_that_it_began_with(own, tiny, tmp_path, monkeypatch):
+    import datasets
+
+    from act24.recipes.load import load_recipe, parse_recipe
+    from act24.tools.data import hub
+
+    texts = {"train": text(400, 1), "validation": text(200, 2)}
+    for name, content in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{content} {i}"}}\n' for i in range(40)))
+    opened, newest = [], ["a" * 40]
+
+    def load_stream(dataset, subset, split, revision):
+        opened.append(revision)
+        files = str(tmp_path / f"{split}.jsonl")
+        return datasets.load_dataset("json", data_files={split: files}, split=split, streaming=True)
+
+    monkeypatch.setattr(hub, "load_stream", load_stream)
+    monkeypatch.setattr(hub, "find_commit", lambda dataset: newest[-1])
+    overrides = ["train.steps=6", "checkpoint.every=5", "data.source=hf", "data.dataset=owner/name"]
+    recipe = load_recipe(str(own), overrides)
+    train(recipe, tmp_path / "run")
+    saved = tmp_path / "run/checkpoints/step-000005"
+    assert parse_recipe((saved / "recipe.toml").read_text(), "saved").data.revision == "a" * 40
+    newest.append("b" * 40)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
+    train(recipe, tmp_path / "run", resume="auto")
+    evaluate_checkpoint(tmp_path / "run")
+    assert set(opened) <= {"a" * 40, None}
+    assert opened.count(None) <= 1, "the tokenizer is trained before"
+    with pytest.raises(Act24Error, match=r"data\.revision was 'a+' and is 'c+'"):
+        train(
+            load_recipe(str(own), [*overrides, f"data.revision={'c' * 40}"]), tmp_path / "run", resume="auto"
+        )

@@ -1,0 +1,39 @@
+"""A file is the old one or the new one, whatever happens while it is written."""
+
+import pytest
+
+from act24.tools.files import whole_file
+
+
+def test_the_new_content_is_there_at_the_end_and_the_old_one_until_then(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("old")
+    with whole_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_what_fails_leaves_the_old_content_and_nothing_else(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), whole_file(path) as partial:  # noqa: PT012
+        partial.write_text("half")
+        raise OSError("full")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_two_writers_do_not_write_into_one_file(tmp_path):
+    path = tmp_path / "table.json"
+    with whole_file(path) as one, whole_file(path) as two:
+        assert one != two
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"  # left last
+
+
+def test_a_folder_that_is_not_there_is_the_callers_to_tell(tmp_path):
+    with pytest.raises(OSError), whole_file(tmp_path / "none" / "table.json") as partial:  # noqa: PT011
+        partial.write_text("new")

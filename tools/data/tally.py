@@ -1,0 +1,101 @@
+"""What is wrong with text and does not end a run, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from act24.errors import Act24Error
+
+REMEMBERED = 2**18  # documents by which repeated ones are found: 25 MB, and no more for larger corpora
+TOO_MANY_DROPPED = 0.01  # of a file's records
+FEW = 10  # dropped records are never too many
+_COUNTED = ("documents", "characters", "replaced", "dropped", "empty", "repeated", "retries")
+
+
+@dataclass
+class Tally:
+    """Counts of what one process of a run read (of text that it read twice, twice).
+
+    Attributes:
+        documents: that had text.
+        characters: of them.
+        replaced: characters that stand for bytes that are no text, or for half a surrogate pair.
+        dropped: records left out because they could not be used.
+        empty: records without text.
+        repeated: documents equal to one of the first `REMEMBERED`, in the first epoch.
+        retries: of a failing network.
+        encodings: what was detected, by file; those in UTF-8 are not among them.
+        unknown: files in folders given that are of no known kind.
+    """
+
+    documents: int = 0
+    characters: int = 0
+    replaced: int = 0
+    dropped: int = 0
+    empty: int = 0
+    repeated: int = 0
+    retries: int = 0
+    encodings: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts, JSON-able. Which documents there were is not kept: repeats are counted anew."""
+        return {name: getattr(self, name) for name in _COUNTED}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        for name in _COUNTED:
+            setattr(self, name, state.get(name, 0))
+
+    def counts(self) -> dict[str, int]:
+        """What there is of each fault, the absent left out."""
+        counts = {
+            "replaced_characters": self.replaced,
+            "dropped_records": self.dropped,
+            "empty_documents": self.empty,
+            "repeated_documents": self.repeated,
+            "retries": self.retries,
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def lines(self) -> list[str]:
+        """The same for people, one line each."""
+        lines = [
+            f"{count} files are read as {name}, as detected; data.encoding sets another"
+            for name, count in sorted(Counter(self.encodings.values()).items())
+        ]
+        if self.unknown:
+            shown = ", ".join(self.unknown[:3]) + (", …" if len(self.unknown) > 3 else "")
+            lines.append(f"{len(self.unknown)} files of unknown kind are left out: {shown}")
+        counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.counts().items())
+        if counts:
+            lines.append(f"of {self.documents:,} documents read so far: {counts}")
+        return lines
+
+
+class Records:
+    """The records of one file or shard, and how many of them could not be used."""
+
+    def __init__(self, name: str, skip: bool, tally: Tally) -> None:
+        self._name, self._skip, self._tally = name, skip, tally
+        self._seen = self._dropped = 0
+
+    def good(self) -> None:
+        self._seen += 1
+
+    def bad(self, error: Act24Error) -> None:
+        """
+        Raises:
+            Act24Error: records are not to be skipped, or too many of them are bad.
+        """
+        if not self._skip:
+            raise Act24Error(
+                f'{error}; data.on_bad_record = "skip" leaves such records out, and counts them'
+            ) from error
+        self._seen += 1
+        self._dropped += 1
+        self._tally.dropped += 1
+        if self._dropped > max(FEW, TOO_MANY_DROPPED * self._seen):
+            raise Act24Error(
+                f"{self._dropped} of the first {self._seen} records of {self._name} cannot be used: {error}"
+            ) from error
