@@ -267,6 +267,12 @@ def _in_training(command: Command) -> Iterator[str]:
             "eps to "
             "the root of the second moment before correcting it, which tells where gradients are near 1e-6"
         )
+    if command.exact_steps and (not command.refreshes or command.loro_refresh == "reg"):
+        yield (
+            "--loro_refresh: exact updates without it, or with reg, keep moments of factors that are gone; "
+            "what they do to the new ones depends on the signs of singular vectors, which differ by library, "
+            "so that run_c4.py's run is followed only up to the first one"
+        )
     if command.scheduler == "cosine_restart_zero":
         yield (
             "--scheduler cosine_restart_zero: cosine_restart warms up from min_lr_ratio and restarts from "

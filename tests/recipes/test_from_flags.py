@@ -217,6 +217,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ("--activation_sparse_method soft_threshold_weights", RELU2, "about 1.48"),
     ("--dx_direct_sparse 3", RELU2, "straight through"),
     ("--momentum_reset_steps 200", "", "after the very first"),
+    ("--loro_refresh reg", f"{LORO} --loro_refresh_freq 5", "signs of singular vectors"),
     ("--max_train_tokens 1M", "--warmup_steps 10", "max_length times as long"),
 ]
 

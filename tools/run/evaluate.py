@@ -120,9 +120,14 @@ def evaluate(
         tokens=int(tokens),
         asked=rows.tokens,
         batches=len(counts),
-        legacy_loss=float(means.sum()) / (len(means) + 1),
+        legacy_loss=legacy_mean(means),
         data=rows.fingerprint,
     )
+
+
+def legacy_mean(means: Tensor) -> float:
+    """The mean of batch means as the public scripts have it, who count batches from 1."""
+    return float(means.sum()) / (len(means) + 1)
 
 
 def evaluate_forms(
