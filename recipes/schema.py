@@ -126,6 +126,9 @@ class Train(Section):
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU, where a micro-batch can be captured
     parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
     activation_checkpointing: bool = False
+    # Of a loss or gradient: end the run, or leave the batch out. To skip, the host waits for each step.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skips: Size = 10  # batches left out in a row, after which the run ends all the same
 
 
 class Evaluation(Section):
@@ -144,6 +147,8 @@ class Checkpoint(Section):
 
     every: Steps = 1000  # optimizer steps; 0: only at the end
     keep: Size = 2  # the newest that stay
+    keep_every: Steps = 0  # those after every so many optimizer steps stay too; 0: none
+    keep_best: Steps = 0  # so many of least held-out loss stay too, of those evaluated at their step
 
 
 class Log(Section):
@@ -180,6 +185,14 @@ class Recipe(Section):
             )
         return self
 
-    def lr_multiplier(self, step: int) -> float:
-        """The factor on `optimizer.lr` at update `step`, counted from 0."""
-        return self.schedule.multiplier(step, self.train.steps) * self.optimizer.softened(step)
+    def lr_multiplier(self, step: int, total_steps: int | None = None) -> float:
+        """The factor on `optimizer.lr` at update `step`, counted from 0.
+
+        Args:
+            total_steps: what the schedule is computed for, default `train.steps`. Behind them its last value
+                stays.
+        """
+        total_steps = total_steps or self.train.steps
+        return self.schedule.multiplier(min(step, total_steps - 1), total_steps) * self.optimizer.softened(
+            step
+        )

@@ -35,8 +35,11 @@ TRANSLATED = "from-flags.toml"
 
 def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
-    with ends_in_one_line():
-        run(sys.argv[1:])
+    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
+
+    with ends_in_one_line(), stopped_status():
+        if run(sys.argv[1:]).stopped:
+            sys.exit(STOPPED_STATUS)  # start it again, and it goes on
 
 
 def run(arguments: Sequence[str]) -> Outcome:

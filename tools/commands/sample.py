@@ -8,8 +8,6 @@ import torch
 
 from act24.errors import Act24Error, reading
 from act24.generate import generate
-from act24.recipes.schema import Data
-from act24.tools.data import open_tokenizer
 from act24.tools.run.build import load
 
 
@@ -22,7 +20,7 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
     built = load(path)
     if built.tokenizer is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
-    tokenizer = open_tokenizer(Data(), built.tokenizer)
+    tokenizer = built.open_tokenizer()
     with reading("the prompt is no UTF-8"):  # a byte that is none comes as half a surrogate pair
         prompt.encode()
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]

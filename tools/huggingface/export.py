@@ -25,9 +25,7 @@ from act24.llama import LlamaConfig
 from act24.options import one_of
 from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weight24
 from act24.passes.state import served_passes, served_weights
-from act24.recipes.schema import Data
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.data import open_tokenizer
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
 from act24.tools.huggingface.folder import write_pretrained
 from act24.tools.huggingface.tokenizer_files import write_tokenizer
@@ -70,7 +68,7 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     if out.exists():
         raise Act24Error(f"{out} exists already")
     built = load(path)
-    tokenizer = open_tokenizer(Data(), built.tokenizer) if built.tokenizer else None
+    tokenizer = built.open_tokenizer() if built.tokenizer else None
     exported = _exported(built, form, dense_weights)
     config = exported.config
     if tokenizer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,17 @@ from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Wei
 from act24.passes.graph.measurements import Measurement
 from act24.passes.state import renew_masks_
 from act24.recipes.load import parse_recipe
-from act24.recipes.schema import Recipe, Tokenizer
+from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
 from act24.tools.checkpoints import checkpoint
-from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.reading import contents_of
+from act24.tools.checkpoints.together import on_the_first
+from act24.tools.data import open_tokenizer
+from act24.tools.data import tokenizer as data_tokenizer
 from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
 from act24.tools.huggingface.old_folder import is_old, open_old
+from act24.tools.run.folder import last_checkpoint
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
 SPARSE_PASSES = ("activation24", "weight24")
@@ -32,7 +38,8 @@ SPARSE_PASSES = ("activation24", "weight24")
 class Built:
     """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
 
-    Recipe and tokenizer are None where a folder holds a model alone.
+    Recipe and tokenizer are None where a folder holds a model alone. `tokenizer_json` is the content of a
+    checkpoint's `tokenizer.json`: its folder may be gone.
     """
 
     recipe: Recipe | None
@@ -40,6 +47,17 @@ class Built:
     pipeline: Pipeline
     step: int
     tokenizer: Tokenizer | None
+    tokenizer_json: str | None = None
+
+    def open_tokenizer(self, data: Data | None = None) -> data_tokenizer.Tokenizer:
+        """The tokenizer, for any text or for the given data.
+
+        Raises:
+            Act24Error: it cannot be opened, or `data` are token shards that another one wrote.
+        """
+        assert self.tokenizer is not None
+        with contents_of(Path(self.tokenizer.name)) if self.tokenizer_json else nullcontext():
+            return open_tokenizer(data or Data(), self.tokenizer, saved=self.tokenizer_json)
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -120,10 +138,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
         model, pipeline = open_pretrained(path)
         return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
-    recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
+    with contents_of(opened.folder / "recipe.toml"):
+        recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     model, pipeline = _without_values(recipe, opened.step, torch.device(device))
     checkpoint.load_weights_(opened, model)
-    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened))
+    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
 
 
 def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[LlamaForCausalLM, Pipeline]:
@@ -175,15 +194,18 @@ def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> N
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     """The checkpoint at a path, or the last one of the run there, verified.
 
+    A run that goes on may delete a checkpoint while it is read here. Then a newer one is there and taken.
+
     Raises:
         Act24Error: neither is there.
     """
-    if (path / checkpoint_folder.MANIFEST).is_file() or path.name.startswith("step-"):
-        return checkpoint.load(path)
-    latest = checkpoint_folder.latest(path)
-    if latest is None:
-        raise Act24Error(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
-    return checkpoint.load(latest)
+    while True:
+        folder = on_the_first(lambda: last_checkpoint(path))
+        try:
+            return checkpoint.load(folder)
+        except CheckpointError:
+            if folder == path or on_the_first(folder.exists):
+                raise
 
 
 def _beside(folder: Path) -> Tokenizer | None:

@@ -24,14 +24,19 @@ from act24.passes import OperationalPass, Pipeline
 from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.data import Batch, HeldoutRows, heldout_rows, open_tokenizer
+from act24.tools.data import Batch, HeldoutRows, heldout_rows
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
+from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
 
 logger = logging.getLogger("act24")
 
 _HEEDED = ("eval.", "data.", "train.batch_size", "train.dtype")
+
+
+class EvaluationStopped(Exception):
+    """Somebody asked to stop before all held-out rows were through."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,19 @@ def evaluate(
     without: Sequence[str] = (),
     batches: int | None = None,
     loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
+    stop: StopRequest | None = None,
 ) -> Evaluation:
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
+        stop: looked at before each batch, by all processes together.
         pipeline: what rewrote the model, lowered for the step of the weights.
         without: names of passes to leave out.
         batches: at most so many; None: all, or what `eval.max_seconds` leaves time for.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
+
+    Raises:
+        EvaluationStopped: by `stop`, on all processes.
     """
     began, device, limit = time.perf_counter(), processes.device, recipe.eval.max_seconds
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
@@ -102,6 +112,8 @@ def evaluate(
     losses, counts = [], []
     with _evaluating(model), evaluation(pipeline, without), autocast:
         for batch in rows.batches(batch_size):
+            if stop is not None and processes.any(bool(stop)):
+                raise EvaluationStopped
             loss, count = (
                 loss_of(batch)
                 if loss_of is not None
@@ -168,7 +180,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
-            open_tokenizer(recipe.data, built.tokenizer),
+            built.open_tokenizer(recipe.data),
             recipe.eval.tokens,
             vocab_size=built.model.config.vocab_size,
             rank=processes.rank,
