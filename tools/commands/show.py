@@ -164,28 +164,3 @@ def show_train_bench(result: dict[str, Any], as_json: bool) -> None:
 def show_bench_rows(rows: list[Row], as_json: bool) -> None:
     """`act24 bench pack`, `gemm` and `ffn`."""
     print(json.dumps([row.as_json() for row in rows], indent=1) if as_json else markdown_table(rows))
-
-
-def _summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
-    """What a run came to, for the table at its end."""
-    rows: list[tuple[str, Any]] = [
-        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
-        ("parameters", f"{outcome.parameters:,}"),
-        ("tokens", f"{outcome.tokens:,}"),
-    ]
-    if outcome.tokens_per_second:
-        rows += [
-            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
-            ("training loss", f"{outcome.loss:.4f}"),
-        ]
-    if outcome.evaluation:
-        rows += [
-            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
-            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
-            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
-        ]
-    if outcome.peak_memory:
-        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
-    if outcome.checkpoint:
-        rows.append(("checkpoint", str(outcome.checkpoint)))
-    return rows
