@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow fuzz lint clean
 
 # Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
 # or worse, and on an idle one gains nothing.
@@ -22,6 +22,12 @@ test: lint
 
 test-slow: .venv/installed
 	$(PYTEST) -m slow
+
+# Bad input of every kind, thousands of tries of each; `make test` makes few. Ends in the table of
+# docs/reliability.md. A quarter of an hour; FUZZ=100000 for a night.
+FUZZ ?= 1000
+fuzz: .venv/installed
+	ACT24_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
 
 lint: .venv/installed
 	$(BIN)/ruff check .

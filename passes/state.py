@@ -6,8 +6,9 @@ In order, for update `step` (updates already made), after `pipeline.lower_(step)
     for each micro-batch:
         begin_micro_batch_(pipeline, seed=…, step=…, …)       random seeds, padding
         forward, backward
+    decay_dropped_weights_(pipeline, clipped=False)            masked decay that is a part of the gradient
     clip the gradients
-    decay_dropped_weights_(pipeline, lr)                       masked decay of 2:4 weights
+    decay_dropped_weights_(pipeline, clipped=True)             masked decay that is not
     optimizer.step()
 
 and `with evaluation(pipeline):` around whatever is not training. The buffers are named by the passes
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
 from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, activation24, weight24
@@ -34,8 +36,10 @@ from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.region import RegionModule, buffers_of
 from act24.passes.weight24 import stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
-from act24.sparse24.pattern.soft_threshold import scale_from_sums, soft_threshold24
-from act24.sparse24.weight.linear24 import flip_rate, masked_decay_, weight_scale
+from act24.sparse24.pattern.soft_threshold import scale_from_sums
+from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
+from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
+from act24.sparse24.weight.packed import packed_operands
 
 #: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
 _DRAWN_FROM = {activation24.SEED: ".activation", weight24.SEED: ""}
@@ -72,6 +76,7 @@ def begin_update_(
     for p in pipeline.active:
         if isinstance(p, Weight24):
             renew_masks_(pipeline, p, step)
+            pack_weights_(pipeline, p)
     due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
     if not due:
         return None
@@ -128,15 +133,19 @@ def _calibration_text(names: Sequence[str], table: Tensor) -> str:
 @torch.no_grad()
 def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
-    at the first sparse update. `begin_update_` does it for every such pass. Parameters must not be sharded.
+    at the first sparse update. `begin_update_` does it for every such pass.
+
+    Collective where parameters are sharded: each is gathered in turn, for masks and scales are of whole
+        weights.
     """
     if not p.renews_masks(step):
         return
     for weight in sparse_weights(pipeline, p):
-        mask = stored_mask(weight.parameter, weight.transposed, p.method)
+        parameter = _whole(weight.parameter)
+        mask = stored_mask(parameter, weight.transposed, p.method)
         if step == p.from_step:
-            if p.method == "soft_threshold":
-                dense = weight.parameter.T if weight.transposed else weight.parameter
+            if p.record.soft:
+                dense = parameter.T if weight.transposed else parameter
                 weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
         else:
             weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
@@ -144,21 +153,57 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
 
 
 @torch.no_grad()
-def decay_dropped_weights_(pipeline: Pipeline, lr: float) -> None:
-    """Masked decay, between clipping and the optimizer step: on the gradients for transposable masks, on the
-    weights for SR-STE.
+def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
+    """Pack the weights of a `weight24` in force that keeps them packed, as they and their masks are now, into
+    the
+    buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want it.
+    `begin_update_` does it for every such pass. Parameters must not be sharded."""
+    if not p.keep_packed:
+        return
+    for weight in sparse_weights(pipeline, p):
+        turned = (lambda t: t.T) if weight.transposed else (lambda t: t)
+        dense = turned(weight.parameter)
+        if not p.packs(*dense.shape):
+            continue
+        mask = None if p.record.soft else turned(weight.buffer(weight24.MASK))
+        scale = weight.buffer(weight24.SCALE) if p.record.soft else None
+        packed, transposed = packed_operands(dense, mask, scale, p.record.both_ways)
+        weight.fill_buffer_(weight24.PACKED, packed)
+        if transposed is not None:
+            weight.fill_buffer_(weight24.TRANSPOSED, transposed)
+
+
+@torch.no_grad()
+def decay_dropped_weights_(pipeline: Pipeline, *, clipped: bool) -> None:
+    """Masked decay of the gradients of an update, to be called twice: before clipping for methods whose decay
+    is a part of the gradient (SR-STE), and between clipping and the optimizer step for those where it is not.
 
     Args:
-        lr: learning rate of the update to come.
+        clipped: whether the gradients are clipped by now. A loop that does not clip makes both calls one
+            after the other.
     """
+    place = "after_clipping" if clipped else "before_clipping"
     for p in pipeline.active:
-        if isinstance(p, Weight24) and p.decay and p.method in ("transposable", "sr_ste"):
+        if isinstance(p, Weight24) and p.masked_decay and p.record.decay_place == place:
             for weight in sparse_weights(pipeline, p):
-                mask = weight.buffer(weight24.MASK)
-                if p.method == "sr_ste":
-                    masked_decay_(weight.parameter, weight.parameter, mask, -lr * p.decay)
-                elif weight.parameter.grad is not None:
-                    masked_decay_(weight.parameter.grad, weight.parameter, mask, p.decay)
+                if weight.parameter.grad is not None:
+                    mask = weight.buffer(weight24.MASK)
+                    _decay_gradient_(weight.parameter, weight.parameter.grad, mask, p.masked_decay)
+
+
+def _decay_gradient_(parameter: Tensor, grad: Tensor, mask: Tensor, decay: float) -> None:
+    if isinstance(parameter, DTensor):
+        assert isinstance(grad, DTensor)
+        # Every process has the whole mask, and takes its part of it; nothing is sent.
+        mesh, placements = parameter.device_mesh, parameter.placements
+        mask = distribute_tensor(mask, mesh, placements, src_data_rank=None).to_local()
+        parameter, grad = parameter.to_local(), grad.to_local()
+    masked_decay_(grad, parameter, mask, decay)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor without sharding; collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_exact_steps(pipeline: Pipeline) -> None:
@@ -199,6 +244,15 @@ class SparseWeight:
 
     def buffer(self, kind: str) -> Tensor:
         return self.module.get_buffer(self.local + kind)
+
+    def fill_buffer_(self, kind: str, value: Tensor) -> None:
+        """Copy a value into a buffer; the first one takes the place of what has no elements."""
+        buffer = self.buffer(kind)
+        if buffer.shape == value.shape:
+            buffer.copy_(value)
+        else:
+            path, _, leaf = (self.local + kind).rpartition(".")
+            setattr(self.module.get_submodule(path), leaf, value)
 
 
 def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
@@ -313,9 +367,8 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
 
 def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
     """A weight as its linear multiplies with it, in the orientation in which it is stored."""
-    dense = weight.parameter
-    if p.method != "soft_threshold":
-        return torch.where(stored_mask(dense, weight.transposed, p.method), dense, 0)
-    soft = soft_threshold24(dense.T if weight.transposed else dense)
-    scaled = soft * weight.buffer(weight24.SCALE).to(soft.dtype)
-    return scaled.T if weight.transposed else scaled
+    dense = weight.parameter.T if weight.transposed else weight.parameter
+    soft = p.record.soft
+    mask = None if soft else weight_mask(dense, p.method)
+    sparse = sparse_weight(dense, mask, weight.buffer(weight24.SCALE) if soft else None)
+    return sparse.T if weight.transposed else sparse

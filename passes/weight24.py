@@ -1,12 +1,13 @@
 """`weight24`: linears whose weight is 2:4 along the dimension that the product reduces over.
 
-    linear(x, W, b)   ==>   linear24(x, W, b, mask, scale, seed)
+    linear(x, W, b)   ==>   linear24(x, W, b, mask, scale, seed, packed, transposed)
 
 in attention, MLPs or both; the factors of low-rank linears count as linears. W stays a dense parameter. State
 is in buffers beside it, named after it: `<weight>24_mask`, and for soft thresholding `<weight>24_scale`,
-persistent; `<weight>24_seed`, set anew for every micro-batch; `<weight>24_flips`, what the mask's changes add
-up to between two readings. The shell writes them between updates (`act24.passes.state`) and adds the
-masked decay.
+persistent; `<weight>24_seed`, set anew for every micro-batch; `<weight>24_packed` and
+`<weight>24_packed_transposed`, the operands of 2:4 products, made for every update where the loop keeps them;
+`<weight>24_flips`, what the mask's changes add up to between two readings. The shell writes them between
+updates (`act24.passes.state`) and adds the masked decay.
 
 A product has one 2:4 operand: linears that `activation24` took, standing earlier, are none any more, and
 behind this pass `activation24` finds only activations.
@@ -15,21 +16,41 @@ behind this pass `activation24` finds only activations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from act24.errors import PassError
-from act24.passes.base import Match, OperationalPass, Plan
+from act24.options import Range, check_options
+from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
 from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
-from act24.sparse24.weight.linear24 import Method, WeightGradient, linear24, weight_mask, weight_scale
+from act24.sparse24.format.products import Measured, Product, Table
+from act24.sparse24.weight.forms import LinearOptions24, tunable_products
+from act24.sparse24.weight.linear24 import linear24
+from act24.sparse24.weight.methods import (
+    METHODS,
+    LinearProduct,
+    MethodName,
+    WeightGradient,
+    WeightMethod,
+    decays,
+    renewed_every,
+    weight_mask,
+    weight_scale,
+)
 
 #: What the names of the buffers add to the weight's.
 MASK, SCALE, SEED, FLIPS = "24_mask", "24_scale", "24_seed", "24_flips"
+PACKED, TRANSPOSED = "24_packed", "24_packed_transposed"
+
+#: Tokens of a micro-batch that any kernel takes.
+_ANY_TOKENS = 64
+
+#: As reports call the products.
+_SYMBOLS: dict[LinearProduct, str] = {"y": "y", "grad_x": "dX", "grad_weight": "dW"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,53 +59,98 @@ class Weight24(OperationalPass):
 
     Attributes:
         scope: linears of attention (`"attn"`), of the MLPs (`"mlp"`), or both; others only by `targets`.
-        method: `"transposable"` (arXiv 2404.01847): the best mask that is 2:4 along rows and columns, kept
-            for `mask_every` updates, with masked decay of the gradients. `"soft_threshold"` (S-STE, arXiv
-            2409.09099): soft thresholding by row, scale β fixed at the first sparse update. `"ste"`: the two
-            largest of four by row, anew for each update. `"sr_ste"` (arXiv 2102.04010): the same, with the
-            dropped weights decayed in the optimizer step.
+        method: a name in `act24.sparse24.weight.methods.METHODS`. `"transposable"` (arXiv 2404.01847): the
+            best mask that is 2:4 along rows and columns, kept for `mask_every` updates, with masked decay of
+            the gradients. `"soft_threshold"` (S-STE, arXiv 2409.09099): soft thresholding by row, scale β
+            fixed at the first sparse update. `"ste"`: the two largest of four by row, anew for each update.
+            `"sr_ste"` (arXiv 2102.04010): the same, with masked decay as a part of the gradient.
         weight_gradient: `"mvue"` makes the output gradient 2:4 along the tokens in dW, `"dense"` does not.
-            None: mvue for the first two methods, as published, dense for the last two.
-        mask_every: optimizer updates between two transposable masks.
-        decay: λ of the masked decay of `"transposable"` and `"sr_ste"`.
+            None: as published with the method.
+        mask_every: optimizer updates between two masks; None: as published with the method.
+        decay: λ of the masked decay; None: as published with the method.
+        kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
+        keep_packed: forward and backward read packed weights from buffers, which `begin_update_` fills for
+            every update; else they pack them, in every micro-batch. For loops that call it without fail, and
+            weights that are not sharded; no key of a recipe.
+        algorithms: what a tuner found for the products (`act24.sparse24.format.products`), of no meaning to
+            the mathematics; no key of a recipe.
     """
 
     name: ClassVar[str] = "weight24"
 
     scope: Scope = "all"
-    method: Method = "transposable"
+    method: MethodName = "transposable"
     weight_gradient: WeightGradient | None = None
-    mask_every: int = 40
-    decay: float = 6e-5
+    mask_every: Annotated[int, Range(ge=1)] | None = None
+    decay: Annotated[float, Range(ge=0)] | None = None
+    kernels: bool = True
+    keep_packed: bool = field(default=False, metadata=PYTHON_ONLY)
+    algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask_every < 1:
-            raise PassError(f"weight24: mask_every must be 1 or more, got {self.mask_every}")
-        if self.decay < 0:
-            raise PassError(f"weight24: decay must be 0 or more, got {self.decay}")
+        check_options(self)
+        renewed_every(self.record, self.mask_every)
+        decays(self.record, self.decay)
+
+    @property
+    def record(self) -> WeightMethod:
+        """What the method is."""
+        return METHODS[self.method]
 
     @property
     def draws(self) -> bool:
         """Whether dW draws from a seed."""
-        if self.weight_gradient is None:
-            return self.method in ("transposable", "soft_threshold")
-        return self.weight_gradient == "mvue"
+        return (self.weight_gradient or self.record.weight_gradient) == "mvue"
+
+    @property
+    def sparse_products(self) -> tuple[LinearProduct, ...]:
+        """Those of the three products of a linear that have a 2:4 operand."""
+        return self.record.products("mvue" if self.draws else "dense")
+
+    @property
+    def renewal(self) -> int:
+        """Updates between two masks."""
+        return renewed_every(self.record, self.mask_every)
+
+    @property
+    def masked_decay(self) -> float:
+        """λ, 0 where there is none."""
+        return decays(self.record, self.decay)
 
     def renews_masks(self, step: int) -> bool:
         """Whether masks are due once `step` updates are made."""
-        return self.method != "transposable" or (step - self.from_step) % self.mask_every == 0
+        return (step - self.from_step) % self.renewal == 0
+
+    def in_evaluation(self) -> Weight24:
+        """Packed weights are those of an update's beginning, and evaluation is of the weights as they are."""
+        return replace(self, keep_packed=False)
+
+    def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
+        """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
+        many tokens."""
+        site: LinearSite = match.nodes
+        return tunable_products(tokens, *site.shape, self.sparse_products)
+
+    def packs(self, out_features: int, in_features: int) -> bool:
+        """Whether some product of such a linear reads its packed weight, as the tuner found."""
+        return any(
+            kind in ("linear_y", "linear_grad_x")
+            and sizes == [out_features, in_features]
+            and Measured(*measured).sparse < Measured(*measured).dense
+            for (kind, _, *sizes), measured in self.algorithms
+        )
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
+        symbols = ", ".join(_SYMBOLS[product] for product in self.sparse_products)
         for site in linear_sites(region, factors=True):
             if not (in_scope(self.scope, self.targets, site) and self.selects(region, site.path)):
                 continue
             spec = region.parameters[site.weight]
-            multiples = site.shape if self.method == "transposable" else site.shape[1:]
-            if any(size % 4 for size in multiples):
+            if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))
-                misses.append((site.path, f"its weight is {shown}, not all multiples of 4"))
+                misses.append((site.path, f"its weight is {shown}, {wrong}"))
             elif spec.shared:
                 misses.append((site.path, f"tied to {spec.shared[0]}"))
             else:
@@ -92,24 +158,38 @@ class Weight24(OperationalPass):
                     Match(
                         path=site.path,
                         before=f"linear {site.shape[1]}→{site.shape[0]}",
-                        after=f"2:4 weight, {self.method}",
+                        after=f"2:4 weight, {self.method}; 2:4 in {symbols}",
                         nodes=site,
                         parameters_before=spec.numel(),
                         parameters_after=spec.numel(),
+                        note=self._note(site),
                     )
                 )
         return Plan(tuple(matches), tuple(misses), absent=f"no linear in scope '{self.scope}'")
+
+    def _note(self, site: LinearSite) -> str:
+        if self.kernels and not tunable_products(_ANY_TOKENS, *site.shape, self.sparse_products):
+            return "in plain PyTorch: 2:4 products want sizes that are multiples of 64"
+        return ""
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes
         self._add_buffers(region, site)
         for node in site.nodes:
             with region.graph.inserting_before(node):
-                soft = self.method == "soft_threshold"
+                soft = self.record.soft
                 state = (
                     None if soft else self._mask(region, site),
                     region.graph.get_attr(site.weight + SCALE) if soft else None,
                     region.graph.get_attr(site.weight + SEED) if self.draws else None,
+                    region.graph.get_attr(site.weight + PACKED) if self.keep_packed else None,
+                    self._transposed(region, site),
+                    # Plain tuples: the graph's code has no names for their classes.
+                    LinearOptions24(
+                        self.record.both_ways,
+                        self.kernels,
+                        tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[arg-type]
+                    ),
                 )
                 sparse = region.graph.call_function(linear24, (*node.args, *state))
             replace_node(region.graph, node, sparse)
@@ -117,6 +197,11 @@ class Weight24(OperationalPass):
     def _mask(self, region: Region, site: LinearSite) -> fx.Node:
         mask = region.graph.get_attr(site.weight + MASK)
         return region.graph.call_method("t", (mask,)) if site.transposed else mask
+
+    def _transposed(self, region: Region, site: LinearSite) -> fx.Node | None:
+        if not (self.keep_packed and self.record.both_ways):
+            return None
+        return region.graph.get_attr(site.weight + TRANSPOSED)
 
     def _add_buffers(self, region: Region, site: LinearSite) -> None:
         def mask(parameters: Mapping[str, Tensor]) -> Tensor:
@@ -130,15 +215,26 @@ class Weight24(OperationalPass):
 
         add(MASK, tuple(region.parameters[site.weight].shape), torch.bool, persistent=True, initial=mask)
         add(FLIPS, (), torch.float32, persistent=False)
-        if self.method == "soft_threshold":
+        # Without elements until they are first packed: where nothing is, they cost nothing.
+        add(PACKED, (0,), torch.bfloat16, persistent=False)
+        if self.record.both_ways:
+            add(TRANSPOSED, (0,), torch.bfloat16, persistent=False)
+        if self.record.soft:
             add(SCALE, (), torch.float32, persistent=True, initial=scale)
         if self.draws:
             add(SEED, (), torch.int64, persistent=False)
 
 
-def stored_mask(parameter: Tensor, transposed: bool, method: Method) -> Tensor:
-    """`act24.sparse24.weight.linear24.weight_mask` of a parameter, in the orientation in which it is
-    stored."""
+def stored_mask(parameter: Tensor, transposed: bool, method: str) -> Tensor:
+    """`act24.sparse24.weight.methods.weight_mask` of a parameter, in the orientation in which it is stored.
+
+    Args:
+        parameter: `[out, in]`, or `[in, out]` where `transposed`.
+        method: a name in `METHODS`.
+
+    Returns:
+        boolean, the shape of the parameter.
+    """
     if transposed:
         return weight_mask(parameter.T, method).T
     return weight_mask(parameter, method)

@@ -23,8 +23,6 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         recipe.lr_multiplier(0)
     except Act24Error as error:
         yield f"schedule: {error}"
-    if recipe.train.parallel == "fsdp" and _has(recipe, Weight24):
-        yield 'train.parallel: weight24 does not run on sharded parameters: use "ddp"'
     if recipe.train.parallel == "fsdp" and recipe.log.gradient_cosine_every:
         yield 'log.gradient_cosine_every: compares gradients of whole weights: use train.parallel = "ddp"'
     yield from _of_the_model(recipe)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from act24.errors import nearest
+from act24.errors import nearest, reading
 from act24.llama import PRESETS
 from act24.optim import ColaAdamWOptions, LOROAdamWOptions, LostAdamWOptions
 from act24.recipes.flag_values import parse_flags
@@ -156,14 +156,13 @@ def _model(config: str) -> dict[str, Any]:
     preset = Path(config).stem.replace("_", "-")
     if preset in PRESETS:
         return {"preset": preset}
-    if not Path(config).is_file():
-        raise RecipeError(
-            f"--model_config {config}: no such file, and no preset of that name: {nearest(preset, PRESETS)}"
-        )
-    try:
+    with reading(f"--model_config {config}: not valid JSON", error=RecipeError):
+        if not Path(config).is_file():
+            raise RecipeError(
+                f"--model_config {config}: no such file, and no preset of that name: "
+                f"{nearest(preset, PRESETS)}"
+            )
         settings = json.loads(Path(config).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"--model_config {config}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"--model_config {config}: has to hold an object of settings, such as hidden_size")
     return {"preset": "llama-9m"} | {key: settings[key] for key in _CONFIG_FIELDS if key in settings}

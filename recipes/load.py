@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from act24.errors import Act24Error, nearest
+from act24.errors import Act24Error, nearest, reading
 from act24.optim import OPTIMIZERS
 from act24.options import shown
 from act24.passes import REGISTRY
@@ -53,11 +53,12 @@ def recipe_source(reference: str) -> tuple[str, str]:
     """
     if reference.endswith(".toml"):
         try:
-            return Path(reference).read_text(encoding="utf-8"), reference
-        except FileNotFoundError:
-            raise RecipeError(f"recipe file '{reference}' does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe file '{reference}' cannot be read: {error}") from None
+            with reading(f"recipe file '{reference}' cannot be read", error=RecipeError):
+                return Path(reference).read_text(encoding="utf-8"), reference
+        except RecipeError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise RecipeError(f"recipe file '{reference}' does not exist") from None
+            raise
     if reference not in recipe_names():
         raise RecipeError(
             f"unknown recipe '{reference}': {nearest(reference, recipe_names())} (files end in .toml)"
@@ -82,10 +83,11 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from its text, as stored in a run or a checkpoint; see `load_recipe`."""
-    table = _extended(text, origin, seen=())
-    for override in overrides:
-        _override(table, override)
-    return _validate(table, origin)
+    with reading(f"{origin}: cannot be read", error=RecipeError):
+        table = _extended(text, origin, seen=())
+        for override in overrides:
+            _override(table, override)
+        return _validate(table, origin)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -167,7 +169,8 @@ def _override(table: dict[str, Any], override: str) -> None:
     if keys == ["extends"]:
         raise RecipeError("override 'extends': only a file extends a recipe; name that recipe itself")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if parsed.keys() == {"value"} else text.strip()  # no second line of TOML
     except tomllib.TOMLDecodeError:
         value = text.strip()
     except (ValueError, RecursionError) as error:
@@ -183,7 +186,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 
 def _listed(passes: list[dict[str, Any]], key: str, path: str) -> dict[str, Any]:
-    names = [p.get("use", "") for p in passes]
+    names = [str(p.get("use", "")) if isinstance(p, dict) else "" for p in passes]
     if key.isdecimal() and int(key) < len(passes):
         return passes[int(key)]
     if names.count(key) == 1:

@@ -24,6 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Steps = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 PositiveSteps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Documents = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -72,6 +73,7 @@ class Tokenizer(Section):
 
     name: str = "bpe"
     vocab_size: Size = 4096  # of the trained BPE; ignored by the others
+    end_of_text: str | None = None  # where it is none of the known ones ("<|endoftext|>", "</s>", …)
 
 
 class Data(Section):
@@ -86,15 +88,16 @@ class Data(Section):
     text_field: str = "text"
     encoding: str | None = None  # of text files and JSON; not given: UTF-8, or as detected
     on_bad_record: Literal["stop", "skip"] = "stop"  # no JSON, no text field: skip leaves it out, counted
-    retry_seconds: NonNegativeFloat = (
-        120.0  # that a stream of the Hub waits for a network; inf: till it is back
-    )
+    retry_seconds: NonNegativeFloat = 120.0  # that a stream of the Hub waits for a network; 1e9: for ever
     train_files: tuple[str, ...] = ()
     heldout_files: tuple[str, ...] = ()
     shards: str | None = None  # folder written by `act24 data prepare`
     rows: Literal["packed", "padded"] = "packed"
     max_length: Size = 256  # tokens a row
     shuffle_seed: Seed = 42
+    shuffle_buffer: Annotated[int, Field(ge=0, lt=2**31)] = (
+        0  # documents of text that are shuffled among each other; 0: none
+    )
 
     @model_validator(mode="after")
     def _source_has_its_keys(self) -> Data:
@@ -102,6 +105,8 @@ class Data(Section):
             raise ValueError('source = "files" needs data.train_files, a list of globs')
         if self.source == "shards" and not self.shards:
             raise ValueError('source = "shards" needs data.shards, a folder written by `act24 data prepare`')
+        if self.rows == "padded" and self.max_length == 1:
+            raise ValueError('rows = "padded" needs max_length of 2 or more: of one token none is predicted')
         return self
 
 
@@ -115,6 +120,7 @@ class Train(Section):
     seed: Seed = 0
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 switches clipping off
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU, where a micro-batch can be captured
     parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
     activation_checkpointing: bool = False
     # Of a loss or gradient: end the run, or leave the batch out. To skip, the host waits for each step.
@@ -146,6 +152,7 @@ class Log(Section):
 
     every: PositiveSteps = 10  # optimizer steps
     activation_statistics: bool = True  # zeros after relu², and what 2:4 drops, by layer
+    activation_statistics_every: PositiveSteps = 1  # optimizer steps; those in between count nothing
     weight_sparsity_every: Steps = 1000  # optimizer steps; 0: never
     gradient_cosine_every: Steps = 0  # optimizer steps; 2:4 against exact weight gradients; 0: never
 

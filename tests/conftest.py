@@ -20,8 +20,9 @@ def _seeded() -> None:
 @pytest.fixture
 def capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules see a GPU with kernels and 2:4 products; the operators run their references all the same."""
-    from act24.sparse24.feed_forward import forms
+    from act24.sparse24.format import device
+    from act24.sparse24.kernels.shared import self_check
 
-    monkeypatch.setattr(forms, "obstacle", lambda _: "")
-    monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "")
-    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "")
+    monkeypatch.setattr(device, "obstacle", lambda _: "")
+    monkeypatch.setattr(device, "fp8_obstacle", lambda _: "")
+    monkeypatch.setattr(self_check, "kernel_obstacle", lambda *_: "")

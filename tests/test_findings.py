@@ -25,7 +25,7 @@ from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_per
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.pattern.selection import densest, top2_of_4
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
-from act24.sparse24.weight.linear24 import weight_mask, weight_scale
+from act24.sparse24.weight.methods import weight_mask, weight_scale
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -14,7 +14,7 @@ from act24.passes import Activation24, ActivationStatistics, Cola, LowRank, Relu
 from act24.passes.state import begin_micro_batch_, begin_update_, evaluation
 from act24.sparse24.feed_forward.calibration import calibration_sums, sample_rows
 from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
-from act24.sparse24.weight.linear24 import weight_scale
+from act24.sparse24.weight.methods import weight_scale
 from act24.tools.run.processes import Processes
 
 

@@ -20,7 +20,7 @@ from act24.passes.state import (
     decay_dropped_weights_,
     refuse_exact_steps,
 )
-from act24.sparse24.weight.linear24 import weight_mask
+from act24.sparse24.weight.methods import METHODS, weight_mask
 from act24.tools.watch.sparsity_watch import take_flip_rates_
 from act24.tools.watch.statistics import SiteStatistics, read_activation_statistics_
 
@@ -111,7 +111,7 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
         before = mask.clone()
         begin_micro_batch_(pipeline, seed=0, step=step, micro_batch=0)
         loss_of(model).backward()
-        decay_dropped_weights_(pipeline, 0.1)
+        decay_dropped_weights_(pipeline, clipped=True)
         optimizer.step()
         optimizer.zero_grad()
     rates = take_flip_rates_(pipeline, 7)
@@ -125,25 +125,28 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
     assert set(take_flip_rates_(pipeline, 1).values()) == {0.0}, "taken"
 
 
-@pytest.mark.parametrize("method", ["transposable", "sr_ste", "ste", "soft_threshold"])
-def test_masked_decay_by_method(method: Any) -> None:
-    model, pipeline = rewritten(Weight24(scope="mlp", method=method, decay=0.01, weight_gradient="dense"))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("clipped", [False, True])
+def test_masked_decay_by_method(method: Any, clipped: bool) -> None:
+    """SR-STE's is a part of the gradient that is clipped, that of arXiv 2404.01847 comes after clipping."""
+    decay = {"transposable": 0.01, "sr_ste": 0.01}.get(method)
+    model, pipeline = rewritten(Weight24(scope="mlp", method=method, decay=decay, weight_gradient="dense"))
     loss_of(model).backward()
     name = "model.layers.1.mlp.down_proj.weight"
     weight = model.get_parameter(name)
     mask = model.get_buffer(f"{name}24_mask")
     assert weight.grad is not None
-    old_weight, old_grad = weight.detach().clone(), weight.grad.clone()
-    head = model.get_parameter("lm_head.weight")
-    old_head, old_head_grad = head.detach().clone(), head.grad.clone()  # type: ignore[union-attr]
-    decay_dropped_weights_(pipeline, lr=0.5)
-    dropped = old_weight * ~mask
-    gradient = old_grad + 0.01 * dropped if method == "transposable" else old_grad
-    value = old_weight - 0.5 * 0.01 * dropped if method == "sr_ste" else old_weight
-    assert torch.allclose(weight.grad, gradient)
-    assert torch.allclose(weight, value)
-    assert torch.equal(head, old_head)
-    assert torch.equal(head.grad, old_head_grad)  # type: ignore[arg-type]
+    before = {
+        n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None
+    }
+    decay_dropped_weights_(pipeline, clipped=clipped)
+    old_weight, old_grad = before[name]
+    decays = method == ("transposable" if clipped else "sr_ste")
+    assert torch.allclose(weight.grad, old_grad + 0.01 * old_weight * ~mask if decays else old_grad)
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n][0]), "decay is of gradients"
+        if ".mlp." not in n:
+            assert torch.equal(p.grad, before[n][1])  # type: ignore[arg-type]
 
 
 def test_exact_steps_and_sparse_factors_do_not_go_together() -> None:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from toys import SwiGLU, Trunk, features, llama, tokens
 
+from act24.options import OptionError
 from act24.passes import Activation24, LowRank, PassError, Relu2FFN, Weight24, apply_, plan
+from act24.passes.state import begin_update_
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
-from act24.sparse24.weight.linear24 import linear24, weight_mask, weight_scale
-
-METHODS = ("transposable", "soft_threshold", "ste", "sr_ste")
+from act24.sparse24.weight.linear24 import linear24
+from act24.sparse24.weight.methods import METHODS, WeightMethod, weight_mask, weight_scale
 
 
 def sparse_by_hand(model: nn.Module, method: Any, prefix: str) -> None:
@@ -205,16 +206,69 @@ def test_layers_share_one_class_and_copies_keep_their_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"mask_every": 0}, "mask_every"), ({"decay": -1.0}, "decay")]
+    ("options", "message"),
+    [
+        ({"mask_every": 0}, "mask_every has to be 1 or more"),
+        ({"decay": -1.0}, "decay has to be 0 or more"),
+        ({"decay": float("inf")}, "decay"),
+        ({"method": "topk"}, "weight24: method has no 'topk': .*transposable"),
+        ({"weight_gradient": "MVUE"}, "weight_gradient has no 'MVUE': choose from dense, mvue"),
+        ({"scope": "att"}, "scope has no 'att': did you mean 'attn'"),
+        ({"method": "ste", "decay": 1e-4}, 'method "ste" has no masked decay; transposable, sr_ste have'),
+        ({"method": "sr_ste", "mask_every": 40}, "every update"),
+    ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(PassError, match=message):
+    with pytest.raises(OptionError, match=message):
         Weight24(**options)
 
 
 def test_masks_are_due_when_they_should_be() -> None:
     kept = Weight24(from_step=3, mask_every=5)
     assert [s for s in range(3, 20) if kept.renews_masks(s)] == [3, 8, 13, 18]
+    assert [Weight24(method=m).renewal for m in METHODS] == [40, 1, 1, 1]
     assert all(Weight24(method=m).renews_masks(7) for m in ("ste", "sr_ste", "soft_threshold"))
     assert [Weight24(method=m).draws for m in METHODS] == [True, True, False, False]
     assert Weight24(method="ste", weight_gradient="mvue").draws
+    assert [Weight24(method=m).masked_decay for m in METHODS] == [6e-5, 0, 0, 2e-4]
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({}, "y, dX, dW"),
+        ({"weight_gradient": "dense"}, "y, dX"),
+        ({"method": "soft_threshold"}, "y, dW"),
+        ({"method": "sr_ste"}, "y"),
+    ],
+)
+def test_the_report_says_which_products_are_sparse(options: dict[str, Any], products: str) -> None:
+    rows = plan(llama(1), [Weight24(scope="attn", **options)]).rows
+    assert {row.after.partition("; ")[2] for row in rows} == {f"2:4 in {products}"}
+
+
+def test_the_report_says_where_products_cannot_be_sparse() -> None:
+    rows = plan(llama(1, hidden_size=64, intermediate_size=144), [Weight24()]).rows
+    noted = {row.fqn.rpartition(".")[2] for row in rows if "multiples of 64" in row.note}
+    assert noted == {"gate_proj", "up_proj", "down_proj"}
+    assert not any(row.note for row in plan(llama(1), [Weight24(kernels=False)]).rows)
+
+
+def test_a_method_from_outside_trains() -> None:
+    """A record in the table is all that the pass, its state and its report need."""
+    toy = WeightMethod("toy", mask=lambda w: torch.arange(w.shape[1]).expand(w.shape) % 4 < 2)
+    METHODS.add(toy)
+    try:
+        model = llama(1)
+        pipeline = apply_(model, [Weight24(method="toy", scope="mlp")])
+        assert "2:4 weight, toy; 2:4 in y" in str(pipeline)
+        weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+        with torch.no_grad():  # what a record of its own drops is not multiplied
+            for name, parameter in model.named_parameters():
+                if ".mlp." in name:
+                    parameter[:, 2::4] = parameter[:, 3::4] = torch.nan
+        begin_update_(pipeline, 0, lambda: None)
+        model(tokens()).sum().backward()
+        assert bool(weight.grad.isfinite().all())  # type: ignore[union-attr]
+    finally:
+        del METHODS._records["toy"]

@@ -62,7 +62,7 @@ def _rows(hidden: Tensor, shape: str) -> list[Row]:
             "5% of the features",
             1.225,
             None,
-            lambda: gather_features(saved, index, None),
+            lambda: gather_features(saved, index, None, len(saved)),
         ),
         ("PyTorch's compressor", 3.125, None, lambda: torch.ops.aten._cslt_compress(dense)),
     ]

@@ -166,9 +166,9 @@ def _linear_of(p: FactorisingPass) -> Linear:
     return linear
 
 
-def _unset(recipe: Recipe, device: torch.device, step: int) -> Built:
-    """The recipe's model with random values instead of its own start: for LoST that is a decomposition of
-    every weight, minutes at 1b, and the time of a step does not depend on it."""
+def without_start(recipe: Recipe, device: torch.device, step: int = 0, measure: object = None) -> Built:
+    """`build`, with random values instead of the model's own start: for LoST that is a decomposition of every
+    weight, minutes at 1b, and the time of a step does not depend on it."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
     pipeline = Pipeline(model, passes_of(recipe), step=step, keep_all=True)
@@ -184,13 +184,14 @@ def _unset(recipe: Recipe, device: torch.device, step: int) -> Built:
 def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
     processes = Processes(0, 1, device)
     sparse_from = max((getattr(p, "from_step", 0) for p in recipe.passes), default=0)
-    built = _unset(recipe, device, sparse_from)
+    built = without_start(recipe, device, sparse_from)
     tune_(built.pipeline, recipe, processes)
-    step = TrainingStep(built.model, recipe.train, processes)
+    step = TrainingStep(built.model, recipe.train, processes, built.pipeline)
     optimizer = build_optimizer(built.model, recipe.optimizer, pipeline=built.pipeline)
+    updates = itertools.count(sparse_from)
 
     def one(batch: Batch) -> None:
-        step([batch], optimizer)
+        step([batch], optimizer, next(updates))
 
     return one
 
@@ -250,6 +251,8 @@ def _time(
     """Build, warm up, time and free: seconds of each step, by events, a batch of fresh random tokens each
     time; and the most bytes allocated."""
     step = make()
+    # Before the warm-up, which needs as much: a graph's replays allocate nothing.
+    torch.cuda.reset_peak_memory_stats()
     batches = [
         Batch(torch.randint(vocabulary, (rows, length)), torch.randint(vocabulary, (rows, length)))
         for _ in range(4)
@@ -257,7 +260,6 @@ def _time(
     for index in range(_WARMUP):
         step(batches[index % len(batches)])
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for index in range(steps):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from act24.errors import Act24Error
+from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -43,15 +42,8 @@ DECAYS = [2e-5, 6e-5, 2e-4, 6e-4]
 
 def main() -> None:
     """Run the command line: user errors are one line and status 2, anything else is a bug."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character is no reason to end
-            stream.reconfigure(errors="backslashreplace")
-    try:
+    with ends_in_one_line():
         app(prog_name="act24")  # also where it runs as `python -m act24`
-    except Act24Error as error:
-        for line in str(error).splitlines():
-            print(f"act24: {line}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _warn_of_oddities(recipe: Recipe) -> None:
@@ -308,7 +300,7 @@ def data_prepare(
     tokenizer: Annotated[
         str, typer.Option(help="bpe (trained on the source), a tokenizer.json, a Hub name.")
     ] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=257, help="Of the trained BPE.")] = 32000,
+    vocab_size: Annotated[int, typer.Option(min=257, max=2**20, help="Of the trained BPE.")] = 32000,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop the training split there.")] = None,
     max_heldout_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the held-out split there.")
@@ -320,6 +312,9 @@ def data_prepare(
     skip_bad_records: Annotated[
         bool, typer.Option("--skip-bad-records", help="Leave out records that cannot be used; count them.")
     ] = False,
+    end_of_text: Annotated[
+        str | None, typer.Option(help="The tokenizer's token for it, if it is none of the known ones.")
+    ] = None,
 ) -> None:
     """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards").
 
@@ -337,6 +332,7 @@ def data_prepare(
         text_field,
         encoding,
         skip_bad_records,
+        end_of_text,
     )
 
 
@@ -361,6 +357,39 @@ def bench_step(
     show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps, beside=other), as_json)
 
 
+@bench_app.command("train")
+def bench_train(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes; ratios are to the first one.")],
+    set_: SetOption = None,
+    rows: Annotated[str, typer.Option(help="Rows a micro-batch, several separated by commas.")] = "64",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn, after a window to warm up.")] = 20,
+    turns: Annotated[int, typer.Option(min=1, help="How often each side is built and timed.")] = 2,
+    without: Annotated[
+        bool, typer.Option("--without-24", help="Each recipe also without its 2:4 passes.")
+    ] = False,
+    transformers: Annotated[
+        bool,
+        typer.Option("--transformers", help="Also transformers' LLaMA of the first recipe's size, compiled."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
+) -> None:
+    """The training loop as `act24 train` runs it, recipes side by side: tokens/s, memory, time to begin."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.bench.train import bench_train as run_bench
+    from act24.tools.bench.train import row_numbers, with_dense_sides
+    from act24.tools.commands.show import show_train_bench
+
+    numbers = row_numbers(rows)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    loaded = {name: load_recipe(name, set_ or ()) for name in recipes}
+    if without:
+        loaded = with_dense_sides(loaded)
+    show_train_bench(run_bench(loaded, numbers, steps, turns, transformers, say), as_json)
+
+
 @bench_app.command("pack")
 def bench_pack(as_json: JsonOption = False) -> None:
     """The elementwise passes of 2:4, as a share of what a copy moves."""
@@ -383,6 +412,15 @@ def bench_gemm(as_json: JsonOption = False) -> None:
 def bench_fp8(as_json: JsonOption = False) -> None:
     """What e4m3 gives the forward product of a 2:4 activation, and what it costs."""
     from act24.tools.bench.fp8 import bench_fp8 as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(), as_json)
+
+
+@bench_app.command("weight")
+def bench_weight(as_json: JsonOption = False) -> None:
+    """A SwiGLU network with 2:4 weights beside the compiled dense one, and the passes that they need."""
+    from act24.tools.bench.weight import bench_weight as run_bench
     from act24.tools.commands.show import show_bench_rows
 
     show_bench_rows(run_bench(), as_json)

@@ -16,6 +16,7 @@ from act24.errors import Act24Error
 from act24.passes import Weight24
 from act24.passes.state import renew_masks_
 from act24.recipes.schema import Recipe
+from act24.sparse24.weight.methods import METHODS
 from act24.tools.data import open_rows, open_tokenizer
 from act24.tools.run.build import build, model_config
 from act24.tools.run.optimizers import build_optimizer, learning_rate
@@ -74,7 +75,7 @@ def probe_decays(
             its second half.
     """
     sparse = _probed(recipe)
-    every = sparse.mask_every if sparse.method == "transposable" else 1
+    every = sparse.renewal
     if steps < 4 * every:
         raise Act24Error(
             f"{steps} steps are too few: masks are renewed every {every}, take {4 * every} or more"
@@ -137,16 +138,16 @@ def default_steps(recipe: Recipe) -> int:
     Raises:
         Act24Error: the recipe has no pass to probe.
     """
-    return 10 * _probed(recipe).mask_every
+    return 10 * _probed(recipe).renewal
 
 
 def _probed(recipe: Recipe) -> Weight24:
     sparse = next((p for p in recipe.passes if isinstance(p, Weight24)), None)
-    if sparse is None or sparse.method not in ("transposable", "sr_ste"):
+    if sparse is None or sparse.record.decay_place == "none":
         found = f"method {sparse.method}" if sparse else ", ".join(p.name for p in recipe.passes) or "none"
+        decaying = " or ".join(name for name, m in METHODS.items() if m.decay_place != "none")
         raise Act24Error(
-            "passes: probing the decay needs a recipe with weight24, method transposable or sr_ste; "
-            f"this one has {found}"
+            f"passes: probing the decay needs a recipe with weight24, method {decaying}; this one has {found}"
         )
     return sparse
 

@@ -21,15 +21,20 @@ from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.operation import FORMS, form_of
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.packed import PACKED
-from act24.sparse24.feed_forward.self_check import PROVEN, kernel_obstacle
 from act24.sparse24.feed_forward.statistics import COUNTING
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
 from act24.sparse24.format.products import Table, feed_forward_products
+from act24.sparse24.kernels.shared.self_check import PROVEN, kernel_obstacle
+from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms
+from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
+from act24.tools.bench.launches import is_launch_bound, launch_seconds, product_rate
 from act24.tools.run.tuning import cache_path, machine, read_table
 
 #: Tokens a micro-batch for which the paths are shown, and the presets and ranks.
 _TOKENS = 32768
+#: Rows of a micro-batch, and their length, for which it is said what waits for launches.
+_ROWS, _LENGTH = (32, 64, 128, 256), 256
 _SHOWN = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b")
 _RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512, "llama-7b": 1024}
 
@@ -119,6 +124,21 @@ def _records() -> list[Finding]:
     return [Finding("plugins", plugins), *named]
 
 
+def _launches(device: torch.device) -> list[Finding]:
+    """Which sizes wait for Python where micro-batches are not captured (`train.cuda_graphs`)."""
+    if device.type != "cuda":
+        return []
+    launch, rate = launch_seconds(device), product_rate(device)
+    findings = [
+        Finding("launches", f"{1e3 * launch:.2f} ms of the CPU for a block and micro-batch, compiled")
+    ]
+    for rows in _ROWS:
+        bound = [n for n in _SHOWN if is_launch_bound(PRESETS[n], rows * _LENGTH, launch, rate)]
+        found = f"{', '.join(bound) or 'none'} of {', '.join(_SHOWN)}"
+        findings.append(Finding(f"launch-bound without CUDA graphs, {rows} rows of {_LENGTH}", found))
+    return findings
+
+
 def _table(device: torch.device) -> Table:
     try:
         return read_table(cache_path(), machine(device)) if device.type == "cuda" else ()
@@ -166,9 +186,25 @@ def _paths(device: torch.device) -> list[Finding]:
     for name in _SHOWN:
         width, features = PRESETS[name].hidden_size, parity_width(PRESETS[name].intermediate_size)
         # LoST's activation has two branches on either side, and no linear that the operation takes.
+        findings += _weights(name, device, options.algorithms)
         for form, inner in (("full rank", width), (f"rank {_RANKS[name]}", _RANKS[name]), ("LoST", 0)):
             subject = f"{name}, {form}, {f'{inner}×' if inner else 'F '}{features}"
             findings.append(Finding(subject, _path(inner, features, device, options)))
+    return findings
+
+
+def _weights(name: str, device: torch.device, table: Table) -> list[Finding]:
+    """What becomes of a preset's linears under `weight24` with transposable masks."""
+    preset = PRESETS[name]
+    findings = []
+    for kind, out in (("attention", preset.hidden_size), ("MLP", preset.intermediate_size)):
+        linear = Linear(_TOKENS, out, preset.hidden_size, torch.bfloat16, device, draws=True)
+        options = LinearOptions24(both_ways=True, algorithms=table)
+        if reason := LINEAR_FORMS[0].why_not(linear, options):
+            said = f"plain PyTorch: {reason}"
+        else:
+            said = f"2:4 products: {', '.join(product_algorithms(linear, options))}"
+        findings.append(Finding(f"{name}, 2:4 weights, {kind}, {preset.hidden_size}→{out}", said))
     return findings
 
 

@@ -20,6 +20,7 @@ def prepare_source(
     text_field: str | None = None,
     encoding: str | None = None,
     skip_bad_records: bool = False,
+    end_of_text: str | None = None,
 ) -> None:
     """Write token shards of a source, or of a recipe's data with the recipe's own tokenizer; what is given
     beyond that goes before the recipe."""
@@ -31,6 +32,8 @@ def prepare_source(
     given: dict[str, object] = {"text_field": text_field, "encoding": encoding}
     given["on_bad_record"] = "skip" if skip_bad_records else None
     data = data.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if end_of_text is not None:
+        section = section.model_copy(update={"end_of_text": end_of_text})
     data = pinned_for(data, out)
     opened = open_tokenizer(data, section)
     with console.status("reading") as status:

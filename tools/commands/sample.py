@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, reading
 from act24.generate import generate
 from act24.tools.run.build import load
 
@@ -21,6 +21,8 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
     if built.tokenizer is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
     tokenizer = built.open_tokenizer()
+    with reading("the prompt is no UTF-8"):  # a byte that is none comes as half a surrogate pair
+        prompt.encode()
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
     if not ids.numel():
         raise Act24Error("the prompt is empty; give it at least one token")

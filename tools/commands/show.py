@@ -16,7 +16,7 @@ from act24.tools.bench.rows import table as markdown_table
 from act24.tools.run.build import plan_recipe
 from act24.tools.run.evaluate import Evaluation
 from act24.tools.run.progress import console
-from act24.tools.run.train import Outcome, summary_rows
+from act24.tools.run.train import Outcome
 from act24.tools.watch.tensorboard import open_hint
 
 
@@ -32,6 +32,31 @@ def show_outcome(recipe: Recipe, outcome: Outcome, run_dir: Path | None) -> None
     console.print(table, highlight=False)
     if run_dir is not None:
         print(f"watch it: {open_hint(run_dir)}")
+
+
+def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
+    """What a run came to, for the table at its end."""
+    rows: list[tuple[str, Any]] = [
+        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
+        ("parameters", f"{outcome.parameters:,}"),
+        ("tokens", f"{outcome.tokens:,}"),
+    ]
+    if outcome.tokens_per_second:
+        rows += [
+            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
+            ("training loss", f"{outcome.loss:.4f}"),
+        ]
+    if outcome.evaluation:
+        rows += [
+            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
+            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
+            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
+        ]
+    if outcome.peak_memory:
+        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
+    if outcome.checkpoint:
+        rows.append(("checkpoint", str(outcome.checkpoint)))
+    return rows
 
 
 def show_plan(recipe: Recipe, as_json: bool) -> None:
@@ -99,6 +124,39 @@ def show_step_bench(result: dict[str, Any], as_json: bool) -> None:
     other = result["sides"][1]["name"]
     print(f"rate {result['rate_ratio']:.3f}, memory {result['memory_ratio']:.3f} of the {other} model")
     print(f"{result['tokens_per_step']:,} tokens a step, {result['gpu']}, torch {result['torch']}")
+
+
+def show_train_bench(result: dict[str, Any], as_json: bool) -> None:
+    """`act24 bench train`."""
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    columns = (
+        "",
+        "rows × micro-batches",
+        "tokens/s",
+        "ratio",
+        "graphs",
+        "allocated, reserved GiB",
+        "to begin, s",
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for side in result["sides"]:
+        table.add_row(
+            side["name"],
+            f"{side['rows']} × {side['micro_batches']}",
+            f"{side['rate']:,.0f}",
+            f"{side['ratio']:.3f}",
+            "yes" if side["captured"] else "no",
+            f"{side['allocated_gib']:.1f}, {side['reserved_gib']:.1f}",
+            f"{side['begin_seconds']:.1f}",
+        )
+    console.print(table, highlight=False)
+    print(
+        f"{result['gpu']}, torch {result['torch']}, commit {result['commit']}; {result['steps']} steps a turn"
+    )
 
 
 def show_bench_rows(rows: list[Row], as_json: bool) -> None:

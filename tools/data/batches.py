@@ -21,7 +21,8 @@ from act24.tools.data.documents import open_documents
 from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows
 from act24.tools.data.shard import Split
 from act24.tools.data.shards import TokenShards
-from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary
+from act24.tools.data.shuffled import ShuffledDocuments
+from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary, unused_vocabulary
 
 IGNORED = -100  # a label that is no token; `torch.nn.functional.cross_entropy` skips it by default
 PREFETCHED = 4  # batches
@@ -234,7 +235,9 @@ def open_rows(
     check_vocabulary(tokenizer, vocab_size)
     count = streams or world_size
     rows = DealtRows(lambda stream: _rows(data, tokenizer, "train", stream, count), count, rank, world_size)
-    return TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size)
+    opened = TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size)
+    opened.warnings += unused_vocabulary(tokenizer, vocab_size)
+    return opened
 
 
 def heldout_rows(
@@ -314,4 +317,6 @@ def _rows(data: Data, tokenizer: Tokenizer, split: Split, rank: int, world_size:
     documents = open_documents(
         data, split, shuffle_seed=seed, endless=training, rank=rank, world_size=world_size
     )
+    if training and data.shuffle_buffer:
+        documents = ShuffledDocuments(documents, data.shuffle_buffer, data.shuffle_seed)
     return (PackedRows if data.rows == "packed" else PaddedRows)(documents, tokenizer, data.max_length)

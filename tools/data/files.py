@@ -30,6 +30,7 @@ ARROW = (".arrow",)
 KNOWN = TEXT + LINES + PARQUET + ARROW
 COMPRESSED = (".gz", ".zst")
 ROWS = 1024  # of a table at once
+ENOUGH = 10_000  # characters, of which a share means something
 
 Wanted = Callable[[int], bool]
 """`wanted(index)`: whether a record is to be parsed."""
@@ -194,6 +195,8 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
         for index, line in enumerate(itertools.chain([first], file)):
             line, stray = take_stray(line)
             replaced, characters = replaced + stray, characters + len(line)
+            if stray and characters >= ENOUGH:  # not only at the end, when a model has read the file
+                check_replaced(replaced, characters, encoding, str(path))
             if not (wanted(index) and line.strip()):
                 yield None
                 continue
@@ -257,8 +260,9 @@ def _read_arrow(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
         _check_column(reader.schema.names, how, path)
         index = 0
         for batch in batches:
-            column = batch.column(how.text_field).to_pylist()
-            yield from _column(column, index, path, how, wanted, records)
+            column = batch.column(how.text_field)
+            column.validate(full=True)  # Arrow trusts offsets in a file: a damaged one ends the process
+            yield from _column(column.to_pylist(), index, path, how, wanted, records)
             index += batch.num_rows
 
 

@@ -84,7 +84,7 @@ def retried(
     """`shard`, read on from where it broke off when the network fails, after waits that double.
 
     Args:
-        seconds: without one record after which the network is given up; infinity waits for ever.
+        seconds: without one record after which the network is given up.
 
     Raises (while reading):
         Act24Error: it was given up.
@@ -109,7 +109,7 @@ def retried(
                 if clock() - since >= seconds:
                     raise Act24Error(
                         f"reading {name} failed {failures} times in a row: {reason(error)}. "
-                        "data.retry_seconds = inf waits as long as an outage lasts; "
+                        "data.retry_seconds = 1e9 waits as long as an outage lasts; "
                         "`act24 data prepare` makes a local copy that needs no network"
                     ) from error
                 # Ranks must not all come back at once.

@@ -30,6 +30,7 @@ from act24.tools.data.rows import encoded
 from act24.tools.data.shard import Split
 from act24.tools.data.shards import FORMAT, token_dtype
 from act24.tools.data.tokenizer import Tokenizer
+from act24.tools.files import whole_file
 
 SHARD_TOKENS = 2**28  # after which a new shard begins: half a gigabyte in uint16
 JOURNAL_TOKENS = 2**24  # lost at most by a kill: well below a minute's work
@@ -86,13 +87,15 @@ def prepare_shards(
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
+                "end_of_text": tokenizer.token(tokenizer.eos_id),
                 "file": file.facts(),
             },
             "splits": splits,
         }
         with HashedFile(folder / "index.json") as file:
             file.write(json.dumps(index, indent=1).encode())
-        (folder / JOURNAL).unlink(missing_ok=True)
+        for path in folder.glob(f"{JOURNAL}*"):  # what a kill left of one that was being written, too
+            path.unlink()
         (folder / LOCK).unlink(missing_ok=True)
         os.replace(folder, out)
     return index
@@ -211,10 +214,8 @@ class _Journal:
         """Everything up to `place` is on the disk."""
         self._unwritten = 0
         self._splits[split] = {"request": request, "place": place}
-        temporary = self._path.with_suffix(".new")
-        with HashedFile(temporary) as file:
+        with whole_file(self._path) as partial, HashedFile(partial) as file:
             file.write(json.dumps(self._splits).encode())
-        os.replace(temporary, self._path)
 
 
 class _Writing:

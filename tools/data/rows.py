@@ -16,11 +16,13 @@ from act24.errors import Act24Error
 from act24.tools.data.documents import Documents
 from act24.tools.data.permutation import permuted
 from act24.tools.data.shards import TokenShards
+from act24.tools.data.shuffled import ShuffledDocuments
 from act24.tools.data.tally import Tally
 from act24.tools.data.tokenizer import Tokenizer
 
 GROUP_DOCUMENTS = 64  # encoded at once, so that all cores have work …
 GROUP_CHARACTERS = 1_000_000  # … but long documents do not pile up
+Texts = Documents | ShuffledDocuments
 BLOCK = 4096  # places of a shuffled order computed at once
 
 
@@ -58,7 +60,7 @@ class Rows(Iterator[np.ndarray], ABC):
         """Go there. The state must come from rows of the same fingerprint."""
 
 
-def encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, int], np.ndarray]]:
+def encoded(documents: Texts, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Each document's tokens, end-of-text added, with the position of `documents` after it."""
     while True:
         positions, texts, characters = [], [], 0
@@ -85,12 +87,13 @@ class DocumentRows(Rows):
 
     layout: str
 
-    def __init__(self, documents: Documents, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(self, documents: Texts, tokenizer: Tokenizer, max_length: int) -> None:
         self.tally = documents.tally
-        if documents.shards == 1 and documents.fingerprint["shuffle_seed"] is not None:
+        given = documents.fingerprint
+        if documents.shards == 1 and given["shuffle_seed"] is not None and "shuffle_buffer" not in given:
             self.warnings = (
                 "one file cannot be shuffled: each epoch has its documents in their order; "
-                "`act24 data prepare` makes token shards, whose rows are shuffled",
+                "data.shuffle_buffer mixes them, `act24 data prepare` makes token shards, which are shuffled",
             )
         self._documents = documents
         self._tokenizer = tokenizer

@@ -46,6 +46,7 @@ class Written(_Part):
     fingerprint: str
     vocab_size: int = Field(gt=0)
     eos_id: int = Field(ge=0)
+    end_of_text: str | None = None
     file: File
 
 

@@ -7,14 +7,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, reading
 from act24.recipes import schema
 from act24.tools.data.documents import open_documents
 from act24.tools.data.shards import read_index, verified
@@ -24,6 +24,7 @@ TRAINED = "bpe"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that is in the vocabulary
 PADDING = ("<pad>", "[PAD]", "<|padding|>")
 SAMPLE_CHARACTERS = 16_000_000  # of text for training one; more hardly changes the merges
+LARGEST = 2**20  # of trained vocabularies; four times the largest in use
 CACHE_VERSION = 1  # of the way `_train` trains
 
 
@@ -42,8 +43,11 @@ class Tokenizer:
         fingerprint: sha256 of the tokenizer's JSON.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, name: str, end_of_text: str | None = None) -> None:
         """
+        Args:
+            end_of_text: the token; None for the first of `END_OF_TEXT` that there is.
+
         Raises:
             Act24Error: the vocabulary has no end-of-text token.
         """
@@ -55,10 +59,12 @@ class Tokenizer:
         self._vocabulary = backend.get_vocab(with_added_tokens=True)
         self.name = name
         self.vocab_size = max(self._vocabulary.values()) + 1
-        eos_id = self._first_of(END_OF_TEXT)
+        looked_for = END_OF_TEXT if end_of_text is None else (end_of_text,)
+        eos_id = self._first_of(looked_for)
         if eos_id is None:
             raise Act24Error(
-                f"tokenizer {name!r} has no end-of-text token (looked for {', '.join(END_OF_TEXT)})"
+                f"tokenizer {name!r} has no end-of-text token (looked for {', '.join(looked_for)}); "
+                "tokenizer.end_of_text names it"
             )
         pad_id = self._first_of(PADDING)
         self.eos_id, self.pad_id = eos_id, eos_id if pad_id is None else pad_id
@@ -78,7 +84,10 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """The piece that an id stands for, as the vocabulary has it."""
-        return self._backend.id_to_token(id)
+        token = self._backend.id_to_token(id)
+        if token is None:
+            raise Act24Error(f"tokenizer {self.name!r} has no id {id}")
+        return token
 
     def to_json(self) -> str:
         """The content of a `tokenizer.json`."""
@@ -140,7 +149,7 @@ def open_tokenizer(
             (training) whatever is wrong with the source.
     """
     if saved is not None:
-        tokenizer = _from_json(saved, section.name)
+        tokenizer = _from_json(saved, section.name, section.end_of_text)
         if data.source == "shards":
             _check_shards(Path(str(data.shards)), tokenizer)
         return tokenizer
@@ -148,7 +157,7 @@ def open_tokenizer(
         return _of_shards(Path(str(data.shards)), section.name)
     if section.name == TRAINED:
         return _trained(data, section.vocab_size, cache or _default_cache())
-    return _named(section.name)
+    return _named(section.name, section.end_of_text)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -169,6 +178,16 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def unused_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Iterator[str]:
+    """A warning where a model has more than a tenth of its embeddings for ids that the tokenizer never gives.
+    Vocabularies are rounded up by less."""
+    if vocab_size > 1.1 * tokenizer.vocab_size:
+        yield (
+            f"the model's vocabulary has {vocab_size:,} entries and tokenizer {tokenizer.name!r} gives "
+            f"{tokenizer.vocab_size:,} ids: the other rows are never trained (model.vocab_size)"
+        )
+
+
 def check_ids(rows: Sequence[np.ndarray], tokenizer: Tokenizer, vocab_size: int) -> None:
     """That a model with `vocab_size` embeddings can take these rows.
 
@@ -186,7 +205,7 @@ def check_ids(rows: Sequence[np.ndarray], tokenizer: Tokenizer, vocab_size: int)
 def _of_shards(folder: Path, name: str) -> Tokenizer:
     index = read_index(folder)
     path = verified(folder, "tokenizer.json", index.tokenizer.file)
-    tokenizer = _from_file(path, index.tokenizer.name)
+    tokenizer = _from_file(path, index.tokenizer.name, index.tokenizer.end_of_text)
     if (tokenizer.vocab_size, tokenizer.eos_id) != (index.tokenizer.vocab_size, index.tokenizer.eos_id):
         raise Act24Error(f"{folder / 'index.json'} was altered: its tokenizer is not the one beside it")
     if name not in (TRAINED, tokenizer.name) and _named(name).fingerprint != tokenizer.fingerprint:
@@ -206,12 +225,13 @@ def _check_shards(folder: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def _named(name: str) -> Tokenizer:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if path.is_file():
-        return _from_file(path, name)
+def _named(name: str, end_of_text: str | None = None) -> Tokenizer:
+    with reading(f"cannot look for tokenizer {name!r}", RuntimeError):  # "~" and no such user
+        path = Path(name).expanduser()
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        if path.is_file():
+            return _from_file(path, name, end_of_text)
     if path.suffix == ".json" or path.is_absolute() or name.startswith((".", "~")):
         raise Act24Error(f"no tokenizer file {path}")
     try:
@@ -222,23 +242,27 @@ def _named(name: str) -> Tokenizer:
             f"cannot load tokenizer {name!r} from the Hub, and there is no such file: {reason} "
             f"Without a network give the path of a tokenizer.json, or tokenizer.name = {TRAINED!r}"
         ) from error
-    return Tokenizer(backend, name)
+    return Tokenizer(backend, name, end_of_text)
 
 
-def _from_file(path: Path, name: str) -> Tokenizer:
+def _from_file(path: Path, name: str, end_of_text: str | None = None) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # `tokenizers` raises nothing narrower, and Rust's panic is no Exception
         raise Act24Error(f"{path} is not a tokenizer.json: {error}") from error
-    return Tokenizer(backend, name)
+    return Tokenizer(backend, name, end_of_text)
 
 
-def _from_json(text: str, name: str) -> Tokenizer:
+def _from_json(text: str, name: str, end_of_text: str | None = None) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as above
         raise Act24Error(f"{name} is not a tokenizer.json: {error}") from error
-    return Tokenizer(backend, name)
+    return Tokenizer(backend, name, end_of_text)
 
 
 def _default_cache() -> Path:
@@ -252,6 +276,8 @@ def _trained(data: schema.Data, vocab_size: int, cache: Path) -> Tokenizer:
         raise Act24Error(
             f"tokenizer.vocab_size = {vocab_size}: a byte-level BPE has at least {smallest} tokens"
         )
+    if vocab_size > LARGEST:
+        raise Act24Error(f"tokenizer.vocab_size = {vocab_size}: at most {LARGEST} can be trained here")
     sample = _sample(data)
     key = hashlib.sha256(f"{CACHE_VERSION} {tokenizers.__version__} {vocab_size}".encode())
     for text in sample:

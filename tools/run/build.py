@@ -157,7 +157,8 @@ def _beside(folder: Path) -> Tokenizer | None:
 
 def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
     """The tokenizer that a checkpoint brings, as a recipe names one: its text was read with no other."""
-    return Tokenizer(name=str(opened.folder / checkpoint.TOKENIZER))
+    section = parse_recipe(opened.recipe_text, f"{opened.folder}/recipe.toml").tokenizer
+    return section.model_copy(update={"name": str(opened.folder / checkpoint.TOKENIZER)})
 
 
 def _check_device(recipe: Recipe, device: torch.device) -> None:

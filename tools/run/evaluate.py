@@ -9,27 +9,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.passes import OperationalPass, Pipeline
 from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.data import HeldoutRows, heldout_rows
+from act24.tools.data import Batch, HeldoutRows, heldout_rows
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
 
 logger = logging.getLogger("act24")
+
+_HEEDED = ("eval.", "data.", "train.batch_size", "train.dtype")
 
 
 class EvaluationStopped(Exception):
@@ -76,14 +78,16 @@ def evaluate(
     processes: Processes,
     pipeline: Pipeline,
     without: Sequence[str] = (),
+    loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
     stop: StopRequest | None = None,
 ) -> Evaluation:
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
-        stop: looked at before each batch, by all processes together.
         pipeline: what rewrote the model, lowered for the step of the weights.
         without: names of passes to leave out.
+        loss_of: what `model` gives for a batch, made another way; a training step has captured it.
+        stop: looked at before each batch, by all processes together.
 
     Raises:
         EvaluationStopped: by `stop`, on all processes.
@@ -96,7 +100,11 @@ def evaluate(
         for batch in rows.batches(batch_size):
             if stop is not None and processes.any(bool(stop)):
                 raise EvaluationStopped
-            loss, count = model(batch.input_ids.to(device), batch.labels.to(device))
+            loss, count = (
+                loss_of(batch)
+                if loss_of is not None
+                else model(batch.input_ids.to(device), batch.labels.to(device))
+            )
             losses.append(loss.double())
             counts.append(count)
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
@@ -143,6 +151,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         built = load(path, processes.device)
         if built.recipe is None or built.tokenizer is None:
             raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
+        check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
@@ -156,6 +165,20 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
             for line in rows.warnings:
                 logger.warning("warning: %s", line)
         return evaluate_forms(built, rows, recipe, processes)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        Act24Error: an override of what the checkpoint fixes: it would be ignored.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    ignored = [key for key in keys if not key.startswith(_HEEDED)]
+    if ignored:
+        raise Act24Error(
+            f"eval ignores {', '.join(ignored)}: the checkpoint says what was trained; it heeds eval.*, "
+            "data.*, train.batch_size and train.dtype"
+        )
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -39,6 +40,24 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_all_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Add up each of many tensors over all processes, in place; on GPUs as one operation."""
+        if self.world_size == 1:
+            return
+        if self.device.type == "cuda":
+            with _coalescing_manager(device=self.device):
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
+            return
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every process the tensors of the main one, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""

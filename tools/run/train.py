@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from act24.errors import Act24Error
+from act24.passes import ActivationStatistics
 from act24.passes.graph.measurements import Measurement
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe, parse_recipe
@@ -105,15 +105,20 @@ def train(
             if not dry_run:
                 start = resume_point(run_dir, resume, recipe, schedule, processes.world_size)
             recipe = _pinned(recipe, start, processes)
-            run = _Run(recipe, run_dir, processes, start, dry_run, grow)
+            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow)
             try:
                 return run.go(stop)
             finally:
                 run.close()
 
 
-class _Run:
-    """One run in progress: what `train` has opened, and where it stands."""
+class TrainingRun:
+    """One run in progress: what `train` has opened, and where it stands.
+
+    Attributes:
+        monitor: what it has logged.
+        training_step: the model, ready to train.
+    """
 
     def __init__(
         self,
@@ -121,9 +126,15 @@ class _Run:
         run_dir: Path,
         processes: Processes,
         resumption: Start | None,
-        dry_run: bool,
-        grow: bool,
+        dry_run: bool = False,
+        grow: bool = False,
+        make: Callable[..., Built] = build,
     ) -> None:
+        """
+        Args:
+            resumption: the checkpoint to go on from, and how.
+            make: makes the model, as `build` does; a benchmark needs no trained start.
+        """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         start = resumption.checkpoint if resumption else None
         self._remarks = resumption.remarks if resumption else ()
@@ -156,13 +167,13 @@ class _Run:
                 position = merged_state([state["data"] for state in checkpoint.rank_states(start)])
         streams = position["fingerprint"]["streams"] if position else None
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, streams=streams, **where)
-        self._built: Built = build(recipe, processes.device, self._step, self._measure)
+        self._built: Built = make(recipe, processes.device, self._step, self._measure)
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
         if processes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of training; the tuner's operands are gone
-        self._training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
+        self.training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
         self._optimizer: Optimizer = build_optimizer(
             self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
         )
@@ -176,7 +187,7 @@ class _Run:
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline), resumption)
-        self._monitor = Monitor(
+        self.monitor = Monitor(
             recipe,
             self._built,
             self._optimizer,
@@ -185,7 +196,7 @@ class _Run:
             resumed_at=start.step if start else None,
             state=log_state,
         )
-        self._monitor.remark(self._remarks, self._step)
+        self.monitor.remark(self._remarks, self._step)
 
     def _measure(self, wanted: Mapping[str, Measurement]) -> dict[str, Tensor]:
         """What passes want to know, on the first batch, which is trained on all the same."""
@@ -196,13 +207,13 @@ class _Run:
 
     def close(self) -> None:
         self._rows.close()
-        self._monitor.close()
+        self.monitor.close()
         # Data parallelism has to end before its processes part. The other way round its destructor is the one
         # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
-        del self._training_step
+        del self.training_step
 
     def go(self, stop: StopRequest) -> Outcome:
-        recipe, monitor = self._recipe, self._monitor
+        recipe, monitor = self._recipe, self.monitor
         last = self._step + 1 if self._dry_run else recipe.train.steps
         evaluation: Evaluation | None = None
         failure: BaseException | None = None
@@ -213,6 +224,8 @@ class _Run:
             heldout_warnings = self._heldout.warnings if self._heldout else ()
             for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
                 progress.say(f"warning: {line}")
+            if self.training_step.capture_text:
+                progress.say(self.training_step.capture_text)
             if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             stop.at_once = False  # from here on there is something to save
@@ -224,10 +237,12 @@ class _Run:
                 if evaluation:
                     self._save()  # with the loss, and nothing is due any more
             while self._step < last and not stopped:
-                self._advance()
+                self.advance()
                 failure = self._failure(progress) if self._step < last else None
                 stopped = self._processes.any(bool(stop) or failure is not None)
-                evaluation, stopped = self._after_step(progress, stop, stopped, ends=self._step == last)
+                evaluation, stopped = self.after_step(
+                    progress, ends=self._step == last, stop=stop, stopped=stopped
+                )
         signal = self._report_end(progress, stop, failure) if stopped else None
         return Outcome(
             step=self._step,
@@ -244,10 +259,11 @@ class _Run:
             is_main=self._processes.is_main,
         )
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Make one optimizer step, with nothing read back from the device."""
         recipe = self._recipe
-        self._built.pipeline.lower_(self._step)
+        counts = _due(self._step + 1, recipe.log.activation_statistics_every)
+        self._built.pipeline.lower_(self._step, without=() if counts else (ActivationStatistics.name,))
         rate = learning_rate(recipe, self._step, self._schedule_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -255,15 +271,15 @@ class _Run:
         batches = [next(self._rows) for _ in range(self._count)]
         waited, self._waited = time.perf_counter() - waited + self._waited, 0.0
         if _due(self._step, recipe.log.gradient_cosine_every):
-            self._monitor.add_cosines(self._training_step.gradient_cosines(batches[0], self._step))
-        result: StepResult = self._training_step(batches, self._optimizer, self._step)
+            self.monitor.add_cosines(self.training_step.gradient_cosines(batches[0], self._step))
+        result: StepResult = self.training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
         self._skips = self._skips + 1 if result.skipped else 0
         if result.skipped:
             left_out = f"step {self._step}: the loss or its gradient is not finite; the batch is left out"
             self._note = f"{self._note}\n{left_out}" if self._note else left_out
-        self._monitor.add(self._step, result, rate, waited, self._rows.figures())
+        self.monitor.add(self._step, result, rate, waited, self._rows.figures())
 
     def _failure(self, progress: RunProgress) -> BaseException | None:
         """What keeps the next step from being made. Asked for before that step, on which processes would wait
@@ -280,8 +296,8 @@ class _Run:
         self._waited = time.perf_counter() - began
         return failure
 
-    def _after_step(
-        self, progress: RunProgress, stop: StopRequest, stopped: bool, ends: bool
+    def after_step(
+        self, progress: RunProgress, *, ends: bool, stop: StopRequest | None = None, stopped: bool = False
     ) -> tuple[Evaluation | None, bool]:
         """Log, evaluate and save where it is due; returns the evaluation, and whether to stop now.
 
@@ -297,7 +313,7 @@ class _Run:
         if saves or evaluates or ends or _due(step, recipe.log.every):
             self._flush(progress)
         if _due(step, recipe.log.weight_sparsity_every):
-            self._monitor.weigh(step)
+            self.monitor.weigh(step)
         if self._note:
             progress.say(self._note)
         if self._rows.epoch != self._epoch:
@@ -314,7 +330,7 @@ class _Run:
         return evaluation, stopped
 
     def _flush(self, progress: RunProgress) -> None:
-        window = self._monitor.flush(self._step)
+        window = self.monitor.flush(self._step)
         self._tokens += window.tokens
         if window.first_bad_step is not None:
             raise TrainingError(
@@ -330,22 +346,23 @@ class _Run:
         for alarm in window.alarms:
             progress.say(f"step {self._step}: {alarm}")
 
-    def _evaluate(self, progress: RunProgress, stop: StopRequest) -> Evaluation | None:
+    def _evaluate(self, progress: RunProgress, stop: StopRequest | None) -> Evaluation | None:
         """The held-out measure of the weights at hand; None if a stop came in between."""
         assert self._heldout is not None
         try:
             evaluation = evaluate(
-                self._training_step.summed_loss,
+                self.training_step.summed_loss,
                 self._heldout,
                 self._recipe,
                 self._processes,
                 self._built.pipeline,
+                loss_of=self.training_step.evaluation_loss,
                 stop=stop,
             )
         except EvaluationStopped:
             return None
         self._evaluation_due, self._measured = False, (self._step, evaluation)
-        self._monitor.evaluated(self._step, evaluation)
+        self.monitor.evaluated(self._step, evaluation)
         progress.say(
             f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity "
             f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte over "
@@ -367,7 +384,7 @@ class _Run:
                 "schedule_steps": self._schedule_steps,
                 "evaluation_due": self._evaluation_due,
                 "skips": self._skips,
-                "log": self._monitor.state(),
+                "log": self.monitor.state(),
                 "products": self._products,
             },
             rank_state={"data": self._rows.state_dict()},
@@ -379,7 +396,7 @@ class _Run:
             keep_best=settings.keep_best,
             heldout=heldout,
         )
-        self._monitor.saved()
+        self.monitor.saved()
 
     def _report_end(self, progress: RunProgress, stop: StopRequest, failure: BaseException | None) -> str:
         """Say why a run ended before its end; returns the signal. Collective.
@@ -412,28 +429,3 @@ def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
-    """What a run came to, for the table at its end."""
-    rows: list[tuple[str, Any]] = [
-        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
-        ("parameters", f"{outcome.parameters:,}"),
-        ("tokens", f"{outcome.tokens:,}"),
-    ]
-    if outcome.tokens_per_second:
-        rows += [
-            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
-            ("training loss", f"{outcome.loss:.4f}"),
-        ]
-    if outcome.evaluation:
-        rows += [
-            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
-            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
-            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
-        ]
-    if outcome.peak_memory:
-        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
-    if outcome.checkpoint:
-        rows.append(("checkpoint", str(outcome.checkpoint)))
-    return rows

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, Pipeline
+from act24.passes import Activation24, Pipeline, Weight24
 from act24.recipes.schema import Recipe
 from act24.sparse24.feed_forward.forms import why_never_packed
 from act24.sparse24.format.device import obstacle
@@ -73,7 +73,8 @@ def write_table(path: Path, key: str, table: Table) -> None:
 def tune_(
     pipeline: Pipeline, recipe: Recipe, processes: Processes, saved: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Let the 2:4 activations of a model run on the fastest products for the recipe's micro-batches.
+    """Let the 2:4 activations and weights of a model run on the fastest products for the recipe's
+    micro-batches, and weights keep their packed forms for an update, where they are not sharded.
 
     Where nobody measured those on this machine it takes some seconds. Collective: one process measures, the
     others read what it found.
@@ -95,17 +96,21 @@ def tune_(
     key = machine(processes.device)
     held = _parse(saved["products"], Path("the checkpoint")) if saved and saved["machine"] == key else ()
     used: dict[Any, Any] = {}
+    sharded = recipe.train.parallel == "fsdp" and processes.world_size > 1
     tokens = recipe.train.batch_size * recipe.data.max_length
     for mains_turn in (True, False):
         if processes.is_main is mains_turn:
-            for p in [p for p in pipeline.passes if isinstance(p, Activation24) and p.kernels]:
+            for p in [p for p in pipeline.passes if isinstance(p, Activation24 | Weight24) and p.kernels]:
                 with pipeline.lowered([p]):
                     products = {q for _, match in pipeline.matches(p) for q in p.products(match, tokens)}
                 possible = [
                     q for q in sorted(products) if not why_never_packed(q.tokens, q.features, (q.width,))
                 ]
                 table = tuned_table(possible, processes.device, graph_milliseconds, held=held)
-                pipeline.exchange_(p, replace(p, algorithms=table))
+                exchanged = replace(p, algorithms=table)
+                if isinstance(exchanged, Weight24):
+                    exchanged = replace(exchanged, keep_packed=not sharded)
+                pipeline.exchange_(p, exchanged)
                 used |= dict(table)
         processes.any(False)  # the others wait here
     return {"machine": key, "products": _entries(used.items())}

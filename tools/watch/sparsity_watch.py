@@ -31,7 +31,11 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         by the weight's name, a scalar on the device; empty where every backward is dense, or no site has a
         linear of its own.
     """
-    passes = without_counting(pipeline.active)
+    # Before an update's beginning, packed weights are still those of the last one.
+    passes: list[OperationalPass] = [
+        replace(p, keep_packed=False) if isinstance(p, Weight24) else p
+        for p in without_counting(pipeline.active)
+    ]
     exact: list[OperationalPass] = [
         replace(p, backward="dense") if isinstance(p, Activation24) else p for p in passes
     ]

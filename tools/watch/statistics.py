@@ -125,7 +125,7 @@ def weight_sparsity(model: nn.Module) -> dict[str, float]:
     if not weights:
         return {}
     counts = [
-        whole((weight == 0).sum()) if name not in masks else ((weight == 0) | ~masks[name]).sum()
+        whole((weight == 0).sum()) if name not in masks else ((whole(weight) == 0) | ~masks[name]).sum()
         for name, weight in weights.items()
     ]
     zeros = torch.stack(counts).tolist()

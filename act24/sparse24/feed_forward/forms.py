@@ -16,18 +16,15 @@ from torch import Tensor
 
 from act24.operation import constant_when_compiled
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
-from act24.sparse24.feed_forward.self_check import kernel_obstacle
-from act24.sparse24.format.device import fp8_obstacle, obstacle
+from act24.sparse24.format.device import rule_holds_on
 from act24.sparse24.format.products import Kind, choose, feed_forward_products
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
 _TILE, _LOAD = 64, 8
 
 #: The least compute capability with e4m3, for which `torch.compile` has no code below.
 _FP8_CAPABILITY = (8, 9)
-
-#: Where the rule for products that nobody tuned was measured: H100 and H200.
-_RULE_CAPABILITY = (9, 0)
 
 #: x, weight_in, bias_in, weight_out, bias_out of `act24.sparse24.feed_forward.operation.activation24`.
 Tensors = tuple[Tensor | None, ...]
@@ -165,31 +162,6 @@ def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str
     if any(width % _LOAD for width in widths):
         return f"widths {', '.join(map(str, widths))} have to be multiples of {_LOAD}"
     return ""
-
-
-@constant_when_compiled
-def kernel_obstacle_on(device: torch.device, operators: tuple[str, ...]) -> str:
-    """`act24.sparse24.feed_forward.self_check.kernel_obstacle`, as a constant of a compiled graph."""
-    return kernel_obstacle(device, operators)
-
-
-@constant_when_compiled
-def obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.device.obstacle`, likewise."""
-    return obstacle(device)
-
-
-@constant_when_compiled
-def fp8_obstacle_on(device: torch.device) -> str:
-    """`act24.sparse24.format.device.fp8_obstacle`, likewise."""
-    return fp8_obstacle(device)
-
-
-@constant_when_compiled
-def rule_holds_on(device: torch.device) -> bool:
-    """Whether the rule for shapes that nobody tuned was measured on such a device. Elsewhere a tuner has to
-    have found the 2:4 products faster."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == _RULE_CAPABILITY
 
 
 @constant_when_compiled

@@ -24,9 +24,6 @@ from act24.sparse24.feed_forward.forms import (
     Network,
     State,
     Tensors,
-    fp8_obstacle_on,
-    kernel_obstacle_on,
-    obstacle_on,
     product_algorithms,
     why_never_packed,
 )
@@ -37,6 +34,7 @@ from act24.sparse24.feed_forward.statistics import (
     no_statistics,
     token_wise_from_counts,
 )
+from act24.sparse24.format.device import fp8_obstacle_on, obstacle_on
 from act24.sparse24.format.fp8 import scaled
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
@@ -45,6 +43,7 @@ from act24.sparse24.kernels.pack_gradient import pack_gradient
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.quantise_packed import quantise_packed
 from act24.sparse24.kernels.quantise_rows import quantise_rows
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.kernels.token_order import token_order
 from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.sparse24.pattern.selection import densest_features

@@ -7,9 +7,13 @@ import functools
 import torch
 
 from act24.compiler import triton
+from act24.operation import constant_when_compiled
 from act24.sparse24.format import cusparselt
 from act24.sparse24.format.multiply import TOLERANCE, library_product, relative_error
 from act24.sparse24.format.packed import pack, unpack
+
+#: Where the rule for products that nobody tuned was measured: H100 and H200.
+_RULE_CAPABILITY = (9, 0)
 
 
 def layout_error(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
@@ -65,3 +69,22 @@ def fp8_obstacle(device: torch.device) -> str:
         return f"cuSPARSELt {version} reads another 8-bit layout than ours (relative error {error:.2g})"
     cusparselt.multiplies(device, torch.float8_e4m3fn)
     return ""
+
+
+@constant_when_compiled
+def obstacle_on(device: torch.device) -> str:
+    """`obstacle`, as a constant of a compiled graph."""
+    return obstacle(device)
+
+
+@constant_when_compiled
+def fp8_obstacle_on(device: torch.device) -> str:
+    """`fp8_obstacle`, likewise."""
+    return fp8_obstacle(device)
+
+
+@constant_when_compiled
+def rule_holds_on(device: torch.device) -> bool:
+    """Whether the rule for shapes that nobody tuned was measured on such a device. Elsewhere a tuner has to
+    have found the 2:4 products faster."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == _RULE_CAPABILITY

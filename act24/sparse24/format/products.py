@@ -1,4 +1,5 @@
-"""The products of a feed-forward network with a 2:4 operand, and the choice between 2:4 and dense.
+"""The products that have a 2:4 operand, an activation, a weight or a gradient, and the choice between 2:4 and
+dense.
 
 Which of cuSPARSELt's algorithms is best, and whether any beats the dense product, depends on the shape. The
 shell measures it (`act24.sparse24.format.tuner`) and hands over a table; where the table has no answer one
@@ -17,7 +18,16 @@ from act24.options import Range
 #: and the smallest T at which the products alone were seen to be faster (1.42 to 1.51).
 LEAST_WIDTH, LEAST_FEATURES, LEAST_TOKENS = 512, 2048, 16384
 
-Kind = Literal["y", "grad_x", "grad_weight_in", "grad_weight_out", "y_fp8"]
+Kind = Literal[
+    "y",
+    "grad_x",
+    "grad_weight_in",
+    "grad_weight_out",
+    "y_fp8",
+    "linear_y",
+    "linear_grad_x",
+    "linear_grad_weight",
+]
 
 #: And the algorithms that came out best most often there; which ids exist depends on the layouts involved.
 DEFAULT_ALGORITHMS: dict[Kind, int] = {
@@ -26,21 +36,30 @@ DEFAULT_ALGORITHMS: dict[Kind, int] = {
     "grad_weight_in": 3,
     "grad_weight_out": 0,
     "y_fp8": 21,
+    "linear_y": 17,
+    "linear_grad_x": 17,
+    "linear_grad_weight": 3,
 }
 KINDS: tuple[Kind, ...] = tuple(DEFAULT_ALGORITHMS)
 
 
 class Product(NamedTuple):
-    """A product of a feed-forward network whose 2:4 operand is the activation a `[T, F]` or its gradient.
+    """A product with a 2:4 operand. In a feed-forward network that is the activation a `[T, F]` or its
+    gradient,
 
         y = a W_outᵀ          grad_x = dZ W_in          along the features
         dW_in = dZᵀ x         dW_outᵀ = aᵀ G            along the tokens
 
+    in a linear with a 2:4 weight W `[out, in]` it is the weight or the output gradient G, and it comes first:
+
+        linear_yᵀ = W xᵀ      linear_grad_xᵀ = Wᵀ Gᵀ    along the rows of W, and along its columns
+        linear_grad_weight = Gᵀ x                       along the tokens
+
     Attributes:
-        kind: which of the four; y_fp8 for y in e4m3 (`act24.sparse24.format.fp8`).
+        kind: which of them; y_fp8 for y in e4m3 (`act24.sparse24.format.fp8`).
         tokens: T.
-        features: F.
-        width: of the dense operand, the input or output width of the network.
+        features: F, or the outputs of the linear.
+        width: the input or output width of the network, on the dense side, or the inputs of the linear.
     """
 
     kind: Kind
@@ -51,19 +70,39 @@ class Product(NamedTuple):
     @property
     def along_tokens(self) -> bool:
         """Whether the reduction, and with it 2:4, runs along the tokens."""
-        return self.kind in ("grad_weight_in", "grad_weight_out")
+        return self.kind in ("grad_weight_in", "grad_weight_out", "linear_grad_weight")
 
     @property
     def sparse_shape(self) -> tuple[int, int]:
         """Of the 2:4 operand."""
         if self.along_tokens:
             return self.features, self.tokens
+        if self.kind == "linear_y":
+            return self.features, self.width
+        if self.kind == "linear_grad_x":
+            return self.width, self.features
         return self.tokens, self.features
 
     @property
+    def columns(self) -> int:
+        """Of the dense operand."""
+        return self.tokens if self.kind in ("linear_y", "linear_grad_x") else self.width
+
+    @property
+    def dense_transposed(self) -> bool:
+        """Whether the dense operand is the transpose of what lies in memory."""
+        return self.kind in ("y", "y_fp8", "linear_y", "linear_grad_x")
+
+    @property
+    def filled_transposed(self) -> bool:
+        """Whether in a dense network the 2:4 operand is the transpose of what lies in memory."""
+        return self.along_tokens or self.kind == "linear_grad_x"
+
+    @property
     def transposed(self) -> bool:
-        """Whether the result is wanted transposed: the gradient of W_out `[D_out, F]`."""
-        return self.kind == "grad_weight_out"
+        """Whether the result is wanted transposed: the gradient of W_out `[D_out, F]`, or of a linear with a
+        2:4 weight `[T, out]` and `[T, in]`."""
+        return self.kind in ("grad_weight_out", "linear_y", "linear_grad_x")
 
 
 class Measured(NamedTuple):
@@ -99,10 +138,18 @@ def feed_forward_products(
     return products
 
 
+def linear_products(tokens: int, out_features: int, in_features: int) -> dict[Kind, Product]:
+    """The products of a linear with a 2:4 weight `[out, in]` that may have a 2:4 operand: which of them do is
+    up to the method (`act24.sparse24.weight.methods`)."""
+    kinds: tuple[Kind, ...] = ("linear_y", "linear_grad_x", "linear_grad_weight")
+    return {kind: Product(kind, tokens, out_features, in_features) for kind in kinds}
+
+
 def choose(
     products: dict[Kind, Product], table: Table = (), always: bool = False, untuned: bool = True
 ) -> dict[Kind, int]:
-    """The one rule between 2:4 and dense: all products of a network, or none.
+    """The one rule between 2:4 and dense: all of these products, or none. A feed-forward network asks for all
+    of its products together, a linear for each of its own.
 
     The passes that pack cost about what the elementwise passes of a dense network cost (with exact weight
     gradients 1.4 bytes an element more), so what decides is whether the products take less time together.

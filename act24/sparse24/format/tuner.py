@@ -33,15 +33,14 @@ class _Operands(NamedTuple):
 
 def _operands(product: Product, generator: torch.Generator) -> _Operands:
     rows, inner = product.sparse_shape
-    forward = product.kind in ("y", "y_fp8")
     dtype = torch.float8_e4m3fn if product.kind == "y_fp8" else torch.bfloat16
     packed = random_packed(rows, inner, dtype, generator)
-    shape = (product.width, inner) if forward else (inner, product.width)
+    turned = product.dense_transposed
+    shape = (product.columns, inner) if turned else (inner, product.columns)
     right = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
-    right = right.T if forward else right
+    right = right.T if turned else right
     left = unpack(packed).bfloat16()
-    # Along the tokens the dense network has the same matrix the other way round in memory.
-    left = left.T.contiguous().T if product.along_tokens else left
+    left = left.T.contiguous().T if product.filled_transposed else left
     return _Operands(packed, right, left, right.bfloat16())
 
 

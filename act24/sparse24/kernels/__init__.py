@@ -8,5 +8,8 @@ product24: the product with a 2:4 matrix. gather_features: single features of on
 quantise_rows, quantise_packed: rows in e4m3 over their own scales.
 linear_pack, linear_gradient, recompute_gradient: products with the 2:4 activation in them, for narrow
 linears.
-token_order: the order in which tokens are grouped. pack_weight: a weight and its transpose from one read.
+token_order: the order in which tokens are grouped.
+pack_weight, pack_weight_rows: a 2:4 weight, and its transpose, from one read. best_transposable_mask: its
+    mask.
+pack_drawn: the output gradient of a linear, drawn 2:4 along the tokens.
 """

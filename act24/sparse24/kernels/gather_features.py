@@ -53,30 +53,31 @@ def _gather_features(
     tl.store(rows + out, entry.to(tl.uint16).to(tl.int16, bitcast=True), inside)
 
 
-def _reference(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
-    matrix = unpack(Packed24(packed))[:, index]
-    matrix = matrix if real is None else torch.where(real[:, None], matrix, 0)
+def _reference(packed: Tensor, index: Tensor, real: Tensor | None, tokens: int) -> Tensor:
+    matrix = unpack(Packed24(packed))[:tokens, index]
+    matrix = matrix if real is None else torch.where(real[:tokens, None], matrix, 0)
     return matrix.T.contiguous()
 
 
-def _fake(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
-    return packed.new_empty(index.shape[0], packed.shape[0])
+def _fake(packed: Tensor, index: Tensor, real: Tensor | None, tokens: int) -> Tensor:
+    return packed.new_empty(index.shape[0], tokens)
 
 
 @operator(_reference, _fake, ours=("packed",))
-def gather_features(packed: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
-    """Some features of a packed matrix, each as a row.
+def gather_features(packed: Tensor, index: Tensor, real: Tensor | None, tokens: int) -> Tensor:
+    """Some features of the first rows of a packed matrix, each as a row.
 
     Args:
         packed: the buffer of a 16-bit matrix `[T, F]`, packed along the features.
         index: int64 `[n]`, the features to take.
         real: boolean `[T]`, False for tokens to set to zero; None for none.
+        tokens: how many of the rows.
 
     Returns:
-        16-bit `[n, T]`.
+        16-bit `[n, tokens]`.
     """
-    matrix, rows = Packed24(packed), _fake(packed, index, real)
-    tokens, features = matrix.shape
+    matrix, rows = Packed24(packed), _fake(packed, index, real, tokens)
+    features = matrix.shape[1]
     words = matrix.values.view(torch.int32)
     _gather_features[(triton.cdiv(len(index), FEATURES), triton.cdiv(tokens, TOKENS))](
         words,

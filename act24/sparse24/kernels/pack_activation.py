@@ -31,7 +31,7 @@ from act24.sparse24.kernels.shared.keys import (
     spread,
     upper,
 )
-from act24.sparse24.kernels.shared.random_draw import draw2
+from act24.sparse24.kernels.shared.random_draw import draw2, factor_of
 from act24.sparse24.kernels.shared.registry import operator
 from act24.sparse24.pattern.token_wise import SPARSIFIERS, Sparse24, sparsify_token_wise
 
@@ -92,7 +92,11 @@ def _drawn(keys, number, seed, FUNCTION: tl.constexpr):
     a1 = round16(_activation(as_float(upper(as_bits(key1))), FUNCTION), tl.bfloat16)
     a2 = round16(_activation(as_float(upper(as_bits(key2))), FUNCTION), tl.bfloat16)
     a3 = round16(_activation(as_float(upper(as_bits(key3))), FUNCTION), tl.bfloat16)
-    first, second, factor0, factor1 = draw2((a0, a1, a2, a3), keys, number, seed)
+    chosen, kept, magnitudes = draw2((a0, a1, a2, a3), keys, number, seed)
+    first = as_bits(chosen[0])
+    second = as_bits(chosen[1])
+    factor0 = factor_of(kept[0], magnitudes[0])
+    factor1 = factor_of(kept[1], magnitudes[1])
     x0 = as_float(upper(first))
     x1 = as_float(upper(second))
     value0 = round16(_activation(x0, FUNCTION), tl.bfloat16) * factor0

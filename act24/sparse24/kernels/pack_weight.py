@@ -62,7 +62,16 @@ def _pack_tile(tile, kept, values, metadata, row, column, columns, TILE: tl.cons
 
 @jit
 def _pack_weight(
-    weight, mask, values, metadata, transposed_values, transposed_metadata, rows, columns, TILE: tl.constexpr
+    weight,
+    mask,
+    values,
+    metadata,
+    transposed_values,
+    transposed_metadata,
+    rows,
+    columns,
+    BOTH_WAYS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row = tl.program_id(0) * TILE
     column = tl.program_id(1) * TILE
@@ -71,9 +80,9 @@ def _pack_weight(
     tile = tl.load(weight + place)
     kept = tl.load(mask + place).to(tl.int8)
     _pack_tile(tile, kept, values, metadata, row, column, columns, TILE)
-    _pack_tile(
-        tl.trans(tile), tl.trans(kept), transposed_values, transposed_metadata, column, row, rows, TILE
-    )
+    if BOTH_WAYS:
+        tile, kept = tl.trans(tile), tl.trans(kept)
+        _pack_tile(tile, kept, transposed_values, transposed_metadata, column, row, rows, TILE)
 
 
 def _reference(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,19 +105,49 @@ def pack_weight(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         the buffers of the packed `[O, I]` matrix and of its transpose, `[I, O]`.
     """
+    packed, transposed = buffers = _fake(weight, mask)
+    _launch(weight, mask, Packed24(packed), Packed24(transposed))
+    return buffers
+
+
+def _rows_reference(weight: Tensor, mask: Tensor) -> Tensor:
+    return pack(weight, mask).buffer
+
+
+def _rows_fake(weight: Tensor, mask: Tensor) -> Tensor:
     rows, columns = weight.shape
-    buffers = _fake(weight, mask)
-    packed, transposed = map(Packed24, buffers)
+    return empty_packed(rows, columns, weight)
+
+
+@operator(_rows_reference, _rows_fake)
+def pack_weight_rows(weight: Tensor, mask: Tensor) -> Tensor:
+    """Pack a weight whose mask is 2:4 along its rows only.
+
+    Args:
+        weight: 16-bit `[O, I]`, contiguous, O and I multiples of 64.
+        mask: boolean, the same shape, at most two True in four consecutive entries of a row.
+
+    Returns:
+        the buffer of the packed `[O, I]` matrix.
+    """
+    buffer = _rows_fake(weight, mask)
+    _launch(weight, mask, Packed24(buffer), None)
+    return buffer
+
+
+def _launch(weight: Tensor, mask: Tensor, packed: Packed24, transposed: Packed24 | None) -> None:
+    rows, columns = weight.shape
+    unused = packed.values.view(torch.int32)
     _pack_weight[(rows // TILE, columns // TILE)](
         weight.view(torch.int16),
         mask,
         packed.values.view(torch.int32),
         packed.metadata.view(torch.int32),
-        transposed.values.view(torch.int32),
-        transposed.metadata.view(torch.int32),
+        unused if transposed is None else transposed.values.view(torch.int32),
+        unused if transposed is None else transposed.metadata.view(torch.int32),
         rows,
         columns,
+        BOTH_WAYS=transposed is not None,
         TILE=TILE,
         num_warps=4,
     )
-    return buffers

@@ -6,9 +6,11 @@ unbiased; its variance Σ a_i² (1/π_i - 1) under Σ π_i = 2 is least for
     π_i = 2 a_i / S                          if the largest a is at most S/2
     π_m = 1,  π_i = a_i / (S - a_m), i ≠ m   else, with m the largest
 
-One uniform number u a group realises these marginals with exactly two kept (fewer where there are zeros):
-of the intervals [c_i, c_i + π_i) laid end to end keep those that contain u or u + 1. Groups with at most two
-non-zeros come back as they are.
+A drawn entry comes out with the magnitude K = S/2 in the first case and S - a_m in the second, but for m,
+which is itself. So a group needs no division: laid end to end, the intervals of length a_i that contain u K
+or (1 + u) K are kept, with one uniform number u a group (in the second case those of i ≠ m that contain u K).
+That realises π with exactly two kept, fewer where there are zeros. Groups with at most two non-zeros come
+back as they are.
 
 The theory: arXiv 2203.10991 (MVUE of N:M sparse gradients). The public code of arXiv 2404.01847 ships an
 approximation whose variance is slightly higher, which is NaN on a group with a single large value, and an
@@ -17,6 +19,8 @@ approximation whose variance is slightly higher, which is NaN on a group with a 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,29 +28,69 @@ from act24.operation import operation
 from act24.sparse24.pattern.random_bits import random_uniform
 
 
-def _probabilities(magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """π by group, and the mask of the largest entry where it outweighs the others together.
+class _Groups(NamedTuple):
+    """Groups of four magnitudes, each a quarter of what it is, so that no sum overflows.
 
+    Attributes:
+        magnitude: float32 (float64 for float64) `[..., 4]`. In a group with NaN or infinity these count as 1
+            and the others as 0: what is not finite stays and is seen.
+        certain: boolean `[..., 4]`, the largest entry where it outweighs the others together.
+        ends: of the intervals of the entries that share the draw, `[..., 4]`, ascending.
+        kept: K, a quarter of the magnitude with which these are kept, `[..., 1]`.
+    """
+
+    magnitude: Tensor
+    certain: Tensor
+    ends: Tensor
+    kept: Tensor
+
+
+def _groups(magnitude: Tensor) -> _Groups:
+    """
     Args:
-        magnitude: `[..., 4]`, non-negative. In a group with NaN or infinity these count as 1 and the others
-            as 0: what is not finite stays and is seen.
-
-    Returns:
-        float32 (float64 for float64) `[..., 4]`, in [0, 1], of sum 2 where two or more entries are not
-        zero; entries that are zero have 0. And boolean `[..., 4]`.
+        magnitude: `[..., 4]`, non-negative, of any floating dtype.
     """
     a = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))
     finite = a.isfinite()
-    a = torch.where(finite.all(-1, keepdim=True), a, (~finite).to(a.dtype))
-    largest, index = a.max(dim=-1, keepdim=True)
-    a = a / torch.where(largest > 0, largest, 1)  # the sums below can neither overflow nor vanish
-    others = a.scatter(-1, index, 0)
-    # Summed, not subtracted from S: that loses everything beside one large value.
-    rest = others.sum(dim=-1, keepdim=True)
-    balanced = (2 * a / (1 + rest)).clamp(max=1)
-    certain = torch.zeros_like(a, dtype=torch.bool).scatter(-1, index, (rest < 1) & (largest > 0))
-    shared = torch.where(certain, 1, others / torch.where(rest > 0, rest, 1))
-    return torch.where(rest < 1, shared, balanced), certain
+    a = torch.where(finite.all(-1, keepdim=True), a, (~finite).to(a.dtype)) * 0.25
+    largest, total = a.amax(-1, keepdim=True), _ends(a)[..., 3:]
+    certain = (2 * largest > total) & (a == largest)  # no second one is as large
+    ends = _ends(torch.where(certain, 0, a))
+    kept = torch.where(certain.any(-1, keepdim=True), ends[..., 3:], ends[..., 3:] * 0.5)
+    return _Groups(a, certain, ends, kept)
+
+
+def _ends(lengths: Tensor) -> Tensor:
+    """Sums of the first one, two, three and four of four, in this order, as a kernel adds."""
+    first, second, third, fourth = lengths.unbind(-1)
+    two = first + second
+    three = two + third
+    return torch.stack((first, two, three, three + fourth), dim=-1)
+
+
+def _drawn(groups: _Groups, u: Tensor) -> Tensor:
+    """The entries that are kept, boolean `[..., 4]`, for uniform numbers `[..., 1]`."""
+    # The last interval has no end, so that rounding can neither lose a draw nor add a third.
+    end = torch.where(groups.ends >= groups.ends[..., 3:], torch.inf, groups.ends)
+    start = torch.cat((torch.zeros_like(end[..., :1]), end[..., :-1]), dim=-1)
+    one, other = u * groups.kept, (1 + u) * groups.kept
+    other = torch.where(groups.certain.any(-1, keepdim=True), one, other)
+    inside = ((start <= one) & (one < end)) | ((start <= other) & (other < end))
+    return (inside | groups.certain) & (groups.magnitude > 0)
+
+
+def _draw(x: Tensor, seed: Tensor | int, dim: int) -> tuple[Tensor, Tensor]:
+    """The magnitudes with which entries are kept, 0 for those that are not, and by how much that is more than
+    they had; both float32 (float64 for float64), the shape of `x`."""
+    if x.shape[dim] % 4:
+        raise ValueError(f"2:4 needs a multiple of 4 along dimension {dim}, got {tuple(x.shape)}")
+    with torch.no_grad():
+        groups = _groups(x.detach().abs().movedim(dim, -1).unflatten(-1, (-1, 4)))
+        numbers = torch.arange(groups.kept.numel(), device=x.device).view(groups.kept.shape)
+        drawn = _drawn(groups, random_uniform(numbers, seed).to(groups.kept.dtype))
+        kept = torch.where(drawn, torch.where(groups.certain, groups.magnitude, groups.kept), 0)
+        factor = torch.where(drawn, kept / torch.where(drawn, groups.magnitude, 1), 0)
+        return (4 * kept).flatten(-2).movedim(-1, dim), factor.flatten(-2).movedim(-1, dim)
 
 
 def mvue_factor(x: Tensor, seed: Tensor | int, dim: int = -1) -> Tensor:
@@ -63,24 +107,26 @@ def mvue_factor(x: Tensor, seed: Tensor | int, dim: int = -1) -> Tensor:
     Raises:
         ValueError: K is not a multiple of 4.
     """
-    if x.shape[dim] % 4:
-        raise ValueError(f"2:4 needs a multiple of 4 along dimension {dim}, got {tuple(x.shape)}")
-    with torch.no_grad():
-        groups = x.detach().abs().movedim(dim, -1).unflatten(-1, (-1, 4))
-        probability, certain = _probabilities(groups)
-        numbers = torch.arange(groups[..., 0].numel(), device=x.device).view(groups.shape[:-1])
-        u = random_uniform(numbers, seed).to(probability.dtype).unsqueeze(-1)
-        # A certain entry stands aside, and the others share [0, 1) instead of [0, 2). The last end is set,
-        # not summed, so that rounding can neither lose a draw nor add a third.
-        length = torch.where(certain, 0, probability)
-        end = length.cumsum(dim=-1)
-        total = torch.where(certain.any(-1, keepdim=True), 1.0, 2.0).to(end.dtype)
-        end = torch.where(end >= end[..., -1:], total, end)
-        start = torch.cat((torch.zeros_like(end[..., :1]), end[..., :-1]), dim=-1)
-        drawn = ((start <= u) & (u < end)) | ((start <= u + 1) & (u + 1 < end))
-        drawn = (drawn | certain) & (probability > 0)
-        factor = torch.where(drawn, 1 / torch.where(drawn, probability, 1), 0)
-        return factor.flatten(-2).movedim(-1, dim)
+    return _draw(x, seed, dim)[1]
+
+
+class _Mvue24(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, seed: Tensor | int, dim: int) -> tuple[Tensor, Tensor]:
+        kept, factor = _draw(x, seed, dim)
+        estimate = torch.copysign(kept.clamp(max=torch.finfo(x.dtype).max), x).to(x.dtype)
+        estimate = torch.where(factor > 0, estimate, 0)
+        return torch.where(x.isfinite(), estimate, torch.where(factor > 0, x, 0)), factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (factor,) = ctx.saved_tensors
+        return (grad * factor).to(grad.dtype), None, None
 
 
 @operation
@@ -88,8 +134,6 @@ def mvue24(x: Tensor, seed: Tensor | int, dim: int = -1) -> Tensor:
     """An unbiased random estimate of `x` with at most two non-zeros in every four entries along `dim`.
 
     Arguments and errors as for `mvue_factor`. The gradient is that of multiplying by a constant. Finite for
-    finite `x`: values that 1/π would carry beyond the dtype stop at its largest.
+    finite `x`: magnitudes beyond the dtype stop at its largest.
     """
-    largest = torch.finfo(x.dtype).max
-    estimate = x * mvue_factor(x, seed, dim)
-    return torch.where(x.isinf(), estimate, estimate.clamp(-largest, largest)).to(x.dtype)
+    return _Mvue24.apply(x, seed, dim)[0]

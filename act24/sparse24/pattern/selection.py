@@ -54,6 +54,22 @@ def densest_features(counts: Tensor, ratio: float) -> Tensor:
     return torch.argsort(counts, descending=True, stable=True)[: math.ceil(ratio * len(counts))]
 
 
+def are_densest(counts: Tensor, index: Tensor, ratio: float) -> Tensor:
+    """Which of some features `densest_features` names, without sorting: by how many go before each.
+
+    Args:
+        counts: `[F]`; ratio: as there.
+        index: int64 `[n]`, the features asked about.
+
+    Returns:
+        boolean `[n]`.
+    """
+    own, place = counts[index][:, None], index[:, None]
+    everyone = torch.arange(len(counts), device=counts.device)
+    before = (counts > own) | ((counts == own) & (everyone < place))
+    return before.sum(1) < math.ceil(ratio * len(counts))
+
+
 def densest(counts: Tensor, ratio: float) -> Tensor:
     """`densest_features` as a mask: boolean `[F]` for counts `[F]`."""
     chosen = densest_features(counts, ratio)

@@ -21,8 +21,9 @@ _CHUNK = 2**18
 
 
 @functools.cache
-def _choices() -> tuple[tuple[int, ...], ...]:
-    """For each pattern the pair that each of its rows keeps, as an index into `_PAIRS`."""
+def choices() -> tuple[tuple[int, ...], ...]:
+    """For each of the 90 patterns the pair that each of its four rows keeps, as an index into the pairs (0,
+    1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)."""
     rows = itertools.product(range(6), repeat=4)
     return tuple(
         pairs
@@ -33,8 +34,8 @@ def _choices() -> tuple[tuple[int, ...], ...]:
 
 def patterns(device: torch.device | str = "cpu") -> Tensor:
     """The 90 patterns, boolean `[90, 4, 4]`."""
-    table = torch.zeros(len(_choices()), 4, 4, dtype=torch.bool)
-    for index, pairs in enumerate(_choices()):
+    table = torch.zeros(len(choices()), 4, 4, dtype=torch.bool)
+    for index, pairs in enumerate(choices()):
         for row, pair in enumerate(pairs):
             table[index, row, list(_PAIRS[pair])] = True
     return table.to(device)
@@ -47,7 +48,7 @@ def transposable_mask(weight: Tensor) -> Tensor:
         weight: `[R, C]`, both multiples of 4, finite.
 
     Returns:
-        boolean `[R, C]`, two of four along rows and along columns. Of equally good patterns some one.
+        boolean `[R, C]`, two of four along rows and along columns. Of equally good patterns the first.
 
     Raises:
         ValueError: a size that is not a multiple of 4.
@@ -57,12 +58,12 @@ def transposable_mask(weight: Tensor) -> Tensor:
         raise ValueError(f"a transposable mask needs multiples of 4, got {tuple(weight.shape)}")
     magnitude = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
     blocks = magnitude.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(0, 1)
-    choices = torch.tensor(_choices(), device=weight.device)
+    chosen = torch.tensor(choices(), device=weight.device)
     first, second = torch.tensor(_PAIRS, device=weight.device).T
     best = []
     for chunk in blocks.split(_CHUNK):
         pair_sums = chunk[:, :, first] + chunk[:, :, second]
-        totals = sum(pair_sums[:, row, choices[:, row]] for row in range(4))
+        totals = sum(pair_sums[:, row, chosen[:, row]] for row in range(4))
         best.append(totals.argmax(dim=1))  # type: ignore[union-attr]
     mask = patterns(weight.device)[torch.cat(best)]
     return mask.unflatten(0, (rows // 4, columns // 4)).transpose(1, 2).flatten(2, 3).flatten(0, 1)

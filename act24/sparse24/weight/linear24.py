@@ -1,51 +1,35 @@
-"""2:4 weights: masks, the linear that runs under one, and what training does to the dropped weights.
+"""The linear that runs under a 2:4 weight, what training does to the dropped weights, and how masks flip.
 
-Sources: arXiv 2404.01847 (transposable masks, masked decay on gradients, MVUE of the output gradient, flip
-rate), arXiv 2409.09099 (S-STE: soft thresholding with a fixed scale), arXiv 2102.04010 (SR-STE).
+How a weight becomes 2:4 is a method (`act24.sparse24.weight.methods`).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from act24.operation import cast_for_autocast, operation
+from act24.operation import cast_for_autocast, is_mapped, operation
 from act24.sparse24.pattern.mvue import mvue24
-from act24.sparse24.pattern.selection import top2_of_4
-from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
-from act24.sparse24.pattern.transposable import transposable_mask
+from act24.sparse24.weight.forms import PLAIN, Form, LinearOptions24, LinearState, why_not_packed
+from act24.sparse24.weight.methods import sparse_weight
+from act24.sparse24.weight.packed import linear_of, packed_linear24
 
-Method = Literal["transposable", "soft_threshold", "ste", "sr_ste"]
-WeightGradient = Literal["mvue", "dense"]
-
-
-def weight_mask(weight: Tensor, method: Method) -> Tensor:
-    """The entries of a weight that its 2:4 form keeps.
-
-    Args:
-        weight: `[out, in]`; the groups of four lie along `in`, over which the product reduces.
-
-    Returns:
-        boolean `[out, in]`: the best of 90 patterns by block for `"transposable"`, the two largest
-        magnitudes of every four else. (Soft thresholding brings the second of two equal ones to zero with
-        the third; it counts as kept.)
-
-    Raises:
-        ValueError: `in`, or for `"transposable"` either size, is not a multiple of 4.
-    """
-    return transposable_mask(weight) if method == "transposable" else top2_of_4(weight.detach().abs())
+#: The forms, in the order in which they are asked; what none of them serves runs the reference.
+FORMS = (Form(name="packed", condition=why_not_packed, run=packed_linear24),)
 
 
-def weight_scale(weight: Tensor) -> Tensor:
-    """β of S-STE: the least squared error of the weight before and after soft thresholding; a float32
-    scalar, meant to be computed once, at the start of sparse training, and kept."""
-    return scale_from_sums(scale_sums(weight.detach(), soft_threshold24(weight.detach())))
+def _rows(tensor: Tensor) -> Tensor:
+    """`[..., n]` as `[T, n]`; a single token `[n]` is one row."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 class _Linear24(torch.autograd.Function):
+    """In plain PyTorch, with products in dense form, on any device."""
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -54,36 +38,31 @@ class _Linear24(torch.autograd.Function):
         mask: Tensor | None,
         scale: Tensor | None,
         seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if mask is not None:
-            sparse = torch.where(mask, weight, 0)
-        else:
-            assert scale is not None
-            sparse = soft_threshold24(weight) * scale.to(weight.dtype)
-        return F.linear(x, sparse, bias), sparse
+    ) -> Tensor:
+        return F.linear(x, sparse_weight(weight, mask, scale), bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, *_, seed = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, output[1], seed)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, mask, scale, seed = inputs
+        ctx.save_for_backward(x, weight, mask, scale, seed)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, sparse, seed = ctx.saved_tensors
+    @once_differentiable  # straight through: a derivative of this would be that of another function
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask, scale, seed = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_weight = None
         if need_weight:
-            grad_rows, rows = grad_y.flatten(0, -2), x.flatten(0, -2)
+            grad_rows = _rows(grad_y)
             if seed is not None:
                 padded = F.pad(grad_rows, (0, 0, 0, -len(grad_rows) % 4))
                 grad_rows = mvue24(padded, seed, 0)[: len(grad_rows)]
             # Straight through: every weight, kept or not, gets the gradient of the sparse one.
-            grad_weight = grad_rows.T @ rows
+            grad_weight = grad_rows.T @ _rows(x)
         return (
-            grad_y @ sparse if need_x else None,
+            grad_y @ sparse_weight(weight, mask, scale) if need_x else None,
             grad_weight,
-            grad_y.flatten(0, -2).sum(0) if need_bias else None,
+            _rows(grad_y).sum(0) if need_bias else None,
             *(None,) * 3,
         )
 
@@ -96,42 +75,80 @@ def linear24(
     mask: Tensor | None,
     scale: Tensor | None = None,
     seed: Tensor | None = None,
+    packed: Tensor | None = None,
+    transposed: Tensor | None = None,
+    options: LinearOptions24 = PLAIN,
 ) -> Tensor:
     """A linear whose weight is 2:4: y = x W₂₄ᵀ + b, dX = G W₂₄, dW = Gᵀ x straight through.
 
     Args:
-        x: `[..., in]`.
-        weight: `[out, in]`, dense; `in` a multiple of 4. bias: `[out]` or None.
+        x: `[..., in]`, of a floating dtype.
+        weight: `[out, in]`, dense, of the dtype of x (or any under autocast); `in` a multiple of 4.
+        bias: `[out]` or None.
         mask: boolean `[out, in]`, the entries that stay; W₂₄ is the rest set to zero. None: W₂₄ = β S(W),
             soft thresholding along `in`.
         scale: β, a scalar, for soft thresholding.
         seed: int64 scalar: dW = MVUE₂₄(G)ᵀ x, the output gradient made 2:4 along the tokens by an unbiased
             draw. None: the dense product.
+        packed, transposed: buffers of the packed W₂₄ `[out, in]` and W₂₄ᵀ `[in, out]`, of this very weight,
+            mask and scale, which 2:4 products then read. None, or no elements, and they are packed where they
+            are needed.
+        options: see `LinearOptions24`.
 
     Returns:
-        `[..., out]`. Masked products in dense form, on any device.
+        `[..., out]`. It can be differentiated once.
 
     Raises:
         ValueError: neither mask nor scale, or `in` is not a multiple of 4.
+
+    Sources: those of `act24.sparse24.weight.methods`.
     """
     if mask is None and scale is None:
         raise ValueError("a 2:4 linear needs a mask, or a scale for soft thresholding")
     if weight.shape[1] % 4:
         raise ValueError(f"2:4 needs a multiple of 4 inputs, got a weight {tuple(weight.shape)}")
-    return _Linear24.apply(*cast_for_autocast(x, weight, bias), mask, scale, seed)[0]
+    cast_x, cast_weight, cast_bias = cast_for_autocast(x, weight, bias)
+    assert cast_x is not None
+    assert cast_weight is not None
+    if not is_mapped():
+        linear = linear_of(cast_x, cast_weight, seed)
+        for form in FORMS:
+            if not form.why_not(linear, options):
+                state = LinearState(mask, scale, seed, _or_none(packed), _or_none(transposed))
+                return form.run(cast_x, cast_weight, cast_bias, state, options)
+    return _Linear24.apply(cast_x, cast_weight, cast_bias, mask, scale, seed)
+
+
+def _or_none(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None or not buffer.numel() else buffer
 
 
 @torch.no_grad()
 def masked_decay_(target: Tensor, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-    """target += decay · (1 - mask) ∘ weight, in place; returns target.
+    """target += decay · (1 - mask) ∘ weight, in place, which pulls dropped weights to zero and so keeps masks
+    from flipping to and fro.
 
-    With a gradient as target, before the optimizer normalises it, this is the masked decay of arXiv
-    2404.01847, which pulls dropped weights to zero and so keeps masks from flipping to and fro; their λ is
-    6e-5 to 2e-4. With the weight itself as target and -lr · λ it is SR-STE's.
+    Args:
+        target: the gradient of the weight, `[out, in]`. Added before the optimizer normalises it, the decay
+            holds in bfloat16 too, where lr · λ · W is less than half a unit in the last place of W and does
+            nothing.
+        weight: `[out, in]`, of any floating dtype.
+        mask: boolean `[out, in]`, True for what is kept.
+        decay: λ, 6e-5 to 2e-4 in arXiv 2404.01847, 2e-4 in arXiv 2102.04010.
+
+    Returns:
+        target.
     """
     return target.add_(torch.where(mask, 0, weight).to(target.dtype), alpha=decay)
 
 
 def flip_rate(before: Tensor, after: Tensor) -> Tensor:
-    """r_t = ‖m_t - m_{t-1}‖₁ / D: the share of the entries of a mask that changed, a float32 scalar."""
+    """r_t = ‖m_t - m_{t-1}‖₁ / D (arXiv 2404.01847): the share of the entries of a mask that changed.
+
+    Args:
+        before, after: boolean, of one shape.
+
+    Returns:
+        a float32 scalar on their device.
+    """
     return (before != after).float().mean()

@@ -50,7 +50,7 @@ def test_what_it_refuses(tiny: Tiny) -> None:
     with pytest.raises(Act24Error, match="transposable or sr_ste; this one has method ste"):
         probe_decays(recipe, [1e-4], 100)
     lines: list[str] = []
-    with pytest.raises(Act24Error, match="decay must be 0 or more"):
+    with pytest.raises(Act24Error, match="decay has to be 0 or more"):
         probe_decays(tiny(WEIGHT24), [1e-4, -1e-4], 12, say=lines.append)
     assert lines == [], "said before any run"
 

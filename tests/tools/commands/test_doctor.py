@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from act24.sparse24.feed_forward import forms
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS
-from act24.sparse24.feed_forward.self_check import PROVEN
+from act24.sparse24.format import device
+from act24.sparse24.kernels.shared import self_check
+from act24.sparse24.kernels.shared.self_check import PROVEN
 from act24.tools.commands import doctor
 
 
@@ -19,7 +20,7 @@ def test_on_a_cpu_every_path_is_plain_pytorch_and_says_why() -> None:
     assert findings["PyTorch"] == torch.__version__
     assert findings["GPU"].startswith("none")
     paths = [finding for subject, finding in findings.items() if subject.startswith("llama-")]
-    assert len(paths) == 15
+    assert len(paths) == 25
     assert all("plain PyTorch" in path and "CUDA" in path for path in paths)
 
 
@@ -36,13 +37,16 @@ def test_what_recipes_can_name_is_listed() -> None:
 
 def test_paths_of_a_capable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide networks are packed, narrow ones have 2:4 inside their products, lone activations around none."""
-    monkeypatch.setattr(forms, "obstacle", lambda _: "")
-    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "")
+    monkeypatch.setattr(device, "obstacle", lambda _: "")
+    monkeypatch.setattr(self_check, "kernel_obstacle", lambda *_: "")
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
     assert findings["llama-1b, full rank, 2048×8192"].startswith("packed 2:4 products")
     assert findings["llama-7b, rank 1024, 1024×16512"].startswith("packed 2:4 products")
     assert findings["llama-350m, rank 256, 256×4096"].startswith("2:4 inside dense products")
     assert findings["llama-130m, LoST, F 3072"].startswith("2:4 by kernels")
+    weights = {k: said for k, said in findings.items() if "2:4 weights" in k}
+    assert weights["llama-7b, 2:4 weights, MLP, 4096→11008"] == "2:4 products: y, grad_x, grad_weight"
+    assert "multiples of 64" in weights["llama-350m, 2:4 weights, MLP, 1024→2736"]
 
 
 def test_every_method_estimator_and_backward_is_shown() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from act24.errors import Act24Error
 from act24.recipes import schema
-from act24.tools.data import Tokenizer, check_vocabulary, open_tokenizer
+from act24.tools.data import Tokenizer, check_vocabulary, open_rows, open_tokenizer, prepare_shards
 from act24.tools.data import tokenizer as module
 from act24.tools.data.tokenizer import check_ids
 
@@ -165,3 +165,45 @@ def test_the_json_round_trips(tokenizer):
     again = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.to_json()), "again")
     assert again.fingerprint == tokenizer.fingerprint
     assert json.loads(tokenizer.to_json())["truncation"] is None
+
+
+def test_a_tokenizer_file_at_which_rust_panics_is_one_line(tmp_path, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3's is: no Exception."""
+
+    def panic(path):
+        raise PanicException("range end index 300 out of range for slice of length 256")
+
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_file", panic)
+    with pytest.raises(Act24Error, match=r"tokenizer\.json is not a tokenizer\.json: range end index 300"):
+        open_tokenizer(schema.Data(source="builtin"), schema.Tokenizer(name=str(path)))
+
+
+def test_an_end_of_text_of_another_name(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"low": 0, "rank": 1, "[UNK]": 2}, "[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<fin>"])
+    path = tmp_path / "tokenizer.json"
+    path.write_text(backend.to_str())
+    data = schema.Data(source="builtin")
+    with pytest.raises(Act24Error, match=r"no end-of-text .*; tokenizer\.end_of_text names it"):
+        open_tokenizer(data, schema.Tokenizer(name=str(path)))
+    with pytest.raises(Act24Error, match=r"\(looked for <end>\)"):
+        open_tokenizer(data, schema.Tokenizer(name=str(path), end_of_text="<end>"))
+    assert open_tokenizer(data, schema.Tokenizer(name=str(path), end_of_text="<fin>")).eos_id == 3
+    (tmp_path / "a.txt").write_text("low rank " * 50)
+    files = schema.Data(source="files", train_files=(str(tmp_path / "a.txt"),))
+    written = open_tokenizer(files, schema.Tokenizer(name=str(path), end_of_text="<fin>"))
+    prepare_shards(files, written, tmp_path / "out")
+    shards = schema.Data(source="shards", shards=str(tmp_path / "out"))
+    assert open_tokenizer(shards, schema.Tokenizer()).eos_id == 3
+
+
+@pytest.mark.parametrize(("size", "said"), [(300, False), (330, False), (331, True), (32_000, True)])
+def test_a_vocabulary_that_the_tokenizer_does_not_use_is_said(corpora, tokenizer, size, said):
+    assert tokenizer.vocab_size == 300
+    with open_rows(corpora["text"].data(), tokenizer, batch_size=1, vocab_size=size) as rows:
+        lines = [line for line in rows.remarks() if "are never trained" in line]
+    assert bool(lines) == said

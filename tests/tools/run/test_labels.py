@@ -162,7 +162,7 @@ def test_what_was_measured_on_is_trained_on(tiny, tmp_path, monkeypatch):
         *RECIPE,
         "train.steps=2",
         "schedule.warmup_steps=0",
-        'passes=[{use="relu2_ffn"}, {use="lost", attn_rank=8, mlp_rank=8}]',
+        'passes=[{use="relu2_ffn"}, {use="lost", attn_rank=8, mlp_rank=8, method="gradient"}]',
         "optimizer.name=lost_adamw",
     )
     seen = []

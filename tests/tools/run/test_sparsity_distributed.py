@@ -100,7 +100,7 @@ class Trainer:
     """A model in training, and what its forwards see of the scales.
 
     Made in a function that returns before its processes part: behind that the destructor of data parallelism
-    may hang (`_Run.close`).
+    may hang (`TrainingRun.close`).
     """
 
     def __init__(self, recipe, processes, optimizer=ADAM, seed=0):
@@ -237,7 +237,9 @@ def follow_masks(method, recipe, processes):
 
 def test_masks_and_scales_of_weights_are_those_of_all_ranks(tiny):
     methods = ("transposable", "soft_threshold")
-    run_ranks(2, weights_agree, {m: recipe_of(tiny, f'{WEIGHT}method = "{m}"\n') for m in methods})
+    passes = {m: f'[[passes]]\nuse = "weight24"\nfrom_step = 1\nmethod = "{m}"\n' for m in methods}
+    passes["transposable"] += "mask_every = 2\n"
+    run_ranks(2, weights_agree, {m: recipe_of(tiny, text) for m, text in passes.items()})
 
 
 def updated(recipe, processes, seed=0):
@@ -272,6 +274,35 @@ def draws_by_rank(recipes):
 
 def test_ranks_draw_apart_and_the_same_again(tiny):
     run_ranks(2, draws_by_rank, {k: recipe_of(tiny, text, "train.grad_clip=0") for k, text in MVUE.items()})
+
+
+def state_after_four_updates(recipe, processes):
+    trainer = Trainer(recipe, processes, SGD)
+    for step in range(4):
+        trainer.update(step, own_batches(processes.rank, step))
+    sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    assert sharded == (recipe.train.parallel == "fsdp")
+    assert is_common(buffers(trainer.model, "24_mask"))
+    return {name: whole(value).detach() for name, value in trainer.model.state_dict().items()}
+
+
+def shards_train_as_replicas(recipes):
+    """Masks are of whole weights and decay is of every shard: updates give the weights that DDP has."""
+    with open_processes() as processes:
+        ends = {p: state_after_four_updates(recipe, processes) for p, recipe in recipes.items()}
+    assert sum(name.endswith("24_mask") for name in ends["ddp"]) == 14
+    for name, value in ends["ddp"].items():
+        torch.testing.assert_close(ends["fsdp"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["transposable", "sr_ste", "soft_threshold"])
+def test_shards_train_as_replicas(tiny, method):
+    """With a decay that shows, and masks that are renewed."""
+    decay = "" if method == "soft_threshold" else "decay = 0.5\n"
+    every = "mask_every = 2\n" if method == "transposable" else ""
+    passes = f'[[passes]]\nuse = "weight24"\nmethod = "{method}"\nweight_gradient = "dense"\n{decay}{every}'
+    recipes = {p: recipe_of(tiny, passes, f"train.parallel={p}") for p in ("ddp", "fsdp")}
+    run_ranks(2, shards_train_as_replicas, recipes)
 
 
 def columns_agree(recipes):
@@ -329,6 +360,11 @@ RUNS = {
     # β is due where the run resumes, and must not depend on what the layer before it drew last.
     "soft_dynamic behind mvue, beside weight24": (MIXED, ["log.gradient_cosine_every=3"]),
     # A replica would get the columns of the first rank in any case; a shard keeps its own.
+    "transposable masks, sharded": (WEIGHT, ["train.parallel=fsdp", "log.weight_sparsity_every=2"]),
+    "SR-STE, sharded": (
+        '[[passes]]\nuse = "weight24"\nmethod = "sr_ste"\nscope = "mlp"\n',
+        ["train.parallel=fsdp"],
+    ),
     "lost, sharded": (f'{LOST}method = "gradient"\n', ["train.parallel=fsdp"]),
 }
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from act24.recipes.load import RecipeError
-from act24.sparse24.feed_forward import forms, operation
+from act24.sparse24.feed_forward import operation
 from act24.sparse24.feed_forward.methods import METHODS, Method
+from act24.sparse24.format import device
+from act24.sparse24.kernels.shared import self_check
 from act24.sparse24.pattern.token_wise import Dense, Selected
 from act24.tools.commands import doctor
 from act24.tools.run.build import load, plan_recipe
@@ -69,8 +71,8 @@ def test_it_is_trained_by_recipe_evaluated_and_resumed(toy, tiny, tmp_path) -> N
 def test_it_is_planned_shown_by_doctor_and_refused_without_its_record(toy, tiny, monkeypatch) -> None:
     report = str(plan_recipe(tiny(*OVERRIDES)))
     assert "2:4 one_in_two" in report
-    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "")
-    monkeypatch.setattr(forms, "obstacle", lambda *_: "")
+    monkeypatch.setattr(self_check, "kernel_obstacle", lambda *_: "")
+    monkeypatch.setattr(device, "obstacle", lambda *_: "")
     (line,) = (f.finding for f in doctor.examine(torch.device("cpu")) if f.subject == "method one_in_two")
     assert toy.summary in line
     assert "a seed for each micro-batch and a scale" in line
@@ -93,8 +95,9 @@ def test_on_a_capable_machine_it_never_runs_a_kernel_of_another_method(
 
         return replace(form, run=run)
 
-    for name in ("kernel_obstacle", "obstacle", "fp8_obstacle"):
-        monkeypatch.setattr(forms, name, lambda *_: "")
+    monkeypatch.setattr(self_check, "kernel_obstacle", lambda *_: "")
+    for name in ("obstacle", "fp8_obstacle"):
+        monkeypatch.setattr(device, name, lambda *_: "")
     monkeypatch.setattr(operation, "FORMS", tuple(map(watched, operation.FORMS)))
     shape = ("model.hidden_size=64", "model.intermediate_size=128", "data.max_length=64")
     overrides = (*OVERRIDES, *shape, "train.dtype=bfloat16_autocast", "train.steps=6")

@@ -61,7 +61,7 @@ def run_until(path, run_dir, overrides, moment):
     train(load_tiny(path, *overrides), run_dir, resume="auto")
 
 
-STEP = ("act24.tools.run.train:_Run", "_advance")
+STEP = ("act24.tools.run.train:TrainingRun", "advance")
 KILLS = {
     "at steps 7 and 13": [(*STEP, 8), (*STEP, 8)],
     "while saving": [
@@ -349,3 +349,15 @@ def test_recomputed_activations_save_under_the_same_names(tiny, straight, tmp_pa
         exact = tag.startswith(("loss/", "optim/"))
         assert found[tag] == (values if exact else [(step, pytest.approx(value)) for step, value in values])
     assert load(tmp_path).step == 20
+
+
+def test_statistics_of_every_second_step(tiny, tmp_path):
+    """Logged every step, counted at every second one; the steps themselves are the same."""
+    losses = []
+    for every in (1, 2):
+        overrides = ("train.steps=6", "eval.every=0", f"log.activation_statistics_every={every}")
+        train(tiny(*overrides, "passes.activation24.from_step=1"), tmp_path / str(every))
+        logged = scalars(tmp_path / str(every))
+        assert [step for step, _ in logged["sparsity_relu/layer_0"]] == list(range(every, 7, every))
+        losses.append(logged["loss/train"])
+    assert losses[0] == losses[1]

@@ -76,7 +76,7 @@ def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeyp
     from act24.recipes.load import load_recipe
     from act24.tools.data import documents
 
-    whole = train(load_recipe(str(own), ["train.steps=200"]), tmp_path / "whole")
+    whole = train(load_recipe(str(own), ["train.steps=100", "eval.every=0"]), tmp_path / "whole")
     read, reads = documents.read_documents, []
 
     def failing(path, how, wanted):
@@ -87,18 +87,27 @@ def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeyp
 
     monkeypatch.setattr(documents, "read_documents", failing)
     monkeypatch.setattr("act24.tools.data.rows.GROUP_DOCUMENTS", 1)  # or all four are read at once
-    arguments = ("train", own, "--run-dir", tmp_path / "run", "--set", "train.steps=200")
+    arguments = (
+        "train",
+        own,
+        "--run-dir",
+        tmp_path / "run",
+        "--set",
+        "train.steps=100",
+        "--set",
+        "eval.every=0",
+    )
     status, out, errors = act24(*arguments)
     assert (status, errors) == (2, ["act24: cannot read the file: Input/output error"])
     (saved,) = (tmp_path / "run/checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
-    assert 0 < step < 200
+    assert 0 < step < 100
     assert f"the data failed: saved step {step} in {saved}\n" in out
 
     monkeypatch.setattr(documents, "read_documents", read)
     status, out, errors = act24(*arguments, "--resume", "auto")
     assert (status, errors) == (0, [])
-    assert scalars(tmp_path / "run", "loss/train")[200] == pytest.approx(whole.loss, abs=1e-6)
+    assert scalars(tmp_path / "run", "loss/train")[100] == pytest.approx(whole.loss, abs=1e-6)
 
 
 def test_a_run_stays_at_the_commit_that_it_began_with(own, tiny, tmp_path, monkeypatch):

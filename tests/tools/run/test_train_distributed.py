@@ -54,7 +54,7 @@ def equals_one_process(path, parallel):
             assert (ours.layer, ours.site) == (theirs.layer, theirs.site)
             assert ours.sparsity == pytest.approx(theirs.sparsity, rel=1e-3)
             assert ours.dropped_energy == pytest.approx(theirs.dropped_energy, rel=1e-3)
-        del step  # before the processes part: see `act24.tools.run.train._Run.close`
+        del step  # before the processes part: see `act24.tools.run.train.TrainingRun.close`
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -1,1 +1,1 @@
-"""What several operators use: their definition, sort keys of 16-bit values, random draws."""
+"""What several operators use: definition, check on first use, sort keys of 16-bit values, random draws."""

@@ -6,7 +6,6 @@ the same seed."""
 from __future__ import annotations
 
 from act24.compiler import jit, tl
-from act24.sparse24.kernels.shared.keys import as_bits, by_position
 
 
 @jit
@@ -39,102 +38,38 @@ def _finite(a0, a1, a2, a3):
 
 
 @jit
-def _probabilities(a0, a1, a2, a3):
-    """π of each, and whether it is certain, as `act24.sparse24.pattern.mvue` has them; and whether one is.
-
-    An entry that outweighs the others is certain, and they share one draw instead of two.
-    """
-    largest = tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3))
-    unit = tl.where(largest > 0, largest, 1.0)
-    # The first of the largest entries, as `Tensor.max` has it on a CPU.
-    is0 = a0 == largest
-    is1 = (a1 == largest) & (a0 != largest)
-    is2 = (a2 == largest) & (a0 != largest) & (a1 != largest)
-    is3 = (a0 != largest) & (a1 != largest) & (a2 != largest)
-    a0 = tl.div_rn(a0, unit)
-    a1 = tl.div_rn(a1, unit)
-    a2 = tl.div_rn(a2, unit)
-    a3 = tl.div_rn(a3, unit)
-    other0 = tl.where(is0, 0.0, a0)
-    other1 = tl.where(is1, 0.0, a1)
-    other2 = tl.where(is2, 0.0, a2)
-    other3 = tl.where(is3, 0.0, a3)
-    rest = other0 + other1 + other2 + other3
-    single = (rest < 1) & (largest > 0)
-    probabilities = (
-        _probability(a0, other0, is0 & single, rest),
-        _probability(a1, other1, is1 & single, rest),
-        _probability(a2, other2, is2 & single, rest),
-        _probability(a3, other3, is3 & single, rest),
-    )
-    return probabilities, (is0 & single, is1 & single, is2 & single, is3 & single), single
+def _ends(a0, a1, a2, a3):
+    """Sums of the first one, two, three and four."""
+    return a0, a0 + a1, a0 + a1 + a2, a0 + a1 + a2 + a3
 
 
 @jit
-def _probability(a, other, certain, rest):
-    shared = tl.where(certain, 1.0, tl.div_rn(other, tl.where(rest > 0, rest, 1.0)))
-    return tl.where(rest < 1, shared, tl.minimum(tl.div_rn(2 * a, 1 + rest), 1.0))
-
-
-@jit
-def _taken(probabilities, certain, single, u):
-    """Which entries the number u draws: of their intervals, laid end to end, those that hold u or u + 1."""
-    end0 = tl.where(certain[0], 0.0, probabilities[0])
-    end1 = end0 + tl.where(certain[1], 0.0, probabilities[1])
-    end2 = end1 + tl.where(certain[2], 0.0, probabilities[2])
-    end3 = end2 + tl.where(certain[3], 0.0, probabilities[3])
-    # The last end is set, not summed, so that rounding can neither lose a draw nor add a third.
-    total = tl.where(single, 1.0, 2.0)
-    end0 = tl.where(end0 >= end3, total, end0)
-    end1 = tl.where(end1 >= end3, total, end1)
-    end2 = tl.where(end2 >= end3, total, end2)
+def _before(place, ends):
+    """Whether a place lies before the end of the first, second and third interval; the one that reaches the
+    end of all has none."""
     return (
-        (_holds(0.0, end0, u) | certain[0]) & (probabilities[0] > 0),
-        (_holds(end0, end1, u) | certain[1]) & (probabilities[1] > 0),
-        (_holds(end1, end2, u) | certain[2]) & (probabilities[2] > 0),
-        (_holds(end2, total, u) | certain[3]) & (probabilities[3] > 0),
+        (place < ends[0]) | (ends[0] >= ends[3]),
+        (place < ends[1]) | (ends[1] >= ends[3]),
+        (place < ends[2]) | (ends[2] >= ends[3]),
     )
 
 
 @jit
-def _holds(start, end, u):
-    return ((start <= u) & (u < end)) | ((start <= u + 1) & (u + 1 < end))
+def _kept(taken, certain, magnitude, kept):
+    return tl.where(taken & (magnitude > 0), tl.where(certain, magnitude, kept), 0.0)
 
 
 @jit
-def _two_positions(taken0, taken1, taken2, taken3):
-    """The positions of two entries in order, counted from behind (3 is the first): those that were taken,
-    then the lowest of the others, which fill up."""
-    rank0 = taken0.to(tl.int32) * 4 + 3
-    rank1 = taken1.to(tl.int32) * 4 + 2
-    rank2 = taken2.to(tl.int32) * 4 + 1
-    rank3 = taken3.to(tl.int32) * 4
-    high01 = tl.maximum(rank0, rank1)
-    high23 = tl.maximum(rank2, rank3)
-    best = tl.maximum(high01, high23)
-    low = tl.maximum(tl.minimum(rank0, rank1), tl.minimum(rank2, rank3))
-    first, second = by_position(as_bits(best), as_bits(tl.maximum(tl.minimum(high01, high23), low)))
-    return first & 3, second & 3
-
-
-@jit
-def _factor(taken, probability):
-    return tl.where(taken, tl.div_rn(1.0, tl.where(taken, probability, 1.0)), 0.0)
-
-
-@jit
-def _at_first(position, x0, x1, x2):
-    return tl.where(position == 3, x0, tl.where(position == 2, x1, x2))
-
-
-@jit
-def _at_second(position, x1, x2, x3):
-    return tl.where(position == 0, x3, tl.where(position == 1, x2, x1))
+def _two(taken1, taken2, taken3, x0, x1, x2, x3):
+    """Of four, those of the two entries that were taken, in order; where fewer were, the first ones of the
+    others fill up."""
+    first = tl.where(taken1 & (taken2 | taken3), x1, tl.where(taken2 & taken3, x2, x0))
+    return first, tl.where(taken3, x3, tl.where(taken2, x2, x1))
 
 
 @jit
 def draw2(magnitudes, keys, number, seed):
-    """Two of four magnitudes, drawn by the minimum-variance unbiased estimator.
+    """Two of four magnitudes, drawn by the minimum-variance unbiased estimator, without a division.
 
     Args:
         magnitudes: four, float32.
@@ -142,20 +77,50 @@ def draw2(magnitudes, keys, number, seed):
         number: of the group, uint32; seed: pointer to an int64.
 
     Returns:
-        the keys that were drawn, by position, and 1/π of each, 0 for a key that only fills up.
+        two each: the keys that were drawn, by position; a quarter of the magnitude with which they are kept,
+            0
+        for a key that only fills up; and a quarter of the magnitude that they had.
     """
     a0, a1, a2, a3 = magnitudes
     a0, a1, a2, a3 = _finite(a0, a1, a2, a3)
-    probabilities, certain, single = _probabilities(a0, a1, a2, a3)
-    taken0, taken1, taken2, taken3 = _taken(probabilities, certain, single, random_uniform(number, seed))
-    first, second = _two_positions(taken0, taken1, taken2, taken3)
-    factor0 = _factor(taken0, probabilities[0])
-    factor1 = _factor(taken1, probabilities[1])
-    factor2 = _factor(taken2, probabilities[2])
-    factor3 = _factor(taken3, probabilities[3])
-    return (
-        as_bits(_at_first(first, keys[0], keys[1], keys[2])),
-        as_bits(_at_second(second, keys[1], keys[2], keys[3])),
-        _at_first(first, factor0, factor1, factor2),
-        _at_second(second, factor1, factor2, factor3),
+    a0 *= 0.25
+    a1 *= 0.25
+    a2 *= 0.25
+    a3 *= 0.25
+    largest = tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3))
+    # One entry outweighs the others: it is certain, and they share one draw instead of two.
+    single = 2 * largest > a0 + a1 + a2 + a3
+    certain0 = single & (a0 == largest)
+    certain1 = single & (a1 == largest)
+    certain2 = single & (a2 == largest)
+    certain3 = single & (a3 == largest)
+    ends = _ends(
+        tl.where(certain0, 0.0, a0),
+        tl.where(certain1, 0.0, a1),
+        tl.where(certain2, 0.0, a2),
+        tl.where(certain3, 0.0, a3),
     )
+    kept = tl.where(single, ends[3], ends[3] * 0.5)
+    u = random_uniform(number, seed)
+    one = _before(u * kept, ends)
+    other = _before(tl.where(single, u * kept, (1 + u) * kept), ends)
+    taken0 = one[0] | other[0] | certain0
+    taken1 = (one[1] & (one[0] == 0)) | (other[1] & (other[0] == 0)) | certain1
+    taken2 = (one[2] & (one[1] == 0)) | (other[2] & (other[1] == 0)) | certain2
+    taken3 = (one[2] == 0) | (other[2] == 0) | certain3
+    kept0 = _kept(taken0, certain0, a0, kept)
+    kept1 = _kept(taken1, certain1, a1, kept)
+    kept2 = _kept(taken2, certain2, a2, kept)
+    kept3 = _kept(taken3, certain3, a3, kept)
+    return (
+        _two(taken1, taken2, taken3, keys[0], keys[1], keys[2], keys[3]),
+        _two(taken1, taken2, taken3, kept0, kept1, kept2, kept3),
+        _two(taken1, taken2, taken3, a0, a1, a2, a3),
+    )
+
+
+@jit
+def factor_of(kept, magnitude):
+    """1/π of a drawn key, 0 of one that fills up."""
+    drawn = kept > 0
+    return tl.where(drawn, tl.div_rn(kept, tl.where(drawn, magnitude, 1.0)), 0.0)

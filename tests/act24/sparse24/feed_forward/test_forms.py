@@ -22,6 +22,7 @@ from act24.sparse24.feed_forward.methods import ESTIMATORS, METHODS
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.format import device
 from act24.sparse24.format.products import feed_forward_products
 
 pytestmark = pytest.mark.usefixtures("capable_machine")
@@ -164,7 +165,7 @@ def test_fp8_runs_packed_or_on_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     assert MASKED.why_not(network_of((*tensors[:3], None, None)), options) == ""  # nothing to do in fp8
     narrower = (*tensors[:3], tensors[3][:24], None)
     assert "multiple of 16" in packed.PACKED.why_not(network_of(narrower), options)
-    monkeypatch.setattr(forms, "fp8_obstacle", lambda _: "another layout")
+    monkeypatch.setattr(device, "fp8_obstacle", lambda _: "another layout")
     assert packed.PACKED.why_not(network_of(tensors), options) == "another layout"
     assert packed.PACKED.why_not(network_of(tensors), PACKED) == ""
 

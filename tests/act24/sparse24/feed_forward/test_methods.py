@@ -14,7 +14,7 @@ from act24.sparse24.feed_forward import forms
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
 from act24.sparse24.feed_forward.operation import FORMS, activation24, form_of
 from act24.sparse24.feed_forward.options import Options24
-from act24.sparse24.feed_forward.self_check import kernel_obstacle
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle
 from act24.sparse24.pattern.token_wise import SPARSIFIERS, Dense, Selected, naive
 
 
@@ -76,7 +76,7 @@ def test_kernels_check_themselves_and_are_not_used_where_they_are_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The device is a CPU that says it is a GPU; what one operator gives is changed."""
-    from act24.sparse24.feed_forward import self_check
+    from act24.sparse24.kernels.shared import self_check
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

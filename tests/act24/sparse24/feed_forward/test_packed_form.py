@@ -11,13 +11,14 @@ from small_network import FEATURES, FORCED, PACKED, TOKENS, WIDTH, network, outc
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from act24.sparse24.feed_forward import forms, masked, packed, statistics
+from act24.sparse24.feed_forward import masked, packed, statistics
 from act24.sparse24.feed_forward.forms import network_of
 from act24.sparse24.feed_forward.masked import MASKED
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
+from act24.sparse24.kernels.shared import self_check
 
 pytestmark = pytest.mark.usefixtures("capable_machine")
 
@@ -93,9 +94,12 @@ def test_an_activation_alone_saves_itself_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("order", ["batch", "sequence"])
-@pytest.mark.parametrize("training", [True, False])
-def test_statistics_along_the_tokens_are_an_estimate_of_the_reference(training: bool, order: str) -> None:
+@pytest.mark.parametrize(("training", "sampled"), [(True, 2048), (False, 2048), (True, TOKENS // 2)])
+def test_statistics_along_the_tokens_are_an_estimate_of_the_reference(
+    training: bool, sampled: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From 64 of 4096 features; features that few neighbouring tokens have drop less in the order."""
+    monkeypatch.setattr(statistics, "_SAMPLED_TOKENS", sampled)
     tensors = network(features=4096)
     bursts = torch.randn(2, TOKENS // 8, 1, WIDTH).expand(-1, -1, 4, -1).flatten(1, 2)
     tensors = (bursts.bfloat16().requires_grad_(), *tensors[1:])
@@ -120,7 +124,7 @@ def test_a_dense_activation_is_counted_by_the_same_rule(
     operator = statistics.count_activation
     monkeypatch.setattr(statistics, "count_activation", lambda *a: calls.append(1) or operator(*a))
     counted = dense_statistics(hidden, pads, function)
-    monkeypatch.setattr(forms, "kernel_obstacle", lambda *_: "not here")
+    monkeypatch.setattr(self_check, "kernel_obstacle", lambda *_: "not here")
     torch.testing.assert_close(counted, dense_statistics(hidden, pads, function))
     assert calls == [1]
 

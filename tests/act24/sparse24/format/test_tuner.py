@@ -36,7 +36,7 @@ def test_the_tuner_takes_the_fastest_of_those_that_are_right(
 ) -> None:
     play_library(monkeypatch)
     signs = [
-        tuner._operands(Product(kind, 128, 64, 32), torch.Generator().manual_seed(seed))
+        tuner._operands(Product(kind, 128, 64, 64), torch.Generator().manual_seed(seed))
         .packed.buffer.flatten()[0]
         .float()
         .sign()
@@ -50,7 +50,7 @@ def test_the_tuner_takes_the_fastest_of_those_that_are_right(
         call()
         return milliseconds[call.args[2]] if hasattr(call, "args") else 4.5  # type: ignore[attr-defined]
 
-    measured, times = tuned(Product(kind, 128, 64, 32), time, torch.device("cpu"))
+    measured, times = tuned(Product(kind, 128, 64, 64), time, torch.device("cpu"))
     assert measured == Measured(1, 4.0, 4.5)
     assert times == {0: 5.0, 1: 4.0, 4: 6.0}
 

@@ -10,6 +10,7 @@ import torch
 
 from act24.sparse24 import kernels
 from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.transposable import transposable_mask
 
 for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
@@ -38,7 +39,7 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "pack_gradient": (grad, packed, slope, real, index, "relu2"),
         "unpack_gradient": (grad, packed, slope, "relu2"),
         "activation_gradient": (grad, hidden.relu(), "relu2"),
-        "gather_features": (packed, index, real),
+        "gather_features": (packed, index, real, 64),
         "product24": (packed, weight_out.T.contiguous(), 0, True, draw(len(index), FEATURES), index),
         "quantise_rows": (grad,),
         "quantise_packed": (packed,),
@@ -47,4 +48,7 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "linear_gradient": (grad_y, weight_out, values, fields),
         "recompute_gradient": (x, weight_in, grad_y, weight_out),
         "pack_weight": (hidden, transposable_mask(hidden)),
+        "pack_weight_rows": (hidden, top2_of_4(hidden)),
+        "pack_drawn": (grad, torch.tensor(3)),
+        "best_transposable_mask": (hidden,),
     }

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from act24.sparse24.pattern.mvue import _probabilities, mvue24, mvue_factor
+from act24.sparse24.pattern.mvue import _groups, mvue24, mvue_factor
 from act24.sparse24.pattern.random_bits import random_bits, random_permutation, random_uniform
 
 SEED = torch.tensor(20240401)
@@ -29,6 +29,13 @@ def draws(group: list[float], count: int = 200_000) -> torch.Tensor:
     return mvue24(torch.tensor(group, dtype=torch.float64).repeat(count), SEED).view(count, 4)
 
 
+def probabilities(a: torch.Tensor) -> torch.Tensor:
+    """π of what mvue24 does, `[4]`: of the interval of an entry its share of what contains the draws."""
+    groups = _groups(a)
+    shared = torch.where(a > 0, groups.magnitude / groups.kept, 0)
+    return torch.where(groups.certain, 1, shared)
+
+
 def variance(a: torch.Tensor, probability: torch.Tensor) -> float:
     """Σ a_i² (1/π_i - 1), the variance of keeping i with probability π_i."""
     kept = a > 0
@@ -39,7 +46,7 @@ def variance(a: torch.Tensor, probability: torch.Tensor) -> float:
 def test_mean_and_variance_are_those_of_theory(group: list[float]) -> None:
     x = torch.tensor(group, dtype=torch.float64)
     sample = draws(group)
-    expected_variance = variance(x.abs(), _probabilities(x.abs())[0])
+    expected_variance = variance(x.abs(), probabilities(x.abs()))
     standard_error = math.sqrt(expected_variance / len(sample))
     deviation = (sample.mean(0) - x).abs().max().item()
     assert deviation <= 5 * standard_error + 1e-9
@@ -54,14 +61,14 @@ def test_variances_derived_by_hand() -> None:
 
 def variance_of(group: list[float]) -> float:
     a = torch.tensor(group, dtype=torch.float64)
-    return variance(a, _probabilities(a)[0])
+    return variance(a, probabilities(a))
 
 
 @settings(max_examples=60)
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 100)), min_size=4, max_size=4))
 def test_no_other_probabilities_have_less_variance(group: list[float]) -> None:
     a = torch.tensor(group, dtype=torch.float64)
-    probability, _ = _probabilities(a)
+    probability = probabilities(a)
     assert float(probability.max()) <= 1
     assert float(probability.sum()) <= 2 + 1e-12
     assert bool(((probability > 0) == (a > 0)).all())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from act24.sparse24.pattern.selection import densest, top2_of_4
+from act24.sparse24.pattern.selection import are_densest, densest, top2_of_4
 
 # Few distinct values, so that most groups have ties; zeros of both signs are equal.
 FEW = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0])
@@ -100,6 +100,8 @@ def test_densest_features(counts: list[int], ratio: float) -> None:
     number = -int(-ratio * len(counts) // 1)  # the ceiling
     expected = sorted(range(len(counts)), key=lambda i: (-counts[i], i))[:number]
     assert sorted(torch.nonzero(mask).flatten().tolist()) == sorted(expected)
+    asked = torch.arange(0, len(counts), 3)
+    assert torch.equal(are_densest(torch.tensor(counts), asked, ratio), mask[asked])
 
 
 def test_mask_carries_no_gradient() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +17,8 @@ from act24.errors import Act24Error
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.sparse24.pattern.transposable import patterns, transposable_mask
-from act24.sparse24.weight.linear24 import flip_rate, linear24, masked_decay_, weight_mask, weight_scale
-from act24.sparse24.weight.module import SparseLinear24
+from act24.sparse24.weight.linear24 import flip_rate, linear24, masked_decay_
+from act24.sparse24.weight.methods import weight_mask, weight_scale
 from act24.sparse24.weight.semi_structured import prune24, to_semi_structured
 
 
@@ -126,6 +124,46 @@ def test_mvue_weight_gradient_is_unbiased() -> None:
     assert float(z.max()) < 5.5
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_second_derivative_is_refused(soft: bool) -> None:
+    """dX depends on W, and through W₂₄ is not what straight-through makes of it."""
+    x, weight, b = linear_tensors()
+    state = (None, torch.tensor(1.4)) if soft else (weight_mask(weight, "ste"), None)
+    y = linear24(x, weight, b, *state)
+    (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad_x.square().sum().backward()
+
+
+def test_a_single_token_is_a_row() -> None:
+    x, weight, b = linear_tensors()
+    mask, seed = weight_mask(weight, "ste"), torch.tensor(3)
+    one = x.detach()[0, 0].clone().requires_grad_()
+    row = one.detach()[None].clone().requires_grad_()
+    grad = torch.randn(12, dtype=torch.float64)
+    got = torch.autograd.grad(linear24(one, weight, b, mask, None, seed), [one, weight, b], grad)
+    want = torch.autograd.grad(linear24(row, weight, b, mask, None, seed), [row, weight, b], grad[None])
+    assert torch.equal(got[0], want[0][0])
+    assert all(torch.equal(p, q) for p, q in zip(got[1:], want[1:], strict=True))
+
+
+def test_decay_of_gradients_survives_bfloat16() -> None:
+    """As a part of the weight's step, -lr · λ · W, it is below half a unit in the last place, and nothing."""
+    weight = (0.02 * torch.randn(512, 512)).bfloat16()
+    mask, gradient = weight_mask(weight, "sr_ste"), (1e-5 * torch.randn(512, 512)).bfloat16()
+    decay = 2e-4
+    wanted = decay * weight.float()[~mask]
+
+    def effect(after: Tensor, before: Tensor) -> float:
+        moved = (after.float() - before.float())[~mask]
+        return float((moved * wanted).sum() / wanted.square().sum())
+
+    of_gradient = effect(masked_decay_(gradient.clone(), weight, mask, decay), gradient)
+    assert of_gradient == pytest.approx(1, abs=0.02)
+    lr = 1e-3
+    assert abs(effect(masked_decay_(weight.clone(), weight, mask, -lr * decay), weight) / lr) < 0.01
+
+
 def test_linear_says_what_it_lacks() -> None:
     x, weight, _ = linear_tensors()
     with pytest.raises(ValueError, match="mask, or a scale"):
@@ -187,77 +225,6 @@ def test_flip_rate_counts_changed_entries() -> None:
     after = torch.tensor([True, False, True, False])
     assert float(flip_rate(before, after)) == 0.5
     assert float(flip_rate(before, before)) == 0.0
-
-
-def train(layer: SparseLinear24, steps: int, decay: float = 0.0) -> list[float]:
-    """A regression on random data; the flip rates."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randn(layer.out_features, layer.in_features, generator=generator)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.02, weight_decay=0.0)
-    rates = []
-    for _ in range(steps):
-        for _ in range(2):  # accumulation
-            x = torch.randn(32, layer.in_features, generator=generator)
-            F.mse_loss(layer(x), x @ target.T).backward()
-        layer.decay_gradient_(decay)
-        optimizer.step()
-        optimizer.zero_grad()
-        rates.append(float(layer.update_()))
-    return rates
-
-
-@pytest.mark.parametrize("method", ["transposable", "soft_threshold", "ste", "sr_ste"])
-def test_sparse_linear_in_a_loop(method: Any) -> None:
-    layer = SparseLinear24(16, 8, method=method, mask_every=4, seed=5)
-    x = torch.randn(50, 16)
-    start = layer.mask.clone()
-    rates = train(layer, 12, decay=1e-3)
-    if method == "soft_threshold":
-        assert sum(rate > 0 for rate in rates) > 3
-        assert torch.allclose(layer(x), F.linear(x, layer.scale * soft_threshold24(layer.weight), layer.bias))
-    else:
-        assert [i for i, rate in enumerate(rates) if rate > 0] in ([3, 7, 11], [3, 7], [3, 11], [7, 11], [3])
-        assert not torch.equal(layer.mask, start)
-        assert torch.allclose(layer(x), F.linear(x, layer.weight * layer.mask, layer.bias))
-    assert torch.equal(layer.mask, weight_mask(layer.weight, method))
-    layer.sparse = False
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    assert float(layer.update_()) == 0.0
-
-
-def test_sparse_linear_resumes_exactly() -> None:
-    straight = SparseLinear24(16, 8, mask_every=3, seed=1)
-    with torch.no_grad():
-        twin = SparseLinear24(16, 8, mask_every=3)
-        twin.load_state_dict(straight.state_dict())
-    train(straight, 5)
-    train(twin, 5)
-    fresh = SparseLinear24(16, 8, mask_every=3)
-    fresh.load_state_dict(twin.state_dict())
-    assert train(fresh, 4) == train(straight, 4)
-    assert torch.equal(fresh.weight, straight.weight)
-
-
-def test_sparse_linear_takes_over_a_linear() -> None:
-    linear = nn.Linear(8, 12)
-    layer = SparseLinear24.from_linear(linear, method="ste", weight_gradient="dense")
-    assert layer.weight is linear.weight
-    assert torch.equal(layer.mask, weight_mask(linear.weight, "ste"))
-    with pytest.raises(ValueError, match="multiple"):
-        SparseLinear24(6, 8)
-
-
-def test_the_documented_loops_run() -> None:
-    text = (Path(__file__).parents[4] / "docs" / "own-training-loop.md").read_text(encoding="utf-8")
-    weights, passes = re.findall(r"```python\n(.*?)```", text, re.S)
-    names: dict[str, Any] = {}
-    exec(weights, names)
-    assert not any(layer.sparse for layer in names["sparse_layers"])
-    names = {}
-    exec(passes, names)
-    scales = [b for n, b in names["model"].named_buffers() if n.endswith("activation24_scale")]
-    assert all(1 < float(scale) < 2 for scale in scales)
-    assert len(scales) == 4
 
 
 def test_pruning_by_magnitude_by_mask_and_by_draw() -> None:

@@ -93,6 +93,8 @@ def test_what_is_not_finite_stays_as_in_the_reference() -> None:
 def test_gather_features_equals_the_reference(number: int) -> None:
     value, _ = saved(192, 128, "relu2", "naive")
     index, real = torch.randperm(128)[:number], torch.rand(192) < 0.8
-    for arguments in ((index, None), (index, real)):
-        expected = OPERATORS["gather_features"].reference(value, *arguments)
-        assert torch.equal(OPERATORS["gather_features"].launch(value, *arguments), expected)
+    for arguments, tokens in (((index, None), 192), ((index, real), 192), ((index, real), 100)):
+        of = OPERATORS["gather_features"]
+        expected = of.reference(value, *arguments, tokens)
+        assert torch.equal(expected, of.reference(value, *arguments, 192)[:, :tokens])
+        assert torch.equal(of.launch(value, *arguments, tokens), expected)

@@ -8,6 +8,7 @@ import torch
 import act24.sparse24.kernels.pack_weight  # noqa: F401  (fills OPERATORS)
 from act24.sparse24.format.packed import Packed24, pack, unpack
 from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.pattern.selection import top2_of_4
 
 #: 4×4 patterns that are 2:4 along either side; the last has an empty row and a group with one entry.
 PATTERNS = torch.tensor(
@@ -31,3 +32,12 @@ def test_both_ways(shape: tuple[int, int]) -> None:
     assert torch.equal(unpack(packed), expected)
     assert torch.equal(unpack(transposed), expected.T)
     assert torch.equal(packed.buffer, pack(weight, mask).buffer)  # which dummies fill up is the same too
+
+
+def test_rows_alone() -> None:
+    weight = torch.randn(128, 192).bfloat16()
+    mask = top2_of_4(weight.abs())
+    mask[0] = False
+    buffer = OPERATORS["pack_weight_rows"].launch(weight, mask)
+    assert torch.equal(unpack(Packed24(buffer)), torch.where(mask, weight, 0))
+    assert torch.equal(buffer, pack(weight, mask).buffer)

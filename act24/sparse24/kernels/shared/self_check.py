@@ -1,4 +1,4 @@
-"""Whether the kernels of a form are right on a device: looked at on first use, against the references.
+"""Whether kernels are right on a device: looked at on first use, against the references.
 
 A kernel that was written and measured on one GPU may be refused by the compiler of another, or be wrong there
 without an error. So each operator runs once on a small input, and its result is held against its
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from act24.compiler import triton
 from act24.errors import Act24Error
+from act24.operation import constant_when_compiled
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.token_wise import SPARSIFIERS
+from act24.sparse24.pattern.transposable import transposable_mask
 
 #: Share of the entries in which a kernel may differ: the draw of mvue rounds as the reference does but for
 #: the order of a sum.
@@ -63,6 +66,12 @@ def kernel_obstacle(device: torch.device, operators: tuple[str, ...]) -> str:
         if reason := check_operator(name, device):
             return reason
     return ""
+
+
+@constant_when_compiled
+def kernel_obstacle_on(device: torch.device, operators: tuple[str, ...]) -> str:
+    """`kernel_obstacle`, as a constant of a compiled graph."""
+    return kernel_obstacle(device, operators)
 
 
 @torch.no_grad()
@@ -195,7 +204,27 @@ def _recompute_gradient(device: torch.device) -> Iterator[_Case]:
     yield _Case((_draw(device, tokens, 64), weight_in, _draw(device, tokens, 64).flip(0), weight_out))
 
 
-#: A small call, or several, of every operator that a form launches.
+def _pack_weight(device: torch.device) -> Iterator[_Case]:
+    weight = _draw(device, *_SHAPE)
+    yield _Case((weight, transposable_mask(weight)), 2)
+
+
+def _pack_weight_rows(device: torch.device) -> Iterator[_Case]:
+    weight = _draw(device, *_SHAPE)
+    yield _Case((weight, top2_of_4(weight.abs())), 1)
+
+
+def _pack_drawn(device: torch.device) -> Iterator[_Case]:
+    yield _Case((_draw(device, *_SHAPE), torch.tensor(2**40 + 17, device=device)), 1)
+
+
+def _best_transposable_mask(device: torch.device) -> Iterator[_Case]:
+    # Without ties: on a GPU the reference takes any of equally good patterns.
+    weight = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0))
+    yield _Case((weight.to(device),))
+
+
+#: A small call, or several, of every operator that is looked at.
 _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "pack_activation": _pack_activation,
     "pack_gradient": _pack_gradient,
@@ -208,4 +237,8 @@ _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "linear_pack": _linear_pack,
     "linear_gradient": _linear_gradient,
     "recompute_gradient": _recompute_gradient,
+    "pack_weight": _pack_weight,
+    "pack_weight_rows": _pack_weight_rows,
+    "pack_drawn": _pack_drawn,
+    "best_transposable_mask": _best_transposable_mask,
 }

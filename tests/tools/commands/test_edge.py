@@ -1,0 +1,154 @@
+"""Neighbours of the errors that somebody expected, each once a traceback, and where a command ends."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from act24.errors import Act24Error
+from act24.recipes.load import RecipeError, load_recipe, parse_recipe
+from act24.recipes.schema import Data, Tokenizer
+from act24.tools.commands.edge import ends_in_one_line
+from act24.tools.data import open_tokenizer
+from act24.tools.data.files import Reading, read_documents
+from act24.tools.run.evaluate import check_overrides
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"train.steps={DEEP}", "tables are too deep"),
+        (f"train.steps={'1' * 5000}", "a number has too many digits"),
+        (f"train.steps={'0x' + 'f' * 5000}", "an integer of more than 30 digits"),
+        ("passes=[1, 2]", "passes.0: expected a table"),
+        ("passes.0=1", "name a key of the pass"),
+        ("optimizer.lr=1\nlog.every = 3", r"optimizer.lr: .*, got '1\\nlog.every = 3'"),
+        (
+            'data={source="builtin", rows="padded", max_length=1}',
+            'rows = "padded" needs max_length of 2 or more',
+        ),
+    ],
+)
+def test_hostile_overrides(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("demo", [override])
+
+
+def test_hostile_recipes(tmp_path):
+    with pytest.raises(RecipeError, match="x: not valid TOML: tables are too deep"):
+        parse_recipe(f"a = {DEEP}", "x")
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(RecipeError, match=r"folder\.toml' cannot be read: Is a directory"):
+        load_recipe(str(tmp_path / "folder.toml"))
+    (tmp_path / "latin.toml").write_bytes(b'description = "\xe9"')
+    with pytest.raises(RecipeError, match=r"latin\.toml' cannot be read: 'utf-8' codec"):
+        load_recipe(str(tmp_path / "latin.toml"))
+    with pytest.raises(RecipeError, match="cannot be read: File name too long"):
+        load_recipe("x" * 5000 + ".toml")
+    with pytest.raises(RecipeError, match="cannot be read: embedded null byte"):
+        load_recipe("\0.toml")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/t.json", "~nobody-of-this-name"])
+def test_a_home_of_nobody(name):
+    with pytest.raises(Act24Error, match=r"cannot look for tokenizer .*home directory"):
+        open_tokenizer(Data(source="builtin"), Tokenizer(name=name))
+
+
+def test_a_vocabulary_beyond_memory(tmp_path, act24):
+    command = ("data", "prepare", "builtin", tmp_path / "out", "--vocab-size", "99999999999999")
+    status, _, errors = act24(*command)
+    assert status == 2
+    assert "--vocab-size" in " ".join(errors)
+    (tmp_path / "a.txt").write_text("text " * 100)
+    data = Data(source="files", train_files=(str(tmp_path / "a.txt"),))
+    with pytest.raises(Act24Error, match=r"tokenizer\.vocab_size = 1048577: at most 1048576"):
+        open_tokenizer(data, Tokenizer(vocab_size=2**20 + 1))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_a_parquet_page_with_a_flipped_byte(tmp_path, compression):
+    path = tmp_path / "a.parquet"
+    texts = [f"low rank {i}" for i in range(200)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression=compression)
+    whole, refused = path.read_bytes(), 0
+    for at in range(4, 400):
+        content = bytearray(whole)
+        content[at] ^= 0xFF
+        path.write_bytes(content)
+        try:
+            read = list(read_documents(path, Reading(), lambda index: True))
+        except Act24Error as error:
+            refused += str(path) in str(error)
+        else:
+            assert len(read) == 200, "what it cannot notice is text, and as much of it"
+    assert refused > 100
+
+
+def test_eval_refuses_overrides_that_it_would_ignore():
+    check_overrides(["eval.tokens=3", "data.heldout_files=[]", "train.batch_size=2", "train.dtype=float32"])
+    with pytest.raises(Act24Error, match=r"eval ignores model\.vocab_size, optimizer\.lr: the check"):
+        check_overrides(["model.vocab_size=3", "eval.tokens=3", "optimizer.lr=1"])
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's is called."""
+
+
+DENIED = PermissionError(13, "Permission denied", "/x/y")
+NO_ASCII = UnicodeEncodeError("ascii", "ä", 0, 1, "not in range")
+HINT = r" \(ACT24_TRACEBACK=1 shows where\)"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (Act24Error("one\ntwo"), "act24: one\nact24: two\n"),
+        (DENIED, rf"act24: failed: Permission denied: /x/y{HINT}\n"),
+        (MemoryError(), rf"act24: out of memory: out of memory{HINT}\n"),
+        (OutOfMemoryError("3 GiB"), rf"act24: out of memory: 3 GiB{HINT}; a smaller train\.batch_size .*\n"),
+        (NO_ASCII, r"act24: failed: 'ascii' codec can't encode .*\n"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(capsys, error, line):
+    with pytest.raises(SystemExit) as exit, ends_in_one_line():
+        raise error
+    assert exit.value.code == 2
+    assert re.fullmatch(line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("bug"), RecursionError(), OverflowError()])
+def test_a_bug_is_a_traceback(error):
+    with pytest.raises(type(error)), ends_in_one_line():
+        raise error
+
+
+def test_the_traceback_is_there_for_who_asks(capsys, monkeypatch):
+    monkeypatch.setenv("ACT24_TRACEBACK", "1")
+    with pytest.raises(SystemExit), ends_in_one_line():
+        raise PermissionError(13, "Permission denied", "/x/y")
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_terminal_that_cannot_print_a_character():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "act24", "recipe", "show", "demo", "-s", "description=relu² → 2:4"]
+    run = subprocess.run(command, env=environment, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert b'description = "relu? ? 2:4"' in run.stdout
+
+
+def test_a_reader_that_went_away():
+    command = [sys.executable, "-m", "act24", "recipe", "show", "demo"]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as stdout:
+        run = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE)
+    assert run.returncode == 1
+    assert run.stderr == b""

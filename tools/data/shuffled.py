@@ -1,0 +1,76 @@
+"""Documents in another order than that of their files, within a buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from act24.tools.data.documents import Documents
+from act24.tools.data.permutation import permuted
+from act24.tools.data.tally import Tally
+
+
+class ShuffledDocuments(Iterator[str]):
+    """`documents`, `size` of them at a time in an order drawn from the seed.
+
+    A buffer is read, handed out, and the next is read. That mixes less than one that is refilled document by
+    document, and costs as much memory; but its state is the position before the buffer and how many are
+    handed out, so that a run goes on exactly, for reading at most `size` documents again.
+    """
+
+    def __init__(self, documents: Documents, size: int, seed: int) -> None:
+        self._documents, self._size, self._seed = documents, size, seed
+        self._begin(documents.state_dict(), 0)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the documents, and the size: another one is another order."""
+        return {**self._documents.fingerprint, "shuffle_buffer": self._size}
+
+    @property
+    def shards(self) -> int:
+        return self._documents.shards
+
+    @property
+    def tally(self) -> Tally:
+        return self._documents.tally
+
+    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
+        """See `Documents.adopt`."""
+        return self._documents.adopt(fingerprint, epoch, grow)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position before the buffer at hand, and how many of it are handed out."""
+        return {**self._before, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._documents.load_state_dict(state)
+        self._begin(state, state["taken"])
+
+    def __next__(self) -> str:
+        buffer = self._filled()
+        while self._taken == len(buffer):
+            if not buffer:
+                raise StopIteration
+            self._begin(self._documents.state_dict(), 0)
+            buffer = self._filled()
+        self._taken += 1
+        return buffer[self._taken - 1]
+
+    def _filled(self) -> list[str]:
+        """The buffer at hand, in its order; empty after the last document."""
+        if self._buffer is None:
+            texts = [text for _, text in zip(range(self._size), self._documents, strict=False)]
+            # Drawn by the place of the buffer, so that it does not matter who reads it, and when.
+            place = (self._before[key] for key in ("epoch", "shard", "record", "passed"))
+            drawn = np.random.SeedSequence([self._seed, *place]).generate_state(1)[0]
+            order = permuted(np.arange(len(texts)), len(texts), int(drawn), 0) if texts else []
+            self._buffer = [texts[index] for index in order]
+        return self._buffer
+
+    def _begin(self, before: dict[str, Any], taken: int) -> None:
+        self._before = {key: value for key, value in before.items() if key != "taken"}
+        self._taken = taken
+        self._buffer: list[str] | None = None
