@@ -62,7 +62,7 @@ def kill_before(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("name", ["open_tokenizer", "heldout_rows", "open_rows", "build", "tune_"])
+@pytest.mark.parametrize("name", ["open_tokenizer", "heldout_rows", "open_rows", "tune_", "build_optimizer"])
 def test_a_signal_while_a_run_is_prepared_ends_it_at_once(tiny, tmp_path, monkeypatch, name, number):
     """It used to be heeded after the first step, by when a batch system has killed the process."""
     kill_before(monkeypatch, train_module, name, 1, number)
@@ -198,7 +198,7 @@ def test_nohup_is_heeded(tiny_file, tmp_path):
 
 
 def test_a_stop_before_the_first_step_has_the_status_of_a_stop(tiny, monkeypatch, act24, tiny_file, tmp_path):
-    kill_before(monkeypatch, train_module, "build", 1)
+    kill_before(monkeypatch, train_module, "tune_", 1)
     status, _, error = act24("train", tiny_file, "--run-dir", tmp_path / "run")
     assert (status, error) == (75, ["act24: SIGTERM: stopped before the first step, nothing to save"])
 
