@@ -97,11 +97,11 @@ def evaluate(
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
-        stop: looked at before each batch, by all processes together.
         pipeline: what rewrote the model, lowered for the step of the weights.
         without: names of passes to leave out.
         batches: at most so many; None: all, or what `eval.max_seconds` leaves time for.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
+        stop: looked at before each batch, by all processes together.
 
     Raises:
         EvaluationStopped: by `stop`, on all processes.

@@ -244,7 +244,9 @@ class TrainingRun:
                 self.advance()
                 failure = self._failure(progress) if self._step < last else None
                 stopped = self._processes.any(bool(stop) or failure is not None)
-                evaluation, stopped = self.after_step(progress, stop, stopped, ends=self._step == last)
+                evaluation, stopped = self.after_step(
+                    progress, ends=self._step == last, stop=stop, stopped=stopped
+                )
         signal = self._report_end(progress, stop, failure) if stopped else None
         return Outcome(
             step=self._step,
@@ -348,7 +350,7 @@ class TrainingRun:
         for alarm in window.alarms:
             progress.say(f"step {self._step}: {alarm}")
 
-    def _evaluate(self, progress: RunProgress, stop: StopRequest) -> Evaluation | None:
+    def _evaluate(self, progress: RunProgress, stop: StopRequest | None) -> Evaluation | None:
         """The held-out measure of the weights at hand; None if a stop came in between."""
         assert self._heldout is not None
         try:
