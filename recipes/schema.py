@@ -54,8 +54,11 @@ class Model(Section):
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     rope_theta: float | None = None
+    rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None
     initializer_range: float | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
 
     @model_validator(mode="after")
     def _values_are_those_of_a_llama(self) -> Model:
@@ -123,6 +126,9 @@ class Train(Section):
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU, where a micro-batch can be captured
     parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
     activation_checkpointing: bool = False
+    # Of a loss or gradient: end the run, or leave the batch out. To skip, the host waits for each step.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skips: Size = 10  # batches left out in a row, after which the run ends all the same
 
 
 class Evaluation(Section):
@@ -133,6 +139,7 @@ class Evaluation(Section):
         10_000_000  # predicted tokens, as a target: whole rows until it is reached
     )
     batch_size: Size | None = None  # rows; None: train.batch_size
+    max_seconds: Annotated[float, Field(gt=0)] | None = None  # then it ends early, and says so; None: never
 
 
 class Checkpoint(Section):
@@ -140,6 +147,8 @@ class Checkpoint(Section):
 
     every: Steps = 1000  # optimizer steps; 0: only at the end
     keep: Size = 2  # the newest that stay
+    keep_every: Steps = 0  # those after every so many optimizer steps stay too; 0: none
+    keep_best: Steps = 0  # so many of least held-out loss stay too, of those evaluated at their step
 
 
 class Log(Section):
@@ -176,6 +185,14 @@ class Recipe(Section):
             )
         return self
 
-    def lr_multiplier(self, step: int) -> float:
-        """The factor on `optimizer.lr` at update `step`, counted from 0."""
-        return self.schedule.multiplier(step, self.train.steps) * self.optimizer.softened(step)
+    def lr_multiplier(self, step: int, total_steps: int | None = None) -> float:
+        """The factor on `optimizer.lr` at update `step`, counted from 0.
+
+        Args:
+            total_steps: what the schedule is computed for, default `train.steps`. Behind them its last value
+                stays.
+        """
+        total_steps = total_steps or self.train.steps
+        return self.schedule.multiplier(min(step, total_steps - 1), total_steps) * self.optimizer.softened(
+            step
+        )

@@ -178,7 +178,7 @@ def without_start(recipe: Recipe, device: torch.device, step: int = 0, measure: 
         for parameter in model.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
     pipeline.reset_buffers_()
-    return Built(recipe, model, pipeline, step)
+    return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 
 def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:

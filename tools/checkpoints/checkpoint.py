@@ -13,8 +13,8 @@
 
 The weights are stored once, as safetensors, so that any program can open them and that evaluating a
 checkpoint reads no pickle. The price: under FSDP2 the first process gathers them, which takes their size in
-host memory. Only `optimizer/` contains a pickle (torch.distributed.checkpoint's `.metadata`): resume from
-checkpoints you trust.
+host memory. Only `optimizer/` contains a pickle (torch.distributed.checkpoint's `.metadata`), which is read
+as records and never runs code (`reading.py`).
 
 Under several processes all call these functions together, on one file system, and an error on one is raised
 on all.
@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -36,27 +36,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from act24.optim.adamw import local
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints import optimizer_state
 from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.checkpoints.random_states import random_states, set_random_states_
+from act24.tools.checkpoints.reading import TensorReader, contents_of, read_json, read_text, read_weights
+from act24.tools.checkpoints.together import on_every_rank, on_the_first, rank, reason, world_size
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+#: What a checkpoint needs to be opened, as opposed to going on from.
+MODEL_FILES = (WEIGHTS, TOKENIZER, "recipe.toml", "plan.json", "state.json")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every byte has been verified; nothing of it is in a model yet."""
+    """A checkpoint whose every byte has been verified; nothing of it is in a model yet.
+
+    Evaluating and sampling need no more of its folder: `weights` are mapped, and stay although a run that
+    goes on deletes the file (on a network disk for as long as its server allows).
+    """
 
     folder: Path
     step: int
@@ -64,6 +72,8 @@ class Checkpoint:
     plan: dict[str, Any]
     state: dict[str, Any]
     manifest: dict[str, Any]
+    tokenizer_json: str
+    weights: dict[str, Tensor] = field(repr=False)
 
 
 def save(
@@ -78,66 +88,72 @@ def save(
     plan: dict[str, Any],
     tokenizer_json: str,
     keep: int,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    heldout: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes the checkpoint after `step` optimizer steps, then deletes all but the `keep` written last.
+    """Writes the checkpoint after `step` optimizer steps, then deletes older ones (`folder.prune`).
 
     `model` is the bare module (under DistributedDataParallel its `.module`) and may be sharded by FSDP2; its
     buffers are taken to be equal on all ranks. `state`, `plan` and each process's own `rank_state` are JSON
-    values. The process's random states are added. Returns the folder.
+    values. The process's random states are added. `heldout` is the loss of these weights, `{"loss": …,
+    "data": …}`, where it was measured. Returns the folder.
 
     Raises CheckpointError if it could not be written (disk full, no permission): the unfinished folder is
-    gone and the older checkpoints are as they were.
+    gone and the older checkpoints are as they were. The same where a weight or a moment is not finite,
+    because nothing could go on from there; that is found on the device, in one pass over both.
     """
     tensors, table = optimizer_state.capture(_tensors(model), optimizer)
     documents = {  # made before anything is written: what does not fit into JSON is the caller's bug
-        f"rank-{_rank():05d}.json": json.dumps({"random": random_states(), "state": rank_state})
+        _rank_file(rank()): json.dumps({"random": random_states(), "state": rank_state})
     }
-    if _rank() == 0:
+    if rank() == 0:
         documents["state.json"] = json.dumps(state, indent=1)
         documents["plan.json"] = json.dumps(plan, indent=1)
         documents["optimizer.json"] = json.dumps(table)
         documents["recipe.toml"] = recipe_text
         documents[TOKENIZER] = tokenizer_json
-    weights = _gather(model)
-
     folder = checkpoint_folder.folder_of(run_dir, step)
-    written = _on_every_rank(lambda: checkpoint_folder.temporary(folder))[0]
+    written = on_every_rank(lambda: checkpoint_folder.temporary(folder))[0]
 
     def write() -> None:
         written.mkdir(parents=True, exist_ok=True)
         for name, text in documents.items():
             (written / name).write_text(text, encoding="utf-8")
-        if _rank() == 0:
+        if rank() == 0:
             save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
 
     def fingerprint() -> dict[str, Any]:
-        names = checkpoint_folder.contents(written)[_rank() :: _world_size()]
+        names = checkpoint_folder.contents(written)[rank() :: world_size()]
         for name in names:
             checkpoint_folder.sync(written / name)
         return checkpoint_folder.fingerprints(written, names)
 
     def publish() -> None:
-        if _rank() == 0:
-            manifest = {**_origin(), "step": step, "files": files}
+        if rank() == 0:
+            sequence = checkpoint_folder.next_sequence(run_dir)
+            manifest = {**_origin(), "step": step, "sequence": sequence, "heldout": heldout, "files": files}
             checkpoint_folder.publish(written, folder, manifest)
 
     try:
-        _on_every_rank(write)
-        _on_every_rank(lambda: _dcp(state_dict_saver.save, tensors, written / "optimizer"))
-        files = {name: file for part in _on_every_rank(fingerprint) for name, file in part.items()}
-        _on_every_rank(publish)
+        on_every_rank(lambda: _check_finite({**_tensors(model), **tensors}))
+        weights = _gather(model)
+        on_every_rank(write)
+        on_every_rank(lambda: _dcp(state_dict_saver.save, tensors, written / "optimizer"))
+        files = {name: file for part in on_every_rank(fingerprint) for name, file in part.items()}
+        on_every_rank(publish)
     except BaseException as error:
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(written, ignore_errors=True)
         if not isinstance(error, CheckpointError):
             raise
-        last = checkpoint_folder.latest(run_dir)
+        last = _last_good(run_dir)
         raise CheckpointError(
             f"step {step} could not be saved in {folder.parent}: {error}; "
             + (f"the last good checkpoint is {last}" if last else "there is no older checkpoint")
         ) from error
-    if _rank() == 0:
-        checkpoint_folder.prune(run_dir, keep)
+    if rank() == 0:
+        checkpoint_folder.prune(run_dir, keep, written=folder, keep_every=keep_every, keep_best=keep_best)
     return folder
 
 
@@ -147,20 +163,24 @@ def load(folder: Path) -> Checkpoint:
     Raises CheckpointError naming the file that is damaged, missing or not of the checkpoint.
     """
 
-    def verify() -> dict[str, Any]:
+    def verify() -> Checkpoint:
         manifest = checkpoint_folder.read_manifest(folder)
-        checkpoint_folder.verify_files(folder, manifest, sorted(manifest["files"])[_rank() :: _world_size()])
-        return manifest
+        missing = [name for name in MODEL_FILES if name not in manifest["files"]]
+        if missing:
+            raise CheckpointError(f"{folder} is no checkpoint of a run: it has no {missing[0]}")
+        checkpoint_folder.verify_files(folder, manifest, sorted(manifest["files"])[rank() :: world_size()])
+        return Checkpoint(
+            folder=folder,
+            step=manifest["step"],
+            recipe_text=read_text(folder / "recipe.toml"),
+            plan=read_json(folder / "plan.json"),
+            state=read_json(folder / "state.json"),
+            manifest=manifest,
+            tokenizer_json=read_text(folder / TOKENIZER),
+            weights=read_weights(folder / WEIGHTS),
+        )
 
-    manifest = _on_every_rank(verify)[0]
-    return Checkpoint(
-        folder=folder,
-        step=manifest["step"],
-        recipe_text=(folder / "recipe.toml").read_text(encoding="utf-8"),
-        plan=_read_json(folder / "plan.json"),
-        state=_read_json(folder / "state.json"),
-        manifest=manifest,
-    )
+    return _mine(verify)
 
 
 def load_weights_(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -169,33 +189,62 @@ def load_weights_(checkpoint: Checkpoint, model: nn.Module) -> None:
     Raises CheckpointError, having changed nothing, unless names, shapes and dtypes are exactly the same.
     """
     targets = _tensors(model)
-    _copy_(targets, _saved_weights(checkpoint.folder, targets))
+    _check_kinds(checkpoint, targets)
+    _copy_(targets, checkpoint.weights)
 
 
 def restore_(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Puts weights, optimizer state and this process's random states back; returns its `rank_state`.
 
-    Afterwards training goes on bit for bit, provided that nothing draws random numbers in between.
-    Raises CheckpointError, having changed nothing, if model, optimizer or number of processes are others.
+    Afterwards training goes on bit for bit, provided that nothing draws random numbers in between and there
+    are as many processes as there were. Where there are others, process r takes what process r modulo their
+    number had. Raises CheckpointError, having changed nothing, if model or optimizer are others.
     """
-    before, now = checkpoint.manifest["world_size"], _world_size()
-    if before != now:
-        raise CheckpointError(
-            f"{checkpoint.folder} is of a run with world size {before} and this one has {now}; "
-            "data position and random states are kept by process, so start as many"
-        )
     targets = _tensors(model)
-    weights = _saved_weights(checkpoint.folder, targets)
-    table = _read_json(checkpoint.folder / "optimizer.json")
-    optimizer_state.check(targets, optimizer, table)
-    tensors = optimizer_state.allocate(targets, table)
-    _dcp(state_dict_loader.load, tensors, checkpoint.folder / "optimizer")
+    _check_kinds(checkpoint, targets)
+    table_file = checkpoint.folder / "optimizer.json"
+    table = read_json(table_file)
+    with contents_of(table_file):
+        optimizer_state.check(targets, optimizer, table)
+        tensors = optimizer_state.allocate(targets, table)
+    rank_file = checkpoint.folder / _rank_file(rank() % _writers(checkpoint))
+    of_rank = read_json(rank_file)
+    folder = checkpoint.folder / "optimizer"
+    _dcp(state_dict_loader.load, tensors, folder, storage_reader=TensorReader(folder))
 
-    _copy_(targets, weights)
-    optimizer_state.assign_(targets, optimizer, tensors, table)
-    of_rank = _read_json(checkpoint.folder / f"rank-{_rank():05d}.json")
-    set_random_states_(of_rank["random"])
-    return of_rank["state"]
+    _copy_(targets, checkpoint.weights)
+    with contents_of(table_file):
+        optimizer_state.assign_(targets, optimizer, tensors, table)
+    with contents_of(rank_file):
+        set_random_states_(of_rank["random"])
+        return of_rank["state"]
+
+
+def rank_states(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The `rank_state` of every process that wrote the checkpoint, by rank, on every process of this run.
+
+    Raises CheckpointError if they cannot be read.
+    """
+
+    def read() -> list[dict[str, Any]]:
+        states = []
+        for writer in range(_writers(checkpoint)):
+            path = checkpoint.folder / _rank_file(writer)
+            of_rank = read_json(path)
+            with contents_of(path):
+                states.append(of_rank["state"])
+        return states
+
+    return on_the_first(read)
+
+
+def _writers(checkpoint: Checkpoint) -> int:
+    """How many processes wrote it; at least one, or the first file is named as missing."""
+    return max(checkpoint.manifest["world_size"], 1)
+
+
+def _rank_file(writer: int) -> str:
+    return f"rank-{writer:05d}.json"
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -212,17 +261,15 @@ def _gather(model: nn.Module) -> dict[str, Tensor]:
     gathered = {}
     for name, tensor in _tensors(model).items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if _rank() == 0:
+        if rank() == 0:
             gathered[name] = whole.detach().cpu().contiguous()
     return gathered
 
 
-def _saved_weights(folder: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's weights, mapped rather than read: pages come in when they are copied.
-
-    Raises CheckpointError, listing the first differences, unless names, shapes and dtypes are the targets'.
-    """
-    saved = load_file(folder / WEIGHTS)
+def _check_kinds(checkpoint: Checkpoint, targets: dict[str, Tensor]) -> None:
+    """Raises CheckpointError, listing the first differences, unless names, shapes and dtypes are the
+    targets'."""
+    saved = checkpoint.weights
 
     def kind(tensors: dict[str, Tensor], name: str) -> str:
         if name not in tensors:
@@ -237,9 +284,39 @@ def _saved_weights(folder: Path, targets: dict[str, Tensor]) -> dict[str, Tensor
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(
-            f"{folder} is a checkpoint of another recipe: {'; '.join(differences[:3])}{more}"
+            f"{checkpoint.folder} is a checkpoint of another recipe: {'; '.join(differences[:3])}{more}"
         )
-    return saved
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    """Raises CheckpointError naming the first tensor that holds an infinity or a NaN; one transfer."""
+    mine = {name: local(tensor.detach()) for name, tensor in tensors.items()}
+    checked = [name for name, tensor in mine.items() if tensor.is_floating_point() and tensor.numel()]
+    if not checked:
+        return
+    # Both ends take in a NaN, and so does their sum; of the device it is one read of everything.
+    ends = [torch.aminmax(mine[name]) for name in checked]
+    device = torch.device("cuda") if any(mine[name].is_cuda for name in checked) else torch.device("cpu")
+    table = torch.stack([torch.stack((low, high)).double().to(device) for low, high in ends])
+    bad = [name for name, finite in zip(checked, table.isfinite().all(1).tolist(), strict=True) if not finite]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise CheckpointError(f"{bad[0]}{more} is not finite")
+
+
+def _mine(work: Callable[[], T]) -> T:
+    """The result of this process, after all have one: tensors and texts need not travel."""
+    results: list[T] = []
+    on_every_rank(lambda: results.append(work()))
+    return results[0]
+
+
+def _last_good(run_dir: Path) -> Path | None:
+    """For a message: what cannot be used is none."""
+    try:
+        return checkpoint_folder.latest(run_dir)
+    except CheckpointError:
+        return None
 
 
 def _copy_(targets: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -256,9 +333,9 @@ def _origin() -> dict[str, Any]:
     return {
         "format": checkpoint_folder.FORMAT,
         "written": datetime.now(UTC).isoformat(),
-        "world_size": _world_size(),
+        "world_size": world_size(),
         "versions": {
-            "act24": _act24_version(),
+            "act24": version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
@@ -266,7 +343,8 @@ def _origin() -> dict[str, Any]:
     }
 
 
-def _act24_version() -> str:
+def version() -> str:
+    """Of act24."""
     try:
         return metadata.version("act24")
     except metadata.PackageNotFoundError:
@@ -285,56 +363,12 @@ def _commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def _on_every_rank(work: Callable[[], T]) -> list[T]:
-    """Does `work` on every process and returns the results of all, by rank.
-
-    Also where all meet: an error on one becomes a CheckpointError on all, so that none waits in vain.
-    """
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
-    reports: list[Any] = [(result, error and _reason(error))]
-    if dist.is_initialized():
-        mine, reports = reports[0], [None] * _world_size()
-        dist.all_gather_object(reports, mine)
-    reasons = [reason for _, reason in reports if reason]
-    if reasons:
-        raise CheckpointError("; ".join(dict.fromkeys(reasons))) from error
-    return [result for result, _ in reports]
-
-
-def _dcp(action: Callable[..., Any], tensors: dict[str, Tensor], folder: Path) -> None:
+def _dcp(action: Callable[..., Any], tensors: dict[str, Tensor], folder: Path, **options: Any) -> None:
     """Saves or loads by torch.distributed.checkpoint; its error, no Exception, becomes a CheckpointError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            action(tensors, checkpoint_id=folder)
+            action(tensors, checkpoint_id=folder, **options)
         except CheckpointException as error:
-            failures = [_reason(failure) for failure, _ in error.failures.values()]
+            failures = [reason(failure) for failure, _ in error.failures.values()]
             raise CheckpointError("; ".join(dict.fromkeys(failures))) from error
-
-
-def _reason(error: BaseException) -> str:
-    """One line: of a chain the OSError in it, which PyTorch's writer buries under `unexpected pos 704`."""
-    if isinstance(error, CheckpointError):
-        return str(error)
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError):
-            return str(link)
-        link = link.__cause__ or link.__context__
-    return f"{type(error).__name__}: {error}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -33,6 +33,7 @@ SetOption = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
 ]
 DataOnResume = Literal["same", "grow"]
+ScheduleOnResume = Literal["hold", "stretch"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What `probe-decay` tries: λ of the scripts of arXiv 2404.01847, 6e-5 and 2e-4, and one on each side.
@@ -60,7 +61,8 @@ def train(
     # Not --run: torchrun, which reads all options first, takes that for one of its own.
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<recipe>.")] = None,
     resume: Annotated[
-        str, typer.Option(help="never, auto (the run's last checkpoint, if any), or a checkpoint's folder.")
+        str,
+        typer.Option(help="never, auto (the run's last checkpoint, if any), a checkpoint or a run."),
     ] = "never",
     data: Annotated[
         DataOnResume,
@@ -71,17 +73,33 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
     ] = False,
+    schedule: Annotated[
+        ScheduleOnResume,
+        typer.Option(
+            help="On --resume with other train.steps: hold the learning rate as it was, then at its last "
+            "value, or stretch it over the new steps."
+        ),
+    ] = "hold",
 ) -> None:
-    """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …"""
+    """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …
+
+    Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on.
+    """
     from act24.recipes.load import load_recipe
     from act24.tools.commands.show import show_outcome
     from act24.tools.run.folder import default_run_dir
+    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
     from act24.tools.run.train import train as run_training
 
     loaded = load_recipe(recipe, set_ or ())
     run_dir = run_dir or default_run_dir(recipe)
-    outcome = run_training(loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow")
-    show_outcome(loaded, outcome, None if dry_run else run_dir)
+    with stopped_status():
+        outcome = run_training(
+            loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow", schedule=schedule
+        )
+        show_outcome(loaded, outcome, None if dry_run else run_dir)
+        if outcome.stopped:
+            raise typer.Exit(STOPPED_STATUS)
 
 
 @app.command(name="eval")
@@ -194,8 +212,11 @@ def demo(
 ) -> None:
     """Train the demo recipe, evaluate it dense and 2:4, print a sample: about three minutes on two cores."""
     from act24.tools.commands.demo import run_demo
+    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
 
-    run_demo(run_dir)
+    with stopped_status():
+        if not run_demo(run_dir):
+            raise typer.Exit(STOPPED_STATUS)
 
 
 @app.command()

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
 from act24.tools.commands.sample import sample_text
 from act24.tools.commands.show import show_evaluations, show_outcome, show_sparsity
 from act24.tools.run.evaluate import evaluate_checkpoint
+from act24.tools.run.folder import clear_run
 from act24.tools.run.train import train
 from act24.tools.watch.tensorboard import open_hint
 
 
-def run_demo(run_dir: Path) -> None:
-    """Train the recipe `demo`, evaluate the weights dense and 2:4, print a sample and the sparsity."""
-    if run_dir.is_dir():
-        if any(run_dir.iterdir()) and not (run_dir / "recipe.toml").exists():
-            raise Act24Error(f"{run_dir} holds something else than a run; choose another with --run-dir")
-        shutil.rmtree(run_dir)
+def run_demo(run_dir: Path) -> bool:
+    """Train the recipe `demo`, evaluate the weights dense and 2:4, print a sample and the sparsity.
+
+    Returns False if a signal stopped it before its end.
+    """
+    clear_run(run_dir)
     recipe = load_recipe("demo")
     outcome = train(recipe, run_dir)
     print()
     show_outcome(recipe, outcome, None)
     if not outcome.finished:
-        return
+        return False
     print("\nThe same weights without and with 2:4 activations, on held-out text:")
     show_evaluations(evaluate_checkpoint(run_dir), legacy_average=False, as_json=False)
     print("\nA sample:")
@@ -33,3 +32,4 @@ def run_demo(run_dir: Path) -> None:
     print()
     show_sparsity(outcome)
     print(f"\nCurves, per-layer sparsity and the plan in TensorBoard:\n    {open_hint(run_dir)}")
+    return True

@@ -18,9 +18,9 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
         Act24Error: no checkpoint, or a prompt without a token.
     """
     built = load(path)
-    tokenizer = built.tokenizer
-    if tokenizer is None:
+    if built.tokenizer is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
+    tokenizer = built.open_tokenizer()
     with reading("the prompt is no UTF-8"):  # a byte that is none comes as half a surrogate pair
         prompt.encode()
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]

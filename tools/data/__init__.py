@@ -9,6 +9,7 @@ which token comes next; it never holds text or tokens, and it never counts what 
 """
 
 from act24.tools.data.batches import Batch, HeldoutRows, TokenRows, heldout_rows, open_rows
+from act24.tools.data.dealt import merged_state
 from act24.tools.data.documents import Documents, open_documents
 from act24.tools.data.hub import pinned
 from act24.tools.data.prepare import data_from_argument, pinned_for, prepare_shards
@@ -23,6 +24,7 @@ __all__ = [
     "check_vocabulary",
     "data_from_argument",
     "heldout_rows",
+    "merged_state",
     "open_documents",
     "open_rows",
     "open_tokenizer",

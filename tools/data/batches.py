@@ -16,8 +16,9 @@ import torch
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
+from act24.tools.data.dealt import DealtRows
 from act24.tools.data.documents import open_documents
-from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows, epoch_of
+from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows
 from act24.tools.data.shard import Split
 from act24.tools.data.shards import TokenShards
 from act24.tools.data.shuffled import ShuffledDocuments
@@ -105,7 +106,7 @@ class TokenRows(Iterator[Batch]):
     @property
     def epoch(self) -> int:
         """How often this rank had read all of its text before the row after the last batch handed out."""
-        return epoch_of(self._state["position"])
+        return self._state["epoch"]
 
     def remarks(self) -> list[str]:
         """The warnings, and what was wrong with the text so far, one line each; what was not said before."""
@@ -119,14 +120,13 @@ class TokenRows(Iterator[Batch]):
         return {"epoch": self.epoch, **self._rows.tally.counts()}
 
     def load_state_dict(self, state: dict[str, Any], grow: bool = False) -> None:
-        """Continue with the row after that position.
+        """Continue with the row after that position: one of `state_dict`, or of `merged_state`.
 
         Args:
             grow: read files that were added since, from the next epoch on.
 
         Raises:
-            Act24Error: the state is of other data, another tokenizer, row length, rank or number of
-                processes.
+            Act24Error: the state is of other data, another tokenizer or row length.
         """
         for future in self._prefetched:
             future.cancel()
@@ -144,7 +144,7 @@ class TokenRows(Iterator[Batch]):
         try:
             if changed:
                 raise Act24Error("; ".join(changed))
-            self.warnings += self._rows.adopt(was, epoch_of(position), grow)
+            self.warnings += self._rows.adopt(was, position, grow)
         except Act24Error as error:
             raise Act24Error(f"the data are not those of the saved position: {error}") from error
         self._rows.load_state_dict(position)
@@ -171,7 +171,11 @@ class TokenRows(Iterator[Batch]):
         return collate(rows, self._max_length, self._tokenizer.pad_id, self._state_of_rows())
 
     def _state_of_rows(self) -> dict[str, Any]:
-        return {"fingerprint": self._rows.fingerprint, "position": self._rows.state_dict()}
+        return {
+            "fingerprint": self._rows.fingerprint,
+            "position": self._rows.state_dict(),
+            "epoch": self._rows.epoch,
+        }
 
 
 @dataclass(frozen=True)
@@ -209,11 +213,19 @@ class HeldoutRows:
 
 
 def open_rows(
-    data: Data, tokenizer: Tokenizer, *, batch_size: int, vocab_size: int, rank: int = 0, world_size: int = 1
+    data: Data,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    vocab_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    streams: int | None = None,
 ) -> TokenRows:
     """Training batches of `data` for one rank.
 
     Args:
+        streams: of a run that goes on: as many as it had processes when it began (`DealtRows`).
         batch_size: rows in a batch of this rank.
         vocab_size: of the model; see `check_vocabulary`.
 
@@ -221,7 +233,8 @@ def open_rows(
         Act24Error: the source cannot be opened, or the tokenizer does not fit the model.
     """
     check_vocabulary(tokenizer, vocab_size)
-    rows = _rows(data, tokenizer, "train", rank, world_size)
+    count = streams or world_size
+    rows = DealtRows(lambda stream: _rows(data, tokenizer, "train", stream, count), count, rank, world_size)
     opened = TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size)
     opened.warnings += unused_vocabulary(tokenizer, vocab_size)
     return opened

@@ -42,9 +42,14 @@ class Rows(Iterator[np.ndarray], ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What identifies text, tokens and order, JSON-able; "files" only for `adopt` to compare."""
 
+    @property
     @abstractmethod
-    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
-        """See `Documents.adopt`."""
+    def epoch(self) -> int:
+        """How often the text was read before the next row."""
+
+    @abstractmethod
+    def adopt(self, fingerprint: dict[str, Any], position: dict[str, Any], grow: bool) -> list[str]:
+        """See `Documents.adopt`; `position` is that of the run."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -53,11 +58,6 @@ class Rows(Iterator[np.ndarray], ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go there. The state must come from rows of the same fingerprint."""
-
-
-def epoch_of(position: dict[str, Any]) -> int:
-    """The epoch of a position of `Rows`: how often the text was read before."""
-    return position.get("document", position)["epoch"]
 
 
 def encoded(documents: Texts, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -109,8 +109,12 @@ class DocumentRows(Rows):
             "max_length": self._max_length,
         }
 
-    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
-        return self._documents.adopt(fingerprint, epoch, grow)
+    @property
+    def epoch(self) -> int:
+        return self._before["epoch"]
+
+    def adopt(self, fingerprint: dict[str, Any], position: dict[str, Any], grow: bool) -> list[str]:
+        return self._documents.adopt(fingerprint, position["document"]["epoch"], grow)
 
     def state_dict(self) -> dict[str, Any]:
         return {"document": self._before, "offset": self._offset}
@@ -235,7 +239,11 @@ class ShardRows(Rows):
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint
 
-    def adopt(self, fingerprint: dict[str, Any], epoch: int, grow: bool) -> list[str]:
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def adopt(self, fingerprint: dict[str, Any], position: dict[str, Any], grow: bool) -> list[str]:
         if grow:
             raise Act24Error('--data grow is for data.source = "files"')
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from act24.errors import Act24Error
@@ -38,6 +39,16 @@ class Tally:
     retries: int = 0
     encodings: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+
+    @classmethod
+    def summed(cls, tallies: Sequence[Tally]) -> Tally:
+        """The counts of several parts of a text."""
+        total = cls()
+        total.load_state_dict({name: sum(getattr(tally, name) for tally in tallies) for name in _COUNTED})
+        for tally in tallies:
+            total.encodings.update(tally.encodings)
+            total.unknown += [name for name in tally.unknown if name not in total.unknown]
+        return total
 
     def state_dict(self) -> dict[str, int]:
         """The counts, JSON-able. Which documents there were is not kept: repeats are counted anew."""

@@ -137,7 +137,9 @@ class Tokenizer:
         return next((self._vocabulary[name] for name in names if name in self._vocabulary), None)
 
 
-def open_tokenizer(data: schema.Data, section: schema.Tokenizer, cache: Path | None = None) -> Tokenizer:
+def open_tokenizer(
+    data: schema.Data, section: schema.Tokenizer, cache: Path | None = None, saved: str | None = None
+) -> Tokenizer:
     """The tokenizer of a recipe.
 
     `section.name` is a path (a `tokenizer.json` or a folder with one), "bpe" (byte-level BPE of
@@ -146,11 +148,17 @@ def open_tokenizer(data: schema.Data, section: schema.Tokenizer, cache: Path | N
 
     Args:
         cache: default `$XDG_CACHE_HOME/act24/tokenizers`, or `~/.cache/act24/tokenizers`.
+        saved: the `tokenizer.json` that a checkpoint holds. It is taken, and `section.name` only names it.
 
     Raises:
         Act24Error: no such file, the Hub is out of reach, no end-of-text token, not the shards' tokenizer, or
             (training) whatever is wrong with the source.
     """
+    if saved is not None:
+        tokenizer = _from_json(saved, section.name, section.end_of_text)
+        if data.source == "shards":
+            _check_shards(Path(str(data.shards)), tokenizer)
+        return tokenizer
     if data.source == "shards":
         return _of_shards(Path(str(data.shards)), section.name)
     if section.name == TRAINED:
@@ -214,6 +222,15 @@ def _of_shards(folder: Path, name: str) -> Tokenizer:
     return tokenizer
 
 
+def _check_shards(folder: Path, tokenizer: Tokenizer) -> None:
+    wrote = read_index(folder).tokenizer
+    if wrote.fingerprint != tokenizer.fingerprint:
+        raise Act24Error(
+            f"{folder} was written with tokenizer {wrote.name!r}, which is not the one of the checkpoint "
+            f"({tokenizer.name})"
+        )
+
+
 def _named(name: str, end_of_text: str | None = None) -> Tokenizer:
     with reading(f"cannot look for tokenizer {name!r}", RuntimeError):  # "~" and no such user
         path = Path(name).expanduser()
@@ -241,6 +258,16 @@ def _from_file(path: Path, name: str, end_of_text: str | None = None) -> Tokeniz
         raise
     except BaseException as error:  # `tokenizers` raises nothing narrower, and Rust's panic is no Exception
         raise Act24Error(f"{path} is not a tokenizer.json: {error}") from error
+    return Tokenizer(backend, name, end_of_text)
+
+
+def _from_json(text: str, name: str, end_of_text: str | None = None) -> Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as in `_from_file`
+        raise Act24Error(f"{name} is not a tokenizer.json: {error}") from error
     return Tokenizer(backend, name, end_of_text)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,18 +15,22 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Weight24
 from act24.passes.graph.measurements import Measurement
 from act24.passes.served import lower_to_serve_
-from act24.passes.state import renew_to_read_
-from act24.recipes import schema
+from act24.passes.state import renew_masks_, renew_to_read_
 from act24.recipes.load import parse_recipe
-from act24.recipes.schema import Recipe
+from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
 from act24.tools.checkpoints import checkpoint
-from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.data import Tokenizer, open_tokenizer
-from act24.tools.huggingface.folder import is_pretrained, open_pretrained
+from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.reading import contents_of
+from act24.tools.checkpoints.together import on_the_first
+from act24.tools.data import open_tokenizer
+from act24.tools.data import tokenizer as data_tokenizer
+from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
+from act24.tools.huggingface.old_folder import is_old, open_old
+from act24.tools.run.folder import last_checkpoint
 
 logger = logging.getLogger("act24")
 
@@ -36,27 +40,28 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, and the updates already made.
+    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
 
-    Attributes:
-        recipe: None where a folder holds a model alone.
-        tokenizer_file: names the tokenizer.json that was saved with the model; None where none was.
+    Recipe and tokenizer are None where a folder holds a model alone. `tokenizer_json` is the content of a
+    checkpoint's `tokenizer.json`: its folder may be gone.
     """
 
     recipe: Recipe | None
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
-    tokenizer_file: schema.Tokenizer | None = None
+    tokenizer: Tokenizer | None
+    tokenizer_json: str | None = None
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """What was saved with the model, to encode and decode text.
+    def open_tokenizer(self, data: Data | None = None) -> data_tokenizer.Tokenizer:
+        """The tokenizer, for any text or for the given data.
 
         Raises:
-            Act24Error: it cannot be read, or has no end-of-text token.
+            Act24Error: it cannot be opened, or `data` are token shards that another one wrote.
         """
-        return open_tokenizer(schema.Data(), self.tokenizer_file) if self.tokenizer_file else None
+        assert self.tokenizer is not None
+        with contents_of(Path(self.tokenizer.name)) if self.tokenizer_json else nullcontext():
+            return open_tokenizer(data or Data(), self.tokenizer, saved=self.tokenizer_json)
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -97,7 +102,24 @@ def build(
     pipeline.commit_(measure(wanted) if wanted and measure else None)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()
-    return Built(recipe, model, pipeline, step)
+    return Built(recipe, model, pipeline, step, recipe.tokenizer)
+
+
+def build_from_old(
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    step: int = 0,
+    measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
+) -> Built:
+    """`build`, with the weights of a folder that run_c4.py left.
+
+    Raises:
+        Act24Error: as `build`, and where the folder's model is not the recipe's.
+    """
+    built = build(recipe, device, step, measure)
+    load_old_weights_(built, open_old(folder).state, str(folder))
+    return built
 
 
 def plan_recipe(recipe: Recipe) -> Pipeline:
@@ -108,8 +130,8 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
-    are applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
+    run_c4.py left: its passes are applied again, then its weights.
 
     The model is the one that would be served: nothing is drawn at random, and masks are those of the weights
     that were read. `Pipeline.lower_` brings the operations of training.
@@ -117,21 +139,16 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if is_old(Path(path)):
+        return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):
         model, pipeline = open_pretrained(path)
         return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
-    recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
-    _check_device(recipe, torch.device(device))
-    with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
-        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
-    pipeline = _pipeline(recipe, model, opened.step)
-    pipeline.commit_()
-    model.to_empty(device=device)
+    with contents_of(opened.folder / "recipe.toml"):
+        recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
+    model, pipeline = _without_values(recipe, opened.step, torch.device(device))
     checkpoint.load_weights_(opened, model)
-    for name, buffer in model.named_buffers():
-        if name not in model.state_dict():
-            buffer.zero_()  # statistics, which are not saved
     lower_to_serve_(pipeline, opened.step)
     for p in renew_to_read_(pipeline, opened.step):
         logger.warning(
@@ -140,30 +157,80 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
             path,
             p.from_step,
         )
-    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened))
+    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
+
+
+def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[LlamaForCausalLM, Pipeline]:
+    """A recipe's model whose weights are still to be read; what no file holds, statistics, is zero."""
+    _check_device(recipe, device)
+    with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
+        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
+    pipeline = _pipeline(recipe, model, step)
+    pipeline.commit_()
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        if name not in model.state_dict():
+            buffer.zero_()
+    return model, pipeline
+
+
+def _load_old(path: Path, device: torch.device) -> Built:
+    old = open_old(path)
+    model, pipeline = _without_values(old.recipe, old.step, device)
+    load_old_weights_(Built(old.recipe, model, pipeline, old.step, None), old.state, str(path))
+    lower_to_serve_(pipeline, old.step)
+    return Built(old.recipe, model, pipeline, old.step, _beside(path) or old.recipe.tokenizer)
+
+
+def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> None:
+    """Copy what run_c4.py saved into a model of its recipe. Masks, which it saved nowhere, are those of the
+    weights, and scales that it did not save are 1.
+
+    Raises:
+        Act24Error: names or shapes differ.
+    """
+    expected = built.model.state_dict()
+    kept = ("24_scale", "24_mask")
+    unsaved = [name for name in expected if name not in state and name.endswith(kept)]
+    check_state({**state, **{name: expected[name] for name in unsaved}}, built.model, path)
+    with torch.no_grad():
+        for name in unsaved:
+            expected[name].fill_(1)
+        for name, value in state.items():
+            expected[name].copy_(value)
+    for p in built.pipeline.active:
+        if isinstance(p, Weight24):
+            renew_masks_(built.pipeline, p, p.from_step)
+    with torch.no_grad():  # what was saved is the function that was trained
+        for name in state.keys() - unsaved:
+            if name.endswith(kept):
+                expected[name].copy_(state[name])
 
 
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     """The checkpoint at a path, or the last one of the run there, verified.
 
+    A run that goes on may delete a checkpoint while it is read here. Then a newer one is there and taken.
+
     Raises:
         Act24Error: neither is there.
     """
-    if (path / checkpoint_folder.MANIFEST).is_file() or path.name.startswith("step-"):
-        return checkpoint.load(path)
-    latest = checkpoint_folder.latest(path)
-    if latest is None:
-        raise Act24Error(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
-    return checkpoint.load(latest)
+    while True:
+        folder = on_the_first(lambda: last_checkpoint(path))
+        try:
+            return checkpoint.load(folder)
+        except CheckpointError:
+            if folder == path or on_the_first(folder.exists):
+                raise
 
 
-def _beside(folder: Path) -> schema.Tokenizer | None:
+def _beside(folder: Path) -> Tokenizer | None:
     """The tokenizer in a Hugging Face folder."""
     file = folder / checkpoint.TOKENIZER
-    return schema.Tokenizer(name=str(file)) if file.is_file() else None
+    return Tokenizer(name=str(file)) if file.is_file() else None
 
 
-def saved_tokenizer(opened: checkpoint.Checkpoint) -> schema.Tokenizer:
+def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
     """The tokenizer that a checkpoint brings, as a recipe names one: its text was read with no other."""
     section = parse_recipe(opened.recipe_text, f"{opened.folder}/recipe.toml").tokenizer
     return section.model_copy(update={"name": str(opened.folder / checkpoint.TOKENIZER)})

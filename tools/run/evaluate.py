@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,14 +24,19 @@ from act24.passes import OperationalPass, Pipeline
 from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.data import Batch, HeldoutRows, heldout_rows, open_tokenizer
+from act24.tools.data import Batch, HeldoutRows, heldout_rows
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
+from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
 
 logger = logging.getLogger("act24")
 
 _HEEDED = ("eval.", "data.", "train.batch_size", "train.dtype")
+
+
+class EvaluationStopped(Exception):
+    """Somebody asked to stop before all held-out rows were through."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +45,20 @@ class Evaluation:
 
     Attributes:
         loss: nats per predicted token.
-        bits_per_byte: of the UTF-8 text that the tokens stand for.
+        bits_per_byte: of the UTF-8 text that the tokens stand for; of a measure that ended early, of as much
+            as so many tokens stand for on the average of all.
         tokens: predicted tokens.
-        legacy_loss: mean of batch means times n / (n + 1), over this many batches of the size used.
+        asked: the same of all held-out rows: more, if `eval.max_seconds` ended the measure early.
+        batches: that were measured, of the size used.
+        legacy_loss: mean of batch means times n / (n + 1), over this many batches.
         data: fingerprint of the rows; other rows give losses that cannot be compared.
     """
 
     loss: float
     bits_per_byte: float
     tokens: int
+    asked: int
+    batches: int
     legacy_loss: float
     data: str
 
@@ -60,6 +71,12 @@ class Evaluation:
     def legacy_perplexity(self) -> float:
         """exp(legacy_loss), likewise."""
         return math.exp(min(self.legacy_loss, 700.0))
+
+    @property
+    def extent(self) -> str:
+        """How many tokens it is of, and of how many where it ended early."""
+        early = f" of {self.asked:,}: eval.max_seconds ended it" if self.tokens < self.asked else ""
+        return f"{self.tokens:,} tokens{early}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}
@@ -74,7 +91,9 @@ def evaluate(
     pipeline: Pipeline,
     without: Sequence[str] = (),
     step: int | None = None,
+    batches: int | None = None,
     loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
+    stop: StopRequest | None = None,
 ) -> Evaluation:
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
@@ -82,9 +101,14 @@ def evaluate(
         pipeline: what rewrote the model.
         without: names of passes to leave out.
         step: as for `act24.passes.state.evaluation`; scales are measured on the first batch.
+        batches: at most so many; None: all, or what `eval.max_seconds` leaves time for.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
+        stop: looked at before each batch, by all processes together.
+
+    Raises:
+        EvaluationStopped: by `stop`, on all processes.
     """
-    device = processes.device
+    began, device, limit = time.perf_counter(), processes.device, recipe.eval.max_seconds
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
     autocast = recipe.train.dtype == "bfloat16_autocast"
 
@@ -101,19 +125,30 @@ def evaluate(
     losses, counts = [], []
     with _evaluating(model), evaluation(pipeline, without, step=step, **measured_on):
         for batch in rows.batches(batch_size):
+            if stop is not None and processes.any(bool(stop)):
+                raise EvaluationStopped
             loss, count = (loss_of or plain_loss)(batch)
             losses.append(loss.double())
             counts.append(count)
+            if len(counts) == batches or (limit and _over(began + limit, processes)):
+                break
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
     total, tokens = (float(x) for x in table.sum(1).tolist())
     means = (table[0] / table[1].clamp(min=1))[table[1] > 0]
     return Evaluation(
         loss=total / tokens,
-        bits_per_byte=total / math.log(2) / max(rows.bytes, 1),
+        bits_per_byte=total / math.log(2) / max(rows.bytes * tokens / rows.tokens, 1),
         tokens=int(tokens),
-        legacy_loss=float(means.sum()) / (len(means) + 1),
+        asked=rows.tokens,
+        batches=len(counts),
+        legacy_loss=legacy_mean(means),
         data=rows.fingerprint,
     )
+
+
+def legacy_mean(means: Tensor) -> float:
+    """The mean of batch means as the public scripts have it, who count batches from 1."""
+    return float(means.sum()) / (len(means) + 1)
 
 
 def evaluate_forms(
@@ -127,9 +162,11 @@ def evaluate_forms(
     model, pipeline = SummedLoss(built.model), built.pipeline
     sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
     forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, SPARSE_PASSES, built.step)}
+    # Of the same rows, where time is short: or the two could not be compared.
+    batches = forms["dense"].batches
     steps = [max(built.step, p.from_step) for p in sparse if p.active(max(built.step, p.from_step))]
     if steps:
-        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline, step=min(steps))
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline, step=min(steps), batches=batches)
     return forms
 
 
@@ -144,13 +181,13 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     """
     with open_processes() as processes:
         built = load(path, processes.device)
-        if built.recipe is None or built.tokenizer_file is None:
+        if built.recipe is None or built.tokenizer is None:
             raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
         check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(
             recipe.data,
-            open_tokenizer(recipe.data, built.tokenizer_file),
+            built.open_tokenizer(recipe.data),
             recipe.eval.tokens,
             vocab_size=built.model.config.vocab_size,
             rank=processes.rank,
@@ -174,6 +211,13 @@ def check_overrides(overrides: Sequence[str]) -> None:
             f"eval ignores {', '.join(ignored)}: the checkpoint says what was trained; it heeds eval.*, "
             "data.*, train.batch_size and train.dtype"
         )
+
+
+def _over(deadline: float, processes: Processes) -> bool:
+    """Whether it is past a time on any process: all end at the same batch, or collectives would not match."""
+    if processes.device.type == "cuda":
+        torch.cuda.synchronize()  # what is only queued has not been measured
+    return processes.any(time.perf_counter() > deadline)
 
 
 @contextmanager

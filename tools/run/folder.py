@@ -3,27 +3,53 @@
 RUN/
     recipe.toml         the resolved recipe
     plan.txt            what the passes did
+    history.jsonl       when it began, was taken up again, from where and with what changes
+    .lock               held by the process that trains (`lock.py`)
     checkpoints/        `tools/checkpoints/checkpoint.py`
     events.out.tfevents…
 """
 
 from __future__ import annotations
 
+import json
+import operator
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from act24.errors import Act24Error
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.checkpoints.checkpoint import version
+from act24.tools.checkpoints.reading import contents_of, read_text
+from act24.tools.checkpoints.together import on_the_first
+from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
+from act24.tools.run.lock import LOCK, RunError, run_lock
 
-#: What may differ when a run goes on: it changes what is watched and kept, not what is computed.
-_FREE = ("description", "log", "checkpoint", "eval")
+RECIPE, HISTORY = "recipe.toml", "history.jsonl"
+_OURS = re.compile(r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\..+")
 
 
-class RunError(Act24Error):
-    """A run's folder that cannot be used as asked."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: verified.
+        schedule_steps: what its learning rate is computed for from here on.
+        changes: what is different from here on.
+        remarks: the same for people, with what it does, one line each.
+    """
+
+    checkpoint: checkpoint.Checkpoint
+    schedule_steps: int
+    changes: tuple[Change, ...]
+    remarks: tuple[str, ...]
 
 
 def default_run_dir(reference: str) -> Path:
@@ -32,60 +58,140 @@ def default_run_dir(reference: str) -> Path:
     return Path("runs") / name
 
 
-def resume_point(run_dir: Path, resume: str, recipe: Recipe) -> checkpoint.Checkpoint | None:
-    """The verified checkpoint to go on from, or None for a fresh start.
+def resume_point(
+    run_dir: Path, resume: str, recipe: Recipe, schedule: ScheduleChoice = "hold", world_size: int = 1
+) -> Start | None:
+    """The verified checkpoint to go on from, with what changes there, or None for a fresh start.
 
     Args:
-        resume: `never`, `auto` (the last checkpoint of the run, if there is one), or a checkpoint's folder.
+        resume: `never`, `auto` (the last checkpoint of the run, if there is a run), a checkpoint's folder, or
+            another run's, of which the last checkpoint is taken.
+        schedule: `hold` leaves the learning rate as it was for the steps that the run had, and behind them at
+            its last value; `stretch` computes it anew for the steps of the recipe.
+        world_size: processes now.
 
     Raises:
-        RunError: the folder already holds a run and `resume` is `never`, or the checkpoint is of another
-            recipe.
-        CheckpointError: the checkpoint is damaged.
+        RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
+            the checkpoint is of another recipe, or behind its end.
+        CheckpointError: the checkpoint is damaged, or there are some and none can be used.
     """
+    folder = on_the_first(lambda: _chosen(run_dir, resume, recipe))
+    if folder is None:
+        return None
+    opened = checkpoint.load(folder)
+    with contents_of(folder / RECIPE):
+        then = parse_recipe(opened.recipe_text, f"{folder}/recipe.toml")
+    different, others = changes(then, recipe)
+    if others:
+        raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}")
+    if recipe.train.steps < opened.step:
+        raise RunError(f"train.steps is {recipe.train.steps}, and {folder} is behind that already")
+    before = opened.manifest["world_size"]
+    if before != world_size:
+        different.append(Change("processes", before, world_size))
+    with contents_of(folder / "state.json"):
+        computed_for = operator.index(opened.state.get("schedule_steps", then.train.steps))
+    steps = recipe.train.steps if schedule == "stretch" else computed_for
+    remarks = effects(different)
+    if then.train.steps != recipe.train.steps or steps != computed_for:
+        remarks.append(schedule_line(recipe, opened.step, computed_for, steps, then.train.steps))
+    return Start(opened, steps, tuple(different), tuple(remarks))
+
+
+def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
+    described = run_dir / RECIPE
+    holds_run = described.exists() or (run_dir / "checkpoints").exists()
     if resume == "never":
-        if (run_dir / "recipe.toml").exists() or (run_dir / "checkpoints").exists():
+        if holds_run:
             raise RunError(
                 f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run-dir"
             )
         return None
-    folder = checkpoint_folder.latest(run_dir) if resume == "auto" else Path(resume)
-    if folder is None:
-        return None
-    opened = checkpoint.load(folder)
-    differences = _differences(parse_recipe(opened.recipe_text, f"{folder}/recipe.toml"), recipe)
-    if differences:
-        raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(differences[:4])}")
-    return opened
+    if resume == "auto":
+        folder = checkpoint_folder.latest(run_dir)
+        if folder is None and described.exists():  # it ended before its first checkpoint
+            _, others = changes(parse_recipe(read_text(described), str(described)), recipe)
+            if others:
+                raise RunError(
+                    f"{run_dir} holds a run of another recipe ({'; '.join(map(str, others[:4]))}): choose "
+                    "another folder with --run-dir"
+                )
+        return folder
+    folder = last_checkpoint(Path(resume))
+    if holds_run and folder.resolve().parent.parent != run_dir.resolve():
+        raise RunError(
+            f"{run_dir} already holds a run, and {folder} is not of it: go on with --resume auto, or choose "
+            "another folder with --run-dir"
+        )
+    return folder
 
 
-def describe_run(run_dir: Path, recipe: Recipe, plan: str) -> None:
-    """Make the run's folder and write what it is a run of.
+def last_checkpoint(path: Path) -> Path:
+    """`path`, if it is a checkpoint, or the last checkpoint of the run there.
+
+    Raises:
+        Act24Error: it is neither, or no checkpoint of the run can be used.
+    """
+    if (path / checkpoint_folder.MANIFEST).is_file() or path.name.startswith("step-"):
+        return path
+    latest = checkpoint_folder.latest(path)
+    if latest is None:
+        raise RunError(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
+    return latest
+
+
+def clear_run(run_dir: Path) -> None:
+    """Delete the run in a folder, if that is all there is in it.
+
+    Raises:
+        RunError: it holds anything that no run wrote, and is as it was; or a run is in progress there.
+    """
+    if not run_dir.exists():
+        return
+    _refuse_foreign(run_dir)  # before a lock is put into what may be no run
+    with run_lock(run_dir):
+        _refuse_foreign(run_dir)
+        for folder in checkpoint_folder.all_of(run_dir):
+            shutil.rmtree(folder)
+        names = [entry.name for entry in os.scandir(run_dir) if entry.name != LOCK]
+        for name in sorted(names, key=lambda name: name == HISTORY):  # last: without it no run is deleted
+            path = run_dir / name
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _refuse_foreign(run_dir: Path) -> None:
+    try:
+        entries = sorted(os.scandir(run_dir), key=lambda entry: entry.name)
+        foreign = [e.name for e in entries if not _OURS.fullmatch(e.name) or e.is_symlink()]
+        inside = checkpoint_folder.all_of(run_dir)
+        foreign += [f"checkpoints/{f.name}" for f in inside if checkpoint_folder.why_not_ours(f)]
+    except OSError as error:
+        raise RunError(f"{run_dir} cannot be read: {error.strerror}") from None
+    if entries and HISTORY not in (entry.name for entry in entries):
+        foreign.append(f"it has no {HISTORY}")
+    if foreign:
+        raise RunError(
+            f"{run_dir} holds something else than a run ({foreign[0]}); choose another with --run-dir"
+        )
+
+
+def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: Start | None) -> None:
+    """Write into a run's folder what it is a run of, and that it begins, or from where it goes on and with
+    what changes.
 
     Raises:
         RunError: the folder cannot be written.
     """
+    entry: dict[str, Any] = {"step": 0}
+    if start:
+        entry = {"step": start.checkpoint.step, "from": str(start.checkpoint.folder)}
+        entry["changes"] = {change.key: [change.old, change.new] for change in start.changes}
+        entry["schedule_steps"] = start.schedule_steps
+    entry |= {"act24": version(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+        (run_dir / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
         (run_dir / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+        with open(run_dir / HISTORY, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
-
-
-def _differences(then: Recipe, now: Recipe) -> list[str]:
-    old, new = _flat(then), _flat(now)
-    if new["data.revision"] is None:  # a run stays at the commit that it began with
-        new["data.revision"] = old["data.revision"]
-    return [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {f"passes.{i}": repr(p) for i, p in enumerate(recipe.passes)}
-    for name, value in recipe.model_dump(exclude={"passes", *_FREE}).items():
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat

@@ -49,9 +49,9 @@ def build_optimizer(
     return options.build(model, surroundings)
 
 
-def learning_rate(recipe: schema.Recipe, step: int) -> float:
-    """The learning rate of update `step`, counted from 0."""
-    return recipe.optimizer.lr * recipe.lr_multiplier(step)
+def learning_rate(recipe: schema.Recipe, step: int, total_steps: int | None = None) -> float:
+    """The learning rate of update `step`, counted from 0; see `Recipe.lr_multiplier`."""
+    return recipe.optimizer.lr * recipe.lr_multiplier(step, total_steps)
 
 
 def shared_out(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +19,11 @@ _PLAIN_SECONDS = 10.0  # between plain lines: a log file has no use for ten a se
 
 
 class RunProgress:
-    """Says where the run is. Only the main process has one that speaks."""
+    """Says where the run is. Only the main process has one that speaks.
+
+    Attributes:
+        reader_is_gone: what is said reaches nobody: a closed pipe, a terminal that hung up.
+    """
 
     def __init__(self, bar: Progress | None, first: int, steps: int, speaks: bool) -> None:
         self._bar = bar
@@ -24,21 +31,41 @@ class RunProgress:
         self._steps = steps
         self._speaks = speaks
         self._spoken = 0.0
+        self.reader_is_gone = False
 
     def update(self, step: int, figures: dict[str, str]) -> None:
         """Show the figures of a logged step."""
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            with self.watching():
+                self._bar.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._spoken >= _PLAIN_SECONDS or step == self._steps:
             self._spoken = time.monotonic()
             self.say(f"step {step}/{self._steps}  {text}")
 
     def say(self, line: str) -> None:
         """Print one line that stays."""
-        if self._speaks:
+        if self._speaks and not self.reader_is_gone:
             # Rich would colour numbers and break long lines, which a log file should not have.
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            with self.watching():
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Notice that the reader is gone, which for rich is a reason to exit."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._hang_up()
+        except SystemExit:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.reader_is_gone = True
+        with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -53,5 +80,12 @@ def run_progress(first: int, steps: int, speaks: bool) -> Iterator[RunProgress]:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield RunProgress(bar, first, steps, speaks)
+    bar = Progress(*columns, console=console, transient=True)
+    progress = RunProgress(bar, first, steps, speaks)
+    with progress.watching():
+        bar.start()
+    try:
+        yield progress
+    finally:
+        with progress.watching():
+            bar.stop()

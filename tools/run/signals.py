@@ -1,38 +1,74 @@
-"""Ask to stop: SIGTERM and Ctrl-C end a run at the next step, with a checkpoint."""
+"""Ask to stop: SIGTERM, SIGHUP and Ctrl-C end a run with a checkpoint, and with a status of its own."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+#: What the command line exits with after a stop: EX_TEMPFAIL of sysexits.h. Whoever starts it again goes on;
+#: no crash and no kill has this status. (`torchrun` makes 1 of every status but 0.)
+STOPPED_STATUS = 75
+
+_HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came while there was nothing to save. Its text is the signal's name."""
+
 
 class StopRequest:
-    """Whether somebody asked to stop, and how."""
+    """Whether somebody asked to stop, and how.
+
+    Attributes:
+        signal: the name of the signal.
+        at_once: a signal raises `Stopped` where it comes. Until the first step, which is how a run begins,
+            that loses nothing; afterwards the loop has to look.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.at_once = True
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
 
 @contextmanager
+def stopped_status() -> Iterator[None]:
+    """Around a command: `Stopped` is one line, and the status of a stop."""
+    try:
+        yield
+    except Stopped as stop:
+        print(f"act24: {stop}: stopped before the first step, nothing to save", file=sys.stderr)
+        sys.exit(STOPPED_STATUS)
+
+
+@contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a request. A second one ends the process at once."""
+    """Turn the first of the signals into a request. A second one ends the process at once.
+
+    A signal that is ignored stays so: `nohup` is how a user says that a hangup is to be ignored. Python heeds
+    signals between its own instructions, so one that comes inside a library (merges of a tokenizer that is
+    trained, a compilation) is heeded when that is done.
+    """
     request = StopRequest()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.getsignal(number) for number in _HANDLED}
+    handled = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number).name
-        for handled in previous:
-            signal.signal(handled, signal.SIG_DFL)
+        for other in handled:
+            signal.signal(other, signal.SIG_DFL)
+        if request.at_once:
+            raise Stopped(request.signal)
 
-    for number in previous:
+    for number in handled:
         signal.signal(number, ask)
     try:
         yield request
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number in handled:
+            signal.signal(number, previous[number])

@@ -51,12 +51,14 @@ class StepResult:
         grad_norm: global, before clipping.
         tokens: number of predicted tokens.
         note: something to tell the user, at rare steps.
+        skipped: loss or gradient were not finite, and no update was made of them.
     """
 
     loss: Tensor
     grad_norm: Tensor
     tokens: Tensor
     note: str | None = None
+    skipped: bool = False
 
 
 class TrainingStep:
@@ -84,6 +86,7 @@ class TrainingStep:
         self._seed = train.seed
         self._accumulated = accumulation(train, processes.world_size)
         self._clip = train.grad_clip
+        self._skips = train.on_nonfinite == "skip"
         self._autocast = train.dtype == "bfloat16_autocast"
         self.not_captured = why_not_captured(
             train, processes.device, processes.world_size, pipeline is not None
@@ -154,15 +157,19 @@ class TrainingStep:
         if self._pipeline is not None:
             decay_dropped_weights_(self._pipeline, clipped=False)
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
-        if self._pipeline is not None:
-            decay_dropped_weights_(self._pipeline, clipped=True)
-        optimizer.step()
+        loss, grad_norm = self._processes.sum_(total) / shares, whole(grad_norm)
+        # Whoever asks to skip waits for the device here. Both values are the same on all processes.
+        skipped = self._skips and not bool(torch.isfinite(loss + grad_norm))
+        if not skipped:
+            if self._pipeline is not None:
+                decay_dropped_weights_(self._pipeline, clipped=True)
+            optimizer.step()
         # Graphs add to the gradients that were there when they were captured.
         optimizer.zero_grad(set_to_none=self._graphs is None)
         if self._graphs is not None and self._graphs.problem != self.not_captured:
             self.not_captured = self._graphs.problem
             note = f"{note}\n{self.capture_text}" if note else self.capture_text
-        return StepResult(self._processes.sum_(total) / shares, whole(grad_norm), tokens, note)
+        return StepResult(loss, grad_norm, tokens, note, skipped)
 
     @property
     def capture_text(self) -> str:

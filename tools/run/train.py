@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +21,13 @@ from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
-from act24.tools.data import TokenRows, heldout_rows, open_rows, open_tokenizer, pinned
-from act24.tools.run.build import Built, build, model_config, saved_tokenizer
-from act24.tools.run.evaluate import Evaluation, evaluate
-from act24.tools.run.folder import describe_run, resume_point
+from act24.tools.checkpoints.reading import contents_of
+from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, open_tokenizer, pinned
+from act24.tools.run.build import Built, build, build_from_old, model_config, saved_tokenizer
+from act24.tools.run.changes import ScheduleChoice
+from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
+from act24.tools.run.folder import Start, describe_run, resume_point
+from act24.tools.run.lock import lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.processes import Processes, open_processes
@@ -32,10 +37,11 @@ from act24.tools.run.step import StepResult, TrainingStep, accumulation
 from act24.tools.run.tuning import tune_
 from act24.tools.watch.monitor import Monitor
 from act24.tools.watch.statistics import SiteStatistics
+from act24.tools.watch.tensorboard import histories
 
 
 class TrainingError(Act24Error):
-    """A run that cannot go on: the loss or its gradient is not finite."""
+    """A run that cannot go on: the loss or its gradient is not finite, or nobody reads what it says."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class Outcome:
 
     Attributes:
         step: optimizer steps made in all.
-        finished: all steps of the recipe are made; False after SIGTERM or Ctrl-C.
+        finished: all steps of the recipe are made.
+        stopped: the name of the signal that ended it before, or None.
         tokens: predicted tokens trained on, in all.
         tokens_per_second: since this process took up the run, training steps only; 0 if it made none.
         loss: training loss of the last logged steps; nan if this process made none.
@@ -58,6 +65,7 @@ class Outcome:
 
     step: int
     finished: bool
+    stopped: str | None
     tokens: int
     tokens_per_second: float
     loss: float
@@ -70,7 +78,13 @@ class Outcome:
 
 
 def train(
-    recipe: Recipe, run_dir: Path, resume: str = "never", dry_run: bool = False, grow: bool = False
+    recipe: Recipe,
+    run_dir: Path,
+    resume: str = "never",
+    dry_run: bool = False,
+    grow: bool = False,
+    schedule: ScheduleChoice = "hold",
+    weights: Path | None = None,
 ) -> Outcome:
     """Train a recipe.
 
@@ -79,20 +93,27 @@ def train(
         resume: see `act24.tools.run.folder.resume_point`.
         dry_run: build, plan, print, make one step, and write no file.
         grow: when it goes on, take data files that were added, from the next epoch on.
+        schedule: see `resume_point`.
+        weights: a folder that run_c4.py left, whose weights a run begins with that begins anew.
 
     Raises:
         Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
             gradient that is not finite.
+        Stopped: by a signal, before the first step.
     """
     with open_processes() as processes, stop_on_signal() as stop:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
-        start = None if dry_run else resume_point(run_dir, resume, recipe)
-        recipe = _pinned(recipe, start, processes)
-        run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow)
-        try:
-            return run.go(stop)
-        finally:
-            run.close()
+        with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir):
+            start = None
+            if not dry_run:
+                start = resume_point(run_dir, resume, recipe, schedule, processes.world_size)
+            recipe = _pinned(recipe, start, processes)
+            make = build if start or weights is None else partial(build_from_old, weights)
+            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make)
+            try:
+                return run.go(stop)
+            finally:
+                run.close()
 
 
 class TrainingRun:
@@ -108,29 +129,48 @@ class TrainingRun:
         recipe: Recipe,
         run_dir: Path,
         processes: Processes,
-        start: checkpoint.Checkpoint | None,
+        resumption: Start | None,
         dry_run: bool = False,
         grow: bool = False,
         make: Callable[..., Built] = build,
     ) -> None:
         """
         Args:
-            start: the checkpoint to go on from.
-            make: makes the model, as `build` does; a benchmark needs no trained start.
+            resumption: where to go on.
+            make: makes the model, as `build` does; weights may come from elsewhere, or not be needed.
         """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
+        start = resumption.checkpoint if resumption else None
+        self._remarks = resumption.remarks if resumption else ()
+        self._schedule_steps = resumption.schedule_steps if resumption else recipe.train.steps
         self._step = start.step if start else 0
-        self._tokens = start.state["tokens"] if start else 0
+        self._tokens, self._skips, self._evaluation_due, log_state = 0, 0, False, None
+        if start:
+            with contents_of(start.folder / "state.json"):
+                self._tokens, log_state = operator.index(start.state["tokens"]), start.state["log"]
+                self._skips = operator.index(start.state.get("skips", 0))
+                self._evaluation_due = bool(start.state.get("evaluation_due"))
+                histories(log_state["histories"])  # as the log will, when the run's folder is already written
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
+        self._measured: tuple[int, Evaluation] | None = None
         # A run that goes on reads the text as it did, also where it would train another tokenizer now.
-        self._tokenizer = open_tokenizer(recipe.data, saved_tokenizer(start) if start else recipe.tokenizer)
+        self._tokenizer = open_tokenizer(
+            recipe.data,
+            saved_tokenizer(start) if start else recipe.tokenizer,
+            saved=start.tokenizer_json if start else None,
+        )
         vocabulary = model_config(recipe).vocab_size
         rank, world_size = processes.rank, processes.world_size
         where = {"vocab_size": vocabulary, "rank": rank, "world_size": world_size}
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
-        self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, **where)
+        position = None
+        if start:
+            with contents_of(start.folder / "rank-00000.json"):
+                position = merged_state([state["data"] for state in checkpoint.rank_states(start)])
+        streams = position["fingerprint"]["streams"] if position else None
+        self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, streams=streams, **where)
         self._built: Built = make(recipe, processes.device, self._step, self._measure)
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
@@ -141,15 +181,16 @@ class TrainingRun:
         self._optimizer: Optimizer = build_optimizer(
             self._built.model, recipe.optimizer, pipeline=pipeline, processes=processes
         )
-        if start:
-            rank_state = checkpoint.restore_(start, self._built.model, self._optimizer)
-            self._rows.load_state_dict(rank_state["data"], grow)
+        if start and position:
+            checkpoint.restore_(start, self._built.model, self._optimizer)
+            with contents_of(start.folder / "rank-00000.json"):
+                self._rows.load_state_dict(position, grow)
         self._rows.start()
         self._count, self._waited = accumulation(recipe.train, world_size), 0.0
         self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
         if processes.is_main and not dry_run:
-            describe_run(run_dir, recipe, str(self._built.pipeline))
+            describe_run(run_dir, recipe, str(self._built.pipeline), resumption)
         self.monitor = Monitor(
             recipe,
             self._built,
@@ -157,8 +198,9 @@ class TrainingRun:
             processes,
             None if dry_run else run_dir,
             resumed_at=start.step if start else None,
-            state=start.state["log"] if start else None,
+            state=log_state,
         )
+        self.monitor.remark(self._remarks, self._step)
 
     def _measure(self, wanted: Mapping[str, Measurement]) -> dict[str, Tensor]:
         """What passes want to know, on the first batch, which is trained on all the same."""
@@ -177,30 +219,39 @@ class TrainingRun:
     def go(self, stop: StopRequest) -> Outcome:
         recipe, monitor = self._recipe, self.monitor
         last = self._step + 1 if self._dry_run else recipe.train.steps
-        stopped, evaluation = False, None
+        evaluation: Evaluation | None = None
         failure: BaseException | None = None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
+            for line in self._remarks:
+                progress.say(f"from step {self._step} on: {line}")
             heldout_warnings = self._heldout.warnings if self._heldout else ()
             for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
                 progress.say(f"warning: {line}")
             if self.training_step.capture_text:
                 progress.say(self.training_step.capture_text)
-            if self._step == last:
+            if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
+            stop.at_once = False  # from here on there is something to save
+            stopped = False
+            if self._evaluation_due:  # it was due when the run was stopped
+                self._built.pipeline.lower_(self._step - 1)  # as it would have been
+                evaluation = self._evaluate(progress, stop)
+                stopped = evaluation is None
+                if evaluation:
+                    self._save()  # with the loss, and nothing is due any more
             while self._step < last and not stopped:
                 self.advance()
-                failure = self._data_failure() if self._step < last else None
+                failure = self._failure(progress) if self._step < last else None
                 stopped = self._processes.any(bool(stop) or failure is not None)
-                evaluation = self.after_step(progress, ends=stopped or self._step == last)
-        if failure:
-            progress.say(f"the data failed: saved step {self._step} in {self._last_checkpoint}")
-            raise failure
-        if stopped:
-            progress.say(f"{stop.signal or 'stop'}: saved step {self._step} in {self._last_checkpoint}")
+                evaluation, stopped = self.after_step(
+                    progress, ends=self._step == last, stop=stop, stopped=stopped
+                )
+        signal = self._report_end(progress, stop, failure) if stopped else None
         return Outcome(
             step=self._step,
-            finished=self._step == recipe.train.steps,
+            finished=self._step == recipe.train.steps and not self._evaluation_due,
+            stopped=signal,
             tokens=self._tokens,
             tokens_per_second=monitor.tokens / monitor.seconds if monitor.seconds else 0.0,
             loss=monitor.loss,
@@ -217,7 +268,7 @@ class TrainingRun:
         recipe = self._recipe
         counts = _due(self._step + 1, recipe.log.activation_statistics_every)
         self._built.pipeline.lower_(self._step, without=() if counts else (ActivationStatistics.name,))
-        rate = learning_rate(recipe, self._step)
+        rate = learning_rate(recipe, self._step, self._schedule_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         waited = time.perf_counter()
@@ -228,41 +279,45 @@ class TrainingRun:
         result: StepResult = self.training_step(batches, self._optimizer, self._step)
         self._step += 1
         self._note = result.note
+        self._skips = self._skips + 1 if result.skipped else 0
+        if result.skipped:
+            left_out = f"step {self._step}: the loss or its gradient is not finite; the batch is left out"
+            self._note = f"{self._note}\n{left_out}" if self._note else left_out
         self.monitor.add(self._step, result, rate, waited, self._rows.figures())
 
-    def _data_failure(self) -> BaseException | None:
-        """What keeps the next step's batches from being made. Asked for before that step, on which processes
-        would wait for each other, and before the position is that of batches nobody trained on."""
+    def _failure(self, progress: RunProgress) -> BaseException | None:
+        """What keeps the next step from being made. Asked for before that step, on which processes would wait
+        for each other, and before the position is that of batches nobody trained on."""
+        limit = self._recipe.train.max_skips
+        if self._skips >= limit:
+            return TrainingError(
+                f"the loss or its gradient was not finite at {limit} steps in a row (train.max_skips)"
+            )
+        if progress.reader_is_gone:
+            return TrainingError("nobody reads the output any more")
         began = time.perf_counter()
         failure = self._rows.failure(self._count)
         self._waited = time.perf_counter() - began
         return failure
 
-    def after_step(self, progress: RunProgress, ends: bool) -> Evaluation | None:
-        """Log, evaluate and save where it is due.
+    def after_step(
+        self, progress: RunProgress, stop: StopRequest, stopped: bool, ends: bool
+    ) -> tuple[Evaluation | None, bool]:
+        """Log, evaluate and save where it is due; returns the evaluation, and whether to stop now.
 
         A step that saves also logs: a window of averages never spans a checkpoint, so a run that was
-        interrupted logs the same figures as one that was not.
+        interrupted logs the same figures as one that was not. An evaluation that a stop prevents is made
+        when the run goes on.
         """
         recipe, step = self._recipe, self._step
-        saves = not self._dry_run and (ends or _due(step, recipe.checkpoint.every))
-        finished = step == recipe.train.steps
-        evaluates = self._heldout is not None and (finished or (not ends and _due(step, recipe.eval.every)))
+        saves = not self._dry_run and (ends or stopped or _due(step, recipe.checkpoint.every))
+        evaluates = self._heldout is not None and (
+            step == recipe.train.steps or _due(step, recipe.eval.every)
+        )
         if saves or evaluates or ends or _due(step, recipe.log.every):
-            window = self.monitor.flush(step)
-            self._tokens += window.tokens
-            if window.first_bad_step is not None:
-                raise TrainingError(
-                    f"the loss or its gradient is not finite at step {window.first_bad_step}; "
-                    + (
-                        f"the last good checkpoint is {self._last_checkpoint}"
-                        if self._last_checkpoint
-                        else "there is no checkpoint before it"
-                    )
-                )
-            progress.update(step, window.shown())
-            for alarm in window.alarms:
-                progress.say(f"step {step}: {alarm}")
+            self._flush(progress)
+        if _due(step, recipe.log.weight_sparsity_every):
+            self.monitor.weigh(step)
         if self._note:
             progress.say(self._note)
         if self._rows.epoch != self._epoch:
@@ -270,47 +325,108 @@ class TrainingRun:
             progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
             for line in self._rows.remarks():
                 progress.say(f"warning: {line}")
-        evaluation = None
-        if evaluates and self._heldout is not None:
+        evaluation, self._evaluation_due = None, evaluates
+        if evaluates and not stopped:
+            evaluation = self._evaluate(progress, stop)
+            stopped = evaluation is None
+        if saves or (stopped and not self._dry_run):
+            self._save()
+        return evaluation, stopped
+
+    def _flush(self, progress: RunProgress) -> None:
+        window = self.monitor.flush(self._step)
+        self._tokens += window.tokens
+        if window.first_bad_step is not None:
+            raise TrainingError(
+                f"the loss or its gradient is not finite at step {window.first_bad_step}; "
+                + (
+                    f"the last good checkpoint is {self._last_checkpoint}"
+                    if self._last_checkpoint
+                    else "there is no checkpoint before it"
+                )
+                + '; train.on_nonfinite = "skip" leaves such batches out'
+            )
+        progress.update(self._step, window.shown())
+        for alarm in window.alarms:
+            progress.say(f"step {self._step}: {alarm}")
+
+    def _evaluate(self, progress: RunProgress, stop: StopRequest | None) -> Evaluation | None:
+        """The held-out measure of the weights at hand; None if a stop came in between."""
+        assert self._heldout is not None
+        try:
             evaluation = evaluate(
                 self.training_step.summed_loss,
                 self._heldout,
-                recipe,
+                self._recipe,
                 self._processes,
                 self._built.pipeline,
-                step=step,
+                step=self._step,
                 loss_of=self.training_step.evaluation_loss,
+                stop=stop,
             )
-            self.monitor.evaluated(step, evaluation)
-            progress.say(
-                f"step {step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
-                f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.tokens:,} tokens"
-            )
-        if saves:
-            self._save()
+        except EvaluationStopped:
+            return None
+        self._evaluation_due, self._measured = False, (self._step, evaluation)
+        self.monitor.evaluated(self._step, evaluation)
+        progress.say(
+            f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity "
+            f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte over "
+            f"{evaluation.extent}"
+        )
         return evaluation
 
     def _save(self) -> None:
+        settings, heldout = self._recipe.checkpoint, None
+        if self._measured and self._measured[0] == self._step:
+            heldout = {"loss": self._measured[1].loss, "data": self._measured[1].data}
         self._last_checkpoint = checkpoint.save(
             self._run_dir,
             self._step,
             model=self._built.model,
             optimizer=self._optimizer,
-            state={"tokens": self._tokens, "log": self.monitor.state(), "products": self._products},
+            state={
+                "tokens": self._tokens,
+                "schedule_steps": self._schedule_steps,
+                "evaluation_due": self._evaluation_due,
+                "skips": self._skips,
+                "log": self.monitor.state(),
+                "products": self._products,
+            },
             rank_state={"data": self._rows.state_dict()},
             recipe_text=dump_recipe(self._recipe),
             plan=asdict(self._built.pipeline.report),
             tokenizer_json=self._tokenizer.to_json(),
-            keep=self._recipe.checkpoint.keep,
+            keep=settings.keep,
+            keep_every=settings.keep_every,
+            keep_best=settings.keep_best,
+            heldout=heldout,
         )
         self.monitor.saved()
 
+    def _report_end(self, progress: RunProgress, stop: StopRequest, failure: BaseException | None) -> str:
+        """Say why a run ended before its end; returns the signal. Collective.
 
-def _pinned(recipe: Recipe, start: checkpoint.Checkpoint | None, processes: Processes) -> Recipe:
+        Raises:
+            Exception: what else ended it, on every process.
+        """
+        reports = self._processes.gather((stop.signal, failure and str(failure)))
+        saved = f"saved step {self._step} in {self._last_checkpoint}"
+        reasons = [reason for _, reason in reports if reason]
+        if failure and not isinstance(failure, Act24Error):
+            progress.say(f"the data failed: {saved}")
+            raise failure
+        if reasons:
+            raise TrainingError(f"{reasons[0]}; {saved}") from failure
+        name = next(name for name, _ in reports if name)
+        progress.say(f"{name}: {saved}")
+        return name
+
+
+def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe:
     """The recipe with the commit of the Hub's data set, the one that the run began with if there is one."""
     data = recipe.data
     if start and data.revision is None:
-        began = parse_recipe(start.recipe_text, f"{start.folder}/recipe.toml").data
+        began = parse_recipe(start.checkpoint.recipe_text, f"{start.checkpoint.folder}/recipe.toml").data
         data = data.model_copy(update={"revision": began.revision})
     (data, *_) = processes.gather(pinned(data))  # one answer for all: there may be a push in between
     return recipe.model_copy(update={"data": data})
@@ -318,28 +434,3 @@ def _pinned(recipe: Recipe, start: checkpoint.Checkpoint | None, processes: Proc
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
-    """What a run came to, for the table at its end."""
-    rows: list[tuple[str, Any]] = [
-        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
-        ("parameters", f"{outcome.parameters:,}"),
-        ("tokens", f"{outcome.tokens:,}"),
-    ]
-    if outcome.tokens_per_second:
-        rows += [
-            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
-            ("training loss", f"{outcome.loss:.4f}"),
-        ]
-    if outcome.evaluation:
-        rows += [
-            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
-            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
-            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
-        ]
-    if outcome.peak_memory:
-        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
-    if outcome.checkpoint:
-        rows.append(("checkpoint", str(outcome.checkpoint)))
-    return rows

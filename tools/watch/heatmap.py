@@ -37,6 +37,19 @@ class History:
     pending: list[list[float]] = field(default_factory=list)  # points of the column that is not full yet
     first_step: int = 0
     last_step: int = 0  # of the last full column
+    layers: list[int] = field(default_factory=list)  # of the model, by row; empty: 0, 1, 2, …
+
+    def __post_init__(self) -> None:
+        counts = (self.stride, self.first_step, self.last_step)
+        points = [*self.columns, *self.pending]
+        if not all(type(count) is int for count in counts) or self.stride < 1:
+            raise ValueError(f"stride and steps of a heatmap are integers, not {counts}")
+        if len({len(point) for point in points}) > 1 or len(self.columns) > MAX_COLUMNS:
+            raise ValueError("the points of a heatmap are of different lengths, or too many")
+        if self.layers and points and len(self.layers) != len(points[0]):
+            raise ValueError("a heatmap has as many layers as values in a point")
+        if not all(isinstance(value, float | int) for point in points for value in point):
+            raise TypeError("the points of a heatmap are lists of numbers")
 
     def add(self, values: Sequence[float], step: int) -> bool:
         """Adds a point; True if that completed a column, so that the picture has changed."""
@@ -68,7 +81,7 @@ class History:
         scale = Image.fromarray(colours(numpy.linspace(0, 1, WIDTH // 4)[None, :]))
         draw = ImageDraw.Draw(canvas)
         for layer in range(layers):
-            draw.text((2, layer * ROW), str(layer), fill="black")
+            draw.text((2, layer * ROW), str(self.layers[layer] if self.layers else layer), fill="black")
         below = layers * ROW + 2
         draw.text((LEFT, below), f"step {self.first_step}", fill="black")
         draw.text((LEFT + WIDTH, below), f"step {self.last_step}", fill="black", anchor="ra")

@@ -79,6 +79,7 @@ class Monitor:
         tokens: trained on so far, by all processes since this one began.
         loss: of the last window.
         sites: activation statistics of the last window.
+        skipped: batches left out in all, because loss or gradient were not finite.
     """
 
     def __init__(
@@ -95,13 +96,16 @@ class Monitor:
         self._recipe, self._built, self._processes = recipe, built, processes
         self._optimizer = optimizer
         self._cosines: dict[str, Tensor] = {}
-        self._alarmed = False
+        self._alarmed, self.skipped = bool((state or {}).get("alarmed")), int((state or {}).get("skipped", 0))
         self.seconds, self.tokens, self.loss = 0.0, 0, float("nan")
         self.sites: list[SiteStatistics] = []
         self._log: RunLog | None = None
         if run_dir is not None and processes.is_main:
             self._log = RunLog(
-                run_dir, layer_tags=_layer_tags(recipe, built), resumed_from=resumed_at, state=state
+                run_dir,
+                layer_tags=_layer_tags(recipe, built),
+                resumed_from=resumed_at,
+                state=(state or {}).get("histories"),
             )
             if resumed_at is None:
                 self._describe(self._log)
@@ -117,6 +121,9 @@ class Monitor:
     ) -> None:
         """Take in one step; `data` are figures of the text so far. Nothing is read from the device."""
         self._data = data or {}
+        if result.skipped:
+            self.skipped += 1
+            return
         # A gradient that overflows has already spoiled the weights, although its loss was finite.
         bad = ~torch.isfinite(result.loss + result.grad_norm)
         self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
@@ -137,8 +144,8 @@ class Monitor:
         window = Window(
             step=step,
             tokens=int(sums[2]),
-            loss=sums[0] / steps,
-            grad_norm=sums[1] / steps,
+            loss=sums[0] / steps if self._steps else float("nan"),  # every batch was left out
+            grad_norm=sums[1] / steps if self._steps else float("nan"),
             rate=self._rate,
             tokens_per_second=sums[2] / elapsed,
             first_bad_step=int(sums[3]) if sums[3] >= 0 else None,
@@ -146,19 +153,30 @@ class Monitor:
         )
         self.seconds += elapsed
         self.tokens += window.tokens
-        self.loss = window.loss
-        every = self._recipe.log.weight_sparsity_every
-        weights = weight_sparsity(self._built.model) if every and step % every == 0 else {}
+        self.loss = window.loss if self._steps else self.loss
         occasional = self._occasional(steps)
         if self._log is not None and self._steps:
             self._log.scalars(self._scalars(window, elapsed) | occasional, step)
             for alarm in window.alarms:
                 self._log.text("alarms", alarm, step)
             self._write_sites(self._log, sites, step)
-            self._write_weights(self._log, weights, step)
         self.sites = sites or self.sites
         self._restart()
         return window
+
+    def weigh(self, step: int) -> None:
+        """Write how many weights are zero. Collective; it waits for the device, and is no training time."""
+        began = time.perf_counter()
+        shares = weight_sparsity(self._built.model)
+        if self._log is not None:
+            self._write_weights(self._log, shares, step)
+        self._began += time.perf_counter() - began
+
+    def remark(self, lines: Sequence[str], step: int) -> None:
+        """Write what changed when a run went on."""
+        if self._log is not None:
+            for line in lines:
+                self._log.text("changes", line, step)
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Write a held-out measure; its time is no training time."""
@@ -168,9 +186,12 @@ class Monitor:
                     "loss/val": evaluation.loss,
                     "loss/val_perplexity": evaluation.perplexity,
                     "loss/val_bits_per_byte": evaluation.bits_per_byte,
+                    "loss/val_tokens": evaluation.tokens,
                 },
                 step,
             )
+            if evaluation.tokens < evaluation.asked:
+                self._log.text("evaluation", f"over {evaluation.extent}", step)
         self._began = time.perf_counter()
 
     def saved(self) -> None:
@@ -179,10 +200,11 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """What the log needs to go on after a checkpoint; everything logged so far is on disk then."""
-        if self._log is None:
-            return {}
-        self._log.flush()
-        return self._log.state()
+        state: dict[str, Any] = {"alarmed": self._alarmed, "skipped": self.skipped}
+        if self._log is not None:
+            self._log.flush()
+            state["histories"] = self._log.state()
+        return state
 
     def close(self) -> None:
         if self._log is not None:
@@ -208,6 +230,8 @@ class Monitor:
             "perf/step_ms": 1000 * elapsed / self._steps,
             **{f"data/{name}": value for name, value in self._data.items()},
         }
+        if self.skipped:
+            scalars["optim/skipped_batches"] = self.skipped
         if self._processes.device.type == "cuda":
             scalars["memory/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
             scalars["memory/max_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -236,8 +260,8 @@ class Monitor:
     def _write_sites(self, log: RunLog, sites: Sequence[SiteStatistics], step: int) -> None:
         networks = sorted((s for s in sites if s.site == "mlp"), key=lambda s: s.layer or 0)
         for tag, field in (FFN_TAGS | _SPARSE_TAGS).items():
-            values = [getattr(site, field) for site in networks]
-            if values and None not in values:
+            values = {site.layer or 0: getattr(site, field) for site in networks}
+            if values and None not in values.values():
                 log.layers(tag, values, step)
         others = [s for s in sites if s.site != "mlp"]
         if others:
@@ -251,9 +275,10 @@ class Monitor:
             log.scalars(scalars, step)
 
     def _write_weights(self, log: RunLog, weights: Mapping[str, float], step: int) -> None:
-        by_module: dict[str, list[float]] = {}
+        by_module: dict[str, dict[int, float]] = {}
         for name, share in weights.items():
-            by_module.setdefault(name.partition("/")[2], []).append(share)
+            layer, _, module = name.removeprefix("layer_").partition("/")
+            by_module.setdefault(module, {})[int(layer)] = share
         for module, shares in by_module.items():
             log.layers(f"weight_sparsity/*/{module}", shares, step)
 

@@ -71,7 +71,7 @@ class RunLog:
             state: what `state()` returned then. Without it the heatmaps begin anew.
         """
         self.broken = False
-        self._histories = {tag: History(**history) for tag, history in (state or {}).items()}
+        self._histories = histories(state or {})
         # A new run gets a start event too: TensorBoard's server hides nothing at the first of a folder.
         first_step = 0 if resumed_from is None else resumed_from + 1
         self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
@@ -83,14 +83,15 @@ class RunLog:
             self._writer.add_scalar(tag, value, step)
 
     @_never_fatal
-    def layers(self, layer_tag: str, values: Sequence[float], step: int) -> None:
-        """`values[i]` of layer i, their mean and range, and the picture when it has a new column."""
-        named = {f"layer_{layer}": value for layer, value in enumerate(values)}
-        named |= zip(ACROSS_LAYERS, (fmean(values), min(values), max(values)), strict=True)
+    def layers(self, layer_tag: str, values: Mapping[int, float], step: int) -> None:
+        """Values by layer of the model, their mean and range, and the picture when it has a new column."""
+        across = values.values()
+        named = {f"layer_{layer}": value for layer, value in values.items()}
+        named |= zip(ACROSS_LAYERS, (fmean(across), min(across), max(across)), strict=True)
         for name, value in named.items():
             self._writer.add_scalar(layer_tag.replace("*", name), value, step)
-        history = self._histories.setdefault(layer_tag, History())
-        if history.add(values, step):
+        history = self._histories.setdefault(layer_tag, History(layers=list(values)))
+        if history.add(list(across), step):
             tag = layer_tag.replace("*", "heatmap")
             self._writer.add_image(tag, history.picture(), step, dataformats="HWC")
 
@@ -120,6 +121,15 @@ class RunLog:
     def close(self) -> None:
         """Flushes and closes; calling it again does nothing."""
         self._writer.close()
+
+
+def histories(state: Mapping[str, Any]) -> dict[str, History]:
+    """The heatmaps' histories from what `RunLog.state` returned.
+
+    Raises:
+        TypeError, ValueError: it returned something else.
+    """
+    return {tag: History(**history) for tag, history in state.items()}
 
 
 def layout(layer_tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:

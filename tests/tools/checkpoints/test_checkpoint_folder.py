@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def write(run: Path, step: int, files: dict[str, bytes] = FILES) -> Path:
     for name, content in files.items():
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (unfinished / name).write_bytes(content)
-    manifest = {"format": cf.FORMAT, "step": step, "written": datetime.now(UTC).isoformat()}
+    manifest = {"format": cf.FORMAT, "step": step, "sequence": cf.next_sequence(run)}
     cf.publish(
         unfinished, folder, {**manifest, "files": cf.fingerprints(unfinished, cf.contents(unfinished))}
     )
@@ -88,11 +87,110 @@ def test_files_missing_or_of_another_length_are_named_and_not_latest(tmp_path, c
     assert str(bad) in caplog.text
 
 
-def test_an_extra_file_is_named(tmp_path):
+FOREIGN = [".nfs000000000123", ".DS_Store", "notes.txt", "optimizer/._x", "optimizer/.nfs0001"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_is_nobodys_business(tmp_path, name):
     folder = write(tmp_path, 1)
-    (folder / "optimizer" / "notes.txt").write_text("mine")
-    with pytest.raises(cf.CheckpointError, match=r"optimizer/notes\.txt is not in the checkpoint's manifest"):
-        cf.read_manifest(folder)
+    (folder / name).write_text("mine")
+    verify(folder)
+    assert cf.latest(tmp_path) == folder
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_prune_deletes_litter_and_keeps_what_somebody_wrote(tmp_path, caplog, name):
+    old = write(tmp_path, 1)
+    (old / name).write_text("mine")
+    new = write(tmp_path, 2)
+    with caplog.at_level(logging.WARNING, "act24"):
+        cf.prune(tmp_path, keep=1, written=new)
+    if name == "notes.txt":
+        assert (old / name).read_text() == "mine"
+        assert "is kept" in caplog.text
+        assert "notes.txt is not of this program" in caplog.text
+        verify(old)
+    else:
+        assert [path.name for path in new.parent.iterdir()] == [new.name]
+
+
+@pytest.mark.parametrize("what", ["checkpoint with a note", "folder"])
+def test_what_is_in_the_way_of_a_save_and_not_ours_is_moved_aside(tmp_path, caplog, what):
+    if what == "folder":
+        folder = cf.folder_of(tmp_path, 1)
+        folder.mkdir(parents=True)
+    else:
+        folder = write(tmp_path, 1)
+    (folder / "notes.txt").write_text("mine")
+    with caplog.at_level(logging.WARNING, "act24"):
+        assert write(tmp_path, 1, {"state.json": b"new"}) == folder
+    cf.prune(tmp_path, keep=1, written=folder)
+    verify(folder)
+    aside, kept = sorted(folder.parent.iterdir(), key=lambda path: path.name == folder.name)
+    assert kept == folder
+    assert (aside / "notes.txt").read_text() == "mine"
+    assert aside.name in caplog.text
+    assert cf.latest(tmp_path) == folder
+
+
+@pytest.mark.parametrize("clock", ["1970-01-01T00:00:00+00:00", "9999-12-31T23:59:59+00:00"])
+def test_no_clock_decides_which_checkpoint_is_last(tmp_path, monkeypatch, clock):
+    """With the time in the manifest as the order, a clock behind by more than the saving interval had every
+    new checkpoint deleted as it was written."""
+    for step in (10, 20):
+        write(tmp_path, step)
+    for folder in cf.complete(tmp_path):  # as if another machine had written them, at another time
+        manifest = {**cf.read_manifest(folder), "written": clock}
+        (folder / cf.MANIFEST).write_text(cf._render(manifest))
+    for step in (30, 40):
+        folder = write(tmp_path, step)
+        cf.prune(tmp_path, keep=2, written=folder)
+        assert cf.latest(tmp_path) == folder
+    assert [path.name for path in cf.complete(tmp_path)] == ["step-000030", "step-000040"]
+
+
+def test_what_was_just_written_stays_whatever_the_counters_say(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    written = write(tmp_path, 3)
+    manifest = {**cf.read_manifest(written), "sequence": 0}
+    (written / cf.MANIFEST).write_text(cf._render(manifest))
+    cf.prune(tmp_path, keep=1, written=written)
+    verify(written)
+
+
+def test_the_counter_is_above_that_of_a_damaged_checkpoint(tmp_path):
+    damaged = write(tmp_path, 9)
+    (damaged / "state.json").unlink()
+    assert cf.read_manifest(write(tmp_path, 3))["sequence"] == 2
+
+
+def test_checkpoints_without_a_counter_are_in_the_order_of_steps_and_before_all_others(tmp_path):
+    for step in (5, 7):
+        folder = write(tmp_path, step)
+        manifest = cf.read_manifest(folder)
+        del manifest["sequence"]
+        (folder / cf.MANIFEST).write_text(cf._render(manifest))
+    assert cf.latest(tmp_path) == cf.folder_of(tmp_path, 7)
+    assert cf.latest(tmp_path) != write(tmp_path, 6)
+    assert cf.latest(tmp_path) == cf.folder_of(tmp_path, 6)
+
+
+def test_checkpoints_of_which_none_can_be_used_are_not_nothing(tmp_path, monkeypatch):
+    assert cf.latest(tmp_path) is None
+    for step in (1, 2):
+        (write(tmp_path, step) / "state.json").write_bytes(b"{")
+    with pytest.raises(
+        cf.CheckpointError, match=r"can be used \(2 there\): .*step-000002/state.json is damaged"
+    ):
+        cf.latest(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(cf.CheckpointError, match="checkpoints cannot be read: Permission denied"):
+        cf.latest(tmp_path)
 
 
 def test_a_manifest_of_a_later_format_says_so(tmp_path):
@@ -197,3 +295,16 @@ def test_all_names_and_the_manifest_are_on_disk_before_the_rename(tmp_path, monk
     before = [path.removeprefix(unfinished) for _, path in events[: renamed[0]]]
     assert before == [f"/{cf.MANIFEST}", "/optimizer", ""]
     assert events[renamed[0] + 1 :] == [("sync", str(folder.parent))]
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_not_damaged(tmp_path, monkeypatch):
+    old, read = write(tmp_path, 1), cf.read_manifest
+
+    def pruned_meanwhile(folder):
+        if old.exists():
+            write(tmp_path, 2)
+            old.rename(tmp_path / "gone")
+        return read(folder)
+
+    monkeypatch.setattr(cf, "read_manifest", pruned_meanwhile)
+    assert cf.latest(tmp_path) == cf.folder_of(tmp_path, 2)

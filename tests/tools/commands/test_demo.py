@@ -1,11 +1,16 @@
 """The demo's story, told by a smaller recipe."""
 
 import re
+import shutil
 
 import pytest
+from tiny import load_tiny
 
 from act24.errors import Act24Error
 from act24.tools.commands import demo
+from act24.tools.run.folder import clear_run
+from act24.tools.run.lock import run_lock
+from act24.tools.run.train import train
 
 
 @pytest.fixture
@@ -31,6 +36,66 @@ def test_the_demo_trains_evaluates_samples_and_shows_sparsity(tmp_path, capsys):
 @pytest.mark.usefixtures("small")
 def test_the_demo_replaces_nothing_but_runs(tmp_path):
     (tmp_path / "thesis.txt").write_text("kept")
-    with pytest.raises(Act24Error, match="holds something else than a run; choose another with --run-dir"):
+    message = r"holds something else than a run \(thesis.txt\); choose another with --run-dir"
+    with pytest.raises(Act24Error, match=message):
         demo.run_demo(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture(scope="module")
+def a_run(tiny_file, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    train(load_tiny(tiny_file, "train.steps=2", "schedule.warmup_steps=0"), run_dir)
+    return run_dir
+
+
+FOREIGN = {
+    "a file": "thesis.txt",
+    "a folder": "photos/cat.jpg",
+    "a file among the checkpoints": "checkpoints/best.txt",
+    "a folder among the checkpoints": "checkpoints/step-000001/weights.bin",
+    "a file in a checkpoint": "checkpoints/step-000002/notes.txt",
+    "a file deep in a checkpoint": "checkpoints/step-000002/optimizer/notes.txt",
+}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN.keys())
+def test_the_demo_deletes_nothing_that_a_run_did_not_write(a_run, tmp_path, name):
+    """A folder with a recipe.toml in it used to be enough."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(a_run, run_dir)
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).write_text("mine")
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(Act24Error, match="holds something else than a run"):
+        demo.run_demo(run_dir)
+    assert sorted(run_dir.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_of_recipes_is_no_run(tmp_path):
+    (tmp_path / "recipe.toml").write_text("[model]")
+    with pytest.raises(Act24Error, match="holds something else than a run"):
+        demo.run_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+def test_a_run_is_deleted_whole(a_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(a_run, run_dir)
+    (run_dir / "checkpoints" / "step-000002" / ".DS_Store").write_text("")
+    (run_dir / "checkpoints" / "step-000001.tmp-0123456789ab").mkdir()
+    clear_run(run_dir)
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+    clear_run(tmp_path / "nothing")
+
+
+def test_a_run_in_progress_is_not_deleted(a_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(a_run, run_dir)
+    before = sorted(run_dir.rglob("*"))
+    with run_lock(run_dir), pytest.raises(Act24Error, match=r"is in use by process \d+ on .* since"):
+        clear_run(run_dir)
+    assert sorted(run_dir.rglob("*")) == before

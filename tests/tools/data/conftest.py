@@ -13,7 +13,8 @@ import pytest
 import tokenizers
 
 from act24.recipes import schema
-from act24.tools.data import Tokenizer
+from act24.recipes.schema import Data
+from act24.tools.data import Tokenizer, prepare_shards
 from act24.tools.data.tokenizer import _train
 
 WORDS = [
@@ -123,3 +124,14 @@ def t5_backend() -> tokenizers.Tokenizer:
     template = tokenizers.processors.TemplateProcessing
     backend.post_processor = template("$A </s>", special_tokens=[("</s>", 1)])
     return backend
+
+
+@pytest.fixture(scope="session")
+def sources(corpora, tokenizer, tmp_path_factory) -> dict[str, Data]:
+    shards = tmp_path_factory.mktemp("prepared") / "shards"
+    prepare_shards(corpora["json"].data(), tokenizer, shards)
+    return {
+        **{kind: corpus.data() for kind, corpus in corpora.items()},
+        "builtin": Data(source="builtin", max_length=32),
+        "shards": Data(source="shards", shards=str(shards), max_length=32),
+    }

@@ -11,24 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from act24.errors import Act24Error
-from act24.recipes.schema import Data
-from act24.tools.data import Tokenizer, heldout_rows, open_rows, prepare_shards
+from act24.tools.data import Tokenizer, heldout_rows, open_rows
 from act24.tools.data.batches import IGNORED, TokenRows
 from act24.tools.data.documents import Documents
 from act24.tools.data.rows import PackedRows
 
 SOURCES = ["text", "json", "parquet", "builtin", "shards"]
-
-
-@pytest.fixture(scope="session")
-def sources(corpora, tokenizer, tmp_path_factory) -> dict[str, Data]:
-    shards = tmp_path_factory.mktemp("prepared") / "shards"
-    prepare_shards(corpora["json"].data(), tokenizer, shards)
-    return {
-        **{kind: corpus.data() for kind, corpus in corpora.items()},
-        "builtin": Data(source="builtin", max_length=32),
-        "shards": Data(source="shards", shards=str(shards), max_length=32),
-    }
 
 
 def rows_of(batches, count):
@@ -65,12 +53,7 @@ def test_resuming_twice_continues_with_exactly_the_next_row(sources, tokenizer, 
 def first_epoch(data, tokenizer, **place):
     """The rows before the position says epoch 1."""
     with open_rows(data, tokenizer, batch_size=1, vocab_size=300, **place) as rows:
-
-        def in_epoch_0(batch):
-            position = batch.state["position"]
-            return position.get("document", position)["epoch"] == 0
-
-        return rows_of(itertools.takewhile(in_epoch_0, rows), None)
+        return rows_of(itertools.takewhile(lambda batch: batch.state["epoch"] == 0, rows), None)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +143,7 @@ def test_a_position_in_other_rows_is_refused(sources, tokenizer, source, message
         rows.load_state_dict(state)
 
 
-def test_a_position_of_other_processes_files_or_tokenizer_is_refused(
+def test_a_position_of_other_streams_files_or_tokenizer_is_refused(
     sources, tokenizer, tokenizer_file, tmp_path, t5_backend
 ):
     data = sources["text"]
@@ -175,8 +158,7 @@ def test_a_position_of_other_processes_files_or_tokenizer_is_refused(
             rows.load_state_dict(state)
         return str(caught.value)
 
-    assert refusal(data, tokenizer, world_size=2).endswith(": world_size was 1 and is 2")
-    assert "rank was 0 and is 1; world_size" in refusal(data, tokenizer, rank=1, world_size=2)
+    assert refusal(data, tokenizer, streams=2).endswith(": streams was 1 and is 2")
     assert "tokenizer was " in refusal(data, Tokenizer(t5_backend, "t5"))
     (tmp_path / "a.txt").write_text("other text " * 50)
     other = data.model_copy(update={"train_files": (str(tmp_path / "a.txt"),)})

@@ -125,7 +125,7 @@ def test_other_content_is_noticed(folder, opened, change):
 
 def test_a_position_of_an_older_act24_is_refused(folder, opened):
     _, state, _ = opened(section(folder), 1)
-    state["fingerprint"]["files"] = "0123456789abcdef"
+    state["position"]["streams"]["0"]["files"] = "0123456789abcdef"
     with pytest.raises(Act24Error, match="its list of files is not one that this act24 reads"):
         opened(section(folder), 1, state)
 

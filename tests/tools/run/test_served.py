@@ -93,7 +93,7 @@ def expected_loss(checkpoint, method) -> float:
         else:
             state[name] = transposable(weight) if method == "transposable" else two_of_four(weight)
     model.load_state_dict(state)
-    rows = heldout_rows(built.recipe.data, built.tokenizer, built.recipe.eval.tokens, vocab_size=300)
+    rows = heldout_rows(built.recipe.data, built.open_tokenizer(), built.recipe.eval.tokens, vocab_size=300)
     (batch,) = rows.batches(rows.total_rows)
     with torch.no_grad():
         logits = model(batch.input_ids).flatten(0, 1)
@@ -210,8 +210,7 @@ def test_a_scale_that_no_update_has_measured_is_said_to_be_missing(tiny, tmp_pat
 def test_load_brings_a_tokenizer_and_samples_only_its_tokens(tiny, tmp_path, monkeypatch):
     """Of the 400 entries of the model's vocabulary the tokenizer has 300 or fewer."""
     train(tiny("schedule.warmup_steps=1", "train.steps=2", "eval.every=0", "model.vocab_size=400"), tmp_path)
-    tokenizer = load(tmp_path).tokenizer
-    assert tokenizer is not None
+    tokenizer = load(tmp_path).open_tokenizer()
     assert tokenizer.decode(tokenizer.encode("low rank").tolist()) == "low rank"
     drawn = []
 

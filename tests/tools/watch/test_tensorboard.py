@@ -33,9 +33,9 @@ def points(events: EventAccumulator, tag: str) -> dict[int, float]:
 def test_names_and_values_are_those_of_the_issue(tmp_path):
     log = RunLog(tmp_path, layer_tags=LAYER_TAGS)
     log.scalars({"loss/train": 2.5, "optim/lr": 1e-3, "perf/tokens_per_s": 1e6}, 10)
-    log.layers("sparsity_relu/*", [0.25, 0.5, 0.9], 10)
+    log.layers("sparsity_relu/*", dict(enumerate([0.25, 0.5, 0.9])), 10)
     for module in MODULES:
-        log.layers(f"weight_sparsity/*/{module}", [0.0, 0.5, 0.5], 10)
+        log.layers(f"weight_sparsity/*/{module}", dict(enumerate([0.0, 0.5, 0.5])), 10)
     log.text("recipe", "```toml\nsteps = 3\n```")
     log.close()
     events = read(tmp_path)
@@ -62,7 +62,7 @@ def test_the_layout_s_charts_hold_their_tags_and_no_others(tmp_path):
     log = RunLog(tmp_path, layer_tags=LAYER_TAGS)
     log.scalars({"loss/train": 1.0, "loss/val": 1.0, "loss/train_smoothed": 1.0}, 0)
     for tag in LAYER_TAGS:
-        log.layers(tag, [0.5] * 12, 0)
+        log.layers(tag, dict(enumerate([0.5] * 12)), 0)
     log.close()
     events = read(tmp_path)
     tags = events.Tags()["scalars"]
@@ -124,14 +124,14 @@ def test_what_lies_after_the_checkpoint_is_hidden_on_resume(tmp_path):
     log = RunLog(tmp_path, layer_tags=["sparsity_relu/*"])
     for step in range(1, 8):
         log.scalars({"loss/train": step}, step)
-        log.layers("sparsity_relu/*", [step / 10, step / 20], step)
+        log.layers("sparsity_relu/*", dict(enumerate([step / 10, step / 20])), step)
         if step == 5:
             log.flush()
             state = json.loads(json.dumps(log.state()))  # what the checkpoint after step 5 keeps
     log.close()
     resumed = RunLog(tmp_path, layer_tags=["sparsity_relu/*"], resumed_from=5, state=state)
     resumed.scalars({"loss/train": 60}, 6)
-    resumed.layers("sparsity_relu/*", [0.0, 1.0], 6)
+    resumed.layers("sparsity_relu/*", dict(enumerate([0.0, 1.0])), 6)
     resumed.close()
     events = read(tmp_path)
     assert points(events, "loss/train") == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 60}
@@ -156,7 +156,7 @@ def test_a_new_run_in_an_old_folder_hides_the_old_one(tmp_path):
 
 def test_the_heatmap_in_the_file_is_the_picture(tmp_path):
     log = RunLog(tmp_path)
-    log.layers("sparsity_relu/*", [0.1, 0.9], 3)
+    log.layers("sparsity_relu/*", dict(enumerate([0.1, 0.9])), 3)
     log.close()
     (event,) = read(tmp_path).Images("sparsity_relu/heatmap")
     (tmp_path / "picture.png").write_bytes(event.encoded_image_string)

@@ -1,0 +1,202 @@
+"""A checkpoint whose manifest is valid and whose files are hostile: nothing runs, and the file is named."""
+
+import io
+import json
+import pickle
+import shutil
+import struct
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from tiny import load_tiny
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from act24.errors import Act24Error
+from act24.tools.checkpoints import checkpoint
+from act24.tools.checkpoints import folder as cf
+from act24.tools.run.build import load
+from act24.tools.run.evaluate import evaluate_checkpoint
+from act24.tools.run.train import train
+
+OVERRIDES = ("train.steps=4", "schedule.warmup_steps=0", "checkpoint.every=2")
+DEEP = "[" * 100_000
+MODEL = "model.safetensors"
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+@pytest.fixture(scope="module")
+def a_run(tiny_file, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("hostile") / "run"
+    train(load_tiny(tiny_file, *OVERRIDES), run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def copied(a_run, tmp_path):
+    """The checkpoint after step 2 of a copy of the run."""
+    shutil.copytree(a_run, tmp_path / "run")
+    return tmp_path / "run" / "checkpoints" / "step-000002"
+
+
+def replace(folder, name, content):
+    """Put other bytes into a checkpoint, with a manifest that fits them."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / cf.MANIFEST).read_text())
+    files = cf.fingerprints(folder, manifest["files"])
+    (folder / cf.MANIFEST).write_text(cf._render({**manifest, "files": files}))
+
+
+def edited(path, **changes):
+    return json.dumps({**json.loads(path.read_text()), **changes}).encode()
+
+
+def stored_in_a_zip(inner):
+    """What torch.save writes, with another pickle inside."""
+    content = io.BytesIO()
+    torch.save(torch.zeros(3), content)
+    out = io.BytesIO()
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(out, "w") as new:
+        for entry in old.namelist():
+            new.writestr(entry, inner if entry.endswith("data.pkl") else old.read(entry))
+    return out.getvalue()
+
+
+def with_entry(folder, mark):
+    """The real metadata, one tensor of it declared to be any object, for which PyTorch would unpickle."""
+    metadata = pickle.loads((folder / "optimizer" / ".metadata").read_bytes())
+    name = next(iter(metadata.state_dict_metadata))
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    return pickle.dumps(metadata)
+
+
+def elsewhere(folder, mark):
+    metadata = pickle.loads((folder / "optimizer" / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../../../secret"
+    return pickle.dumps(metadata)
+
+
+def bomb(folder, mark):
+    return pickle.dumps(Bomb(mark))
+
+
+def nested(folder, mark):
+    return json.dumps({"state": {}}).encode()[:-1] + b', "x": ' + DEEP.encode() + b"}"
+
+
+def weights(folder, mark):
+    tensors = {name: value + 0 for name, value in load_file(folder / MODEL).items()}
+    tensors.popitem()
+    return save(tensors)
+
+
+def huge_header(folder, mark):
+    return struct.pack("<Q", 2**62) + b"{}"
+
+
+#: For each file of a checkpoint: what it could hold, and a part of the message.
+HOSTILE = {
+    ("optimizer/.metadata", "code"): (bomb, "has no business there"),
+    ("optimizer/.metadata", "any object"): (with_entry, "BytesStorageMetadata has no business there"),
+    ("optimizer/.metadata", "another folder"): (elsewhere, "is no file of this folder"),
+    ("optimizer/.metadata", "no pickle"): (lambda f, m: b"\x00" * 40, "does not hold"),
+    ("optimizer/.metadata", "another record"): (
+        lambda f, m: pickle.dumps(torch.Size([1])),
+        "expected Metadata",
+    ),
+    ("optimizer/__0_0.distcp", "code"): (lambda f, m: stored_in_a_zip(bomb(f, m)) * 40, ""),
+    ("optimizer/__0_0.distcp", "nothing"): (lambda f, m: b"", ""),
+    ("optimizer.json", "deep"): (nested, "optimizer.json"),
+    ("optimizer.json", "a list"): (lambda f, m: b"[]", "expected an object, found a list"),
+    ("optimizer.json", "without groups"): (lambda f, m: b'{"class": "AdamW"}', "KeyError"),
+    ("optimizer.json", "no numbers"): (
+        lambda f, m: edited(f / "optimizer.json", state={"model.norm.weight": {"exp_avg": {"shape": ["x"]}}}),
+        "optimizer.json",
+    ),
+    ("rank-00000.json", "a number"): (lambda f, m: b"1", "expected an object, found a int"),
+    ("rank-00000.json", "random"): (lambda f, m: edited(f / "rank-00000.json", random={}), "KeyError"),
+    ("rank-00000.json", "position"): (
+        lambda f, m: edited(f / "rank-00000.json", state={"data": []}),
+        "rank-00000.json",
+    ),
+    ("state.json", "deep"): (nested, "state.json"),
+    ("state.json", "no JSON"): (lambda f, m: b"{", "state.json"),
+    ("state.json", "tokens"): (lambda f, m: edited(f / "state.json", tokens="many"), "state.json"),
+    ("state.json", "log"): (
+        lambda f, m: edited(
+            f / "state.json", log={"histories": {"sparsity_relu/*": {"columns": [[1], [1, 2]]}}}
+        ),
+        "of different lengths",
+    ),
+    ("plan.json", "no text"): (lambda f, m: b"\xff\xfe\x00", "plan.json"),
+    ("recipe.toml", "no TOML"): (lambda f, m: b"]", "recipe.toml: not valid TOML"),
+    ("recipe.toml", "deep"): (lambda f, m: b"x = " + DEEP.encode(), "recipe.toml"),
+    ("recipe.toml", "no text"): (lambda f, m: b"\xff\xff", "recipe.toml"),
+    ("recipe.toml", "another one's file"): (lambda f, m: b'extends = "/etc/passwd.toml"', "does not exist"),
+    ("tokenizer.json", "no JSON"): (lambda f, m: b"{]", "tokenizer.json"),
+    ("tokenizer.json", "empty"): (lambda f, m: b"{}", "tokenizer.json"),
+    (MODEL, "a pickle"): (bomb, "model.safetensors is no safetensors file"),
+    (MODEL, "a header of exabytes"): (huge_header, "model.safetensors is no safetensors file"),
+    (MODEL, "one tensor less"): (weights, "is absent in the checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), HOSTILE.keys(), ids=[" ".join(key) for key in HOSTILE])
+def test_a_hostile_file_runs_nothing_and_is_named(tiny, copied, tmp_path, name, kind):
+    make, message = HOSTILE[name, kind]
+    mark = tmp_path / "executed"
+    replace(copied, name, make(copied, mark))
+    checkpoint_files = sorted(copied.parent.iterdir())
+    with pytest.raises(Act24Error) as caught:
+        train(tiny(*OVERRIDES), tmp_path / "other", resume=str(copied))
+    assert not mark.exists()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other").exists()
+    assert sorted(copied.parent.iterdir()) == checkpoint_files
+    if name in checkpoint.MODEL_FILES and name != "state.json":
+        with pytest.raises(Act24Error):
+            evaluate_checkpoint(copied)
+
+
+MANIFESTS = {
+    "no counter": {"step": "two"},
+    "a negative step": {"step": -1},
+    "no files": {"files": None},
+    "no sizes": {"files": {"state.json": {"sha256": ""}}},
+    "files elsewhere": {"files": {"../../secret": {"bytes": 1, "sha256": ""}}},
+    "an absolute path": {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},
+    "no weights": {"files": {}},
+    "another sequence": {"sequence": [1]},
+}
+
+
+@pytest.mark.parametrize("changes", MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_a_hostile_manifest_is_refused(copied, changes):
+    manifest = json.loads((copied / cf.MANIFEST).read_text())
+    (copied / cf.MANIFEST).write_text(cf._render({**manifest, **changes}))
+    with pytest.raises(cf.CheckpointError, match=r"manifest|is no checkpoint of a run"):
+        load(copied)
+
+
+def test_every_file_of_a_checkpoint_has_a_hostile_one(a_run):
+    folder = a_run / "checkpoints" / "step-000002"
+    assert {name for name, _ in HOSTILE} == set(cf.contents(folder))
+
+
+def test_the_untouched_copy_goes_on(tiny, copied, tmp_path):
+    """So that none of the refusals above is one of the copy."""
+    name = "state.json"
+    replace(copied, name, (copied / name).read_bytes())
+    assert train(tiny(*OVERRIDES), tmp_path / "other", resume=str(copied)).step == 4

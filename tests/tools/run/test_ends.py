@@ -1,0 +1,246 @@
+"""Whatever ends a run saves what was made of it, says so, and leaves a status that a script can tell."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import load_tiny
+
+from act24.errors import Act24Error
+from act24.tools.checkpoints import checkpoint
+from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.data import HeldoutRows, TokenRows
+from act24.tools.run import train as train_module
+from act24.tools.run.lock import run_lock
+from act24.tools.run.signals import Stopped, stop_on_signal
+from act24.tools.run.train import TrainingError, train
+
+RECIPE = ("train.steps=8", "schedule.warmup_steps=2", "eval.every=4", "eval.tokens=300")
+
+
+def logged(run_dir, tag):
+    events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_file, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("ends") / "straight"
+    train(load_tiny(tiny_file, *RECIPE), run_dir)
+    return run_dir
+
+
+def assert_goes_on_as(straight, run_dir, recipe):
+    """Resumed, the run logs and ends exactly as one that nothing ended."""
+    assert train(recipe, run_dir, resume="auto").finished
+    for tag in ("loss/train", "loss/val", "optim/lr"):
+        assert logged(run_dir, tag) == logged(straight, tag)
+    then, now = (
+        load_file(checkpoint_folder.latest(run) / "model.safetensors") for run in (straight, run_dir)
+    )
+    assert all(torch.equal(then[name], now[name]) for name in then)
+
+
+def kill_before(monkeypatch, owner, name, call, number=signal.SIGTERM):
+    """A signal to this process at the start of the `call`-th call of a function."""
+    original, calls = getattr(owner, name), [0]
+
+    def signalled(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("name", ["open_tokenizer", "heldout_rows", "open_rows", "tune_", "build_optimizer"])
+def test_a_signal_while_a_run_is_prepared_ends_it_at_once(tiny, tmp_path, monkeypatch, name, number):
+    """It used to be heeded after the first step, by when a batch system has killed the process."""
+    kill_before(monkeypatch, train_module, name, 1, number)
+    run_dir = tmp_path / "run"
+    with pytest.raises(Stopped, match=number.name):
+        train(tiny(*RECIPE), run_dir)
+    assert list(tmp_path.iterdir()) == []
+    with run_lock(run_dir):
+        pass
+
+
+@pytest.mark.parametrize(("which", "step"), [(1, 4), (2, 8)], ids=["in between", "at the end"])
+def test_an_evaluation_that_a_stop_cuts_off_is_made_when_the_run_goes_on(
+    tiny, tmp_path, monkeypatch, straight, which, step
+):
+    original, evaluations, batches = HeldoutRows.batches, [0], [0]
+
+    def signalled(self, size):
+        evaluations[0] += 1
+        for index, batch in enumerate(original(self, size)):
+            batches[0] += evaluations[0] == which
+            if (evaluations[0], index) == (which, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldoutRows, "batches", signalled)
+        outcome = train(tiny(*RECIPE), tmp_path)
+    assert (outcome.step, outcome.stopped, outcome.finished) == (step, "SIGTERM", False)
+    assert batches[0] == 2  # and not one more
+    assert checkpoint.load(outcome.checkpoint).state["evaluation_due"]
+    assert outcome.evaluation is None
+    assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
+    last = checkpoint.load(checkpoint_folder.latest(tmp_path))
+    assert not last.state["evaluation_due"]
+    assert last.manifest["heldout"]["loss"] == pytest.approx(logged(straight, "loss/val")[-1][1], rel=1e-6)
+
+
+def test_a_stop_at_a_step_with_an_evaluation_does_not_lose_it(tiny, tmp_path, monkeypatch, straight):
+    with monkeypatch.context() as patch:
+        kill_before(patch, train_module.TrainingRun, "advance", 4)
+        outcome = train(tiny(*RECIPE), tmp_path)
+    assert (outcome.step, outcome.stopped) == (4, "SIGTERM")
+    assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
+
+
+def fail_at(monkeypatch, row, error):
+    """Rows cannot be made from the `row`-th batch on."""
+    make, made = TokenRows._make, [0]
+
+    def failing(self):
+        made[0] += 1
+        if made[0] > row:
+            raise error
+        return make(self)
+
+    monkeypatch.setattr(TokenRows, "_make", failing)
+
+
+@pytest.mark.parametrize("error", [Act24Error("the disk is gone"), RuntimeError("a bug")])
+def test_a_data_error_saves_what_was_made(tiny, tmp_path, monkeypatch, straight, error):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 10, error)  # two batches a step: the sixth step has none
+        expected = TrainingError if isinstance(error, Act24Error) else RuntimeError
+        with pytest.raises(expected) as caught:
+            train(tiny(*RECIPE), tmp_path)
+    if expected is TrainingError:
+        assert str(caught.value) == f"the disk is gone; saved step 5 in {tmp_path}/checkpoints/step-000005"
+    assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
+
+
+def test_data_that_fail_where_an_evaluation_is_due_put_it_off(tiny, tmp_path, monkeypatch, straight):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, Act24Error("the disk is gone"))
+        with pytest.raises(TrainingError, match="saved step 4 in"):
+            train(tiny(*RECIPE), tmp_path)
+    events = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
+    assert "loss/val" not in events.Tags()["scalars"]
+    assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
+
+
+COMMAND = [sys.executable, "-m", "act24", "train"]
+LONG = ["--set", "train.steps=1_000_000", "--set", "log.every=1", "--set", "eval.tokens=100"]
+
+
+def test_a_reader_that_goes_away_is_a_clear_end_with_a_checkpoint(tiny_file, tmp_path):
+    """`act24 train … | head -1`."""
+    code = "from act24.tools.run import progress; progress._PLAIN_SECONDS = 0.0\n"
+    code += "from act24.tools.commands.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", str(tiny_file), "--run-dir", str(tmp_path), *LONG]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line.startswith("step 2/") for line in iter(process.stdout.readline, ""))
+        process.stdout.close()
+        error = process.stderr.read()
+    (folder,) = checkpoint_folder.complete(tmp_path)
+    assert (
+        error == f"act24: nobody reads the output any more; saved step {int(folder.name[5:])} in {folder}\n"
+    )
+    assert process.returncode == 2
+    assert checkpoint.load(folder).step >= 2
+
+
+def test_a_terminal_that_lacks_a_character_ends_nothing(tiny_file, tmp_path):
+    recipe = tmp_path / "recept-β.toml"
+    recipe.write_text(tiny_file.read_text())
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    run_dir = tmp_path / "run-β"
+    command = [*COMMAND, str(recipe), "--run-dir", str(run_dir), "--set", "train.steps=6"]
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert b"/checkpoints/step-000006" in result.stdout
+
+
+def test_nohup_is_heeded(tiny_file, tmp_path):
+    """A hangup that was ignored when the run began stays ignored."""
+    command = [*COMMAND, str(tiny_file), "--run-dir", str(tmp_path), *LONG]
+
+    def nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=nohup) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step 1/") for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM: saved step " in out
+
+
+def test_a_stop_before_the_first_step_has_the_status_of_a_stop(tiny, monkeypatch, act24, tiny_file, tmp_path):
+    kill_before(monkeypatch, train_module, "tune_", 1)
+    status, _, error = act24("train", tiny_file, "--run-dir", tmp_path / "run")
+    assert (status, error) == (75, ["act24: SIGTERM: stopped before the first step, nothing to save"])
+
+
+def test_a_requeue_loop_comes_to_the_end(tiny_file, tmp_path, straight):
+    """`until act24 train …; do [ $? = 75 ] || exit; done` against a scheduler that stops it now and then."""
+    statuses = []
+    command = [*COMMAND, str(tiny_file), "--run-dir", str(tmp_path), "--resume", "auto"]
+    command += [word for override in RECIPE for word in ("--set", override)]
+    while not statuses or statuses[-1] == 75:
+        code = f"""
+import os, signal
+from act24.tools.run.train import TrainingRun
+advance, made = TrainingRun.advance, 0
+def stopping(self):
+    global made
+    advance(self)
+    made += 1
+    if made == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+TrainingRun.advance = stopping
+from act24.tools.commands.cli import main
+import sys
+sys.argv = {["act24", *map(str, command[3:])]!r}
+main()
+"""
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        statuses.append(result.returncode)
+        assert len(statuses) < 9, result.stderr
+    assert statuses == [75, 75, 0]
+    assert logged(tmp_path, "loss/train") == logged(straight, "loss/train")
+    assert logged(tmp_path, "loss/val") == logged(straight, "loss/val")
+    starts = [json.loads(line)["step"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert starts == [0, 3, 6]
+
+
+def test_an_ignored_signal_is_left_alone():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
