@@ -7,6 +7,7 @@ depend on the batch; `legacy_loss` gives that figure for comparison with their t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -116,7 +117,8 @@ def evaluate(
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return model(batch.input_ids.to(device), batch.labels.to(device))
 
-    first = next(rows.batches(batch_size))
+    rest = rows.batches(batch_size)
+    first = next(rest)
     measured_on = {
         "forward": lambda: plain_loss(first),
         "pads": None if first.pads is None else first.pads.to(device),
@@ -124,7 +126,7 @@ def evaluate(
     }
     losses, counts = [], []
     with _evaluating(model), evaluation(pipeline, without, step=step, **measured_on):
-        for batch in rows.batches(batch_size):
+        for batch in itertools.chain((first,), rest):
             if stop is not None and processes.any(bool(stop)):
                 raise EvaluationStopped
             loss, count = (loss_of or plain_loss)(batch)
