@@ -31,6 +31,7 @@ from act24.tools.data import open_tokenizer, prepare_shards
 from act24.tools.run.build import SPARSE_PASSES, model_config
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import run_progress
+from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import accumulation
 from act24.tools.run.train import TrainingRun
 
@@ -157,18 +158,19 @@ def _time_recipe(
     recipe = prepared(recipe, rows, steps, shards)
     every, count = recipe.log.every, accumulation(recipe.train, 1)
     with tempfile.TemporaryDirectory() as folder, run_progress(0, steps, False) as progress:
+        never = StopRequest()
         run = TrainingRun(recipe, Path(folder) / "run", processes, None, make=without_start)
         try:
             begin = time.perf_counter()
             for _ in range(every):
                 run.advance()
-                run.after_step(progress, ends=False)
+                run.after_step(progress, never, stopped=False, ends=False)
             begin = time.perf_counter() - begin
             tokens, seconds = run.monitor.tokens, run.monitor.seconds
             # Whole windows: what is measured ends with the read from the device that ends a window.
             for _ in range(-(-steps // every) * every):
                 run.advance()
-                run.after_step(progress, ends=False)
+                run.after_step(progress, never, stopped=False, ends=False)
             rate = (run.monitor.tokens - tokens) / (run.monitor.seconds - seconds)
             return LoopTiming(
                 name,

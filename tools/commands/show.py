@@ -27,14 +27,14 @@ def show_outcome(recipe: Recipe, outcome: Outcome, run_dir: Path | None) -> None
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")  # of a path nothing may be missing
-    for name, value in summary_rows(recipe, outcome):
+    for name, value in _summary_rows(recipe, outcome):
         table.add_row(name, str(value))
     console.print(table, highlight=False)
     if run_dir is not None:
         print(f"watch it: {open_hint(run_dir)}")
 
 
-def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
+def _summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
     """What a run came to, for the table at its end."""
     rows: list[tuple[str, Any]] = [
         ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
@@ -49,6 +49,7 @@ def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
     if outcome.evaluation:
         rows += [
             ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
+            ("held-out text", outcome.evaluation.extent),
             ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
             ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
         ]
@@ -88,7 +89,8 @@ def show_evaluations(evaluations: Mapping[str, Evaluation], legacy_average: bool
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, e in evaluations.items():
-        row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", f"{e.tokens:,}"]
+        extent = e.extent.replace(" tokens", "")
+        row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", extent]
         row += [f"{e.legacy_loss:.4f}", f"{e.legacy_perplexity:.2f}"] if legacy_average else []
         table.add_row(*row)
     console.print(table, highlight=False)

@@ -260,7 +260,7 @@ def _from_json(text: str, name: str, end_of_text: str | None = None) -> Tokenize
         backend = tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # as above
+    except BaseException as error:  # as in `_from_file`
         raise Act24Error(f"{name} is not a tokenizer.json: {error}") from error
     return Tokenizer(backend, name, end_of_text)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Weight24
 from act24.passes.graph.measurements import Measurement
+from act24.passes.state import renew_masks_
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
@@ -25,7 +26,8 @@ from act24.tools.checkpoints.reading import contents_of
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.data import open_tokenizer
 from act24.tools.data import tokenizer as data_tokenizer
-from act24.tools.huggingface.folder import is_pretrained, open_pretrained
+from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
+from act24.tools.huggingface.old_folder import is_old, open_old
 from act24.tools.run.folder import last_checkpoint
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
@@ -99,6 +101,23 @@ def build(
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 
+def build_from_old(
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    step: int = 0,
+    measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
+) -> Built:
+    """`build`, with the weights of a folder that run_c4.py left.
+
+    Raises:
+        Act24Error: as `build`, and where the folder's model is not the recipe's.
+    """
+    built = build(recipe, device, step, measure)
+    load_old_weights_(built, open_old(folder).state, str(folder))
+    return built
+
+
 def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
@@ -107,29 +126,69 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
-    are applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
+    run_c4.py left: its passes are applied again, then its weights.
 
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if is_old(Path(path)):
+        return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):
         model, pipeline = open_pretrained(path)
         return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     with contents_of(opened.folder / "recipe.toml"):
         recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
-    _check_device(recipe, torch.device(device))
+    model, pipeline = _without_values(recipe, opened.step, torch.device(device))
+    checkpoint.load_weights_(opened, model)
+    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
+
+
+def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[LlamaForCausalLM, Pipeline]:
+    """A recipe's model whose weights are still to be read; what no file holds, statistics, is zero."""
+    _check_device(recipe, device)
     with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
         model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
-    pipeline = _pipeline(recipe, model, opened.step)
+    pipeline = _pipeline(recipe, model, step)
     pipeline.commit_()
     model.to_empty(device=device)
-    checkpoint.load_weights_(opened, model)
     for name, buffer in model.named_buffers():
         if name not in model.state_dict():
-            buffer.zero_()  # statistics, which are not saved
-    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
+            buffer.zero_()
+    return model, pipeline
+
+
+def _load_old(path: Path, device: torch.device) -> Built:
+    old = open_old(path)
+    model, pipeline = _without_values(old.recipe, old.step, device)
+    load_old_weights_(Built(old.recipe, model, pipeline, old.step, None), old.state, str(path))
+    return Built(old.recipe, model, pipeline, old.step, _beside(path) or old.recipe.tokenizer)
+
+
+def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> None:
+    """Copy what run_c4.py saved into a model of its recipe. Masks, which it saved nowhere, are those of the
+    weights, and scales that it did not save are 1.
+
+    Raises:
+        Act24Error: names or shapes differ.
+    """
+    expected = built.model.state_dict()
+    kept = ("24_scale", "24_mask")
+    unsaved = [name for name in expected if name not in state and name.endswith(kept)]
+    check_state({**state, **{name: expected[name] for name in unsaved}}, built.model, path)
+    with torch.no_grad():
+        for name in unsaved:
+            expected[name].fill_(1)
+        for name, value in state.items():
+            expected[name].copy_(value)
+    for p in built.pipeline.active:
+        if isinstance(p, Weight24):
+            renew_masks_(built.pipeline, p, p.from_step)
+    with torch.no_grad():  # what was saved is the function that was trained
+        for name in state.keys() - unsaved:
+            if name.endswith(kept):
+                expected[name].copy_(state[name])
 
 
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:

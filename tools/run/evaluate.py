@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,15 +45,20 @@ class Evaluation:
 
     Attributes:
         loss: nats per predicted token.
-        bits_per_byte: of the UTF-8 text that the tokens stand for.
+        bits_per_byte: of the UTF-8 text that the tokens stand for; of a measure that ended early, of as much
+            as so many tokens stand for on the average of all.
         tokens: predicted tokens.
-        legacy_loss: mean of batch means times n / (n + 1), over this many batches of the size used.
+        asked: the same of all held-out rows: more, if `eval.max_seconds` ended the measure early.
+        batches: that were measured, of the size used.
+        legacy_loss: mean of batch means times n / (n + 1), over this many batches.
         data: fingerprint of the rows; other rows give losses that cannot be compared.
     """
 
     loss: float
     bits_per_byte: float
     tokens: int
+    asked: int
+    batches: int
     legacy_loss: float
     data: str
 
@@ -66,6 +72,12 @@ class Evaluation:
         """exp(legacy_loss), likewise."""
         return math.exp(min(self.legacy_loss, 700.0))
 
+    @property
+    def extent(self) -> str:
+        """How many tokens it is of, and of how many where it ended early."""
+        early = f" of {self.asked:,}: eval.max_seconds ended it" if self.tokens < self.asked else ""
+        return f"{self.tokens:,} tokens{early}"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}
 
@@ -78,6 +90,7 @@ def evaluate(
     processes: Processes,
     pipeline: Pipeline,
     without: Sequence[str] = (),
+    batches: int | None = None,
     loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
     stop: StopRequest | None = None,
 ) -> Evaluation:
@@ -86,13 +99,14 @@ def evaluate(
     Args:
         pipeline: what rewrote the model, lowered for the step of the weights.
         without: names of passes to leave out.
+        batches: at most so many; None: all, or what `eval.max_seconds` leaves time for.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
         stop: looked at before each batch, by all processes together.
 
     Raises:
         EvaluationStopped: by `stop`, on all processes.
     """
-    device = processes.device
+    began, device, limit = time.perf_counter(), processes.device, recipe.eval.max_seconds
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
     losses, counts = [], []
@@ -107,16 +121,25 @@ def evaluate(
             )
             losses.append(loss.double())
             counts.append(count)
+            if len(counts) == batches or (limit and _over(began + limit, processes)):
+                break
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
     total, tokens = (float(x) for x in table.sum(1).tolist())
     means = (table[0] / table[1].clamp(min=1))[table[1] > 0]
     return Evaluation(
         loss=total / tokens,
-        bits_per_byte=total / math.log(2) / max(rows.bytes, 1),
+        bits_per_byte=total / math.log(2) / max(rows.bytes * tokens / rows.tokens, 1),
         tokens=int(tokens),
-        legacy_loss=float(means.sum()) / (len(means) + 1),
+        asked=rows.tokens,
+        batches=len(counts),
+        legacy_loss=legacy_mean(means),
         data=rows.fingerprint,
     )
+
+
+def legacy_mean(means: Tensor) -> float:
+    """The mean of batch means as the public scripts have it, who count batches from 1."""
+    return float(means.sum()) / (len(means) + 1)
 
 
 def evaluate_forms(
@@ -130,10 +153,12 @@ def evaluate_forms(
     model, pipeline = SummedLoss(built.model), built.pipeline
     sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
     forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, without=SPARSE_PASSES)}
+    # Of the same rows, where time is short: or the two could not be compared.
+    batches = forms["dense"].batches
     if sparse:
         in_force = any(p.active(built.step) for p in sparse)
         pipeline.lower_(built.step if in_force else sparse[0].from_step)
-        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline, batches=batches)
         pipeline.lower_(built.step)
     return forms
 
@@ -179,6 +204,13 @@ def check_overrides(overrides: Sequence[str]) -> None:
             f"eval ignores {', '.join(ignored)}: the checkpoint says what was trained; it heeds eval.*, "
             "data.*, train.batch_size and train.dtype"
         )
+
+
+def _over(deadline: float, processes: Processes) -> bool:
+    """Whether it is past a time on any process: all end at the same batch, or collectives would not match."""
+    if processes.device.type == "cuda":
+        torch.cuda.synchronize()  # what is only queued has not been measured
+    return processes.any(time.perf_counter() > deadline)
 
 
 @contextmanager

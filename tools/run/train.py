@@ -7,6 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, open_tokenizer, pinned
-from act24.tools.run.build import Built, build, model_config, saved_tokenizer
+from act24.tools.run.build import Built, build, build_from_old, model_config, saved_tokenizer
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, describe_run, resume_point
@@ -83,6 +84,7 @@ def train(
     dry_run: bool = False,
     grow: bool = False,
     schedule: ScheduleChoice = "hold",
+    weights: Path | None = None,
 ) -> Outcome:
     """Train a recipe.
 
@@ -92,6 +94,7 @@ def train(
         dry_run: build, plan, print, make one step, and write no file.
         grow: when it goes on, take data files that were added, from the next epoch on.
         schedule: see `resume_point`.
+        weights: a folder that run_c4.py left, whose weights a run begins with that begins anew.
 
     Raises:
         Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
@@ -105,7 +108,8 @@ def train(
             if not dry_run:
                 start = resume_point(run_dir, resume, recipe, schedule, processes.world_size)
             recipe = _pinned(recipe, start, processes)
-            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow)
+            make = build if start or weights is None else partial(build_from_old, weights)
+            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make)
             try:
                 return run.go(stop)
             finally:
@@ -132,8 +136,8 @@ class TrainingRun:
     ) -> None:
         """
         Args:
-            resumption: the checkpoint to go on from, and how.
-            make: makes the model, as `build` does; a benchmark needs no trained start.
+            resumption: where to go on.
+            make: makes the model, as `build` does; weights may come from elsewhere, or not be needed.
         """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         start = resumption.checkpoint if resumption else None
@@ -297,7 +301,7 @@ class TrainingRun:
         return failure
 
     def after_step(
-        self, progress: RunProgress, *, ends: bool, stop: StopRequest | None = None, stopped: bool = False
+        self, progress: RunProgress, stop: StopRequest, stopped: bool, ends: bool
     ) -> tuple[Evaluation | None, bool]:
         """Log, evaluate and save where it is due; returns the evaluation, and whether to stop now.
 
@@ -366,7 +370,7 @@ class TrainingRun:
         progress.say(
             f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity "
             f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte over "
-            f"{evaluation.tokens:,} tokens"
+            f"{evaluation.extent}"
         )
         return evaluation
 

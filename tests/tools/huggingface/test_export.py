@@ -76,7 +76,7 @@ def served(run, without=()) -> torch.Tensor:
         for p in weights:
             from act24.passes.state import renew_masks_
 
-            renew_masks_(built.pipeline, p, p.from_step + p.mask_every)
+            renew_masks_(built.pipeline, p, p.from_step + 40)  # when all methods do
         return built.model.eval()(IDS)
 
 
