@@ -33,6 +33,7 @@ from act24.passes.graph.region import (
 )
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
+from act24.passes.not_saved import refuse_to_save_
 from act24.passes.report import Report, Row, figures, no_match, row
 
 
@@ -172,6 +173,9 @@ class Pipeline:
             site.module = module
             # The stock tensors that a pass replaced must not live on through the plan.
             site.traced.module = site.base.module = module
+        matched = {row.pass_name for row in self.report.rows}
+        changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
+        refuse_to_save_(self._model, changed)
         self._lower()
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
@@ -183,8 +187,15 @@ class Pipeline:
         Returns:
             whether anything changed. Parameters and buffers never do.
         """
-        active = [p for p in self._operational if p.active(step) and p.name not in without]
-        return self._lower_to(active)
+        return self._lower_to(self.in_force(step, without))
+
+    def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
+        """The operational passes in force once `step` updates are made, those named in `without` left out."""
+        return [p for p in self._operational if p.active(step) and p.name not in without]
+
+    def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
+        """The model through other operational passes from now on, as `lowered` has it for a while."""
+        self._lower_to(list(passes))
 
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:

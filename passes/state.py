@@ -11,9 +11,9 @@ In order, for update `step` (updates already made), after `pipeline.lower_(step)
     decay_dropped_weights_(pipeline, clipped=True)             masked decay that is not
     optimizer.step()
 
-and `with evaluation(pipeline):` around whatever is not training. The buffers are named by the passes
-(`act24.passes.activation24`, `act24.passes.weight24`). Nothing here waits for the device, but for
-the one line that `begin_update_` returns at a scale's first measurement.
+and `with evaluation(pipeline):` around whatever is not training: there, masks are of the weights as they are.
+The buffers are named by the passes (`act24.passes.activation24`, `act24.passes.weight24`). Nothing here waits
+for the device, but for the one line that `begin_update_` returns at a scale's first measurement.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, activation24, weight24
+from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.graph.activation_sites import PADS
@@ -38,7 +38,7 @@ from act24.passes.weight24 import stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
-from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
+from act24.sparse24.weight.methods import weight_scale
 from act24.sparse24.weight.packed import packed_operands
 
 #: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
@@ -95,7 +95,7 @@ def _calibrate_(
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
     # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
-    with torch.no_grad(), pipeline.lowered([*measuring, *_in_evaluation(pipeline.active)]):
+    with torch.no_grad(), pipeline.lowered([*measuring, *as_evaluated(pipeline.active)]):
         forward()
     table = reduce(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
@@ -140,16 +140,59 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     """
     if not p.renews_masks(step):
         return
+    first = step == p.from_step
+    _set_masks_(pipeline, p, scales=first, count_flips=not first)
+
+
+def _set_masks_(pipeline: Pipeline, p: Weight24, *, scales: bool, count_flips: bool) -> None:
     for weight in sparse_weights(pipeline, p):
         parameter = _whole(weight.parameter)
         mask = stored_mask(parameter, weight.transposed, p.method)
-        if step == p.from_step:
-            if p.record.soft:
-                dense = parameter.T if weight.transposed else parameter
-                weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
-        else:
+        if scales and p.record.soft:
+            dense = parameter.T if weight.transposed else parameter
+            weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
+        if count_flips:
             weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
         weight.buffer(weight24.MASK).copy_(mask)
+
+
+@torch.no_grad()
+def renew_to_read_(
+    pipeline: Pipeline,
+    step: int | None,
+    forward: Callable[[], object] | None = None,
+    pads: Tensor | None = None,
+    reduce: Reduce = _alone,
+) -> tuple[Activation24, ...]:
+    """Set masks to those of the weights as they are, and scales that no update has set yet, of the passes in
+    force. Training does it when an update begins, so that at and before a pass's first one its buffers hold
+    what came of the initial weights.
+
+    Collective where parameters are sharded.
+
+    Args:
+        step: updates already made; None: scales are set.
+        forward: runs the model on some rows; None: there are none.
+        pads, reduce: as for `begin_update_`.
+
+    Returns:
+        the passes whose scale is missing for want of rows.
+    """
+    for p in pipeline.active:
+        if isinstance(p, Weight24):
+            _set_masks_(pipeline, p, scales=_is_new(p, step), count_flips=False)
+    due = [p for p in pipeline.active if isinstance(p, Activation24) and p.soft and _is_new(p, step)]
+    if not due or forward is None:
+        return tuple(due)
+    set_pads_(pipeline, pads)
+    _calibrate_(pipeline, due, forward, reduce)
+    set_pads_(pipeline, None)
+    return ()
+
+
+def _is_new(p: OperationalPass, step: int | None) -> bool:
+    """Whether no update has been made with a pass."""
+    return step is not None and step <= p.from_step
 
 
 @torch.no_grad()
@@ -305,70 +348,47 @@ def _hash(*parts: object) -> int:
 
 
 @contextmanager
-def evaluation(pipeline: Pipeline, without: Sequence[str] = ()) -> Iterator[None]:
-    """The model as it is evaluated: nothing is drawn at random, nothing is counted, no state moves.
+def evaluation(
+    pipeline: Pipeline,
+    without: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    forward: Callable[[], object] | None = None,
+    pads: Tensor | None = None,
+    reduce: Reduce = _alone,
+) -> Iterator[None]:
+    """The model as it is evaluated: nothing is drawn at random, nothing is counted, masks are those of the
+    weights as they are. Afterwards all state is as before, at the same addresses.
+
+    Collective where parameters are sharded.
 
     Args:
         without: names of passes to leave out, to see the same weights without 2:4.
+        step: updates already made: evaluate with the passes in force then, and measure scales that no update
+            has set yet. None: as the pipeline is lowered and its scales are.
+        forward, pads, reduce: what scales are measured on, as for `begin_update_`; without `forward` those of
+            activations stay as they are.
     """
     set_pads_(pipeline, None)
-    with pipeline.lowered(_in_evaluation([p for p in pipeline.active if p.name not in without])):
-        yield
+    active = pipeline.active if step is None else pipeline.in_force(step)
+    kinds = (weight24.MASK, weight24.SCALE, SCALE, SUMS)
+    state = [buffer for kind in kinds for buffer in buffers_of(pipeline.regions, kind).values()]
+    before = [buffer.clone() for buffer in state]
+    with pipeline.lowered(as_evaluated([p for p in active if p.name not in without])):
+        try:
+            renew_to_read_(pipeline, step, forward, pads, reduce)
+            yield
+        finally:
+            # In place, and not by exchange: CUDA graphs read these addresses.
+            for buffer, value in zip(state, before, strict=True):
+                buffer.copy_(value)
 
 
-def _in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+def as_evaluated(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+    """The passes as evaluation has them."""
     return [evaluated for p in passes if (evaluated := p.in_evaluation()) is not None]
 
 
 def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     """The passes that do something."""
     return [p for p in passes if not p.observes]
-
-
-def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:
-    """The passes of the model as it is served: structural ones, and operational ones in force as they act in
-    evaluation, for every step.
-
-    Args:
-        without: names of passes to leave out.
-    """
-    served: list[Pass] = []
-    for p in pipeline.passes:
-        if p.observes or p.name in without:
-            continue
-        if not isinstance(p, OperationalPass):
-            served.append(p)
-        elif p in pipeline.active and (evaluated := p.in_evaluation()) is not None:
-            served.append(replace(evaluated, from_step=0, until_step=None))
-    return tuple(served)
-
-
-@torch.no_grad()
-def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]:
-    """The state dict of the model as it is served, without the state of `weight24`.
-
-    Args:
-        masked: weights that a `weight24` in force makes 2:4 are as their linears multiply with them; else all
-            weights are the dense masters.
-    """
-    state = pipeline.model.state_dict()
-    for p in pipeline.passes:
-        if not isinstance(p, Weight24):
-            continue
-        with pipeline.lowered([p]):
-            weights = list(sparse_weights(pipeline, p))
-        for weight in weights:
-            if masked and p in pipeline.active:
-                state[weight.name] = _as_multiplied(weight, p)
-            for kind in (weight24.MASK, weight24.SCALE):
-                state.pop(weight.name + kind, None)
-    return state
-
-
-def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
-    """A weight as its linear multiplies with it, in the orientation in which it is stored."""
-    dense = weight.parameter.T if weight.transposed else weight.parameter
-    soft = p.record.soft
-    mask = None if soft else weight_mask(dense, p.method)
-    sparse = sparse_weight(dense, mask, weight.buffer(weight24.SCALE) if soft else None)
-    return sparse.T if weight.transposed else sparse

@@ -12,7 +12,7 @@ from act24.tools.run.build import load
 
 
 def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and its continuation by the checkpoint at `path`, in the form that it was trained in.
+    """The prompt and its continuation by the checkpoint at `path`, in the form that would be served.
 
     Raises:
         Act24Error: no checkpoint, or a prompt without a token.
@@ -28,7 +28,8 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
         raise Act24Error("the prompt is empty; give it at least one token")
     generator = torch.Generator().manual_seed(seed)
     built.model.eval()
+    known = torch.from_numpy(tokenizer.known_ids(built.model.config.vocab_size))
     autocast = built.recipe is not None and built.recipe.train.dtype == "bfloat16_autocast"
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        text = generate(built.model, ids, tokens, temperature, top_k, generator)
+        text = generate(built.model, ids, tokens, temperature, top_k, generator, known)
     return tokenizer.decode(text[0].tolist())

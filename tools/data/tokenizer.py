@@ -99,6 +99,12 @@ class Tokenizer:
         special = self._special_ids - {self.eos_id, self.pad_id}
         return max(id for id in self._vocabulary.values() if id not in special)
 
+    def known_ids(self, size: int) -> np.ndarray:
+        """Boolean `[size]`: which of the first `size` ids have a token."""
+        known = np.zeros(size, dtype=bool)
+        known[[id for id in self._vocabulary.values() if id < size]] = True
+        return known
+
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int32 `[vocab_size]`: how many bytes of UTF-8 text each token stands for; special tokens none.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from act24.passes import Pass, apply_
+from act24.passes.not_saved import allow_to_save_
 from act24.recipes.load import passes_of_tables
 from act24.tools.huggingface.config import ACT24
 
@@ -37,6 +38,7 @@ class Act24ForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         if config.passes:
             apply_(self, config.passes)
+            allow_to_save_(self)
 
 
 AutoConfig.register(ACT24, Act24Config)

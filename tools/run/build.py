@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Weight24
 from act24.passes.graph.measurements import Measurement
-from act24.passes.state import renew_masks_
+from act24.passes.served import lower_to_serve_
+from act24.passes.state import renew_masks_, renew_to_read_
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
@@ -29,6 +31,8 @@ from act24.tools.data import tokenizer as data_tokenizer
 from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
 from act24.tools.huggingface.old_folder import is_old, open_old
 from act24.tools.run.folder import last_checkpoint
+
+logger = logging.getLogger("act24")
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
 SPARSE_PASSES = ("activation24", "weight24")
@@ -129,6 +133,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
     run_c4.py left: its passes are applied again, then its weights.
 
+    The model is the one that would be served: nothing is drawn at random, and masks are those of the weights
+    that were read. `Pipeline.lower_` brings the operations of training.
+
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
@@ -142,6 +149,14 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
         recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     model, pipeline = _without_values(recipe, opened.step, torch.device(device))
     checkpoint.load_weights_(opened, model)
+    lower_to_serve_(pipeline, opened.step)
+    for p in renew_to_read_(pipeline, opened.step):
+        logger.warning(
+            "warning: %s stands at from_step (%d) of activation24, whose scale is measured in the update "
+            "that follows: until then it is 1. eval measures it on the held-out rows",
+            path,
+            p.from_step,
+        )
     return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
 
 
@@ -163,6 +178,7 @@ def _load_old(path: Path, device: torch.device) -> Built:
     old = open_old(path)
     model, pipeline = _without_values(old.recipe, old.step, device)
     load_old_weights_(Built(old.recipe, model, pipeline, old.step, None), old.state, str(path))
+    lower_to_serve_(pipeline, old.step)
     return Built(old.recipe, model, pipeline, old.step, _beside(path) or old.recipe.tokenizer)
 
 

@@ -90,6 +90,7 @@ def evaluate(
     processes: Processes,
     pipeline: Pipeline,
     without: Sequence[str] = (),
+    step: int | None = None,
     batches: int | None = None,
     loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
     stop: StopRequest | None = None,
@@ -97,8 +98,9 @@ def evaluate(
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
-        pipeline: what rewrote the model, lowered for the step of the weights.
+        pipeline: what rewrote the model.
         without: names of passes to leave out.
+        step: as for `act24.passes.state.evaluation`; scales are measured on the first batch.
         batches: at most so many; None: all, or what `eval.max_seconds` leaves time for.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
         stop: looked at before each batch, by all processes together.
@@ -108,17 +110,24 @@ def evaluate(
     """
     began, device, limit = time.perf_counter(), processes.device, recipe.eval.max_seconds
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
+    autocast = recipe.train.dtype == "bfloat16_autocast"
+
+    def plain_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return model(batch.input_ids.to(device), batch.labels.to(device))
+
+    first = next(rows.batches(batch_size))
+    measured_on = {
+        "forward": lambda: plain_loss(first),
+        "pads": None if first.pads is None else first.pads.to(device),
+        "reduce": processes.sum_,
+    }
     losses, counts = [], []
-    with _evaluating(model), evaluation(pipeline, without), autocast:
+    with _evaluating(model), evaluation(pipeline, without, step=step, **measured_on):
         for batch in rows.batches(batch_size):
             if stop is not None and processes.any(bool(stop)):
                 raise EvaluationStopped
-            loss, count = (
-                loss_of(batch)
-                if loss_of is not None
-                else model(batch.input_ids.to(device), batch.labels.to(device))
-            )
+            loss, count = (loss_of or plain_loss)(batch)
             losses.append(loss.double())
             counts.append(count)
             if len(counts) == batches or (limit and _over(began + limit, processes)):
@@ -145,21 +154,19 @@ def legacy_mean(means: Tensor) -> float:
 def evaluate_forms(
     built: Built, rows: HeldoutRows, recipe: Recipe, processes: Processes
 ) -> dict[str, Evaluation]:
-    """The same weights by form: `dense` and, where the recipe has 2:4 passes, `2:4`.
+    """The same weights by form: `dense` and, where a 2:4 pass is in force or is yet to come, `2:4`.
 
-    Where no 2:4 pass is in force at the step of the weights, the sparse form is that of the first step at
-    which one is.
+    Where none is in force at the step of the weights, the sparse form is that of the first step at which one
+    will be. Behind the last one's `until_step` the weights have no such form.
     """
     model, pipeline = SummedLoss(built.model), built.pipeline
     sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
-    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, without=SPARSE_PASSES)}
+    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, SPARSE_PASSES, built.step)}
     # Of the same rows, where time is short: or the two could not be compared.
     batches = forms["dense"].batches
-    if sparse:
-        in_force = any(p.active(built.step) for p in sparse)
-        pipeline.lower_(built.step if in_force else sparse[0].from_step)
-        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline, batches=batches)
-        pipeline.lower_(built.step)
+    steps = [max(built.step, p.from_step) for p in sparse if p.active(max(built.step, p.from_step))]
+    if steps:
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline, step=min(steps), batches=batches)
     return forms
 
 

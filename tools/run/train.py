@@ -360,6 +360,7 @@ class TrainingRun:
                 self._recipe,
                 self._processes,
                 self._built.pipeline,
+                step=self._step,
                 loss_of=self.training_step.evaluation_loss,
                 stop=stop,
             )

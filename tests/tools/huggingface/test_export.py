@@ -175,6 +175,14 @@ torch.save(model(torch.arange(24).reshape(2, 12)).logits, {str(tmp_path / "logit
     )
 
 
+def test_a_model_of_the_type_act24_is_saved_with_its_passes(runs, tmp_path):
+    export_run(runs("lost"), tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    opened.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(IDS).logits, opened(IDS).logits)
+
+
 def test_what_was_exported_can_be_exported_again(runs, tmp_path):
     export_run(runs("relu2"), tmp_path / "first")
     opened = load(tmp_path / "first")
