@@ -18,24 +18,26 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-    tokens: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Continue `input_ids` [B, S] by `max_new_tokens`; returns [B, S + max_new_tokens].
 
     `model` maps token ids [B, S] to logits [B, S, V]. `temperature` 0 takes the most likely token; `top_k`
     samples among the k most likely. `generator` lives on the device of `input_ids` and alone decides the
-    draw. `tokens` are the ids that may come, int64 `[n]`; None: all V. There is no key-value cache, so n
-    tokens cost n forward passes: meant for looking at samples, not for serving. Raises Act24Error for a
-    negative temperature or a `top_k` below 1.
+    draw. `allowed`, boolean [V], says which ids may be taken, None that all may. There is no key-value cache,
+    so n tokens cost n forward passes: meant for looking at samples, not for serving. Raises Act24Error for a
+    negative temperature, a `top_k` below 1, or where nothing is allowed.
     """
     if temperature < 0:
         raise Act24Error(f"temperature must not be negative, got {temperature}")
     if top_k is not None and top_k < 1:
         raise Act24Error(f"top_k must be at least 1, got {top_k}")
+    if allowed is not None and not allowed.any():
+        raise Act24Error("no token id is allowed, so there is none to draw")
     for _ in range(max_new_tokens):
         logits = model(input_ids)[:, -1].float()
-        if tokens is not None:  # an embedding may have more rows than the tokenizer has tokens
-            logits = torch.full_like(logits, -torch.inf).index_copy(1, tokens, logits[:, tokens])
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:

@@ -57,16 +57,27 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """Options of `cosine`."""
+    """Options of `cosine`.
+
+    Attributes:
+        skip_zero: where the first update would have learning rate 0, which is wherever there is a warm-up
+            from 0, leave that value out: update k has the multiplier of k + 1, as in the public scripts.
+            `cosine_restart` begins above 0 and has none to leave out.
+    """
 
     name: ClassVar[str] = "cosine"
 
     warmup_steps: Steps = 0
     min_lr_ratio: Annotated[float, Range(ge=0, le=1)] = 0.1
+    skip_zero: bool = False
+
+    def _index(self, step: int) -> int:
+        """The update whose multiplier update `step` has."""
+        return step + 1 if self.skip_zero and self.warmup_steps else step
 
     def multiplier(self, step: int, total_steps: int) -> float:
         return cosine(
-            step,
+            self._index(step),
             total_steps=total_steps,
             warmup_steps=self.warmup_steps,
             min_lr_ratio=self.min_lr_ratio,
@@ -81,7 +92,7 @@ class Linear(Cosine):
 
     def multiplier(self, step: int, total_steps: int) -> float:
         return linear(
-            step,
+            self._index(step),
             total_steps=total_steps,
             warmup_steps=self.warmup_steps,
             min_lr_ratio=self.min_lr_ratio,
@@ -98,7 +109,7 @@ class Constant(Cosine):
     name: ClassVar[str] = "constant"
 
     def multiplier(self, step: int, total_steps: int) -> float:
-        return constant(step, warmup_steps=self.warmup_steps)
+        return constant(self._index(step), warmup_steps=self.warmup_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

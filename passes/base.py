@@ -98,6 +98,8 @@ class Pass:
     kind: ClassVar[Literal["structural", "operational"]]
     #: Whether the pass only looks: reports leave it out.
     observes: ClassVar[bool] = False
+    #: Whether the model computes the same with the pass as without it.
+    keeps_function: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from act24.low_rank.activations import ACTIVATIONS
-from act24.low_rank.initialisation import initial_factors
+from act24.low_rank.initialisation import check_init, initial_factors
 from act24.passes.base import Match, Plan, StateMap
 from act24.passes.graph.linear_sites import (
     FactorisingPass,
@@ -32,10 +32,12 @@ from act24.passes.graph.region import Region
 
 @dataclass(frozen=True, kw_only=True)
 class Cola(FactorisingPass):
-    """Options of `cola`, besides scope and ranks. Both factors start with standard deviation
-    (R (in + out))^(-1/4), which gives their product the variance 1 / (in + out).
+    """Options of `cola`, besides scope and ranks.
 
     Attributes:
+        init: first values of the factors (`act24.low_rank.initialisation.initial_factors`). `"cola"` is
+            CoLA's: a standard deviation of (R (in + out))^(-1/4), which gives their product the variance
+            1 / (in + out).
         bottleneck: the activation between the factors.
         mlp_activation: what becomes of the SiLU that stands behind a linear of an MLP (SwiGLU's): the
             published 60m and 130m models `"keep"` it, the larger ones `"drop"` it.
@@ -43,8 +45,13 @@ class Cola(FactorisingPass):
 
     name: ClassVar[str] = "cola"
 
+    init: str = "cola"
     bottleneck: Literal["silu", "relu2"] = "silu"
     mlp_activation: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_init(self.init, self.name)
 
     def plan(self, region: Region) -> Plan:
         plan = super().plan(region)
@@ -85,7 +92,7 @@ class Cola(FactorisingPass):
         ) -> dict[str, Tensor]:
             names = tuple(specs)
             rank = specs[names[0]].shape[0]
-            factors = initial_factors("cola", site.dense(old), rank, *(generator(n) for n in names))
+            factors = initial_factors(self.init, site.dense(old), rank, *(generator(n) for n in names))
             return dict(zip(names, factors, strict=True))
 
         region.create(specs, initialise, replaces=(site.weight,))

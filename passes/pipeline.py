@@ -33,8 +33,9 @@ from act24.passes.graph.region import (
 )
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
+from act24.passes.not_saved import refuse_to_save_
 from act24.passes.report import Report, Row, figures, no_match, row
-from act24.passes.state import Reduce, set_pads_
+from act24.passes.state import Reduce, evaluation, set_pads_
 from act24.passes.updates import Rows, Updates
 
 
@@ -85,19 +86,6 @@ class _Lowered:
     site: _Site
     lowering: Lowering
     matches: list[tuple[Match, ...]]
-
-
-def refuse_save(*_: object, **__: object) -> None:
-    """In the place of `save_pretrained` of `transformers`' models: its folder would come back as another
-    function, without the passes, low-rank factors with fresh values.
-
-    Raises:
-        PassError: always.
-    """
-    raise PassError(
-        "save_pretrained would leave out what the passes did: call act24.save_pretrained(pipeline, folder), "
-        "whose folder comes back as the same function"
-    )
 
 
 class Pipeline:
@@ -188,10 +176,11 @@ class Pipeline:
             site.module = module
             # The stock tensors that a pass replaced must not live on through the plan.
             site.traced.module = site.base.module = module
+        matched = {row.pass_name for row in self.report.rows}
+        changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
+        refuse_to_save_(self._model, changed)
         self._lower()
         self._updates.watch_()
-        if hasattr(self._model, "save_pretrained") and not all(p.observes or p.last for p in self._passes):
-            self._model.save_pretrained = refuse_save  # type: ignore[assignment]
 
     def begin_update_(
         self,
@@ -230,19 +219,30 @@ class Pipeline:
         return self._updates.begin_(step, batch, reduce, forward, rank, without)
 
     @contextmanager
-    def evaluation(self, without: Sequence[str] = ()) -> Iterator[None]:
-        """The model as it is evaluated and served after its last update: nothing is drawn at random, nothing
-        is counted, 2:4 weights have the masks of the weights as they are. What training reads is as before
-        after.
+    def evaluation(
+        self,
+        without: Sequence[str] = (),
+        *,
+        step: int | None = None,
+        forward: Callable[[], object] | None = None,
+        pads: Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> Iterator[None]:
+        """The model as it is evaluated: nothing is drawn at random, nothing is counted, masks are those of
+        the weights as they are. Afterwards all state is as before, at the same addresses.
 
-        A forward in evaluation mode (`model.eval()`) is of that function without this context too; with it
-        the masks are made once for many forwards.
+        A forward in evaluation mode (`model.eval()`) has that function without this context too; with it
+        masks are made once for many forwards. Collective where parameters are sharded.
 
         Args:
             without: names of passes to leave out, to see the same weights without 2:4.
+            step: updates already made: evaluate with the passes in force then, and measure scales that no
+                update has set yet. None: as the pipeline is lowered and its scales are.
+            forward: runs the model on the rows on which such scales are measured, of which `pads` are
+                padding; None: those of activations stay as they are.
+            reduce: as for `begin_update_`.
         """
-        set_pads_(self, None)
-        with self._updates.evaluation(without):
+        with evaluation(self, without, step, forward, pads, reduce):
             yield
 
     def set_pads_(self, pads: Tensor | None) -> None:
@@ -260,8 +260,15 @@ class Pipeline:
         Returns:
             whether anything changed. Parameters and buffers never do.
         """
-        active = [p for p in self._operational if p.active(step) and p.name not in without]
-        return self._lower_to(active)
+        return self._lower_to(self.in_force(step, without))
+
+    def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
+        """The operational passes in force once `step` updates are made, those named in `without` left out."""
+        return [p for p in self._operational if p.active(step) and p.name not in without]
+
+    def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
+        """The model through other operational passes from now on, as `lowered` has it for a while."""
+        self._lower_to(list(passes))
 
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:

@@ -43,6 +43,7 @@ class Recompute(OperationalPass):
 
     name: ClassVar[str] = "recompute"
     last: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = True
 
     def plan(self, region: Region) -> Plan:
         if not self.selects(region, ""):

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,7 +24,7 @@ from act24.errors import Act24Error
 from act24.passes import activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
-from act24.passes.base import OperationalPass, Pass
+from act24.passes.base import OperationalPass
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.region import RegionModule, buffers_of
@@ -30,7 +32,7 @@ from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
-from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
+from act24.sparse24.weight.methods import weight_scale
 from act24.sparse24.weight.packed import packed_operands
 
 if TYPE_CHECKING:
@@ -49,40 +51,44 @@ Reduce = Callable[[Tensor], Tensor]
 def calibrate_(
     pipeline: Pipeline,
     due: Sequence[Activation24],
-    step: int,
     forward: Callable[[], object],
-    reduce: Reduce,
-) -> str | None:
+    reduce: Reduce | None = None,
+) -> tuple[list[str], Tensor]:
     """Measure and set the scales of the passes that are due.
 
-    Collective: every process calls it with the same step.
+    Collective: every process calls it with the same passes.
 
     Args:
-        step: updates already made.
         forward: runs the model on the rows to measure on; called without gradients.
-        reduce: sums a tensor over the processes; nothing here knows of any.
+        reduce: sums a tensor over the processes; None: over all of `torch.distributed`'s.
 
     Returns:
-        at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
+        the names of the sites, and the sums (`act24.sparse24.feed_forward.calibration.CALIBRATION`).
     """
     sums = buffers_of(pipeline.regions, SUMS)
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
     # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
-    with torch.no_grad(), pipeline.lowered([*measuring, *in_evaluation(pipeline.active)]):
+    with torch.no_grad(), pipeline.lowered([*measuring, *as_evaluated(pipeline.active)]):
         forward()
-    table = reduce(torch.stack(list(sums.values())))
+    table = (reduce or _everywhere)(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
     scales = buffers_of(pipeline.regions, SCALE)
     for name, row, new in zip(sums, table, measured, strict=True):
         # A site of a pass that is not due has summed up nothing.
         scales[name].copy_(torch.where(row[-1] > 0, new, scales[name]))
-    first = any(step == p.from_step for p in due)
-    return _calibration_text(list(sums), table) if first else None
+    return list(sums), table
 
 
-def _calibration_text(names: Sequence[str], table: Tensor) -> str:
+def _everywhere(tensor: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def calibration_text(names: Sequence[str], table: Tensor) -> str:
+    """What a first measurement found, and what naive 2:4 would cost."""
     rows = [
         (name, dict(zip(CALIBRATION, row, strict=True)))
         for name, row in zip(names, table.tolist(), strict=True)
@@ -116,28 +122,59 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     """
     if not p.renews_masks(step):
         return
+    first = step == p.from_step
+    _set_masks_(pipeline, p, scales=first, count_flips=not first)
+
+
+def _set_masks_(pipeline: Pipeline, p: Weight24, *, scales: bool, count_flips: bool) -> None:
     for weight in sparse_weights(pipeline, p):
         parameter = whole(weight.parameter)
         mask = stored_mask(parameter, weight.transposed, p.method)
-        if step == p.from_step:
-            if p.record.soft:
-                dense = parameter.T if weight.transposed else parameter
-                weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
-        else:
+        if scales and p.record.soft:
+            dense = parameter.T if weight.transposed else parameter
+            weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
+        if count_flips:
             weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
         weight.buffer(weight24.MASK).copy_(mask)
 
 
 @torch.no_grad()
-def masks_of_weights_(pipeline: Pipeline) -> None:
-    """Give every `weight24` in force the masks of its weights as they are, whether an update is due to renew
-    them
-    or not: of weights that were read, and are not trained on from here."""
+def renew_to_read_(
+    pipeline: Pipeline,
+    step: int | None,
+    forward: Callable[[], object] | None = None,
+    pads: Tensor | None = None,
+    reduce: Reduce | None = None,
+) -> tuple[Activation24, ...]:
+    """Set masks to those of the weights as they are, and scales that no update has set yet, of the passes in
+    force. Training does it when an update begins, so that at and before a pass's first one its buffers hold
+    what came of the initial weights.
+
+    Collective where parameters are sharded.
+
+    Args:
+        step: updates already made; None: scales are set.
+        forward: runs the model on some rows; None: there are none.
+        pads, reduce: as for `begin_update_`.
+
+    Returns:
+        the passes whose scale is missing for want of rows.
+    """
     for p in pipeline.active:
         if isinstance(p, Weight24):
-            for weight in sparse_weights(pipeline, p):
-                mask = stored_mask(whole(weight.parameter), weight.transposed, p.method)
-                weight.buffer(weight24.MASK).copy_(mask)
+            _set_masks_(pipeline, p, scales=_is_new(p, step), count_flips=False)
+    due = [p for p in pipeline.active if isinstance(p, Activation24) and p.soft and _is_new(p, step)]
+    if not due or forward is None:
+        return tuple(due)
+    set_pads_(pipeline, pads)
+    calibrate_(pipeline, due, forward, reduce)
+    set_pads_(pipeline, None)
+    return ()
+
+
+def _is_new(p: OperationalPass, step: int | None) -> bool:
+    """Whether no update has been made with a pass."""
+    return step is not None and step <= p.from_step
 
 
 @torch.no_grad()
@@ -291,7 +328,32 @@ def _hash(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
+@contextmanager
+def evaluation(
+    pipeline: Pipeline,
+    without: Sequence[str],
+    step: int | None,
+    forward: Callable[[], object] | None,
+    pads: Tensor | None,
+    reduce: Reduce | None,
+) -> Iterator[None]:
+    """`Pipeline.evaluation`."""
+    set_pads_(pipeline, None)
+    active = pipeline.active if step is None else pipeline.in_force(step)
+    kinds = (weight24.MASK, weight24.SCALE, SCALE, SUMS)
+    state = [buffer for kind in kinds for buffer in buffers_of(pipeline.regions, kind).values()]
+    before = [buffer.clone() for buffer in state]
+    with pipeline.lowered(as_evaluated([p for p in active if p.name not in without])):
+        try:
+            renew_to_read_(pipeline, step, forward, pads, reduce)
+            yield
+        finally:
+            # In place, and not by exchange: CUDA graphs read these addresses.
+            for buffer, value in zip(state, before, strict=True):
+                buffer.copy_(value)
+
+
+def as_evaluated(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     """The passes as evaluation has them."""
     return [evaluated for p in passes if (evaluated := p.in_evaluation()) is not None]
 
@@ -299,52 +361,3 @@ def in_evaluation(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
 def without_counting(passes: Sequence[OperationalPass]) -> list[OperationalPass]:
     """The passes that do something."""
     return [p for p in passes if not p.observes]
-
-
-def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:
-    """The passes of the model as it is served: structural ones, and operational ones in force as they act in
-    evaluation, for every step.
-
-    Args:
-        without: names of passes to leave out.
-    """
-    served: list[Pass] = []
-    for p in pipeline.passes:
-        if p.observes or p.name in without:
-            continue
-        if not isinstance(p, OperationalPass):
-            served.append(p)
-        elif p in pipeline.active and (evaluated := p.in_evaluation()) is not None:
-            served.append(replace(evaluated, from_step=0, until_step=None))
-    return tuple(served)
-
-
-@torch.no_grad()
-def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]:
-    """The state dict of the model as it is served, without the state of `weight24`.
-
-    Args:
-        masked: weights that a `weight24` in force makes 2:4 are as their linears multiply with them; else all
-            weights are the dense masters.
-    """
-    state = pipeline.model.state_dict()
-    for p in pipeline.passes:
-        if not isinstance(p, Weight24):
-            continue
-        with pipeline.lowered([p]):
-            weights = list(sparse_weights(pipeline, p))
-        for weight in weights:
-            if masked and p in pipeline.active:
-                state[weight.name] = _as_multiplied(weight, p)
-            for kind in (weight24.MASK, weight24.SCALE):
-                state.pop(weight.name + kind, None)
-    return state
-
-
-def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
-    """A weight as its linear multiplies with it, in the orientation in which it is stored."""
-    dense = weight.parameter.T if weight.transposed else weight.parameter
-    soft = p.record.soft
-    mask = None if soft else weight_mask(dense, p.method)
-    sparse = sparse_weight(dense, mask, weight.buffer(weight24.SCALE) if soft else None)
-    return sparse.T if weight.transposed else sparse

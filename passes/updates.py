@@ -26,13 +26,15 @@ from torch.optim.optimizer import (
 
 from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
-from act24.passes.base import OperationalPass
+from act24.passes.base import OperationalPass, Pass
 from act24.passes.graph.region import RegionModule
 from act24.passes.state import (
     Reduce,
+    SparseWeight,
+    as_evaluated,
     calibrate_,
+    calibration_text,
     decay_dropped_weights_,
-    in_evaluation,
     next_seeds_,
     pack_weights_,
     renew_masks_,
@@ -116,7 +118,9 @@ class Updates:
                     "measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
                 )
             rows, run = first_rows(batch, due), forward or pipeline.model
-            note = calibrate_(pipeline, due, step, lambda: _call(run, rows), reduce or everywhere)
+            measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
+            first = any(step == p.from_step for p in due)
+            note = calibration_text(*measured) if first else None
         set_seeds_(pipeline, step, _rank() if rank is None else rank)
         self._begun = True
         return note
@@ -131,30 +135,22 @@ class Updates:
             self._held = before
 
     @contextmanager
-    def evaluation(self, without: Sequence[str] = (), trusting: bool = False) -> Iterator[None]:
-        """As `Pipeline.evaluation`.
-
-        Args:
-            trusting: masks are made anew only if a weight was written to since they were.
-        """
-        pipeline = self._pipeline
-        passes = in_evaluation([p for p in pipeline.active if p.name not in without])
-        with pipeline.lowered(passes), self._masks_of_weights(trusting):
+    def _as_served(self) -> Iterator[None]:
+        """`Pipeline.evaluation` for one forward: masks are made anew only if a weight was written to
+        since."""
+        with self._pipeline.lowered(as_evaluated(self._pipeline.active)), self._masks_of_weights():
             yield
 
     @contextmanager
-    def _masks_of_weights(self, trusting: bool) -> Iterator[None]:
-        """Masks of the weights as they are, in buffers of their own in the place of the update's. The memory
-        is the same every time, as CUDA graphs want it."""
+    def _masks_of_weights(self) -> Iterator[None]:
+        """Masks of the weights as they are, in buffers of their own in the place of the update's."""
         exchanged: list[tuple[nn.Module, str, Tensor]] = []
         try:
             for p in self._pipeline.active:
                 if not isinstance(p, Weight24) or p.record.soft:
                     continue
                 for weight in sparse_weights(self._pipeline, p):
-                    fresh = self._mask_of(
-                        weight.name, weight.parameter, weight.transposed, p.method, trusting
-                    )
+                    fresh = self._mask_of(weight, p.method)
                     owner, leaf = weight.place(MASK)
                     exchanged.append((owner, leaf, owner._buffers[leaf]))  # type: ignore[arg-type]
                     owner._buffers[leaf] = fresh
@@ -163,19 +159,15 @@ class Updates:
             for owner, leaf, buffer in reversed(exchanged):
                 owner._buffers[leaf] = buffer
 
-    @torch.inference_mode(False)  # what is made here is written to again
+    @torch.inference_mode(False)  # what is made here is read elsewhere too
     @torch.no_grad()
-    def _mask_of(self, name: str, parameter: Tensor, transposed: bool, method: str, trusting: bool) -> Tensor:
-        of, version, mask = self._served.get(name, (None, -1, None))
-        trusting = trusting and not isinstance(parameter, DTensor)  # whose version says nothing of its shards
-        if trusting and of is parameter and version == parameter._version and mask is not None:
-            return mask
-        fresh = stored_mask(whole(parameter), transposed, method)
-        if mask is not None and mask.shape == fresh.shape and mask.device == fresh.device:
-            mask.copy_(fresh)
-        else:
-            mask = fresh
-        self._served[name] = (parameter, parameter._version, mask)
+    def _mask_of(self, weight: SparseWeight, method: str) -> Tensor:
+        parameter = weight.parameter
+        of, version, mask = self._served.get(weight.name, (None, -1, None))
+        sharded = isinstance(parameter, DTensor)  # whose version says nothing of its shards
+        if sharded or of is not parameter or version != parameter._version or mask is None:
+            mask = stored_mask(whole(parameter), weight.transposed, method)
+            self._served[weight.name] = (parameter, parameter._version, mask)
         return mask
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -184,15 +176,21 @@ class Updates:
             return
         if not module.training:
             self._entered = ExitStack()
-            self._entered.enter_context(self.evaluation(trusting=True))
+            self._entered.enter_context(self._as_served())
         elif torch.is_grad_enabled():
-            renewing = [p for p in self._pipeline.active if p.renews]
+            renewing = [p for p in self._pipeline.passes if self._trains(p)]
             if renewing and not self._begun:
                 raise Act24Error(
                     f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
                     "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
             next_seeds_(self._pipeline)
+
+    def _trains(self, p: Pass) -> bool:
+        """Whether a pass is in force that renews state, also where its form of evaluation stands in for
+        it."""
+        active = self._pipeline.active
+        return isinstance(p, OperationalPass) and p.renews and (p in active or p.in_evaluation() in active)
 
     def after_forward(self) -> None:
         if self._entered is not None:
@@ -324,13 +322,6 @@ def rows_to_run(due: Sequence[Activation24], length: int) -> int:
     """Rows of so many tokens that are run when scales are due."""
     samples = max(p.calibration_samples for p in due)
     return -(-_RUN_FOR_ONE * samples // length)
-
-
-def everywhere(tensor: Tensor) -> Tensor:
-    """A sum over all processes, if there are several."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def _rank() -> int:

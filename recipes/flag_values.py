@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from act24.errors import nearest
-from act24.recipes.flags import BY_NAME, OLD_SPELLINGS, Flag
+from act24.recipes.flags import BY_NAME, FALSE, OLD_SPELLINGS, TRUE, Flag
 from act24.recipes.load import RecipeError
-
-_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -23,7 +21,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         RecipeError: an option that is unknown or ambiguous, lacks its value or has one it cannot have.
     """
     words = [word for word in arguments if word.strip() not in ("", "\\")]
-    script = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
+    script = next((i for i, word in enumerate(words) if word.endswith((".py", "act24.run_c4"))), -1)
     remarks = []
     if any(word.startswith(("--nproc_per_node", "--nproc-per-node")) for word in words[: script + 1]):
         remarks.append("processes are not of the recipe: torchrun --nproc-per-node N -m act24 train …")
@@ -47,6 +45,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             name, spelled = old[0], old[1] or value
             remarks.append(f"--{written} {value} is an old spelling of --{name} {spelled}")
             value = spelled
+        elif name not in BY_NAME:
+            raise RecipeError(f"--{written} takes {_article('bool')}, not '{value}'")
         given[name] = _value(BY_NAME[name], value)
     return given, remarks
 
@@ -67,9 +67,9 @@ def _full_name(written: str) -> str:
 def _value(flag: Flag, text: str) -> Any:
     try:
         if flag.kind == "bool":
-            if text.lower() not in _TRUE + _FALSE:
+            if text.lower() not in TRUE + FALSE:
                 raise ValueError
-            return text.lower() in _TRUE
+            return text.lower() in TRUE
         if flag.choices and text not in flag.choices:
             raise RecipeError(f"--{flag.name} {text}: {nearest(text, flag.choices)}")
         if flag.kind == "tokens":

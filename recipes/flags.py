@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 Kind = Literal["bool", "int", "float", "str", "flag", "tokens"]
 
+#: What a `"bool"` may be, in any case.
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -22,7 +25,9 @@ class Flag:
         kind: `"bool"` takes True or False, `"flag"` nothing, `"tokens"` a number with K, M or B behind it.
         default: what it was when not given; `REQUIRED` for the two that had to be.
         key: the recipe's key that it becomes; empty where there is none.
-        remark: why there is none, or how the meaning changed; empty where key and value say it all.
+        remark: why there is none, or what to know about it; empty where key and value say it all. What a run
+            computes otherwise than it did is said by `act24.recipes.flag_remarks.changes`.
+        unused: it was parsed and never had an effect.
         choices: what a `"str"` may be; empty: anything.
     """
 
@@ -32,13 +37,14 @@ class Flag:
     key: str = ""
     remark: str = ""
     choices: tuple[str, ...] = ()
+    unused: bool = False
 
 
 REQUIRED = object()
 
-_UNUSED = "never had an effect: parsed and not used"
+_UNUSED = "parsed and not used"
 _GALORE = "of GaLore, which act24 does not have"
-_WEIGHT24 = "chooses the linears of weight24; without --enable_2to4_sparse it never had an effect"
+_WEIGHT24 = "chooses the linears of weight24"
 
 FLAGS: tuple[Flag, ...] = (
     Flag("eval_commonsense", "bool", True, "", "no counterpart: score an exported checkpoint with lm-eval"),
@@ -52,19 +58,14 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("attn_2by4", "bool", False, "passes.weight24.scope", _WEIGHT24),
     Flag("mlp_2by4", "bool", True, "passes.weight24.scope", _WEIGHT24),
-    Flag(
-        "enable_2to4_sparse",
-        "bool",
-        False,
-        "passes.weight24",
-        "weight24 with S-STE's soft threshold; in bfloat16 throughout, where run_c4.py cast to float16",
-    ),
+    Flag("enable_2to4_sparse", "bool", False, "passes.weight24"),
     Flag(
         "sparse_init_scale",
         "float",
         1.0,
         "",
-        "never had an effect: overwritten by the first forward; the scale is that of least squared error",
+        "overwritten by the first forward; the scale is that of least squared error",
+        unused=True,
     ),
     Flag("activation_2by4", "bool", False, "passes.activation24"),
     Flag(
@@ -72,8 +73,9 @@ FLAGS: tuple[Flag, ...] = (
         "bool",
         False,
         "",
-        "had no effect but with adamw, --enable_2to4_sparse and --activation_2by4, where it sparsified the "
-        "dense inputs of attention, which act24 does not offer",
+        "had one only with adamw, --enable_2to4_sparse and --activation_2by4, where it sparsified the dense "
+        "inputs of attention, which act24 does not offer",
+        unused=True,
     ),
     Flag("squ_relu", "str", "silu", "passes.relu2_ffn", "", ("silu", "relu", "relu2")),
     Flag(
@@ -81,27 +83,11 @@ FLAGS: tuple[Flag, ...] = (
         "str",
         "naive",
         "passes.activation24.method",
-        "naive keeps two of four also on ties, mvue is finite (both were not so), and soft_threshold_weights "
-        "takes its scale from the weights before and after 2:4, as its author describes it: about 1.48, "
-        'which inflates sparse activations; run_c4.py tried the output\'s, near 1 (scale_from = "output")',
+        "",
         ("naive", "mvue", "soft_threshold_weights", "soft_dynamic"),
     ),
-    Flag(
-        "permute_2by4",
-        "bool",
-        False,
-        "passes.activation24.token_permutation",
-        'one fixed permutation of all tokens of a micro-batch, as in the paper ("batch"); run_c4.py permuted '
-        'within each sequence ("sequence"), unseeded',
-    ),
-    Flag(
-        "dynamic_activation_steps",
-        "int",
-        10,
-        "passes.activation24.dynamic_steps",
-        "counts optimizer updates; run_c4.py counted micro-batches, and only under --wandb_sparsityrelu: "
-        "without it the scale was computed once",
-    ),
+    Flag("permute_2by4", "bool", False, "passes.activation24.token_permutation"),
+    Flag("dynamic_activation_steps", "int", 10, "passes.activation24.dynamic_steps"),
     Flag(
         "activation_calibration_samples",
         "int",
@@ -116,17 +102,7 @@ FLAGS: tuple[Flag, ...] = (
         "passes.activation24.from_step",
         "counts on after a resume; run_c4.py began anew in every process",
     ),
-    Flag(
-        "dx_direct_sparse",
-        "int",
-        1,
-        "passes.activation24.backward",
-        "1, 2, 3 are split_gemm, sparse, dense as the paper has them: dX is never split and keeps the "
-        "forward's mask, both weight gradients are 2:4 along the tokens (1: but for the 5% densest features; "
-        "run_c4.py took the sparsest, or the last 5%), and 3 is dense everywhere. Gradients are those of the "
-        'masked function; run_c4.py went straight through (estimator = "ste", with the dense backward)',
-        ("1", "2", "3"),
-    ),
+    Flag("dx_direct_sparse", "int", 1, "passes.activation24.backward", "", ("1", "2", "3")),
     Flag(
         "wandb_sparsityrelu",
         "bool",
@@ -151,7 +127,8 @@ FLAGS: tuple[Flag, ...] = (
         "str",
         None,
         "",
-        "not of the recipe: act24 train … --resume, which also restores optimizer, schedule and data",
+        "not of the recipe: act24.run_c4 begins with its weights; a run of act24 goes on with act24 train … "
+        "--resume",
     ),
     Flag("batch_size", "int", REQUIRED, "train.batch_size"),
     Flag("gradient_accumulation", "int", None, "train.total_batch_size"),
@@ -176,70 +153,35 @@ FLAGS: tuple[Flag, ...] = (
     Flag("weight_decay", "float", 0.0, "optimizer.weight_decay"),
     Flag("warmup_steps", "int", 1000, "schedule.warmup_steps"),
     Flag("eval_every", "int", 5000, "eval.every"),
-    Flag("num_training_steps", "int", 10_000, "train.steps", "exactly so many; run_c4.py made one more"),
-    Flag(
-        "max_train_tokens",
-        "tokens",
-        None,
-        "train.steps",
-        "tokens over rows × length; run_c4.py divided by rows and so trained max_length times as long",
-    ),
+    Flag("num_training_steps", "int", 10_000, "train.steps"),
+    Flag("max_train_tokens", "tokens", None, "train.steps"),
     Flag("save_every", "int", 10_000, "checkpoint.every"),
     Flag("save_ckpt", "bool", False, "", "no counterpart: the last step is always saved"),
     Flag("save_dir", "str", None, "", "not of the recipe: act24 train … --run-dir FOLDER"),
-    Flag("tags", "str", None, "", _UNUSED),
-    Flag(
-        "dtype",
-        "str",
-        "bfloat16",
-        "train.dtype",
-        "optimizer state is float32 all the same: in bfloat16 Adam's second moment cannot shrink "
-        '(optimizer.state_dtype = "parameter" has it as run_c4.py did)',
-        ("bf16", "bfloat16", "float32", "fp32"),
-    ),
+    Flag("tags", "str", None, "", _UNUSED, unused=True),
+    Flag("dtype", "str", "bfloat16", "train.dtype", "", ("bf16", "bfloat16", "float32", "fp32")),
     Flag("workers", "int", 8, "", "no counterpart: one thread prefetches"),
     Flag("seed", "int", 0, "train.seed"),
-    Flag("name", "str", "test", "", _UNUSED),
+    Flag("name", "str", "test", "", _UNUSED, unused=True),
     Flag(
         "grad_clipping",
         "float",
         0.0,
         "",
-        "never had an effect: parsed, written into the run's name and not applied; train.grad_clip is 0 so "
-        "that this recipe does the same: set it there to clip",
+        "written into the run's name and not applied; train.grad_clip is 0 so that this recipe does the "
+        "same: "
+        "set it there to clip",
+        unused=True,
     ),
-    Flag("beta1", "float", 0.0, "", "of adafactor and sgd, which act24 does not have"),
-    Flag("rank", "int", 128, "", _GALORE),
-    Flag("update_proj_gap", "int", 50, "", _GALORE),
-    Flag("galore_scale", "float", 1.0, "", _GALORE),
-    Flag("proj_type", "str", "std", "", _GALORE),
-    Flag(
-        "cola_silu",
-        "bool",
-        False,
-        "",
-        "never had an effect: CoLA always has its SiLU, and here LoST too, as published (run_c4.py's LoST "
-        'had none: passes.lost.bottleneck = "none")',
-    ),
-    Flag(
-        "cola_sparse_method",
-        "str",
-        "cola_init",
-        "",
-        "CoLA starts as published and LoST from the dense weight's own SVD; run_c4.py's svd failed on "
-        "weights that are not square, and its cola_init made LoST's two branches unrelated",
-        ("cola_init", "svd"),
-    ),
+    Flag("beta1", "float", 0.0, "", "of adafactor and sgd, which act24 does not have", unused=True),
+    Flag("rank", "int", 128, "", _GALORE, unused=True),
+    Flag("update_proj_gap", "int", 50, "", _GALORE, unused=True),
+    Flag("galore_scale", "float", 1.0, "", _GALORE, unused=True),
+    Flag("proj_type", "str", "std", "", _GALORE, unused=True),
+    Flag("cola_silu", "bool", False, "passes.lost.bottleneck"),
+    Flag("cola_sparse_method", "str", "cola_init", "passes.cola.init", "", ("cola_init", "svd", "none")),
     Flag("lost_sparsity", "float", 0.05, "passes.lost.sparsity"),
-    Flag(
-        "lost_sparse_method",
-        "str",
-        "random",
-        "passes.lost.method",
-        "gradient really measures the dense model's gradient, and svd the residual of the dense weight; "
-        "in run_c4.py the first was random and the second rounding noise",
-        ("random", "gradient", "svd"),
-    ),
+    Flag("lost_sparse_method", "str", "random", "passes.lost.method", "", ("random", "gradient", "svd")),
     Flag("lost_sparse_svd_rank", "int", 256, "passes.lost.svd_rank"),
     Flag("lost_gamma", "float", 0.5, "passes.lost.gamma"),
     Flag(
@@ -249,49 +191,30 @@ FLAGS: tuple[Flag, ...] = (
         "",
         "no counterpart: scores by the smallest singular values instead of those behind the first R",
     ),
-    Flag(
-        "momentum_reset_steps",
-        "int",
-        0,
-        "optimizer.momentum_reset_steps",
-        "never at step 0, where run_c4.py also reset",
-    ),
-    Flag(
-        "more_activation_relu2",
-        "bool",
-        False,
-        "passes.{method}.bottleneck",
-        "relu² between the factors of CoLA and LoST, found by activation24; run_c4.py crashed on it since "
-        "August 2025, and before that halved CoLA's first values, which act24 does not",
-    ),
+    Flag("momentum_reset_steps", "int", 0, "optimizer.momentum_reset_steps"),
+    Flag("more_activation_relu2", "bool", False, "passes.{method}.bottleneck"),
     Flag("loro_type", "str", "loro", "optimizer.type", "", ("loro", "eucl")),
     Flag("loro_freq", "int", 1, "optimizer.exact_every"),
-    Flag("loro_fallback_freq", "int", None, "", _UNUSED),
+    Flag("loro_fallback_freq", "int", None, "", _UNUSED, unused=True),
     Flag("loro_refresh", "str", None, "optimizer.refresh", "", ("reg", "lrk", "all", "None")),
     Flag("loro_refresh_freq", "int", 0, "optimizer.refresh_every"),
     Flag("loro_attn_rank", "int", 128, "passes.{method}.attn_rank"),
     Flag("loro_mlp_rank", "int", 128, "passes.{method}.mlp_rank"),
-    Flag("loro_init", "str", "xavier", "passes.low_rank.init"),
+    Flag("loro_init", "str", "xavier", "passes.{method}.init"),
     Flag("loro_scope", "str", None, "passes.{method}.scope", "", ("all", "mlp", "attn", "None")),
     Flag("loro_lr_scaler", "str", "1.0", "optimizer.lr_scaler"),
-    Flag(
-        "loro_mlp_dense",
-        "flag",
-        False,
-        "",
-        "never had an effect: its guard is never true",
-    ),
+    Flag("loro_mlp_dense", "flag", False, "", "its guard is never true", unused=True),
     Flag("single_gpu", "flag", False, "", "not of the recipe: start one process"),
 )
 
 BY_NAME: dict[str, Flag] = {flag.name: flag for flag in FLAGS}
 
 #: Spellings in notes and old commands that run_c4.py itself no longer took: (name, value or None for any) to
-#: (name, value or None for the same).
+#: (name, value or None for the same). `--cola_init False` left the factors as --loro_init made them.
 OLD_SPELLINGS: dict[tuple[str, str | None], tuple[str, str | None]] = {
     ("2by4_permute", None): ("permute_2by4", None),
-    ("cola_init", "true"): ("cola_sparse_method", "cola_init"),
-    ("cola_init", "false"): ("cola_sparse_method", "cola_init"),
+    **{("cola_init", word): ("cola_sparse_method", "cola_init") for word in TRUE},
+    **{("cola_init", word): ("cola_sparse_method", "none") for word in FALSE},
     ("optimizer", "adamw_cola"): ("optimizer", "cola_adamw"),
     ("optimizer", "adamw_lost"): ("optimizer", "lost_adamw"),
     ("squ_relu", "true"): ("squ_relu", "relu2"),

@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from act24.errors import nearest, reading
-from act24.llama import PRESETS
-from act24.optim import ColaAdamWOptions, LOROAdamWOptions, LostAdamWOptions
+from act24.llama import PRESETS, LlamaConfig
+from act24.recipes.checks import oddities
+from act24.recipes.flag_remarks import Remark, changes, remarks
 from act24.recipes.flag_values import parse_flags
-from act24.recipes.flags import BY_NAME, FLAGS, REQUIRED, Flag
+from act24.recipes.flags import FLAGS, REQUIRED
 from act24.recipes.load import RecipeError, parse_recipe, toml_value
+from act24.recipes.old_command import OPTIMIZERS, Command
 from act24.recipes.schema import Recipe
-from act24.schedules import Cosine, CosineRestart
 
 _BACKWARDS = {1: "split_gemm", 2: "sparse", 3: "dense"}
 _SCHEDULES = {"const": "constant", "cosine_restart_zero": "cosine_restart"}
-_METHODS = {o.name: o.needs for o in (LOROAdamWOptions, ColaAdamWOptions, LostAdamWOptions)}
+
+#: Fields of a model's JSON: those that recipes have, and those that the stock model has one value for.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _CONFIG_FIELDS = (
     "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+    *_SIZES,
     "num_key_value_heads",
+    "rope_theta",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
 )
+_ONLY = {"hidden_act": "silu", "rope_scaling": None}
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,22 @@ class Translation:
 
     Attributes:
         recipe: checked.
-        text: its TOML, with the remarks as comments at the top.
-        remarks: one line for each option given, in order, and then for what else changes.
+        text: its TOML, with all the rest as comments at the top.
+        changes: what the recipe's run computes otherwise than the command's did.
+        warnings: what `act24 train` would warn of.
+        remarks: one for each option given, in order.
+        spellings: what the command spelled in an older way.
+        save_dir, continue_from: of the command, or None: where a run goes and comes from is of no recipe.
     """
 
     recipe: Recipe
     text: str
-    remarks: tuple[str, ...]
+    changes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    remarks: tuple[Remark, ...]
+    spellings: tuple[str, ...]
+    save_dir: str | None
+    continue_from: str | None
 
 
 def recipe_from_flags(arguments: Sequence[str]) -> Translation:
@@ -60,63 +76,48 @@ def recipe_from_flags(arguments: Sequence[str]) -> Translation:
         RecipeError: an option that is unknown, lacks its value or has one that it cannot have; or something
             that act24 does not do at all, such as an optimizer.
     """
-    given, remarks = parse_flags(arguments)
+    given, spellings = parse_flags(arguments)
     if missing := [f"--{f.name}" for f in FLAGS if f.default is REQUIRED and f.name not in given]:
         raise RecipeError(f"run_c4.py needs {' and '.join(missing)}")
-    command = _Command({flag.name: flag.default for flag in FLAGS} | given, frozenset(given))
-    table = _table(command)
-    remarks += [_remark(BY_NAME[name], value, command) for name, value in given.items()]
-    remarks += _further_remarks(command)
-    text = _to_toml(table)
+    command = Command({flag.name: flag.default for flag in FLAGS} | given, tuple(given))
+    text = _to_toml(_table(command))
     recipe = parse_recipe(text, "the recipe of this command")
-    comments = "".join(f"# {line}\n" for line in ("Translated from a run_c4.py command.", *remarks))
-    return Translation(recipe, f"{comments}\n{text}", tuple(remarks))
+    changed, warned, told = changes(command), tuple(oddities(recipe)), remarks(command)
+    comments = _comments(changed, warned, told, spellings)
+    return Translation(
+        recipe=recipe,
+        text=f"{comments}\n{text}",
+        changes=changed,
+        warnings=warned,
+        remarks=told,
+        spellings=tuple(spellings),
+        save_dir=command.save_dir,
+        continue_from=command.continue_from,
+    )
 
 
-@dataclass(frozen=True)
-class _Command:
-    """The value of every option, and which were given."""
-
-    values: dict[str, Any]
-    given: frozenset[str]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.values[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    @property
-    def method(self) -> str:
-        """The low-rank pass, or the empty string: without a scope LORO's layers stay dense."""
-        return _METHODS.get(self.optimizer, "") if self.loro_scope not in (None, "None") else ""
-
-    @property
-    def dense_ffn(self) -> bool:
-        """Whether SwiGLU stays."""
-        return self.squ_relu == "silu" or self.use_hf_model
-
-    @property
-    def sparse_activations(self) -> bool:
-        return self.activation_2by4 and self.squ_relu == "relu2" and not self.use_hf_model
-
-    @property
-    def exact_steps(self) -> bool:
-        return self.optimizer == "loro_adamw" and bool(self.method) and self.loro_type != "eucl"
-
-    @property
-    def sparse_weights(self) -> bool:
-        """Whether run_c4.py would have had 2:4 weights, and they can be had."""
-        trained = self.optimizer in ("adamw", "loro_adamw") and not self.use_hf_model
-        inputs = self.optimizer == "adamw" and self.activation_2by4  # 2:4 inputs then, instead of weights
-        scope = self.attn_2by4 or self.mlp_2by4
-        return self.enable_2to4_sparse and trained and scope and not inputs and not self.exact_steps
+def _comments(
+    changed: Sequence[str], warned: Sequence[str], told: Sequence[Remark], spellings: Sequence[str]
+) -> str:
+    """The top of the recipe: what changes results first, and what has no effect in one line at the end."""
+    idle = "; ".join(remark.option for remark in told if remark.effect == "none")
+    blocks = {
+        "Changes results": changed,
+        "act24 train warns": warned,
+        "As it was": [*spellings, *(str(remark) for remark in told if remark.effect != "none")],
+    }
+    lines = ["Translated from a run_c4.py command."]
+    for title, block in blocks.items():
+        if block:
+            lines += ["", f"{title}:", *(f"  {line}" for line in block)]
+    lines += ["", f"No effect: {idle}"] if idle else []
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------ translating
 
 
-def _table(command: _Command) -> dict[str, Any]:
+def _table(command: Command) -> dict[str, Any]:
     """The recipe as a table, without what equals act24's defaults by their nature."""
     rows = _total_batch_size(command)
     steps = command.num_training_steps
@@ -146,29 +147,41 @@ def _table(command: _Command) -> dict[str, Any]:
     }
 
 
-def _total_batch_size(command: _Command) -> int:
+def _total_batch_size(command: Command) -> int:
     if command.total_batch_size is not None:
         return command.total_batch_size
     return command.batch_size * (command.gradient_accumulation or 1)
 
 
 def _model(config: str) -> dict[str, Any]:
+    """The file, if it is there, beside the preset of its name; the preset alone if it is not."""
     preset = Path(config).stem.replace("_", "-")
-    if preset in PRESETS:
-        return {"preset": preset}
+    if not Path(config).is_file():
+        if preset in PRESETS:
+            return {"preset": preset}
+        raise RecipeError(
+            f"--model_config {config}: no such file, and no preset of that name: {nearest(preset, PRESETS)}"
+        )
     with reading(f"--model_config {config}: not valid JSON", error=RecipeError):
-        if not Path(config).is_file():
-            raise RecipeError(
-                f"--model_config {config}: no such file, and no preset of that name: "
-                f"{nearest(preset, PRESETS)}"
-            )
         settings = json.loads(Path(config).read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise RecipeError(f"--model_config {config}: has to hold an object of settings, such as hidden_size")
-    return {"preset": "llama-9m"} | {key: settings[key] for key in _CONFIG_FIELDS if key in settings}
+    if missing := [name for name in _SIZES if name not in settings]:
+        raise RecipeError(f"--model_config {config}: {missing[0]} is missing")
+    for name, only in _ONLY.items():
+        if settings.get(name, only) != only:
+            raise RecipeError(
+                f"--model_config {config}: {name} = {settings[name]!r} is not supported; only {only!r} is"
+            )
+    defaults = {name: getattr(LlamaConfig, name) for name in _CONFIG_FIELDS if hasattr(LlamaConfig, name)}
+    values = {"vocab_size": 32000} | defaults  # as transformers has it where the file says nothing
+    values |= {name: settings[name] for name in _CONFIG_FIELDS if settings.get(name) is not None}
+    base = preset if preset in PRESETS else "llama-9m"
+    own = {name: value for name, value in values.items() if value != getattr(PRESETS[base], name)}
+    return {"preset": base} | own
 
 
-def _data(command: _Command) -> dict[str, Any]:
+def _data(command: Command) -> dict[str, Any]:
     table: dict[str, Any] = {"source": "hf", "dataset": "allenai/c4", "subset": "en"}
     if command.c4_local:
         table = {
@@ -179,34 +192,34 @@ def _data(command: _Command) -> dict[str, Any]:
     return table | {"rows": "padded", "max_length": command.max_length, "shuffle_seed": 42}
 
 
-def _optimizer(command: _Command) -> dict[str, Any]:
-    known = ("adam", "adamw", *_METHODS)
-    if command.optimizer not in known:
-        raise RecipeError(
-            f"act24 has no optimizer like --optimizer {command.optimizer}: choose from {', '.join(known)}"
-        )
+def _optimizer(command: Command) -> dict[str, Any]:
+    if command.optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise RecipeError(f"act24 has no optimizer like --optimizer {command.optimizer}: choose from {known}")
     table: dict[str, Any] = {
-        "name": "adamw",
+        "name": command.optimizer if command.method else "adamw",
         "lr": command.lr,
         "weight_decay": command.weight_decay,
         "state_dtype": "float32",
         "momentum_reset_steps": command.momentum_reset_steps,
     }
+    # What stood in its "no decay" groups was decayed too, but in two branches.
+    if command.optimizer == "adamw" and command.enable_2to4_sparse:
+        return table | {"betas": [0.9, 0.95], "decay": "matrices_and_embeddings"}
     if command.optimizer in ("adam", "adamw"):
-        return table | {"betas": [0.9, 0.999], "decay": "all"}  # its "no decay" group was decayed too
+        return table | {"betas": [0.9, 0.999], "decay": "all"}
     if command.optimizer != "loro_adamw":
-        return table | {"name": command.optimizer if command.method else "adamw", "betas": [0.9, 0.95]}
+        return table | {"betas": [0.9, 0.95], "decay": "all"}
+    table |= {"betas": [0.9, 0.999], "eps": 1e-6, "decay": "matrices_and_embeddings"}
     if not command.method:
-        return table | {"betas": [0.9, 0.999], "eps": 1e-6}
-    refreshes = command.loro_refresh not in (None, "None") and command.loro_refresh_freq > 0
+        return table
     table |= {
-        "name": "loro_adamw",
         "type": command.loro_type,
         "exact_every": command.loro_freq,
-        "lr_scaler": _scaler(command.loro_lr_scaler),
-        "refresh": command.loro_refresh if refreshes else "none",
+        "lr_scaler": 1.0 if command.loro_type == "eucl" else _scaler(command.loro_lr_scaler),
+        "refresh": command.loro_refresh if command.refreshes else "none",
     }
-    return table | ({"refresh_every": command.loro_refresh_freq} if refreshes else {})
+    return table | ({"refresh_every": command.loro_refresh_freq} if command.refreshes else {})
 
 
 def _scaler(text: str) -> float:
@@ -216,11 +229,18 @@ def _scaler(text: str) -> float:
         raise RecipeError(f"--loro_lr_scaler takes a number, not '{text}'") from None
 
 
-def _schedule(command: _Command) -> dict[str, Any]:
+def _schedule(command: Command) -> dict[str, Any]:
     name = _SCHEDULES.get(command.scheduler, command.scheduler)
-    table: dict[str, Any] = {"name": name, "warmup_steps": command.warmup_steps}
-    if name != "constant":
-        table["min_lr_ratio"] = command.min_lr_ratio
+    if name == "constant":
+        return {"name": name, "warmup_steps": 0}  # the script's has none
+    table: dict[str, Any] = {
+        "name": name,
+        "warmup_steps": command.warmup_steps,
+        # The script's linear schedule is that of transformers, which ends at 0.
+        "min_lr_ratio": 0.0 if name == "linear" else command.min_lr_ratio,
+    }
+    if command.warms_up_from_zero and name != "cosine_restart":
+        table["skip_zero"] = True  # the script made no update with learning rate 0
     if name == "cosine_restart":
         if command.cosine_restart_freq is None:
             raise RecipeError(f"--scheduler {command.scheduler} needs --cosine_restart_freq")
@@ -233,10 +253,9 @@ def _schedule(command: _Command) -> dict[str, Any]:
     return table
 
 
-def _passes(command: _Command) -> Iterator[dict[str, Any]]:
+def _passes(command: Command) -> Iterator[dict[str, Any]]:
     if not command.dense_ffn:
         yield {"use": "relu2_ffn"} | ({"activation": "relu"} if command.squ_relu == "relu" else {})
-    bottleneck = "relu2" if command.more_activation_relu2 else "silu"
     if command.method:
         ranks = {
             kind: rank
@@ -248,8 +267,8 @@ def _passes(command: _Command) -> Iterator[dict[str, Any]]:
             | ranks
             | {
                 "low_rank": {"init": command.loro_init},
-                "cola": {"bottleneck": bottleneck},
-                "lost": {"bottleneck": bottleneck} | _lost(command),
+                "cola": {"bottleneck": command.bottleneck} | _cola(command),
+                "lost": {"bottleneck": command.bottleneck} | _lost(command),
             }[command.method]
         )
     if command.sparse_activations:
@@ -263,13 +282,17 @@ def _passes(command: _Command) -> Iterator[dict[str, Any]]:
         }
 
 
-def _lost(command: _Command) -> dict[str, Any]:
+def _cola(command: Command) -> dict[str, Any]:
+    return {"init": command.loro_init} if command.cola_sparse_method == "none" else {}
+
+
+def _lost(command: Command) -> dict[str, Any]:
     method = command.lost_sparse_method
     table = {"sparsity": command.lost_sparsity, "gamma": command.lost_gamma, "method": method}
     return table | ({"svd_rank": command.lost_sparse_svd_rank} if method == "svd" else {})
 
 
-def _activation24(command: _Command) -> dict[str, Any]:
+def _activation24(command: Command) -> dict[str, Any]:
     method = command.activation_sparse_method
     table = {
         "use": "activation24",
@@ -280,107 +303,7 @@ def _activation24(command: _Command) -> dict[str, Any]:
     }
     if method == "soft_dynamic":
         table["dynamic_steps"] = command.dynamic_activation_steps
-    if "permute_2by4" in command.given and not command.permute_2by4 and table["backward"] != "dense":
-        table["token_permutation"] = "none"
-    return table
-
-
-# -------------------------------------------------------------------------------------------- remarks
-
-
-def _remark(flag: Flag, value: Any, command: _Command) -> str:
-    """What became of an option given."""
-    option = f"--{flag.name}" + ("" if flag.kind == "flag" else f" {value}")
-    key = flag.key.replace("{method}", command.method)
-    idle = _idle(flag, command)
-    if idle:
-        return f"{option}: {idle}"
-    target = f" → {key}" if key else ""
-    return f"{option}{target}" + (f": {flag.remark}" if flag.remark else "")
-
-
-def _idle(flag: Flag, command: _Command) -> str:
-    """Why an option that has a key does nothing in this command, or the empty string."""
-    name = flag.name
-    if flag.key.startswith("passes.{method}") and not command.method:
-        return "no effect: only LORO, CoLA and LoST with a --loro_scope have factors"
-    if name == "more_activation_relu2" and command.method == "low_rank":
-        return "no effect: LORO has no activation between the factors"
-    if flag.key.startswith("passes.lost") and command.method != "lost":
-        return "no effect: of LoST"
-    if name == "lost_sparse_svd_rank" and command.lost_sparse_method != "svd":
-        return "no effect: of --lost_sparse_method svd"
-    if flag.key == "passes.low_rank.init" and command.method != "low_rank":
-        return "no effect: of LORO; CoLA and LoST start as published"
-    loro_only = ("loro_type", "loro_freq", "loro_refresh", "loro_refresh_freq", "loro_lr_scaler")
-    if name in loro_only and (command.optimizer != "loro_adamw" or not command.method):
-        return "no effect: of LORO's optimizer; in run_c4.py neither for CoLA and LoST, which are plain AdamW"
-    if flag.key.startswith("passes.activation24") and not command.sparse_activations:
-        return "no effect: 2:4 activations need --activation_2by4 True and --squ_relu relu2"
-    if name == "dynamic_activation_steps" and command.activation_sparse_method != "soft_dynamic":
-        return "no effect: of soft_dynamic"
-    if flag.key.startswith("passes.weight24") and not command.sparse_weights:
-        return _why_no_sparse_weights(command)
-    if flag.key.startswith("passes.relu2_ffn") and command.use_hf_model:
-        return "no effect beside --use_hf_model"
-    restarting = {f.name for f in fields(CosineRestart)} - {f.name for f in fields(Cosine)}
-    if flag.key.removeprefix("schedule.") in restarting and not command.scheduler.startswith(
-        "cosine_restart"
-    ):
-        return "no effect: of the cosine_restart schedules"
-    if name == "min_lr_ratio" and command.scheduler == "const":
-        return "no effect: a constant schedule has none"
-    if name in ("train_data_path", "val_data_path") and not command.c4_local:
-        return "no effect: C4 comes from the Hub"
-    if name == "gradient_accumulation" and command.total_batch_size is not None:
-        return "follows from --total_batch_size, --batch_size and the number of processes"
-    if name == "num_training_steps" and command.max_train_tokens is not None:
-        return "no effect beside --max_train_tokens"
-    return ""
-
-
-def _why_no_sparse_weights(command: _Command) -> str:
-    if not command.enable_2to4_sparse:
-        return "no effect: 2:4 weights need --enable_2to4_sparse True"
-    if command.exact_steps:
-        return (
-            "left out: LORO's exact step mixes the columns of the factors, which tears a 2:4 mask at each "
-            "such step; run_c4.py also grouped along the rank, where no hardware can use it"
-        )
-    if command.optimizer == "adamw" and command.activation_2by4:
-        return "left out: run_c4.py made the dense inputs of linears 2:4 here, which act24 does not offer"
-    if not (command.attn_2by4 or command.mlp_2by4):
-        return "no effect: neither --attn_2by4 nor --mlp_2by4"
-    return "no effect: run_c4.py had 2:4 weights for adamw and loro_adamw only"
-
-
-def _further_remarks(command: _Command) -> Iterator[str]:
-    """What changes that no option given says."""
-    if command.sparse_activations and "permute_2by4" not in command.given and command.dx_direct_sparse != 3:
-        yield (
-            "tokens are permuted, as in the paper; run_c4.py did not unless told to, which plateaus early "
-            '(2.919 beside 2.652): passes.activation24.token_permutation = "none" has it so'
-        )
-    if not command.dense_ffn:
-        yield (
-            "the network's width is 1.5 F rounded to a multiple of 128, where run_c4.py rounded down to a "
-            'whole number (8191 at 1b, which is no multiple of 4): passes.relu2_ffn.width = "exact"'
-        )
-    if command.method == "cola" and not command.dense_ffn and command.sparse_activations:
-        yield (
-            "CoLA keeps the activation between its factors; run_c4.py dropped it under 2:4 activations, so "
-            "that its results are those of plain low rank"
-        )
-    if command.scheduler == "cosine_restart_zero":
-        yield (
-            "cosine_restart warms up from min_lr_ratio and restarts from 1e-6; cosine_restart_zero did from "
-            "0 and from a tenth of the peak"
-        )
-    if command.optimizer == "adam" and command.weight_decay:
-        yield "weight decay is decoupled (AdamW); torch's Adam adds it to the gradient"
-    yield (
-        "held-out loss is the exact mean over tokens; act24 eval --legacy-average has run_c4.py's sum/(n+1)"
-    )
+    return table | {"token_permutation": "batch" if command.permute_2by4 else "none"}
 
 
 def _to_toml(table: dict[str, Any]) -> str:

@@ -54,8 +54,11 @@ class Model(Section):
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     rope_theta: float | None = None
+    rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None
     initializer_range: float | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
 
     @model_validator(mode="after")
     def _values_are_those_of_a_llama(self) -> Model:
@@ -136,6 +139,7 @@ class Evaluation(Section):
         10_000_000  # predicted tokens, as a target: whole rows until it is reached
     )
     batch_size: Size | None = None  # rows; None: train.batch_size
+    max_seconds: Annotated[float, Field(gt=0)] | None = None  # then it ends early, and says so; None: never
 
 
 class Checkpoint(Section):

@@ -23,7 +23,7 @@ from act24.schedules import rewarm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 StateDtype = Literal["float32", "parameter"]
-Decay = Literal["matrices", "all"]
+Decay = Literal["matrices", "matrices_and_embeddings", "all"]
 Beta = Annotated[float, Range(ge=0, lt=1)]
 _PART = 2**26
 
@@ -249,13 +249,17 @@ def parameter_groups(
 
     Args:
         decay: `"matrices"` decays what has at least two dimensions and is no embedding table (so not a tied
-            head either); `"all"` decays everything.
+            head either); `"matrices_and_embeddings"` the tables too; `"all"` decays everything.
 
     Raises:
         OptionError: an option is none of these, or out of range.
     """
     check_values(AdamWOptions, "parameter_groups", weight_decay=weight_decay, decay=decay)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = (
+        {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        if decay == "matrices"
+        else set()
+    )
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for parameter in model.parameters():

@@ -57,7 +57,10 @@ class LOROAdamWOptions(AdamWOptions):
         lr_scaler: factor on the factors' learning rate in lazy updates; -1: rank / hidden_size.
         exact_every: updates from one exact one to the next; 0: none.
         exact_lr_scale: factor on the learning rate in exact updates.
-        refresh: moments that are zeroed: of the factors (`"lrk"`), of all else (`"reg"`), both or none.
+        refresh: moments that are zeroed: of the factors (`"lrk"`), of all else (`"reg"`), both or none. After
+            an exact update `"reg"` and `"none"` keep moments of factors that are gone: what they do to the
+            new ones depends on the signs of singular vectors, which each decomposition chooses for itself, so
+            such a run follows the published script's only up to there.
         refresh_every: after every so many updates; None: after each exact one.
         restarts: replace the factors by the balanced ones of the same product, and refresh, after every so
             many updates (arXiv 2505.22922); 0: never.

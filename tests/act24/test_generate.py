@@ -62,7 +62,30 @@ def test_draws_follow_the_tempered_truncated_distribution(temperature: float, to
     assert (frequency - expected).abs().max() < 4 * 0.5 / samples**0.5
 
 
-@pytest.mark.parametrize(("options", "told"), [({"temperature": -0.1}, "-0.1"), ({"top_k": 0}, "top_k")])
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, None), (1.0, None), (1.0, 2), (1.0, 99)])
+def test_what_is_not_allowed_is_never_drawn(temperature: float, top_k: int | None) -> None:
+    logits = torch.tensor([0.3, 9.0, 2.0, 1.5, 9.0])
+    allowed = torch.tensor([True, False, True, True, False])
+    tokens = generate(
+        lambda ids: logits.expand(*ids.shape, 5),
+        torch.zeros(2000, 1, dtype=torch.int64),
+        max_new_tokens=1,
+        temperature=temperature,
+        top_k=top_k,
+        allowed=allowed,
+    )
+    drawn = {2} if temperature == 0 else {2, 3} if top_k == 2 else {0, 2, 3}
+    assert set(tokens[:, 1].tolist()) == drawn
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"temperature": -0.1}, "-0.1"),
+        ({"top_k": 0}, "top_k"),
+        ({"allowed": torch.zeros(31, dtype=torch.bool)}, "no token"),
+    ],
+)
 def test_bad_options_are_named(options: dict, told: str) -> None:
     with pytest.raises(Act24Error, match=told):
         generate(build_llama(CONFIG, seed=0), PROMPT, 1, **options)

@@ -215,6 +215,9 @@ def test_groups_decay_matrices_but_no_norms_biases_and_embeddings():
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert [id(p) for p in groups[0]["params"]] == [id(model["linear"].weight)]
     assert len(groups[1]["params"]) == 3
+    both, rest = parameter_groups(model, 0.1, decay="matrices_and_embeddings")
+    assert {id(p) for p in both["params"]} == {id(model[name].weight) for name in ("embedding", "linear")}
+    assert {id(p) for p in rest["params"]} == {id(model["linear"].bias), id(model["norm"].weight)}
     (everything,) = parameter_groups(model, 0.1, decay="all")
     assert len(everything["params"]) == 4
     model.requires_grad_(False)

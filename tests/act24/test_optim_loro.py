@@ -155,6 +155,63 @@ def test_refresh_follows_the_exact_update_unless_told_otherwise():
     assert (eucl.exact_every, eucl.refresh_every) == (0, 0)
 
 
+def published_exact_update(m, n, u_m, u_n, eta):
+    """LORO's script: QR of the factors, SVD of the core of 2R × 2R. [out, R], [in, R]."""
+    (u, r_m), (v, r_n), rank = torch.linalg.qr(m), torch.linalg.qr(n), m.shape[1]
+    g_v, u_g = torch.linalg.solve(r_n.T, u_m.T).T, torch.linalg.solve(r_m.T, u_n.T)
+    k0 = u_g @ v
+    (q1, k1), (q2, k2) = torch.linalg.qr((u_g - k0 @ v.T).T), torch.linalg.qr(g_v - u @ (u.T @ g_v))
+    zero = torch.zeros(rank, rank, dtype=m.dtype)
+    core = torch.cat((torch.cat((r_m @ r_n.T - eta * k0, -eta * k1.T), 1), torch.cat((-eta * k2, zero), 1)))
+    left, values, right = torch.linalg.svd(core)
+    root = values[:rank].sqrt()
+    return torch.cat((u, q2), 1) @ left[:, :rank] * root, torch.cat((v, q1), 1) @ right.T[:, :rank] * root
+
+
+@pytest.mark.parametrize("refresh", ["none", "all"])
+def test_moments_that_outlive_an_exact_update_depend_on_the_signs_of_its_vectors(refresh):
+    """The new factors are singular vectors, whose signs no definition fixes; the script has those of its SVD.
+    Adam's moments know the old factors' signs, so where they are kept ("none", and "reg" keeps these too)
+    what follows is an accident of the decomposition, and no other one reproduces it. With the signs of ours
+    the script's next update is ours; without moments any signs give the same product."""
+    generator, lr = torch.Generator().manual_seed(3), 0.05
+    model = nn.ModuleDict({"q_proj": Factors(24, 20, 3, generator)})
+    factors = model["q_proj"]
+    gradient = torch.randn(24, 20, generator=generator, dtype=torch.float64)
+    m, n = factors.weight_out.detach().clone(), factors.weight_in.detach().T.clone()
+    groups = loro_parameter_groups(model, ["q_proj"], 0.0, lr_scale=1.0)
+    optimizer = LOROAdamW(groups, lr=lr, exact_every=1, refresh=refresh, refresh_every=1)
+    states = HuggingFaceAdam(m.shape), HuggingFaceAdam(n.shape)
+
+    def ours_():
+        factors.weight_out.grad = gradient @ factors.weight_in.detach().T
+        factors.weight_in.grad = factors.weight_out.detach().T @ gradient
+        optimizer.step()
+
+    def directions(m, n, states):
+        return [state.direction(g) for state, g in zip(states, (gradient @ n, gradient.T @ m), strict=True)]
+
+    ours_()
+    u_m, u_n = directions(m, n, states)
+    m, n = published_exact_update(m, n, u_m, u_n, lr * states[0].correction)
+    signs = (m * factors.weight_out.detach()).sum(0).sign()
+    assert (signs < 0).any()
+    torch.testing.assert_close(m * signs, factors.weight_out.detach())
+    torch.testing.assert_close(m @ n.T, factors.weight_out.detach() @ factors.weight_in.detach())
+    optimizer.exact_every = 0  # a lazy update follows
+    ours_()
+    product = factors.weight_out.detach() @ factors.weight_in.detach()
+    apart = {}
+    for name, flip in (("as the script has them", torch.ones(3)), ("as ours has them", signs)):
+        kept = copy.deepcopy(states) if refresh == "none" else [HuggingFaceAdam(s.m.shape) for s in states]
+        theirs = m * flip, n * flip
+        u = directions(*theirs, kept)
+        new = [f - lr * state.correction * d for f, state, d in zip(theirs, kept, u, strict=True)]
+        apart[name] = float((new[0] @ new[1].T - product).norm() / (product - m @ n.T).norm())
+    assert apart["as ours has them"] < 1e-6
+    assert (apart["as the script has them"] > 0.1) == (refresh == "none")
+
+
 def test_an_ill_conditioned_module_makes_a_lazy_update_and_is_counted():
     model, lr, scale = model_of(), 0.01, 0.5
     with torch.no_grad():

@@ -214,3 +214,17 @@ def test_a_negative_step_is_refused():
         constant(-1)
     with pytest.raises(Act24Error, match="step"):
         cosine(-1, **GOOD)
+
+
+@pytest.mark.parametrize("record", [Cosine, Linear, Constant])
+def test_the_zero_of_a_warm_up_can_be_left_out(record):
+    """Update k then has the multiplier of k + 1, to the last; without a warm-up there is no zero."""
+    plain, ahead = record(warmup_steps=4), record(warmup_steps=4, skip_zero=True)
+    assert plain.multiplier(0, 20) == 0
+    assert [ahead.multiplier(k, 20) for k in range(20)] == [plain.multiplier(k + 1, 20) for k in range(20)]
+    assert record(skip_zero=True).multiplier(0, 20) == record().multiplier(0, 20) == 1
+
+
+def test_a_restarting_cosine_has_no_zero_to_leave_out():
+    plain, same = (CosineRestart(warmup_steps=4, restart_every=5, skip_zero=skip) for skip in (False, True))
+    assert [same.multiplier(k, 20) for k in range(20)] == [plain.multiplier(k, 20) for k in range(20)]

@@ -122,3 +122,14 @@ def test_every_parameter_gets_a_gradient():
     Pipeline(model, [Cola(attn_rank=8, mlp_rank=8, bottleneck="relu2")]).commit_()
     model(tokens()).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_its_start_may_be_another():
+    """As run_c4.py's `--cola_init False` left it: xavier's deviation of each factor in place of CoLA's."""
+    model = llama()
+    apply_(model, [Cola(attn_rank=8, mlp_rank=12, init="xavier")])
+    weight = model.state_dict()["model.layers.0.self_attn.q_proj.weight_in"]
+    expected = (2 / (weight.shape[1] + 8)) ** 0.5
+    assert float(weight.std()) == pytest.approx(expected, rel=0.15)
+    with pytest.raises(OptionError, match="did you mean 'xavier'"):
+        Cola(attn_rank=8, mlp_rank=12, init="xavie")

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from act24.passes import Activation24, PassError, Pipeline, Relu2FFN, apply_, trace
+from act24.passes import (
+    Activation24,
+    ActivationStatistics,
+    Cola,
+    Lost,
+    LowRank,
+    PassError,
+    Pipeline,
+    Relu2FFN,
+    Weight24,
+    apply_,
+    trace,
+)
 from act24.passes.graph.normal_form import is_transposed, weight_name
 from act24.passes.graph.region import RegionModule
 from act24.sparse24.feed_forward.operation import activation24
@@ -236,3 +248,40 @@ def test_dropout_of_gpt2_stays_alive() -> None:
     assert torch.equal(mlp(x), mlp(x))
     model.train()
     assert not torch.equal(mlp(x), mlp(x))
+
+
+RANKS = {"attn_rank": 8, "mlp_rank": 8}
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [Relu2FFN()],
+        [Relu2FFN(), Activation24()],
+        [LowRank(**RANKS)],
+        [Cola(**RANKS)],
+        [Lost(**RANKS)],
+        [Weight24(from_step=9)],
+    ],
+    ids=lambda passes: passes[-1].name,
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_save_pretrained_refuses_what_would_come_back_as_another_model(passes, copied, tmp_path) -> None:
+    model = build("Llama")
+    apply_(model, passes)
+    if copied:
+        model = copy.deepcopy(model)
+    with pytest.raises(PassError, match=r"act24\.save_pretrained\(pipeline, folder\)") as error:
+        model.save_pretrained(tmp_path / "out")
+    assert passes[-1].name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_pretrained_writes_what_no_pass_has_changed(tmp_path) -> None:
+    model = build("Llama", hidden_act="relu")
+    expected = model(ids()).logits
+    apply_(model, [ActivationStatistics(optional=True)])
+    model.save_pretrained(tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(back(ids()).logits, expected)

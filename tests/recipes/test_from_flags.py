@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from act24.llama import LlamaForCausalLM
 from act24.passes import Pipeline
+from act24.recipes.checks import oddities
 from act24.recipes.flags import FLAGS
 from act24.recipes.from_flags import Translation, recipe_from_flags
 from act24.recipes.load import RecipeError, parse_recipe
@@ -22,7 +22,6 @@ LORO = "--optimizer loro_adamw --loro_scope all"
 COLA = "--optimizer cola_adamw --loro_scope all"
 LOST = "--optimizer lost_adamw --loro_scope all"
 WEIGHTS = "--optimizer adamw --enable_2to4_sparse True"
-DYNAMIC = f"{RELU2} --activation_sparse_method soft_dynamic"
 SOFT = f"{RELU2} --activation_sparse_method soft_threshold"
 RESTART = "--scheduler cosine_restart --cosine_restart_freq 500"
 
@@ -63,6 +62,17 @@ MAPPED: list[tuple[str, str, str, Any]] = [
     ),
     ("--permute_2by4 False", RELU2, "passes.activation24.token_permutation", "none"),
     ("--permute_2by4 True", RELU2, "passes.activation24.token_permutation", "batch"),
+    (
+        "--permute_2by4 False",
+        f"{RELU2} --dx_direct_sparse 3",
+        "passes.activation24.token_permutation",
+        "none",
+    ),
+    ("--activation_2by4 True", "--squ_relu relu2", "passes.activation24.token_permutation", "none"),
+    ("--cola_silu False", LOST, "passes.lost.bottleneck", "none"),
+    ("--cola_silu True", LOST, "passes.lost.bottleneck", "silu"),
+    ("--optimizer lost_adamw", "--loro_scope all", "passes.lost.bottleneck", "silu"),
+    ("--cola_sparse_method cola_init", COLA, "passes.cola.init", "cola"),
     (
         "--dynamic_activation_steps 7",
         f"{RELU2} --activation_sparse_method soft_dynamic",
@@ -137,6 +147,16 @@ MAPPED: list[tuple[str, str, str, Any]] = [
     ("--loro_scope attn", "--optimizer loro_adamw", "passes.low_rank.scope", "attn"),
     ("--loro_scope None", "--optimizer loro_adamw", "passes.low_rank", None),
     ("--loro_lr_scaler -1", LORO, "optimizer.lr_scaler", -1.0),
+    ("--loro_lr_scaler -1", f"{LORO} --loro_type eucl", "optimizer.lr_scaler", 1.0),
+    ("--weight_decay 0.1", LORO, "optimizer.decay", "matrices_and_embeddings"),
+    ("--weight_decay 0.1", "--optimizer loro_adamw", "optimizer.decay", "matrices_and_embeddings"),
+    ("--weight_decay 0.1", LOST, "optimizer.decay", "all"),
+    ("--weight_decay 0.1", "--optimizer cola_adamw", "optimizer.decay", "all"),
+    ("--enable_2to4_sparse True", "--optimizer adamw", "optimizer.betas", (0.9, 0.95)),
+    ("--scheduler const", "--warmup_steps 100", "schedule.warmup_steps", 0),
+    ("--scheduler linear", "--min_lr_ratio 0.1", "schedule.min_lr_ratio", 0.0),
+    ("--scheduler cosine", "--warmup_steps 100", "schedule.skip_zero", True),
+    ("--scheduler cosine", "--warmup_steps 0", "schedule.skip_zero", False),
     ("--model_config configs/llama_1b.json", "", "model.preset", "llama-1b"),
 ]
 
@@ -145,7 +165,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ("--eval_commonsense True", "", "lm-eval"),
     ("--flip_rate True", "", "weight24"),
     ("--sparse_init_scale 2.0", "", "never had an effect"),
-    ("--activation_soft_threshold True", "", "no effect"),
+    ("--activation_soft_threshold True", "", "never had an effect"),
     ("--use_hf_model", RELU2, "without effect beside it"),
     ("--continue_from ckpt/model_1000", "", "--resume"),
     ("--save_ckpt True", "", "always saved"),
@@ -159,8 +179,9 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ("--update_proj_gap 200", "", "GaLore"),
     ("--galore_scale 0.25", "", "GaLore"),
     ("--proj_type std", "", "GaLore"),
-    ("--cola_silu True", COLA, "never had an effect"),
-    ("--cola_sparse_method svd", COLA, "as published"),
+    ("--cola_silu True", COLA, "always has its SiLU"),
+    ("--cola_sparse_method svd", COLA, "random factors"),
+    ("--cola_sparse_method svd", LOST, "as published"),
     ("--lost_sparse_svd_inverse", LOST, "no counterpart"),
     ("--loro_fallback_freq 10", LORO, "never had an effect"),
     ("--loro_mlp_dense", LORO, "never had an effect"),
@@ -192,10 +213,11 @@ EXPLAINED: list[tuple[str, str, str]] = [
     # Changed meanings.
     ("--dtype bfloat16", "", "second moment"),
     ("--permute_2by4 True", RELU2, "within each sequence"),
-    ("--dynamic_activation_steps 3", DYNAMIC, "optimizer updates"),
+    ("--activation_sparse_method soft_dynamic", RELU2, "optimizer updates"),
     ("--activation_sparse_method soft_threshold_weights", RELU2, "about 1.48"),
     ("--dx_direct_sparse 3", RELU2, "straight through"),
-    ("--momentum_reset_steps 200", "", "never at step 0"),
+    ("--momentum_reset_steps 200", "", "after the very first"),
+    ("--loro_refresh reg", f"{LORO} --loro_refresh_freq 5", "signs of singular vectors"),
     ("--max_train_tokens 1M", "--warmup_steps 10", "max_length times as long"),
 ]
 
@@ -208,10 +230,13 @@ def test_becomes_a_key(option: str, needs: str, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("option", "needs", "remark"), EXPLAINED)
 def test_is_explained(option: str, needs: str, remark: str) -> None:
+    """By its own remark, or by what is said to change results, which the recipe's text says too."""
     translation = translate(BASE, needs, option)
-    (line,) = [line for line in translation.remarks if line.split(":")[0].split()[0] == option.split()[0]]
-    assert remark in line
-    assert f"# {line}\n" in translation.text
+    (own,) = [r for r in translation.remarks if r.option.split()[0] == option.split()[0]]
+    changed = [line for line in translation.changes if line.split(":")[0].split()[0] == option.split()[0]]
+    assert remark in " ".join([str(own), *changed])
+    assert all(f"#   {line}\n" in translation.text for line in changed)
+    assert (f"#   {own}\n" in translation.text) == (own.effect != "none")
 
 
 def test_the_table_has_every_option() -> None:
@@ -234,16 +259,44 @@ def test_every_given_option_is_remarked_once(flag: Any) -> None:
         "max_train_tokens": "1B",
     }
     translation = translate(BASE, RESTART, f"--{flag.name} {sensible.get(flag.name, value)}")
-    assert sum(f"--{flag.name}" in line.split(":")[0].split() for line in translation.remarks) == 1
+    assert sum(remark.option.split()[0] == f"--{flag.name}" for remark in translation.remarks) == 1
 
 
 def test_unused_options_change_nothing() -> None:
     plain = translate(BASE).recipe
-    unused = [f for f in FLAGS if not f.key and "never had an effect" in f.remark]
-    assert {f.name for f in unused} >= {"tags", "name", "grad_clipping", "sparse_init_scale", "cola_silu"}
+    unused = [f for f in FLAGS if f.unused]
+    assert {f.name for f in unused} >= {"tags", "name", "grad_clipping", "sparse_init_scale", "rank"}
     for flag in unused:
         value = {"bool": "True", "int": "3", "float": "0.3", "flag": "", "str": "x"}[flag.kind]
-        assert translate(BASE, f"--{flag.name} {value}").recipe == plain
+        translation = translate(BASE, f"--{flag.name} {value}")
+        assert translation.recipe == plain
+        assert [r.effect for r in translation.remarks if r.option.startswith(f"--{flag.name}")] == ["none"]
+
+
+def test_remarks_are_sorted_by_what_they_change() -> None:
+    """What changes results first, in a block of its own; what has no effect in one line at the end."""
+    text = translate(BASE, RELU2, COLA, "--tags a --name b --lr 0.1 --loro_freq 5").text
+    comments = text.partition("\n\n[model]")[0].splitlines()
+    titles = [line for line in comments if re.match(r"# \S.*:", line)]
+    assert [title.split(":")[0] for title in titles[:2]] == ["# Changes results", "# As it was"]
+    assert titles[2:] == ["# No effect: --tags a; --name b; --loro_freq 5"]
+    assert comments[-1] == titles[2]
+    assert "#   --lr 0.1 → optimizer.lr" in comments[comments.index("# As it was:") :]
+
+
+def test_what_train_would_warn_of_is_warned_of() -> None:
+    translation = translate(
+        BASE, RELU2, RESTART, "--momentum_reset_steps 200 --activation_dense_warmup_steps 20000"
+    )
+    assert translation.warnings == tuple(oddities(translation.recipe))
+    assert len(translation.warnings) == 2
+    assert all(f"#   {line}\n" in translation.text for line in translation.warnings)
+
+
+def test_without_a_scope_the_layers_stay_dense_and_that_is_said() -> None:
+    translation = translate(BASE, "--optimizer loro_adamw --loro_freq 10")
+    assert translation.recipe.optimizer.name == "adamw"
+    assert '--optimizer loro_adamw → optimizer.name = "adamw": no --loro_scope' in translation.text
 
 
 @pytest.mark.parametrize(
@@ -265,8 +318,14 @@ def test_unused_options_change_nothing() -> None:
 def test_old_spellings(written: str, modern: str) -> None:
     old, new = translate(BASE, written), translate(BASE, modern)
     assert old.recipe == new.recipe
-    assert any("old spelling" in line for line in old.remarks)
-    assert not any("old spelling" in line for line in new.remarks)
+    assert any("old spelling" in line for line in old.spellings)
+    assert new.spellings == ()
+
+
+def test_cola_init_false_leaves_the_factors_as_loro_init_made_them() -> None:
+    recipe = translate(BASE, COLA, "--loro_init auto --cola_init False").recipe
+    assert at(recipe, "passes.cola.init") == "auto"
+    assert at(translate(BASE, COLA, "--loro_init auto --cola_init True").recipe, "passes.cola.init") == "cola"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +339,7 @@ def test_spellings_that_argparse_and_shells_allow(written: str) -> None:
 def test_a_whole_command_line() -> None:
     translation = translate("torchrun --nproc_per_node 4 run_c4.py", BASE, "--lr 0.01")
     assert translation.recipe.optimizer.lr == 0.01
-    assert "processes are not of the recipe" in translation.remarks[0]
+    assert "processes are not of the recipe" in translation.spellings[0]
 
 
 @pytest.mark.parametrize(
@@ -294,6 +353,7 @@ def test_a_whole_command_line() -> None:
         (f"{BASE} --lr fast", "--lr takes a number, not 'fast'"),
         (f"{BASE} --seed 1.5", "--seed takes a whole number"),
         (f"{BASE} --flip_rate maybe", "--flip_rate takes True or False"),
+        (f"{BASE} --cola_init maybe", "--cola_init takes True or False"),
         (f"{BASE} --squ_relu relu3", "did you mean 'relu"),
         (f"{BASE} --dx_direct_sparse 4", "choose from 1, 2, 3"),
         (f"{BASE} --max_train_tokens lots", "K, M or B"),
@@ -308,18 +368,6 @@ def test_a_whole_command_line() -> None:
 def test_what_cannot_be_translated(command: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
         recipe_from_flags(command.split())
-
-
-def test_a_model_configuration_in_a_file(tmp_path: Path) -> None:
-    fields = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 6}
-    path = tmp_path / "custom.json"
-    path.write_text(json.dumps({**fields, "vocab_size": 500, "max_sequence_length": 1024}))
-    model = translate(f"--model_config {path} --batch_size 4").recipe.model
-    assert {key: getattr(model, key) for key in fields} == fields
-    assert model.vocab_size == 500
-    path.write_text("{")
-    with pytest.raises(RecipeError, match="not valid JSON"):
-        translate(f"--model_config {path} --batch_size 4")
 
 
 def test_defaults_are_those_of_the_script() -> None:

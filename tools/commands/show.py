@@ -16,7 +16,7 @@ from act24.tools.bench.rows import table as markdown_table
 from act24.tools.run.build import plan_recipe
 from act24.tools.run.evaluate import Evaluation
 from act24.tools.run.progress import console
-from act24.tools.run.train import Outcome, summary_rows
+from act24.tools.run.train import Outcome
 from act24.tools.watch.tensorboard import open_hint
 
 
@@ -27,11 +27,37 @@ def show_outcome(recipe: Recipe, outcome: Outcome, run_dir: Path | None) -> None
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")  # of a path nothing may be missing
-    for name, value in summary_rows(recipe, outcome):
+    for name, value in _summary_rows(recipe, outcome):
         table.add_row(name, str(value))
     console.print(table, highlight=False)
     if run_dir is not None:
         print(f"watch it: {open_hint(run_dir)}")
+
+
+def _summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
+    """What a run came to, for the table at its end."""
+    rows: list[tuple[str, Any]] = [
+        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
+        ("parameters", f"{outcome.parameters:,}"),
+        ("tokens", f"{outcome.tokens:,}"),
+    ]
+    if outcome.tokens_per_second:
+        rows += [
+            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
+            ("training loss", f"{outcome.loss:.4f}"),
+        ]
+    if outcome.evaluation:
+        rows += [
+            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
+            ("held-out text", outcome.evaluation.extent),
+            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
+            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
+        ]
+    if outcome.peak_memory:
+        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
+    if outcome.checkpoint:
+        rows.append(("checkpoint", str(outcome.checkpoint)))
+    return rows
 
 
 def show_plan(recipe: Recipe, as_json: bool) -> None:
@@ -63,7 +89,8 @@ def show_evaluations(evaluations: Mapping[str, Evaluation], legacy_average: bool
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, e in evaluations.items():
-        row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", f"{e.tokens:,}"]
+        extent = e.extent.replace(" tokens", "")
+        row = [name, f"{e.loss:.4f}", f"{e.perplexity:.2f}", f"{e.bits_per_byte:.4f}", extent]
         row += [f"{e.legacy_loss:.4f}", f"{e.legacy_perplexity:.2f}"] if legacy_average else []
         table.add_row(*row)
     console.print(table, highlight=False)

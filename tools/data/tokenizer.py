@@ -94,15 +94,16 @@ class Tokenizer:
         return self._backend.to_str()
 
     @cached_property
-    def ids(self) -> np.ndarray:
-        """The ids that have a token, int64, ascending; a vocabulary may have gaps."""
-        return np.array(sorted(set(self._vocabulary.values())), dtype=np.int64)
-
-    @cached_property
     def highest_text_id(self) -> int:
         """The highest id that rows can hold: of ordinary tokens, `eos_id` and `pad_id`."""
         special = self._special_ids - {self.eos_id, self.pad_id}
         return max(id for id in self._vocabulary.values() if id not in special)
+
+    def known_ids(self, size: int) -> np.ndarray:
+        """Boolean `[size]`: which of the first `size` ids have a token."""
+        known = np.zeros(size, dtype=bool)
+        known[[id for id in self._vocabulary.values() if id < size]] = True
+        return known
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from act24.errors import Act24Error
 from act24.llama import LlamaConfig
 from act24.options import one_of
 from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weight24
-from act24.passes.state import served_passes, served_weights
+from act24.passes.served import served_passes, served_weights
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
 from act24.tools.huggingface.folder import write_pretrained

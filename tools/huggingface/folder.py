@@ -61,7 +61,7 @@ def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
     folder = Path(folder)
     config, passes = read_config(folder)
     model, pipeline = _unset(config, passes)
-    state = _read_state(folder)
+    state = read_state(folder)
     # Old checkpoints store this buffer; it follows from rope_theta.
     state = {name: value for name, value in state.items() if not name.endswith(".rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "lm_head.weight" in state:
@@ -70,7 +70,7 @@ def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
             raise Act24Error(
                 f"{folder}: tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight"
             )
-    _check_state(state, model, str(folder))
+    check_state(state, model, str(folder))
     model.load_state_dict(state, assign=True)
     for module in model.modules():  # what no file holds: the padding of the next forward, and the like
         for name, buffer in module._buffers.items():
@@ -90,7 +90,7 @@ def save_pretrained(
     """
     state = model.state_dict()
     stock, _ = _unset(model.config, ())
-    _check_state(state, stock, "this model is no stock LLaMA, whose form was asked for")
+    check_state(state, stock, "this model is no stock LLaMA, whose form was asked for")
     write_pretrained(folder, model.config, LLAMA, state, metadata)
 
 
@@ -117,7 +117,7 @@ def write_pretrained(
     folder = Path(folder)
     state = {name: value.detach().contiguous() for name, value in state.items()}
     model, _ = _unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
-    _check_state(state, model, f"this is no {kind} model")
+    check_state(state, model, f"this is no {kind} model")
     dtype = state["model.embed_tokens.weight"].dtype
     content = config_json(config, kind, dtype, passes, pattern)
     try:
@@ -162,7 +162,7 @@ def _unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalL
     return model, pipeline
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
+def read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
     if (folder / INDEX).exists():
         names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
@@ -177,7 +177,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _check_state(state: Mapping[str, Tensor], model: LlamaForCausalLM, subject: str) -> None:
+def check_state(state: Mapping[str, Tensor], model: LlamaForCausalLM, subject: str) -> None:
     """Refuse a state dict, that of `subject`, which does not fit `model` by names and shapes."""
     expected = model.state_dict()
     faults = {

@@ -5,7 +5,6 @@
 
 It is `transformers`' own LLaMA, rewritten by the passes in its config.json, so caches, padding, `generate`
 and every attention implementation are theirs. Passes are stored as they act in evaluation: nothing is drawn.
-To train it, call `model.pipeline.begin_update_` once an update.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from act24.passes import Pass, Pipeline, apply_
+from act24.passes.not_saved import allow_to_save_
 from act24.passes.updates import pipeline_of
 from act24.recipes.load import passes_of_tables
 from act24.tools.huggingface.config import ACT24
@@ -39,7 +39,7 @@ class Act24ForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         if config.passes:
             apply_(self, config.passes)
-        vars(self).pop("save_pretrained", None)  # the passes are in the configuration that it writes
+            allow_to_save_(self)
 
     @property
     def pipeline(self) -> Pipeline | None:

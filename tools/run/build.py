@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline
+from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Weight24
 from act24.passes.graph.measurements import Measurement
-from act24.passes.state import masks_of_weights_
+from act24.passes.served import lower_to_serve_
+from act24.passes.state import renew_masks_, renew_to_read_
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.feed_forward.forms import why_no_fp8
@@ -27,8 +29,11 @@ from act24.tools.checkpoints.reading import contents_of
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.data import open_tokenizer
 from act24.tools.data import tokenizer as data_tokenizer
-from act24.tools.huggingface.folder import is_pretrained, open_pretrained
+from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
+from act24.tools.huggingface.old_folder import is_old, open_old
 from act24.tools.run.folder import last_checkpoint
+
+logger = logging.getLogger("act24")
 
 #: Passes that make products 2:4; evaluation compares the same weights with and without them.
 SPARSE_PASSES = ("activation24", "weight24")
@@ -107,6 +112,23 @@ def build(
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 
+def build_from_old(
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    step: int = 0,
+    measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
+) -> Built:
+    """`build`, with the weights of a folder that run_c4.py left.
+
+    Raises:
+        Act24Error: as `build`, and where the folder's model is not the recipe's.
+    """
+    built = build(recipe, device, step, measure)
+    load_old_weights_(built, open_old(folder).state, str(folder))
+    return built
+
+
 def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
@@ -115,39 +137,81 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, a checkpoint, or a Hugging Face folder (LLaMA, Arcee, act24): its passes
-    are applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
+    run_c4.py left: its passes are applied again, then its weights.
 
-    The model is in evaluation mode, and is the function that the run itself evaluates: that of the last
-    update, with 2:4 masks of the weights as they are, and nothing drawn.
+    The model is in evaluation mode, and the one that would be served: nothing is drawn at random, and masks
+    are those of the weights that were read. `model.train()` and `Pipeline.begin_update_` train it on.
 
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if is_old(Path(path)):
+        return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):
         model, pipeline = open_pretrained(path)
         return Built(None, model.to(device).eval(), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     with contents_of(opened.folder / "recipe.toml"):
         recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
-    _check_device(recipe, torch.device(device))
-    with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
-        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
-    pipeline = _pipeline(recipe, model, last_update(opened.step))
-    pipeline.commit_()
-    model.to_empty(device=device).eval()
+    model, pipeline = _without_values(recipe, opened.step, torch.device(device))
     checkpoint.load_weights_(opened, model)
-    for name, buffer in model.named_buffers():
-        if name not in model.state_dict():
-            buffer.zero_()  # statistics, which are not saved
-    masks_of_weights_(pipeline)
+    lower_to_serve_(pipeline, opened.step)
+    for p in renew_to_read_(pipeline, opened.step):
+        logger.warning(
+            "warning: %s stands at from_step (%d) of activation24, whose scale is measured in the update "
+            "that follows: until then it is 1. eval measures it on the held-out rows",
+            path,
+            p.from_step,
+        )
     return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
 
 
-def last_update(step: int) -> int:
-    """The update by which a model of so many updates was made, counted from 0: its passes are those that were
-    in force there. A model of none has those of the first."""
-    return max(step - 1, 0)
+def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[LlamaForCausalLM, Pipeline]:
+    """A recipe's model whose weights are still to be read; what no file holds, statistics, is zero."""
+    _check_device(recipe, device)
+    with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
+        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
+    pipeline = _pipeline(recipe, model, step)
+    pipeline.commit_()
+    model.to_empty(device=device).eval()
+    for name, buffer in model.named_buffers():
+        if name not in model.state_dict():
+            buffer.zero_()
+    return model, pipeline
+
+
+def _load_old(path: Path, device: torch.device) -> Built:
+    old = open_old(path)
+    model, pipeline = _without_values(old.recipe, old.step, device)
+    load_old_weights_(Built(old.recipe, model, pipeline, old.step, None), old.state, str(path))
+    lower_to_serve_(pipeline, old.step)
+    return Built(old.recipe, model, pipeline, old.step, _beside(path) or old.recipe.tokenizer)
+
+
+def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> None:
+    """Copy what run_c4.py saved into a model of its recipe. Masks, which it saved nowhere, are those of the
+    weights, and scales that it did not save are 1.
+
+    Raises:
+        Act24Error: names or shapes differ.
+    """
+    expected = built.model.state_dict()
+    kept = ("24_scale", "24_mask")
+    unsaved = [name for name in expected if name not in state and name.endswith(kept)]
+    check_state({**state, **{name: expected[name] for name in unsaved}}, built.model, path)
+    with torch.no_grad():
+        for name in unsaved:
+            expected[name].fill_(1)
+        for name, value in state.items():
+            expected[name].copy_(value)
+    for p in built.pipeline.active:
+        if isinstance(p, Weight24):
+            renew_masks_(built.pipeline, p, p.from_step)
+    with torch.no_grad():  # what was saved is the function that was trained
+        for name in state.keys() - unsaved:
+            if name.endswith(kept):
+                expected[name].copy_(state[name])
 
 
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:

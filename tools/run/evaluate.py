@@ -7,8 +7,10 @@ depend on the batch; `legacy_loss` gives that figure for comparison with their t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +25,7 @@ from act24.passes import OperationalPass, Pipeline
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.data import Batch, HeldoutRows, heldout_rows
-from act24.tools.run.build import SPARSE_PASSES, Built, last_update, load
+from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
@@ -43,15 +45,20 @@ class Evaluation:
 
     Attributes:
         loss: nats per predicted token.
-        bits_per_byte: of the UTF-8 text that the tokens stand for.
+        bits_per_byte: of the UTF-8 text that the tokens stand for; of a measure that ended early, of as much
+            as so many tokens stand for on the average of all.
         tokens: predicted tokens.
-        legacy_loss: mean of batch means times n / (n + 1), over this many batches of the size used.
+        asked: the same of all held-out rows: more, if `eval.max_seconds` ended the measure early.
+        batches: that were measured, of the size used.
+        legacy_loss: mean of batch means times n / (n + 1), over this many batches.
         data: fingerprint of the rows; other rows give losses that cannot be compared.
     """
 
     loss: float
     bits_per_byte: float
     tokens: int
+    asked: int
+    batches: int
     legacy_loss: float
     data: str
 
@@ -65,6 +72,12 @@ class Evaluation:
         """exp(legacy_loss), likewise."""
         return math.exp(min(self.legacy_loss, 700.0))
 
+    @property
+    def extent(self) -> str:
+        """How many tokens it is of, and of how many where it ended early."""
+        early = f" of {self.asked:,}: eval.max_seconds ended it" if self.tokens < self.asked else ""
+        return f"{self.tokens:,} tokens{early}"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}
 
@@ -77,78 +90,85 @@ def evaluate(
     processes: Processes,
     pipeline: Pipeline,
     without: Sequence[str] = (),
+    step: int | None = None,
+    batches: int | None = None,
     loss_of: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
     stop: StopRequest | None = None,
 ) -> Evaluation:
     """Measure a model on the held-out rows; its mode, its operations and their state are as before after.
 
     Args:
-        stop: looked at before each batch, by all processes together.
-        pipeline: what rewrote the model, lowered for the step of the weights.
+        pipeline: what rewrote the model.
         without: names of passes to leave out.
+        step: as for `Pipeline.evaluation`; scales are measured on the first batch.
+        batches: at most so many; None: all, or what `eval.max_seconds` leaves time for.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
+        stop: looked at before each batch, by all processes together.
 
     Raises:
         EvaluationStopped: by `stop`, on all processes.
     """
-    device = processes.device
+    began, device, limit = time.perf_counter(), processes.device, recipe.eval.max_seconds
     batch_size = recipe.eval.batch_size or recipe.train.batch_size
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
+    autocast = recipe.train.dtype == "bfloat16_autocast"
+
+    def plain_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return model(batch.input_ids.to(device), batch.labels.to(device))
+
+    rest = rows.batches(batch_size)
+    first = next(rest)
+    measured_on = {
+        "forward": lambda: plain_loss(first),
+        "pads": None if first.pads is None else first.pads.to(device),
+        "reduce": processes.sum_,
+    }
     losses, counts = [], []
-    with _evaluating(model), pipeline.evaluation(without), autocast:
-        for batch in rows.batches(batch_size):
+    with _evaluating(model), pipeline.evaluation(without, step=step, **measured_on):
+        for batch in itertools.chain((first,), rest):
             if stop is not None and processes.any(bool(stop)):
                 raise EvaluationStopped
-            loss, count = (
-                loss_of(batch)
-                if loss_of is not None
-                else model(batch.input_ids.to(device), batch.labels.to(device))
-            )
+            loss, count = (loss_of or plain_loss)(batch)
             losses.append(loss.double())
             counts.append(count)
+            if len(counts) == batches or (limit and _over(began + limit, processes)):
+                break
     table = processes.sum_(torch.stack((torch.stack(losses), torch.stack(counts).double())))
     total, tokens = (float(x) for x in table.sum(1).tolist())
     means = (table[0] / table[1].clamp(min=1))[table[1] > 0]
     return Evaluation(
         loss=total / tokens,
-        bits_per_byte=total / math.log(2) / max(rows.bytes, 1),
+        bits_per_byte=total / math.log(2) / max(rows.bytes * tokens / rows.tokens, 1),
         tokens=int(tokens),
-        legacy_loss=float(means.sum()) / (len(means) + 1),
+        asked=rows.tokens,
+        batches=len(counts),
+        legacy_loss=legacy_mean(means),
         data=rows.fingerprint,
     )
+
+
+def legacy_mean(means: Tensor) -> float:
+    """The mean of batch means as the public scripts have it, who count batches from 1."""
+    return float(means.sum()) / (len(means) + 1)
 
 
 def evaluate_forms(
     built: Built, rows: HeldoutRows, recipe: Recipe, processes: Processes
 ) -> dict[str, Evaluation]:
-    """The same weights by form: `dense`, and `2:4` if the last update was made with a 2:4 pass in force.
+    """The same weights by form: `dense` and, where a 2:4 pass is in force or is yet to come, `2:4`.
 
-    Before the first such update the sparse form is the one with which it will begin: masks are those of the
-    weights at hand, and scales are measured on held-out rows. After the last one there is none.
+    Where none is in force at the step of the weights, the sparse form is that of the first step at which one
+    will be. Behind the last one's `until_step` the weights have no such form.
     """
     model, pipeline = SummedLoss(built.model), built.pipeline
     sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
-    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, without=SPARSE_PASSES)}
-    if any(p.name in SPARSE_PASSES for p in pipeline.active):
-        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
-    elif coming := [p.from_step for p in sparse if p.from_step >= built.step]:
-        _begin_sparse_(model, pipeline, min(coming), rows, recipe, processes)
-        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline)
-        pipeline.lower_(last_update(built.step))
+    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, SPARSE_PASSES, built.step)}
+    # Of the same rows, where time is short: or the two could not be compared.
+    batches = forms["dense"].batches
+    steps = [max(built.step, p.from_step) for p in sparse if p.active(max(built.step, p.from_step))]
+    if steps:
+        forms["2:4"] = evaluate(model, rows, recipe, processes, pipeline, step=min(steps), batches=batches)
     return forms
-
-
-def _begin_sparse_(
-    model: SummedLoss, pipeline: Pipeline, step: int, rows: HeldoutRows, recipe: Recipe, processes: Processes
-) -> None:
-    """Begin the first sparse update, on held-out rows."""
-    first = next(rows.batches(recipe.eval.batch_size or recipe.train.batch_size))
-    device = processes.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16_autocast")
-    batch = first.input_ids.to(device), first.labels.to(device)
-    pipeline.set_pads_(None if first.pads is None else first.pads.to(device))
-    with autocast:
-        pipeline.begin_update_(step, batch, processes.sum_, forward=model, rank=processes.rank)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
@@ -192,6 +212,13 @@ def check_overrides(overrides: Sequence[str]) -> None:
             f"eval ignores {', '.join(ignored)}: the checkpoint says what was trained; it heeds eval.*, "
             "data.*, train.batch_size and train.dtype"
         )
+
+
+def _over(deadline: float, processes: Processes) -> bool:
+    """Whether it is past a time on any process: all end at the same batch, or collectives would not match."""
+    if processes.device.type == "cuda":
+        torch.cuda.synchronize()  # what is only queued has not been measured
+    return processes.any(time.perf_counter() > deadline)
 
 
 @contextmanager

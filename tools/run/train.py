@@ -7,8 +7,8 @@ import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, open_tokenizer, pinned
-from act24.tools.run.build import Built, build, model_config, saved_tokenizer
+from act24.tools.run.build import Built, build, build_from_old, model_config, saved_tokenizer
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, describe_run, resume_point
@@ -84,6 +84,7 @@ def train(
     dry_run: bool = False,
     grow: bool = False,
     schedule: ScheduleChoice = "hold",
+    weights: Path | None = None,
 ) -> Outcome:
     """Train a recipe.
 
@@ -93,6 +94,7 @@ def train(
         dry_run: build, plan, print, make one step, and write no file.
         grow: when it goes on, take data files that were added, from the next epoch on.
         schedule: see `resume_point`.
+        weights: a folder that run_c4.py left, whose weights a run begins with that begins anew.
 
     Raises:
         Act24Error: whatever is wrong with the recipe, the data, the folder or a checkpoint; a loss or
@@ -106,7 +108,8 @@ def train(
             if not dry_run:
                 start = resume_point(run_dir, resume, recipe, schedule, processes.world_size)
             recipe = _pinned(recipe, start, processes)
-            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow)
+            make = build if start or weights is None else partial(build_from_old, weights)
+            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make)
             try:
                 return run.go(stop)
             finally:
@@ -134,7 +137,7 @@ class TrainingRun:
         """
         Args:
             resumption: where to go on.
-            make: makes the model, as `build` does; a benchmark needs no trained start.
+            make: makes the model, as `build` does; weights may come from elsewhere, or not be needed.
         """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         start = resumption.checkpoint if resumption else None
@@ -241,7 +244,9 @@ class TrainingRun:
                 self.advance()
                 failure = self._failure(progress) if self._step < last else None
                 stopped = self._processes.any(bool(stop) or failure is not None)
-                evaluation, stopped = self.after_step(progress, stop, stopped, ends=self._step == last)
+                evaluation, stopped = self.after_step(
+                    progress, ends=self._step == last, stop=stop, stopped=stopped
+                )
         signal = self._report_end(progress, stop, failure) if stopped else None
         return Outcome(
             step=self._step,
@@ -345,7 +350,7 @@ class TrainingRun:
         for alarm in window.alarms:
             progress.say(f"step {self._step}: {alarm}")
 
-    def _evaluate(self, progress: RunProgress, stop: StopRequest) -> Evaluation | None:
+    def _evaluate(self, progress: RunProgress, stop: StopRequest | None) -> Evaluation | None:
         """The held-out measure of the weights at hand; None if a stop came in between."""
         assert self._heldout is not None
         try:
@@ -355,6 +360,7 @@ class TrainingRun:
                 self._recipe,
                 self._processes,
                 self._built.pipeline,
+                step=self._step,
                 loss_of=self.training_step.evaluation_loss,
                 stop=stop,
             )
@@ -365,7 +371,7 @@ class TrainingRun:
         progress.say(
             f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity "
             f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte over "
-            f"{evaluation.tokens:,} tokens"
+            f"{evaluation.extent}"
         )
         return evaluation
 
@@ -428,28 +434,3 @@ def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
-    """What a run came to, for the table at its end."""
-    rows: list[tuple[str, Any]] = [
-        ("steps", f"{outcome.step:,} of {recipe.train.steps:,}"),
-        ("parameters", f"{outcome.parameters:,}"),
-        ("tokens", f"{outcome.tokens:,}"),
-    ]
-    if outcome.tokens_per_second:
-        rows += [
-            ("tokens per second", f"{outcome.tokens_per_second:,.0f}"),
-            ("training loss", f"{outcome.loss:.4f}"),
-        ]
-    if outcome.evaluation:
-        rows += [
-            ("held-out loss", f"{outcome.evaluation.loss:.4f}"),
-            ("held-out perplexity", f"{outcome.evaluation.perplexity:.2f}"),
-            ("bits per byte", f"{outcome.evaluation.bits_per_byte:.4f}"),
-        ]
-    if outcome.peak_memory:
-        rows.append(("peak GPU memory", f"{outcome.peak_memory / 2**30:.2f} GiB"))
-    if outcome.checkpoint:
-        rows.append(("checkpoint", str(outcome.checkpoint)))
-    return rows

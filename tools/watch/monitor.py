@@ -186,9 +186,12 @@ class Monitor:
                     "loss/val": evaluation.loss,
                     "loss/val_perplexity": evaluation.perplexity,
                     "loss/val_bits_per_byte": evaluation.bits_per_byte,
+                    "loss/val_tokens": evaluation.tokens,
                 },
                 step,
             )
+            if evaluation.tokens < evaluation.asked:
+                self._log.text("evaluation", f"over {evaluation.extent}", step)
         self._began = time.perf_counter()
 
     def saved(self) -> None:

@@ -43,7 +43,7 @@ from act24.sparse24.kernels.pack_gradient import pack_gradient
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.quantise_packed import quantise_packed
 from act24.sparse24.kernels.quantise_rows import quantise_rows
-from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
+from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
 from act24.sparse24.kernels.token_order import token_order
 from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.sparse24.pattern.selection import densest_features
@@ -265,6 +265,10 @@ def _condition(network: Network, options: Options24) -> str:
             return f"in fp8 the width {network.width_out} of y has to be a multiple of {_FP8_LOAD}"
         if reason := fp8_obstacle_on(network.device) or kernel_obstacle_on(network.device, _FP8_OPERATORS):
             return reason
+    if method_of(options).kernel == "mvue" and (
+        reason := kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
+    ):
+        return reason
     if not product_algorithms(network, options):
         return (
             f"dense products are faster at T {network.tokens}, F {network.features}, widths {network.width} "

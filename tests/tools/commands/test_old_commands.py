@@ -1,8 +1,10 @@
-"""The published commands of run_c4.py: translated, planned, and trained for five steps at toy size."""
+"""The published commands of run_c4.py, as they were typed but for the module: trained at toy size."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from act24.errors import Act24Error
 from act24.recipes.from_flags import recipe_from_flags
 from act24.recipes.load import parse_recipe
 from act24.tools.commands.cli import app
-from act24.tools.run.train import train
+from act24.tools.commands.run_c4 import SET, TRANSLATED, main, run
 
 SHARED = (
     "torchrun --nproc_per_node 1 run_c4.py --model_config configs/llama_130m.json --dtype bfloat16 "
@@ -39,6 +41,10 @@ COMMANDS = {
     "usage: LoST": f"{SHARED} --optimizer adamw_lost --lost_sparsity 0.01 --lost_sparse_method random "
     "--lost_sparse_svd_rank 256 --lost_gamma 0.25 --cola_silu False --cola_init False",
     "usage: LORO": f"{SHARED} --optimizer loro_adamw",
+    "sparsity: full rank": "torchrun --nproc_per_node 1 run_c4.py --model_config configs/llama_130m.json "
+    "--squ_relu relu2 --activation_2by4 True --wandb_sparsityrelu True --batch_size 64 --c4_local False "
+    "--optimizer adamw --scheduler cosine_restart --cosine_restart_freq 500 --lr_adjust_steps -2000 "
+    "--activation_dense_warmup_steps 2",
 }
 TOY = [
     "model.vocab_size=300",
@@ -67,27 +73,51 @@ TOY = [
 LORO = ["optimizer.exact_every=2", "optimizer.refresh_every=2"]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_trains_five_steps(name: str, tiny_file: Path, tmp_path: Path) -> None:
-    translation = recipe_from_flags(COMMANDS[name].split())
-    method = next(p.name for p in translation.recipe.passes if p.name in ("low_rank", "cola", "lost"))
+def toy(name: str, tiny_file: Path) -> tuple[list[str], list[str]]:
+    """The words of a command behind run_c4.py, and the overrides that make it small."""
+    words = COMMANDS[name].split()
+    translation = recipe_from_flags(words)
+    methods = [p.name for p in translation.recipe.passes if p.name in ("low_rank", "cola", "lost")]
     folder = tiny_file.parent
-    overrides = [line.format(method=method) for line in TOY]
+    overrides = [line.format(method=method) for method in methods for line in TOY if "{" in line]
+    overrides += [line for line in TOY if "{" not in line]
     overrides += [
         f"data.train_files=['{folder}/train-*.txt']",
         f"data.heldout_files=['{folder}/heldout.txt']",
-        *(LORO if method == "low_rank" else []),
+        *(LORO if methods == ["low_rank"] else []),
         *(["optimizer.momentum_reset_steps=2"] if translation.recipe.optimizer.momentum_reset_steps else []),
     ]
-    recipe = parse_recipe(translation.text, name, overrides)
-    outcome = train(recipe, tmp_path / "run")
+    return words[words.index("run_c4.py") + 1 :], overrides
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_trains_five_steps(
+    name: str,
+    tiny_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The command behind `python -m act24.run_c4`; overrides in the environment and behind `--`."""
+    words, overrides = toy(name, tiny_file)
+    monkeypatch.setenv(SET, " ".join(f'"{line}"' for line in overrides[::2]))
+    behind = [word for line in overrides[1::2] for word in ("--set", line)]
+    outcome = run([*words, "--save_dir", str(tmp_path / "run"), "--", *behind])
+    method = words[words.index("--optimizer") + 1].removesuffix("_adamw").removeprefix("adamw_")
+    translation = recipe_from_flags(words)
+    told = capsys.readouterr().err
+    assert all(f"changes results: {line}\n" in told for line in translation.changes)
+    written = (tmp_path / "run" / TRANSLATED).read_text()
+    assert parse_recipe(written, name) == translation.recipe
+    trained = parse_recipe((tmp_path / "run" / "recipe.toml").read_text(), name)
+    assert trained == parse_recipe(translation.text, name, overrides)
     assert outcome.finished
     assert outcome.step == 5
     assert outcome.evaluation is not None
     assert math.isfinite(outcome.loss)
     assert 3 < outcome.evaluation.loss < 7, "near ln 300 after five steps"
     if "dx_direct_sparse" in name:
-        inner = 0 if method == "low_rank" else 6
+        inner = 0 if method == "loro" else 6
         assert len(outcome.sites) == 2 * (1 + inner)
         tags = set(EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"])
         expected = {f"sparsity_relu/{name}" for name in ("layer_0", "layer_1", "mean_across_layers")}
@@ -102,8 +132,62 @@ def test_the_command_prints_the_recipe_and_says_what_is_wrong() -> None:
     result = CliRunner().invoke(app, ["recipe", "from-flags", "--", *words])
     assert result.exit_code == 0, result.output
     assert parse_recipe(result.output, "printed") == recipe_from_flags(words).recipe
-    assert "# --grad" not in result.output
-    assert "# --momentum_reset_steps 200" in result.output
+    assert "--grad" not in result.output
+    assert "#   --momentum_reset_steps 200 →" in result.output
     wrong = CliRunner().invoke(app, ["recipe", "from-flags", "--", *words, "--batchsize", "3"])
     assert isinstance(wrong.exception, Act24Error)
     assert "did you mean 'batch_size'" in str(wrong.exception)
+
+
+def test_the_same_command_goes_on_where_it_was(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder is named after the recipe, so that another command does not meet it."""
+    monkeypatch.chdir(tmp_path)
+    words, overrides = toy("usage: LORO", tiny_file)
+    behind = ["--", *(f"--set={line}" for line in overrides)]
+    first = run([*words, *behind])
+    capsys.readouterr()
+    again = run([*words, *behind])
+    assert (first.step, again.step, again.checkpoint) == (5, 5, first.checkpoint)
+    assert "is the end of this run" in capsys.readouterr().out
+    run([*words, "--seed", "7", *behind])
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (["--batchsize", "3"], "", "act24: run_c4.py has no option --batchsize"),
+        (["--", "train.steps=3"], "", "act24: behind -- stand overrides of the recipe, --set KEY=VALUE"),
+        (["--", "--set"], "", "act24: behind -- stand overrides"),
+        ([], 'a="', f"act24: {SET}: No closing quotation"),
+        ([], "train.stepz=3", "did you mean 'steps'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    words: list[str],
+    settings: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(SET, settings)
+    base = ["--model_config", "configs/llama_60m.json", "--batch_size", "4"]
+    monkeypatch.setattr(sys, "argv", ["run_c4", *base, *words])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_door(tiny_file: Path, tmp_path: Path) -> None:
+    words, overrides = toy("usage: CoLA", tiny_file)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "act24.run_c4"]
+    settings = [word for line in overrides for word in ("--set", line)]
+    arguments = [*words, "--save_dir", str(tmp_path / "run"), "--", *settings]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "changes results: --dtype bfloat16" in done.stderr
+    assert (tmp_path / "run" / "recipe.toml").is_file()

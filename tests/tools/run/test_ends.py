@@ -62,7 +62,7 @@ def kill_before(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("name", ["open_tokenizer", "heldout_rows", "open_rows", "build", "tune_"])
+@pytest.mark.parametrize("name", ["open_tokenizer", "heldout_rows", "open_rows", "tune_", "build_optimizer"])
 def test_a_signal_while_a_run_is_prepared_ends_it_at_once(tiny, tmp_path, monkeypatch, name, number):
     """It used to be heeded after the first step, by when a batch system has killed the process."""
     kill_before(monkeypatch, train_module, name, 1, number)
@@ -103,7 +103,7 @@ def test_an_evaluation_that_a_stop_cuts_off_is_made_when_the_run_goes_on(
 
 def test_a_stop_at_a_step_with_an_evaluation_does_not_lose_it(tiny, tmp_path, monkeypatch, straight):
     with monkeypatch.context() as patch:
-        kill_before(patch, train_module._Run, "_advance", 4)
+        kill_before(patch, train_module.TrainingRun, "advance", 4)
         outcome = train(tiny(*RECIPE), tmp_path)
     assert (outcome.step, outcome.stopped) == (4, "SIGTERM")
     assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
@@ -131,6 +131,16 @@ def test_a_data_error_saves_what_was_made(tiny, tmp_path, monkeypatch, straight,
             train(tiny(*RECIPE), tmp_path)
     if expected is TrainingError:
         assert str(caught.value) == f"the disk is gone; saved step 5 in {tmp_path}/checkpoints/step-000005"
+    assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
+
+
+def test_data_that_fail_where_an_evaluation_is_due_put_it_off(tiny, tmp_path, monkeypatch, straight):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, Act24Error("the disk is gone"))
+        with pytest.raises(TrainingError, match="saved step 4 in"):
+            train(tiny(*RECIPE), tmp_path)
+    events = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
+    assert "loss/val" not in events.Tags()["scalars"]
     assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
 
 
@@ -165,7 +175,7 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(tiny_file, tmp_path):
     command = [*COMMAND, str(recipe), "--run-dir", str(run_dir), "--set", "train.steps=6"]
     result = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert rb"run-\u03b2/checkpoints/step-000006" in result.stdout
+    assert b"/checkpoints/step-000006" in result.stdout
 
 
 def test_nohup_is_heeded(tiny_file, tmp_path):
@@ -188,7 +198,7 @@ def test_nohup_is_heeded(tiny_file, tmp_path):
 
 
 def test_a_stop_before_the_first_step_has_the_status_of_a_stop(tiny, monkeypatch, act24, tiny_file, tmp_path):
-    kill_before(monkeypatch, train_module, "build", 1)
+    kill_before(monkeypatch, train_module, "tune_", 1)
     status, _, error = act24("train", tiny_file, "--run-dir", tmp_path / "run")
     assert (status, error) == (75, ["act24: SIGTERM: stopped before the first step, nothing to save"])
 
@@ -201,15 +211,15 @@ def test_a_requeue_loop_comes_to_the_end(tiny_file, tmp_path, straight):
     while not statuses or statuses[-1] == 75:
         code = f"""
 import os, signal
-from act24.tools.run.train import _Run
-advance, made = _Run._advance, 0
+from act24.tools.run.train import TrainingRun
+advance, made = TrainingRun.advance, 0
 def stopping(self):
     global made
     advance(self)
     made += 1
     if made == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-_Run._advance = stopping
+TrainingRun.advance = stopping
 from act24.tools.commands.cli import main
 import sys
 sys.argv = {["act24", *map(str, command[3:])]!r}

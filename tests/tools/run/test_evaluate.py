@@ -15,6 +15,7 @@ from torch import nn
 from act24.llama import LlamaForCausalLM
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.tools.data import heldout_rows, open_tokenizer
+from act24.tools.run import evaluate as evaluate_module
 from act24.tools.run.build import load, model_config
 from act24.tools.run.evaluate import Evaluation, evaluate, evaluate_checkpoint, evaluate_forms
 from act24.tools.run.processes import Processes, open_processes
@@ -133,6 +134,7 @@ def test_a_dense_recipe_has_one_form(tiny, tmp_path):
 
 def test_nothing_is_different_afterwards(run_dir):
     built, recipe, rows, _ = opened(run_dir)
+    built.pipeline.lower_(8)  # `load` brings the operations of evaluation, which do not count
     model = built.model.train()
     SummedLoss(model)(torch.arange(16)[None], torch.arange(16)[None])  # something is counted
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -174,5 +176,67 @@ def test_processes_share_the_rows(run_dir, tmp_path):
 
 
 def test_a_loss_beyond_measure_can_still_be_shown():
-    assert Evaluation(1e4, 1e4, 512, 1e4, "").perplexity == math.exp(700)
-    assert math.isnan(Evaluation(math.nan, 1.0, 512, 1.0, "").perplexity)
+    assert Evaluation(1e4, 1e4, 512, 512, 1, 1e4, "").perplexity == math.exp(700)
+    assert math.isnan(Evaluation(math.nan, 1.0, 512, 512, 1, 1.0, "").perplexity)
+
+
+class Clock:
+    """Seconds that pass only where a batch was measured: three a batch."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 3.0
+        return self.now
+
+
+def test_it_ends_early_and_says_so(run_dir, monkeypatch):
+    """Ten seconds are enough for the batches that end after 3, 6 and 9, and for the one that passes them."""
+    built, recipe, rows, _ = opened(run_dir, "eval.batch_size=4", "eval.tokens=512", "eval.max_seconds=10")
+    monkeypatch.setattr(evaluate_module, "time", Clock())
+    found = evaluate(SummedLoss(built.model), rows, recipe, ALONE, built.pipeline)
+    monkeypatch.undo()
+    assert (found.batches, found.tokens, found.asked) == (4, 4 * 4 * 16, 512)
+    assert found.extent == "256 tokens of 512: eval.max_seconds ended it"
+    first = dataclasses.replace(rows, rows=rows.rows[:16], total_rows=16, tokens=256)
+    free = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"max_seconds": None})})
+    alone = evaluate(SummedLoss(built.model), first, free, ALONE, built.pipeline)
+    assert found.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert alone.extent == "256 tokens"
+
+
+def test_both_forms_are_of_the_same_rows_when_time_is_short(run_dir, monkeypatch):
+    built, recipe, rows, _ = opened(run_dir, "eval.batch_size=4", "eval.tokens=512", "eval.max_seconds=10")
+    monkeypatch.setattr(evaluate_module, "time", Clock())
+    forms = evaluate_forms(built, rows, recipe, ALONE)
+    assert forms["dense"].tokens == forms["2:4"].tokens == 256
+
+
+def _late_on_one(folder, recipe_text, path):
+    """Rank 1's clock is far behind, so that it alone finds the time over."""
+    with open_processes() as processes:
+        built = load(path, processes.device)
+        recipe = parse_recipe(recipe_text, "test")
+        rows = heldout_rows(
+            recipe.data,
+            built.open_tokenizer(recipe.data),
+            recipe.eval.tokens,
+            vocab_size=300,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        clock = Clock()
+        if processes.rank == 0:
+            clock.perf_counter = lambda: 0.0
+        evaluate_module.time = clock
+        found = evaluate(SummedLoss(built.model), rows, recipe, processes, built.pipeline)
+        (folder / f"{processes.rank}.json").write_text(json.dumps(dataclasses.asdict(found)))
+
+
+def test_processes_end_at_the_same_batch(run_dir, tmp_path):
+    _, recipe, _, _ = opened(run_dir, "eval.batch_size=4", "eval.tokens=512", "eval.max_seconds=4")
+    run_ranks(2, _late_on_one, tmp_path, dump_recipe(recipe), run_dir)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert (first["batches"], first["tokens"]) == (2, 2 * 2 * 4 * 16)

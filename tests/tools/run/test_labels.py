@@ -46,21 +46,19 @@ def test_each_layer_has_its_own_values(tiny, tmp_path):
     """Zeros are put into the weights, more in each layer; the log shows them where they are."""
     shares = {0: 0.1, 1: 0.3, 2: 0.6}
     recipe = tiny(*RECIPE, "model.num_hidden_layers=3", "log.weight_sparsity_every=8", "optimizer.lr=1e-9")
-    make = train_module.build
+    make = train_module.TrainingStep
 
-    def with_zeros(*arguments, **options):
-        built = make(*arguments, **options)
+    def with_zeros(model, *arguments):
         with torch.no_grad():
-            for name, parameter in built.model.named_parameters():
+            for name, parameter in model.named_parameters():
                 if "layers." in name and "mlp" in name:
                     layer = int(name.split("layers.")[1].split(".")[0])
-                    count = round(shares[layer] * parameter.numel())
-                    parameter.view(-1)[:count] = 0.0
-                    parameter.register_hook(lambda gradient: torch.zeros_like(gradient))
-        return built
+                    parameter.view(-1)[: round(shares[layer] * parameter.numel())] = 0.0
+                    parameter.register_hook(torch.zeros_like)
+        return make(model, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "build", with_zeros)
+        patch.setattr(train_module, "TrainingStep", with_zeros)
         train(recipe, tmp_path)
     for layer, share in shares.items():
         ((_, value),) = logged(tmp_path, f"weight_sparsity/layer_{layer}/mlp_up_proj")
@@ -162,7 +160,7 @@ def test_what_was_measured_on_is_trained_on(tiny, tmp_path, monkeypatch):
         *RECIPE,
         "train.steps=2",
         "schedule.warmup_steps=0",
-        'passes=[{use="relu2_ffn"}, {use="lost", attn_rank=8, mlp_rank=8}]',
+        'passes=[{use="relu2_ffn"}, {use="lost", attn_rank=8, mlp_rank=8, method="gradient"}]',
         "optimizer.name=lost_adamw",
     )
     seen = []

@@ -31,6 +31,10 @@ _TOLERANCE, _DRAW_TOLERANCE = 0.0, 1e-3
 #: GPUs on which all of the kernels were run and checked (`act24.tools.bench.check_kernels`).
 PROVEN = ("H100", "H200")
 
+#: The operator `pack_activation` under mvue, whose draws are looked at apart: a GPU on which they are wrong
+#: has the other methods all the same. What stands behind the colon only tells the two apart.
+DRAWN_ACTIVATION = "pack_activation:mvue"
+
 _SHAPE = 128, 256  # T and F; the widths of narrow networks are 64
 
 
@@ -77,7 +81,8 @@ def kernel_obstacle_on(device: torch.device, operators: tuple[str, ...]) -> str:
 @torch.no_grad()
 def check_operator(name: str, device: torch.device) -> str:
     """Run one operator on a device beside its reference; why not to use it there, or the empty string."""
-    operator, reference = getattr(torch.ops.act24, name), OPERATORS[name].reference
+    plain = name.partition(":")[0]
+    operator, reference = getattr(torch.ops.act24, plain), OPERATORS[plain].reference
     try:
         with torch.autocast(device.type, enabled=False):
             for case in _CASES[name](device):
@@ -130,14 +135,18 @@ def _draw(device: torch.device, *shape: int) -> Tensor:
 
 
 def _pack_activation(device: torch.device) -> Iterator[_Case]:
-    hidden, seed = _draw(device, *_SHAPE), torch.tensor(2**40 + 17, device=device)
+    hidden = _draw(device, *_SHAPE)
     real = torch.arange(_SHAPE[0], device=device) % 5 != 0
     for method in SPARSIFIERS:
-        tolerance = _DRAW_TOLERANCE if method == "mvue" else _TOLERANCE
-        slope = method != "naive"
-        arguments = (hidden, seed, real, "relu2", method, slope, False, True, True)
-        yield _Case(arguments, 1, slope, tolerance)
+        if method != "mvue":
+            slope = method != "naive"
+            yield _Case((hidden, None, real, "relu2", method, slope, False, True, True), 1, slope)
     yield _Case((hidden, None, real, "relu2", "naive", False, True, True, True))
+
+
+def _pack_drawn_activation(device: torch.device) -> Iterator[_Case]:
+    hidden, seed = _draw(device, *_SHAPE), torch.tensor(2**40 + 17, device=device)
+    yield _Case((hidden, seed, None, "relu2", "mvue", True, False, True, True), 1, True, _DRAW_TOLERANCE)
 
 
 def _saved(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -172,7 +181,7 @@ def _count_activation(device: torch.device) -> Iterator[_Case]:
 
 def _gather_features(device: torch.device) -> Iterator[_Case]:
     _, saved = _saved(device)
-    yield _Case((saved, torch.arange(0, _SHAPE[1], 9, device=device), None))
+    yield _Case((saved, torch.arange(0, _SHAPE[1], 9, device=device), None, _SHAPE[0] // 2))
 
 
 def _quantise_rows(device: torch.device) -> Iterator[_Case]:
@@ -227,6 +236,7 @@ def _best_transposable_mask(device: torch.device) -> Iterator[_Case]:
 #: A small call, or several, of every operator that is looked at.
 _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "pack_activation": _pack_activation,
+    DRAWN_ACTIVATION: _pack_drawn_activation,
     "pack_gradient": _pack_gradient,
     "unpack_gradient": _unpack_gradient,
     "activation_gradient": _activation_gradient,

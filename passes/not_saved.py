@@ -1,0 +1,42 @@
+"""`save_pretrained` of a rewritten `transformers` model: its folder would name no pass, and come back as
+another function, with fresh weights where passes made parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from torch import nn
+
+from act24.errors import PassError
+from act24.passes.base import Pass
+
+_NAME = "save_pretrained"
+
+
+def refuse_to_save_(model: nn.Module, passes: Sequence[Pass]) -> None:
+    """Let the model's own `save_pretrained`, where it has one, refuse from now on.
+
+    Args:
+        passes: those that change the function or its parameters; without any nothing is refused.
+    """
+    if passes and hasattr(model, _NAME):
+        setattr(model, _NAME, _Refusal(tuple(p.name for p in passes)))
+
+
+def allow_to_save_(model: nn.Module) -> None:
+    """Take that back: the model's configuration names its passes."""
+    model.__dict__.pop(_NAME, None)
+
+
+class _Refusal:
+    """On the instance, in the method's place; copied and pickled with the model."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise PassError(
+            f"save_pretrained would leave out {', '.join(self._names)}, and the folder would come back as "
+            "another model: use act24.save_pretrained(pipeline, folder), with the pipeline of apply_"
+        )

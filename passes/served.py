@@ -1,0 +1,72 @@
+"""A model as it is served: its passes, its weights, and its operations, which neither draw nor count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from act24.passes import OperationalPass, Pass, Pipeline, Weight24, weight24
+from act24.passes.state import SparseWeight, as_evaluated, sparse_weights
+from act24.sparse24.weight.methods import sparse_weight, weight_mask
+
+
+def lower_to_serve_(pipeline: Pipeline, step: int) -> None:
+    """`Pipeline.lower_` to the operations of evaluation, which neither draw nor count."""
+    pipeline.lower_to_(as_evaluated(pipeline.in_force(step)))
+
+
+def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:
+    """The passes of the model as it is served: structural ones, and operational ones in force as they act in
+    evaluation, for every step.
+
+    Args:
+        without: names of passes to leave out.
+    """
+    served: list[Pass] = []
+    for p in pipeline.passes:
+        if p.observes or p.name in without:
+            continue
+        if not isinstance(p, OperationalPass):
+            served.append(p)
+        elif _in_force(pipeline, p) and (evaluated := p.in_evaluation()) is not None:
+            served.append(replace(evaluated, from_step=0, until_step=None))
+    return tuple(served)
+
+
+def _in_force(pipeline: Pipeline, p: OperationalPass) -> bool:
+    """As in training, or as in evaluation."""
+    return p in pipeline.active or p.in_evaluation() in pipeline.active
+
+
+@torch.no_grad()
+def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]:
+    """The state dict of the model as it is served, without the state of `weight24`.
+
+    Args:
+        masked: weights that a `weight24` in force makes 2:4 are as their linears multiply with them; else all
+            weights are the dense masters.
+    """
+    state = pipeline.model.state_dict()
+    for p in pipeline.passes:
+        if not isinstance(p, Weight24):
+            continue
+        with pipeline.lowered([p]):
+            weights = list(sparse_weights(pipeline, p))
+        for weight in weights:
+            if masked and _in_force(pipeline, p):
+                state[weight.name] = _as_multiplied(weight, p)
+            for kind in (weight24.MASK, weight24.SCALE):
+                state.pop(weight.name + kind, None)
+    return state
+
+
+def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
+    """A weight as its linear multiplies with it, in the orientation in which it is stored."""
+    dense = weight.parameter.T if weight.transposed else weight.parameter
+    soft = p.record.soft
+    mask = None if soft else weight_mask(dense, p.method)
+    sparse = sparse_weight(dense, mask, weight.buffer(weight24.SCALE) if soft else None)
+    return sparse.T if weight.transposed else sparse

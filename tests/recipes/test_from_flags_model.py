@@ -1,0 +1,74 @@
+"""--model_config of run_c4.py: a JSON file, beside the preset of its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from act24.recipes.from_flags import Translation, recipe_from_flags
+from act24.recipes.load import RecipeError
+from act24.recipes.schema import Model
+from act24.tools.run.build import model_config
+
+
+def translate(command: str) -> Translation:
+    return recipe_from_flags(command.split())
+
+
+def test_a_model_configuration_in_a_file(tmp_path: Path) -> None:
+    fields = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 6}
+    more = {
+        "vocab_size": 500,
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.01,
+        "tie_word_embeddings": True,
+    }
+    path = tmp_path / "custom.json"
+    path.write_text(json.dumps({**fields, **more, "max_sequence_length": 1024, "hidden_act": "silu"}))
+    config = model_config(translate(f"--model_config {path} --batch_size 4").recipe)
+    assert {key: getattr(config, key) for key in fields | more} == fields | more
+
+
+def test_what_a_model_configuration_leaves_out_is_what_transformers_takes(tmp_path: Path) -> None:
+    fields = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 6}
+    path = tmp_path / "custom.json"
+    path.write_text(json.dumps(fields))
+    config = model_config(translate(f"--model_config {path} --batch_size 4").recipe)
+    theirs = transformers.LlamaConfig(**fields)
+    for name in ("vocab_size", "rms_norm_eps", "initializer_range", "tie_word_embeddings"):
+        assert getattr(config, name) == getattr(theirs, name)
+
+
+def test_an_edited_configuration_of_a_preset_s_name_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "llama_130m.json"
+    fields = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    path.write_text(json.dumps({**fields, "num_attention_heads": 12}))
+    command = f"--model_config {path} --batch_size 4"
+    assert translate(command).recipe.model == Model(preset="llama-130m")
+    path.write_text(json.dumps({**fields, "num_attention_heads": 6, "rms_norm_eps": 1e-5}))
+    model = translate(command).recipe.model
+    assert model == Model(preset="llama-130m", num_attention_heads=6, rms_norm_eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "an object of settings"),
+        ('{"hidden_size": 8}', "intermediate_size is missing"),
+        (
+            '{"hidden_act": "gelu", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, '
+            '"num_attention_heads": 1}',
+            "hidden_act = 'gelu' is not supported",
+        ),
+    ],
+)
+def test_a_model_configuration_that_cannot_be_had(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "custom.json"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        translate(f"--model_config {path} --batch_size 4")

@@ -1,0 +1,290 @@
+"""Folders of run_c4.py, written here by modules that are its own in a few lines: act24 computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import act24
+from act24.errors import Act24Error
+from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.recipes.schema import Data, Tokenizer
+from act24.tools.commands.run_c4 import run
+from act24.tools.data import open_tokenizer
+from act24.tools.huggingface.export import export_run
+
+CONFIG = LlamaConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)
+IDS = torch.arange(48).view(4, 12)
+RANK = 8
+
+
+class OldLowRank(nn.Module):
+    """y = x N Mᵀ, N `[in, r]` and M `[out, r]`; CoLA has a SiLU in between."""
+
+    def __init__(self, linear: nn.Linear, silu: bool = False) -> None:
+        super().__init__()
+        self.weight_in = nn.Parameter(0.3 * torch.randn(linear.in_features, RANK))
+        self.weight_out = nn.Parameter(0.3 * torch.randn(linear.out_features, RANK))
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x @ self.weight_in
+        return (F.silu(inner) if self.silu else inner) @ self.weight_out.T
+
+
+class OldLost(nn.Module):
+    """γ · low rank + (1 - γ) · kept columns + bias; no SiLU."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        kept = max(1, int(0.25 * linear.in_features))
+        self.lowrank_module = OldLowRank(linear)
+        self.values = nn.Parameter(0.1 * torch.randn(linear.out_features, kept))
+        self.bias = nn.Parameter(0.1 * torch.randn(linear.out_features))
+        self.register_buffer("selected_col_indices", torch.randperm(linear.in_features)[:kept].sort().values)
+        self.register_buffer("gamma", torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = x[..., self.selected_col_indices] @ self.values.T
+        return self.gamma * self.lowrank_module(x) + (1 - self.gamma) * columns + self.bias
+
+
+class OldMLP(nn.Module):
+    """No gate, F = int(1.5 I)."""
+
+    def __init__(self, config: LlamaConfig, sparse: bool) -> None:
+        super().__init__()
+        width = int(1.5 * config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.sparse = sparse
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation = self.up_proj(x).relu().square()
+        if self.sparse:
+            groups = activation.unflatten(-1, (-1, 4))
+            kept = torch.zeros_like(groups).scatter_(-1, groups.topk(2).indices, 1.0)
+            activation = (groups * kept).flatten(-2)
+        return self.down_proj(activation)
+
+
+def old_model(method: str, relu2: bool = False, sparse: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(CONFIG)
+    for layer in model.model.layers:
+        if relu2:
+            layer.mlp = OldMLP(CONFIG, sparse)
+        for block, parent in (("attn", layer.self_attn), ("mlp", layer.mlp)):
+            for name, linear in list(parent.named_children()):
+                if method in ("loro", "cola"):
+                    # The old code computed CoLA's network without its SiLU under 2:4 activations.
+                    silu = method == "cola" and not (sparse and block == "mlp")
+                    setattr(parent, name, OldLowRank(linear, silu))
+                elif method == "lost":
+                    setattr(parent, name, OldLost(linear))
+    return model
+
+
+def write(
+    folder: Path, model: nn.Module, flags: dict[str, Any] | None, kind: str = "bin", **config: Any
+) -> Path:
+    """As the old code saved: save_pretrained of an old or a newer transformers, and optimizer.pt."""
+    folder.mkdir()
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    content = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "pad_token_id": -1,
+        "rms_norm_eps": 1e-6,
+        **config,
+    }
+    content |= {name: getattr(CONFIG, name) for name in fields}
+    (folder / "config.json").write_text(json.dumps(content))
+    state = model.state_dict()
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    if kind == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(state, folder / "model.safetensors")
+    if flags is not None:
+        saved = {
+            "config": {**flags, "model": content, "world_size": 1, "device": "cuda:0"},
+            "update_step": 40,
+        }
+        torch.save({**saved, "optimizer": {"state": {}}, "dtype": "float32"}, folder / "optimizer.pt")
+    (folder / "training_state.json").write_text(json.dumps({"update_step": 40, "global_step": 80}))
+    return folder
+
+
+#: vars(args), with lr renamed; the rest has the script's defaults.
+FLAGS = {
+    "batch_size": 4,
+    "total_batch_size": 8,
+    "max_lr": 0.01,
+    "dtype": "float32",
+    "loro_scope": "all",
+    "loro_attn_rank": RANK,
+    "loro_mlp_rank": RANK,
+    "num_training_steps": 100,
+    "warmup_steps": 10,
+    "model_config": "configs/llama_9m.json",
+    "tags": None,
+    "single_gpu": False,
+}
+RELU2 = {
+    "squ_relu": "relu2",
+    "activation_2by4": True,
+    "activation_dense_warmup_steps": 20,
+    "dx_direct_sparse": 3,
+}
+CASES = {
+    "dense": ("dense", {"optimizer": "adamw"}),
+    "dense, relu2, 2:4": ("dense", {"optimizer": "adamw", **RELU2}),
+    "LORO": ("loro", {"optimizer": "loro_adamw"}),
+    "LORO, relu2, 2:4": ("loro", {"optimizer": "loro_adamw", **RELU2}),
+    "CoLA": ("cola", {"optimizer": "cola_adamw"}),
+    "CoLA, relu2, 2:4": ("cola", {"optimizer": "cola_adamw", **RELU2}),
+    "LoST": ("lost", {"optimizer": "lost_adamw", "lost_sparsity": 0.25, "lost_gamma": 0.7}),
+}
+
+
+def case(name: str, folder: Path, kind: str = "bin") -> tuple[Path, LlamaForCausalLM]:
+    method, flags = CASES[name]
+    relu2 = "squ_relu" in flags
+    model = old_model(method, relu2, relu2)
+    more = {"squ_relu": flags.get("squ_relu", "silu")}
+    return write(folder, model, {**FLAGS, **flags}, kind, **more), model
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_function_is_the_old_model_s(name: str, kind: str, tmp_path: Path) -> None:
+    folder, model = case(name, tmp_path / "model_40", kind)
+    built = act24.load(folder)
+    assert built.step == 40
+    torch.testing.assert_close(built.model.eval()(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+    assert built.recipe.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize("name", ["LORO", "CoLA", "LoST", "dense, relu2, 2:4"])
+def test_it_is_exported_for_transformers(name: str, tmp_path: Path) -> None:
+    folder, model = case(name, tmp_path / "model_40")
+    (tmp_path / "text.txt").write_text("low rank and two of four " * 200)
+    data = Data(source="files", train_files=(str(tmp_path / "text.txt"),))
+    (folder / "tokenizer.json").write_text(open_tokenizer(data, Tokenizer(vocab_size=257)).to_json())
+    form = "act24" if name == "dense, relu2, 2:4" else "auto"
+    export_run(folder, tmp_path / "out", form)
+    import act24.tools.huggingface.model_type  # noqa: F401
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-4, atol=1e-5)
+
+
+def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
+    model = old_model("cola")
+    folder = write(tmp_path / "model_40", model, None)
+    with pytest.raises(
+        Act24Error, match=r"do not tell LORO from CoLA: write the run_c4.py command into .*txt"
+    ):
+        act24.load(folder)
+    (folder / "command.txt").write_text(
+        "torchrun run_c4.py --model_config configs/llama_9m.json --batch_size 4 --dtype float32 \\\n"
+        f"  --optimizer cola_adamw --loro_scope all --loro_attn_rank {RANK} --loro_mlp_rank {RANK}\n"
+    )
+    torch.testing.assert_close(act24.load(folder).model(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt"])
+def test_nothing_in_a_pickle_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, _ = case("LORO", tmp_path / "model_40")
+    torch.save({"config": Evil(), "x": Evil()}, folder / name)
+    with pytest.raises(Act24Error, match=f"cannot read .*{name} without running code"):
+        act24.load(folder)
+    (folder / name).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(Act24Error, match="cannot read"):
+        act24.load(folder)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(Act24Error, match="cannot read"):
+        act24.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_rank_is_refused_by_name(tmp_path: Path) -> None:
+    model = old_model("loro")
+    folder = write(tmp_path / "model_40", model, {**FLAGS, "optimizer": "loro_adamw", "loro_attn_rank": 4})
+    with pytest.raises(Act24Error, match=r"of another shape: .*q_proj.weight_in \[8, 32\] for \[4, 32\]"):
+        act24.load(folder)
+
+
+def test_factors_that_were_2_4_are_refused(tmp_path: Path) -> None:
+    model = old_model("loro")
+    layer = model.model.layers[0].self_attn
+    wrapped = nn.Module()
+    wrapped.loro_linear = layer.q_proj
+    layer.q_proj = wrapped
+    folder = write(tmp_path / "model_40", model, {**FLAGS, "optimizer": "loro_adamw"})
+    with pytest.raises(Act24Error, match="2:4 along the rank"):
+        act24.load(folder)
+
+
+def test_a_command_goes_on_from_it(tiny_file: Path, tmp_path: Path) -> None:
+    """`--continue_from`, with a learning rate of nearly nothing: the weights are the old ones."""
+    folder, model = case("LORO", tmp_path / "model_40")
+    words = (
+        f"--model_config {folder}/config.json --batch_size 4 --dtype float32 --optimizer loro_adamw "
+        f"--lr 1e-9 --loro_scope all --loro_attn_rank {RANK} --loro_mlp_rank {RANK} --num_training_steps 2 "
+        f"--warmup_steps 0 --scheduler const --loro_freq 500 "
+        f"--train_data_path {tiny_file.parent}/train-*.txt "
+        f"--val_data_path {tiny_file.parent}/heldout.txt --max_length 16 "
+        f"--continue_from {folder} --save_dir {tmp_path}/run"
+    ).split()
+    settings = ["tokenizer.name=bpe", "tokenizer.vocab_size=300", "model.vocab_size=300"]
+    with pytest.raises(Act24Error, match="of another shape"):
+        run([*words, "--", *(f"--set={setting}" for setting in settings)])
+    small = ["tokenizer.name=" + str(_tokenizer(tmp_path)), "eval.tokens=100"]
+    run([*words, "--", *(f"--set={setting}" for setting in small)])
+    torch.testing.assert_close(act24.load(tmp_path / "run").model(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+
+
+def _tokenizer(folder: Path) -> Path:
+    """One of few words, whose ids a vocabulary of 97 has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [
+        "<eos>",
+        "<unk>",
+        "low",
+        "rank",
+        "sparse",
+        "two",
+        "of",
+        "four",
+        "tokens",
+        "graph",
+        "pass",
+        "relu",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<eos>", "<unk>"])
+    path = folder / "words.json"
+    tokenizer.save(str(path))
+    return path

@@ -1,0 +1,102 @@
+"""Training by a command of run_c4.py: translated, told what changes, and run.
+
+    torchrun --nproc_per_node 1 -m act24.run_c4 --model_config … --optimizer cola_adamw …
+    ACT24_SET="data.source=builtin train.steps=100" torchrun … -m act24.run_c4 …
+    torchrun … -m act24.run_c4 … -- --set data.source=builtin
+
+The same command goes on where its run was interrupted. `--save_dir` is the run's folder, and
+`--continue_from` a folder that the old code left, with whose weights the run begins, as it did there: the
+optimizer and the schedule begin anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from act24.errors import Act24Error
+from act24.tools.commands.edge import ends_in_one_line
+
+if TYPE_CHECKING:
+    from act24.recipes.schema import Recipe
+    from act24.tools.run.train import Outcome
+
+#: More overrides, separated as a shell separates words.
+SET = "ACT24_SET"
+
+#: In the run's folder beside recipe.toml: what became of each option.
+TRANSLATED = "from-flags.toml"
+
+
+def main() -> None:
+    """Run the command line: user errors are one line and status 2, anything else is a bug."""
+    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
+
+    with ends_in_one_line(), stopped_status():
+        if run(sys.argv[1:]).stopped:
+            sys.exit(STOPPED_STATUS)  # start it again, and it goes on
+
+
+def run(arguments: Sequence[str]) -> Outcome:
+    """Train by the arguments of a run_c4.py command.
+
+    Args:
+        arguments: its options; behind `--`, overrides of the recipe as `--set KEY=VALUE`.
+
+    Raises:
+        Act24Error: whatever is wrong with the command, the overrides or the run.
+    """
+    from act24.recipes.from_flags import recipe_from_flags
+    from act24.recipes.load import parse_recipe
+    from act24.tools.commands.show import show_outcome
+    from act24.tools.run.processes import own_rank
+    from act24.tools.run.train import train
+
+    split = list(arguments).index("--") if "--" in arguments else len(arguments)
+    overrides = [*_words(os.environ.get(SET, "")), *_set_options(arguments[split + 1 :])]
+    translation = recipe_from_flags(arguments[:split])
+    recipe = parse_recipe(translation.text, "the recipe of this command", overrides)
+    folder = Path(translation.save_dir) if translation.save_dir else _default_folder(recipe)
+    if own_rank() == 0:
+        for line in translation.changes:
+            print(f"changes results: {line}", file=sys.stderr)
+        for line in overrides:
+            print(f"set: {line}", file=sys.stderr)
+    weights = Path(translation.continue_from) if translation.continue_from else None
+    outcome = train(recipe, folder, resume="auto", weights=weights)
+    if outcome.is_main:
+        (folder / TRANSLATED).write_text(translation.text, encoding="utf-8")
+    show_outcome(recipe, outcome, folder)
+    return outcome
+
+
+def _default_folder(recipe: Recipe) -> Path:
+    """A folder for this recipe and no other, so that the same command goes on where it was."""
+    from act24.recipes.load import dump_recipe
+
+    digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:8]
+    return Path("runs") / f"run_c4-{recipe.optimizer.name}-{digest}"
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Act24Error(f"{SET}: {error}: {text}") from None
+
+
+def _set_options(words: Sequence[str]) -> list[str]:
+    """The overrides behind `--`."""
+    overrides, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name not in ("--set", "-s") or not (equals or rest):
+            raise Act24Error(f"behind -- stand overrides of the recipe, --set KEY=VALUE, and not '{word}'")
+        overrides.append(value if equals else rest.pop(0))
+    return overrides

@@ -1,0 +1,201 @@
+"""Folders that run_c4.py left (`model_<step>/`, what its --continue_from takes): the model in its recipe.
+
+    config.json            of a LLaMA, and which activation the network has; not which method, nor its rank
+    model.safetensors      or pytorch_model.bin
+    optimizer.pt           every flag of the run, beside the optimizer's state, which is not read
+    training_state.json    updates made
+    command.txt            ours, and optional: the command, where optimizer.pt is missing
+
+The weights are those of the function that was trained, which the flags alone tell: CoLA's factors have
+LORO's names. Pickles are read with `weights_only`, so nothing in them runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pickle
+import shlex
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from act24.errors import Act24Error, reading
+from act24.optim import AdamWOptions
+from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN
+from act24.recipes.flags import BY_NAME
+from act24.recipes.from_flags import recipe_from_flags
+from act24.recipes.load import dump_recipe, parse_recipe
+from act24.recipes.schema import Recipe
+from act24.tools.huggingface.config import CONFIG, read_json
+from act24.tools.huggingface.folder import INDEX, WEIGHTS, read_state
+
+FLAGS, STATE, COMMAND = "optimizer.pt", "training_state.json", "command.txt"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = f"{PICKLE}.index.json"
+
+logger = logging.getLogger("act24")
+
+
+@dataclasses.dataclass(frozen=True)
+class OldModel:
+    """What a folder holds.
+
+    Attributes:
+        recipe: that builds the model, with the settings that it was trained with.
+        state: all its parameters and the buffers that were kept, under the names of that model.
+        step: updates made.
+    """
+
+    recipe: Recipe
+    state: dict[str, Tensor]
+    step: int
+
+
+def is_old(folder: Path) -> bool:
+    """Whether run_c4.py wrote a folder."""
+    if not (folder / CONFIG).is_file():
+        return False
+    files = any((folder / name).is_file() for name in (FLAGS, STATE, COMMAND))
+    return files or "squ_relu" in read_json(folder / CONFIG)
+
+
+def open_old(folder: Path) -> OldModel:
+    """Read a folder.
+
+    Raises:
+        Act24Error: no flags are there, a file is damaged, or the model is one that act24 does not compute.
+    """
+    old = _weights(folder)
+    if any(".loro_linear." in name for name in old):
+        raise Act24Error(
+            f"{folder}: its factors were made 2:4 along the rank (--enable_2to4_sparse with LORO), which no "
+            "pass of act24 computes"
+        )
+    recipe = _recipe(folder, old)
+    step = read_json(folder / STATE).get("update_step", 0) if (folder / STATE).is_file() else 0
+    if any(isinstance(p, Activation24) and p.soft for p in recipe.passes):
+        logger.warning(
+            "warning: %s keeps no scale of its soft 2:4 activations, since the old code saved none: they are "
+            "computed with 1 until training measures one",
+            folder,
+        )
+    return OldModel(recipe, _renamed(old), step)
+
+
+# ------------------------------------------------------------------------------------------- the recipe
+
+
+def _recipe(folder: Path, old: Mapping[str, Tensor]) -> Recipe:
+    command = [*_flags(folder), "--model_config", str(folder / CONFIG)]
+    overrides = []
+    biased = [name for name in old if name.endswith(".bias") and "_proj" in name]
+    overrides += ["model.attention_bias=true"] if any(".self_attn." in name for name in biased) else []
+    overrides += ["model.mlp_bias=true"] if any(".mlp." in name for name in biased) else []
+    text = recipe_from_flags(command).text
+    recipe = parse_recipe(text, str(folder), overrides)
+    recipe = _as_it_was_trained(recipe, old, folder)
+    return parse_recipe(dump_recipe(recipe), str(folder))
+
+
+def _as_it_was_trained(recipe: Recipe, old: Mapping[str, Tensor], folder: Path) -> Recipe:
+    """The recipe with what the old code did where a translated command does better (docs/findings.md)."""
+    passes: list[Pass] = []
+    sparse = any(isinstance(p, Activation24) for p in recipe.passes)
+    model, optimizer = recipe.model, recipe.optimizer
+    for p in recipe.passes:
+        if isinstance(p, Relu2FFN):
+            width = 3 * read_json(folder / CONFIG)["intermediate_size"] // 2
+            model = model.model_copy(update={"intermediate_size": width})
+            passes.append(dataclasses.replace(p, width="keep"))
+        elif isinstance(p, Lost):
+            gammas = {float(value) for name, value in old.items() if name.endswith(".gamma")}
+            gamma = gammas.pop() if len(gammas) == 1 else p.gamma
+            bottleneck = "none" if p.bottleneck == "silu" else p.bottleneck
+            passes.append(dataclasses.replace(p, gamma=gamma, bottleneck=bottleneck))
+        elif isinstance(p, Cola) and sparse and p.scope != "attn":
+            # Under 2:4 activations the network was computed as plain low rank, without CoLA's activation.
+            if p.scope == "all":
+                passes.append(dataclasses.replace(p, scope="attn", mlp_rank=None))
+            else:
+                names = [field.name for field in dataclasses.fields(AdamWOptions)]
+                optimizer = AdamWOptions(**{name: getattr(optimizer, name) for name in names})
+            passes.append(LowRank(scope="mlp", mlp_rank=p.mlp_rank))
+        else:
+            passes.append(p)
+    return recipe.model_copy(update={"model": model, "optimizer": optimizer, "passes": tuple(passes)})
+
+
+def _flags(folder: Path) -> list[str]:
+    """The options of the command that trained it, without the model's."""
+    if (folder / COMMAND).is_file():
+        words = shlex.split((folder / COMMAND).read_text(encoding="utf-8"), comments=True)
+        while "--model_config" in words:
+            index = words.index("--model_config")
+            del words[index : index + 2]
+        return words
+    if not (folder / FLAGS).is_file():
+        raise Act24Error(
+            f"{folder} does not say how it was trained, and its weights do not tell LORO from CoLA: write "
+            f"the run_c4.py command into {folder / COMMAND}"
+        )
+    config = _unpickled(folder / FLAGS).get("config")
+    if not isinstance(config, Mapping):
+        raise Act24Error(f"{folder / FLAGS} holds no flags under 'config': write the command into {COMMAND}")
+    values = {"lr": config.get("max_lr"), **config}
+    words = []
+    for name, flag in BY_NAME.items():
+        value = values.get(name)
+        if value is None or name == "model_config" or (flag.kind == "flag" and not value):
+            continue
+        words.append(f"--{name}" if flag.kind == "flag" else f"--{name}={value}")
+    return words
+
+
+# ------------------------------------------------------------------------------------------ the weights
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return read_state(folder)
+    names = [PICKLE]
+    if (folder / PICKLE_INDEX).is_file():
+        names = sorted(set(read_json(folder / PICKLE_INDEX).get("weight_map", {}).values()))
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state |= _unpickled(folder / name)
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise Act24Error(f"{folder / PICKLE}: {strange[0]} is no tensor")
+    return state
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    failure = f"cannot read {path} without running code in it"
+    with reading(failure, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise Act24Error(f"{path} holds no table of values")
+    return content
+
+
+def _renamed(old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under our names: `weight_in` was `[in, R]` there and is `[R, in]` here."""
+    state = {}
+    for name, value in old.items():
+        module, _, leaf = name.rpartition(".")
+        module = module.removesuffix(".lowrank_module")
+        if leaf in ("inv_freq", "previous_mask", "activation_scale", "gamma"):
+            continue  # follows from the configuration, or is measured anew
+        if leaf == "weight_in":
+            value = value.T.contiguous()
+        ours = {
+            "values": "weight_columns",
+            "selected_col_indices": "column_indices",
+            "scale": "weight24_scale",
+        }.get(leaf, leaf)
+        state[f"{module}.{ours}"] = value
+    return state
