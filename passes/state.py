@@ -13,10 +13,8 @@ import hashlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -28,15 +26,13 @@ from act24.passes.base import OperationalPass
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.region import RegionModule, buffers_of
+from act24.passes.rewriting import Rewriting
 from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
 from act24.sparse24.weight.methods import weight_scale
 from act24.sparse24.weight.packed import packed_operands
-
-if TYPE_CHECKING:
-    from act24.passes.pipeline import Pipeline
 
 #: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
 _DRAWN_FROM = {activation24.SEED: ".activation", weight24.SEED: ""}
@@ -49,7 +45,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def calibrate_(
-    pipeline: Pipeline,
+    pipeline: Rewriting,
     due: Sequence[Activation24],
     forward: Callable[[], object],
     reduce: Reduce | None = None,
@@ -60,7 +56,7 @@ def calibrate_(
 
     Args:
         forward: runs the model on the rows to measure on; called without gradients.
-        reduce: sums a tensor over the processes; None: over all of `torch.distributed`'s.
+        reduce: sums a tensor over the processes; None: there is one.
 
     Returns:
         the names of the sites, and the sums (`act24.sparse24.feed_forward.calibration.CALIBRATION`).
@@ -72,7 +68,7 @@ def calibrate_(
     # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
     with torch.no_grad(), pipeline.lowered([*measuring, *as_evaluated(pipeline.active)]):
         forward()
-    table = (reduce or _everywhere)(torch.stack(list(sums.values())))
+    table = (reduce or _alone)(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
     scales = buffers_of(pipeline.regions, SCALE)
     for name, row, new in zip(sums, table, measured, strict=True):
@@ -81,9 +77,7 @@ def calibrate_(
     return list(sums), table
 
 
-def _everywhere(tensor: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
+def _alone(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -113,7 +107,7 @@ def calibration_text(names: Sequence[str], table: Tensor) -> str:
 
 
 @torch.no_grad()
-def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
+def renew_masks_(pipeline: Rewriting, p: Weight24, step: int) -> None:
     """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
     at the first sparse update. `Pipeline.begin_update_` does it for every such pass.
 
@@ -126,7 +120,7 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     _set_masks_(pipeline, p, scales=first, count_flips=not first)
 
 
-def _set_masks_(pipeline: Pipeline, p: Weight24, *, scales: bool, count_flips: bool) -> None:
+def _set_masks_(pipeline: Rewriting, p: Weight24, *, scales: bool, count_flips: bool) -> None:
     for weight in sparse_weights(pipeline, p):
         parameter = whole(weight.parameter)
         mask = stored_mask(parameter, weight.transposed, p.method)
@@ -140,7 +134,7 @@ def _set_masks_(pipeline: Pipeline, p: Weight24, *, scales: bool, count_flips: b
 
 @torch.no_grad()
 def renew_to_read_(
-    pipeline: Pipeline,
+    pipeline: Rewriting,
     step: int | None,
     forward: Callable[[], object] | None = None,
     pads: Tensor | None = None,
@@ -178,7 +172,7 @@ def _is_new(p: OperationalPass, step: int | None) -> bool:
 
 
 @torch.no_grad()
-def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
+def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
     """Pack the weights of a `weight24` in force that keeps them packed, as they and their masks are now, into
     the buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want
     it. `Pipeline.begin_update_` does it for every such pass. Parameters must not be sharded."""
@@ -198,7 +192,7 @@ def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
 
 
 @torch.no_grad()
-def decay_dropped_weights_(pipeline: Pipeline, parameters: Container[int]) -> None:
+def decay_dropped_weights_(pipeline: Rewriting, parameters: Container[int]) -> None:
     """Masked decay of the gradients of an update, as its optimizer finds them: λ (1 - mask) ∘ W is a part of
     the gradient that enters the optimizer, and of no norm that they were clipped by.
 
@@ -228,7 +222,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def refuse_exact_steps(pipeline: Pipeline) -> None:
+def refuse_exact_steps(pipeline: Rewriting) -> None:
     """To be called where LORO's optimizer takes exact steps.
 
     Raises:
@@ -282,7 +276,7 @@ class SparseWeight:
         return self.module.get_submodule(path), leaf
 
 
-def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
+def sparse_weights(pipeline: Rewriting, p: Weight24) -> Iterator[SparseWeight]:
     """What a `weight24` in force has taken."""
     for fqn, match in pipeline.matches(p):
         site: LinearSite = match.nodes
@@ -290,7 +284,7 @@ def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
         yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
 
 
-def set_seeds_(pipeline: Pipeline, step: int, rank: int) -> None:
+def set_seeds_(pipeline: Rewriting, step: int, rank: int) -> None:
     """Say what the forwards of an update draw from, before the first of them (`next_seeds_`).
 
     Args:
@@ -307,14 +301,14 @@ def set_seeds_(pipeline: Pipeline, step: int, rank: int) -> None:
         torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def next_seeds_(pipeline: Pipeline) -> None:
+def next_seeds_(pipeline: Rewriting) -> None:
     """Seeds of the next micro-batch. On the device alone, so that a captured forward has it too."""
     buffers = [b for kind in _DRAWN_FROM for b in buffers_of(pipeline.regions, kind).values()]
     if buffers:
         torch._foreach_add_(buffers, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def set_pads_(pipeline: Pipeline, pads: Tensor | None) -> None:
+def set_pads_(pipeline: Rewriting, pads: Tensor | None) -> None:
     """Put the padding of the next forward into the regions that ask for it; None takes it out."""
     for module in pipeline.modules:
         old = module._buffers.get(PADS)
@@ -330,7 +324,7 @@ def _hash(*parts: object) -> int:
 
 @contextmanager
 def evaluation(
-    pipeline: Pipeline,
+    pipeline: Rewriting,
     without: Sequence[str],
     step: int | None,
     forward: Callable[[], object] | None,

@@ -12,10 +12,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -28,6 +27,7 @@ from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.graph.region import RegionModule
+from act24.passes.rewriting import Rewriting
 from act24.passes.state import (
     Reduce,
     SparseWeight,
@@ -46,9 +46,6 @@ from act24.passes.state import (
 )
 from act24.passes.weight24 import MASK, Weight24
 
-if TYPE_CHECKING:
-    from act24.passes.pipeline import Pipeline
-
 #: What a loop hands in to measure on: the arguments of a forward.
 Rows = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
@@ -59,8 +56,8 @@ _RUN_FOR_ONE = 16
 class Updates:
     """Where the updates of one pipeline stand."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Rewriting) -> None:
+        self.pipeline = pipeline
         self._begun = False
         self._held = False
         self._served: dict[str, tuple[Tensor, int, Tensor]] = {}  # parameter, its version, its mask
@@ -69,11 +66,11 @@ class Updates:
 
     def watch_(self) -> None:
         """Hook the model and the optimizers, if any pass ever needs it; once."""
-        passes = [p for p in self._pipeline.passes if isinstance(p, OperationalPass)]
+        passes = [p for p in self.pipeline.passes if isinstance(p, OperationalPass)]
         if not any(p.renews for p in passes):
             return
         _Before.hide()
-        trunk = _trunk(self._pipeline.model, list(self._pipeline.regions))
+        trunk = _trunk(self.pipeline.model, list(self.pipeline.regions))
         trunk.register_forward_pre_hook(_Before(self), with_kwargs=True)
         trunk.register_forward_hook(_After(self), always_call=True)
         self._watch_optimizers()
@@ -84,12 +81,12 @@ class Updates:
 
         def before(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None:
-                decay_dropped_weights_(updates._pipeline, _parameters(optimizer))
+                decay_dropped_weights_(updates.pipeline, _parameters(optimizer))
 
         def after(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None and updates._begun:
                 ours = _parameters(optimizer)
-                updates._begun = not any(id(p) in ours for p in updates._pipeline.model.parameters())
+                updates._begun = not any(id(p) in ours for p in updates.pipeline.model.parameters())
 
         for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
             weakref.finalize(self, hook.remove)
@@ -100,10 +97,10 @@ class Updates:
         batch: Rows | None,
         reduce: Reduce | None,
         forward: Callable[..., object] | None,
-        rank: int | None,
+        rank: int,
         without: Sequence[str],
     ) -> str | None:
-        pipeline = self._pipeline
+        pipeline = self.pipeline
         pipeline.lower_(step, without)
         for p in pipeline.active:
             if isinstance(p, Weight24):
@@ -121,7 +118,7 @@ class Updates:
             measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
             first = any(step == p.from_step for p in due)
             note = calibration_text(*measured) if first else None
-        set_seeds_(pipeline, step, _rank() if rank is None else rank)
+        set_seeds_(pipeline, step, rank)
         self._begun = True
         return note
 
@@ -138,7 +135,7 @@ class Updates:
     def _as_served(self) -> Iterator[None]:
         """`Pipeline.evaluation` for one forward: masks are made anew only if a weight was written to
         since."""
-        with self._pipeline.lowered(as_evaluated(self._pipeline.active)), self._masks_of_weights():
+        with self.pipeline.lowered(as_evaluated(self.pipeline.active)), self._masks_of_weights():
             yield
 
     @contextmanager
@@ -146,10 +143,10 @@ class Updates:
         """Masks of the weights as they are, in buffers of their own in the place of the update's."""
         exchanged: list[tuple[nn.Module, str, Tensor]] = []
         try:
-            for p in self._pipeline.active:
+            for p in self.pipeline.active:
                 if not isinstance(p, Weight24) or p.record.soft:
                     continue
-                for weight in sparse_weights(self._pipeline, p):
+                for weight in sparse_weights(self.pipeline, p):
                     fresh = self._mask_of(weight, p.method)
                     owner, leaf = weight.place(MASK)
                     exchanged.append((owner, leaf, owner._buffers[leaf]))  # type: ignore[arg-type]
@@ -178,18 +175,18 @@ class Updates:
             self._entered = ExitStack()
             self._entered.enter_context(self._as_served())
         elif torch.is_grad_enabled():
-            renewing = [p for p in self._pipeline.passes if self._trains(p)]
+            renewing = [p for p in self.pipeline.passes if self._trains(p)]
             if renewing and not self._begun:
                 raise Act24Error(
                     f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
                     "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
-            next_seeds_(self._pipeline)
+            next_seeds_(self.pipeline)
 
     def _trains(self, p: Pass) -> bool:
         """Whether a pass is in force that renews state, also where its form of evaluation stands in for
         it."""
-        active = self._pipeline.active
+        active = self.pipeline.active
         return isinstance(p, OperationalPass) and p.renews and (p in active or p.in_evaluation() in active)
 
     def after_forward(self) -> None:
@@ -200,10 +197,10 @@ class Updates:
     def _read_attention_mask(self, mask: object) -> None:
         """Padding as `transformers` marks it, `[B, S]` with zeros."""
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            set_pads_(self._pipeline, mask == 0)
+            set_pads_(self.pipeline, mask == 0)
             self._masked = True
         elif self._masked:
-            set_pads_(self._pipeline, None)
+            set_pads_(self.pipeline, None)
             self._masked = False
 
     def copied(self) -> str:
@@ -226,19 +223,15 @@ class _Hook:
     """A hook of a model; copies of it, which have no pipeline, have another in its place."""
 
     def __init__(self, updates: Updates) -> None:
-        self._updates = updates
+        self.updates = updates
 
 
 class _Before(_Hook):
-    @property
-    def pipeline(self) -> Pipeline:
-        return self._updates._pipeline
-
     def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
-        return _Orphan(self._updates.copied())
+        return _Orphan(self.updates.copied())
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
-        return _Orphan, (self._updates.copied(),)
+        return _Orphan, (self.updates.copied(),)
 
     @classmethod
     def hide(cls) -> None:
@@ -250,7 +243,7 @@ class _Before(_Hook):
                 kind.__call__ = torch.compiler.disable(kind.__call__)  # type: ignore[method-assign]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._updates.before_forward(module, kwargs)
+        self.updates.before_forward(module, kwargs)
 
 
 class _After(_Hook):
@@ -261,7 +254,7 @@ class _After(_Hook):
         return _Nothing, ()
 
     def __call__(self, *_: Any) -> None:
-        self._updates.after_forward()
+        self.updates.after_forward()
 
 
 class _Nothing:
@@ -305,14 +298,13 @@ def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
     return tuple(map(cut, batch))
 
 
-def pipeline_of(model: nn.Module) -> Pipeline | None:
-    """The pipeline to which a training loop of the model owes its call; None if it owes none, or for a
-    copy."""
+def updates_of(model: nn.Module) -> Updates | None:
+    """Who watches a model; None where nothing is to be renewed, and for a copy."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return next((hook.pipeline for hook in hooks if isinstance(hook, _Before)), None)
+    return next((hook.updates for hook in hooks if isinstance(hook, _Before)), None)
 
 
-def measured_at(pipeline: Pipeline, step: int) -> list[Activation24]:
+def measured_at(pipeline: Rewriting, step: int) -> list[Activation24]:
     """The passes whose scales are due once `step` updates are made."""
     passes = (p for p in pipeline.passes if isinstance(p, Activation24) and p.active(step))
     return [p for p in passes if p.calibrates(step)]
@@ -322,10 +314,6 @@ def rows_to_run(due: Sequence[Activation24], length: int) -> int:
     """Rows of so many tokens that are run when scales are due."""
     samples = max(p.calibration_samples for p in due)
     return -(-_RUN_FOR_ONE * samples // length)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _call(forward: Callable[..., object], rows: Rows) -> object:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from act24.passes import Pass, Pipeline, apply_
 from act24.passes.not_saved import allow_to_save_
-from act24.passes.updates import pipeline_of
+from act24.passes.pipeline import pipeline_of
 from act24.recipes.load import passes_of_tables
 from act24.tools.huggingface.config import ACT24
 

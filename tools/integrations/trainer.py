@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -48,7 +49,7 @@ class TrainerCallback(transformers.TrainerCallback):
     ) -> None:
         step = state.global_step
         if not measured_at(self._pipeline, step):
-            self._pipeline.begin_update_(step)
+            self._pipeline.begin_update_(step, rank=_rank())
             return
 
         def begin(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -58,7 +59,7 @@ class TrainerCallback(transformers.TrainerCallback):
             def forward(*rows: Any) -> object:
                 return model(*rows[: len(given)], **dict(zip(names, rows[len(given) :], strict=True)))
 
-            self._pipeline.begin_update_(step, (*given, *named.values()), forward=forward)
+            self._pipeline.begin_update_(step, (*given, *named.values()), _sum, forward=forward, rank=_rank())
 
         handle = self._pipeline.model.register_forward_pre_hook(begin, with_kwargs=True)
 
@@ -66,3 +67,13 @@ class TrainerCallback(transformers.TrainerCallback):
         model = self._pipeline.model
         type(model).save_pretrained(model, folder, **options)  # type: ignore[operator]
         Path(folder, "config.json").unlink(missing_ok=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

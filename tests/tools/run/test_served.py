@@ -184,6 +184,7 @@ def test_load_draws_nothing_under_mvue(tiny, tmp_path):
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         plain = built.model(ids)
+        built.model.train()
         built.pipeline.lower_(3)
         random = built.model(ids)
         built.pipeline.lower_(3, without=["activation24"])
