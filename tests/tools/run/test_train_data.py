@@ -105,7 +105,7 @@ def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeyp
     assert 0 < step < 100
 
     monkeypatch.setattr(documents, "read_documents", read)
-    status, out, errors = act24(*arguments, "--resume", "auto")
+    status, _, errors = act24(*arguments, "--resume", "auto")
     assert (status, errors) == (0, [])
     assert scalars(tmp_path / "run", "loss/train")[100] == pytest.approx(whole.loss, abs=1e-6)
 
