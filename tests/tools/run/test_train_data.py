@@ -97,7 +97,7 @@ def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeyp
         "--set",
         "eval.every=0",
     )
-    status, out, errors = act24(*arguments)
+    status, _, errors = act24(*arguments)
     (saved,) = (tmp_path / "run/checkpoints").iterdir()
     told = f"act24: cannot read the file: Input/output error; saved step {int(saved.name[5:])} in {saved}"
     assert (status, errors) == (2, [told])
