@@ -161,7 +161,7 @@ def checked(kind: type[N]) -> type[N]:
     def new(cls: type[N], *args: Any, **kwargs: Any) -> N:
         made = make(cls, *args, **kwargs)
         # What a graph that is being compiled makes was made, and checked, before it.
-        if not torch.compiler.is_compiling() and not any(map(_stands_for_a_value, made)):
+        if not torch.compiler.is_dynamo_compiling() and not any(map(_stands_for_a_value, made)):
             made.__post_init__()  # type: ignore[attr-defined]
         return made
 

@@ -121,9 +121,11 @@ def check_init(init: str, owner: str = "initial_factors") -> None:
         except ValueError:
             number = 0.0
         if not 0 < number < math.inf:
-            raise OptionError(f"{owner}: init '{init}' needs a finite number above 0 behind the underscore")
+            raise OptionError(
+                f"{owner}: init {shown(init)} needs a finite number above 0 behind the underscore"
+            )
     elif init not in _NAMES:
-        raise OptionError(f"{owner}: init has no '{init}': {nearest(init, (*_NAMES, *_PATTERNS))}")
+        raise OptionError(f"{owner}: init has no {shown(init)}: {nearest(init, (*_NAMES, *_PATTERNS))}")
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

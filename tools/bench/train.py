@@ -159,7 +159,9 @@ def _time_recipe(
     every, count = recipe.log.every, accumulation(recipe.train, 1)
     with tempfile.TemporaryDirectory() as folder, run_progress(0, steps, False) as progress:
         never = StopRequest()
-        run = TrainingRun(recipe, Path(folder) / "run", processes, None, make=without_start)
+        run_dir = Path(folder) / "run"
+        run_dir.mkdir()
+        run = TrainingRun(recipe, run_dir, processes, None, make=without_start)
         try:
             begin = time.perf_counter()
             for _ in range(every):

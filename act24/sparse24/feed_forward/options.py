@@ -59,14 +59,15 @@ class Options24(NamedTuple):
 
     def __post_init__(self) -> None:
         try:
-            _check(self)
+            _check(self, tuple(map(type, self)))
         except TypeError:  # a value that has no hash: no option has such
             check_options(self)
             raise
 
 
 @functools.cache  # graphs that are not compiled make the same options anew at every call
-def _check(options: Options24) -> None:
+def _check(options: Options24, types: tuple[type, ...]) -> None:
+    """Check options; `types`, those of the fields, tell 1 from True, which are one key otherwise."""
     check_options(options)
     check_pair(options.estimator, options.backward)
 

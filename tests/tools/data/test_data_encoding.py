@@ -227,4 +227,5 @@ def test_counts_go_on_where_a_run_does(tmp_path, tokenizer):
 
     straight = counts_after(30)
     assert counts_after(20, counts_after(10)) == straight
-    assert straight["position"]["document"]["tally"]["empty"] > 2
+    (stream,) = straight["position"]["streams"].values()
+    assert stream["position"]["document"]["tally"]["empty"] > 2

@@ -44,6 +44,12 @@ def test_a_wrong_value_of_any_field_is_named(data: st.DataObject, name: str) -> 
         Options24()._replace(**{name: data.draw(WRONG[name])})
 
 
+def test_what_equals_options_that_were_made_before_is_checked_all_the_same() -> None:
+    assert Options24(statistics=True).statistics
+    with pytest.raises(OptionError, match="statistics has to be true or false, got 1"):
+        Options24(statistics=1)  # type: ignore[arg-type]
+
+
 def test_every_combination_of_the_tables_is_taken_or_named() -> None:
     for method in METHODS:
         for estimator in ESTIMATORS:
