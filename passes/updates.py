@@ -80,16 +80,20 @@ class Updates:
         this = weakref.ref(self)
 
         def before(optimizer: Optimizer, *_: Any) -> None:
-            if (updates := this()) is not None:
+            if (updates := this()) is not None and updates._updated_by(optimizer):
                 decay_dropped_weights_(updates.pipeline, _parameters(optimizer))
 
         def after(optimizer: Optimizer, *_: Any) -> None:
-            if (updates := this()) is not None and updates._begun:
-                ours = _parameters(optimizer)
-                updates._begun = not any(id(p) in ours for p in updates.pipeline.model.parameters())
+            if (updates := this()) is not None and updates._updated_by(optimizer):
+                updates._begun = False
 
         for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
             weakref.finalize(self, hook.remove)
+
+    def _updated_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer makes a step of this model: the hooks see those of every model there is."""
+        theirs = _parameters(optimizer)
+        return any(id(p) in theirs for p in self.pipeline.model.parameters())
 
     def begin_(
         self,
