@@ -297,11 +297,27 @@ def set_seeds_(pipeline: Rewriting, step: int, rank: int) -> None:
         torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def next_seeds_(pipeline: Rewriting) -> None:
-    """Seeds of the next micro-batch. On the device alone, so that a captured forward has it too."""
-    buffers = [b for kind in _DRAWN_FROM for b in buffers_of(pipeline.regions, kind).values()]
+def own_seeds(pipeline: Rewriting, own: list[Tensor]) -> list[Tensor]:
+    """A copy of the seeds in memory that only this process writes to; `own` again, if it is one. Data
+    parallelism sends the buffers of one process to all, unless it is told not to."""
+    buffers = _seed_buffers(pipeline)
+    if [seed.device for seed in own] != [buffer.device for buffer in buffers]:
+        return [buffer.clone() for buffer in buffers]
     if buffers:
-        torch._foreach_add_(buffers, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(own, buffers)  # pyright: ignore[reportPrivateImportUsage]
+    return own
+
+
+def next_seeds_(pipeline: Rewriting, own: list[Tensor]) -> None:
+    """Seeds of the next micro-batch, from those of this process (`own_seeds`). On the device alone, so that a
+    captured forward has it too."""
+    if own:
+        torch._foreach_add_(own, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(_seed_buffers(pipeline), own)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _seed_buffers(pipeline: Rewriting) -> list[Tensor]:
+    return [buffer for kind in _DRAWN_FROM for buffer in buffers_of(pipeline.regions, kind).values()]
 
 
 def set_pads_(pipeline: Rewriting, pads: Tensor | None) -> None:

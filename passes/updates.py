@@ -41,6 +41,7 @@ from act24.passes.state import (
     decay_gradient_,
     decaying_weights,
     next_seeds_,
+    own_seeds,
     pack_weights_,
     renew_masks_,
     set_pads_,
@@ -72,6 +73,7 @@ class Updates:
         self._entered: ExitStack | None = None  # by a forward in evaluation mode
         self._masked = False  # the padding is that of an attention mask
         self._decaying: dict[int, tuple[SparseWeight, float]] = {}  # in whose gradient decay is, by id
+        self._seeds: list[Tensor] = []
         self._decayed: set[int] = set()  # parameters, by id, whose gradient of this update has its decay
         self._hooked: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -171,6 +173,7 @@ class Updates:
             first = any(step == p.from_step for p in due)
             note = calibration_text(*measured) if first else None
         set_seeds_(pipeline, step, rank or 0)
+        self._seeds = own_seeds(pipeline, self._seeds)
         self._decayed.clear()
         self._decaying = {} if loop_decays else self._watch_gradients()
         self._begun = True
@@ -247,7 +250,7 @@ class Updates:
                     "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
             self._refuse_scaled_gradients()
-            next_seeds_(self.pipeline)
+            next_seeds_(self.pipeline, self._seeds)
 
     def _refuse_scaled_gradients(self) -> None:
         """Decay cannot enter gradients at their beginning that a GradScaler has scaled."""
