@@ -109,7 +109,7 @@ class _Orphan:
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if module.training and torch.is_grad_enabled():
             raise Act24Error(_UNTRAINED)
-        if self._why:
+        if self._why and not module.training:
             raise Act24Error(self._why)
 
 
