@@ -44,6 +44,7 @@ from act24.passes.state import (
     own_seeds,
     pack_weights_,
     renew_masks_,
+    scales_of,
     set_pads_,
     set_seeds_,
     sparse_weights,
@@ -168,6 +169,10 @@ class Updates:
                     f"activation24 measures the scale of {due[0].method} at step {step}, and has no rows to "
                     "measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
                 )
+            for p in due:
+                if step == p.from_step:  # whatever was measured for readers before: a run goes on as if not
+                    for scale in scales_of(pipeline, p):
+                        scale.fill_(1)
             rows, run = first_rows(batch, due), forward or pipeline.model
             measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
             first = any(step == p.from_step for p in due)

@@ -97,8 +97,7 @@ class Seen:
     Attributes:
         logits, dense: of IDS, and without 2:4 activations.
         text: PROMPT and what it most likely is followed by.
-        loss: on the held-out rows, on which scales that no update has set yet are measured first: those of
-            soft 2:4 activations at `from_step`, which are 1 in all ways out, with a warning.
+        loss: on the held-out rows.
     """
 
     logits: Tensor

@@ -159,8 +159,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     lower_to_serve_(pipeline, opened.step)
     for p in renew_to_read_(pipeline, opened.step):
         logger.warning(
-            "warning: %s stands at from_step (%d) of activation24, whose scale is measured in the update "
-            "that follows: until then it is 1. eval measures it on the held-out rows",
+            "warning: %s stands at from_step (%d) of activation24 and has no scale for it, which is measured "
+            "in the update that follows: until then it is 1. eval measures it on the held-out rows",
             path,
             p.from_step,
         )

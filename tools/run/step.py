@@ -91,6 +91,7 @@ class TrainingStep:
             None if self.not_captured else GraphedCalls(processes.device, train.cuda_graphs == "on")
         )
         self._in_force: Sequence[OperationalPass] | None = None
+        self._last: Sequence[Batch] = ()
         compiled = uses_compile(train, processes.device)
         if train.activation_checkpointing:
             _checkpoint_blocks_(model)
@@ -150,6 +151,7 @@ class TrainingStep:
 
     def _step(self, batches: Sequence[Batch], optimizer: Optimizer, note: str | None) -> StepResult:
         assert len(batches) == self._accumulated
+        self._last = batches
         counted = torch.stack([(batch.labels >= 0).sum() for batch in batches]).sum()
         tokens = self._processes.sum_(self._inputs.fill("counted", counted).clone())
         # Parallel wrappers average gradients over the processes; the loss is to be a mean over all tokens.
@@ -187,6 +189,24 @@ class TrainingStep:
         if not self.not_captured or (self._graphs is None and self._processes.device.type != "cuda"):
             return ""
         return f"no CUDA graphs, steps are launched operator by operator: {self.not_captured}"
+
+    def measure_first_scales_(self, step: int) -> None:
+        """Set the scales that the update to come measures first, on rows of the last one, for who reads the
+        model in between: a checkpoint would have 1 for them.
+
+        Args:
+            step: updates already made.
+        """
+        if self._pipeline is None or not self._last:
+            return
+        due = [p for p in measured_at(self._pipeline, step) if p.from_step == step]
+        if not due:
+            return
+        rows = _first_rows(self._last, rows_to_run(due, self._last[0].input_ids.shape[1]))
+        with self._on_stream(), self._precision():
+            self._pipeline.measure_scales_(
+                step, lambda: self._forward(rows, self.summed_loss), self._pads(rows), self._processes.sum_
+            )
 
     def evaluation_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss of held-out rows and the number of their tokens, as `SummedLoss` has them, without

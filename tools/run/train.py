@@ -325,6 +325,8 @@ class TrainingRun:
             progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
             for line in self._rows.remarks():
                 progress.say(f"warning: {line}")
+        if saves or evaluates:
+            self.training_step.measure_first_scales_(step)
         evaluation, self._evaluation_due = None, evaluates
         if evaluates and not stopped:
             evaluation = self._evaluate(progress, stop)
