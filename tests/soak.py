@@ -40,7 +40,6 @@ STEPS = 24
 #: Checkpoints, evaluations and ends of epochs at steps of their own.
 COMMON = [
     f"train.steps={STEPS}",
-    "checkpoint.every=3",
     "eval.every=8",
     "eval.tokens=200",
     "log.every=2",
@@ -48,13 +47,18 @@ COMMON = [
     "train.total_batch_size=40",
 ]
 RUNS = {
-    "activations 2:4 from step 10 on": [],
+    "activations 2:4 from step 10 on": ["checkpoint.every=3"],
     "activations 2:4 with random draws, padded rows, shuffled text": [
         'passes=[{use="relu2_ffn"}, {use="activation24", method="mvue", backward="sparse"}]',
         'data.rows="padded"',
         "data.shuffle_buffer=3",
+        "checkpoint.every=1",
     ],
-    "LORO": ['passes=[{use="low_rank", attn_rank=8, mlp_rank=8}]', "optimizer.name=loro_adamw"],
+    "LORO": [
+        'passes=[{use="low_rank", attn_rank=8, mlp_rank=8}]',
+        "optimizer.name=loro_adamw",
+        "checkpoint.every=2",
+    ],
 }
 #: Tags of what is measured in time.
 _TIMED = ("perf/", "memory/")

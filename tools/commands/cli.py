@@ -131,7 +131,7 @@ def sample(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Draw among the k most likely.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw.")] = 0,
 ) -> None:
     """Continue a prompt with a trained model."""
     from act24.tools.commands.sample import sample_text
