@@ -2,7 +2,7 @@
 
     python tests/soak.py [--kills 200] [--seed 0] [--out docs/results/soak.json]
 
-A run is `act24 train … --resume auto`, again and again, each time killed by SIGKILL after a random time, until
+A run is `act24 train … --resume auto`, again and again, each time killed by SIGKILL after a random time, till
 it comes to its end. Then it has to be the run that nobody killed: every file of the last checkpoint bit for
 bit, each step on the same rows, each TensorBoard scalar once a step with the same value, and nothing left
 over in its folder. After each kill the checkpoint that `auto` would take has to be whole. The status is 1 if

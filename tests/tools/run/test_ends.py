@@ -109,6 +109,18 @@ def test_a_stop_at_a_step_with_an_evaluation_does_not_lose_it(tiny, tmp_path, mo
     assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
 
 
+def test_an_evaluation_at_a_boundary_is_made_up_with_the_passes_that_were_in_force(
+    tiny, tmp_path, monkeypatch
+):
+    """At step 4 the weights are of four dense updates; 2:4 begins with the fifth."""
+    recipe = tiny(*RECIPE, "passes.activation24.from_step=4", "passes.activation24.method=soft_dynamic")
+    train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_before(patch, train_module.TrainingRun, "advance", 4)
+        assert train(recipe, tmp_path / "stopped").stopped == "SIGTERM"
+    assert_goes_on_as(tmp_path / "whole", tmp_path / "stopped", recipe)
+
+
 def fail_at(monkeypatch, row, error):
     """Rows cannot be made from the `row`-th batch on."""
     make, made = TokenRows._make, [0]

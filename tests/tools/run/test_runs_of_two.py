@@ -74,12 +74,12 @@ def test_data_grow_on_two_processes(own, tmp_path):
     run_dir, alone, many = tmp_path / "run", tmp_path / "alone", 70
     run_dir.mkdir()
     alone.mkdir()
-    first = ["train.steps=2", "checkpoint.keep=9"]
+    first = ["train.steps=3", "checkpoint.keep=9"]
     longer = ["train.steps=9", "checkpoint.keep=9"]
     run_ranks(2, trains, own, run_dir, "never", first)
     (tmp_path / "train-9.txt").write_text("~" * many)
     run_ranks(2, refused, own, run_dir, longer)
-    begun = checkpoint_folder.folder_of(run_dir, 2)
+    begun = checkpoint_folder.folder_of(run_dir, 3)
     run_ranks(1, trains, own, alone, str(begun), longer, True)
     run_ranks(2, trains, own, run_dir, "auto", longer, True)
 
@@ -93,7 +93,7 @@ def test_data_grow_on_two_processes(own, tmp_path):
         steps = notes(run_dir / "labels", rank)
         assert len(steps) == 9
         added.append([sum(ids.count(TILDE) for batch in step for ids in batch) for step in steps])
-        rows.append(steps[2:])
+        rows.append(steps[3:])
     assert sum(added[0][:last_of_0]) == sum(added[1][:last_of_0]) == 0
     assert sum(added[0]) + sum(added[1]) >= many
     assert max(sum(a) for a in added) > 0
