@@ -83,8 +83,8 @@ def resume_point(
     opened = checkpoint.load(folder)
     if "sequence" not in opened.manifest:  # nor what a run of now needs to go on: streams of rows, histories
         raise CheckpointError(
-            f"{folder} was written by an older act24, and this one cannot go on from there: use the act24 that "
-            f"wrote it{_of_commit(opened.manifest)}, or train anew in another --run-dir; "
+            f"{folder} was written by an older act24, and this one cannot go on from there: use the act24 "
+            f"that wrote it{_of_commit(opened.manifest)}, or train anew in another --run-dir; "
             "eval, sample and export read it as it is"
         )
     with contents_of(folder / RECIPE):
