@@ -215,6 +215,27 @@ def test_a_stop_before_the_first_step_has_the_status_of_a_stop(tiny, monkeypatch
     assert (status, error) == (75, ["act24: SIGTERM: stopped before the first step, nothing to save"])
 
 
+def test_a_stop_while_libraries_are_loaded_has_it_too(tiny_file, tmp_path):
+    """Which takes seconds: the process would otherwise end with 143, as one that was killed."""
+    code = f"""
+import builtins, os, signal, sys
+load = builtins.__import__
+def loading(name, *arguments):
+    if name == "torch":
+        builtins.__import__ = load
+        os.kill(os.getpid(), signal.SIGTERM)
+    return load(name, *arguments)
+builtins.__import__ = loading
+from act24.tools.commands.cli import main
+sys.argv = ["act24", "train", {str(tiny_file)!r}, "--run-dir", {str(tmp_path / "run")!r}]
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    stopped = "act24: SIGTERM: stopped before the first step, nothing to save\n"
+    assert (result.returncode, result.stderr) == (75, stopped)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_requeue_loop_comes_to_the_end(tiny_file, tmp_path, straight):
     """`until act24 train …; do [ $? = 75 ] || exit; done` against a scheduler that stops it now and then."""
     statuses = []
