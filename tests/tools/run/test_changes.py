@@ -70,14 +70,17 @@ def test_a_finished_run_is_lengthened(tiny, short, tmp_path, capsys, schedule, r
     assert state["schedule_steps"] == entry["schedule_steps"]
 
 
-def test_a_lengthened_run_goes_on_bit_for_bit(tiny, short, tmp_path):
+@pytest.mark.parametrize("schedule", ["hold", "stretch"])
+def test_a_lengthened_run_goes_on_bit_for_bit(tiny, short, tmp_path, schedule):
     """Interrupted in its new part, its schedule is neither forgotten nor recomputed."""
     recipe = tiny(*SHORT, "train.steps=14", "checkpoint.keep=9")
-    train(recipe, tmp_path / "straight", resume=str(short), schedule="stretch")
+    train(recipe, tmp_path / "straight", resume=str(short), schedule=schedule)
     middle = checkpoint_folder.folder_of(tmp_path / "straight", 12)
     train(recipe, tmp_path / "resumed", resume=str(middle))
     then, now = weights(tmp_path / "straight", 14), weights(tmp_path / "resumed", 14)
     assert all(torch.equal(then[name], now[name]) for name in then)
+    rates = dict(logged(tmp_path / "straight", "optim/lr"))
+    assert dict(logged(tmp_path / "resumed", "optim/lr")) == {step: rates[step] for step in (13, 14)}
 
 
 def test_a_run_is_shortened_and_not_below_where_it_is(tiny, short, tmp_path, capsys):
