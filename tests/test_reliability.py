@@ -1,4 +1,4 @@
-"""docs/reliability.md says what was tried: its tests exist, with as many cases, and its counts are those of files."""
+"""docs/reliability.md says what was tried: its tests exist, with as many cases; counts are those of files."""
 
 import json
 import re
