@@ -76,10 +76,10 @@ def attempt(command: list[str], out: str, rows: str) -> None:
     trained_on = os.open(rows, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     step_of = TrainingStep.__call__
 
-    def noted(self: TrainingStep, batches: Any, optimizer: Any, step: int = 0) -> Any:
+    def noted(self: TrainingStep, batches: Any, optimizer: Any, step: int, *options: Any) -> Any:
         digest = hashlib.sha256(b"".join(batch.input_ids.numpy().tobytes() for batch in batches))
         os.write(trained_on, f"{step + 1} {digest.hexdigest()}\n".encode())
-        return step_of(self, batches, optimizer, step)
+        return step_of(self, batches, optimizer, step, *options)
 
     TrainingStep.__call__ = noted  # type: ignore[method-assign]
     sys.argv = command

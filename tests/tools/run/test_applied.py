@@ -99,6 +99,23 @@ def test_masked_decay_is_in_the_gradient_of_the_update(tiny, tmp_path, monkeypat
         torch.testing.assert_close(with_decay[name][0], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_masked_decay_that_is_a_part_of_the_gradient_is_clipped_with_it(tiny, tmp_path, monkeypatch):
+    make, norms = train_module.build_optimizer, []
+
+    def watched(model, *arguments, **options):
+        optimizer = make(model, *arguments, **options)
+        gradients = lambda: [p.grad for p in model.parameters() if p.grad is not None]  # noqa: E731
+        optimizer.register_step_pre_hook(
+            lambda *_: norms.append(float(torch.nn.utils.get_total_norm(gradients())))
+        )
+        return optimizer
+
+    monkeypatch.setattr(train_module, "build_optimizer", watched)
+    passes = 'passes=[{use="weight24", method="sr_ste", decay=0.25, weight_gradient="dense"}]'
+    train(tiny(*SHORT, "train.steps=1", "schedule.warmup_steps=0", "train.grad_clip=1e-3", passes), tmp_path)
+    assert norms == pytest.approx([1e-3], rel=1e-3)
+
+
 def test_2_4_is_in_force_from_its_first_step_on(tiny, tmp_path):
     """from_step = 3: the first three updates are dense, and what is dropped shows from the fourth on."""
     train(tiny(*SHORT, "passes.activation24.from_step=3"), tmp_path)

@@ -188,19 +188,19 @@ class InfiniteGradient(torch.autograd.Function):
 
 def overflowing(monkeypatch, *bad, spoiled=lambda loss: loss * torch.inf):
     """The losses of these steps are infinite, on every try; or are what `spoiled` makes of them."""
-    forward = step_module.TrainingStep._begin_micro_batch
+    update = step_module.TrainingStep.__call__
     model = step_module.SummedLoss.forward
     current = [0]
 
-    def begin(self, batch, step, index):
+    def begin(self, batches, optimizer, step=0, without=()):
         current[0] = step + 1
-        return forward(self, batch, step, index)
+        return update(self, batches, optimizer, step, without)
 
     def loss(self, input_ids, labels):
         total, count = model(self, input_ids, labels)
         return (spoiled(total) if current[0] in bad and self.training else total), count
 
-    monkeypatch.setattr(step_module.TrainingStep, "_begin_micro_batch", begin)
+    monkeypatch.setattr(step_module.TrainingStep, "__call__", begin)
     monkeypatch.setattr(step_module.SummedLoss, "forward", loss)
 
 

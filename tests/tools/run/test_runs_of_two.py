@@ -43,8 +43,8 @@ def noting(path: Path, of_step):
     rank = os.environ.get("RANK", "0")
     original = TrainingStep.__call__
 
-    def noted(self, batches, optimizer, step=0):
-        result = original(self, batches, optimizer, step)
+    def noted(self, batches, *arguments):
+        result = original(self, batches, *arguments)
         with open(f"{path}-{rank}", "a") as file:
             file.write(json.dumps(of_step(self, batches)) + "\n")
         return result
