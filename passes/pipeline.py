@@ -8,13 +8,22 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.graph.check import Probe
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import Reduce, evaluation, set_pads_
 from act24.passes.updates import Rows, Updates, updates_of
 
 
-def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
+def apply_(
+    model: nn.Module,
+    passes: Sequence[Pass],
+    *,
+    seed: int = 0,
+    step: int = 0,
+    check: bool = True,
+    probe: Probe | None = None,
+) -> Pipeline:
     """Rewrite a model in place.
 
     Args:
@@ -22,6 +31,10 @@ def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int
         passes: in order.
         seed: of the initial values of new parameters, each from a generator of (seed, its name).
         step: updates already made; decides which operational passes are in force.
+        check: compare what is traced, and the rewritten model, with the modules on a small input
+            (`act24.passes.graph.check` says what that costs). The report says what could not be run.
+        probe: that input, as the model takes it: a tensor, positional arguments, or keyword arguments; None:
+            a few random tokens or features.
 
     Returns:
         the pipeline: print it for the report, keep it for `lower_` when passes have step ranges.
@@ -32,14 +45,17 @@ def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int
             was.
         OptionError: the model is no module, the seed no integer, the step none or negative.
     """
-    pipeline = Pipeline(model, passes, seed=seed, step=step)
+    pipeline = Pipeline(model, passes, seed=seed, step=step, check=check, probe=probe)
     pipeline.commit_()
     return pipeline
 
 
-def plan(model: nn.Module, passes: Sequence[Pass]) -> Report:
-    """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`."""
-    return Pipeline(model, passes).report
+def plan(
+    model: nn.Module, passes: Sequence[Pass], *, check: bool = True, probe: Probe | None = None
+) -> Report:
+    """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`, where
+    nothing can be checked."""
+    return Pipeline(model, passes, check=check, probe=probe).report
 
 
 class Pipeline(Rewriting):
@@ -54,9 +70,11 @@ class Pipeline(Rewriting):
         seed: int = 0,
         step: int = 0,
         keep_all: bool = False,
+        check: bool = True,
+        probe: Probe | None = None,
     ) -> None:
         """As `Rewriting`."""
-        super().__init__(model, passes, seed=seed, step=step, keep_all=keep_all)
+        super().__init__(model, passes, seed=seed, step=step, keep_all=keep_all, check=check, probe=probe)
         self._updates = Updates(self)
 
     def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:

@@ -37,6 +37,7 @@ class Report:
         flops_before, flops_after: multiply-adds of the regions' linears times two, forward, per token;
             products with a 2:4 operand count half. What no pass can change is left out: attention scores, and
             a head that the model computes itself from tied embeddings.
+        checked: what was checked on numbers, and what was not.
     """
 
     rows: tuple[Row, ...]
@@ -45,6 +46,7 @@ class Report:
     parameters_after: int
     flops_before: int
     flops_after: int
+    checked: str = ""
 
     def __str__(self) -> str:
         if not self.rows:
@@ -75,7 +77,7 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        return "\n".join(table)
+        return "\n".join((*table, *self.checked.splitlines()))
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:

@@ -19,7 +19,8 @@ from act24.errors import PassError
 from act24.initialise import generator_for
 from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
-from act24.passes.graph.hooks import refuse_hooks
+from act24.passes.graph.check import Check, Probe
+from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import (
@@ -74,6 +75,8 @@ class Rewriting:
         seed: int = 0,
         step: int = 0,
         keep_all: bool = False,
+        check: bool = True,
+        probe: Probe | None = None,
     ) -> None:
         """Plan. Arguments as for `apply_`.
 
@@ -94,7 +97,10 @@ class Rewriting:
         self._active = [p for p in self._operational if p.active(step)]
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
-        regions, self._unclean = trace(model)
+        self._check = Check(model, probe) if check else None
+        regions, self._unclean = trace(model, self._check)
+        if self._check:
+            self._check.forget_inputs()
         self._sites = [
             _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
             for region in regions
@@ -106,8 +112,11 @@ class Rewriting:
         for site in self._sites:
             if site.touched:
                 refuse_hooks(site.traced)
+                gone = site.traced.parameters.keys() - site.base.parameters.keys()
+                refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
         counts = figures(model, [site.traced for site in self._sites], base, lowered)
-        self.report = Report(tuple(self._rows), tuple(self._misses), **counts)
+        checked = str(self._check) if self._check else "nothing was checked: check=False"
+        self.report = Report(tuple(self._rows), tuple(self._misses), **counts, checked=checked)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -139,16 +148,55 @@ class Rewriting:
             if site.touched
         ]
         for site, module in built:
-            for fqn in site.traced.fqns:
-                parent, _, leaf = fqn.rpartition(".")
-                setattr(self._model.get_submodule(parent), leaf, module)
             site.module = module
+            _put(self._model, site.traced, module)
+        self._lower()
+        try:
+            self._check_rewritten(built)
+        except PassError:
+            for site, _ in built:
+                site.module = None
+                _put(self._model, site.traced, site.traced.module)
+            raise
+        for site, module in built:
+            recompile_(site.traced.module, module)
             # The stock tensors that a pass replaced must not live on through the plan.
             site.traced.module = site.base.module = module
         matched = {row.pass_name for row in self.report.rows}
         changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
         refuse_to_save_(self._model, changed)
-        self._lower()
+        self._check = None
+
+    def check_facts(self) -> None:
+        """Check that what tracing has read outside of the modules is as it was.
+
+        Raises:
+            PassError: names what is not.
+        """
+        for site in self._sites:
+            if site.module is not None:
+                for fact in site.traced.facts:
+                    fact.check()
+
+    def _check_rewritten(self, built: Sequence[tuple[_Site, RegionModule]]) -> None:
+        """Run the model on what the stock one ran on, if it did.
+
+        Raises:
+            PassError: what passes made is not read, or what they replaced is.
+        """
+        if self._check is None:
+            return
+        made, replaced = dict[str, Tensor](), dict[str, Tensor]()
+        for site, module in built:
+            old = dict(site.traced.module.named_parameters(remove_duplicate=False))
+            new = dict(module.named_parameters(remove_duplicate=False))
+            gone = {name: old[name] for name in old if new.get(name) is not old[name]}
+            replaced |= {site.base.name(name): tensor for name, tensor in gone.items()}
+            for creation in site.base.created:
+                if any(name in gone and self._check.was_read(gone[name]) for name in creation.sources):
+                    names = [name for name in creation.names if name in site.base.parameters]
+                    made |= {site.base.name(name): new[name] for name in names}
+        self._check.rewritten(self._model, made, replaced, same=not made and not self._active)
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         """Bring the operations in line with the passes in force once `step` updates are made.
@@ -312,6 +360,7 @@ class Rewriting:
                 site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
+        self.check_facts()
         changed = active != self._active
         self._active = active
         if changed:
@@ -335,3 +384,10 @@ class Rewriting:
         for p in (*self._structural, *self._active):
             p.finish(region)
         return _Lowered(site, lowering(region.graph, self._classes), matches)
+
+
+def _put(model: nn.Module, region: Region, module: nn.Module) -> None:
+    """Let a module stand wherever a region was traced."""
+    for fqn in region.fqns:
+        parent, _, leaf = fqn.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from act24.errors import PassError
+from act24.passes.graph.frozen import Fact, attribute_names, plain_values
 from act24.passes.graph.measurements import Measurement
 
 #: Parts of a dense weight (`ParameterSpec.factor`).
@@ -101,6 +102,7 @@ class Region:
         created: what to build, in order.
         buffers: by local name, those that passes add.
         classes: class name of every module that stood inside, by local path.
+        facts: plain values outside of the module that its graph has in it.
     """
 
     fqns: tuple[str, ...]
@@ -110,6 +112,7 @@ class Region:
     created: list[NewParameters] = field(default_factory=list)
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    facts: tuple[Fact, ...] = ()
 
     @property
     def fqn(self) -> str:
@@ -196,7 +199,34 @@ class Region:
         self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 
-class RegionModule(fx.GraphModule):
+class Remains(nn.Module):
+    """What stands where a module was opened: its tensors, the modules in it that stayed, and its plain
+    values, which can be read, not written."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("_opened", ()) and not _unchanged(self, name, value):
+            kind = vars(self)["_kind"]
+            raise PassError(
+                f"{name} of a {kind} cannot be set any more: the module was traced, and its graph does not "
+                "read it. Set it before apply_"
+            )
+        super().__setattr__(name, value)
+
+    def _remember(self, module: nn.Module) -> None:
+        """Be what remains of a module."""
+        held = {*dir(RegionModule), *vars(self)}
+        vars(self).update({n: v for n, v in plain_values(module).items() if n not in held})
+        here = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
+        vars(self)["_opened"] = frozenset(attribute_names(module) - here - held)
+        vars(self)["_kind"] = type(module).__name__
+
+
+def _unchanged(module: nn.Module, name: str, value: Any) -> bool:
+    before = vars(module).get(name)
+    return type(before) is type(value) and before is not None and bool(before == value)
+
+
+class RegionModule(Remains, fx.GraphModule):
     """The graph module that stands where a region was traced.
 
     Regions with equal code share one class (`share_class`), so that torch.compile sees one function and
@@ -251,7 +281,19 @@ def materialise(
             stands = region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
+    for path, opened in region.module.named_modules(remove_duplicate=False):
+        if isinstance(remains := _found(module, path), Remains):
+            remains._remember(opened)
     return module
+
+
+def _found(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None."""
+    for part in path.split(".") if path else ():
+        if part not in root._modules:
+            return None
+        root = root._modules[part]  # type: ignore[assignment]
+    return root
 
 
 def _first_values(
@@ -399,7 +441,7 @@ def _namespace(root: nn.Module, name: str) -> nn.Module:
     """The module that holds the tensor or module of a dotted name, made of plain modules where missing."""
     for part in name.split(".")[:-1]:
         if part not in root._modules:
-            root.add_module(part, nn.Module().train(root.training))
+            root.add_module(part, Remains().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
     return root
 

@@ -14,20 +14,29 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from act24.errors import PassError
-from act24.passes.graph.clean_trace import Unclean, clean_trace, is_closed, matrices
+from act24.passes.graph.check import Check
+from act24.passes.graph.clean_trace import clean_trace, is_closed, matrices
+from act24.passes.graph.frozen import facts
+from act24.passes.graph.hooks import refuse_wrapped
+from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import ParameterSpec, Region, RegionModule
+from act24.passes.graph.tracer import Unclean
 
 
-def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
+def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], dict[str, str]]:
     """Find the regions of a model. The model is not touched.
+
+    Args:
+        check: compares each region with its module; None: they are not compared.
 
     Returns:
         the regions in the order in which the model lists its modules; and by "fqn [class]" the modules that
         were tried and could not be traced, with the reason.
 
     Raises:
-        PassError: the model was already rewritten.
+        PassError: the model was already rewritten, or is compiled or wrapped.
     """
+    refuse_wrapped(model)
     places: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RegionModule):
@@ -38,7 +47,7 @@ def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
         places.setdefault(module, []).append(fqn)
     owners = _owners(model)
     unclean: dict[nn.Module, str] = {}
-    found = list(_search(model, unclean))
+    found = list(_search(model, unclean, check))
     # A module that is shared may be a region in one place and a part of a larger one in another, where
     # nothing must take its place.
     taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module])
@@ -49,7 +58,9 @@ def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
     return regions, {f"{places[m][0]} [{type(m).__name__}]": reason for m, reason in unclean.items()}
 
 
-def _search(model: nn.Module, unclean: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, fx.Graph]]:
+def _search(
+    model: nn.Module, unclean: dict[nn.Module, str], check: Check | None
+) -> Iterator[tuple[nn.Module, fx.Graph]]:
     counts = Counter(type(module) for module in model.modules())
     listed = {
         child
@@ -72,7 +83,10 @@ def _search(model: nn.Module, unclean: dict[nn.Module, str]) -> Iterator[tuple[n
             if not matrices(module):
                 return
             try:
-                yield module, clean_trace(module)
+                graph = clean_trace(module).graph
+                if check is not None:
+                    check.region(module, graph)
+                yield module, graph
                 return
             except Unclean as reason:
                 unclean[module] = str(reason)
@@ -99,4 +113,5 @@ def _region(module: nn.Module, graph: fx.Graph, fqns: list[str], owners: dict[in
             tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared
         )
     classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
-    return Region(tuple(fqns), module, graph, parameters, classes=classes)
+    outside = () if is_linear(module) else facts(module)
+    return Region(tuple(fqns), module, graph, parameters, classes=classes, facts=outside)
