@@ -196,7 +196,8 @@ class Rewriting:
                 if any(name in gone and self._check.was_read(gone[name]) for name in creation.sources):
                     names = [name for name in creation.names if name in site.base.parameters]
                     made |= {site.base.name(name): new[name] for name in names}
-        self._check.rewritten(self._model, made, replaced, same=not made and not self._active)
+        same = not self._active and not any(site.claims for site in self._sites)
+        self._check.rewritten(self._model, made, replaced, same)
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         """Bring the operations in line with the passes in force once `step` updates are made.

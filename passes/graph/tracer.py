@@ -63,6 +63,9 @@ class _Proxy(fx.Proxy):
         return self.tracer.refuse("asks what a value contains")
 
 
+_KIND = vars(_Proxy)["__class__"].fget.__code__
+
+
 class _Attribute(Attribute):
     """An attribute of a value, which may be a method, a number or a shape."""
 
@@ -137,6 +140,8 @@ class Tracer(fx.Tracer):
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
+        if frame.f_code is _KIND:
+            return
         # Parsing the arguments of torch's functions asks too, and is no question of the module's.
         self.asks_kind = event == "c_call" and argument is isinstance and _asks(frame)
         if event == "c_call":
