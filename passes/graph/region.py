@@ -19,6 +19,7 @@ from torch.fx.graph import PythonCode
 from act24.errors import PassError
 from act24.passes.graph.frozen import Fact, attribute_names, plain_values
 from act24.passes.graph.measurements import Measurement
+from act24.passes.graph.roles import Role
 
 #: Parts of a dense weight (`ParameterSpec.factor`).
 Factor = Literal["in", "out", "columns"]
@@ -103,6 +104,7 @@ class Region:
         buffers: by local name, those that passes add.
         classes: class name of every module that stood inside, by local path.
         facts: plain values outside of the module that its graph has in it.
+        roles: what its linears are for, by the local name of the weight.
     """
 
     fqns: tuple[str, ...]
@@ -113,6 +115,7 @@ class Region:
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     facts: tuple[Fact, ...] = ()
+    roles: dict[str, Role] = field(default_factory=dict)
 
     @property
     def fqn(self) -> str:
@@ -143,6 +146,7 @@ class Region:
             parameters=dict(self.parameters),
             created=list(self.created),
             buffers=dict(self.buffers),
+            roles=dict(self.roles),
         )
 
     def create(
@@ -165,6 +169,9 @@ class Region:
             if name in self.parameters and name not in replaces:
                 raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
+        role = next((self.roles[name] for name in replaces if name in self.roles), None)
+        if role is not None:
+            self.roles |= dict.fromkeys(specs.keys() - self.roles.keys(), role)
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)

@@ -247,6 +247,8 @@ def _is_internal(frame: FrameType) -> bool:
 
 def _asks(frame: FrameType) -> bool:
     """Whether isinstance() is called for the module: by its own code, or by torch.is_tensor."""
+    if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
+        return False
     return not _is_internal(frame) or frame.f_code is torch.is_tensor.__code__
 
 

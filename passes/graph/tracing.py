@@ -20,6 +20,7 @@ from act24.passes.graph.frozen import facts
 from act24.passes.graph.hooks import refuse_wrapped
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import ParameterSpec, Region, RegionModule
+from act24.passes.graph.roles import roles_of
 from act24.passes.graph.tracer import Unclean
 
 
@@ -45,14 +46,14 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
                 "plans them together"
             )
         places.setdefault(module, []).append(fqn)
-    owners = _owners(model)
+    owners, around = _owners(model), dict(model.named_modules(remove_duplicate=False))
     unclean: dict[nn.Module, str] = {}
     found = list(_search(model, unclean, check))
     # A module that is shared may be a region in one place and a part of a larger one in another, where
     # nothing must take its place.
     taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module])
     regions = [
-        _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners)
+        _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners, around)
         for module, graph in found
     ]
     return regions, {f"{places[m][0]} [{type(m).__name__}]": reason for m, reason in unclean.items()}
@@ -104,7 +105,13 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _region(module: nn.Module, graph: fx.Graph, fqns: list[str], owners: dict[int, list[str]]) -> Region:
+def _region(
+    module: nn.Module,
+    graph: fx.Graph,
+    fqns: list[str],
+    owners: dict[int, list[str]],
+    around: dict[str, nn.Module],
+) -> Region:
     parameters = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
         own = {f"{fqn}.{name}" for fqn in fqns}
@@ -114,4 +121,5 @@ def _region(module: nn.Module, graph: fx.Graph, fqns: list[str], owners: dict[in
         )
     classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
     outside = () if is_linear(module) else facts(module)
-    return Region(tuple(fqns), module, graph, parameters, classes=classes, facts=outside)
+    roles = roles_of(graph, module, fqns[0], around)
+    return Region(tuple(fqns), module, graph, parameters, classes=classes, facts=outside, roles=roles)

@@ -143,7 +143,7 @@ def test_gradients_are_compared_too() -> None:
 
 
 def test_a_cast_to_the_dtype_of_a_weight_is_always_made() -> None:
-    """The line of T5 and eight others; `float32` is what the check runs, and a half model what has to work."""
+    """The line of T5 and eight others; `float32` is what the check runs, half what has to work."""
 
     class Cast(Net):
         def forward(self, x: Tensor) -> Tensor:
