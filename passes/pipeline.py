@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -44,9 +45,17 @@ def apply_(
             collide, a module has forward hooks, or the model was already rewritten. The model is then as it
             was.
         OptionError: the model is no module, the seed no integer, the step none or negative.
+
+    Warns:
+        PartialWarning: a pass that is not optional reaches less than its scope promises; the line of the
+            report that says what it leaves.
     """
     pipeline = Pipeline(model, passes, seed=seed, step=step, check=check, probe=probe)
     pipeline.commit_()
+    optional = {p.name for p in pipeline.passes if p.optional}
+    for one in pipeline.report.partial:
+        if one.pass_name not in optional:
+            warnings.warn(str(one), PartialWarning, stacklevel=2)
     return pipeline
 
 
@@ -56,6 +65,10 @@ def plan(
     """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`, where
     nothing can be checked."""
     return Pipeline(model, passes, check=check, probe=probe).report
+
+
+class PartialWarning(UserWarning):
+    """A pass reaches less than its scope promises."""
 
 
 class Pipeline(Rewriting):

@@ -20,6 +20,7 @@ from act24.initialise import generator_for
 from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
+from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
@@ -91,6 +92,7 @@ class Rewriting:
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
         self._misses: list[tuple[str, str, str]] = []
+        self._absent: list[tuple[str, str, str]] = []
         self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]
         operational = [p for p in self._passes if isinstance(p, OperationalPass)]
         self._operational = sorted(operational, key=lambda p: p.last)
@@ -116,10 +118,30 @@ class Rewriting:
                 refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
         counts = figures(model, [site.traced for site in self._sites], base, lowered)
         checked = str(self._check) if self._check else "nothing was checked: check=False"
-        self.report = Report(tuple(self._rows), tuple(self._misses), **counts, checked=checked)
+        self.report = Report(
+            tuple(self._rows),
+            tuple(self._misses),
+            **counts,
+            checked=checked,
+            coverage=self._coverage([site.traced for site in self._sites]),
+        )
 
     def __str__(self) -> str:
         return str(self.report)
+
+    def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
+        """What passes reach, each once."""
+        matrices = matrices_of(self._model, regions)
+        untraced = {place.rpartition(" [")[0]: f"not traced: {why}" for place, why in self._unclean.items()}
+        found = []
+        for p in self._passes:
+            if p.covers:
+                absent = {fqn: why for name, fqn, why in self._absent if name == p.name}
+                misses = {fqn: why for name, fqn, why in self._misses if name == p.name}
+                places = [row.fqn.removeprefix("the model") for row in self._rows if row.pass_name == p.name]
+                reasons = {**untraced, **absent, **misses}
+                found.append(coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises))
+        return tuple(found)
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -142,14 +164,18 @@ class Rewriting:
         measured = measured or {}
         if not any(p.is_meta for p in self._model.parameters()):
             check_measured(self.measurements, measured)
+        for site in self._sites:
+            if site.touched and site.traced.module is self._model:
+                # The model itself becomes the new module; what it was has to be somewhere.
+                site.traced.module = site.base.module = _twin(self._model)
         built: list[tuple[_Site, RegionModule]] = [
             (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
             for site in self._sites
             if site.touched
         ]
         for site, module in built:
-            site.module = module
             _put(self._model, site.traced, module)
+            site.module = module if site.traced.fqn else self._model  # type: ignore[assignment]
         self._lower()
         try:
             self._check_rewritten(built)
@@ -161,7 +187,7 @@ class Rewriting:
         for site, module in built:
             recompile_(site.traced.module, module)
             # The stock tensors that a pass replaced must not live on through the plan.
-            site.traced.module = site.base.module = module
+            site.traced.module = site.base.module = site.module  # type: ignore[assignment]
         matched = {row.pass_name for row in self.report.rows}
         changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
         refuse_to_save_(self._model, changed)
@@ -350,6 +376,8 @@ class Rewriting:
             if report and not p.observes:
                 self._rows += [row(p, region, match) for match in planned.matches]
                 self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]
+                if not is_linear(region.module):  # of a single linear its surroundings say more
+                    self._absent += [(p.name, region.fqn, planned.absent)]
 
     def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""
@@ -391,4 +419,16 @@ def _put(model: nn.Module, region: Region, module: nn.Module) -> None:
     """Let a module stand wherever a region was traced."""
     for fqn in region.fqns:
         parent, _, leaf = fqn.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+        if fqn:
+            setattr(model.get_submodule(parent), leaf, module)
+        else:
+            vars(model).clear()
+            vars(model).update(vars(module))
+            model.__class__ = type(module)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another object with the same attributes."""
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    return twin

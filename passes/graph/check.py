@@ -88,6 +88,10 @@ class Check:
         lines = []
         if self._probe is None:
             lines.append(f"the model as a whole was not checked: {self.not_run}")
+        elif not self.agreeing:
+            lines.append(
+                f"checked on {self._probe}: only single linears are traced, which are what they were"
+            )
         if self.agreeing:
             on = "the probe" if self._probe is None else str(self._probe)
             lines.append(f"checked on {on}: {self.agreeing} regions compute what their modules do")

@@ -117,6 +117,15 @@ def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
     return scope in ("all", site.kind)
 
 
+#: Why a pass leaves a linear that does not train.
+FROZEN = "frozen: name it in targets to change it all the same"
+
+
+def frozen(region: Region, site: LinearSite, targets: tuple[str, ...]) -> bool:
+    """Whether a linear's weight does not train, and nobody has asked for it by name."""
+    return not region.parameters[site.weight].requires_grad and "*" in targets
+
+
 @dataclass(frozen=True, kw_only=True)
 class FactorisingPass(StructuralPass):
     """Options of the passes that factorise linears.
@@ -137,6 +146,10 @@ class FactorisingPass(StructuralPass):
             if getattr(self, key) is None and self.scope in ("all", kind):
                 raise PassError(f"{self.name}: {key} is missing, which scope '{self.scope}' needs")
 
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("attn", "mlp") if self.scope == "all" else (self.scope,)
+
     def plan(self, region: Region) -> Plan:
         sites = [site for site in linear_sites(region) if self._takes(region, site)]
         misses = []
@@ -148,7 +161,10 @@ class FactorisingPass(StructuralPass):
                         "part the two"
                     )
                 misses.append((site.path, f"tied to {shared[0]}"))
-        free = [site for site in sites if not region.parameters[site.weight].shared]
+            elif frozen(region, site, self.targets):
+                misses.append((site.path, FROZEN))
+        left = {path for path, _ in misses}
+        free = [site for site in sites if site.path not in left]
         matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
         return Plan(matches, tuple(misses), absent=f"no linear in scope '{self.scope}'")
 

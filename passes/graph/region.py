@@ -124,11 +124,11 @@ class Region:
 
     def name(self, path: str) -> str:
         """The fully qualified name of a local path."""
-        return f"{self.fqn}.{path}" if path else self.fqn
+        return joined(self.fqn, path)
 
     def names(self, path: str) -> Iterator[str]:
         """All fully qualified names of a local path."""
-        return (f"{fqn}.{path}" if path else fqn for fqn in self.fqns)
+        return (joined(fqn, path) for fqn in self.fqns)
 
     def class_name(self, path: str) -> str:
         """The class that stood at a local path before tracing, or the empty string."""
@@ -373,7 +373,7 @@ def buffers_of(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]
         modules: by full name: a pipeline's regions, or `dict(model.named_modules())`.
     """
     return {
-        ".".join(part for part in (fqn, of) if part): module.get_buffer(name)
+        joined(fqn, of): module.get_buffer(name)
         for fqn, module in modules.items()
         if isinstance(module, RegionModule)
         for name, (its_kind, of) in module.buffer_kinds.items()
@@ -451,6 +451,11 @@ def _namespace(root: nn.Module, name: str) -> nn.Module:
             root.add_module(part, Remains().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
     return root
+
+
+def joined(fqn: str, path: str) -> str:
+    """The full name of what has a local one; the model itself has the empty name."""
+    return ".".join(part for part in (fqn, path) if part)
 
 
 def _leaf(name: str) -> str:
