@@ -133,6 +133,11 @@ class Rewriting:
         """What passes reach, each once."""
         matrices = matrices_of(self._model, regions)
         untraced = {place.rpartition(" [")[0]: f"not traced: {why}" for place, why in self._unclean.items()}
+        gone = {
+            site.traced.name(name)
+            for site in self._sites
+            for name in site.traced.parameters.keys() - site.base.parameters.keys()
+        }
         found = []
         for p in self._passes:
             if p.covers:
@@ -140,7 +145,7 @@ class Rewriting:
                 misses = {fqn: why for name, fqn, why in self._misses if name == p.name}
                 places = [row.fqn.removeprefix("the model") for row in self._rows if row.pass_name == p.name]
                 reasons = {**untraced, **absent, **misses}
-                found.append(coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises))
+                found.append(coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone))
         return tuple(found)
 
     @property

@@ -24,10 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from act24.errors import PassError
-from act24.passes.graph.clean_trace import random_state, set_random_state
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.shadow import Shadow, plain_call
-from act24.passes.graph.tracer import Unclean
+from act24.passes.graph.tracer import Unclean, random_state, set_random_state
 
 #: What a model is called with: a tensor, positional arguments, or keyword arguments.
 Probe = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -85,6 +84,8 @@ class Check:
         self.not_run = f"no input was found that it takes{tried}: give one, apply_(model, passes, probe=…)"
 
     def __str__(self) -> str:
+        if self.not_run and not self.agreeing and {*self.unchecked.values()} <= {self.not_run}:
+            return f"nothing was checked: {self.not_run}"
         lines = []
         if self._probe is None:
             lines.append(f"the model as a whole was not checked: {self.not_run}")

@@ -11,13 +11,11 @@ is not clean. Only a double of the module is run (`act24.passes.graph.shadow`).
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
@@ -65,7 +63,7 @@ def clean_trace(module: nn.Module) -> Trace:
     shadow = Shadow(module)
     if shadow.uncopied:
         raise Unclean(f"holds {shadow.uncopied}, which cannot be copied, and tracing might write to it")
-    before, outside, drawn = contents(shadow.root), global_contents(module), random_state()
+    before, outside = contents(shadow.root), global_contents(module)
     tracer = Tracer(shadow, _is_leaf)
     try:
         graph = tracer.record()
@@ -75,9 +73,7 @@ def clean_trace(module: nn.Module) -> Trace:
     except Exception as error:  # whatever a forward may raise when it is given a proxy
         raise Unclean(f"{tracer.refused or f'{type(error).__name__}: {error}'}") from error
     finally:
-        if random_state() != drawn:
-            set_random_state(drawn)
-            tracer.refused = tracer.refused or "draws a random number that tracing would freeze"
+        tracer.undo_draws()
     if written := _changed(before, contents(shadow.root)) or _changed(outside, global_contents(module)):
         raise Unclean(f"forward writes {written}")
     if tracer.refused:
@@ -98,17 +94,6 @@ def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:
     keys = [key for key in after if key not in before or before[key] != after[key]]
     keys += [key for key in before if key not in after]
     return ", ".join(sorted({f"{type(module).__name__}.{name}" for module, name in keys}))
-
-
-def random_state() -> tuple[Any, ...]:
-    """Where the process's generators stand that a forward draws from."""
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Let the generators stand there again."""
-    random.setstate(state[0])
-    torch.set_rng_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
 
 
 def _check_besides(module: nn.Module) -> None:

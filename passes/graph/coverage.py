@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -95,6 +95,7 @@ def coverage(
     reached: Iterable[str],
     reasons: Mapping[str, str],
     promised: bool = True,
+    gone: Collection[str] = (),
 ) -> Coverage:
     """What a pass reaches.
 
@@ -104,19 +105,23 @@ def coverage(
         reached: the full names of the places that it rewrites.
         reasons: by full name of a place or module, why it is left.
         promised: as in `Coverage`.
+        gone: the names of matrices that passes take away; those that this one does not reach are no concern
+            of its.
     """
     roles = tuple(scope)
     hit = tuple(reached)
-    total, done, left = 0, 0, dict[tuple[str, str], int]()
+    done, left = 0, dict[tuple[str, str], int]()
     for matrix in matrices:
         if matrix.role not in roles or not selects(matrix.path, matrix.class_name):
             continue
-        total += matrix.numel
         if any(_within(matrix, place) for place in hit):
             done += matrix.numel
             continue
+        if matrix.name in gone:
+            continue
         key = (_pattern(matrix.name), _reason(matrix, reasons))
         left[key] = left.get(key, 0) + matrix.numel
+    total = done + sum(left.values())
     groups: dict[str, dict[str, int]] = {}
     for (pattern, reason), numel in sorted(left.items(), key=lambda item: -item[1]):
         groups.setdefault(reason, {})[pattern] = numel

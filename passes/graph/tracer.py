@@ -10,6 +10,7 @@ changes nothing, which the check on numbers confirms.
 from __future__ import annotations
 
 import operator
+import random
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -93,6 +94,7 @@ class Tracer(fx.Tracer):
         self._closed = closed
         self._proxies: dict[int, fx.Proxy] = {}
         self._questions: list[fx.Node] = []
+        self._before_draw: tuple[Any, ...] | None = None
 
     def record(self, values: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of the double's forward.
@@ -138,6 +140,13 @@ class Tracer(fx.Tracer):
         self.refused = self.refused or reason
         raise Unclean(reason)
 
+    def undo_draws(self) -> None:
+        """Put generators back that the module drew from, and refuse if it did."""
+        before, self._before_draw = self._before_draw, None
+        if before is not None and random_state() != before:
+            set_random_state(before)
+            self.refused = self.refused or "draws a random number, which tracing would freeze"
+
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
         if frame.f_code is _KIND:
@@ -145,6 +154,8 @@ class Tracer(fx.Tracer):
         # Parsing the arguments of torch's functions asks too, and is no question of the module's.
         self.asks_kind = event == "c_call" and argument is isinstance and _asks(frame)
         if event == "c_call":
+            if self._before_draw is None and argument.__name__ in _DRAWS:
+                self._before_draw = random_state()
             name, caller = _asked(argument), frame
         elif event == "call":
             name, caller = _ASKED_CODE.get(frame.f_code), frame.f_back
@@ -235,6 +246,17 @@ class Tracer(fx.Tracer):
         return None
 
 
+def random_state() -> tuple[Any, ...]:
+    """Where the process's generators stand that a forward draws from."""
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Let the generators stand there again."""
+    random.setstate(state[0])
+    torch.set_rng_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
+
+
 class RegionTracer(fx.Tracer):
     """Whom fx asks to make a graph again, as when it is unpickled: buffers are nodes there too."""
 
@@ -266,6 +288,19 @@ def _modes() -> tuple[Any, ...]:
 #: Functions of torch's C++ side, and Python functions by their code.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
 _ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
+#: Functions that draw where they are given no value to draw for, of torch and of Python.
+_DRAWS = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "bernoulli",
+    "multinomial",
+    "random",
+    "getrandbits",
+}
+_DRAWS |= {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
 _ASKED_CODE = {
     function.__code__: f"torch.compiler.{function.__name__}()"
     for function in (
