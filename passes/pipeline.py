@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -89,6 +90,11 @@ class Pipeline(Rewriting):
         """As `Rewriting`."""
         super().__init__(model, passes, seed=seed, step=step, keep_all=keep_all, check=check, probe=probe)
         self._updates = Updates(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = super().__deepcopy__(memo)
+        twin._updates = self._updates.of_copy(twin)
+        return twin
 
     def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
         """As `Rewriting.commit_`; from then on it is watched that updates are begun."""

@@ -29,10 +29,17 @@ from torch.utils.checkpoint import checkpoint
 
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.normal_form import parameter_name, replace_node
-from act24.passes.graph.region import Region
+from act24.passes.graph.region import Factor, Region
+from act24.sparse24.feed_forward.operation import activation24
 
 #: The parts of a weight that read a bottleneck: the second factor, and columns, whose input is narrow too.
 _READERS = ("out", "columns")
+#: Functions and methods that draw, without the underscore of those that write in place.
+_RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+_RANDOM |= {"feature_dropout", "rrelu", "rand", "randn", "randint", "randperm", "rand_like", "randn_like"}
+_RANDOM |= {"randint_like", "bernoulli", "multinomial", "normal", "poisson", "gumbel_softmax"}
+_RANDOM |= {"uniform", "exponential", "geometric", "cauchy", "log_normal", "random"}
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p")
 #: What keeps nothing but its inputs for backward.
 _PLAIN = (F.linear, operator.add, torch.add)
 
@@ -48,6 +55,8 @@ class Recompute(OperationalPass):
     def plan(self, region: Region) -> Plan:
         if not self.selects(region, ""):
             return Plan(absent="not targeted")
+        region = region.copy()
+        _open_products(region)
         kept = _bottlenecks(region)
         if not kept:
             return Plan(absent="no bottleneck of low_rank, cola or lost")
@@ -55,6 +64,8 @@ class Recompute(OperationalPass):
             if node.op == "call_module" and not _is_norm(module := region.module.get_submodule(node.target)):
                 kind = type(module).__name__
                 return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ"),))
+        if not _repeats(region):
+            return Plan(misses=(("", "nothing lies between its bottlenecks that could be computed again"),))
         match = Match(
             path="",
             before="all activations kept",
@@ -66,6 +77,7 @@ class Recompute(OperationalPass):
         return Plan((match,))
 
     def _rewrite(self, region: Region, match: Match) -> None:
+        _open_products(region)
         _open_norms(region)
         region.graph = _segmented(region.graph, _levels(region))
 
@@ -76,9 +88,34 @@ def _bottlenecks(region: Region) -> set[fx.Node]:
         node.args[0]
         for node in region.graph.nodes
         if node.op == "call_function" and len(node.args) > 1 and isinstance(node.args[0], fx.Node)
-        if (name := parameter_name(node.args[1])) in region.parameters
-        and region.parameters[name].factor in _READERS
+        if _factor(region, node.args[1]) in _READERS
+        or (node.target is activation24 and node.args[1] is None and _factor(region, node.args[3]) == "out")
     }
+
+
+def _factor(region: Region, weight: object) -> Factor | None:
+    name = parameter_name(weight)
+    return region.parameters[name].factor if name in region.parameters else None
+
+
+def _open_products(region: Region) -> None:
+    """Where a 2:4 activation has taken both factors around a bottleneck, take the first out again: what lies
+    between them is what is kept. Exact weight gradients are the same outside of the operation."""
+    for node in region.graph.nodes:
+        if node.target is not activation24 or _factor(region, node.args[1]) != "in":
+            continue
+        options = node.args[-1]
+        if _factor(region, node.args[3]) == "out" and options.backward == "dense":
+            with region.graph.inserting_before(node):
+                hidden = region.graph.call_function(F.linear, node.args[:3])
+            node.args = (hidden, None, None, *node.args[3:])
+
+
+def _repeats(region: Region) -> bool:
+    """Whether anything is computed again."""
+    opened = region.copy()
+    _open_norms(opened)
+    return any(node.target not in _PLAIN for node in _levels(opened))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -174,11 +211,21 @@ def _extracted(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.N
 def _recomputed(segment: fx.Graph, level: int) -> Callable[..., Any]:
     """The function of a graph, as one that keeps only its arguments for backward."""
     code = segment.python_code("self")
-    return _function(code.src, tuple(code.globals.items()), f"recomputed_{level}")
+    draws = any(map(_draws, segment.nodes))
+    return _function(code.src, tuple(code.globals.items()), f"recomputed_{level}", draws)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws from the generators of the process, whose state then has to be kept."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "scaled_dot_product_attention":
+        given = dict(zip(_ATTENTION, node.args, strict=False)) | node.kwargs
+        return given.get("dropout_p", 0.0) != 0.0
+    return node.op in ("call_function", "call_method") and name.rstrip("_") in _RANDOM
 
 
 @cache
-def _function(source: str, names: tuple[tuple[str, Any], ...], name: str) -> Callable[..., Any]:
+def _function(source: str, names: tuple[tuple[str, Any], ...], name: str, draws: bool) -> Callable[..., Any]:
     """One object for equal code, so that layers share one class and are compiled once."""
     namespace = dict(names)
     exec(compile(source, f"<{name}>", "exec"), namespace)
@@ -188,8 +235,8 @@ def _function(source: str, names: tuple[tuple[str, Any], ...], name: str) -> Cal
         return forward(None, *values)
 
     def recomputed(*values: Any) -> Any:
-        # Nothing in a block draws from a global generator: dropout is a module, and refused.
-        return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=False)
+        # Where something draws, its generator is set back, for which the host waits for a GPU.
+        return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=draws)
 
     recomputed.__name__ = recomputed.__qualname__ = name
     return recomputed

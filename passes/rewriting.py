@@ -8,10 +8,11 @@ their step ranges say so (`Rewriting.lower_`), over the same parameters and buff
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -128,6 +129,16 @@ class Rewriting:
 
     def __str__(self) -> str:
         return str(self.report)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same passes over a copy of the model: of the one that is copied along, if one is."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(vars(self))
+        twin._model = copy.deepcopy(self._model, memo)
+        twin._check, twin._lowered = None, {}  # made again when they are needed
+        twin._sites = [_twin_site(site, memo) for site in self._sites]
+        return twin
 
     def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
         """What passes reach, each once."""
@@ -430,6 +441,13 @@ def _put(model: nn.Module, region: Region, module: nn.Module) -> None:
             vars(model).clear()
             vars(model).update(vars(module))
             model.__class__ = type(module)
+
+
+def _twin_site(site: _Site, memo: dict[int, Any]) -> _Site:
+    """A site of a copy of the model."""
+    traced, base = site.traced.copy(), site.base.copy()
+    traced.module, base.module = copy.deepcopy((traced.module, base.module), memo)
+    return replace(site, traced=traced, base=base, module=copy.deepcopy(site.module, memo))
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -75,6 +75,18 @@ class Updates:
         trunk.register_forward_hook(_After(self), always_call=True)
         self._watch_optimizers()
 
+    def of_copy(self, pipeline: Rewriting) -> Updates:
+        """Who watches a copy of the pipeline, where its updates stand as they do here."""
+        twin = Updates(pipeline)
+        twin._begun = self._begun
+        if pipeline.modules:
+            for module in pipeline.model.modules():
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    for key in [key for key, hook in hooks.items() if isinstance(hook, _Orphan | _Nothing)]:
+                        del hooks[key]
+            twin.watch_()
+        return twin
+
     def _watch_optimizers(self) -> None:
         """Of whichever kind, wrapped or made anew: there is nothing to attach, and nothing to forget."""
         this = weakref.ref(self)
