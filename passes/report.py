@@ -135,7 +135,7 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
     where += f" without {list(p.ignore)}" if p.ignore else ""
     everywhere = replace(p, targets=("*",), ignore=())
     left_out = [region.name(match.path) for region in regions for match in everywhere.plan(region).matches]
-    if left_out:
+    if left_out and not any(planned.misses for planned in plans):
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         return f"{p.name} matches nothing{where}, which leaves out {left_out[0]}{others}"
     absent: list[tuple[str, str]] = []

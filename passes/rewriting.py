@@ -25,6 +25,7 @@ from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import (
     Lowering,
     Region,
@@ -36,7 +37,7 @@ from act24.passes.graph.region import (
 )
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
-from act24.passes.not_saved import refuse_to_save_
+from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
 from act24.passes.report import Report, Row, figures, no_match, row
 
 
@@ -183,14 +184,14 @@ class Rewriting:
         for site in self._sites:
             if site.touched and site.traced.module is self._model:
                 # The model itself becomes the new module; what it was has to be somewhere.
-                site.traced.module = site.base.module = _twin(self._model)
+                site.traced.module = site.base.module = twin(self._model)
         built: list[tuple[_Site, RegionModule]] = [
             (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
             for site in self._sites
             if site.touched
         ]
         for site, module in built:
-            _put(self._model, site.traced, module)
+            put(self._model, site.traced, module)
             site.module = module if site.traced.fqn else self._model  # type: ignore[assignment]
         self._lower()
         try:
@@ -198,7 +199,7 @@ class Rewriting:
         except PassError:
             for site, _ in built:
                 site.module = None
-                _put(self._model, site.traced, site.traced.module)
+                put(self._model, site.traced, site.traced.module)
             raise
         for site, module in built:
             recompile_(site.traced.module, module)
@@ -207,6 +208,7 @@ class Rewriting:
         matched = {row.pass_name for row in self.report.rows}
         changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
         refuse_to_save_(self._model, changed)
+        refuse_to_resize_(self._model)
         self._check = None
 
     def check_facts(self) -> None:
@@ -431,27 +433,8 @@ class Rewriting:
         return _Lowered(site, lowering(region.graph, self._classes), matches)
 
 
-def _put(model: nn.Module, region: Region, module: nn.Module) -> None:
-    """Let a module stand wherever a region was traced."""
-    for fqn in region.fqns:
-        parent, _, leaf = fqn.rpartition(".")
-        if fqn:
-            setattr(model.get_submodule(parent), leaf, module)
-        else:
-            vars(model).clear()
-            vars(model).update(vars(module))
-            model.__class__ = type(module)
-
-
 def _twin_site(site: _Site, memo: dict[int, Any]) -> _Site:
     """A site of a copy of the model."""
     traced, base = site.traced.copy(), site.base.copy()
     traced.module, base.module = copy.deepcopy((traced.module, base.module), memo)
     return replace(site, traced=traced, base=base, module=copy.deepcopy(site.module, memo))
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """Another object with the same attributes."""
-    twin = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    return twin

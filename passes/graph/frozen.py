@@ -95,3 +95,38 @@ def plain_values(module: nn.Module) -> dict[str, Any]:
 def attribute_names(module: nn.Module) -> set[str]:
     """The names of everything that a module holds."""
     return (vars(module).keys() - _INTERNAL) | module._modules.keys() | module._parameters.keys()
+
+
+class Remains(nn.Module):
+    """What stands where a module was opened: its tensors, the modules in it that stayed, and its plain
+    values, which can be read, not written."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("_opened", ()) and not _unchanged(self, name, value):
+            kind = vars(self)["_kind"]
+            raise PassError(
+                f"{name} of a {kind} cannot be set any more: the module was traced, and its graph does not "
+                "read it. Set it before apply_"
+            )
+        super().__setattr__(name, value)
+
+    def _remember(self, module: nn.Module) -> None:
+        """Be what remains of a module."""
+        held = {*dir(type(self)), *vars(self)}
+        vars(self).update({n: v for n, v in plain_values(module).items() if n not in held})
+        here = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
+        vars(self)["_opened"] = frozenset(attribute_names(module) - here - held)
+        vars(self)["_kind"] = type(module).__name__
+
+
+def _unchanged(module: nn.Module, name: str, value: Any) -> bool:
+    before = vars(module).get(name)
+    return type(before) is type(value) and before is not None and bool(before == value)
+
+
+def remember(remains: nn.Module, module: nn.Module) -> None:
+    """Let what stands in a module's place, and all in it that stands for what was opened, remember it."""
+    stands = dict(remains.named_modules(remove_duplicate=False))
+    for path, opened in module.named_modules(remove_duplicate=False):
+        if isinstance(stands.get(path), Remains):
+            stands[path]._remember(opened)  # type: ignore[operator]

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import Fact, attribute_names, plain_values
+from act24.passes.graph.frozen import Fact, Remains, remember
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.roles import Role
 
@@ -206,33 +206,6 @@ class Region:
         self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 
-class Remains(nn.Module):
-    """What stands where a module was opened: its tensors, the modules in it that stayed, and its plain
-    values, which can be read, not written."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self).get("_opened", ()) and not _unchanged(self, name, value):
-            kind = vars(self)["_kind"]
-            raise PassError(
-                f"{name} of a {kind} cannot be set any more: the module was traced, and its graph does not "
-                "read it. Set it before apply_"
-            )
-        super().__setattr__(name, value)
-
-    def _remember(self, module: nn.Module) -> None:
-        """Be what remains of a module."""
-        held = {*dir(RegionModule), *vars(self)}
-        vars(self).update({n: v for n, v in plain_values(module).items() if n not in held})
-        here = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
-        vars(self)["_opened"] = frozenset(attribute_names(module) - here - held)
-        vars(self)["_kind"] = type(module).__name__
-
-
-def _unchanged(module: nn.Module, name: str, value: Any) -> bool:
-    before = vars(module).get(name)
-    return type(before) is type(value) and before is not None and bool(before == value)
-
-
 class RegionModule(Remains, fx.GraphModule):
     """The graph module that stands where a region was traced.
 
@@ -288,19 +261,8 @@ def materialise(
             stands = region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
-    for path, opened in region.module.named_modules(remove_duplicate=False):
-        if isinstance(remains := _found(module, path), Remains):
-            remains._remember(opened)
+    remember(module, region.module)
     return module
-
-
-def _found(root: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, or None."""
-    for part in path.split(".") if path else ():
-        if part not in root._modules:
-            return None
-        root = root._modules[part]  # type: ignore[assignment]
-    return root
 
 
 def _first_values(

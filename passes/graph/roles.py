@@ -155,14 +155,16 @@ def _is_sum(node: fx.Node) -> bool:
 def _is_scores(node: fx.Node) -> bool:
     if is_call(node, F.scaled_dot_product_attention):
         return True
-    return node.target in _SOFTMAX and any(n.target in _PRODUCTS for n in _beyond(node))
+    if node.target in _SOFTMAX:
+        return any(n.target in _PRODUCTS for n in _beyond(node, up=False))
+    return node.target in _PRODUCTS and any(n.target in _SOFTMAX for n in _beyond(node, up=True))
 
 
-def _beyond(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a node, and what reads that, a few steps on."""
+def _beyond(node: fx.Node, up: bool) -> Iterator[fx.Node]:
+    """What a node reads, or what reads it, and so on, a few steps on."""
     frontier = [node]
     for _ in range(4):
-        frontier = [user for n in frontier for user in n.users]
+        frontier = [other for n in frontier for other in (n.all_input_nodes if up else n.users)]
         yield from frontier
 
 
