@@ -115,8 +115,9 @@ class Pipeline(Rewriting):
         reduce: Reduce | None = None,
         *,
         forward: Callable[..., object] | None = None,
-        rank: int = 0,
+        rank: int | None = None,
         without: Sequence[str] = (),
+        loop_decays: bool = False,
     ) -> str | None:
         """All that a training loop owes, once an update and before its first forward: lower the model for the
         step, renew masks and scales that are due, and set seeds.
@@ -133,16 +134,25 @@ class Pipeline(Rewriting):
                 micro-batches; the others do not look at it.
             reduce: sums a tensor over the processes and returns it; None: there is one.
             forward: runs the rows; None: the model. For models that only a wrapper can run.
-            rank: of this process, which draws apart from the others.
+            rank: of this process, which draws apart from the others; None: there is one.
             without: names of passes to leave out.
+            loop_decays: the loop calls `decay_gradients_` itself. For gradients that are scaled, captured in
+                a CUDA graph, or summed over processes and not averaged: there, what autograd's hooks add to
+                the first gradient of an update would be another amount.
 
         Returns:
             at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
 
         Raises:
-            Act24Error: a scale is due, and there is no batch.
+            Act24Error: a scale is due, and there is no batch; or `torch.distributed` has several processes
+                and `reduce` or `rank` is missing, of which a pass makes use.
         """
-        return self._updates.begin_(step, batch, reduce, forward, rank, without)
+        return self._updates.begin_(step, batch, reduce, forward, rank, without, loop_decays)
+
+    def decay_gradients_(self) -> None:
+        """Add the masked decay that is a part of the gradient (`sr_ste`), once an update, before gradients
+        are clipped. Only loops that said `loop_decays` call it."""
+        self._updates.decay_(None, "before_clipping")
 
     @contextmanager
     def evaluation(

@@ -10,7 +10,7 @@ line that `calibrate_` returns at a scale's first measurement.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
-from act24.sparse24.weight.methods import weight_scale
+from act24.sparse24.weight.methods import DecayPlace, weight_scale
 from act24.sparse24.weight.packed import packed_operands
 
 #: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
@@ -191,23 +191,19 @@ def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
             weight.fill_buffer_(weight24.TRANSPOSED, transposed)
 
 
-@torch.no_grad()
-def decay_dropped_weights_(pipeline: Rewriting, parameters: Container[int]) -> None:
-    """Masked decay of the gradients of an update, as its optimizer finds them: λ (1 - mask) ∘ W is a part of
-    the gradient that enters the optimizer, and of no norm that they were clipped by.
-
-    Args:
-        parameters: by `id`, those that are about to be updated.
-    """
+def decaying_weights(pipeline: Rewriting, place: DecayPlace) -> Iterator[tuple[SparseWeight, float]]:
+    """The weights of which masked decay enters the gradient at a place, before or after clipping, and its λ;
+    of the passes in force."""
     for p in pipeline.active:
-        if isinstance(p, Weight24) and p.masked_decay:
-            for weight in sparse_weights(pipeline, p):
-                parameter = weight.parameter
-                if parameter.grad is not None and id(parameter) in parameters:
-                    _decay_gradient_(parameter, parameter.grad, weight.buffer(weight24.MASK), p.masked_decay)
+        if isinstance(p, Weight24) and p.masked_decay and p.record.decay_place == place:
+            yield from ((weight, p.masked_decay) for weight in sparse_weights(pipeline, p))
 
 
-def _decay_gradient_(parameter: Tensor, grad: Tensor, mask: Tensor, decay: float) -> None:
+@torch.no_grad()
+def decay_gradient_(parameter: Tensor, mask: Tensor, decay: float) -> None:
+    """Add masked decay, λ (1 - mask) ∘ W, to the gradient that a weight has."""
+    grad = parameter.grad
+    assert grad is not None
     if isinstance(parameter, DTensor):
         assert isinstance(grad, DTensor)
         # Every process has the whole mask, and takes its part of it; nothing is sent.
@@ -301,11 +297,27 @@ def set_seeds_(pipeline: Rewriting, step: int, rank: int) -> None:
         torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def next_seeds_(pipeline: Rewriting) -> None:
-    """Seeds of the next micro-batch. On the device alone, so that a captured forward has it too."""
-    buffers = [b for kind in _DRAWN_FROM for b in buffers_of(pipeline.regions, kind).values()]
+def own_seeds(pipeline: Rewriting, own: list[Tensor]) -> list[Tensor]:
+    """A copy of the seeds in memory that only this process writes to; `own` again, if it is one. Data
+    parallelism sends the buffers of one process to all, unless it is told not to."""
+    buffers = _seed_buffers(pipeline)
+    if [seed.device for seed in own] != [buffer.device for buffer in buffers]:
+        return [buffer.clone() for buffer in buffers]
     if buffers:
-        torch._foreach_add_(buffers, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(own, buffers)  # pyright: ignore[reportPrivateImportUsage]
+    return own
+
+
+def next_seeds_(pipeline: Rewriting, own: list[Tensor]) -> None:
+    """Seeds of the next micro-batch, from those of this process (`own_seeds`). On the device alone, so that a
+    captured forward has it too."""
+    if own:
+        torch._foreach_add_(own, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(_seed_buffers(pipeline), own)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _seed_buffers(pipeline: Rewriting) -> list[Tensor]:
+    return [buffer for kind in _DRAWN_FROM for buffer in buffers_of(pipeline.regions, kind).values()]
 
 
 def set_pads_(pipeline: Rewriting, pads: Tensor | None) -> None:

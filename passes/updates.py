@@ -3,14 +3,19 @@ watches that it is made.
 
 The loop says when an update begins. Everything else comes by itself: micro-batches are told apart by a hook
 on the module that calls the regions, outside of them, so that a region that is recomputed in backward draws
-what it drew; masked decay enters, and an update ends, when an optimizer makes its step with parameters of the
-model; and a forward in evaluation mode is one of the function that is served (`Pipeline.evaluation`).
+what it drew; an update ends when an optimizer makes its step with parameters of the model; and a forward in
+evaluation mode is one of the function that is served (`Pipeline.evaluation`).
+
+Masked decay enters where the method's publication has it (`act24.sparse24.weight.methods.DecayPlace`). What
+is a part of the gradient, as in SR-STE, is added when autograd gives a weight its first gradient of an
+update, so that it is clipped, averaged over processes and logged as the gradient is; what comes after
+clipping, and what no hook of autograd saw, at the optimizer's step.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,7 +31,6 @@ from torch.optim.optimizer import (
 from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
-from act24.passes.graph.region import RegionModule
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import (
     Reduce,
@@ -34,8 +38,10 @@ from act24.passes.state import (
     as_evaluated,
     calibrate_,
     calibration_text,
-    decay_dropped_weights_,
+    decay_gradient_,
+    decaying_weights,
     next_seeds_,
+    own_seeds,
     pack_weights_,
     renew_masks_,
     set_pads_,
@@ -44,7 +50,9 @@ from act24.passes.state import (
     stored_mask,
     whole,
 )
+from act24.passes.update_hooks import COPIED, watch_forwards_, watcher_of
 from act24.passes.weight24 import MASK, Weight24
+from act24.sparse24.weight.methods import DecayPlace
 
 #: What a loop hands in to measure on: the arguments of a forward.
 Rows = Tensor | Sequence[Tensor] | Mapping[str, Any]
@@ -60,19 +68,21 @@ class Updates:
         self.pipeline = pipeline
         self._begun = False
         self._held = False
-        self._served: dict[str, tuple[Tensor, int, Tensor]] = {}  # parameter, its version, its mask
+        self._served: list[tuple[SparseWeight, Tensor]] = []  # masks of weights, as a forward in evaluation
+        self._served_state: list[Any] = []  # mode read them last, and what tells those weights from others
         self._entered: ExitStack | None = None  # by a forward in evaluation mode
         self._masked = False  # the padding is that of an attention mask
+        self._decaying: dict[int, tuple[SparseWeight, float]] = {}  # in whose gradient decay is, by id
+        self._seeds: list[Tensor] = []
+        self._decayed: set[int] = set()  # parameters, by id, whose gradient of this update has its decay
+        self._hooked: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def watch_(self) -> None:
         """Hook the model and the optimizers, if any pass ever needs it; once."""
         passes = [p for p in self.pipeline.passes if isinstance(p, OperationalPass)]
         if not any(p.renews for p in passes):
             return
-        _Before.hide()
-        trunk = _trunk(self.pipeline.model, list(self.pipeline.regions))
-        trunk.register_forward_pre_hook(_Before(self), with_kwargs=True)
-        trunk.register_forward_hook(_After(self), always_call=True)
+        watch_forwards_(self.pipeline.model, list(self.pipeline.regions), self)
         self._watch_optimizers()
 
     def of_copy(self, pipeline: Rewriting) -> Updates:
@@ -93,7 +103,7 @@ class Updates:
 
         def before(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None and updates._updated_by(optimizer):
-                decay_dropped_weights_(updates.pipeline, _parameters(optimizer))
+                updates.decay_(_parameters(optimizer), "before_clipping", "after_clipping")
 
         def after(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None and updates._updated_by(optimizer):
@@ -107,16 +117,56 @@ class Updates:
         theirs = _parameters(optimizer)
         return any(id(p) in theirs for p in self.pipeline.model.parameters())
 
+    def decay_(self, parameters: Container[int] | None, *places: DecayPlace) -> None:
+        """Add the masked decay of this update to the gradients that do not have it yet.
+
+        Args:
+            parameters: by `id`, those it is added to; None: all.
+        """
+        for place in places:
+            for weight, decay in decaying_weights(self.pipeline, place):
+                if parameters is None or id(weight.parameter) in parameters:
+                    self._decay_once(weight.parameter, weight.buffer(MASK), decay)
+
+    def _decay_once(self, parameter: Tensor, mask: Tensor, decay: float) -> None:
+        if parameter.grad is not None and id(parameter) not in self._decayed:
+            self._decayed.add(id(parameter))
+            decay_gradient_(parameter, mask, decay)
+
+    def _watch_gradients(self) -> dict[int, tuple[SparseWeight, float]]:
+        """Decay that is a part of the gradient enters with the first one that autograd adds up: of which
+        weights, by the `id` of the parameter that has the hook."""
+        decaying = {
+            id(weight.parameter): (weight, decay)
+            for weight, decay in decaying_weights(self.pipeline, "before_clipping")
+        }
+        this = weakref.ref(self)
+
+        def added(parameter: Tensor) -> None:
+            updates = this()
+            if updates is not None and updates._begun and (found := updates._decaying.get(id(parameter))):
+                weight, decay = found
+                updates._decay_once(parameter, weight.buffer(MASK), decay)
+
+        for key, (weight, _) in decaying.items():
+            parameter = weight.parameter  # a wrapper may have made it anew since
+            if self._hooked.get(key) is not parameter:
+                self._hooked[key] = parameter
+                parameter.register_post_accumulate_grad_hook(added)
+        return decaying
+
     def begin_(
         self,
         step: int,
         batch: Rows | None,
         reduce: Reduce | None,
         forward: Callable[..., object] | None,
-        rank: int,
+        rank: int | None,
         without: Sequence[str],
+        loop_decays: bool,
     ) -> str | None:
         pipeline = self.pipeline
+        _refuse_to_guess(pipeline, reduce, rank)
         pipeline.lower_(step, without)
         for p in pipeline.active:
             if isinstance(p, Weight24):
@@ -134,7 +184,10 @@ class Updates:
             measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
             first = any(step == p.from_step for p in due)
             note = calibration_text(*measured) if first else None
-        set_seeds_(pipeline, step, rank)
+        set_seeds_(pipeline, step, rank or 0)
+        self._seeds = own_seeds(pipeline, self._seeds)
+        self._decayed.clear()
+        self._decaying = {} if loop_decays else self._watch_gradients()
         self._begun = True
         return note
 
@@ -159,14 +212,10 @@ class Updates:
         """Masks of the weights as they are, in buffers of their own in the place of the update's."""
         exchanged: list[tuple[nn.Module, str, Tensor]] = []
         try:
-            for p in self.pipeline.active:
-                if not isinstance(p, Weight24) or p.record.soft:
-                    continue
-                for weight in sparse_weights(self.pipeline, p):
-                    fresh = self._mask_of(weight, p.method)
-                    owner, leaf = weight.place(MASK)
-                    exchanged.append((owner, leaf, owner._buffers[leaf]))  # type: ignore[arg-type]
-                    owner._buffers[leaf] = fresh
+            for weight, fresh in self._masks():
+                owner, leaf = weight.place(MASK)
+                exchanged.append((owner, leaf, owner._buffers[leaf]))  # type: ignore[arg-type]
+                owner._buffers[leaf] = fresh
             yield
         finally:
             for owner, leaf, buffer in reversed(exchanged):
@@ -174,14 +223,29 @@ class Updates:
 
     @torch.inference_mode(False)  # what is made here is read elsewhere too
     @torch.no_grad()
-    def _mask_of(self, weight: SparseWeight, method: str) -> Tensor:
-        parameter = weight.parameter
-        of, version, mask = self._served.get(weight.name, (None, -1, None))
-        sharded = isinstance(parameter, DTensor)  # whose version says nothing of its shards
-        if sharded or of is not parameter or version != parameter._version or mask is None:
-            mask = stored_mask(whole(parameter), weight.transposed, method)
-            self._served[weight.name] = (parameter, parameter._version, mask)
-        return mask
+    def _masks(self) -> list[tuple[SparseWeight, Tensor]]:
+        """Made anew where a weight is not what it was. Its norm says so too: whoever writes to `.data`, as
+        averages of weights do, leaves no trace in its version."""
+        weights = [
+            (weight, p.method)
+            for p in self.pipeline.active
+            if isinstance(p, Weight24) and not p.record.soft
+            for weight in sparse_weights(self.pipeline, p)
+        ]
+        if not weights:
+            return []
+        parameters = [weight.parameter for weight, _ in weights]
+        state = [(id(p), None if p.is_inference() else p._version) for p in parameters]
+        # A shard's version and norm say nothing of the others.
+        sharded = any(isinstance(p, DTensor) for p in parameters)
+        state += [] if sharded else _norms(parameters)
+        if sharded or state != self._served_state:
+            self._served_state = state
+            self._served = [
+                (weight, stored_mask(whole(weight.parameter), weight.transposed, method))
+                for weight, method in weights
+            ]
+        return self._served
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         self._read_attention_mask(kwargs.get("attention_mask"))
@@ -197,7 +261,19 @@ class Updates:
                     f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
                     "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
-            next_seeds_(self.pipeline)
+            self._refuse_scaled_gradients()
+            next_seeds_(self.pipeline, self._seeds)
+
+    def _refuse_scaled_gradients(self) -> None:
+        """Decay cannot enter gradients at their beginning that a GradScaler has scaled."""
+        kind = next(iter(self.pipeline.model.parameters())).device.type
+        scaled = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        if scaled and self._decaying:
+            raise Act24Error(
+                "sr_ste's masked decay is a part of the gradient, and gradients of float16 are scaled: train "
+                "in bfloat16, or begin_update_(…, loop_decays=True) and call pipeline.decay_gradients_() "
+                "behind scaler.unscale_(optimizer)"
+            )
 
     def _trains(self, p: Pass) -> bool:
         """Whether a pass is in force that renews state, also where its form of evaluation stands in for
@@ -221,74 +297,25 @@ class Updates:
 
     def copied(self) -> str:
         """What a copy of the model, which has no pipeline, has to be told."""
-        return "" if self._held else _COPIED
+        return "" if self._held else COPIED
 
 
-_COPIED = (
-    "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: "
-    "copy it inside `with pipeline.evaluation():`, or apply the same passes to a stock model and "
-    "load_state_dict()"
-)
-_UNTRAINED = (
-    "this model is a copy without the pipeline that renews its masks, scales and seeds: to train it, apply "
-    "the same passes to a stock model and load_state_dict()"
-)
-
-
-class _Hook:
-    """A hook of a model; copies of it, which have no pipeline, have another in its place."""
-
-    def __init__(self, updates: Updates) -> None:
-        self.updates = updates
-
-
-class _Before(_Hook):
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
-        return _Orphan(self.updates.copied())
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return _Orphan, (self.updates.copied(),)
-
-    @classmethod
-    def hide(cls) -> None:
-        """From torch.compile, for whoever compiles the whole model. Not at import, which would not be
-        fast."""
-        if not hasattr(cls, "_hidden"):
-            cls._hidden = True
-            for kind in (_Before, _After):
-                kind.__call__ = torch.compiler.disable(kind.__call__)  # type: ignore[method-assign]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.updates.before_forward(module, kwargs)
-
-
-class _After(_Hook):
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Nothing:
-        return _Nothing()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Nothing, ()
-
-    def __call__(self, *_: Any) -> None:
-        self.updates.after_forward()
-
-
-class _Nothing:
-    def __call__(self, *_: Any) -> None:
-        pass
-
-
-class _Orphan:
-    """Refuses what a copy of a model cannot do."""
-
-    def __init__(self, why: str) -> None:
-        self._why = why
-
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        if module.training and torch.is_grad_enabled():
-            raise Act24Error(_UNTRAINED)
-        if self._why and not module.training:
-            raise Act24Error(self._why)
+def _refuse_to_guess(pipeline: Rewriting, reduce: Reduce | None, rank: int | None) -> None:
+    """Among several processes, what they have to do together is handed in: each of them alone would measure
+    a scale of its own, and all would draw the same."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several or torch.distributed.get_world_size() == 1:
+        return
+    wanted = []
+    if reduce is None and any(isinstance(p, Activation24) and p.record.scaled for p in pipeline.passes):
+        wanted.append("reduce=, which sums a tensor over the processes that train on the same weights")
+    if rank is None and any(isinstance(p, Activation24 | Weight24) and p.draws for p in pipeline.passes):
+        wanted.append("rank=, by which they draw apart")
+    if wanted:
+        raise Act24Error(
+            f"begin_update_: there are {torch.distributed.get_world_size()} processes; hand in "
+            + " and ".join(wanted)
+        )
 
 
 def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
@@ -316,8 +343,8 @@ def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
 
 def updates_of(model: nn.Module) -> Updates | None:
     """Who watches a model; None where nothing is to be renewed, and for a copy."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return next((hook.updates for hook in hooks if isinstance(hook, _Before)), None)
+    found = watcher_of(model)
+    return found if isinstance(found, Updates) else None
 
 
 def measured_at(pipeline: Rewriting, step: int) -> list[Activation24]:
@@ -338,27 +365,9 @@ def _call(forward: Callable[..., object], rows: Rows) -> object:
     return forward(rows) if isinstance(rows, Tensor) else forward(*rows)
 
 
+def _norms(tensors: list[Tensor]) -> list[float]:
+    return torch.stack(torch._foreach_norm(tensors)).tolist()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _parameters(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _trunk(model: nn.Module, regions: Sequence[str]) -> nn.Module:
-    """The innermost module that calls all regions and is none of a list of blocks."""
-    paths = [fqn.split(".")[:-1] for fqn in regions]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    while common:
-        module = model.get_submodule(".".join(common))
-        parent = model.get_submodule(".".join(common[:-1]))
-        if not _only_holds(module) and not _only_holds(parent) and not isinstance(module, RegionModule):
-            return module
-        common.pop()
-    return model
-
-
-def _only_holds(module: nn.Module) -> bool:
-    """Whether a module is a list or a dictionary of others."""
-    return type(module).forward is nn.Module.forward

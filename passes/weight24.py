@@ -7,7 +7,7 @@ is in buffers beside it, named after it: `<weight>24_mask`, and for soft thresho
 persistent; `<weight>24_seed`, another for every micro-batch; `<weight>24_packed` and
 `<weight>24_packed_transposed`, the operands of 2:4 products, made for every update where the loop keeps them;
 `<weight>24_flips`, what the mask's changes add up to between two readings. `Pipeline.begin_update_` writes
-them, and has the masked decay added when the optimizer makes its step.
+them; masked decay enters the gradient as it is published with the method (`act24.passes.updates`).
 
 A product has one 2:4 operand: linears that `activation24` took, standing earlier, are none any more, and
 behind this pass `activation24` finds only activations.

@@ -197,31 +197,79 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
     assert set(take_flip_rates_(pipeline, 1).values()) == {0.0}, "taken"
 
 
+@pytest.mark.parametrize("loop_decays", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_decay_is_in_the_gradient_that_the_optimizer_finds(method: Any) -> None:
-    """It is not clipped, enters once an update, and only for the parameters of the optimizer that steps."""
-    decay = {"transposable": 0.01, "sr_ste": 0.01}.get(method)
-    model, pipeline = rewritten(Weight24(scope="mlp", method=method, decay=decay, weight_gradient="dense"))
-    name, other = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("down", "up"))
-    rest = [p for n, p in model.named_parameters() if n != other]
-    optimizers = [torch.optim.SGD(rest, lr=1.0), torch.optim.SGD([model.get_parameter(other)], lr=1.0)]
+def test_masked_decay_enters_where_it_is_published_once_an_update(method: Any, loop_decays: bool) -> None:
+    """SR-STE's is a part of the gradient and clipped with it, that of arXiv 2404.01847 is not. Only gradients
+    of the optimizer that steps have it."""
+    decay = {"transposable": 0.5, "sr_ste": 0.5}.get(method)
+    options: Any = {"scope": "mlp", "method": method, "weight_gradient": "dense"}
+    plain, pipeline = rewritten(Weight24(**options, decay=0.0 if decay else None))
     pipeline.begin_update_(0)
+    loss_of(plain).backward()
+    model, pipeline = rewritten(Weight24(**options, decay=decay))
+    other = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    rest = [p for p in model.parameters() if p is not other]
+    optimizers = [torch.optim.SGD(rest, lr=1.0), torch.optim.SGD([other], lr=1.0)]
+    pipeline.begin_update_(0, loop_decays=loop_decays)
     for _ in range(2):
         (loss_of(model) / 2).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    before = {
-        n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None
+    if loop_decays:
+        pipeline.decay_gradients_()
+
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    gradients = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
+    decays = {
+        n: decay * before[n] * ~model.get_buffer(f"{n}24_mask") if decay and ".mlp." in n else torch.zeros(())
+        for n in gradients
     }
+    clipped = {n: g + decays[n] if method == "sr_ste" else g for n, g in gradients.items()}
+    norm = torch.stack([g.norm() for g in clipped.values()]).norm()
+    assert float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)) == pytest.approx(float(norm), rel=1e-5)
+    assert norm > 0.2
     for optimizer in optimizers:
         optimizer.step()
     for n, p in model.named_parameters():
-        weight, gradient = before[n]
-        expected = weight - gradient
-        if decay and ".mlp." in n:
-            expected = expected - decay * weight * ~model.get_buffer(f"{n}24_mask")
-        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-7)
-    if decay:
-        assert not torch.equal(model.get_parameter(name), before[name][0] - before[name][1])
+        update = clipped[n] * 0.1 / norm
+        if method == "transposable":
+            update = update + decays[n]
+        torch.testing.assert_close(p, before[n] - update, rtol=1e-5, atol=1e-6, msg=n)
+
+
+def test_a_gradient_that_autograd_did_not_add_up_has_its_decay_at_the_optimizers_step() -> None:
+    model, pipeline = rewritten(Weight24(scope="mlp", method="sr_ste", decay=0.5))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight, mask = model.get_parameter(name), model.get_buffer(f"{name}24_mask")
+    pipeline.begin_update_(0)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=1.0).step()
+    torch.testing.assert_close(weight, before - 1 - 0.5 * before * ~mask)
+
+
+def test_decay_is_refused_in_gradients_that_a_scaler_scales() -> None:
+    model, pipeline = rewritten(Weight24(method="sr_ste"))
+    with torch.autocast("cpu", torch.float16):
+        pipeline.begin_update_(0)
+        with pytest.raises(Act24Error, match=r"sr_ste.*float16.*decay_gradients_\(\)"):
+            model(IDS)
+        pipeline.begin_update_(0, loop_decays=True)
+        model(IDS)
+
+
+def test_weights_that_were_written_without_a_trace_are_evaluated_with_masks_of_their_own() -> None:
+    """As averages of weights are, for an evaluation."""
+    model, pipeline = rewritten(Weight24(scope="mlp"))
+    model.eval()
+    with torch.no_grad():
+        first = model(IDS)
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape) * 0.1)
+        second = model(IDS)
+        with pipeline.evaluation():
+            expected = model(IDS)
+    assert torch.equal(second, expected)
+    assert not torch.equal(first, second)
 
 
 def test_exact_steps_and_sparse_factors_do_not_go_together() -> None:

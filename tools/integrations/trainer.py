@@ -49,7 +49,7 @@ class TrainerCallback(transformers.TrainerCallback):
     ) -> None:
         step = state.global_step
         if not measured_at(self._pipeline, step):
-            self._pipeline.begin_update_(step, rank=_rank())
+            self._pipeline.begin_update_(step, None, _sum, rank=_rank())
             return
 
         def begin(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -145,6 +145,7 @@ class TrainingStep:
                 forward=self.summed_loss,  # which alone gathers what is sharded; replicas do not talk
                 rank=self._processes.rank,
                 without=without,
+                loop_decays=True,  # a captured backward calls no hooks, and its gradients are summed
             )
 
     def _step(self, batches: Sequence[Batch], optimizer: Optimizer, note: str | None) -> StepResult:
@@ -165,6 +166,8 @@ class TrainingStep:
                 self._drop_unused_gradients()
         if self._adds_up:
             self._processes.sum_all_([p.grad for p in self._parameters if p.grad is not None])
+        if self._pipeline is not None:
+            self._pipeline.decay_gradients_()
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
         loss, grad_norm = self._processes.sum_(total) / shares, whole(grad_norm)
         # Whoever asks to skip waits for the device here. Both values are the same on all processes.

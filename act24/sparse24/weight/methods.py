@@ -26,6 +26,10 @@ WeightGradient = Literal["mvue", "dense"]
 #: What the kernel for transposable masks reads.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+#: Where the masked decay λ · (1 - mask) ∘ W enters. `"before_clipping"`: it is a part of the gradient, and is
+#: clipped with it. `"after_clipping"`: it is added to the clipped gradient, before the optimizer.
+DecayPlace = Literal["none", "before_clipping", "after_clipping"]
+
 #: The products of y = x W₂₄ᵀ, and what each of them multiplies: W₂₄ along its rows, W₂₄ along its columns,
 #: the output gradient along the tokens.
 LinearProduct = Literal["y", "grad_x", "grad_weight"]
@@ -45,8 +49,8 @@ class WeightMethod:
             update; else W₂₄ is W where the mask is True, and zero elsewhere.
         mask_every: optimizer updates between two masks, as published; None where masks are those of the
             weights of every update, and there is nothing to choose.
-        decay: λ of the masked decay λ · (1 - mask) ∘ W, as published, which is added to the gradient that
-            enters the optimizer, clipped by then; 0 where there is none.
+        decay_place: where masked decay of the dropped weights enters.
+        decay: its λ, as published; 0 where there is none.
         weight_gradient: of dW, as published: `"mvue"` makes the output gradient 2:4 along the tokens.
         source: where it was published.
     """
@@ -56,12 +60,15 @@ class WeightMethod:
     both_ways: bool = False
     soft: bool = False
     mask_every: Annotated[int, Range(ge=1)] | None = None
+    decay_place: DecayPlace = "none"
     decay: Annotated[float, Range(ge=0)] = 0.0
     weight_gradient: WeightGradient = "dense"
     source: str = ""
 
     def __post_init__(self) -> None:
         check_options(self, f"method {self.name}")
+        if self.decay and self.decay_place == "none":
+            raise OptionError(f"method {self.name}: a decay of {self.decay} needs a decay_place")
 
     def wrong_size(self, shape: tuple[int, int]) -> str:
         """Why a weight `(out, in)` cannot be made 2:4, in a few words; empty if it can."""
@@ -94,6 +101,7 @@ METHODS: Table[WeightMethod] = Table(
         mask=_transposable,
         both_ways=True,
         mask_every=40,
+        decay_place="after_clipping",
         decay=6e-5,
         weight_gradient="mvue",
         source="arXiv 2404.01847; their λ is 6e-5 for GPT-2 of 124M and 774M, 2e-4 for 350M and 1558M",
@@ -112,8 +120,10 @@ METHODS: Table[WeightMethod] = Table(
     WeightMethod(
         name="sr_ste",
         mask=_two_largest,
+        decay_place="before_clipping",
         decay=2e-4,
-        source="SR-STE, arXiv 2102.04010, eq. 7: W ← W - γ (g + λ (1 - mask) ∘ W), λ = 2e-4",
+        source="SR-STE, arXiv 2102.04010, eq. 7: W ← W - γ (g + λ (1 - mask) ∘ W), λ = 2e-4; their code "
+        "adds it in the backward of the sparse weight, so that whatever clips gradients clips it too",
     ),
 )
 
@@ -129,8 +139,8 @@ def decays(method: WeightMethod, decay: float | None) -> float:
     """
     if decay is None:
         return method.decay
-    if decay and not method.decay:
-        named = ", ".join(name for name, m in METHODS.items() if m.decay)
+    if decay and method.decay_place == "none":
+        named = ", ".join(name for name, m in METHODS.items() if m.decay_place != "none")
         raise OptionError(f'decay {decay:g}: method "{method.name}" has no masked decay; {named} have')
     return decay
 

@@ -84,7 +84,12 @@ def test_a_lightning_module() -> None:
     names: dict[str, Any] = {}
     exec(LIGHTNING, names)
     module = SimpleNamespace(
-        trainer=SimpleNamespace(accumulate_grad_batches=2), pipeline=pipeline, global_step=0
+        trainer=SimpleNamespace(
+            accumulate_grad_batches=2, strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+        ),
+        pipeline=pipeline,
+        global_step=0,
+        global_rank=0,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for index, batch in enumerate(batches()):
