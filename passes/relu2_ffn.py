@@ -230,9 +230,7 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
             return "a weight is not a plain parameter"
     names = _parameters(*linears)
     if not any(region.parameters[name].requires_grad for name in names):
-        return (
-            "frozen, and what would take its place could not train: unfreeze it, or leave it out with ignore"
-        )
+        return "frozen, and what takes its place would never train: unfreeze it, or leave it out with ignore"
     for name in names:
         if shared := region.parameters[name].shared:
             return f"{region.name(name)} is tied to {shared[0]}"

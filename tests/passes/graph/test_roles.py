@@ -135,8 +135,8 @@ def test_the_report_says_what_is_left_and_why() -> None:
     total, reached = 2 * (3 * 16 * 32 + 3 * 16 * 16 + 16 * 16), 2 * 3 * 16 * 32
     assert (line.reached, line.total) == (reached, total)
     assert str(line) == (
-        "relu2_ffn reaches 60% of the feed-forward matrices; left: *.experts.stacked 30% (stacked parameters, "
-        "which no pass takes apart); *.ffn.* 10% (a single linear)"
+        "relu2_ffn reaches 60% of the feed-forward matrices; left: *.experts.stacked 30% (stacked "
+        "parameters, which no pass takes apart); *.ffn.* 10% (a single linear)"
     )
     with pytest.warns(PartialWarning, match="relu2_ffn reaches 60%"):
         apply_(model, [Relu2FFN()])
