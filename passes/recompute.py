@@ -20,13 +20,17 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.graph_module import _format_import_block
+from torch.package import PackagingError, sys_importer
 from torch.utils.checkpoint import checkpoint
 
+from act24.operation import operation
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.normal_form import parameter_name, replace_node
 from act24.passes.graph.region import Factor, Region
@@ -175,7 +179,7 @@ def _segmented(graph: fx.Graph, levels: dict[fx.Node, int]) -> fx.Graph:
     for level in range(max(levels.values()) + 1):
         nodes = [node for node in graph.nodes if levels.get(node) == level]
         if any(node.target not in _PLAIN for node in nodes):
-            _repeat(nodes, copies, level)
+            _repeat(nodes, copies)
         else:
             for node in nodes:
                 copies[node]
@@ -186,11 +190,12 @@ def _segmented(graph: fx.Graph, levels: dict[fx.Node, int]) -> fx.Graph:
     return result
 
 
-def _repeat(nodes: list[fx.Node], copies: _Copies, level: int) -> None:
+def _repeat(nodes: list[fx.Node], copies: _Copies) -> None:
     """Put one call into the new graph in the place of some nodes: of a function that computes them again in
     backward."""
     segment, inputs, outputs = _extracted(nodes)
-    call = copies.graph.call_function(_recomputed(segment, level), tuple(copies[node] for node in inputs))
+    values = tuple(copies[node] for node in inputs)
+    call = copies.graph.call_function(_recomputed(segment), values)
     for index, node in enumerate(outputs):
         copies[node] = copies.graph.call_function(operator.getitem, (call, index))
 
@@ -208,11 +213,48 @@ def _extracted(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.N
     return segment, inputs, outputs
 
 
-def _recomputed(segment: fx.Graph, level: int) -> Callable[..., Any]:
+#: What the names in a source mean, for those that cannot be imported by it.
+_NAMES: dict[str, dict[str, Any]] = {}
+
+
+def _recomputed(segment: fx.Graph) -> Callable[..., Any]:
     """The function of a graph, as one that keeps only its arguments for backward."""
     code = segment.python_code("self")
-    draws = any(map(_draws, segment.nodes))
-    return _function(code.src, tuple(code.globals.items()), f"recomputed_{level}", draws)
+    try:
+        imports = _format_import_block(code.globals, sys_importer)
+    except PackagingError:  # a function without a name of its own: good for this process
+        imports = ""
+    source = f"{imports}\n{code.src}"
+    _NAMES[source] = dict(code.globals)
+    return make_recomputed(source, any(map(_draws, segment.nodes)))
+
+
+@cache
+def make_recomputed(source: str, draws: bool) -> Callable[..., Any]:
+    """A function that computes what `forward` in a source does, and again in backward. One object for equal
+    code, so that layers share one class and are compiled once.
+
+    It gets a name in this module, by which generated code, and what is pickled, can import it.
+
+    Args:
+        draws: it draws from the process's generators, which are set back; for that the host waits for a GPU.
+    """
+    namespace = dict(_NAMES.get(source, ()))
+    exec(compile(source, "<recomputed>", "exec"), namespace)
+    forward = namespace["forward"]
+
+    def compute(*values: Any) -> Any:
+        return forward(None, *values)
+
+    def recomputed(*values: Any) -> Any:
+        return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=draws)
+
+    name = f"recomputed_{sha256(source.encode()).hexdigest()[:12]}" + ("_drawing" if draws else "")
+    recomputed.__name__ = recomputed.__qualname__ = name
+    function = operation(recomputed)
+    function.made_by = (make_recomputed, (source, draws))  # pyright: ignore[reportFunctionMemberAccess]
+    globals()[name] = function
+    return function
 
 
 def _draws(node: fx.Node) -> bool:
@@ -222,21 +264,3 @@ def _draws(node: fx.Node) -> bool:
         given = dict(zip(_ATTENTION, node.args, strict=False)) | node.kwargs
         return given.get("dropout_p", 0.0) != 0.0
     return node.op in ("call_function", "call_method") and name.rstrip("_") in _RANDOM
-
-
-@cache
-def _function(source: str, names: tuple[tuple[str, Any], ...], name: str, draws: bool) -> Callable[..., Any]:
-    """One object for equal code, so that layers share one class and are compiled once."""
-    namespace = dict(names)
-    exec(compile(source, f"<{name}>", "exec"), namespace)
-    forward = namespace["forward"]
-
-    def compute(*values: Any) -> Any:
-        return forward(None, *values)
-
-    def recomputed(*values: Any) -> Any:
-        # Where something draws, its generator is set back, for which the host waits for a GPU.
-        return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=draws)
-
-    recomputed.__name__ = recomputed.__qualname__ = name
-    return recomputed

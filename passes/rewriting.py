@@ -139,6 +139,8 @@ class Rewriting:
         twin._model = copy.deepcopy(self._model, memo)
         twin._check, twin._lowered = None, {}  # made again when they are needed
         twin._sites = [_twin_site(site, memo) for site in self._sites]
+        if twin.modules:
+            twin._lower()
         return twin
 
     def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:

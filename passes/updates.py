@@ -50,7 +50,7 @@ from act24.passes.state import (
     stored_mask,
     whole,
 )
-from act24.passes.update_hooks import COPIED, watch_forwards_, watcher_of
+from act24.passes.update_hooks import COPIED, forget_orphans_, watch_forwards_, watcher_of
 from act24.passes.weight24 import MASK, Weight24
 from act24.sparse24.weight.methods import DecayPlace
 
@@ -90,10 +90,7 @@ class Updates:
         twin = Updates(pipeline)
         twin._begun = self._begun
         if pipeline.modules:
-            for module in pipeline.model.modules():
-                for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    for key in [key for key, hook in hooks.items() if isinstance(hook, _Orphan | _Nothing)]:
-                        del hooks[key]
+            forget_orphans_(pipeline.model)
             twin.watch_()
         return twin
 

@@ -228,6 +228,11 @@ class RegionModule(Remains, fx.GraphModule):
         duplicate._graph.owning_module = duplicate
         return duplicate
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        made = [node.target.made_by for node in self._graph.nodes if hasattr(node.target, "made_by")]
+        rebuild, arguments = super().__reduce__()
+        return _rebuilt, (tuple(made), rebuild, arguments)
+
     def recompile(self) -> Any:
         if vars(type(self)).get("_shared", False):
             code = self._graph.python_code("self")
@@ -235,6 +240,17 @@ class RegionModule(Remains, fx.GraphModule):
                 return code
             self.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})  # type: ignore[assignment]
         return super().recompile()
+
+
+def _rebuilt(
+    made: tuple[tuple[Callable[..., object], tuple[Any, ...]], ...],
+    rebuild: Callable[..., RegionModule],
+    arguments: tuple[Any, ...],
+) -> RegionModule:
+    """Unpickle a module, once the functions are made that its code imports (`made_by` of a target)."""
+    for make, of in made:
+        make(*of)
+    return rebuild(*arguments)
 
 
 def materialise(
