@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
-from torch.package import PackagingError, sys_importer
+from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_importer
 from torch.utils.checkpoint import checkpoint
 
 from act24.operation import operation
@@ -222,7 +222,7 @@ def _recomputed(segment: fx.Graph) -> Callable[..., Any]:
     code = segment.python_code("self")
     try:
         imports = _format_import_block(code.globals, sys_importer)
-    except PackagingError:  # a function without a name of its own: good for this process
+    except (ObjNotFoundError, ObjMismatchError):  # without a name of its own: good for this process
         imports = ""
     source = f"{imports}\n{code.src}"
     _NAMES[source] = dict(code.globals)
@@ -262,5 +262,5 @@ def _draws(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name == "scaled_dot_product_attention":
         given = dict(zip(_ATTENTION, node.args, strict=False)) | node.kwargs
-        return given.get("dropout_p", 0.0) != 0.0
+        return bool(given.get("dropout_p", 0.0) != 0.0)
     return node.op in ("call_function", "call_method") and name.rstrip("_") in _RANDOM

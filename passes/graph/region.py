@@ -171,7 +171,7 @@ class Region:
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
         role = next((self.roles[name] for name in replaces if name in self.roles), None)
         if role is not None:
-            self.roles |= dict.fromkeys(specs.keys() - self.roles.keys(), role)
+            self.roles.update({name: role for name in specs if name not in self.roles})
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)

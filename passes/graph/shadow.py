@@ -33,6 +33,7 @@ class Observer(Protocol):
 
     def on_training(self, module: nn.Module) -> bool:
         """`training` is read."""
+        ...
 
 
 class Shadow:
@@ -106,7 +107,7 @@ class _Double:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = vars(self)["_shadow"].observer
         if observer is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return plain_call(self, args, kwargs)
         return observer.on_call(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:

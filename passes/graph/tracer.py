@@ -230,9 +230,10 @@ class Tracer(fx.Tracer):
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""
         a, b = self._dtype(a), self._dtype(b)
         if a is None or b is None or "value" not in (a, b):
-            known = isinstance(a, torch.dtype) and isinstance(b, torch.dtype)
+            if not (isinstance(a, torch.dtype) and isinstance(b, torch.dtype)):
+                return None
             # Floating-point parameters may become others of them, and never integers.
-            return True if known and a.is_floating_point != b.is_floating_point else None
+            return True if a.is_floating_point != b.is_floating_point else None
         self.assumes_casts = True
         return True
 
