@@ -140,7 +140,7 @@ class Relu2FFN(StructuralPass):
                 removes=tuple(name for name in removed if name not in carried),
                 creates=fresh,
                 from_stock=None if fresh else lambda removed: {},
-                why="gated networks and relu² are different functions",
+                why=f"{'SwiGLU' if found.kind == 'silu' else 'GEGLU'} and relu² are different functions",
             ),
             note=f"fresh: {', '.join(name.removeprefix(path + '.') for name in fresh)}"
             if fresh

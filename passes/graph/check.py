@@ -290,7 +290,10 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Within, random numbers are the same each time; afterwards generators are where they were."""
     device, drawn = _device(module), random_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+        # Not torch.manual_seed, which reaches generators of other devices too.
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(0)
         try:
             yield
         finally:

@@ -201,7 +201,7 @@ def test_keep_leaves_the_weights_themselves() -> None:
     assert fresh == ()
     model.load_state_dict(mapped)
     assert torch.equal(model.blocks[0].mlp.up.weight, stock.blocks[0].mlp.up.weight)
-    with pytest.raises(PassError, match="gated networks and relu² are different functions"):
+    with pytest.raises(PassError, match="SwiGLU and relu² are different functions"):
         pipeline.state_to_stock(model.state_dict())
 
 
