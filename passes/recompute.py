@@ -56,6 +56,9 @@ class Recompute(OperationalPass):
     last: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = True
 
+    def in_evaluation(self) -> None:
+        """There is no backward in evaluation."""
+
     def plan(self, region: Region) -> Plan:
         if not self.selects(region, ""):
             return Plan(absent="not targeted")
@@ -222,22 +225,26 @@ def _recomputed(segment: fx.Graph) -> Callable[..., Any]:
     code = segment.python_code("self")
     try:
         imports = _format_import_block(code.globals, sys_importer)
-    except (ObjNotFoundError, ObjMismatchError):  # without a name of its own: good for this process
-        imports = ""
+    except (ObjNotFoundError, ObjMismatchError):
+        # Something has no name of its own: good for this process, and told apart by what it is.
+        imports = f"# {sorted((name, id(value)) for name, value in code.globals.items())}"
+        importable = False
+    else:
+        importable = True
     source = f"{imports}\n{code.src}"
     _NAMES[source] = dict(code.globals)
-    return make_recomputed(source, any(map(_draws, segment.nodes)))
+    return make_recomputed(source, any(map(_draws, segment.nodes)), importable)
 
 
 @cache
-def make_recomputed(source: str, draws: bool) -> Callable[..., Any]:
+def make_recomputed(source: str, draws: bool, importable: bool) -> Callable[..., Any]:
     """A function that computes what `forward` in a source does, and again in backward. One object for equal
     code, so that layers share one class and are compiled once.
 
-    It gets a name in this module, by which generated code, and what is pickled, can import it.
-
     Args:
         draws: it draws from the process's generators, which are set back; for that the host waits for a GPU.
+        importable: the source imports all that it names: so the function gets a name in this module, by which
+            what is pickled finds it.
     """
     namespace = dict(_NAMES.get(source, ()))
     exec(compile(source, "<recomputed>", "exec"), namespace)
@@ -252,8 +259,10 @@ def make_recomputed(source: str, draws: bool) -> Callable[..., Any]:
     name = f"recomputed_{sha256(source.encode()).hexdigest()[:12]}" + ("_drawing" if draws else "")
     recomputed.__name__ = recomputed.__qualname__ = name
     function = operation(recomputed)
-    function.made_by = (make_recomputed, (source, draws))  # pyright: ignore[reportFunctionMemberAccess]
-    globals()[name] = function
+    if importable:
+        arguments = (source, draws, importable)
+        function.made_by = (make_recomputed, arguments)  # pyright: ignore[reportFunctionMemberAccess]
+        globals()[name] = function
     return function
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
+from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
 from act24.passes.graph.frozen import Fact, Remains, remember
@@ -230,7 +231,13 @@ class RegionModule(Remains, fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         made = [node.target.made_by for node in self._graph.nodes if hasattr(node.target, "made_by")]
-        rebuild, arguments = super().__reduce__()
+        try:
+            rebuild, arguments = super().__reduce__()
+        except ObjNotFoundError as error:
+            raise PassError(
+                f"the graph of this region calls what no other process can import ({error}): save the "
+                "state_dict() of the model instead"
+            ) from error
         return _rebuilt, (tuple(made), rebuild, arguments)
 
     def recompile(self) -> Any:

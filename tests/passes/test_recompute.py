@@ -1,10 +1,13 @@
 """recompute: the same gradients and names, and less kept for backward than by CoLA-M, 2 T D + 7 T R."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
 from toys import Trunk, features, llama, tokens
 
+from act24.operation import operation
 from act24.passes import (
     Activation24,
     ActivationStatistics,
@@ -177,3 +180,35 @@ def test_what_draws_by_a_function_draws_the_same_again():
 def test_where_nothing_can_be_computed_again_it_says_so():
     with pytest.raises(PassError, match="nothing lies between its bottlenecks"):
         plan(nn.Sequential(nn.Linear(8, 8)), [LowRank(mlp_rank=2, scope="mlp", targets=("0",)), Recompute()])
+
+
+def test_its_graph_is_pickled_in_training_and_as_it_is_evaluated():
+    model = llama()
+    pipeline = apply_(model, [Cola(attn_rank=8, mlp_rank=8), Recompute()])
+    trained = pickle.loads(pickle.dumps(model))
+    assert "recomputed" in trained.model.layers[0].code
+    with pipeline.evaluation():
+        other = pickle.loads(pickle.dumps(model))
+    assert "recomputed" not in other.model.layers[0].code
+    with torch.no_grad():
+        assert torch.equal(trained(tokens()), model(tokens()))
+        assert torch.equal(other(tokens()), model(tokens()))
+
+
+def test_a_graph_that_no_other_process_can_import_is_refused_by_name():
+    def local(x):
+        return x * 2
+
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.down(fx_local(self.up(x)))
+
+    fx_local = operation(local)
+    model = Trunk(MLP)
+    apply_(model, [LowRank(scope="mlp", mlp_rank=4), Recompute(optional=True)])
+    with pytest.raises(PassError, match="calls what no other process can import"):
+        pickle.dumps(model)
