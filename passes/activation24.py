@@ -73,6 +73,7 @@ class Activation24(OperationalPass):
     """
 
     name: ClassVar[str] = "activation24"
+    promises: ClassVar[bool] = False  # it takes the activations that there are
 
     method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"
@@ -95,6 +96,10 @@ class Activation24(OperationalPass):
                 "activation24: recompute is of networks of narrow linears inside dense products, which have "
                 'no fp8: set precision = "bfloat16", or recompute = false'
             )
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("mlp",)
 
     @property
     def record(self) -> Method:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan
+from act24.passes.graph.coverage import Coverage
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
 
@@ -37,6 +38,8 @@ class Report:
         flops_before, flops_after: multiply-adds of the regions' linears times two, forward, per token;
             products with a 2:4 operand count half. What no pass can change is left out: attention scores, and
             a head that the model computes itself from tied embeddings.
+        checked: what was checked on numbers, and what was not.
+        coverage: of each pass with a scope, what it reaches of the matrices in it, and what it leaves.
     """
 
     rows: tuple[Row, ...]
@@ -45,6 +48,8 @@ class Report:
     parameters_after: int
     flops_before: int
     flops_after: int
+    checked: str = ""
+    coverage: tuple[Coverage, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -75,7 +80,12 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        return "\n".join(table)
+        return "\n".join((*table, *map(str, self.coverage), *self.checked.splitlines()))
+
+    @property
+    def partial(self) -> tuple[Coverage, ...]:
+        """Of passes that reach less than their scope promises."""
+        return tuple(one for one in self.coverage if one.promised and one.reached < one.total)
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:
@@ -85,7 +95,7 @@ def row(p: Pass, region: Region, match: Match) -> Row:
         steps = f"from {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
     return Row(
         pass_name=p.name,
-        fqn=region.name(match.path),
+        fqn=region.name(match.path) or "the model",
         before=match.before,
         after=match.after,
         parameters_before=match.parameters_before,
@@ -125,14 +135,14 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
     where += f" without {list(p.ignore)}" if p.ignore else ""
     everywhere = replace(p, targets=("*",), ignore=())
     left_out = [region.name(match.path) for region in regions for match in everywhere.plan(region).matches]
-    if left_out:
+    if left_out and not any(planned.misses for planned in plans):
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         return f"{p.name} matches nothing{where}, which leaves out {left_out[0]}{others}"
     absent: list[tuple[str, str]] = []
     for region, planned in zip(regions, plans, strict=True):
         absent += [(region.name(path), reason) for path, reason in planned.misses]
         if not planned.misses:
-            absent.append((f"{region.fqn} [{region.class_name('')}]", planned.absent))
+            absent.append((f"{region.fqn or 'the model'} [{region.class_name('')}]", planned.absent))
     text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
     return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
 

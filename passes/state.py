@@ -25,7 +25,7 @@ from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.base import OperationalPass
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
-from act24.passes.graph.region import RegionModule, buffers_of
+from act24.passes.graph.region import RegionModule, buffers_of, joined
 from act24.passes.rewriting import Rewriting
 from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
@@ -247,7 +247,7 @@ def refuse_exact_steps(pipeline: Rewriting) -> None:
             continue
         with pipeline.lowered([p]):
             factors = [
-                f"{fqn}.{match.nodes.weight}"
+                joined(fqn, match.nodes.weight)
                 for fqn, match in pipeline.matches(p)
                 if match.nodes.factor is not None
             ]
@@ -294,7 +294,7 @@ def sparse_weights(pipeline: Rewriting, p: Weight24) -> Iterator[SparseWeight]:
     """What a `weight24` in force has taken."""
     for fqn, match in pipeline.matches(p):
         site: LinearSite = match.nodes
-        name = f"{fqn}.{site.weight}"
+        name = joined(fqn, site.weight)
         yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
 
 

@@ -51,7 +51,7 @@ from act24.passes.state import (
     stored_mask,
     whole,
 )
-from act24.passes.update_hooks import COPIED, watch_forwards_, watcher_of
+from act24.passes.update_hooks import COPIED, forget_orphans_, watch_forwards_, watcher_of
 from act24.passes.weight24 import MASK, Weight24
 from act24.sparse24.weight.methods import DecayPlace
 
@@ -85,6 +85,15 @@ class Updates:
             return
         watch_forwards_(self.pipeline.model, list(self.pipeline.regions), self)
         self._watch_optimizers()
+
+    def of_copy(self, pipeline: Rewriting) -> Updates:
+        """Who watches a copy of the pipeline, where its updates stand as they do here."""
+        twin = Updates(pipeline)
+        twin._begun = self._begun
+        if pipeline.modules:
+            forget_orphans_(pipeline.model)
+            twin.watch_()
+        return twin
 
     def _watch_optimizers(self) -> None:
         """Of whichever kind, wrapped or made anew: there is nothing to attach, and nothing to forget."""

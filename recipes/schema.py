@@ -165,6 +165,7 @@ class Recipe(Section):
     """A whole recipe, resolved: no `extends` left, every default filled in."""
 
     description: str = ""
+    strict: bool = False  # a pass that reaches less of the model than its scope promises is an error
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()

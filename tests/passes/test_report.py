@@ -30,6 +30,9 @@ def test_printed_table() -> None:
         "activation24  model.layers.1.mlp  linear · relu2 · linear  2:4 naive, dense backward  "
         "8,192 → 8,192  from 10 until 100",
         "parameters 23,776 → 30,944, FLOPs per token, forward 41,024 → 47,168",
+        "relu2_ffn reaches 100% of the feed-forward matrices",
+        "activation24 reaches 100% of the feed-forward matrices",
+        "checked on input_ids [2, 8]: 2 regions compute what their modules do",
     ]
 
 
@@ -37,7 +40,7 @@ def test_columns_that_say_nothing_are_left_out_and_misses_are_listed() -> None:
     model = Trunk(SwiGLU, layers=3)
     model.blocks[2].mlp.up.weight = model.blocks[0].mlp.up.weight
     report = plan(model, [Relu2FFN(width="keep")])
-    head, row, *misses, total = str(report).splitlines()
+    head, row, *misses, total, covered, checked = str(report).splitlines()
     assert re.split(r"\s{2,}", head) == ["pass", "module", "before", "after", "parameters", "note"]
     assert re.split(r"\s{2,}", row)[1] == "blocks.1.mlp"
     assert misses == [
@@ -45,6 +48,9 @@ def test_columns_that_say_nothing_are_left_out_and_misses_are_listed() -> None:
         "relu2_ffn leaves blocks.2.mlp as it is: blocks.2.mlp.up.weight is tied to blocks.0.mlp.up.weight",
     ]
     assert total.startswith("parameters ")
+    assert covered.startswith("relu2_ffn reaches 38% of the feed-forward matrices; left: blocks.*.mlp.gate")
+    assert "(blocks.0.mlp.up.weight is tied to blocks.2.mlp.up.weight)" in covered
+    assert checked == "checked on [2, 8, 16]: 3 regions compute what their modules do"
 
 
 # Parameters

@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from act24.errors import Act24Error
 from act24.llama import PRESETS
 from act24.passes import REGISTRY, Activation24, Relu2FFN
 from act24.recipes.load import (
@@ -91,6 +92,24 @@ def test_what_a_shipped_recipe_comes_to(name):
 def test_no_golden_file_is_left_over():
     found = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*.txt")}
     assert found == {f"{name}.txt" for name in recipe_names()}
+
+
+def test_a_strict_recipe_refuses_what_a_pass_leaves():
+    """F 62 is no multiple of 4, so weight24 leaves the networks."""
+    weight24 = '\n[[passes]]\nuse = "weight24"\nscope = "all"\noptional = OPTIONAL\n'
+    for optional in ("false", "true"):
+        for strict in ("false", "true"):
+            text = f"strict = {strict}\n" + SMALL + weight24.replace("OPTIONAL", optional)
+            recipe = parse_recipe(text, "small", ["model.intermediate_size=62"])
+            if strict == "true" and optional == "false":
+                with pytest.raises(
+                    Act24Error, match=r"weight24 reaches \d+%.*multiples of 4.*strict = false"
+                ):
+                    plan_recipe(recipe)
+            else:
+                (line,) = plan_recipe(recipe).report.partial
+                assert 0 < line.reached < line.total
+    assert all(load_recipe(name).strict for name in recipe_names())
 
 
 def test_planning_allocates_no_weights():
