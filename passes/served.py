@@ -63,6 +63,17 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
     return state
 
 
+@torch.no_grad()
+def fold_weights_(pipeline: Pipeline) -> None:
+    """Put weights that `weight24` makes 2:4 into the model as they are multiplied, and let plain linears read
+    them: the function stays, and nothing is masked again for every token. Training cannot go on from there.
+    """
+    state = served_weights(pipeline)
+    pipeline.lower_to_([p for p in pipeline.active if not isinstance(p, Weight24)])
+    for name, parameter in pipeline.model.named_parameters():
+        parameter.copy_(state[name])
+
+
 def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
     """A weight as its linear multiplies with it, in the orientation in which it is stored."""
     dense = weight.parameter.T if weight.transposed else weight.parameter

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from act24.tools.commands.cli_generate import generate, sample
 from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
@@ -124,19 +125,8 @@ def evaluate(
         show_evaluations(evaluations, legacy_average, as_json)
 
 
-@app.command()
-def sample(
-    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Draw among the k most likely.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-) -> None:
-    """Continue a prompt with a trained model."""
-    from act24.tools.commands.sample import sample_text
-
-    print(sample_text(path, prompt, tokens, temperature, top_k, seed))
+app.command()(generate)
+app.command()(sample)
 
 
 @app.command()
