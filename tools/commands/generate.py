@@ -52,7 +52,7 @@ def open_model(
         Act24Error: nothing there that can be opened, or no tokenizer.
     """
     one_of("generate", "dtype", dtype, ("auto", *DTYPES))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     built = load(path, device)
     if built.tokenizer is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
@@ -67,6 +67,17 @@ def open_model(
         for parameter in built.model.parameters():  # buffers are scales, which stay float32
             parameter.data = parameter.data.to(DTYPES[dtype])
     return built
+
+
+def _device(named: torch.device | str | None) -> torch.device:
+    name = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = str(error).partition("\n")[0]
+        raise Act24Error(f"device {str(name)!r}: {told}") from error
+    return device
 
 
 def open_generator(built: Built) -> Generator:

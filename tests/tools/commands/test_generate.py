@@ -34,11 +34,12 @@ def exported(run, tmp_path_factory):
 
 def test_greedy_text_is_that_of_transformers_on_the_exported_folder(act24, exported):
     prompts = ["low rank", "two of four tokens"]
+    commands = [("generate", exported, "--prompt", p, "--tokens", 20, "--temperature", 0) for p in prompts]
+    ours = [act24(*command) for command in commands]
     model, tokenizer = (kind.from_pretrained(exported) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    for prompt in prompts:
+    for prompt, (status, out, errors) in zip(prompts, ours, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         theirs = model.generate(ids, max_new_tokens=20, do_sample=False, cache_implementation="static")
-        status, out, errors = act24("generate", exported, "--prompt", prompt, "--tokens", 20, "--temperature", 0)
         assert (status, errors) == (0, [])
         assert out == tokenizer.decode(theirs[0], skip_special_tokens=True) + "\n"
 
