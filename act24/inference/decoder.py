@@ -1,13 +1,15 @@
 """A whole model over a static cache: prompts in chunks, then a step a token.
 
 On a CUDA device the blocks are compiled and a step is one CUDA graph, which reads and writes fixed addresses:
-the last tokens, the slot, the cache. Nothing in it waits for the host.
+the last tokens, the slot, the cache. Nothing in it waits for the host. What sparsity a step uses is measured
+there, when the step is captured: on the batch that it is for, with the zeros that the model really has.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +18,17 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.inference.attention import Place, place_of
-from act24.inference.layer import LayerForm, cached_layers
+from act24.inference.layer import DENSE, LayerForm, Sparsity, cached_layers, can_use
+from act24.inference.linears import PACKED_TOKENS, SKIPPING_TOKENS
 from act24.inference.sampling import Sampling, next_token
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.rotary import rotary_embedding
 
 #: Tokens of a prompt that go through the model at once; attention scores grow with them.
 CHUNK = 2048
+
+#: Replays of a captured step that are timed, twice; the faster turn counts.
+REPLAYS = 8
 
 #: Caches have a multiple of so many slots, so that the next batch often fits the one that is there.
 SLOTS = 128
@@ -69,10 +75,17 @@ class Decoder:
 
     One batch at a time: a new one reuses the cache, and the CUDA graph, where it has as many rows, no more
     slots and the same sampling.
+
+    Attributes:
+        times: by rows and sparsity, seconds of a step, where several were tried.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, allowed: Tensor | None = None, compiled: bool | None = None
+        self,
+        model: LlamaForCausalLM,
+        allowed: Tensor | None = None,
+        compiled: bool | None = None,
+        sparsity: Sparsity | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +93,8 @@ class Decoder:
             allowed: boolean `[V]`, which tokens may be taken; None: all.
             compiled: compile the blocks, and replay steps from CUDA graphs on a CUDA device. None: on a CUDA
                 device.
+            sparsity: what steps use of it. None: on a CUDA device whatever is fastest for each number of
+                rows, elsewhere nothing.
 
         Raises:
             Act24Error: a block is not of `act24.llama`.
@@ -90,10 +105,14 @@ class Decoder:
         self._allowed = None if allowed is None else allowed.to(self._device)
         self._forms = cached_layers(model.model.layers)
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
-        self._step_forms = [_compiled(form) for form in self._forms] if self._compiled else self._forms
+        self._captures = self._compiled and self._device.type == "cuda"
+        self._sparsity = sparsity if sparsity is not None or self._captures else DENSE
+        self._there = can_use(model.model.layers) if self._sparsity is None else DENSE
+        self._step_forms: dict[Sparsity, list[LayerForm]] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
         self._batch: Batch | None = None
         self._graph: tuple[Sampling, torch.cuda.CUDAGraph] | None = None
+        self.times: dict[int, dict[Sparsity, float]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -144,26 +163,73 @@ class Decoder:
         """
         batch = self._batch
         assert batch is not None
-        if not (self._compiled and self._device.type == "cuda"):
-            self._advance(batch, sampling)
+        if not self._captures:
+            self._advance(batch, sampling, self._sparsity or DENSE)
         elif self._graph is not None and self._graph[0] == sampling:
             self._graph[1].replay()
         else:
             self._graph = None
-            self._advance(batch, sampling)  # compiles, and is a step like any other
-            self._capture(batch, sampling)
+            self._graph = sampling, self._fastest(batch, sampling)
+            self._graph[1].replay()
         return batch.tokens
 
-    def _capture(self, batch: Batch, sampling: Sampling) -> None:
+    def _choices(self, rows: int) -> list[Sparsity]:
+        """What a step of so many rows may use of the model's sparsity. The one place that goes by tokens."""
+        if self._sparsity is not None:
+            return [self._sparsity]
+        skipping = (False, True) if self._there.skipping and rows <= SKIPPING_TOKENS else (False,)
+        packed = (False, True) if self._there.packed and rows <= PACKED_TOKENS else (False,)
+        if self._dtype is not torch.bfloat16:
+            return [DENSE]
+        return [Sparsity(s, p) for s in skipping for p in packed]
+
+    def _fastest(self, batch: Batch, sampling: Sampling) -> torch.cuda.CUDAGraph:
+        """The step, captured with each choice of sparsity; the fastest one on this batch as it stands."""
+        choices = self._choices(batch.rows)
+        known = self.times.get(batch.rows)
+        if known:  # another length or sampling
+            choices = [min(known, key=lambda choice: known[choice])]
+        graphs = {choice: self._captured(batch, sampling, choice) for choice in choices}
+        if len(graphs) > 1:
+            self.times[batch.rows] = times = {c: self._seconds(batch, graphs[c]) for c in choices}
+            choices = [min(times, key=lambda choice: times[choice])]
+        return graphs[choices[0]]
+
+    def _captured(self, batch: Batch, sampling: Sampling, choice: Sparsity) -> torch.cuda.CUDAGraph:
+        with _kept(batch):
+            self._advance(batch, sampling, choice)  # compiles, and loads kernels
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         with torch.cuda.graph(graph):
-            self._advance(batch, sampling)
-        self._graph = sampling, graph
+            self._advance(batch, sampling, choice)
+        return graph
 
-    def _advance(self, batch: Batch, sampling: Sampling) -> None:
+    def _seconds(self, batch: Batch, graph: torch.cuda.CUDAGraph) -> float:
+        turns = []
+        for _ in range(2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with _kept(batch):
+                graph.replay()
+                start.record()
+                for _ in range(REPLAYS):
+                    batch.slot.sub_(1)
+                    graph.replay()
+                end.record()
+            end.synchronize()
+            turns.append(start.elapsed_time(end) / REPLAYS / 1e3)
+        return min(turns)
+
+    def _forms_for(self, choice: Sparsity) -> list[LayerForm]:
+        if choice not in self._step_forms:
+            layers = self._model.model.layers
+            forms = cached_layers(layers, choice)
+            self._step_forms[choice] = [_compiled(form) for form in forms] if self._compiled else forms
+        return self._step_forms[choice]
+
+    def _advance(self, batch: Batch, sampling: Sampling, choice: Sparsity) -> None:
         place = place_of(batch.slot, batch.first, batch.length)
-        hidden = self._layers(self._step_forms, batch, batch.tokens[:, None], place, batch.keys, batch.values)
+        forms = self._forms_for(choice)
+        hidden = self._layers(forms, batch, batch.tokens[:, None], place, batch.keys, batch.values)
         batch.slot.add_(1)
         batch.tokens.copy_(self._choose(hidden, batch, sampling))
 
@@ -245,6 +311,15 @@ class Decoder:
             return f"{told}: take fewer rows at once, or fewer tokens"
         fits = torch.cuda.mem_get_info(self._device)[0] * 9 // 10 // row
         return f"{told}: {fits} rows fit" if fits else f"{told}: not one row fits, take fewer tokens"
+
+
+@contextmanager
+def _kept(batch: Batch) -> Iterator[None]:
+    """Steps in here do not count: what they write into the cache the next one writes again."""
+    tokens, slot = batch.tokens.clone(), batch.slot.clone()
+    yield
+    batch.tokens.copy_(tokens)
+    batch.slot.copy_(slot)
 
 
 @functools.cache

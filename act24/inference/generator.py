@@ -12,6 +12,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.inference.decoder import Decoder
+from act24.inference.layer import Sparsity
 from act24.inference.sampling import Sampling
 from act24.inference.text import RowText
 from act24.llama import LlamaForCausalLM
@@ -72,13 +73,18 @@ class Generator:
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, tokenizer: Tokenizer | None = None, *, compiled: bool | None = None
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        compiled: bool | None = None,
+        sparsity: Sparsity | None = None,
     ) -> None:
         """
         Args:
             model: act24's LLaMA, rewritten by passes or not; put into evaluation.
             tokenizer: None where prompts and continuations are ids (`generate_ids`).
-            compiled: as for `act24.inference.decoder.Decoder`.
+            compiled, sparsity: as for `act24.inference.decoder.Decoder`.
 
         Raises:
             Act24Error: another model.
@@ -95,7 +101,7 @@ class Generator:
             allowed = torch.as_tensor(tokenizer.known_ids(self._config.vocab_size))
             if not allowed.any():
                 raise Act24Error("the tokenizer has no token that the model knows")
-        self._decoder = Decoder(model, allowed, compiled)
+        self.decoder = Decoder(model, allowed, compiled, sparsity)
 
     def __call__(
         self,
@@ -217,11 +223,9 @@ class Generator:
                     f"{self._config.vocab_size} entries"
                 )
 
-    def _tokens(
-        self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling, seed: int
-    ) -> _Steps:
+    def _tokens(self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling, seed: int) -> _Steps:
         self._check(prompts, tokens)
-        return _Steps(self._decoder, prompts, tokens, sampling, [seed + row for row in range(len(prompts))])
+        return _Steps(self.decoder, prompts, tokens, sampling, [seed + row for row in range(len(prompts))])
 
 
 class _Steps:

@@ -12,12 +12,14 @@ import act24
 from act24.errors import Act24Error
 from act24.inference import decoder as decoder_module
 from act24.inference.generator import Generator
+from act24.inference.layer import Sparsity, can_use
 from act24.inference.sampling import Sampling
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Pipeline, Recompute, Relu2FFN, Weight24
 from act24.passes.served import lower_to_serve_
 from act24.rotary import RotaryScaling
+from act24.sparse24.pattern.selection import top2_of_4
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
@@ -77,6 +79,31 @@ def test_greedy_is_that_of_the_model_without_a_cache(name, heads):
     expected = on_their_own(model, 12)
     assert len({token for row in expected for token in row}) > 4  # and not one token for ever
     assert Generator(model).generate_ids(PROMPTS, 12, GREEDY) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"]
+)
+@pytest.mark.parametrize("sparsity", [Sparsity(True, False), Sparsity(False, True), Sparsity(True, True)])
+def test_sparse_steps_are_the_dense_step(name, sparsity):
+    """In bfloat16, by the kernels' references: logits after a few tokens, beside those of the dense step."""
+    model = rewritten(name, num_key_value_heads=2).bfloat16()
+    if sparsity.packed:
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                if parameter.ndim == 2 and parameter.shape[1] % 4 == 0:
+                    parameter.mul_(top2_of_4(parameter.abs()))
+    expected = Generator(model).generate_ids(PROMPTS, 6, GREEDY)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    there = can_use(model.model.layers)
+    assert there.skipping == (name not in ("stock", "loro", "lost", "weight24"))
+    assert not sparsity.packed or there.packed == (name != "weight24"), "its linears are not folded here"
+    found = Generator(model, sparsity=sparsity).generate_ids(PROMPTS, 6, GREEDY)
+    same = [
+        a == b for row, other in zip(found, expected, strict=True) for a, b in zip(row, other, strict=True)
+    ]
+    assert sum(same) >= len(same) - 6, "more than a row goes another way: more than rounding"
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(("name", "heads"), list(itertools.product(ROTARY, (4, 2))))

@@ -12,7 +12,9 @@ LOGITS = torch.tensor([0.3, -1.0, 2.0, 1.5, 0.0])
 SAMPLES = 20_000
 
 
-def draw(sampling: Sampling, allowed: torch.Tensor | None = None, logits: torch.Tensor = LOGITS) -> torch.Tensor:
+def draw(
+    sampling: Sampling, allowed: torch.Tensor | None = None, logits: torch.Tensor = LOGITS
+) -> torch.Tensor:
     """Frequencies over many positions and seeds."""
     seeds, positions = torch.arange(SAMPLES) % 100, torch.arange(SAMPLES) // 100
     tokens = next_token(logits.expand(SAMPLES, -1), sampling, seeds, positions, allowed)
@@ -51,7 +53,9 @@ def test_top_p_counts_what_top_k_left():
     assert set(draw(Sampling(1.0, top_k=2, top_p=0.63)).nonzero().flatten().tolist()) == {2, 3}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(1.0, 2), Sampling(1.0, 99, 0.99)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(1.0), Sampling(1.0, 2), Sampling(1.0, 99, 0.99)]
+)
 def test_what_is_not_allowed_is_never_drawn(sampling):
     allowed = torch.tensor([True, False, True, True, False])
     logits = torch.tensor([0.3, 9.0, 2.0, 1.5, 9.0])

@@ -1,0 +1,156 @@
+"""`python -m act24.tools.bench.check_decode`, by hand on a GPU: the kernels of decoding against their
+references, generation in CUDA graphs against generation step by step, and the time of each kernel beside
+cuBLAS with weights that no cache holds.
+
+Prints what failed, and leaves with status 1 then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from act24.inference.generator import Generator
+from act24.inference.layer import DENSE, Sparsity
+from act24.inference.sampling import Sampling
+from act24.initialise import build_llama
+from act24.llama import LlamaConfig
+from act24.passes import Relu2FFN, apply_
+from act24.sparse24.kernels.packed_decode import packed_decode, packed_for_decode, unpacked
+from act24.sparse24.kernels.skipping_product import skipping_product
+from act24.sparse24.pattern.selection import top2_of_4
+from act24.tools.bench.rows import needed_gpu
+
+#: Bytes of different weights that are read in turn, beyond the L2 cache of any GPU.
+OUT_OF_CACHE = 512 * 2**20
+
+
+def main() -> None:
+    device = needed_gpu()
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(device), torch.__version__, flush=True)
+    failed = [name for name, found in _checks(device) if not found]
+    for line in _times(device):
+        print(line, flush=True)
+    for name in failed:
+        print(f"FAILED {name}")
+    sys.exit(bool(failed))
+
+
+def _checks(device: torch.device) -> Iterator[tuple[str, bool]]:
+    for tokens in (1, 2, 3, 8, 16):
+        for features, width in ((16512, 4096), (8192, 2048), (3072, 768), (1000, 300)):
+            hidden = _active(tokens, features, 0.1, device)
+            weight = torch.randn(features, width, device=device).bfloat16()
+            y = skipping_product(hidden, weight, "relu2").sum(0)
+            exact = hidden.relu().square().double() @ weight.double()
+            yield f"skipping {tokens} {features} {width}", _close(y, exact, 1e-5)
+        for outputs, inputs in ((4096, 4096), (16512, 4096), (4096, 16512), (768, 3072), (37, 576)):
+            weight = torch.randn(outputs, inputs, device=device).bfloat16()
+            weight = torch.where(top2_of_4(weight.abs()), weight, 0)
+            x, packed = torch.randn(tokens, inputs, device=device).bfloat16(), packed_for_decode(weight)
+            assert torch.equal(unpacked(*packed), weight)
+            y = packed_decode(x, *packed)
+            yield f"packed {tokens} {outputs} {inputs}", _close(y, x.double() @ weight.double().T, 4e-3)
+    yield from _generation(device)
+
+
+def _generation(device: torch.device) -> Iterator[tuple[str, bool]]:
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
+    config = LlamaConfig(
+        256, 256, 512, 3, 8, num_key_value_heads=4, initializer_range=0.08, max_position_embeddings=4096
+    )
+    for sampling in (Sampling(0), Sampling(0.9, 40, 0.9)):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = build_llama(config, 0, device)
+            apply_(model, [Relu2FFN()])
+            model.to(dtype)
+            expected = Generator(model, compiled=False).generate_ids(prompts, 60, sampling)
+            graphed = Generator(model, sparsity=DENSE)
+            same = _share(graphed.generate_ids(prompts, 60, sampling), expected)
+            again = _share(graphed.generate_ids(prompts, 60, sampling), expected)
+            yield (
+                f"graph {dtype} {sampling} {same:.2f} {again:.2f}",
+                same == again and (same == 1 or dtype is torch.bfloat16),
+            )
+            print(f"graph {dtype} temperature {sampling.temperature}: {same:.2f} of the tokens", flush=True)
+    found = Generator(model, sparsity=Sparsity(skipping=True)).generate_ids(prompts, 60, Sampling(0))
+    expected = Generator(model, compiled=False).generate_ids(prompts, 60, Sampling(0))
+    print(f"skipping in bfloat16: {_share(found, expected):.2f} of the tokens", flush=True)
+
+
+def _share(rows: list[list[int]], others: list[list[int]]) -> float:
+    same = [a == b for row, other in zip(rows, others, strict=True) for a, b in zip(row, other, strict=True)]
+    return sum(same) / len(same)
+
+
+def _active(tokens: int, features: int, density: float, device: torch.device) -> Tensor:
+    """A pre-activation of which that share is positive."""
+    hidden = torch.randn(tokens, features, device=device).abs().bfloat16() + 0.01
+    return torch.where(torch.rand_like(hidden) < density, hidden, -hidden)
+
+
+def _close(found: Tensor, exact: Tensor, tolerance: float) -> bool:
+    error = float((found.double() - exact).norm() / exact.norm())
+    if error >= tolerance:
+        print(f"relative error {error:.2e}", flush=True)
+    return error < tolerance
+
+
+def microseconds(run: Callable[[int], Any], copies: int) -> float:
+    """Of `run(copy)`, in a CUDA graph over all copies, so that each finds its weight out of cache."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(0)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for copy in range(copies):
+                run(copy)
+        turns = []
+        for _ in range(8):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            turns.append(start.elapsed_time(end))
+    return sorted(turns)[len(turns) // 2] * 1e3 / copies
+
+
+def copies_of(weight: Tensor) -> list[Tensor]:
+    return [weight.clone() for _ in range(max(2, -(-OUT_OF_CACHE // (weight.numel() * weight.itemsize))))]
+
+
+def _times(device: torch.device) -> Iterator[str]:
+    for features, width in ((16512, 4096), (8192, 2048)):
+        weight = torch.randn(features, width, device=device).bfloat16()
+        plain, rows = copies_of(weight.T.contiguous()), copies_of(weight)
+        for tokens in (1, 2, 4, 8, 16):
+            dense_in = _active(tokens, features, 0.1, device).relu()
+            dense = microseconds(lambda i: dense_in @ plain[i].T, len(plain))
+            other = microseconds(lambda i: dense_in @ rows[i], len(rows))
+            told = f"F {features} D {width} tokens {tokens}: dense {dense:.1f} µs, by feature {other:.1f}"
+            for density in (0.05, 0.1, 0.2):
+                hidden = _active(tokens, features, density, device)
+                found = microseconds(lambda i: skipping_product(hidden, rows[i], "relu2"), len(rows))
+                told += f"; skipping at {density}: {found:.1f} ({dense / found:.2f})"
+            yield told
+    for outputs, inputs in ((4096, 4096), (16512, 4096), (4096, 16512), (8192, 2048)):
+        weight = torch.randn(outputs, inputs, device=device).bfloat16()
+        weight = torch.where(top2_of_4(weight.abs()), weight, 0)
+        plain = copies_of(weight)
+        packed = [packed_for_decode(w) for w in plain[: len(plain) * 2]]
+        for tokens in (1, 2, 4, 8, 16):
+            x = torch.randn(tokens, inputs, device=device).bfloat16()
+            dense = microseconds(lambda i: x @ plain[i].T, len(plain))
+            found = microseconds(lambda i: packed_decode(x, *packed[i]), len(packed))
+            yield f"2:4 {outputs}×{inputs} tokens {tokens}: dense {dense:.1f} µs, packed {found:.1f} ({dense / found:.2f})"
+
+
+if __name__ == "__main__":
+    main()
