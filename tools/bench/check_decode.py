@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from act24.inference.generator import Generator
 from act24.inference.layer import DENSE, Sparsity
@@ -26,7 +27,7 @@ from act24.sparse24.pattern.selection import top2_of_4
 from act24.tools.bench.rows import needed_gpu
 
 #: Bytes of different weights that are read in turn, beyond the L2 cache of any GPU.
-OUT_OF_CACHE = 512 * 2**20
+OUT_OF_CACHE = 400 * 2**20
 
 
 def main() -> None:
@@ -101,16 +102,17 @@ def _close(found: Tensor, exact: Tensor, tolerance: float) -> bool:
     return error < tolerance
 
 
-def microseconds(run: Callable[[int], Any], copies: int) -> float:
-    """Of `run(copy)`, in a CUDA graph over all copies, so that each finds its weight out of cache."""
+def microseconds(run: Callable[..., Any], calls: list[tuple[Tensor, ...]]) -> float:
+    """Of a call, in a CUDA graph of all calls, so that each finds its weight out of cache."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run(0)
+        run(*calls[0])
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            for copy in range(copies):
-                run(copy)
+            for call in calls:
+                run(*call)
         turns = []
         for _ in range(8):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -119,11 +121,15 @@ def microseconds(run: Callable[[int], Any], copies: int) -> float:
             end.record()
             end.synchronize()
             turns.append(start.elapsed_time(end))
-    return sorted(turns)[len(turns) // 2] * 1e3 / copies
+    return sorted(turns)[len(turns) // 2] * 1e3 / len(calls)
 
 
 def copies_of(weight: Tensor) -> list[Tensor]:
     return [weight.clone() for _ in range(max(2, -(-OUT_OF_CACHE // (weight.numel() * weight.itemsize))))]
+
+
+def _skip(hidden: Tensor, weight: Tensor) -> Tensor:
+    return skipping_product(hidden, weight, "relu2")
 
 
 def _times(device: torch.device) -> Iterator[str]:
@@ -131,25 +137,25 @@ def _times(device: torch.device) -> Iterator[str]:
         weight = torch.randn(features, width, device=device).bfloat16()
         plain, rows = copies_of(weight.T.contiguous()), copies_of(weight)
         for tokens in (1, 2, 4, 8, 16):
-            dense_in = _active(tokens, features, 0.1, device).relu()
-            dense = microseconds(lambda i: dense_in @ plain[i].T, len(plain))
-            other = microseconds(lambda i: dense_in @ rows[i], len(rows))
+            x = _active(tokens, features, 0.1, device).relu()
+            dense = microseconds(F.linear, [(x, w) for w in plain])
+            other = microseconds(torch.mm, [(x, w) for w in rows])
             told = f"F {features} D {width} tokens {tokens}: dense {dense:.1f} µs, by feature {other:.1f}"
             for density in (0.05, 0.1, 0.2):
                 hidden = _active(tokens, features, density, device)
-                found = microseconds(lambda i: skipping_product(hidden, rows[i], "relu2"), len(rows))
+                found = microseconds(_skip, [(hidden, w) for w in rows])
                 told += f"; skipping at {density}: {found:.1f} ({dense / found:.2f})"
             yield told
     for outputs, inputs in ((4096, 4096), (16512, 4096), (4096, 16512), (8192, 2048)):
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
-        weight = torch.where(top2_of_4(weight.abs()), weight, 0)
-        plain = copies_of(weight)
-        packed = [packed_for_decode(w) for w in plain[: len(plain) * 2]]
+        plain = copies_of(torch.where(top2_of_4(weight.abs()), weight, 0))
+        packed = [packed_for_decode(w) for w in plain]
         for tokens in (1, 2, 4, 8, 16):
             x = torch.randn(tokens, inputs, device=device).bfloat16()
-            dense = microseconds(lambda i: x @ plain[i].T, len(plain))
-            found = microseconds(lambda i: packed_decode(x, *packed[i]), len(packed))
-            yield f"2:4 {outputs}×{inputs} tokens {tokens}: dense {dense:.1f} µs, packed {found:.1f} ({dense / found:.2f})"
+            dense = microseconds(F.linear, [(x, w) for w in plain])
+            found = microseconds(packed_decode, [(x, *parts) for parts in packed])
+            ratio = dense / found
+            yield f"2:4 {outputs}×{inputs} tokens {tokens}: dense {dense:.1f} µs, packed {found:.1f} ({ratio:.2f})"
 
 
 if __name__ == "__main__":

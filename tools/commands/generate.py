@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,7 @@ class Request:
     """What is asked of each prompt. Fields as for `act24.inference.generator.Generator.stream`."""
 
     tokens: int = 64
-    sampling: Sampling = Sampling(0.8, 50)
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     seed: int = 0
 
