@@ -159,10 +159,11 @@ def _activations(graph: fx.Graph) -> list[_Activation]:
             weight, bias = _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
             found.append(_Activation(linear, weight, bias, lambda _, pair=pair: pair))
     for node in graph.nodes:
-        if node.target is activation24 and node.args[3] is not None and not _is_fp8(node):
+        weight = node.args[3] if node.target is activation24 else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and not _is_fp8(node):
             taken = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
             if len(taken) == len(node.users) == 1:
-                found.append(_Activation(taken[0], node.args[3], node.args[4], _before_24(node)))
+                found.append(_Activation(taken[0], weight, node.args[4], _before_24(node)))
     return found
 
 

@@ -97,7 +97,8 @@ def test_sparse_steps_are_the_dense_step(name, sparsity):
     before = {n: p.clone() for n, p in model.named_parameters()}
     there = can_use(model.model.layers)
     assert there.skipping == (name not in ("stock", "loro", "lost", "weight24"))
-    assert not sparsity.packed or there.packed == (name != "weight24"), "its linears are not folded here"
+    if sparsity.packed:  # factors have too few inputs, and linears of weight24 are not folded here
+        assert there.packed == (name in ("stock", "relu2", "relu", "relu2-act24", "soft"))
     found = Generator(model, sparsity=sparsity).generate_ids(PROMPTS, 6, GREEDY)
     same = [
         a == b for row, other in zip(found, expected, strict=True) for a, b in zip(row, other, strict=True)
