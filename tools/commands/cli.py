@@ -132,9 +132,13 @@ app.command()(sample)
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Argument(help="The folder, or GGUF, to write; it must not exist.")],
     form: Annotated[
-        str, typer.Option("--as", help="llama, arcee, act24; auto: the first of these that holds the model.")
+        str,
+        typer.Option(
+            "--as",
+            help="llama, arcee, act24; auto: the first that holds the model; gguf: a file for llama.cpp.",
+        ),
     ] = "auto",
     dense_weights: Annotated[
         bool, typer.Option(help="Of weight24 the dense masters, not the masked weights that were trained.")
