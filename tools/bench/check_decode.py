@@ -8,8 +8,7 @@ Prints what failed, and leaves with status 1 then.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,10 +23,8 @@ from act24.passes import Relu2FFN, apply_
 from act24.sparse24.kernels.packed_decode import packed_decode, packed_for_decode, unpacked
 from act24.sparse24.kernels.skipping_product import skipping_product
 from act24.sparse24.pattern.selection import top2_of_4
+from act24.tools.bench.decode import copies_of, microseconds
 from act24.tools.bench.rows import needed_gpu
-
-#: Bytes of different weights that are read in turn, beyond the L2 cache of any GPU.
-OUT_OF_CACHE = 400 * 2**20
 
 
 def main() -> None:
@@ -100,32 +97,6 @@ def _close(found: Tensor, exact: Tensor, tolerance: float) -> bool:
     if error >= tolerance:
         print(f"relative error {error:.2e}", flush=True)
     return error < tolerance
-
-
-def microseconds(run: Callable[..., Any], calls: list[tuple[Tensor, ...]]) -> float:
-    """Of a call, in a CUDA graph of all calls, so that each finds its weight out of cache."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(*calls[0])
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                run(*call)
-        turns = []
-        for _ in range(8):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            turns.append(start.elapsed_time(end))
-    return sorted(turns)[len(turns) // 2] * 1e3 / len(calls)
-
-
-def copies_of(weight: Tensor) -> list[Tensor]:
-    return [weight.clone() for _ in range(max(2, -(-OUT_OF_CACHE // (weight.numel() * weight.itemsize))))]
 
 
 def _skip(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from act24.tools.commands.cli_generate import generate, sample
+from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
@@ -328,6 +328,10 @@ def data_prepare(
         skip_bad_records,
         end_of_text,
     )
+
+
+bench_app.command("decode")(bench_decode)
+bench_app.command("generate")(bench_generate)
 
 
 @bench_app.command("step")

@@ -68,3 +68,38 @@ def sample(
 ) -> None:
     """`generate` for a look at a model: a prompt of its own, and few tokens."""
     generate(path, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+
+
+def bench_decode(
+    path: Annotated[Path, typer.Argument(help="A run with relu² networks, or an exported folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The networks of a trained model on a few tokens: features that are active, skipping beside dense."""
+    from act24.tools.bench.decode import bench_decode as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(path), as_json)
+
+
+def bench_generate(
+    sizes: Annotated[str, typer.Option(help="130m, 1b, 7b; several separated by commas.")] = "130m,1b,7b",
+    batches: Annotated[str, typer.Option(help="Rows of decoding.")] = "1,4,16,64",
+    prefill: Annotated[str, typer.Option(help="Tokens of prompts.")] = "2048,8192",
+    density: Annotated[float, typer.Option(min=0.001, max=0.5, help="Active share behind relu².")] = 0.1,
+    transformers: Annotated[bool, typer.Option(help="Also transformers' generate, compiled.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
+) -> None:
+    """Whole models, tokens a second: dense, skipping zeros, 2:4 weights, both, and transformers'."""
+    import json
+    import sys
+
+    from act24.tools.bench.generate import bench_generate as run_bench
+    from act24.tools.bench.generate import table
+    from act24.tools.bench.train import row_numbers
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    names = [name.strip() for name in sizes.split(",")]
+    result = run_bench(names, row_numbers(batches), row_numbers(prefill), density, transformers, say)
+    print(json.dumps(result, indent=1) if as_json else table(result))
