@@ -1,17 +1,17 @@
 # pyright: reportInvalidTypeForm=false
-"""The product of a packed 2:4 weight with one to sixteen tokens, where the weight's bytes are the time.
+"""The product of a packed 2:4 weight with one to eight tokens, where the weight's bytes are the time.
 
 The layout is our own, 9/16 of the dense bytes, in plain row order. A group is four neighbours along the
 inputs, of which two are kept:
 
-    values  [N, K / 2]  the kept ones, group after group
-    codes   [N, K / 8]  a byte for two groups, g in the low and K/8 + g in the high half; of the four bits of
-                        a group two say where the first one stands (0, 1, 2), two the second (1, 2, 3, less 1)
+    values  [N, K / 2]   the kept ones, group after group
+    codes   [N, K / 32]  32 bits for eight groups, G/8 apart: bits 4p to 4p + 3 of word j are those of group
+                         p G/8 + j; two say where the first kept one stands (0, 1, 2), two the second (1, 2,
+                         3, less 1)
 
-So one load of values and one of codes have the same shape, and no lane waits for another's. One token is
-multiplied by selecting, for each kept value, its input among the three that it can stand at. More go through
-tensor cores: the groups' first, second, third and fourth entries are four dense matrices, each multiplied
-with every fourth input.
+So every load is of as many words and no lane waits for another's: a tile of codes serves eight tiles of
+values. Each is spread over its group's four places in registers, and multiplied with the four inputs of the
+group, which are one word of 64 bits.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from act24.sparse24.kernels.shared.registry import operator
 from act24.sparse24.pattern.selection import top2_of_4
 
 #: Most tokens.
-TOKENS = 16
+TOKENS = 8
 
-#: Inputs are a multiple of this many, so that values are whole words, 16 bytes at a time.
-INPUTS = 64
+#: Inputs are a multiple of this many, so that each eighth of a row begins at 16 bytes.
+INPUTS = 128
 
 
 def packed_for_decode(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,21 +37,23 @@ def packed_for_decode(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: 16-bit `[N, K]`, K a multiple of `INPUTS`, at most two non-zeros of four along K.
 
     Returns:
-        values `[N, K / 2]` of its dtype, codes uint8 `[N, K / 8]`.
+        values `[N, K / 2]` of its dtype, codes int32 `[N, K / 32]`.
     """
     groups = weight.unflatten(-1, (-1, 4))
     kept = top2_of_4(weight.abs()).unflatten(-1, (-1, 4))
     places = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :2]
     values = groups.gather(-1, places).flatten(1)
-    code = (places[..., 0] | ((places[..., 1] - 1) << 2)).to(torch.uint8)
-    low, high = code.chunk(2, dim=-1)
-    return values.contiguous(), (low | (high << 4)).contiguous()
+    code = (places[..., 0] | ((places[..., 1] - 1) << 2)).unflatten(-1, (8, -1))
+    shifts = 4 * torch.arange(8, device=weight.device)
+    # A sum of bits that do not meet; the highest may make it negative as 32 bits.
+    return values.contiguous(), (code << shifts[:, None]).sum(1).to(torch.int32).contiguous()
 
 
 def unpacked(values: Tensor, codes: Tensor) -> Tensor:
     """The dense weight `[N, K]` of a packed one."""
-    code = torch.cat((codes & 15, codes >> 4), dim=-1)
-    places = torch.stack((code & 3, (code >> 2) + 1), dim=-1).long()
+    shifts = 4 * torch.arange(8, device=codes.device)
+    code = ((codes.long()[:, None] >> shifts[:, None]) & 15).flatten(1)
+    places = torch.stack((code & 3, (code >> 2) + 1), dim=-1)
     groups = values.new_zeros((*code.shape, 4))
     return groups.scatter_(-1, places, values.unflatten(-1, (-1, 2))).flatten(1)
 
@@ -63,74 +65,13 @@ def _halves(word):
 
 
 @jit
-def _group_product(word, code, x0, x1, x2, x3):
-    first, second = _halves(word)
-    at_first = tl.where((code & 2) != 0, x2, tl.where((code & 1) != 0, x1, x0))
-    at_second = tl.where((code & 8) != 0, x3, tl.where((code & 4) != 0, x2, x1))
-    return first * at_first + second * at_second
-
-
-@jit
-def _one_token(
+def _packed(
     x,
     values,
     codes,
     y,
     outputs,
-    half,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < outputs
-    group = tl.arange(0, GROUPS)
-    total = tl.zeros([ROWS, GROUPS], dtype=tl.float32)
-    for start in range(0, half, GROUPS):
-        low = start + group
-        real = low < half
-        mask = inside[:, None] & real[None, :]
-        words = values + row.to(tl.int64)[:, None] * (2 * half) + low[None, :]
-        word = tl.load(words, mask, other=0)
-        other_word = tl.load(words + half, mask, other=0)
-        code = tl.load(codes + row.to(tl.int64)[:, None] * half + low[None, :], mask, other=0).to(tl.int32)
-        at = x + 4 * low
-        x0 = tl.load(at, real, other=0).to(tl.float32)[None, :]
-        x1 = tl.load(at + 1, real, other=0).to(tl.float32)[None, :]
-        x2 = tl.load(at + 2, real, other=0).to(tl.float32)[None, :]
-        x3 = tl.load(at + 3, real, other=0).to(tl.float32)[None, :]
-        total += _group_product(word, code, x0, x1, x2, x3)
-        at = at + 4 * half
-        x0 = tl.load(at, real, other=0).to(tl.float32)[None, :]
-        x1 = tl.load(at + 1, real, other=0).to(tl.float32)[None, :]
-        x2 = tl.load(at + 2, real, other=0).to(tl.float32)[None, :]
-        x3 = tl.load(at + 3, real, other=0).to(tl.float32)[None, :]
-        total += _group_product(other_word, code >> 4, x0, x1, x2, x3)
-    tl.store(y + row, tl.sum(total, 1).to(y.dtype.element_ty), inside)
-
-
-@jit
-def _group_products(word, code, at, real, sums):
-    first, second = _halves(word)
-    one, two = (code & 1) != 0, (code & 2) != 0
-    three, four = (code & 4) != 0, (code & 8) != 0
-    entry = tl.where(one | two, 0.0, first)
-    sums = tl.dot(entry.to(tl.bfloat16), tl.load(at, real, other=0), sums)
-    entry = tl.where(one, first, tl.where(three | four, 0.0, second))
-    sums = tl.dot(entry.to(tl.bfloat16), tl.load(at + 1, real, other=0), sums)
-    entry = tl.where(two, first, tl.where(three, second, 0.0))
-    sums = tl.dot(entry.to(tl.bfloat16), tl.load(at + 2, real, other=0), sums)
-    entry = tl.where(four, second, 0.0)
-    return tl.dot(entry.to(tl.bfloat16), tl.load(at + 3, real, other=0), sums)
-
-
-@jit
-def _some_tokens(
-    x,
-    values,
-    codes,
-    y,
-    outputs,
-    half,
+    eighth,
     tokens,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -138,24 +79,64 @@ def _some_tokens(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < outputs
-    group = tl.arange(0, GROUPS)
     token = tl.arange(0, TOKENS)
-    sums = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
-    for start in range(0, half, GROUPS):
+    group = tl.arange(0, GROUPS)
+    sums = tl.zeros([ROWS, GROUPS, TOKENS], dtype=tl.float32)
+    for start in range(0, eighth, GROUPS):
         low = start + group
-        real = low < half
+        real = low < eighth
         mask = inside[:, None] & real[None, :]
-        words = values + row.to(tl.int64)[:, None] * (2 * half) + low[None, :]
-        word = tl.load(words, mask, other=0)
-        other_word = tl.load(words + half, mask, other=0)
-        code = tl.load(codes + row.to(tl.int64)[:, None] * half + low[None, :], mask, other=0).to(tl.int32)
-        # [GROUPS, TOKENS]: every fourth input of each token.
-        at = x + token[None, :] * (8 * half) + 4 * low[:, None]
-        given = real[:, None] & (token < tokens)[None, :]
-        sums = _group_products(word, code, at, given, sums)
-        sums = _group_products(other_word, code >> 4, at + 4 * half, given, sums)
-    to = y + token[None, :] * outputs + row[:, None]
-    tl.store(to, sums.to(y.dtype.element_ty), inside[:, None] & (token < tokens)[None, :])
+        code = tl.load(codes + row.to(tl.int64)[:, None] * eighth + low[None, :], mask, other=0)
+        at = values + row.to(tl.int64)[:, None] * (8 * eighth) + low[None, :]
+        for part in tl.static_range(8):
+            first, second = _halves(tl.load(at + part * eighth, mask, other=0))
+            one, two = ((code >> (4 * part)) & 1) != 0, ((code >> (4 * part)) & 2) != 0
+            three, four = ((code >> (4 * part)) & 4) != 0, ((code >> (4 * part)) & 8) != 0
+            w0 = tl.where(one | two, 0.0, first)[:, :, None]
+            w1 = tl.where(one, first, tl.where(three | four, 0.0, second))[:, :, None]
+            w2 = tl.where(two, first, tl.where(three, second, 0.0))[:, :, None]
+            w3 = tl.where(four, second, 0.0)[:, :, None]
+            inputs = x + token[None, :] * (8 * eighth) + (low + part * eighth)[:, None]
+            four_inputs = tl.load(inputs, real[:, None] & (token < tokens)[None, :], other=0)
+            x0, x1 = _halves(four_inputs.to(tl.int32))
+            x2, x3 = _halves((four_inputs >> 32).to(tl.int32))
+            sums += w0 * x0[None] + w1 * x1[None] + w2 * x2[None] + w3 * x3[None]
+    result = tl.sum(sums, 1).to(y.dtype.element_ty)
+    tl.store(y + token[None, :] * outputs + row[:, None], result, inside[:, None] & (token < tokens)[None, :])
+
+
+@jit
+def _packed_one(
+    x,
+    values,
+    codes,
+    y,
+    outputs,
+    eighth,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < outputs
+    group = tl.arange(0, GROUPS)
+    sums = tl.zeros([ROWS, GROUPS], dtype=tl.float32)
+    for start in range(0, eighth, GROUPS):
+        low = start + group
+        real = low < eighth
+        mask = inside[:, None] & real[None, :]
+        code = tl.load(codes + row.to(tl.int64)[:, None] * eighth + low[None, :], mask, other=0)
+        at = values + row.to(tl.int64)[:, None] * (8 * eighth) + low[None, :]
+        for part in tl.static_range(8):
+            first, second = _halves(tl.load(at + part * eighth, mask, other=0))
+            four_inputs = tl.load(x + low + part * eighth, real, other=0)
+            x0, x1 = _halves(four_inputs.to(tl.int32))
+            x2, x3 = _halves((four_inputs >> 32).to(tl.int32))
+            one, two = ((code >> (4 * part)) & 1) != 0, ((code >> (4 * part)) & 2) != 0
+            three, four = ((code >> (4 * part)) & 4) != 0, ((code >> (4 * part)) & 8) != 0
+            at_first = tl.where(two, x2[None], tl.where(one, x1[None], x0[None]))
+            at_second = tl.where(four, x3[None], tl.where(three, x2[None], x1[None]))
+            sums += first * at_first + second * at_second
+    tl.store(y + row, tl.sum(sums, 1).to(y.dtype.element_ty), inside)
 
 
 def _reference(x: Tensor, values: Tensor, codes: Tensor) -> Tensor:
@@ -172,7 +153,7 @@ def packed_decode(x: Tensor, values: Tensor, codes: Tensor) -> Tensor:
 
     Args:
         x: bfloat16 `[T, K]`, T at most `TOKENS`.
-        values: bfloat16 `[N, K / 2]`; codes: uint8 `[N, K / 8]`, as `packed_for_decode` makes them.
+        values: bfloat16 `[N, K / 2]`; codes: int32 `[N, K / 32]`, as `packed_for_decode` makes them.
 
     Returns:
         bfloat16 `[T, N]`.
@@ -181,21 +162,32 @@ def packed_decode(x: Tensor, values: Tensor, codes: Tensor) -> Tensor:
         ValueError: other dtypes or shapes.
     """
     (tokens, inputs), outputs = x.shape, len(values)
-    fits = values.shape[1] * 2 == codes.shape[1] * 8 == inputs and inputs % INPUTS == 0
+    fits = values.shape[1] * 2 == codes.shape[1] * 32 == inputs and inputs % INPUTS == 0
     if not fits or tokens > TOKENS or x.dtype is not torch.bfloat16 or values.dtype is not torch.bfloat16:
         raise ValueError(
             f"packed_decode: {tuple(x.shape)} {x.dtype} with values {tuple(values.shape)} {values.dtype}: "
             f"bfloat16, at most {TOKENS} tokens, and inputs a multiple of {INPUTS}"
         )
     y = x.new_empty((tokens, outputs))
-    words, half = values.view(torch.int32), inputs // 8
-    if tokens == 1:
-        rows = 4 if outputs * inputs <= 2**25 else 8
-        _one_token[(triton.cdiv(outputs, rows),)](
-            x, words, codes, y, outputs, half, ROWS=rows, GROUPS=256, num_warps=4
-        )
-    else:
-        _some_tokens[(triton.cdiv(outputs, 32),)](
-            x, words, codes, y, outputs, half, tokens, ROWS=32, GROUPS=64, TOKENS=16, num_warps=4
-        )
+    launch(x, values, codes, y, rows=8 if tokens == 1 else 4, groups=64, warps=4)
     return y
+
+
+def launch(
+    x: Tensor, values: Tensor, codes: Tensor, y: Tensor, rows: int, groups: int, warps: int, stages: int = 3
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        y: bfloat16 `[T, N]`; changed in place.
+        rows, groups: of a tile.
+        warps, stages: of Triton's.
+    """
+    (tokens, inputs), outputs = x.shape, len(values)
+    grid = (triton.cdiv(outputs, rows),)
+    arguments = (x.view(torch.int64), values.view(torch.int32), codes, y, outputs, inputs // 32)
+    sizes = {"ROWS": rows, "GROUPS": groups, "num_warps": warps, "num_stages": stages}
+    if tokens == 1:
+        _packed_one[grid](*arguments, **sizes)
+    else:
+        _packed[grid](*arguments, tokens, TOKENS=triton.next_power_of_2(tokens), **sizes)

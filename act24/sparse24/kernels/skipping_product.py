@@ -2,10 +2,11 @@
 """The product of a mostly zero activation with a weight, reading only the rows of features that are active.
 
 Bound by memory, for one token up to a few: the weight's bytes are the time, and 80 to 93% of a trained relu²
-activation are zeros. First the active features are compacted, those of any of the tokens; then programs read
-their rows and add them up. Feature f belongs to split f mod S, so that clusters of active features spread
-evenly. Each split's sum goes to memory in float32, and whoever reads adds the splits in a fixed order: no
-atomics, and the same bits every time.
+activation are zeros. A program has a split of the features and some columns of the weight. It compacts the
+active features of its split, those of any of the tokens, into a list of its own, and adds their rows up.
+Neighbouring features belong to different splits, so that clusters of active ones spread evenly. Each split's
+sum goes to memory in float32, and whoever reads adds the splits in a fixed order: no atomics, and the same
+bits every time.
 """
 
 from __future__ import annotations
@@ -22,97 +23,89 @@ TOKENS = 16
 #: What may be done to the activation first.
 FUNCTIONS = ("relu2", "relu", "none")
 
-#: Rows of the weight at a time, and columns a program.
-ROWS, COLUMNS = 16, 256
+#: Features of a split at most, and how many neighbours go to one: a sector of memory.
+LENGTH, NEIGHBOURS = 512, 16
 
 
 @jit
-def _compact(
+def _skip(
     hidden,
+    weight,
     index,
     value,
-    number,
+    partial,
     features,
-    length,
+    width,
     tokens,
-    SPLITS: tl.constexpr,
+    splits,
     LENGTH: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PADDED: tl.constexpr,
     FUNCTION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    feature = tl.arange(0, LENGTH) * SPLITS + split
+    block, split = tl.program_id(0), tl.program_id(1)
+    nth = tl.arange(0, LENGTH)
+    feature = ((nth // NEIGHBOURS) * splits + split) * NEIGHBOURS + nth % NEIGHBOURS
     inside = feature < features
+    own = (split * tl.num_programs(0) + block) * LENGTH
     active = tl.zeros([LENGTH], dtype=tl.int32)
     for token in tl.static_range(TOKENS):
         x = tl.load(hidden + token * features + feature, inside & (token < tokens), other=0).to(tl.float32)
         kept = (x != 0) if FUNCTION == "none" else ~(x <= 0)  # NaN is active
         active = active | kept.to(tl.int32)
     place = tl.cumsum(active, 0) - 1
-    tl.store(index + split * length + place, feature, mask=active != 0)
-    tl.store(number + split, tl.sum(active, 0))
+    count = tl.sum(active, 0)
+    tl.store(index + own + place, feature, mask=active != 0)
     for token in tl.static_range(TOKENS):
-        x = tl.load(hidden + token * features + feature, inside & (token < tokens), other=0)
-        wide = x.to(tl.float32)
+        x = tl.load(hidden + token * features + feature, inside & (token < tokens), other=0).to(tl.float32)
         if FUNCTION != "none":
-            wide = tl.where(wide <= 0, 0.0, wide)
+            x = tl.where(x <= 0, 0.0, x)
         if FUNCTION == "relu2":
-            wide = wide * wide
-        place_of_value = value + (split * TOKENS + token) * length + place
-        tl.store(place_of_value, wide.to(value.dtype.element_ty), mask=active != 0)
+            x = x * x
+        tl.store(
+            value + own * TOKENS + token * LENGTH + place, x.to(value.dtype.element_ty), mask=active != 0
+        )
+    tl.debug_barrier()  # the list is read by other threads of the program than wrote it
 
-
-@jit
-def _add_rows(
-    index,
-    value,
-    number,
-    weight,
-    partial,
-    width,
-    length,
-    tokens,
-    SPLITS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    split = tl.program_id(1)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-    count = tl.load(number + split)
-    nth = tl.arange(0, ROWS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    real_column = column < width
+    row_of = tl.arange(0, ROWS)
     if TOKENS == 1:
         total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for start in range(0, count, ROWS):
-            real = start + nth < count
-            row = tl.load(index + split * length + start + nth, real, other=0)
-            factor = tl.load(value + split * length + start + nth, real, other=0).to(tl.float32)
-            place = weight + row.to(tl.int64)[:, None] * width + column[None, :]
-            tile = tl.load(place, real[:, None] & inside[None, :], other=0).to(tl.float32)
+            real = start + row_of < count
+            row = tl.load(index + own + start + row_of, real, other=0)
+            factor = tl.load(value + own + start + row_of, real, other=0).to(tl.float32)
+            at = weight + row.to(tl.int64)[:, None] * width + column[None, :]
+            tile = tl.load(at, real[:, None] & real_column[None, :], other=0).to(tl.float32)
             total += tile * factor[:, None]
-        tl.store(partial + split * width + column, tl.sum(total, 0), inside)
+        tl.store(partial + split * width + column, tl.sum(total, 0), real_column)
     else:
         token = tl.arange(0, PADDED)
         sums = tl.zeros([PADDED, COLUMNS], dtype=tl.float32)
         for start in range(0, count, ROWS):
-            real = start + nth < count
-            row = tl.load(index + split * length + start + nth, real, other=0)
-            places = value + (split * TOKENS + token[:, None]) * length + (start + nth)[None, :]
-            factor = tl.load(places, (token < TOKENS)[:, None] & real[None, :], other=0)
-            place = weight + row.to(tl.int64)[:, None] * width + column[None, :]
-            tile = tl.load(place, real[:, None] & inside[None, :], other=0)
+            real = start + row_of < count
+            row = tl.load(index + own + start + row_of, real, other=0)
+            at = value + own * TOKENS + token[:, None] * LENGTH + (start + row_of)[None, :]
+            factor = tl.load(at, (token < TOKENS)[:, None] & real[None, :], other=0)
+            at = weight + row.to(tl.int64)[:, None] * width + column[None, :]
+            tile = tl.load(at, real[:, None] & real_column[None, :], other=0)
             sums = tl.dot(factor, tile, sums)
-        to = partial + (split * tokens + token[:, None]) * width + column[None, :]
-        tl.store(to, sums, (token < tokens)[:, None] & inside[None, :])
+        at = partial + (split * tokens + token[:, None]) * width + column[None, :]
+        tl.store(at, sums, (token < tokens)[:, None] & real_column[None, :])
 
 
-def split_number(width: int) -> int:
-    """Splits of the features: with `COLUMNS` columns a program, some four programs for each of a GPU's cores,
-    and no more partial sums than that takes."""
-    columns = -(-width // COLUMNS)
-    return max(8, min(64, 1 << max(0, (512 // columns).bit_length() - 1)))
+def split_number(features: int) -> int:
+    """Splits of the features."""
+    return -(-features // LENGTH)
+
+
+def split_of(features: int) -> Tensor:
+    """int64 `[F]`: the split of each feature."""
+    return torch.arange(features) // NEIGHBOURS % split_number(features)
 
 
 def _activation(hidden: Tensor, function: str) -> Tensor:
@@ -124,13 +117,13 @@ def _activation(hidden: Tensor, function: str) -> Tensor:
 
 def _reference(hidden: Tensor, weight: Tensor, function: str) -> Tensor:
     value = _activation(hidden, function).float()
-    splits = split_number(weight.shape[1])
-    parts = [value[:, split::splits] @ weight[split::splits].float() for split in range(splits)]
+    split = split_of(len(weight)).to(weight.device)
+    parts = [value[:, split == n] @ weight[split == n].float() for n in range(split_number(len(weight)))]
     return torch.stack(parts)
 
 
 def _fake(hidden: Tensor, weight: Tensor, function: str) -> Tensor:
-    shape = (split_number(weight.shape[1]), hidden.shape[0], weight.shape[1])
+    shape = (split_number(len(weight)), hidden.shape[0], weight.shape[1])
     return hidden.new_empty(shape, dtype=torch.float32)
 
 
@@ -153,41 +146,52 @@ def skipping_product(hidden: Tensor, weight: Tensor, function: str) -> Tensor:
     (tokens, features), width = hidden.shape, weight.shape[1]
     if tokens > TOKENS or function not in FUNCTIONS:
         raise ValueError(f"skipping_product: {tokens} tokens, {function!r}: at most {TOKENS}, of {FUNCTIONS}")
-    splits = split_number(width)
-    length = -(-features // splits)
-    padded = triton.next_power_of_2(tokens)
-    index = hidden.new_empty((splits, length), dtype=torch.int32)
-    value = hidden.new_empty((splits, padded, length))
-    number = hidden.new_empty(splits, dtype=torch.int32)
-    _compact[(splits,)](
-        hidden,
-        index,
-        value,
-        number,
-        features,
-        length,
-        tokens,
-        SPLITS=splits,
-        LENGTH=triton.next_power_of_2(length),
-        TOKENS=padded,
-        FUNCTION=function,
-        num_warps=4,
-    )
-    partial = hidden.new_empty((splits, tokens, width), dtype=torch.float32)
-    _add_rows[(triton.cdiv(width, COLUMNS), splits)](
-        index,
-        value,
-        number,
-        weight,
-        partial,
-        width,
-        length,
-        tokens,
-        SPLITS=splits,
-        TOKENS=padded,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        PADDED=max(padded, 16),
-        num_warps=4,
-    )
+    partial = hidden.new_empty((split_number(features), tokens, width), dtype=torch.float32)
+    if tokens == 1:
+        launch(hidden, weight, partial, function, rows=64, columns=128, warps=4, stages=3)
+    else:
+        launch(hidden, weight, partial, function, rows=32, columns=128, warps=4, stages=3)
     return partial
+
+
+def launch(
+    hidden: Tensor,
+    weight: Tensor,
+    partial: Tensor,
+    function: str,
+    rows: int,
+    columns: int,
+    warps: int,
+    stages: int,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        partial: float32 `[S, T, D]`; changed in place.
+        rows, columns: of the weight at a time.
+        warps, stages: of Triton's.
+    """
+    (tokens, features), width, splits = hidden.shape, weight.shape[1], len(partial)
+    padded, blocks = triton.next_power_of_2(tokens), triton.cdiv(width, columns)
+    index = hidden.new_empty((splits, blocks, LENGTH), dtype=torch.int32)
+    value = hidden.new_empty((splits, blocks, padded, LENGTH))
+    _skip[(blocks, splits)](
+        hidden,
+        weight,
+        index,
+        value,
+        partial,
+        features,
+        width,
+        tokens,
+        splits,
+        LENGTH=LENGTH,
+        NEIGHBOURS=NEIGHBOURS,
+        TOKENS=padded,
+        PADDED=max(padded, 16),
+        FUNCTION=function,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=warps,
+        num_stages=stages,
+    )

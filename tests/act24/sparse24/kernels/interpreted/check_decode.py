@@ -29,7 +29,7 @@ def test_skipping_is_the_dense_product(tokens, features, width, function):
     hidden[:, :40] = 1  # a cluster
     hidden[:, -3] = -0.0
     parts = OPERATORS["skipping_product"].launch(hidden, weight, function)
-    assert parts.shape == (split_number(width), tokens, width)
+    assert parts.shape == (split_number(features), tokens, width)
     assert torch.equal(parts.sum(0).double(), activated(hidden, function) @ weight.double())
     assert torch.equal(parts, OPERATORS["skipping_product"].reference(hidden, weight, function))
 
@@ -54,8 +54,8 @@ def weight24(outputs: int, inputs: int) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16])
-@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (37, 576), (64, 4160)])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8])
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 128), (37, 640), (24, 4224)])
 def test_packed_is_the_dense_product(outputs, inputs, tokens):
     weight, x = weight24(outputs, inputs), draw(tokens, inputs)
     packed = packed_for_decode(weight)
@@ -67,11 +67,11 @@ def test_packed_is_the_dense_product(outputs, inputs, tokens):
 
 
 def test_every_place_of_two_in_four():
-    """All pairs of places, none and one among them, in both halves of a byte."""
+    """All pairs of places, one alone among them, in every eighth of a row."""
     patterns = [[float(1 + p) * (p in kept) for p in range(4)] for kept in _subsets()]
-    weight = torch.tensor(patterns).repeat(2, 16)[:, :64].bfloat16()
-    weight = torch.stack([weight.roll(4 * n, dims=1).flatten() for n in range(16)]).reshape(-1, 64)
-    x = draw(1, 64)
+    flat = torch.tensor(patterns).flatten().bfloat16()  # 40 entries, ten groups
+    weight = torch.stack([flat.roll(4 * n).repeat(4)[:128] for n in range(10)])
+    x = draw(1, 128)
     packed = packed_for_decode(weight)
     assert torch.equal(unpacked(*packed), weight)
     y = OPERATORS["packed_decode"].launch(x, *packed)
@@ -82,7 +82,7 @@ def _subsets() -> list[set[int]]:
     return [{a, b} for a in range(4) for b in range(a, 4)]
 
 
-@pytest.mark.parametrize(("tokens", "inputs"), [(17, 64), (1, 32)])
+@pytest.mark.parametrize(("tokens", "inputs"), [(9, 128), (1, 64)])
 def test_what_the_kernel_does_not_take_is_refused(tokens, inputs):
     packed = packed_for_decode(weight24(8, inputs))
     with pytest.raises(ValueError, match="packed_decode"):
