@@ -103,11 +103,11 @@ class Decoder:
         self._config = model.config
         self._device, self._dtype = model.head_weight.device, model.model.embed_tokens.weight.dtype
         self._allowed = None if allowed is None else allowed.to(self._device)
-        self._forms = cached_layers(model.model.layers)
+        self._forms = cached_layers([*model.model.layers])
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         self._captures = self._compiled and self._device.type == "cuda"
         self._sparsity = sparsity if sparsity is not None or self._captures else DENSE
-        self._there = can_use(model.model.layers) if self._sparsity is None else DENSE
+        self._there = can_use([*model.model.layers]) if self._sparsity is None else DENSE
         self._step_forms: dict[Sparsity, list[LayerForm]] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
         self._batch: Batch | None = None
@@ -221,8 +221,7 @@ class Decoder:
 
     def _forms_for(self, choice: Sparsity) -> list[LayerForm]:
         if choice not in self._step_forms:
-            layers = self._model.model.layers
-            forms = cached_layers(layers, choice)
+            forms = cached_layers([*self._model.model.layers], choice)
             self._step_forms[choice] = [_compiled(form) for form in forms] if self._compiled else forms
         return self._step_forms[choice]
 

@@ -147,17 +147,16 @@ class _Activation(NamedTuple):
     node: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    before: Callable[[fx.Graph], tuple[fx.Node, str]]
+    before: Callable[[fx.Graph], tuple[Any, str]]
 
 
 def _activations(graph: fx.Graph) -> list[_Activation]:
     found = []
     for linear in _linears(graph):
-        activation = linear.args[0]
+        activation: Any = linear.args[0]
         if activation.target in _FUNCTIONS and len(activation.users) == 1:
-            pair = (activation.args[0], _FUNCTIONS[activation.target])
             weight, bias = _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
-            found.append(_Activation(linear, weight, bias, lambda _, pair=pair: pair))
+            found.append(_Activation(linear, weight, bias, _before_relu(activation)))
     for node in graph.nodes:
         weight = node.args[3] if node.target is activation24 else None
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and not _is_fp8(node):
@@ -169,14 +168,22 @@ def _activations(graph: fx.Graph) -> list[_Activation]:
 
 def _is_fp8(node: fx.Node) -> bool:
     options: Any = node.args[-1]  # a named tuple, which is a node of its own once it is traced again
-    return (options.target(*options.args) if isinstance(options, fx.Node) else options).precision == "fp8"
+    if isinstance(options, fx.Node):
+        kind: Any = options.target
+        options = kind(*options.args)
+    return options.precision == "fp8"
+
+
+def _before_relu(node: fx.Node) -> Callable[[fx.Graph], tuple[Any, str]]:
+    return lambda graph: (node.args[0], _FUNCTIONS[node.target])  # type: ignore[index]
 
 
 def _before_24(node: fx.Node) -> Callable[[fx.Graph], tuple[fx.Node, str]]:
     """The 2:4 activation alone, of a network that `activation24` computes whole."""
 
     def before(graph: fx.Graph) -> tuple[fx.Node, str]:
-        x, weight_in, bias_in, _, _, *rest = node.args
+        arguments: tuple[Any, ...] = node.args
+        x, weight_in, bias_in, _, _, *rest = arguments
         hidden = x if weight_in is None else graph.call_function(F.linear, (x, weight_in, bias_in))
         sparse = graph.call_function(activation24, (hidden, None, None, None, None, *rest))
         return graph.call_function(operator.getitem, (sparse, 0)), "none"

@@ -18,7 +18,7 @@ def skipping_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, functio
     """linear(f(h)), reading only what active features multiply.
 
     Args:
-        hidden: `[..., F]`, in all at most 16 tokens; 16-bit.
+        hidden: `[..., F]`, in all at most `SKIPPING_TOKENS` tokens; 16-bit.
         weight: `[D, F]` as a linear has it, stored `[F, D]` (`store_by_feature_`).
         function: f, "relu2", "relu" or "none".
 
@@ -35,7 +35,7 @@ def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None)
     """A linear whose weight is 2:4, packed by `act24.sparse24.kernels.packed_decode.packed_for_decode`.
 
     Args:
-        x: bfloat16 `[..., K]`, in all at most 16 tokens.
+        x: bfloat16 `[..., K]`, in all at most `PACKED_TOKENS` tokens.
     """
     y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes)
     y = y if bias is None else y + bias

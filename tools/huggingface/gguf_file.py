@@ -80,7 +80,7 @@ def write_gguf(
 
 def _library() -> Any:
     try:
-        import gguf
+        import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise Act24Error("--as gguf needs the package gguf: pip install act24[gguf]") from error
     return gguf

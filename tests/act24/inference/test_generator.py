@@ -87,7 +87,7 @@ def test_greedy_is_that_of_the_model_without_a_cache(name, heads):
 @pytest.mark.parametrize("sparsity", [Sparsity(True, False), Sparsity(False, True), Sparsity(True, True)])
 def test_sparse_steps_are_the_dense_step(name, sparsity):
     """In bfloat16, by the kernels' references: logits after a few tokens, beside those of the dense step."""
-    model = rewritten(name, num_key_value_heads=2).bfloat16()
+    model = rewritten(name, num_key_value_heads=2, hidden_size=128, intermediate_size=128).bfloat16()
     if sparsity.packed:
         with torch.no_grad():
             for parameter in model.model.layers.parameters():
@@ -97,8 +97,12 @@ def test_sparse_steps_are_the_dense_step(name, sparsity):
     before = {n: p.clone() for n, p in model.named_parameters()}
     there = can_use(model.model.layers)
     assert there.skipping == (name not in ("stock", "loro", "lost", "weight24"))
-    if sparsity.packed:  # factors have too few inputs, and linears of weight24 are not folded here
-        assert there.packed == (name in ("stock", "relu2", "relu", "relu2-act24", "soft"))
+    if sparsity.packed and name not in (
+        "loro",
+        "lost",
+        "cola-relu2-act24",
+    ):  # whose factors may be too narrow
+        assert there.packed == (name != "weight24"), "its linears are not folded here"
     found = Generator(model, sparsity=sparsity).generate_ids(PROMPTS, 6, GREEDY)
     same = [
         a == b for row, other in zip(found, expected, strict=True) for a, b in zip(row, other, strict=True)
