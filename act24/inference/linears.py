@@ -49,7 +49,7 @@ def store_by_feature_(weight: Tensor) -> None:
 
 
 def why_not_skipping(tokens: int, weight: Tensor) -> str:
-    """Why a step does not try to skip zeros before this weight; empty if it may."""
+    """Why a step does not try to skip zeros before this weight, `[D, F]`; empty if it may."""
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return f"the weights are {weight.dtype}, and the kernel is for 16 bits"
     if tokens > SKIPPING_TOKENS:
@@ -58,7 +58,7 @@ def why_not_skipping(tokens: int, weight: Tensor) -> str:
 
 
 def why_not_packed(tokens: int, weight: Tensor) -> str:
-    """Why a step does not read this weight packed; empty if it may. Looks at the values of the weight."""
+    """Why a step does not read this weight, `[N, K]`, packed; empty if it may. Looks at its values."""
     if weight.dtype is not torch.bfloat16:
         return f"the weight is {weight.dtype}, and the kernel is for bfloat16"
     if tokens > PACKED_TOKENS:
@@ -71,7 +71,7 @@ def why_not_packed(tokens: int, weight: Tensor) -> str:
 
 
 def is_2_4(weight: Tensor) -> bool:
-    """Whether at most two of every four inputs are not zero."""
+    """Whether at most two of every four inputs of a weight, `[N, K]`, are not zero."""
     if weight.shape[-1] % 4:
         return False
     return int((weight != 0).unflatten(-1, (-1, 4)).sum(-1).amax()) <= 2

@@ -54,7 +54,7 @@ def open_model(
     one_of("generate", "dtype", dtype, ("auto", *DTYPES))
     device = _device(device)
     built = load(path, device)
-    if built.tokenizer is None:
+    if built.tokenizer_section is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
     fold_weights_(built.pipeline)
     if activations == "dense":
@@ -82,7 +82,7 @@ def _device(named: torch.device | str | None) -> torch.device:
 
 def open_generator(built: Built) -> Generator:
     """A generator of an opened model."""
-    return Generator(built.model, built.open_tokenizer())
+    return Generator(built.model, built.tokenizer)
 
 
 def sample_text(path: Path, prompt: str, request: Request) -> str:

@@ -179,6 +179,7 @@ def launch(
     """Launch the kernel.
 
     Args:
+        x: bfloat16 `[T, K]`; values, codes: a packed weight.
         y: bfloat16 `[T, N]`; changed in place.
         rows, groups: of a tile.
         warps, stages: of Triton's.

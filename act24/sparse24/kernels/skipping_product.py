@@ -167,6 +167,7 @@ def launch(
     """Launch the kernel.
 
     Args:
+        hidden: 16-bit `[T, F]`; weight: `[F, D]`.
         partial: float32 `[S, T, D]`; changed in place.
         rows, columns: of the weight at a time.
         warps, stages: of Triton's.
