@@ -48,15 +48,6 @@ def store_by_feature_(weight: Tensor) -> None:
     weight.data = weight.data.T.contiguous().T
 
 
-def why_not_skipping(tokens: int, weight: Tensor) -> str:
-    """Why a step does not try to skip zeros before this weight, `[D, F]`; empty if it may."""
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return f"the weights are {weight.dtype}, and the kernel is for 16 bits"
-    if tokens > SKIPPING_TOKENS:
-        return f"{tokens} tokens a step, of at most {SKIPPING_TOKENS}"
-    return ""
-
-
 def why_not_packed(tokens: int, weight: Tensor) -> str:
     """Why a step does not read this weight, `[N, K]`, packed; empty if it may. Looks at its values."""
     if weight.dtype is not torch.bfloat16:

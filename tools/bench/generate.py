@@ -41,6 +41,7 @@ def bench_generate(
     batches: Sequence[int],
     prefills: Sequence[int],
     density: float = 0.1,
+    layers: int | None = None,
     transformers: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def bench_generate(
         batches: rows of decoding.
         prefills: lengths of one prompt.
         density: share of the features that relu² leaves active, for each token.
+        layers: as many of the models' layers; None for all.
         transformers: also its generate, with the same weights as an Arcee.
         say: is told of each figure as it comes.
 
@@ -67,7 +69,8 @@ def bench_generate(
     say(f"{torch.cuda.get_device_name(device)}: a copy moves {read / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        for row in _size(size, batches, prefills, density, transformers, device):
+        config = drawn_config(SIZES[size], layers)
+        for row in _size(size, config, batches, prefills, density, transformers, device):
             if "bytes" in row:
                 row["share of a copy's bandwidth"] = row.pop("bytes") / row["seconds"] / read
             rows.append(row)
@@ -78,6 +81,7 @@ def bench_generate(
         "versions": versions(),
         "copy_bytes_per_second": read,
         "density": density,
+        "layers": {size: drawn_config(SIZES[size], layers).num_hidden_layers for size in sizes},
         "rows": rows,
     }
 
@@ -98,13 +102,14 @@ def table(result: dict[str, Any]) -> str:
 
 def _size(
     size: str,
+    config: LlamaConfig,
     batches: Sequence[int],
     prefills: Sequence[int],
     density: float,
     transformers: bool,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    model = drawn_model(SIZES[size], density, device)
+    model = drawn_model(config, density, device)
     longest = max((*prefills, PROMPT + 8 * STEPS)) + 8
     weights = sum(p.numel() * p.itemsize for p in model.model.layers.parameters())
     weights += model.head_weight.numel() * model.head_weight.itemsize
@@ -133,10 +138,20 @@ def _size(
         torch.cuda.empty_cache()
 
 
-def drawn_model(preset: str, density: float, device: torch.device) -> LlamaForCausalLM:
+def drawn_config(preset: str, layers: int | None = None) -> LlamaConfig:
+    """A preset as a relu² model of as many parameters, with biases in its networks."""
+    config = PRESETS[preset]
+    return replace(
+        config,
+        mlp_bias=True,
+        max_position_embeddings=16_384,
+        intermediate_size=parity_width(config.intermediate_size),
+        num_hidden_layers=layers or config.num_hidden_layers,
+    )
+
+
+def drawn_model(config: LlamaConfig, density: float, device: torch.device) -> LlamaForCausalLM:
     """A relu² model in bfloat16 with drawn 2:4 weights and this share of active features."""
-    config = replace(PRESETS[preset], mlp_bias=True, max_position_embeddings=16_384)
-    config = replace(config, intermediate_size=parity_width(config.intermediate_size))
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     apply_(model, [Relu2FFN(width="keep")])

@@ -86,6 +86,7 @@ def bench_generate(
     batches: Annotated[str, typer.Option(help="Rows of decoding.")] = "1,4,16,64",
     prefill: Annotated[str, typer.Option(help="Tokens of prompts.")] = "2048,8192",
     density: Annotated[float, typer.Option(min=0.001, max=0.5, help="Active share behind relu².")] = 0.1,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of each model; default all.")] = None,
     transformers: Annotated[bool, typer.Option(help="Also transformers' generate, compiled.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
 ) -> None:
@@ -101,5 +102,6 @@ def bench_generate(
         print(line, file=sys.stderr, flush=True)
 
     names = [name.strip() for name in sizes.split(",")]
-    result = run_bench(names, row_numbers(batches), row_numbers(prefill), density, transformers, say)
+    numbers = row_numbers(batches), row_numbers(prefill)
+    result = run_bench(names, *numbers, density, layers, transformers, say)
     print(json.dumps(result, indent=1) if as_json else table(result))

@@ -58,6 +58,10 @@ def unpacked(values: Tensor, codes: Tensor) -> Tensor:
     return groups.scatter_(-1, places, values.unflatten(-1, (-1, 2))).flatten(1)
 
 
+#: By tokens at most: rows and groups of a tile, warps and stages of Triton's.
+TILES = {1: (8, 64, 4, 3), 8: (4, 64, 4, 3)}
+
+
 @jit
 def _halves(word):
     """Two bfloat16 in 32 bits as float32."""
@@ -169,12 +173,12 @@ def packed_decode(x: Tensor, values: Tensor, codes: Tensor) -> Tensor:
             f"bfloat16, at most {TOKENS} tokens, and inputs a multiple of {INPUTS}"
         )
     y = x.new_empty((tokens, outputs))
-    launch(x, values, codes, y, rows=8 if tokens == 1 else 4, groups=64, warps=4)
+    launch(x, values, codes, y, *TILES[1 if tokens == 1 else 8])
     return y
 
 
 def launch(
-    x: Tensor, values: Tensor, codes: Tensor, y: Tensor, rows: int, groups: int, warps: int, stages: int = 3
+    x: Tensor, values: Tensor, codes: Tensor, y: Tensor, rows: int, groups: int, warps: int, stages: int
 ) -> None:
     """Launch the kernel.
 

@@ -26,6 +26,9 @@ FUNCTIONS = ("relu2", "relu", "none")
 #: Features of a split at most, and how many neighbours go to one: a sector of memory.
 LENGTH, NEIGHBOURS = 512, 16
 
+#: By tokens at most: rows and columns of the weight at a time, warps and stages of Triton's.
+TILES = {1: (64, 128, 4, 3), 16: (32, 128, 4, 3)}
+
 
 @jit
 def _skip(
@@ -147,10 +150,7 @@ def skipping_product(hidden: Tensor, weight: Tensor, function: str) -> Tensor:
     if tokens > TOKENS or function not in FUNCTIONS:
         raise ValueError(f"skipping_product: {tokens} tokens, {function!r}: at most {TOKENS}, of {FUNCTIONS}")
     partial = hidden.new_empty((split_number(features), tokens, width), dtype=torch.float32)
-    if tokens == 1:
-        launch(hidden, weight, partial, function, rows=64, columns=128, warps=4, stages=3)
-    else:
-        launch(hidden, weight, partial, function, rows=32, columns=128, warps=4, stages=3)
+    launch(hidden, weight, partial, function, *TILES[1 if tokens == 1 else 16])
     return partial
 
 
