@@ -221,7 +221,8 @@ class Decoder:
 
     def _forms_for(self, choice: Sparsity) -> list[LayerForm]:
         if choice not in self._step_forms:
-            forms = cached_layers([*self._model.model.layers], choice)
+            with torch.inference_mode(False):  # weights that are laid out anew stay ordinary tensors
+                forms = cached_layers([*self._model.model.layers], choice)
             self._step_forms[choice] = [_compiled(form) for form in forms] if self._compiled else forms
         return self._step_forms[choice]
 

@@ -262,7 +262,8 @@ def _arcee(kind: Any, model: LlamaForCausalLM) -> Any:
     with torch.device("meta"):
         theirs = kind(config).to(torch.bfloat16)
     # Their rotary frequencies are a buffer that no state dict has.
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config, device=model.head_weight.device)
+    with torch.device(model.head_weight.device):
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
     theirs.load_state_dict(model.state_dict(), strict=True, assign=True)
     return theirs.eval()
 

@@ -75,12 +75,13 @@ def _packed(
     codes,
     y,
     outputs,
-    eighth,
+    quads,
     tokens,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
+    eighth = 4 * quads  # words of 16 bytes, as far as the compiler can see
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < outputs
     token = tl.arange(0, TOKENS)
@@ -116,10 +117,11 @@ def _packed_one(
     codes,
     y,
     outputs,
-    eighth,
+    quads,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    eighth = 4 * quads  # words of 16 bytes, as far as the compiler can see
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < outputs
     group = tl.arange(0, GROUPS)
@@ -190,7 +192,7 @@ def launch(
     """
     (tokens, inputs), outputs = x.shape, len(values)
     grid = (triton.cdiv(outputs, rows),)
-    arguments = (x.view(torch.int64), values.view(torch.int32), codes, y, outputs, inputs // 32)
+    arguments = (x.view(torch.int64), values.view(torch.int32), codes, y, outputs, inputs // 128)
     sizes = {"ROWS": rows, "GROUPS": groups, "num_warps": warps, "num_stages": stages}
     if tokens == 1:
         _packed_one[grid](*arguments, **sizes)

@@ -109,6 +109,7 @@ def test_sparse_steps_are_the_dense_step(name, sparsity):
     ]
     assert sum(same) >= len(same) - 6, "more than a row goes another way: more than rounding"
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
 
 
 @pytest.mark.parametrize(("name", "heads"), list(itertools.product(ROTARY, (4, 2))))
