@@ -18,8 +18,15 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.inference.attention import Place, place_of
-from act24.inference.layer import DENSE, LayerForm, Sparsity, cached_layers, can_use
-from act24.inference.linears import PACKED_TOKENS, SKIPPING_TOKENS
+from act24.inference.layer import (
+    DENSE,
+    LayerForm,
+    Sparsity,
+    cached_layers,
+    can_use,
+    pads_prompts,
+    step_choices,
+)
 from act24.inference.sampling import Sampling, next_token
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.rotary import rotary_embedding
@@ -107,6 +114,7 @@ class Decoder:
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         self._captures = self._compiled and self._device.type == "cuda"
         self._sparsity = sparsity if sparsity is not None or self._captures else DENSE
+        self._multiple = pads_prompts([*model.model.layers])
         self._there = can_use([*model.model.layers]) if self._sparsity is None else DENSE
         self._step_forms: dict[Sparsity, list[LayerForm]] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -144,8 +152,10 @@ class Decoder:
     def _begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], length: int, sampling: Sampling
     ) -> Tensor:
-        batch = self._renewed(len(prompts), length)
         longest = max(map(len, prompts))
+        padding = -longest % self._multiple
+        batch = self._renewed(len(prompts), length + padding)
+        longest += padding
         padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
         batch.first.copy_(torch.tensor([longest - len(p) for p in prompts]))
         batch.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
@@ -173,19 +183,13 @@ class Decoder:
             self._graph[1].replay()
         return batch.tokens
 
-    def _choices(self, rows: int) -> list[Sparsity]:
-        """What a step of so many rows may use of the model's sparsity. The one place that goes by tokens."""
-        if self._sparsity is not None:
-            return [self._sparsity]
-        skipping = (False, True) if self._there.skipping and rows <= SKIPPING_TOKENS else (False,)
-        packed = (False, True) if self._there.packed and rows <= PACKED_TOKENS else (False,)
-        if self._dtype is not torch.bfloat16:
-            return [DENSE]
-        return [Sparsity(s, p) for s in skipping for p in packed]
-
     def _fastest(self, batch: Batch, sampling: Sampling) -> torch.cuda.CUDAGraph:
         """The step, captured with each choice of sparsity; the fastest one on this batch as it stands."""
-        choices = self._choices(batch.rows)
+        choices: Sequence[Sparsity] = (
+            step_choices(batch.rows, self._there, self._dtype, self._device)
+            if self._sparsity is None
+            else [self._sparsity]
+        )
         known = self.times.get(batch.rows)
         if known:  # another length or sampling
             choices = [min(known, key=lambda choice: known[choice])]

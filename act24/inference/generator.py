@@ -21,6 +21,9 @@ from act24.options import Range, in_range
 #: Steps that a GPU may be ahead of the host. So many tokens are thrown away when the last row ends.
 AHEAD = 8
 
+#: The seeds that there are; rows count on from theirs.
+SEEDS = Range(ge=0, lt=2**62)
+
 Reason = Literal["end", "stop", "length"]
 
 
@@ -133,7 +136,8 @@ class Generator:
             tokens: to add at most.
             sampling: None for `Sampling()`.
             stop: strings that end a row where they begin.
-            seed: of the draws. Row i draws from seed + i, whatever else is in the batch.
+            seed: of the draws, 0 or more, below 2^62. Row i draws from seed + i, whatever else is in the
+                batch.
             done: gets the whole of each row that ends.
 
         Raises:
@@ -225,6 +229,7 @@ class Generator:
 
     def _tokens(self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling, seed: int) -> _Steps:
         self._check(prompts, tokens)
+        in_range("generation", "seed", seed, SEEDS)
         return _Steps(self.decoder, prompts, tokens, sampling, [seed + row for row in range(len(prompts))])
 
 

@@ -21,7 +21,14 @@ from torch import Tensor, fx, nn
 
 from act24.errors import Act24Error
 from act24.inference.attention import attend
-from act24.inference.linears import packed_linear, skipping_linear, store_by_feature_, why_not_packed
+from act24.inference.linears import (
+    PACKED_TOKENS,
+    SKIPPING_TOKENS,
+    packed_linear,
+    skipping_linear,
+    store_by_feature_,
+    why_not_packed,
+)
 from act24.relu2 import relu2
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.kernels.packed_decode import packed_for_decode
@@ -54,6 +61,9 @@ class Sparsity(NamedTuple):
 
 
 DENSE = Sparsity()
+
+#: Tokens in the tiles of 2:4 activations.
+TILE = 64
 
 
 def cached_layers(layers: Sequence[nn.Module], sparsity: Sparsity = DENSE) -> list[LayerForm]:
@@ -92,6 +102,27 @@ def can_use(layers: Sequence[nn.Module]) -> Sparsity:
         skipping = skipping or bool(_activations(graph))
         packed = packed or any(not why_not_packed(1, _parameter(layer, n)) for n in _linears(graph))
     return Sparsity(skipping, packed)
+
+
+def step_choices(
+    rows: int, there: Sparsity, dtype: torch.dtype, device: torch.device
+) -> tuple[Sparsity, ...]:
+    """What a step may use of a model's sparsity, by rows of the batch; the one place that says it. Which of
+    them is fastest is measured when the step is captured.
+
+    Args:
+        there: what of it the model has (`can_use`).
+    """
+    kernels = device.type == "cuda" and dtype is torch.bfloat16
+    skipping = (False, True) if kernels and there.skipping and rows <= SKIPPING_TOKENS else (False,)
+    packed = (False, True) if kernels and there.packed and rows <= PACKED_TOKENS else (False,)
+    return tuple(Sparsity(s, p) for s in skipping for p in packed)
+
+
+def pads_prompts(layers: Sequence[nn.Module]) -> int:
+    """Of what number of tokens a prompt is a multiple when it is read: 2:4 products take no other."""
+    graphs = (_traced(layer, f"block {index}") for index, layer in enumerate(layers))
+    return TILE if any(node.target is activation24 for graph in graphs for node in graph.nodes) else 1
 
 
 def _traced(layer: nn.Module, name: str) -> fx.Graph:

@@ -15,13 +15,16 @@ from torch import Tensor
 from act24.options import Range, check_options
 from act24.sparse24.pattern.random_bits import random_bits
 
+#: Logits over less than this may be beyond float32, and their order is all that is left of them.
+COLDEST = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0, or less than `COLDEST`, takes the most likely token.
         top_k: draw among the k most likely, and those as likely as the last of them.
         top_p: draw among the most likely tokens that together have this probability, under the temperature
             and after top_k; the first one is always among them.
@@ -51,7 +54,7 @@ def next_token(
     logits = logits.float()
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:

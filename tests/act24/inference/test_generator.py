@@ -219,6 +219,8 @@ def test_a_token_that_the_tokenizer_lacks_is_never_taken():
         (["a" * 32], {}, "the prompt has 32 tokens, and the model 32 positions, with none left"),
         (["a" * 20], {"tokens": 20}, "12 tokens can be added, not 20"),
         (["a"], {"tokens": 0}, "tokens has to be 1 or more, got 0"),
+        (["a"], {"seed": 2**62}, "seed has to be 0 or more and below"),
+        (["a"], {"seed": -1}, "seed has to be 0 or more"),
         (["a"], {"stop": ("x", "")}, "a stop string is empty"),
         (["\udcff"], {}, "prompt 0 is no UTF-8"),
     ],

@@ -63,6 +63,13 @@ def test_what_is_not_allowed_is_never_drawn(sampling):
     assert drawn == ({2} if sampling.temperature == 0 else {2, 3} if sampling.top_k == 2 else {0, 2, 3})
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-30, 1e-320])
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_the_coldest_draws_are_greedy(temperature, top_p):
+    assert draw(Sampling(temperature, top_p=top_p))[2] == 1
+    assert draw(Sampling(temperature, top_p=top_p), logits=torch.tensor([0.0, -1e30, 5.0]))[2] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
