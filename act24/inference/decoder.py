@@ -7,8 +7,8 @@ there, when the step is captured: on the batch that it is for, with the zeros th
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -117,6 +117,7 @@ class Decoder:
         self._multiple = pads_prompts([*model.model.layers])
         self._there = can_use([*model.model.layers]) if self._sparsity is None else DENSE
         self._step_forms: dict[Sparsity, list[LayerForm]] = {}
+        self._compiled_forms: dict[tuple[LayerForm, int, int], LayerForm] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
         self._batch: Batch | None = None
         self._graph: tuple[Sampling, torch.cuda.CUDAGraph] | None = None
@@ -223,16 +224,22 @@ class Decoder:
             turns.append(start.elapsed_time(end) / REPLAYS / 1e3)
         return min(turns)
 
-    def _forms_for(self, choice: Sparsity) -> list[LayerForm]:
+    def _forms_for(self, choice: Sparsity, batch: Batch) -> list[LayerForm]:
         if choice not in self._step_forms:
             with torch.inference_mode(False):  # weights that are laid out anew stay ordinary tensors
-                forms = cached_layers([*self._model.model.layers], choice)
-            self._step_forms[choice] = [_compiled(form) for form in forms] if self._compiled else forms
-        return self._step_forms[choice]
+                self._step_forms[choice] = cached_layers([*self._model.model.layers], choice)
+        forms = self._step_forms[choice]
+        if not self._compiled:
+            return forms
+        keys = [(form, batch.rows, batch.length) for form in forms]
+        for key in keys:
+            if key not in self._compiled_forms:
+                self._compiled_forms[key] = _compiled(key[0])
+        return [self._compiled_forms[key] for key in keys]
 
     def _advance(self, batch: Batch, sampling: Sampling, choice: Sparsity) -> None:
         place = place_of(batch.slot, batch.first, batch.length)
-        forms = self._forms_for(choice)
+        forms = self._forms_for(choice, batch)
         hidden = self._layers(forms, batch, batch.tokens[:, None], place, batch.keys, batch.values)
         batch.slot.add_(1)
         batch.tokens.copy_(self._choose(hidden, batch, sampling))
@@ -326,6 +333,11 @@ def _kept(batch: Batch) -> Iterator[None]:
     batch.slot.copy_(slot)
 
 
-@functools.cache
-def _compiled(form: LayerForm) -> Callable[..., Tensor]:
-    return torch.compile(form, fullgraph=True, dynamic=False)
+def _compiled(form: LayerForm) -> LayerForm:
+    """Compiled for one shape. With code of its own: torch counts how often code is compiled again, and for
+    the ninth shape would refuse."""
+    return torch.compile(
+        types.FunctionType(form.__code__.replace(), form.__globals__, form.__name__),
+        fullgraph=True,
+        dynamic=False,
+    )

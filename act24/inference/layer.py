@@ -100,7 +100,7 @@ def can_use(layers: Sequence[nn.Module]) -> Sparsity:
     for index, layer in enumerate(layers):
         graph = _traced(layer, f"block {index}")
         skipping = skipping or bool(_activations(graph))
-        packed = packed or any(not why_not_packed(1, _parameter(layer, n)) for n in _linears(graph))
+        packed = packed or any(not why_not_packed(_parameter(layer, n)) for n in _linears(graph))
     return Sparsity(skipping, packed)
 
 
@@ -236,7 +236,7 @@ def _pack(graph: fx.Graph, layer: nn.Module) -> None:
     for linear in _linears(graph):
         name = str(_argument(linear, 1, "weight").target)
         weight = layer.get_parameter(name)
-        if why_not_packed(1, weight):
+        if why_not_packed(weight):
             continue
         path, _, leaf = name.rpartition(".")
         owner = layer.get_submodule(path)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from act24.sparse24.kernels.packed_decode import INPUTS, packed_decode
-from act24.sparse24.kernels.packed_decode import TOKENS as PACKED_TOKENS
 from act24.sparse24.kernels.skipping_product import skipping_product
+
+#: Most tokens of a step for which 2:4 weights are read packed.
+PACKED_TOKENS = 1
 
 #: Most tokens of a step for which skipping is tried. Each has active features of its own, and all are read.
 SKIPPING_TOKENS = 8
@@ -35,7 +37,7 @@ def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None)
     """A linear whose weight is 2:4, packed by `act24.sparse24.kernels.packed_decode.packed_for_decode`.
 
     Args:
-        x: bfloat16 `[..., K]`, in all at most `PACKED_TOKENS` tokens.
+        x: bfloat16 `[..., K]`, one token.
     """
     y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes)
     y = y if bias is None else y + bias
@@ -48,12 +50,10 @@ def store_by_feature_(weight: Tensor) -> None:
     weight.data = weight.data.T.contiguous().T
 
 
-def why_not_packed(tokens: int, weight: Tensor) -> str:
+def why_not_packed(weight: Tensor) -> str:
     """Why a step does not read this weight, `[N, K]`, packed; empty if it may. Looks at its values."""
     if weight.dtype is not torch.bfloat16:
         return f"the weight is {weight.dtype}, and the kernel is for bfloat16"
-    if tokens > PACKED_TOKENS:
-        return f"{tokens} tokens a step, of at most {PACKED_TOKENS}"
     if weight.shape[-1] % INPUTS:
         return f"it has {weight.shape[-1]} inputs, no multiple of {INPUTS}"
     if not is_2_4(weight):

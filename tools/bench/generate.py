@@ -20,6 +20,7 @@ import torch
 from act24.errors import Act24Error
 from act24.inference.decoder import Decoder, cache_bytes
 from act24.inference.layer import DENSE, Sparsity
+from act24.inference.linears import PACKED_TOKENS, SKIPPING_TOKENS
 from act24.inference.sampling import Sampling
 from act24.llama import PRESETS, LlamaConfig, LlamaForCausalLM
 from act24.passes import Relu2FFN, apply_
@@ -118,7 +119,7 @@ def _size(
     for side in SIDES:
         decoder = Decoder(model, sparsity=side)
         for batch in batches:
-            if (side.skipping and batch > 8) or (side.packed and batch > 16):
+            if (side.skipping and batch > SKIPPING_TOKENS) or (side.packed and batch > PACKED_TOKENS):
                 continue
             seconds = _step_seconds(decoder, batch)
             dense.setdefault(batch, seconds)

@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""The product of a packed 2:4 weight with one to eight tokens, where the weight's bytes are the time.
+"""The product of a packed 2:4 weight with one token, where the weight's bytes are the time.
 
 The layout is our own, 9/16 of the dense bytes, in plain row order. A group is four neighbours along the
 inputs, of which two are kept:
@@ -10,8 +10,12 @@ inputs, of which two are kept:
                          3, less 1)
 
 So every load is of as many words and no lane waits for another's: a tile of codes serves eight tiles of
-values. Each is spread over its group's four places in registers, and multiplied with the four inputs of the
-group, which are one word of 64 bits.
+values. The four inputs of a group are one word of 64 bits, and each kept value selects its own among the
+three that it can stand at.
+
+For more tokens the selections would repeat. Spreading the values over their places, and multiplying all four,
+costs as much from two tokens on as it saves: at four it took twice cuBLAS's time (H200), so there is no such
+kernel.
 """
 
 from __future__ import annotations
@@ -22,9 +26,6 @@ from torch import Tensor
 from act24.compiler import jit, tl, triton
 from act24.sparse24.kernels.shared.registry import operator
 from act24.sparse24.pattern.selection import top2_of_4
-
-#: Most tokens.
-TOKENS = 8
 
 #: Inputs are a multiple of this many, so that each eighth of a row begins at 16 bytes.
 INPUTS = 128
@@ -58,8 +59,8 @@ def unpacked(values: Tensor, codes: Tensor) -> Tensor:
     return groups.scatter_(-1, places, values.unflatten(-1, (-1, 2))).flatten(1)
 
 
-#: By tokens at most: rows and groups of a tile, warps and stages of Triton's.
-TILES = {1: (8, 64, 4, 3), 8: (4, 64, 4, 3)}
+#: Rows and groups of a tile, warps of Triton's; the best of some twenty on an H200 for the shapes of 7b width.
+ROWS, GROUPS, WARPS = 8, 128, 4
 
 
 @jit
@@ -70,48 +71,6 @@ def _halves(word):
 
 @jit
 def _packed(
-    x,
-    values,
-    codes,
-    y,
-    outputs,
-    quads,
-    tokens,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    eighth = 4 * quads  # words of 16 bytes, as far as the compiler can see
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < outputs
-    token = tl.arange(0, TOKENS)
-    group = tl.arange(0, GROUPS)
-    sums = tl.zeros([ROWS, GROUPS, TOKENS], dtype=tl.float32)
-    for start in range(0, eighth, GROUPS):
-        low = start + group
-        real = low < eighth
-        mask = inside[:, None] & real[None, :]
-        code = tl.load(codes + row.to(tl.int64)[:, None] * eighth + low[None, :], mask, other=0)
-        at = values + row.to(tl.int64)[:, None] * (8 * eighth) + low[None, :]
-        for part in tl.static_range(8):
-            first, second = _halves(tl.load(at + part * eighth, mask, other=0))
-            one, two = ((code >> (4 * part)) & 1) != 0, ((code >> (4 * part)) & 2) != 0
-            three, four = ((code >> (4 * part)) & 4) != 0, ((code >> (4 * part)) & 8) != 0
-            w0 = tl.where(one | two, 0.0, first)[:, :, None]
-            w1 = tl.where(one, first, tl.where(three | four, 0.0, second))[:, :, None]
-            w2 = tl.where(two, first, tl.where(three, second, 0.0))[:, :, None]
-            w3 = tl.where(four, second, 0.0)[:, :, None]
-            inputs = x + token[None, :] * (8 * eighth) + (low + part * eighth)[:, None]
-            four_inputs = tl.load(inputs, real[:, None] & (token < tokens)[None, :], other=0)
-            x0, x1 = _halves(four_inputs.to(tl.int32))
-            x2, x3 = _halves((four_inputs >> 32).to(tl.int32))
-            sums += w0 * x0[None] + w1 * x1[None] + w2 * x2[None] + w3 * x3[None]
-    result = tl.sum(sums, 1).to(y.dtype.element_ty)
-    tl.store(y + token[None, :] * outputs + row[:, None], result, inside[:, None] & (token < tokens)[None, :])
-
-
-@jit
-def _packed_one(
     x,
     values,
     codes,
@@ -158,43 +117,32 @@ def packed_decode(x: Tensor, values: Tensor, codes: Tensor) -> Tensor:
     """x W₂₄ᵀ.
 
     Args:
-        x: bfloat16 `[T, K]`, T at most `TOKENS`.
+        x: bfloat16 `[1, K]`.
         values: bfloat16 `[N, K / 2]`; codes: int32 `[N, K / 32]`, as `packed_for_decode` makes them.
 
     Returns:
-        bfloat16 `[T, N]`.
+        bfloat16 `[1, N]`.
 
     Raises:
         ValueError: other dtypes or shapes.
     """
     (tokens, inputs), outputs = x.shape, len(values)
     fits = values.shape[1] * 2 == codes.shape[1] * 32 == inputs and inputs % INPUTS == 0
-    if not fits or tokens > TOKENS or x.dtype is not torch.bfloat16 or values.dtype is not torch.bfloat16:
+    if not fits or tokens != 1 or x.dtype is not torch.bfloat16 or values.dtype is not torch.bfloat16:
         raise ValueError(
             f"packed_decode: {tuple(x.shape)} {x.dtype} with values {tuple(values.shape)} {values.dtype}: "
-            f"bfloat16, at most {TOKENS} tokens, and inputs a multiple of {INPUTS}"
+            f"bfloat16, one token, and inputs a multiple of {INPUTS}"
         )
-    y = x.new_empty((tokens, outputs))
-    launch(x, values, codes, y, *TILES[1 if tokens == 1 else 8])
+    y = x.new_empty((1, outputs))
+    _packed[(triton.cdiv(outputs, ROWS),)](
+        x.view(torch.int64),
+        values.view(torch.int32),
+        codes,
+        y,
+        outputs,
+        inputs // 128,
+        ROWS=ROWS,
+        GROUPS=GROUPS,
+        num_warps=WARPS,
+    )
     return y
-
-
-def launch(
-    x: Tensor, values: Tensor, codes: Tensor, y: Tensor, rows: int, groups: int, warps: int, stages: int
-) -> None:
-    """Launch the kernel.
-
-    Args:
-        x: bfloat16 `[T, K]`; values, codes: a packed weight.
-        y: bfloat16 `[T, N]`; changed in place.
-        rows, groups: of a tile.
-        warps, stages: of Triton's.
-    """
-    (tokens, inputs), outputs = x.shape, len(values)
-    grid = (triton.cdiv(outputs, rows),)
-    arguments = (x.view(torch.int64), values.view(torch.int32), codes, y, outputs, inputs // 128)
-    sizes = {"ROWS": rows, "GROUPS": groups, "num_warps": warps, "num_stages": stages}
-    if tokens == 1:
-        _packed_one[grid](*arguments, **sizes)
-    else:
-        _packed[grid](*arguments, tokens, TOKENS=triton.next_power_of_2(tokens), **sizes)

@@ -89,8 +89,8 @@ def test_steps_of_generation_are_shown_by_rows() -> None:
     everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
     assert told("cuda") == {
         "1 rows": everything,
-        "4 rows": everything,
-        "8 rows": everything,
+        "4 rows": "dense, skipping" + measured,
+        "8 rows": "dense, skipping" + measured,
         "16 rows": "dense",
         "64 rows": "dense",
     }

@@ -54,10 +54,9 @@ def weight24(outputs: int, inputs: int) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8])
-@pytest.mark.parametrize(("outputs", "inputs"), [(8, 128), (37, 640), (24, 4224)])
-def test_packed_is_the_dense_product(outputs, inputs, tokens):
-    weight, x = weight24(outputs, inputs), draw(tokens, inputs)
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 128), (37, 640), (24, 4224), (9, 8192)])
+def test_packed_is_the_dense_product(outputs, inputs):
+    weight, x = weight24(outputs, inputs), draw(1, inputs)
     packed = packed_for_decode(weight)
     assert torch.equal(unpacked(*packed), weight)
     assert sum(part.numel() * part.itemsize for part in packed) * 16 == weight.numel() * 2 * 9
@@ -82,7 +81,7 @@ def _subsets() -> list[set[int]]:
     return [{a, b} for a in range(4) for b in range(a, 4)]
 
 
-@pytest.mark.parametrize(("tokens", "inputs"), [(9, 128), (1, 64)])
+@pytest.mark.parametrize(("tokens", "inputs"), [(2, 128), (1, 64)])
 def test_what_the_kernel_does_not_take_is_refused(tokens, inputs):
     packed = packed_for_decode(weight24(8, inputs))
     with pytest.raises(ValueError, match="packed_decode"):
