@@ -59,7 +59,7 @@ def unpacked(values: Tensor, codes: Tensor) -> Tensor:
     return groups.scatter_(-1, places, values.unflatten(-1, (-1, 2))).flatten(1)
 
 
-#: Rows and groups of a tile, warps of Triton's; the best of some twenty on an H200 for the shapes of 7b width.
+#: Rows and groups of a tile, warps of Triton's; the best of some twenty on an H200 at 7b width.
 ROWS, GROUPS, WARPS = 8, 128, 4
 
 
