@@ -86,15 +86,17 @@ def train(
 
     Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on.
     """
-    from act24.recipes.load import load_recipe
-    from act24.tools.commands.show import show_outcome
-    from act24.tools.run.folder import default_run_dir
-    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
-    from act24.tools.run.train import train as run_training
+    from act24.tools.run.signals import STOPPED_STATUS, stop_on_signal, stopped_status
 
-    loaded = load_recipe(recipe, set_ or ())
-    run_dir = run_dir or default_run_dir(recipe)
     with stopped_status():
+        with stop_on_signal():  # loading PyTorch takes seconds, in which a scheduler may change its mind
+            from act24.recipes.load import load_recipe
+            from act24.tools.commands.show import show_outcome
+            from act24.tools.run.folder import default_run_dir
+            from act24.tools.run.train import train as run_training
+
+            loaded = load_recipe(recipe, set_ or ())
+        run_dir = run_dir or default_run_dir(recipe)
         outcome = run_training(
             loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow", schedule=schedule
         )

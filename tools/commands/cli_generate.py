@@ -29,7 +29,9 @@ def generate(
         float | None, typer.Option(help="Draw among the most likely that together have this probability.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws; prompt i draws from seed + i.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62 - 1, help="Of the draws; prompt i draws from seed + i.")
+    ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
     activations: ActivationsOption = "24",
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
@@ -64,7 +66,7 @@ def sample(
     tokens: TokensOption = 64,
     temperature: TemperatureOption = 0.8,
     top_k: TopKOption = 50,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62 - 1, help="Of the draw.")] = 0,
 ) -> None:
     """`generate` for a look at a model: a prompt of its own, and few tokens."""
     generate(path, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
