@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
@@ -126,27 +127,20 @@ def evaluate(
         show_evaluations(evaluations, legacy_average, as_json)
 
 
-@app.command()
-def sample(
-    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Draw among the k most likely.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw.")] = 0,
-) -> None:
-    """Continue a prompt with a trained model."""
-    from act24.tools.commands.sample import sample_text
-
-    print(sample_text(path, prompt, tokens, temperature, top_k, seed))
+app.command()(generate)
+app.command()(sample)
 
 
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Argument(help="The folder, or GGUF, to write; it must not exist.")],
     form: Annotated[
-        str, typer.Option("--as", help="llama, arcee, act24; auto: the first of these that holds the model.")
+        str,
+        typer.Option(
+            "--as",
+            help="llama, arcee, act24; auto: the first that holds the model; gguf: a file for llama.cpp.",
+        ),
     ] = "auto",
     dense_weights: Annotated[
         bool, typer.Option(help="Of weight24 the dense masters, not the masked weights that were trained.")
@@ -336,6 +330,10 @@ def data_prepare(
         skip_bad_records,
         end_of_text,
     )
+
+
+bench_app.command("decode")(bench_decode)
+bench_app.command("generate")(bench_generate)
 
 
 @bench_app.command("step")

@@ -77,3 +77,20 @@ def test_a_gpu_on_which_nothing_was_run_is_said_so(
     assert findings["2:4 products"] == "no: cuSPARSELt reads another layout"
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     assert all(gpu in readme for gpu in PROVEN)
+
+
+def test_steps_of_generation_are_shown_by_rows() -> None:
+    def told(device: str) -> dict[str, str]:
+        found = {each.subject: each.finding for each in doctor._decoding(torch.device(device))}
+        return {subject.removeprefix("decoding, "): finding for subject, finding in found.items()}
+
+    assert set(told("cpu").values()) == {"dense"}
+    measured = ": the fastest, measured on the batch at hand"
+    everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
+    assert told("cuda") == {
+        "1 rows": everything,
+        "4 rows": "dense, skipping" + measured,
+        "8 rows": "dense, skipping" + measured,
+        "16 rows": "dense",
+        "64 rows": "dense",
+    }

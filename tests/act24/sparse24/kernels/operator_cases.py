@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from act24.sparse24 import kernels
+from act24.sparse24.kernels.packed_decode import packed_for_decode
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.transposable import transposable_mask
@@ -51,4 +52,6 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "pack_weight_rows": (hidden, top2_of_4(hidden)),
         "pack_drawn": (grad, torch.tensor(3)),
         "best_transposable_mask": (hidden,),
+        "skipping_product": (hidden[:3], draw(FEATURES, WIDTH), "relu2"),
+        "packed_decode": (hidden[:1], *packed_for_decode(torch.where(top2_of_4(grad.abs()), grad, 0))),
     }
