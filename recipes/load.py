@@ -7,7 +7,6 @@ replaces the one it overrides.
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,9 @@ from act24.options import shown
 from act24.passes import REGISTRY
 from act24.passes.base import OperationalPass, Pass
 from act24.recipes.checks import contradictions
+from act24.recipes.keys import meant
 from act24.recipes.plugins import load_plugins
-from act24.recipes.records import Named, as_table, made
+from act24.recipes.records import Named, as_table, made, toml_value
 from act24.recipes.schema import Recipe
 from act24.records import Table
 from act24.schedules import SCHEDULES
@@ -227,7 +227,7 @@ def _named(records: Table[type[T]], entry: Any, path: str, usual: str, errors: l
     if not isinstance(values.get("name"), str):
         errors.append(f'{path}: expected a table, with name = "<{path}>" or without')
         return None
-    return made(records, values, path, "name", errors)
+    return made(records, values, path, "name", errors, meant)
 
 
 def _pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
@@ -241,7 +241,7 @@ def _pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
                 f"{path}.{key}: {cls.name} changes parameters: it holds all run long, without step range"
             )
             return None
-    return made(REGISTRY, entry, path, "use", errors)
+    return made(REGISTRY, entry, path, "use", errors, meant)
 
 
 def _tuples(value: Any) -> Any:
@@ -260,7 +260,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             names = _names_at(model, item["loc"][:-1])
-            lines.append(f"{path}: unknown key: {nearest(str(item['loc'][-1]), names)}")
+            lines.append(f"{path}: unknown key: {meant(str(item['loc'][-1]), names)}")
         elif item["type"] == "missing":
             lines.append(f"{path}: missing")
         else:
@@ -277,15 +277,3 @@ def _names_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str
             return []
         model = annotation
     return [*model.model_fields, *(["extends"] if model is Recipe else [])]
-
-
-def toml_value(value: Any) -> str:
-    """A string, number, truth value or list of them, as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's strings are TOML's, but that TOML wants one more control character escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(toml_value(entry) for entry in value)}]"
-    return repr(value)
