@@ -70,7 +70,9 @@ def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
     # Not --run: torchrun, which reads all options first, takes that for one of its own.
-    run_dir: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<recipe>.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="The run's folder; default runs/<recipe>[,key=value].")
+    ] = None,
     resume: Annotated[
         str,
         typer.Option(help="never, auto (the run's last checkpoint, if any), a checkpoint or a run."),
@@ -91,6 +93,12 @@ def train(
             "value, or stretch it over the new steps."
         ),
     ] = "hold",
+    scale_steps: Annotated[
+        bool,
+        typer.Option(
+            "--scale-steps", help="With --set train.steps=N: warm-up, restarts and from_step scale with it."
+        ),
+    ] = False,
 ) -> None:
     """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …
 
@@ -102,8 +110,12 @@ def train(
     from act24.tools.run.signals import STOPPED_STATUS, stopped_status
     from act24.tools.run.train import train as run_training
 
-    loaded = load_recipe(recipe, set_ or ())
-    run_dir = run_dir or default_run_dir(recipe)
+    loaded = load_recipe(recipe, set_ or (), scale_steps)
+    if run_dir is None:
+        run_dir, plain = default_run_dir(recipe, set_ or ()), default_run_dir(recipe)
+        if resume == "auto" and plain.exists() and not run_dir.exists():
+            line = f"warning: a variant begins in {run_dir}; to go on with {plain}: --run-dir {plain}"
+            print(line, file=sys.stderr)
     with stopped_status():
         outcome = run_training(
             loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow", schedule=schedule
