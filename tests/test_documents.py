@@ -138,7 +138,6 @@ def test_the_page_on_passes_runs(session, tables_restored):
 def test_the_page_on_the_trainer_runs(session):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    pytest.importorskip("act24.integrations")
     run_page(session, "docs/trainer.md")
     opened = act24.load("trained")
     assert [p.name for p in opened.pipeline.passes][:2] == ["relu2_ffn", "activation24"]
