@@ -184,6 +184,22 @@ def _gather_features(device: torch.device) -> Iterator[_Case]:
     yield _Case((saved, torch.arange(0, _SHAPE[1], 9, device=device), None, _SHAPE[0] // 2))
 
 
+def _largest_magnitudes(device: torch.device) -> Iterator[_Case]:
+    yield _Case((_draw(device, *_SHAPE), True, True))
+
+
+def _cast_e4m3(device: torch.device) -> Iterator[_Case]:
+    rows, columns = (torch.linspace(1e-4, 1, n, device=device) for n in _SHAPE)
+    yield _Case((_draw(device, *_SHAPE), rows, columns))
+    yield _Case((_draw(device, *_SHAPE), rows[5:6], columns[5:6]))
+
+
+def _product_e4m3(device: torch.device) -> Iterator[_Case]:
+    left, right = (_draw(device, *_SHAPE).to(torch.float8_e4m3fn) for _ in range(2))
+    scales = [torch.linspace(0.5, 1, len(left), device=device).bfloat16().float() for _ in range(2)]
+    yield _Case((left, right, scales[0][:1], scales[1][:1], True))
+
+
 def _quantise_rows(device: torch.device) -> Iterator[_Case]:
     yield _Case((_draw(device, *_SHAPE),))
 
@@ -242,6 +258,9 @@ _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "activation_gradient": _activation_gradient,
     "count_activation": _count_activation,
     "gather_features": _gather_features,
+    "largest_magnitudes": _largest_magnitudes,
+    "cast_e4m3": _cast_e4m3,
+    "product_e4m3": _product_e4m3,
     "quantise_rows": _quantise_rows,
     "quantise_packed": _quantise_packed,
     "linear_pack": _linear_pack,

@@ -33,6 +33,7 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
     x, weight_in, weight_out = draw(TOKENS, WIDTH), draw(FEATURES, WIDTH), draw(WIDTH, FEATURES)
     grad_y = draw(TOKENS, WIDTH)
     _, values, fields = OPERATORS["linear_pack"].reference(x, weight_in, True)
+    narrow = grad.to(torch.float8_e4m3fn)
     return {
         "pack_activation": drawn,
         "count_activation": (hidden, real, "relu"),
@@ -41,6 +42,9 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "activation_gradient": (grad, hidden.relu(), "relu2"),
         "gather_features": (packed, index, real, 64),
         "product24": (packed, weight_out.T.contiguous(), 0, True, draw(len(index), FEATURES), index),
+        "largest_magnitudes": (grad, True, True),
+        "cast_e4m3": (grad, torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01),
+        "product_e4m3": (narrow, narrow.flip(0).contiguous(), torch.rand(TOKENS), torch.rand(TOKENS), True),
         "quantise_rows": (grad,),
         "quantise_packed": (packed,),
         "token_order": (grad, [2, TOKENS // 2], "sequence"),
