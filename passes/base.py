@@ -100,6 +100,8 @@ class Pass:
     observes: ClassVar[bool] = False
     #: Whether the model computes the same with the pass as without it.
     keeps_function: ClassVar[bool] = False
+    #: Whether the pass acts on what others leave, and so stands behind them.
+    remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
 
@@ -214,13 +216,13 @@ def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
         if _rank(first) > _rank(second):
             raise PassError(
                 f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
-                "passes that only change operations, passes that only look"
+                "passes that only change operations, fp8, which takes what these leave, passes that only look"
             )
     return given
 
 
-def _rank(p: Pass) -> tuple[bool, bool]:
-    return not isinstance(p, StructuralPass), p.observes
+def _rank(p: Pass) -> tuple[bool, bool, bool]:
+    return not isinstance(p, StructuralPass), p.observes, p.remainder
 
 
 def _shown(value: object) -> str:

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, activation24, weight24
+from act24.fp8.linear import cast_weight
+from act24.passes import Activation24, Fp8, OperationalPass, Pipeline, Weight24, activation24, fp8, weight24
 from act24.passes.activation24 import SCALE, SUMS
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.graph.activation_sites import PADS
@@ -77,6 +78,8 @@ def begin_update_(
         if isinstance(p, Weight24):
             renew_masks_(pipeline, p, step)
             pack_weights_(pipeline, p)
+        elif isinstance(p, Fp8):
+            cast_weights_(pipeline, p)
     due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
     if not due:
         return None
@@ -145,7 +148,7 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
 
 
 def _set_masks_(pipeline: Pipeline, p: Weight24, *, scales: bool, count_flips: bool) -> None:
-    for weight in sparse_weights(pipeline, p):
+    for weight in weights_of(pipeline, p):
         parameter = _whole(weight.parameter)
         mask = stored_mask(parameter, weight.transposed, p.method)
         if scales and p.record.soft:
@@ -203,7 +206,7 @@ def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
     `begin_update_` does it for every such pass. Parameters must not be sharded."""
     if not p.keep_packed:
         return
-    for weight in sparse_weights(pipeline, p):
+    for weight in weights_of(pipeline, p):
         turned = (lambda t: t.T) if weight.transposed else (lambda t: t)
         dense = turned(weight.parameter)
         if not p.packs(*dense.shape):
@@ -214,6 +217,21 @@ def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
         weight.fill_buffer_(weight24.PACKED, packed)
         if transposed is not None:
             weight.fill_buffer_(weight24.TRANSPOSED, transposed)
+
+
+@torch.no_grad()
+def cast_weights_(pipeline: Pipeline, p: Fp8) -> None:
+    """Cast the weights of an `fp8` in force that keeps them, as they are now, into the buffers that forward
+    and backward read: the same memory from the first time on. `begin_update_` does it for every such pass.
+    Parameters must not be sharded."""
+    if not p.keep_cast:
+        return
+    for weight in weights_of(pipeline, p):
+        dense = weight.parameter.T if weight.transposed else weight.parameter
+        # In bfloat16, as forward has them: under autocast parameters are float32.
+        cast = cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=p.kernels)
+        for kind, value in zip(fp8.PARTS, cast, strict=True):
+            weight.fill_buffer_(kind, value)
 
 
 @torch.no_grad()
@@ -228,7 +246,7 @@ def decay_dropped_weights_(pipeline: Pipeline, *, clipped: bool) -> None:
     place = "after_clipping" if clipped else "before_clipping"
     for p in pipeline.active:
         if isinstance(p, Weight24) and p.masked_decay and p.record.decay_place == place:
-            for weight in sparse_weights(pipeline, p):
+            for weight in weights_of(pipeline, p):
                 if weight.parameter.grad is not None:
                     mask = weight.buffer(weight24.MASK)
                     _decay_gradient_(weight.parameter, weight.parameter.grad, mask, p.masked_decay)
@@ -274,7 +292,7 @@ def refuse_exact_steps(pipeline: Pipeline) -> None:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A weight under `weight24`, the region where it stands, and its names."""
+    """A weight under `weight24` or `fp8`, the region where it stands, and its names."""
 
     module: RegionModule
     name: str
@@ -298,8 +316,8 @@ class SparseWeight:
             setattr(self.module.get_submodule(path), leaf, value)
 
 
-def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
-    """What a `weight24` in force has taken."""
+def weights_of(pipeline: Pipeline, p: Weight24 | Fp8) -> Iterator[SparseWeight]:
+    """What a `weight24` or `fp8` in force has taken."""
     for fqn, match in pipeline.matches(p):
         site: LinearSite = match.nodes
         name = f"{fqn}.{site.weight}"

@@ -19,23 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
-from act24.operation import cast_for_autocast, constant_when_compiled, operation
+from act24.operation import cast_for_autocast, operation
+from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.kernels.product_e4m3 import product_e4m3, product_e4m3_reference
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 
 #: What both sides of a weight have to be multiples of.
 MULTIPLE = 16
-
-#: The least compute capability with e4m3, for which `torch.compile` has no code below.
-_CAPABILITY = (8, 9)
-
-
-@constant_when_compiled
-def why_no_fp8(device: torch.device) -> str:
-    """Why a device cannot run e4m3, not even plain PyTorch compiled, in a few words; empty if it can."""
-    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= _CAPABILITY:
-        return ""
-    return f"this GPU has compute capability {capability[0]}.{capability[1]}, and e4m3 begins with 8.9"
 
 
 def why_in_plain_pytorch(device: torch.device) -> str:

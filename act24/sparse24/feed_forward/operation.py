@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.operation import cast_for_autocast, is_mapped, operation
-from act24.sparse24.feed_forward.forms import Form, Network, State, network_of, why_no_fp8
+from act24.sparse24.feed_forward.forms import Form, Network, State, network_of
 from act24.sparse24.feed_forward.masked import MASKED
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.options import PLAIN, Options24, backward_of, estimator_of, method_of
@@ -31,6 +31,7 @@ from act24.sparse24.feed_forward.statistics import (
     real_tokens,
     token_wise_statistics,
 )
+from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import linear_fp8
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.pattern.selection import densest

@@ -45,8 +45,8 @@ def scales_of(largest: Tensor) -> Tensor:
 
 
 def narrowed(values: Tensor, scale: Tensor) -> Tensor:
-    """Values over their scales in e4m3. What is too large becomes 448: left to the cast it would be NaN in one
-    release of PyTorch, on one device or uncompiled, and 448 in another. NaN stays NaN.
+    """Values over their scales in e4m3. What is too large becomes 448: left to the cast it would be NaN in
+    one release of PyTorch, on one device or uncompiled, and 448 in another. NaN stays NaN.
 
     Args:
         values: any floating dtype.

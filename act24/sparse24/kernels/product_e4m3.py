@@ -11,7 +11,8 @@ from act24.sparse24.kernels.shared.registry import operator
 def product_e4m3_reference(
     left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor, fast: bool
 ) -> Tensor:
-    product = left.float() @ right.float().T
+    with torch.autocast(left.device.type, enabled=False):  # which would round the sums before they are scaled
+        product = left.float() @ right.float().T
     return (product * scale[:, None] * right_scale).bfloat16()
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.sparse24.feed_forward import forms
 from act24.sparse24.feed_forward import operation as activation
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import linear_fp8, quantise_rows
 
 FP8 = Options24(precision="fp8")
@@ -103,7 +103,7 @@ def test_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     for capability, word in (((8, 0), "capability 8.0"), ((8, 9), ""), ((9, 0), "")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        reason = forms.why_no_fp8(gpu)
+        reason = why_no_fp8(gpu)
         assert (word in reason) if word else not reason
     monkeypatch.setattr(activation, "why_no_fp8", lambda _: "this GPU has none")
     with pytest.raises(Act24Error, match="has none"):
