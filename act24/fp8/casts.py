@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from act24.sparse24.format.fp8 import scales_of
-from act24.sparse24.kernels.cast_e4m3 import cast_e4m3, cast_e4m3_reference
-from act24.sparse24.kernels.largest_magnitudes import largest_magnitudes, largest_magnitudes_reference
+from act24.sparse24.kernels import cast_e4m3, largest_magnitudes  # noqa: F401  (operators, found by name)
+from act24.sparse24.kernels.shared.registry import form
 
 #: One scale a matrix, or one for each row of an operand, which is what a product does not sum over.
 Scaling = Literal["tensorwise", "rowwise"]
@@ -52,9 +52,7 @@ def cast_both_ways(
         narrow, turned: which of the two to make.
         kernels: by kernels, where the device has them.
     """
-    find, cast = (
-        (largest_magnitudes, cast_e4m3) if kernels else (largest_magnitudes_reference, cast_e4m3_reference)
-    )
+    find, cast = form("largest_magnitudes", kernels), form("cast_e4m3", kernels)
     by_row = narrow and scaling == "rowwise"
     by_column = turned and turned_scaling == "rowwise"
     rows, columns = find(matrix, by_row, by_column or not by_row)

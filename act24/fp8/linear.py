@@ -21,7 +21,8 @@ from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
 from act24.operation import cast_for_autocast, operation
 from act24.sparse24.format.device import why_no_fp8
-from act24.sparse24.kernels.product_e4m3 import product_e4m3, product_e4m3_reference
+from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
+from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 
 #: What both sides of a weight have to be multiples of.
@@ -53,7 +54,7 @@ class _LinearFp8(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = cast_both_ways(x, scaling, scaling, turned=training, kernels=kernels)
         narrow, scale = cast[:2] if cast else cast_weight(weight, scaling, False, kernels)[:2]
-        y = _product(kernels)(rows.narrow, narrow, rows.scale, scale, True).to(x.dtype)
+        y = form("product_e4m3", kernels)(rows.narrow, narrow, rows.scale, scale, True).to(x.dtype)
         return y if bias is None else y + bias, rows.turned, rows.turned_scale
 
     @staticmethod
@@ -70,7 +71,7 @@ class _LinearFp8(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         turned, turned_scale, *rest = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_y, multiply = grad_y.contiguous(), _product(ctx.kernels)
+        grad_y, multiply = grad_y.contiguous(), form("product_e4m3", ctx.kernels)
         grad = cast_both_ways(grad_y, ctx.scaling, ctx.scaling, need_x, need_weight, ctx.kernels)
         grad_x = grad_weight = None
         if need_x:
@@ -83,10 +84,6 @@ class _LinearFp8(torch.autograd.Function):
             grad_weight = multiply(grad.turned, turned, grad.turned_scale, turned_scale, False)
             grad_weight = grad_weight.to(ctx.dtypes[1])
         return grad_x, grad_weight, grad_y.sum(0) if need_bias else None, *(None,) * 4
-
-
-def _product(kernels: bool) -> Any:
-    return product_e4m3 if kernels else product_e4m3_reference
 
 
 @operation

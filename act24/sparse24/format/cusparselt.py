@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 #: Of CUDA's and cuSPARSELt's headers (0.8).
 _ORDER_COLUMN, _ORDER_ROW, _COMPUTE_32F, _HALF_SPARSE = 1, 2, 2, 0
-_CONFIG_ID, _ALPHA_VECTOR, _ALIGNMENT = 0, 5, 16
+_CONFIG_ID, _ALIGNMENT = 0, 16
 _TYPES = {torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 
 #: The library's structures are opaque: 512 bytes in 0.8, more in others.
@@ -72,7 +71,6 @@ def _plan(
     transposed: bool,
     algorithm: int,
     dtype: torch.dtype,
-    scaled: bool,
 ) -> _Plan:
     """As `torch._cslt_sparse_mm` makes it.
 
@@ -81,7 +79,6 @@ def _plan(
         dense_rows: the second one is contiguous; else its transpose is.
         transposed: the result is written as `[columns, rows]`.
         dtype: of both; the result is bfloat16.
-        scaled: each row of the product has a factor.
     """
     handle = _handle(device)
     size, word = ctypes.c_int64, ctypes.c_uint32
@@ -106,12 +103,6 @@ def _plan(
     operations = (0, 0 if dense_rows else 1)
     matrices = (sparse, dense, result, result)
     _call("cusparseLtMatmulDescriptorInit", handle, product, *operations, *matrices, _COMPUTE_32F)
-    if scaled:
-        mode = ctypes.c_int(1)
-        _call(
-            "cusparseLtMatmulDescSetAttribute",
-            *(handle, product, _ALPHA_VECTOR, ctypes.byref(mode), ctypes.c_size_t(ctypes.sizeof(mode))),
-        )
     _call("cusparseLtMatmulAlgSelectionInit", handle, choice, product, 0)
     number = ctypes.c_int(algorithm)
     _call(
@@ -127,12 +118,9 @@ def _plan(
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
 
-def multiply(
-    packed: Tensor, rows: int, dense: Tensor, algorithm: int, transposed: bool, scale: Tensor | None = None
-) -> Tensor:
+def multiply(packed: Tensor, rows: int, dense: Tensor, algorithm: int, transposed: bool) -> Tensor:
     """A packed 2:4 matrix `[rows, K]` times a dense one `[K, N]`, contiguous or the transpose of what is; of
-    bfloat16 or e4m3 both. The sums of each row are multiplied by `scale`, float32 `[rows]`, before they are
-    rounded.
+    bfloat16 or e4m3 both.
 
     Returns:
         `[rows, N]`, or `[N, rows]`, bfloat16.
@@ -142,8 +130,7 @@ def multiply(
     """
     inner, columns = dense.shape
     device = packed.device.index
-    layout = (dense.is_contiguous(), transposed)
-    plan = _plan(device, rows, inner, columns, *layout, algorithm, dense.dtype, scale is not None)
+    plan = _plan(device, rows, inner, columns, dense.is_contiguous(), transposed, algorithm, dense.dtype)
     shape = (columns, rows) if transposed else (rows, columns)
     result = dense.new_empty(shape, dtype=torch.bfloat16)
     workspace = dense.new_empty(plan.workspace, dtype=torch.uint8)
@@ -151,8 +138,7 @@ def multiply(
     pointer = ctypes.c_void_p
     _call(
         "cusparseLtMatmul",
-        *(plan.handle, plan.plan, ctypes.byref(_ONE) if scale is None else pointer(scale.data_ptr())),
-        *(pointer(packed.data_ptr()), pointer(dense.data_ptr())),
+        *(plan.handle, plan.plan, ctypes.byref(_ONE), pointer(packed.data_ptr()), pointer(dense.data_ptr())),
         *(ctypes.byref(_ZERO), pointer(result.data_ptr()), pointer(result.data_ptr())),
         *(pointer(workspace.data_ptr()), ctypes.byref(stream), ctypes.c_int32(1)),
     )
@@ -173,17 +159,16 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     left = draw(128, 256).view(128, 64, 4)
     left[..., 2:] = 0
     rows, columns = draw(256, 64).to(dtype), draw(64, 256).to(dtype).T
-    layouts, scales = [(columns, False), (columns, True), (rows, False), (rows, True)], [None]
-    out_dtype = None
+    layouts, out_dtype = [(columns, False), (columns, True), (rows, False), (rows, True)], None
     if dtype is torch.float8_e4m3fn:
-        layouts, out_dtype, scales = layouts[:1], torch.bfloat16, [None, draw(128)]
+        layouts, out_dtype = layouts[:1], torch.bfloat16
     try:
         packed = torch.ops.aten._cslt_compress(left.view(128, 256).to(dtype))
-        for (dense, transposed), scale in itertools.product(layouts, scales):
+        for dense, transposed in layouts:
             expected = torch.ops.aten._cslt_sparse_mm(
-                packed, dense, alpha=scale, out_dtype=out_dtype, transpose_result=transposed
+                packed, dense, out_dtype=out_dtype, transpose_result=transposed
             )
-            if not torch.equal(multiply(packed, 128, dense, 0, transposed, scale), expected):
+            if not torch.equal(multiply(packed, 128, dense, 0, transposed), expected):
                 return False
     except (OSError, AttributeError, RuntimeError):
         return False

@@ -44,6 +44,15 @@ def scales_of(largest: Tensor) -> Tensor:
     return torch.where(largest.isfinite(), scale, float("nan"))
 
 
+def power_scales(largest: Tensor) -> Tensor:
+    """`scales_of`, the next powers of two above. What was cast over one of them is cast over another without a
+    second rounding, unless it leaves the range of the format."""
+    scale = scales_of(largest)
+    # A fraction that is not zero carries into the exponent.
+    bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return torch.where(scale.isnan(), scale, bits.view(torch.float32))
+
+
 def narrowed(values: Tensor, scale: Tensor) -> Tensor:
     """Values over their scales in e4m3. What is too large becomes 448: left to the cast it would be NaN in
     one release of PyTorch, on one device or uncompiled, and 448 in another. NaN stays NaN.

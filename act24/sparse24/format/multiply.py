@@ -12,9 +12,7 @@ from act24.sparse24.format.packed import Packed24
 TOLERANCE, FP8_TOLERANCE = 1e-2, 5e-2
 
 
-def multiply24(
-    packed: Tensor, dense: Tensor, algorithm: int, transposed: bool, scale: Tensor | None = None
-) -> Tensor:
+def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) -> Tensor:
     """A packed 2:4 matrix times a dense one, by cuSPARSELt.
 
     Args:
@@ -22,8 +20,6 @@ def multiply24(
         dense: `[K, N]`, contiguous, or the transpose of a contiguous `[N, K]`; in e4m3 only the latter.
         algorithm: an id that the library has for this GPU.
         transposed: return `[N, M]`.
-        scale: float32 `[M]`, what the sums of each row are multiplied by before they are rounded; None for
-            nothing.
 
     Returns:
         `[M, N]` or `[N, M]`, contiguous, in bfloat16.
@@ -46,17 +42,15 @@ def multiply24(
             f"{tuple(dense.shape)} with strides {dense.stride()}"
         )
     if cusparselt.multiplies(packed.device, packed.dtype):
-        return cusparselt.multiply(packed, rows, dense, algorithm, transposed, scale)
-    return library_product(packed, dense, algorithm, transposed, scale)
+        return cusparselt.multiply(packed, rows, dense, algorithm, transposed)
+    return library_product(packed, dense, algorithm, transposed)
 
 
-def library_product(
-    packed: Tensor, dense: Tensor, algorithm: int = 0, transposed: bool = False, scale: Tensor | None = None
-) -> Tensor:
+def library_product(packed: Tensor, dense: Tensor, algorithm: int = 0, transposed: bool = False) -> Tensor:
     """PyTorch's call, with a plan of its own."""
     out_dtype = torch.bfloat16 if packed.dtype is torch.float8_e4m3fn else None
     return torch.ops.aten._cslt_sparse_mm(
-        packed, dense, alpha=scale, out_dtype=out_dtype, transpose_result=transposed, alg_id=algorithm
+        packed, dense, out_dtype=out_dtype, transpose_result=transposed, alg_id=algorithm
     )
 
 

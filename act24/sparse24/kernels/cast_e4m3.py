@@ -14,6 +14,7 @@ from torch import Tensor
 
 from act24.compiler import jit, tl, triton
 from act24.sparse24.format.fp8 import LARGEST, narrowed
+from act24.sparse24.kernels.shared.e4m3 import e4m3_bits
 from act24.sparse24.kernels.shared.registry import operator
 
 #: Rows and columns of a tile.
@@ -21,14 +22,6 @@ ROWS, COLUMNS = 128, 64
 
 #: What the number of columns of a transposed matrix is filled up to, with zeros: products want multiples.
 MULTIPLE = 16
-
-
-@jit
-def e4m3_bits(value, LARGEST: tl.constexpr):
-    """Float32 in e4m3, as bytes in words: what is too large becomes the largest number, and NaN stays."""
-    value = tl.minimum(value, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    value = tl.maximum(value, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
 @jit
@@ -78,7 +71,7 @@ def _cast_e4m3(
         tl.store(turned + target, tl.trans(words).to(tl.int32, bitcast=True), mask=mask)
 
 
-def cast_e4m3_reference(
+def _reference(
     matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     narrow, turned = _fake(matrix, scale, turned_scale)
@@ -101,7 +94,7 @@ def _fake(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> 
     )
 
 
-@operator(cast_e4m3_reference, _fake)
+@operator(_reference, _fake)
 def cast_e4m3(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """A matrix over its scales in e4m3, as it lies and transposed.
 

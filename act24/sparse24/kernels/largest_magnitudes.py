@@ -45,7 +45,7 @@ def _largest_magnitudes(
         tl.atomic_max(by_column + column, tl.max(best, 0), mask=inside, sem="relaxed")
 
 
-def largest_magnitudes_reference(matrix: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor, Tensor]:
+def _reference(matrix: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor, Tensor]:
     rows, columns = _fake(matrix, by_row, by_column)
     return largest_of(matrix, 1) if by_row else rows, largest_of(matrix, 0) if by_column else columns
 
@@ -58,7 +58,7 @@ def _fake(matrix: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor, Tensor
     )
 
 
-@operator(largest_magnitudes_reference, _fake)
+@operator(_reference, _fake)
 def largest_magnitudes(matrix: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor, Tensor]:
     """The largest magnitudes of rows and columns; NaN where one holds NaN.
 

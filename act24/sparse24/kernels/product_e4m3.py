@@ -8,7 +8,7 @@ from torch import Tensor
 from act24.sparse24.kernels.shared.registry import operator
 
 
-def product_e4m3_reference(
+def _reference(
     left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor, fast: bool
 ) -> Tensor:
     with torch.autocast(left.device.type, enabled=False):  # which would round the sums before they are scaled
@@ -20,7 +20,7 @@ def _fake(left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor, fast:
     return left.new_empty((left.shape[0], right.shape[0]), dtype=torch.bfloat16)
 
 
-@operator(product_e4m3_reference, _fake)
+@operator(_reference, _fake)
 def product_e4m3(left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor, fast: bool) -> Tensor:
     """L Rᵀ of two matrices in e4m3, with their scales put back.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.operation import constant_when_compiled
-from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.format.packed import Packed24, unpack, with_values
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.token_wise import SPARSIFIERS
@@ -114,16 +114,15 @@ def mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: 
     for side in (outputs, expected):
         side = list(side)
         if slope:
-            metadata = Packed24(side[0]).metadata.view(side[1].dtype)
-            side[1] = unpack(Packed24(torch.cat((side[1].flatten(), metadata)).view_as(side[0])))
+            side[1] = unpack(with_values(Packed24(side[0]), side[1]))
         pairs.append([unpack(Packed24(side[n])) if n < packed else side[n] for n in range(len(side))])
     worst = 0.0
     for a, b in zip(*pairs, strict=True):
         if a.dtype is torch.float32:  # sums, of activations that one side rounds first
             worst = max(worst, 0.0 if torch.allclose(a, b, rtol=1e-2) else 1.0)
         elif a.numel():
-            if a.dtype is torch.float8_e4m3fn:  # compared by their bytes
-                a, b = a.view(torch.uint8), b.view(torch.uint8)
+            if a.dtype is torch.float8_e4m3fn:  # which cannot be compared
+                a, b = a.float(), b.float()
             worst = max(worst, (a != b).float().mean().item())
     return worst
 
