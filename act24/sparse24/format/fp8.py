@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.operation import cast
+
 #: The largest number of e4m3.
 LARGEST = 448.0
 
@@ -88,7 +90,7 @@ def scaled(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
     Returns:
         `[..., N]` in the dtype of the product.
     """
-    return (product * scale[..., None] * columns).to(product.dtype)
+    return cast(product * scale[..., None] * columns, product.dtype)
 
 
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
@@ -106,4 +108,4 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
     """
     (narrow, scale), (narrow_weight, columns) = quantise_rows(x), quantise_rows(weight)
     wide = torch.float32 if x.dtype is torch.float16 else x.dtype
-    return scaled(F.linear(narrow.to(wide), narrow_weight.to(wide)), scale, columns).to(x.dtype)
+    return cast(scaled(F.linear(narrow.to(wide), narrow_weight.to(wide)), scale, columns), x.dtype)
