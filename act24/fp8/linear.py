@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
-from act24.operation import cast_for_autocast, operation
+from act24.operation import cast, cast_for_autocast, operation
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
 from act24.sparse24.kernels.shared.registry import form
@@ -47,23 +47,23 @@ class _LinearFp8(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        cast: tuple[Tensor, ...] | None,
+        ready: tuple[Tensor, ...] | None,
         scaling: Scaling,
         training: bool,
         kernels: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = cast_both_ways(x, scaling, scaling, turned=training, kernels=kernels)
-        narrow, scale = cast[:2] if cast else cast_weight(weight, scaling, False, kernels)[:2]
-        y = form("product_e4m3", kernels)(rows.narrow, narrow, rows.scale, scale, True).to(x.dtype)
+        narrow, scale = ready[:2] if ready else cast_weight(weight, scaling, False, kernels)[:2]
+        y = cast(form("product_e4m3", kernels)(rows.narrow, narrow, rows.scale, scale), x.dtype)
         return y if bias is None else y + bias, rows.turned, rows.turned_scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, cast, ctx.scaling, _, ctx.kernels = inputs
+        x, weight, _, ready, ctx.scaling, _, ctx.kernels = inputs
         _, turned, turned_scale = output
         ctx.mark_non_differentiable(turned, turned_scale)
         # A weight that is not cast yet is cast again in backward: where it is sharded, nothing of it is kept.
-        ctx.save_for_backward(turned, turned_scale, *(cast[2:] if cast else (weight,)))
+        ctx.save_for_backward(turned, turned_scale, *(ready[2:] if ready else (weight,)))
         ctx.dtypes = x.dtype, weight.dtype
 
     @staticmethod
@@ -76,13 +76,12 @@ class _LinearFp8(torch.autograd.Function):
         grad_x = grad_weight = None
         if need_x:
             if len(rest) == 1:
-                rest = cast_both_ways(rest[0], ctx.scaling, ctx.scaling, narrow=False, kernels=ctx.kernels)[
-                    2:
-                ]
-            grad_x = multiply(grad.narrow, rest[0], grad.scale, rest[1], True).to(ctx.dtypes[0])
+                weight = cast_both_ways(rest[0], ctx.scaling, ctx.scaling, narrow=False, kernels=ctx.kernels)
+                rest = [weight.turned, weight.turned_scale]
+            grad_x = cast(multiply(grad.narrow, rest[0], grad.scale, rest[1]), ctx.dtypes[0])
         if need_weight:
-            grad_weight = multiply(grad.turned, turned, grad.turned_scale, turned_scale, False)
-            grad_weight = grad_weight.to(ctx.dtypes[1])
+            grad_weight = multiply(grad.turned, turned, grad.turned_scale, turned_scale)
+            grad_weight = cast(grad_weight, ctx.dtypes[1])
         return grad_x, grad_weight, grad_y.sum(0) if need_bias else None, *(None,) * 4
 
 

@@ -18,7 +18,7 @@ from act24.sparse24.kernels.shared.e4m3 import e4m3_bits
 from act24.sparse24.kernels.shared.registry import operator
 
 #: Rows and columns of a tile.
-ROWS, COLUMNS = 128, 64
+ROWS, COLUMNS = 128, 128
 
 #: What the number of columns of a transposed matrix is filled up to, with zeros: products want multiples.
 MULTIPLE = 16
@@ -78,10 +78,7 @@ def _reference(
     if scale is not None:
         narrow = narrowed(matrix, scale[:, None])
     if turned_scale is not None:
-        wide = narrowed(matrix.T, turned_scale[:, None])
-        # Bytes: there is no padding of e4m3.
-        filled = F.pad(wide.view(torch.uint8), (0, -len(matrix) % MULTIPLE))
-        turned = filled.view(wide.dtype).contiguous()
+        turned = narrowed(F.pad(matrix.T, (0, -len(matrix) % MULTIPLE)), turned_scale[:, None]).contiguous()
     return narrow, turned
 
 

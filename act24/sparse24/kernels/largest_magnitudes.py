@@ -15,7 +15,7 @@ from act24.sparse24.format.fp8 import largest_of
 from act24.sparse24.kernels.shared.registry import operator
 
 #: Rows and columns of a tile, and tiles that a program walks down.
-ROWS, COLUMNS, STEPS = 16, 256, 8
+ROWS, COLUMNS, STEPS = 32, 256, 8
 
 
 @jit

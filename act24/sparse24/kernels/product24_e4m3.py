@@ -1,4 +1,9 @@
-"""The product with a 2:4 matrix in e4m3, by cuSPARSELt, its scales put back before the sums are rounded."""
+"""The product with a 2:4 matrix in e4m3, by cuSPARSELt.
+
+The library puts back one factor for a whole product, which would have to be known to the host; a vector of
+them, which it has for other types, it refuses in e4m3 (0.8.0, H200). So sums are rounded as they are, and
+scaled by whoever reads them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,6 @@ from act24.sparse24.kernels.shared.registry import operator
 def _reference(
     packed: Tensor,
     right: Tensor,
-    scale: Tensor,
     algorithm: int,
     transposed: bool,
     rows: Tensor | None,
@@ -23,15 +27,14 @@ def _reference(
     left = unpack(Packed24(packed)).float()
     if rows is not None and index is not None:
         left[index] = rows.float()
-    with torch.autocast(left.device.type, enabled=False):  # which would round the sums before they are scaled
-        result = (left @ right.float().T * scale[:, None]).bfloat16()
+    with torch.autocast(left.device.type, enabled=False):  # which would round the operands
+        result = (left @ right.float().T).bfloat16()
     return result.T.contiguous() if transposed else result
 
 
 def _fake(
     packed: Tensor,
     right: Tensor,
-    scale: Tensor,
     algorithm: int,
     transposed: bool,
     rows: Tensor | None,
@@ -45,7 +48,6 @@ def _fake(
 def product24_e4m3(
     packed: Tensor,
     right: Tensor,
-    scale: Tensor,
     algorithm: int,
     transposed: bool,
     rows: Tensor | None,
@@ -53,13 +55,9 @@ def product24_e4m3(
 ) -> Tensor:
     """L Rᵀ of a 2:4 matrix and a dense one.
 
-    The library puts back a factor for each row of the 2:4 matrix, so the dense one has one scale, which is in
-    these factors.
-
     Args:
         packed: the buffer of a packed matrix `[M, K]` in e4m3.
         right: e4m3 `[N, K]`.
-        scale: float32 `[M]`, what the sums of each row are multiplied by.
         algorithm: cuSPARSELt's; on a CPU it means nothing.
         transposed: return `[N, M]`.
         rows: e4m3 `[n, K]`, which stand for the rows `index` of the 2:4 matrix; or None.
@@ -71,15 +69,9 @@ def product24_e4m3(
     Raises:
         ValueError: shapes, dtypes or layouts that the library would misread.
     """
-    result = multiply24(packed, right.T, algorithm, transposed, scale)
+    result = multiply24(packed, right.T, algorithm, transposed)
     if rows is not None and index is not None:
-        exact = torch._scaled_mm(
-            rows,
-            right.T,
-            scale_a=scale[index][:, None],
-            scale_b=scale.new_ones(1, right.shape[0]),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+        one = torch.ones((), device=rows.device)
+        exact = torch._scaled_mm(rows, right.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
         replace_rows(result, exact, index, transposed)
     return result
