@@ -41,6 +41,7 @@ from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, 
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24, Precision, check_pair
 from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8
 from act24.sparse24.format.products import Product, Table, feed_forward_products
 from act24.sparse24.pattern.feature_wise import TokenPermutation
 from act24.sparse24.weight.linear24 import linear24
@@ -126,7 +127,9 @@ class Activation24(OperationalPass):
         many tokens; none where the activation has no linear on both sides."""
         site: ActivationSite = match.nodes
         options = self._options(site)
-        if not (site.width_in and site.width and site.width_out) or not PACKED.knows(options):
+        if not (site.width_in and site.width and site.width_out) or not (
+            PACKED.knows(options) or PACKED_FP8.knows(options)
+        ):
             return ()
         shape = (tokens, site.width_in, site.width, site.width_out)
         exact, fp8 = not BACKWARDS[self.backward].along_tokens, self.precision == "fp8"
@@ -146,7 +149,7 @@ class Activation24(OperationalPass):
                     path=site.path,
                     before=" · ".join(part for part in parts if part),
                     after=f"2:4 {self.method}, {self._backward(site)} backward"
-                    + (", fp8 forward" if self.precision == "fp8" and site.after else ""),
+                    + (f", fp8{self._fp8_extent(site)}" if self.precision == "fp8" and site.after else ""),
                     nodes=site,
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
@@ -180,6 +183,11 @@ class Activation24(OperationalPass):
             elif linears < len(site.node.users):
                 notes.append(f'scale_from "{self.scale_from}" leaves out what reads it other than linears')
         return "; ".join(notes)
+
+    def _fp8_extent(self, site: ActivationSite) -> str:
+        """Where fp8 is not in all products."""
+        whole = site.before is not None and PACKED_FP8.knows(self._options(site))
+        return "" if whole else " in y alone"
 
     def _unread_options(self) -> list[str]:
         """The options of other methods that were given all the same."""

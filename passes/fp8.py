@@ -4,8 +4,8 @@
 
 in attention and MLPs; the factors of low-rank linears count as linears, and a head does where `targets` names
 it. W stays a parameter as it was. In training only: evaluation, samples and what is saved are of the weights
-in their own dtype. Where the loop keeps them, W in e4m3 and its transpose are in buffers beside it, made once an
-update (`act24.passes.state`): `<weight>_e4m3`, `<weight>_e4m3_turned`, and their scales. Scales are of the
+in their own dtype. Where the loop keeps them, W in e4m3 and its transpose are in buffers beside it, made once
+an update (`act24.passes.state`): `<weight>_e4m3`, `<weight>_e4m3_turned`, and their scales. Scales are of the
 values of now, so there is no state to save.
 """
 

@@ -182,7 +182,9 @@ def _rows(
             ("compiled dense", dense, None),
         ):
             other = saved_bytes(call, weight_in, weight_out)
-            rows.append(Row(f"FFN bytes saved, {mode}, of {name}, {shape}", ours, other, "bytes", limit, name))
+            rows.append(
+                Row(f"FFN bytes saved, {mode}, of {name}, {shape}", ours, other, "bytes", limit, name)
+            )
     return rows
 
 

@@ -227,7 +227,7 @@ def activation24(
     if options.precision == "fp8" and not PACKED_FP8.why_never(network, options):
         if is_mapped():
             raise Act24Error(
-                "activation24: its fp8 has no rule for torch.func.vmap: set precision = \"bfloat16\""
+                'activation24: its fp8 has no rule for torch.func.vmap: set precision = "bfloat16"'
             )
         return fp8_activation24(tensors, State(scale, seed, real_tokens(pads)), options, kernels=False)
     return _Activation24.apply(*tensors, scale, seed, pads, tuple(options))[:2]

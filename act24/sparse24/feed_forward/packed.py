@@ -45,6 +45,7 @@ from act24.sparse24.kernels.token_order import token_order
 from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.sparse24.pattern.selection import densest_features
 
+
 class Reordered(torch.autograd.Function):
     """Rows in an order. The gradient of a plain gather adds up rows; this one takes them by the inverse."""
 

@@ -10,12 +10,12 @@ for each row in the two dense products.
 
 The rows of a and dZ are written by the kernels that select, before which their largest entries have to be
 known: bounds do, the largest |h| and f'(h) |dS| of the row and of the feature, which one read of h and one of
-dS find. What a bound is too large by costs numbers below a millionth of it, and no precision of others. Scales
-of a are powers of two: it is saved in e4m3 once, and written along the tokens over other scales without a
-second rounding, and its slope is made of the same numbers.
+dS find. What a bound is too large by costs numbers below a millionth of it, and no precision of others.
+Scales of a are powers of two: it is saved in e4m3 once, and written along the tokens over other scales
+without a second rounding, and its slope is made of the same numbers.
 
-Saved for backward are xᵀ and a, a byte an entry of x and 0.625 a feature; all but naive relu² save the slope as
-well, 1 byte a feature more.
+Saved for backward are xᵀ and a, a byte an entry of x and 0.625 a feature; all but naive relu² save the slope
+as well, 1 byte a feature more.
 
 The reference is the same code with the operators' references, on sizes filled up with zeros to what the
 packed format takes.
@@ -200,7 +200,8 @@ def _weight_gradient(
     transposed: bool,
     kernels: bool,
 ) -> Tensor:
-    """The gradient of W_in `[F, D]`, or of W_out, transposed `[D_out, F]`, from its two sides along the tokens.
+    """The gradient of W_in `[F, D]`, or of W_out, transposed `[D_out, F]`, from its two sides along the
+    tokens.
 
     Args:
         packed: 2:4 `[F, T]`, in e4m3; not looked at without an algorithm.
@@ -210,7 +211,13 @@ def _weight_gradient(
         algorithm: of the 2:4 product; None for an exact one.
     """
     if algorithm is not None:
-        arguments = (packed, right, algorithm, transposed, *((None, None) if index is None else (dense, index)))
+        arguments = (
+            packed,
+            right,
+            algorithm,
+            transposed,
+            *((None, None) if index is None else (dense, index)),
+        )
         product = form("product24_e4m3", kernels)(*arguments)
         return _scaled(product, factors if transposed else factors[:, None])
     one = factors.new_ones(1)
@@ -219,7 +226,7 @@ def _weight_gradient(
 
 
 def _value_scales(largest: Tensor, options: Options24) -> Tensor:
-    """Scales of the activation, powers of two, from the largest |h|. A draw of mvue doubles an entry at most."""
+    """Scales of the activation, from the largest |h|. A draw of mvue doubles an entry at most."""
     bound = largest.square() if options.function == "relu2" else largest
     return power_scales(bound * 2 if method_of(options).kernel == "mvue" else bound)
 
@@ -245,7 +252,9 @@ def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Op
     features, width = weight_in.shape
     network = Network(len(rows), features, width, len(weight_out), rows.dtype, rows.device)
     exact = not backward_of(options).along_tokens
-    kinds: tuple[Kind, ...] = ("y", "grad_x") if exact else ("y", "grad_x", "grad_weight_in", "grad_weight_out")
+    kinds: tuple[Kind, ...] = (
+        ("y", "grad_x") if exact else ("y", "grad_x", "grad_weight_in", "grad_weight_out")
+    )
     return product_algorithms(network, options) or dict.fromkeys(kinds, 0)
 
 
@@ -285,7 +294,10 @@ def fp8_activation24(
         bias_in = None if bias_in is None else F.pad(bias_in, (0, wide[0]))
         bias_out = None if bias_out is None else F.pad(bias_out, (0, wide[2]))
     drawn = order if method_of(options).draws else None
-    given = [None if t is None else cast(t, torch.bfloat16) for t in (rows, weight_in, bias_in, weight_out, bias_out)]
+    given = [
+        None if t is None else cast(t, torch.bfloat16)
+        for t in (rows, weight_in, bias_in, weight_out, bias_out)
+    ]
     settings = _Settings(options, training, kernels)
     y, _, _, packed, over, _, _, counts, sums = _PackedFp8.apply(
         *given, state.scale, state.seed, real, drawn, settings
@@ -297,7 +309,9 @@ def fp8_activation24(
         return y, no_statistics(y)
     statistics = token_wise_from_counts(tokens, counts[:features], sums, real)
     if along_tokens:
-        statistics = statistics + feature_wise_from_some_features(packed, counts, real, options, over, kernels)
+        statistics = statistics + feature_wise_from_some_features(
+            packed, counts, real, options, over, kernels
+        )
     return y, statistics
 
 
@@ -327,7 +341,7 @@ PACKED_FP8 = Form(
     precisions=("fp8",),
     linears=True,
     scales=True,
-    operators=("pack_activation", "pack_gradient_e4m3", "gather_features"),
+    operators=("pack_activation:e4m3", "pack_gradient_e4m3", "gather_features:e4m3"),
     condition=_condition,
     run=fp8_activation24,
 )

@@ -47,8 +47,8 @@ def scales_of(largest: Tensor) -> Tensor:
 
 
 def power_scales(largest: Tensor) -> Tensor:
-    """`scales_of`, the next powers of two above. What was cast over one of them is cast over another without a
-    second rounding, unless it leaves the range of the format."""
+    """`scales_of`, the next powers of two above. What was cast over one of them is cast over another without
+    a second rounding, unless it leaves the range of the format."""
     scale = scales_of(largest)
     # A fraction that is not zero carries into the exponent.
     bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000

@@ -71,9 +71,7 @@ def _cast_e4m3(
         tl.store(turned + target, tl.trans(words).to(tl.int32, bitcast=True), mask=mask)
 
 
-def _reference(
-    matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _reference(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     narrow, turned = _fake(matrix, scale, turned_scale)
     if scale is not None:
         narrow = narrowed(matrix, scale[:, None])

@@ -1,5 +1,5 @@
-"""Backward in e4m3: `act24.sparse24.kernels.pack_gradient` from an activation that was saved in e4m3, with all
-that it writes in e4m3.
+"""Backward in e4m3: `act24.sparse24.kernels.pack_gradient` from an activation that was saved in e4m3, with
+all that it writes in e4m3.
 
 Selections are made on bfloat16: what was saved is over scales that are powers of two, and so is exact there.
 Bytes an element: 2.625 read, 0.625 written for each of the three, together 4.5. Without 2:4 along the tokens
@@ -116,7 +116,8 @@ def _select(
     rows: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Of the keys of four tokens store the two largest in each feature, in e4m3; their metadata by feature."""
+    """Of the keys of four tokens store the two largest in each feature, in e4m3; their metadata by
+    feature."""
     word0, field0 = _pair(keys0[0], keys1[0], keys2[0], keys3[0], ROTATED)
     word1, field1 = _pair(keys0[1], keys1[1], keys2[1], keys3[1], ROTATED)
     word2, field2 = _pair(keys0[2], keys1[2], keys2[2], keys3[2], ROTATED)
@@ -139,7 +140,9 @@ def _narrow_pair(word, factor, LARGEST: tl.constexpr):
 
 
 @jit
-def _store_dense(dense, place, target, tokens, factor, v0, v1, v2, v3, ROTATED: tl.constexpr, LARGEST: tl.constexpr):
+def _store_dense(
+    dense, place, target, tokens, factor, v0, v1, v2, v3, ROTATED: tl.constexpr, LARGEST: tl.constexpr
+):
     """Of one feature of every group the four tokens, a word, in rows of their own where the feature stays
     dense."""
     if ROTATED:

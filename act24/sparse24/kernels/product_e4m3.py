@@ -8,9 +8,7 @@ from torch import Tensor
 from act24.sparse24.kernels.shared.registry import operator
 
 
-def _reference(
-    left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor
-) -> Tensor:
+def _reference(left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor) -> Tensor:
     with torch.autocast(left.device.type, enabled=False):  # which would round the sums before they are scaled
         product = left.float() @ right.float().T
     return (product * scale[:, None] * right_scale).bfloat16()
@@ -25,9 +23,9 @@ def product_e4m3(left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor
     """L Rᵀ of two matrices in e4m3, with their scales put back.
 
     Not `torch._scaled_mm` itself, so that a compiler leaves the product to cuBLAS: Inductor's own kernels for
-    it were wrong more than once (pytorch issues 159940, 188996). Running sums are kept in the tensor cores' own
-    precision, about 14 bits: 7 to 10% of the time, for an error of 0.0035 over 16,384 terms beside the 0.037 of
-    the operands' rounding (H200).
+    it were wrong more than once (pytorch issues 159940, 188996). Running sums are kept in the tensor cores'
+    own precision, about 14 bits: 7 to 10% of the time, for an error of 0.0035 over 16,384 terms beside the
+    0.037 of the operands' rounding (H200).
 
     Args:
         left, right: e4m3 `[M, K]` and `[N, K]`, N and K multiples of 16.

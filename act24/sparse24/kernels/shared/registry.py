@@ -87,8 +87,8 @@ def operator(
 
 
 def form(name: str, kernels: bool) -> Callable[..., Any]:
-    """An operator by its name, or, without kernels, its twin: the reference, which a compiled graph has as one
-    node too."""
+    """An operator by its name, or, without kernels, its twin: the reference, which a compiled graph has as
+    one node too."""
     return getattr(torch.ops.act24, name if kernels else f"{name}_plain")
 
 

@@ -183,6 +183,34 @@ def _gather_features(device: torch.device) -> Iterator[_Case]:
     yield _Case((saved, torch.arange(0, _SHAPE[1], 9, device=device), None, _SHAPE[0] // 2))
 
 
+def _saved_e4m3(device: torch.device) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments of `pack_activation` in e4m3, and what it makes of them."""
+    over = torch.tensor([2.0**-8, 2.0**-6], device=device).repeat(_SHAPE[0] // 2)
+    arguments = (_draw(device, *_SHAPE), None, None, "relu2", "naive", False, False, True, False, None, over)
+    return arguments, OPERATORS["pack_activation"].reference(*arguments)[0]
+
+
+def _pack_activation_e4m3(device: torch.device) -> Iterator[_Case]:
+    yield _Case(_saved_e4m3(device)[0], 1)
+
+
+def _pack_gradient_e4m3(device: torch.device) -> Iterator[_Case]:
+    arguments, saved = _saved_e4m3(device)
+    real = torch.arange(_SHAPE[0], device=device) % 5 != 0
+    index = torch.arange(0, _SHAPE[1], 9, device=device)
+    by_token, by_feature = (torch.linspace(1e-3, 1, n, device=device) for n in _SHAPE)
+    scales = (by_token, by_feature, by_feature.flip(0))
+    given = (_draw(device, *_SHAPE).flip(0), saved, arguments[-1], None, real, index, *scales, "relu2")
+    yield _Case((*given, True), 3)
+    yield _Case((*given, False), 1)
+
+
+def _gather_features_e4m3(device: torch.device) -> Iterator[_Case]:
+    arguments, saved = _saved_e4m3(device)
+    index = torch.arange(0, _SHAPE[1], 9, device=device)
+    yield _Case((saved, index, None, _SHAPE[0] // 2, arguments[-1]))
+
+
 def _largest_magnitudes(device: torch.device) -> Iterator[_Case]:
     yield _Case((_draw(device, *_SHAPE), True, True))
 
@@ -197,15 +225,6 @@ def _product_e4m3(device: torch.device) -> Iterator[_Case]:
     left, right = (_draw(device, *_SHAPE).to(torch.float8_e4m3fn) for _ in range(2))
     scales = [torch.linspace(0.5, 1, len(left), device=device).bfloat16().float() for _ in range(2)]
     yield _Case((left, right, scales[0][:1], scales[1][:1]))
-
-
-def _quantise_rows(device: torch.device) -> Iterator[_Case]:
-    yield _Case((_draw(device, *_SHAPE),))
-
-
-def _quantise_packed(device: torch.device) -> Iterator[_Case]:
-    _, saved = _saved(device)
-    yield _Case((saved,))
 
 
 def _linear_pack(device: torch.device) -> Iterator[_Case]:
@@ -260,8 +279,9 @@ _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "largest_magnitudes": _largest_magnitudes,
     "cast_e4m3": _cast_e4m3,
     "product_e4m3": _product_e4m3,
-    "quantise_rows": _quantise_rows,
-    "quantise_packed": _quantise_packed,
+    "pack_activation:e4m3": _pack_activation_e4m3,
+    "pack_gradient_e4m3": _pack_gradient_e4m3,
+    "gather_features:e4m3": _gather_features_e4m3,
     "linear_pack": _linear_pack,
     "linear_gradient": _linear_gradient,
     "recompute_gradient": _recompute_gradient,

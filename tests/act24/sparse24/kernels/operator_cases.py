@@ -34,6 +34,10 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
     grad_y = draw(TOKENS, WIDTH)
     _, values, fields = OPERATORS["linear_pack"].reference(x, weight_in, True)
     narrow = grad.to(torch.float8_e4m3fn)
+    over = 2.0 ** torch.randint(-8, -4, (TOKENS,))
+    first = (hidden, None, None, "relu2", "naive", False, False, False, False, None, over)
+    saved, *_ = OPERATORS["pack_activation"].reference(*first)
+    scales = (torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01, torch.rand(FEATURES) + 0.01)
     return {
         "pack_activation": drawn,
         "count_activation": (hidden, real, "relu"),
@@ -45,8 +49,8 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "largest_magnitudes": (grad, True, True),
         "cast_e4m3": (grad, torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01),
         "product_e4m3": (narrow, narrow.flip(0).contiguous(), torch.rand(TOKENS), torch.rand(TOKENS)),
-        "quantise_rows": (grad,),
-        "quantise_packed": (packed,),
+        "pack_gradient_e4m3": (grad, saved, over, None, real, index, *scales, "relu2", True),
+        "product24_e4m3": (saved, narrow, 0, True, narrow[: len(index)].clone(), index),
         "token_order": (grad, [2, TOKENS // 2], "sequence"),
         "linear_pack": (x, weight_in, True),
         "linear_gradient": (grad_y, weight_out, values, fields),

@@ -39,7 +39,7 @@ def test_schemas_are_those_of_the_annotations() -> None:
     """One of each type, by hand."""
     assert str(torch.ops.act24.pack_activation.default._schema) == (
         "act24::pack_activation(Tensor hidden, Tensor? seed, Tensor? real, str function, str method, "
-        "bool slope, bool dense, bool counts, bool statistics, Tensor? order=None) "
+        "bool slope, bool dense, bool counts, bool statistics, Tensor? order=None, Tensor? scale=None) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     )
     assert str(torch.ops.act24.token_order.default._schema) == (

@@ -34,7 +34,17 @@ def test_activations(shape: tuple[int, int], method: str) -> None:
     rows, seed = hidden(*shape), torch.tensor(2**40 + 17)
     scale = power_scales(rows.float().square().amax(1)) * (2 if method == "mvue" else 1)
     for function in ("relu2", "relu"):
-        arguments: tuple[Any, ...] = (rows, seed, None, function, method, method != "naive", False, True, True)
+        arguments: tuple[Any, ...] = (
+            rows,
+            seed,
+            None,
+            function,
+            method,
+            method != "naive",
+            False,
+            True,
+            True,
+        )
         ours, expected = (
             form(*arguments, None, scale)
             for form in (OPERATORS["pack_activation"].launch, OPERATORS["pack_activation"].reference)
@@ -52,11 +62,25 @@ def test_gradients(shape: tuple[int, int], method: str, pads: bool) -> None:
     scale = power_scales(rows.float().square().amax(1))
     real = torch.arange(tokens) % 5 != 0 if pads else None
     index = torch.tensor([3, 1, features - 2]) if pads else None
-    scales = (torch.logspace(-3, 3, tokens), torch.logspace(-6, 0, features), torch.logspace(-4, -1, features))
+    scales = (
+        torch.logspace(-3, 3, tokens),
+        torch.logspace(-6, 0, features),
+        torch.logspace(-4, -1, features),
+    )
     for function, sparse in itertools.product(("relu2", "relu"), (True, False)):
         first = (rows, None, None, function, method, method != "naive", False, False, False, None, scale)
         saved, slope, *_ = OPERATORS["pack_activation"].reference(*first)
-        arguments = (grad, saved, scale, slope if slope.numel() else None, real, index, *scales, function, sparse)
+        arguments = (
+            grad,
+            saved,
+            scale,
+            slope if slope.numel() else None,
+            real,
+            index,
+            *scales,
+            function,
+            sparse,
+        )
         ours, expected = (
             form(*arguments)
             for form in (OPERATORS["pack_gradient_e4m3"].launch, OPERATORS["pack_gradient_e4m3"].reference)
@@ -74,6 +98,7 @@ def test_some_features() -> None:
     for real in (None, torch.arange(128) % 3 != 0):
         given = (saved, torch.arange(0, 192, 7), real, 96, scale)
         ours, expected = (
-            form(*given) for form in (OPERATORS["gather_features"].launch, OPERATORS["gather_features"].reference)
+            form(*given)
+            for form in (OPERATORS["gather_features"].launch, OPERATORS["gather_features"].reference)
         )
         assert torch.equal(ours, expected)
