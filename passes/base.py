@@ -122,6 +122,10 @@ class Pass:
         for name in ("targets", "ignore"):
             check_selectors(getattr(self, name), f"{self.name}: {name}")
 
+    def beside(self, passes: tuple[Pass, ...]) -> Pass:
+        """The pass with what it leaves open settled by the list in which it stands."""
+        return self
+
     def plan(self, region: Region) -> Plan:
         """The places that the pass would rewrite. Touches nothing."""
         raise NotImplementedError

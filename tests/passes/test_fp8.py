@@ -12,7 +12,7 @@ from toys import llama, tokens
 
 from act24.errors import PassError
 from act24.fp8.linear import linear_fp8
-from act24.llama import LlamaForCausalLM
+from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import (
     Activation24,
     Cola,
@@ -29,6 +29,7 @@ from act24.passes import (
 from act24.passes.fp8 import PARTS, pays
 from act24.passes.graph.normal_form import nodes_of
 from act24.passes.state import begin_micro_batch_, begin_update_, evaluation
+from act24.sparse24.feed_forward.operation import activation24
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -128,3 +129,29 @@ def test_step_ranges_and_recomputation() -> None:
         pipeline = apply_(model, [Cola(attn_rank=16, mlp_rank=16), Fp8(), *extra])
         results.append(losses(model, pipeline, 1))
     torch.testing.assert_close(*results)
+
+
+def test_activation24_goes_along_unless_it_says_otherwise() -> None:
+    def options(*passes: Pass) -> str:
+        model = llama(1)
+        apply_(model, [Relu2FFN(), *passes])
+        nodes = [n for m in model.modules() if hasattr(m, "graph") for n in nodes_of(m.graph, activation24)]
+        return nodes[0].args[-1].precision
+
+    assert options(Activation24()) == "bfloat16"
+    assert options(Activation24(), Fp8()) == "fp8"
+    assert options(Activation24(precision="bfloat16"), Fp8()) == "bfloat16"
+    assert options(Activation24(precision="auto")) == "bfloat16"  # 32 wide
+    assert options(Activation24(), Fp8(precision="auto", optional=True)) == "bfloat16"
+    with torch.device("meta"):
+        large = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=97,
+                hidden_size=2048,
+                intermediate_size=5504,
+                num_attention_heads=16,
+                num_hidden_layers=1,
+            )
+        )
+    report = str(plan(large, [Relu2FFN(), Activation24(), Fp8(precision="auto")]))
+    assert "2:4 naive, dense backward, fp8" in report

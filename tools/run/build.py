@@ -238,7 +238,8 @@ def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
 
 def _check_device(recipe: Recipe, device: torch.device) -> None:
     fp8 = any(
-        isinstance(p, Fp8) or (isinstance(p, Activation24) and p.precision == "fp8") for p in recipe.passes
+        isinstance(p, Fp8) or (isinstance(p, Activation24) and p.precision in ("fp8", "auto"))
+        for p in recipe.passes
     )
     if fp8 and (reason := why_no_fp8(device)):
         raise Act24Error(reason)
