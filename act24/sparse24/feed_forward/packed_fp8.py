@@ -180,8 +180,9 @@ class _PackedFp8(torch.autograd.Function):
         if need_bias_in:  # a pass of its own over all features; only models with biases pay it
             grad_bias_in = (unpack(Packed24(grad_hidden)).float() * bounds[0][:, None]).sum(0).bfloat16()
         if need_bias_out:
-            counted = real is not None and along_tokens
-            grad_bias_out = (torch.where(real[:, None], grad_y, 0) if counted else grad_y).sum(0)
+            if real is not None and along_tokens:
+                grad_y = torch.where(real[:, None], grad_y, 0)
+            grad_bias_out = grad_y.sum(0)
         return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 5
 
 

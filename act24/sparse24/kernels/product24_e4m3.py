@@ -72,6 +72,8 @@ def product24_e4m3(
     result = multiply24(packed, right.T, algorithm, transposed)
     if rows is not None and index is not None:
         one = torch.ones((), device=rows.device)
-        exact = torch._scaled_mm(rows, right.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        exact = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            rows, right.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
         replace_rows(result, exact, index, transposed)
     return result

@@ -38,6 +38,6 @@ def product_e4m3(left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor
     if len(scale) > 1 or len(right_scale) > 1:
         scale, right_scale = scale.expand(rows)[:, None], right_scale.expand(columns)[None]
         scale, right_scale = scale.contiguous(), right_scale.contiguous()
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         left, right.T, scale_a=scale, scale_b=right_scale, out_dtype=torch.bfloat16, use_fast_accum=True
     )
