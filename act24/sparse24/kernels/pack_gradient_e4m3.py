@@ -19,7 +19,15 @@ from act24.sparse24.format.packed import Packed24, empty_packed, with_values
 from act24.sparse24.kernels import pack_gradient  # noqa: F401  (the reference of what this narrows)
 from act24.sparse24.kernels.pack_gradient import _along_tokens, _pair, _rotate_left, _rotate_right
 from act24.sparse24.kernels.shared.e4m3 import e4m3_bits, from_e4m3, metadata_field8, metadata_words8
-from act24.sparse24.kernels.shared.keys import as_bits, as_float, as_signed, load_bits, spread, upper
+from act24.sparse24.kernels.shared.keys import (
+    as_bits,
+    as_float,
+    as_signed,
+    group_bytes,
+    load_bits,
+    spread,
+    upper,
+)
 from act24.sparse24.kernels.shared.masked_gradient import masked_gradient
 from act24.sparse24.kernels.shared.registry import OPERATORS, operator
 
@@ -45,24 +53,26 @@ def _fetch(
     """All that is read of the nth of every four tokens.
 
     Returns:
-        where the rows begin, in elements of a packed row; dS, words [tokens / 4, features / 2]; the saved
-        activation, words of two e4m3 [.., features / 4]; its slope, words [.., features / 4]; its metadata,
-        bytes of two groups [.., features / 8]; the factors of the rows [.., 1], of what was saved and of what
-        is written. Activation and slope of tokens that are not real are zeros.
+        where packed rows begin, in words; dS, words [tokens / 4, features / 2]; the saved activation, words
+        of two groups [.., features / 8]; its slope, words [.., features / 4]; its metadata, that of two
+        groups in the low bits of words [.., features / 8]; the factors of the rows [.., 1], of what was saved
+        and of what is written. Activation and slope of tokens that are not real are zeros.
     """
     grad, values, metadata, scales, slopes, real, grad_scales = inputs
     rows: tl.constexpr = TOKENS // 4
     pair = tl.arange(0, FEATURES // 2)[None, :]
     group = tl.arange(0, FEATURES // 4)[None, :]
+    word = tl.arange(0, FEATURES // 8)[None, :]
     row = (tl.arange(0, rows) * 4 + nth)[:, None]
     start = token.to(tl.int64) * (features // 4) + feature // 4
     half_row = start * 2 + (row * (features // 2) + pair)
     quarter_row = start + (row * (features // 4) + group)
-    tile = token.to(tl.int64) * (features // 8) + feature * 8
-    byte = metadata_field8(row, tl.arange(0, FEATURES // 8)[None, :] * 8, FEATURES) // 2
+    packed_row = token.to(tl.int64) * (features // 8) + feature // 8 + (row * (features // 8) + word)
+    tile = token.to(tl.int64) * (features // 32) + feature * 2
+    byte = metadata_field8(row, word * 8, FEATURES) // 2
     pairs = load_bits(grad + half_row)
-    both = tl.load(values + quarter_row).to(tl.uint16, bitcast=True).to(tl.uint32)
-    fields = tl.load(metadata + tile + byte).to(tl.uint32)
+    both = load_bits(values + packed_row)
+    fields = load_bits(metadata + tile + byte // 4) >> (byte % 4 * 8).to(tl.uint32)
     slope = load_bits(slopes + quarter_row) if SLOPE else both
     scale = tl.load(scales + token + row)
     grad_scale = tl.load(grad_scales + token + row)
@@ -71,7 +81,7 @@ def _fetch(
         both = tl.where(is_real, both, both & 0)
         slope = tl.where(is_real, slope, slope & 0)
         scale = tl.where(is_real, scale, 1.0)
-    return half_row, pairs, both, slope, fields, scale, grad_scale
+    return packed_row, pairs, both, slope, fields, scale, grad_scale
 
 
 @jit
@@ -84,20 +94,25 @@ def _masked_keys(
     LARGEST: tl.constexpr,
 ):
     """Store dZ of the nth of every four tokens; keys as `pack_gradient._masked_keys` has them."""
-    half_row, pairs, narrow, slope, fields, scale, grad_scale = fetched
-    fields = tl.reshape(tl.join(fields, fields >> 4), narrow.shape)
+    packed_row, pairs, narrow, slope, fields, scale, grad_scale = fetched
+    groups: tl.constexpr = [pairs.shape[0], pairs.shape[1] // 2]
+    fields = tl.reshape(tl.join(fields, fields >> 4), groups)
+    narrow = tl.reshape(tl.join(narrow, narrow >> 16), groups)
     low = fields & 3
     high = fields & 12
     # Exact in bfloat16; a -0 would sort above everything.
     first = as_bits(from_e4m3(narrow & 0xFF) * scale) & 0x7FFFFFFF
-    second = as_bits(from_e4m3(narrow >> 8) * scale) & 0x7FFFFFFF
+    second = as_bits(from_e4m3(narrow >> 8 & 0xFF) * scale) & 0x7FFFFFFF
     both = first >> 16 | upper(second)
     masked = masked_gradient(pairs, both, slope if SLOPE else both, low, high, FUNCTION, SLOPE)
-    wide = tl.reshape(masked, [pairs.shape[0], pairs.shape[1]]).to(tl.float32)
-    tl.store(grad_values + half_row, e4m3_bits(wide * tl.div_rn(1.0, grad_scale), LARGEST))
     grad0, grad1 = tl.split(masked.to(tl.uint16, bitcast=True))
-    grad0 = _rotate_left(grad0.to(tl.uint32) << 16)
-    grad1 = _rotate_left(grad1.to(tl.uint32) << 16)
+    grad0 = grad0.to(tl.uint32) << 16
+    grad1 = grad1.to(tl.uint32) << 16
+    written = _narrow_pair(grad0 >> 16 | grad1, tl.div_rn(1.0, grad_scale), LARGEST)
+    even, odd = tl.split(tl.reshape(written, [pairs.shape[0], pairs.shape[1] // 4, 2]))
+    tl.store(grad_values + packed_row, as_signed(even | odd << 16))
+    grad0 = _rotate_left(grad0)
+    grad1 = _rotate_left(grad1)
     value_keys = spread(low, high, both << 16, upper(both), 3 - nth)
     grad_keys = spread(low, high, grad0, grad1, 6 - 2 * nth)
     return value_keys, grad_keys
@@ -128,15 +143,18 @@ def _select(
         _narrow_pair(word2, factors[2], LARGEST),
         _narrow_pair(word3, factors[3], LARGEST),
     )
-    tl.store(target, _along_tokens(words, rows, FEATURES).to(tl.int16, bitcast=True))
+    # In words on their way across threads, as `pack_gradient` has them: in 16 bits some came out wrong on an
+    # H200 under Triton 3.6.
+    even, odd = tl.split(tl.reshape(_along_tokens(words, rows, FEATURES), [FEATURES, rows // 2, 2]))
+    tl.store(target, as_signed(even | odd << 16))
     return field0, field1, field2, field3
 
 
 @jit
 def _narrow_pair(word, factor, LARGEST: tl.constexpr):
-    """Two values of bfloat16 in a word as two of e4m3."""
-    low = e4m3_bits(as_float(word << 16) * factor, LARGEST).to(tl.uint16)
-    return low | e4m3_bits(as_float(upper(word)) * factor, LARGEST).to(tl.uint16) << 8
+    """Two values of bfloat16 in a word as two of e4m3, in its lower half."""
+    low = e4m3_bits(as_float(word << 16) * factor, LARGEST).to(tl.uint32)
+    return low | e4m3_bits(as_float(upper(word)) * factor, LARGEST).to(tl.uint32) << 8
 
 
 @jit
@@ -254,8 +272,8 @@ def _pack_gradient_e4m3(
                     )
 
         if SPARSE:
-            start = feature.to(tl.int64) * (tokens // 4) + token // 4
-            tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]
+            start = feature.to(tl.int64) * (tokens // 8) + token // 8
+            tile = tl.arange(0, FEATURES)[:, None] * (tokens // 8) + tl.arange(0, rows // 2)[None, :]
             v0, v1, v2, v3 = _select(
                 value_rows + start + tile,
                 value_factors,
@@ -282,15 +300,17 @@ def _pack_gradient_e4m3(
             )
             # One byte a group holds both fields on the way to where the groups of a word meet.
             byte = _along_tokens((v0 + g0 * 16, v1 + g1 * 16, v2 + g2 * 16, v3 + g3 * 16), rows, FEATURES)
-            value_words, grad_words = metadata_words8(byte.to(tl.uint8))
+            near, far = group_bytes(byte.to(tl.uint8))
+            value_words = metadata_words8(near, far)
+            grad_words = metadata_words8(near >> 4, far >> 4)
             place = feature.to(tl.int64) * (tokens // 32) + token * 2 + tl.arange(0, FEATURES * 2)
             tl.store(value_row_metadata + place, as_signed(tl.reshape(value_words, [FEATURES * 2])))
             tl.store(grad_row_metadata + place, as_signed(tl.reshape(grad_words, [FEATURES * 2])))
 
         # Along the features dZ lies where the activation does.
-        slab = token.to(tl.int64) * (features // 8) + feature * 8
-        tile_bytes = tl.arange(0, TOKENS * FEATURES // 8)
-        tl.store(grad_metadata + slab + tile_bytes, tl.load(metadata + slab + tile_bytes))
+        slab = token.to(tl.int64) * (features // 32) + feature * 2
+        words = tl.arange(0, TOKENS * FEATURES // 32)
+        tl.store(grad_metadata + slab + words, tl.load(metadata + slab + words))
 
 
 def _reference(
@@ -391,12 +411,12 @@ def pack_gradient_e4m3(
     rows = [unused] * 4
     if sparse:
         matrices = [Packed24(output) for output in outputs[1:3]]
-        parts = [(m.values.view(torch.int16), m.metadata.view(torch.int32)) for m in matrices]
+        parts = [(m.values.view(torch.int32), m.metadata.view(torch.int32)) for m in matrices]
         rows = [part for pair in parts for part in pair]
     _pack_gradient_e4m3[(features // FEATURES, triton.cdiv(tokens // TOKENS, STEPS))](
         words,
-        value.values.view(torch.int16),
-        value.metadata,
+        value.values.view(torch.int32),
+        value.metadata.view(torch.int32),
         scale,
         unused if slope is None else slope.view(torch.int32),
         unused if real is None else real,
@@ -404,8 +424,8 @@ def pack_gradient_e4m3(
         grad_scale,
         value_row_scale,
         grad_row_scale,
-        packed.values.view(torch.uint8),
-        packed.metadata,
+        packed.values.view(torch.int32),
+        packed.metadata.view(torch.int32),
         *rows,
         outputs[3].view(torch.int32),
         outputs[4].view(torch.int32),

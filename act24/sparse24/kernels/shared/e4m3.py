@@ -24,26 +24,17 @@ def from_e4m3(byte):
 
 
 @jit
-def metadata_words8(bytes_of_groups):
-    """Words of metadata of 8-bit values, from inverted fields.
-
-    Args:
-        bytes_of_groups: uint8 [64, 16], of two matrices: one has its fields in the low bits, the other in the
-            high ones.
+def metadata_words8(near, far):
+    """Words of metadata of 8-bit values from the two results of `keys.group_bytes` for 64 rows and 16 groups,
+    whose bytes hold inverted fields in their low bits.
 
     Returns:
-        two uint32 [4, 8, 2, 2], in the order of the words of a tile in memory.
+        uint32 [4, 8, 2, 2], in the order of the words of a tile in memory.
     """
-    # A row is (16s, upper 8 of 16, 8s), a group (32 columns, 16, 8, 4).
-    x = tl.reshape(bytes_of_groups, [4, 2, 8, 2, 2, 2, 2])
-    even, odd = tl.split(tl.permute(x, (0, 2, 4, 5, 3, 1, 6)))
-    return _word8(even & 15 | odd << 4), _word8(even >> 4 | odd & 0xF0)
-
-
-@jit
-def _word8(pairs):
-    """Bytes [4, 8, 2, 2, far, lower row] side by side, inverted."""
-    row, row_8 = tl.split(pairs)
-    halves = row.to(tl.uint32) | row_8.to(tl.uint32) << 8
-    near, far = tl.split(halves)
-    return (near | far << 16) ^ 0xFFFFFFFF
+    # [32 columns, 16 rows, row, 8 columns], in bytes the rows r and r + 8, there and 16 columns on.
+    near0, near1 = tl.split(tl.permute(near & 0x0F0F0F0F, (1, 2, 3, 0)))
+    far0, far1 = tl.split(tl.permute(far & 0x0F0F0F0F, (1, 2, 3, 0)))
+    bytes0 = near0 | far0 << 4
+    bytes1 = near1 | far1 << 4
+    words = tl.join((bytes0 & 0xFFFF) | bytes1 << 16, bytes0 >> 16 | (bytes1 & 0xFFFF0000))
+    return tl.permute(words, (0, 1, 3, 2)) ^ 0xFFFFFFFF
