@@ -61,6 +61,10 @@ class Fp8(OperationalPass):
     kernels: bool = True
     keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
 
+    @property
+    def renews(self) -> bool:
+        return True
+
     def in_evaluation(self) -> None:
         return None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from act24.passes import OperationalPass, Pass, Pipeline, Weight24, weight24
-from act24.passes.state import SparseWeight, as_evaluated, weights_of
+from act24.passes.state import SparseWeight, as_evaluated, sparse_weights
 from act24.sparse24.weight.methods import sparse_weight, weight_mask
 
 
@@ -54,7 +54,7 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
         if not isinstance(p, Weight24):
             continue
         with pipeline.lowered([p]):
-            weights = list(weights_of(pipeline, p))
+            weights = list(sparse_weights(pipeline, p))
         for weight in weights:
             if masked and _in_force(pipeline, p):
                 state[weight.name] = _as_multiplied(weight, p)

@@ -28,7 +28,6 @@ from act24.passes import (
 )
 from act24.passes.fp8 import PARTS, pays
 from act24.passes.graph.normal_form import nodes_of
-from act24.passes.state import begin_micro_batch_, begin_update_, evaluation
 from act24.sparse24.feed_forward.operation import activation24
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,11 +42,9 @@ def taken(*passes: Pass, **sizes: int) -> list[str]:
 def losses(model: LlamaForCausalLM, pipeline: Pipeline, updates: int = 3) -> list[Tensor]:
     optimizer, result = torch.optim.SGD(model.parameters(), lr=0.5), []
     for step in range(updates):
-        pipeline.lower_(step)
-        begin_update_(pipeline, step, lambda: None)
+        pipeline.begin_update_(step)
         for index in range(2):
             ids = tokens(seed=2 * step + index)
-            begin_micro_batch_(pipeline, seed=0, step=step, micro_batch=index)
             loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
             loss.backward()
             result.append(loss.detach())
@@ -89,8 +86,11 @@ def test_it_trains_close_to_the_model_without_it_and_is_gone_in_evaluation() -> 
     narrow, plain = llama(), llama()
     pipeline = apply_(narrow, [Fp8()])
     ids = tokens()
-    with evaluation(pipeline):
+    with pipeline.evaluation():
         assert torch.equal(narrow(ids), plain(ids))
+    assert torch.equal(narrow.eval()(ids), plain(ids))
+    narrow.train()
+    pipeline.begin_update_(0)
     difference = (narrow(ids) - plain(ids)).norm() / plain(ids).norm()
     assert 1e-3 < difference < 0.1
     ours, theirs = losses(narrow, pipeline), losses(plain, apply_(plain, []))
@@ -107,7 +107,7 @@ def test_casts_that_are_kept_are_those_of_every_update_at_one_address() -> None:
         assert isinstance(p, Fp8)
         pipeline.exchange_(p, replace(p, keep_cast=keep))
         pipelines.append(pipeline)
-    begin_update_(pipelines[0], 0, lambda: None)
+    pipelines[0].begin_update_(0)
     places = {n: b.data_ptr() for n, b in kept.named_buffers() if n.endswith(PARTS)}
     assert len(places) == 2 * len(LINEARS) * len(PARTS)
     assert losses(kept, pipelines[0]) == losses(casting, pipelines[1])

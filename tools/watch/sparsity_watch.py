@@ -10,7 +10,7 @@ from torch import Tensor
 
 from act24.passes import Activation24, Fp8, OperationalPass, Pipeline, Weight24, weight24
 from act24.passes.graph.normal_form import nodes_of, parameter_name
-from act24.passes.state import weights_of, without_counting
+from act24.passes.state import sparse_weights, without_counting
 from act24.sparse24.feed_forward.operation import activation24
 from act24.tools.watch.statistics import SiteStatistics
 
@@ -31,7 +31,7 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         by the weight's name, a scalar on the device; empty where every backward is dense, or no site has a
         linear of its own.
     """
-    # Before an update's beginning, what is kept of weights is still of the last one's.
+    # Before an update's beginning, what is kept of weights is still of the last one's, and so are masks.
     passes: list[OperationalPass] = [
         replace(p, keep_packed=False)
         if isinstance(p, Weight24)
@@ -95,7 +95,7 @@ def take_flip_rates_(pipeline: Pipeline, updates: int) -> dict[str, float]:
         f"{weight.name}": weight.buffer(weight24.FLIPS)
         for p in pipeline.active
         if isinstance(p, Weight24)
-        for weight in weights_of(pipeline, p)
+        for weight in sparse_weights(pipeline, p)
     }
     if not found:
         return {}

@@ -29,7 +29,8 @@ LEAST = 1e-30
 
 
 def largest_of(matrix: Tensor, dimension: int) -> Tensor:
-    """The largest magnitudes along a dimension, float32; NaN where NaN is among them."""
+    """The largest magnitudes of a matrix `[M, N]` along a dimension, float32 `[M]` or `[N]`; NaN where NaN is
+    among them."""
     return matrix.float().abs().amax(dimension)
 
 
@@ -47,8 +48,8 @@ def scales_of(largest: Tensor) -> Tensor:
 
 
 def power_scales(largest: Tensor) -> Tensor:
-    """`scales_of`, the next powers of two above. What was cast over one of them is cast over another without
-    a second rounding, unless it leaves the range of the format."""
+    """`scales_of`, elementwise, and the next powers of two above. What was cast over one of them is cast over
+    another without a second rounding, unless it leaves the range of the format."""
     scale = scales_of(largest)
     # A fraction that is not zero carries into the exponent.
     bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000

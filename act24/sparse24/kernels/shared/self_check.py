@@ -103,7 +103,8 @@ def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: int, slope: bool) -> float:
-    """Share of the entries in which two results of an operator differ, the worst over its outputs.
+    """Share of the entries in which two results of an operator differ, the worst over its outputs, which
+    have one shape on both sides.
 
     Args:
         packed: so many outputs, the first ones, are packed, and compared by what they stand for: groups with
