@@ -21,9 +21,13 @@ from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
 from act24.operation import cast, cast_for_autocast, operation
 from act24.sparse24.format.device import why_no_fp8
+from act24.sparse24.format.fp8 import SMALLEST, scales_of
 from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
 from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
+
+#: One token in so many is looked at for counts.
+_TOKEN_SAMPLE = 16
 
 #: What both sides of a weight have to be multiples of.
 MULTIPLE = 16
@@ -132,3 +136,23 @@ def linear_fp8(
     rows = cast_x.reshape(-1, cast_x.shape[-1])
     y, _, _ = _LinearFp8.apply(rows, cast_w, cast_bias, ready, scaling, training, kernels)
     return y.view(*x.shape[:-1], len(weight))
+
+
+@operation
+def underflow_counts(x: Tensor, scaling: Scaling) -> Tensor:
+    """How much of what a linear in e4m3 reads becomes zero, of every 16th token. Nothing becomes too large:
+    scales are of the values of now.
+
+    Args:
+        x: `[..., in]`, as the linear gets it.
+        scaling: the linear's.
+
+    Returns:
+        float32 `[2]`: entries that are not zero, and those of them that are in e4m3.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])[::_TOKEN_SAMPLE].float().abs()
+    largest = rows.amax(1, keepdim=True) if scaling == "rowwise" else rows.amax()
+    nonzero = rows > 0
+    # Half of the smallest number is a tie, which goes to zero.
+    lost = nonzero & (rows <= scales_of(largest) * (SMALLEST / 2))
+    return torch.stack((nonzero.sum(dtype=torch.float32), lost.sum(dtype=torch.float32)))

@@ -11,10 +11,11 @@ from torch import Tensor
 from toys import llama, tokens
 
 from act24.errors import PassError
-from act24.fp8.linear import linear_fp8
+from act24.fp8.linear import linear_fp8, underflow_counts
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import (
     Activation24,
+    ActivationStatistics,
     Cola,
     Fp8,
     LowRank,
@@ -29,6 +30,7 @@ from act24.passes import (
 from act24.passes.fp8 import PARTS, pays
 from act24.passes.graph.normal_form import nodes_of
 from act24.sparse24.feed_forward.operation import activation24
+from act24.tools.watch.fp8_watch import take_underflow_
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -155,3 +157,21 @@ def test_activation24_goes_along_unless_it_says_otherwise() -> None:
         )
     report = str(plan(large, [Relu2FFN(), Activation24(), Fp8(precision="auto")]))
     assert "2:4 naive, dense backward, fp8" in report
+
+
+def test_what_becomes_zero_is_counted() -> None:
+    """By hand: of 32 entries of a token 3 are below half of the smallest number beside a 1, and one is
+    zero."""
+    x = torch.ones(2, 16, 32)
+    x[..., 1:4], x[..., 4], x[..., 5] = 2.0**-19, 0, 2.0**-9 * 0.9
+    assert underflow_counts(x, "rowwise").tolist() == [2 * 31, 2 * 3]
+    model = llama()
+    pipeline = apply_(model, [Fp8(), ActivationStatistics(optional=True)])
+    losses(model, pipeline, 1)
+    shares = take_underflow_(pipeline)
+    assert len(shares) == 2 * len(LINEARS) + 2
+    assert all(0 <= share < 0.05 for share in shares.values())
+    assert not take_underflow_(pipeline)
+    with pipeline.evaluation():
+        model(tokens())
+    assert not take_underflow_(pipeline)

@@ -18,6 +18,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from act24.fp8.casts import Scaling
+from act24.fp8.linear import linear_fp8
 from act24.loss import cross_entropy_sum
 from act24.low_rank.columns import select_columns
 from act24.sparse24.feed_forward.methods import ESTIMATORS, METHODS
@@ -54,6 +56,19 @@ def cases(device: str) -> Iterator[Case]:
             return (y * probe).sum()
 
         yield name, network, (draw(64, 32), draw(128, 32), draw(32, 128))
+
+    for scaling, dtype in itertools.product(("rowwise", "tensorwise"), (torch.float32, torch.bfloat16)):
+        for autocast in (False, True):
+
+            def linear(
+                x: Tensor, weight: Tensor, bias: Tensor, scaling: Scaling = scaling, autocast: bool = autocast
+            ) -> Tensor:
+                with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                    return (linear_fp8(x, weight, bias, scaling=scaling) * probe).sum()
+
+            name = f"linear_fp8, {scaling}, {dtype}{', autocast' if autocast else ''}"
+            leaves = (draw(64, 48), draw(32, 48), draw(32))
+            yield name, linear, tuple(t.detach().to(dtype).requires_grad_() for t in leaves)
 
     def bottleneck(hidden: Tensor) -> Tensor:
         return activation24(hidden, None, None, None, None)[0].sin().sum()

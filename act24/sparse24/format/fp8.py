@@ -18,8 +18,8 @@ from torch import Tensor
 
 from act24.operation import cast
 
-#: The largest number of e4m3.
-LARGEST = 448.0
+#: The largest number of e4m3, and the smallest above zero.
+LARGEST, SMALLEST = 448.0, 2.0**-9
 
 #: As a factor, for PyTorch divides a tensor by a number in one way on a CPU and in another on a GPU.
 PER_LARGEST = 1 / LARGEST
