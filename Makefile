@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow fuzz lint clean
+.PHONY: demo test test-slow fuzz soak mutate lint clean
 
 # Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
 # or worse, and on an idle one gains nothing.
@@ -28,6 +28,15 @@ test-slow: .venv/installed
 FUZZ ?= 1000
 fuzz: .venv/installed
 	ACT24_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
+
+# Toy runs that are killed at random moments have to end as one that nobody killed: docs/reliability.md.
+SOAK ?= 200
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(SOAK)
+
+# Changes chosen lines, one at a time; the tests named beside each have to notice. Half an hour.
+mutate: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

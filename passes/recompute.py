@@ -45,6 +45,9 @@ class Recompute(OperationalPass):
     last: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = True
 
+    def in_evaluation(self) -> None:
+        """There is no backward in evaluation."""
+
     def plan(self, region: Region) -> Plan:
         if not self.selects(region, ""):
             return Plan(absent="not targeted")

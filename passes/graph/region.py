@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
+from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
 from act24.passes.graph.measurements import Measurement
@@ -217,6 +218,15 @@ class RegionModule(fx.GraphModule):
         vars(duplicate).update(copy.deepcopy(self.__getstate__(), memo))
         duplicate._graph.owning_module = duplicate
         return duplicate
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        try:
+            return super().__reduce__()
+        except ObjNotFoundError as error:
+            raise PassError(
+                f"the graph of this region calls what no other process can import ({error}): pickle the "
+                "model inside `with pipeline.evaluation():`, or save its state_dict()"
+            ) from error
 
     def recompile(self) -> Any:
         if vars(type(self)).get("_shared", False):

@@ -1,5 +1,7 @@
 """recompute: the same gradients and names, and less kept for backward than by CoLA-M, 2 T D + 7 T R."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -147,3 +149,14 @@ def test_layer_norms_are_computed_again_too():
     assert "self.norm(" not in pipeline.modules[0].code
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_its_graph_is_pickled_as_it_is_evaluated():
+    model = llama()
+    pipeline = apply_(model, [Cola(attn_rank=8, mlp_rank=8), Recompute()])
+    with pytest.raises(PassError, match=r"recomputed_0.* inside `with pipeline\.evaluation\(\):`"):
+        pickle.dumps(model)
+    with pipeline.evaluation():
+        other = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(other(tokens()), model(tokens()))

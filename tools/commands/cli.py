@@ -85,15 +85,17 @@ def train(
 
     Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on.
     """
-    from act24.recipes.load import load_recipe
-    from act24.tools.commands.show import show_outcome
-    from act24.tools.run.folder import default_run_dir
-    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
-    from act24.tools.run.train import train as run_training
+    from act24.tools.run.signals import STOPPED_STATUS, stop_on_signal, stopped_status
 
-    loaded = load_recipe(recipe, set_ or ())
-    run_dir = run_dir or default_run_dir(recipe)
     with stopped_status():
+        with stop_on_signal():  # loading PyTorch takes seconds, in which a scheduler may change its mind
+            from act24.recipes.load import load_recipe
+            from act24.tools.commands.show import show_outcome
+            from act24.tools.run.folder import default_run_dir
+            from act24.tools.run.train import train as run_training
+
+            loaded = load_recipe(recipe, set_ or ())
+        run_dir = run_dir or default_run_dir(recipe)
         outcome = run_training(
             loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow", schedule=schedule
         )
@@ -131,7 +133,7 @@ def sample(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Draw among the k most likely.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw.")] = 0,
 ) -> None:
     """Continue a prompt with a trained model."""
     from act24.tools.commands.sample import sample_text

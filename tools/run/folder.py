@@ -26,6 +26,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.checkpoint import version
+from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
@@ -73,12 +74,19 @@ def resume_point(
     Raises:
         RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
             the checkpoint is of another recipe, or behind its end.
-        CheckpointError: the checkpoint is damaged, or there are some and none can be used.
+        CheckpointError: the checkpoint is damaged or of an older act24, or there are some and none can be
+            used.
     """
     folder = on_the_first(lambda: _chosen(run_dir, resume, recipe))
     if folder is None:
         return None
     opened = checkpoint.load(folder)
+    if "sequence" not in opened.manifest:  # nor what a run of now needs to go on: streams of rows, histories
+        raise CheckpointError(
+            f"{folder} was written by an older act24, and this one cannot go on from there: use the act24 "
+            f"that wrote it{_of_commit(opened.manifest)}, or train anew in another --run-dir; "
+            "eval, sample and export read it as it is"
+        )
     with contents_of(folder / RECIPE):
         then = parse_recipe(opened.recipe_text, f"{folder}/recipe.toml")
     different, others = changes(then, recipe)
@@ -96,6 +104,10 @@ def resume_point(
     if then.train.steps != recipe.train.steps or steps != computed_for:
         remarks.append(schedule_line(recipe, opened.step, computed_for, steps, then.train.steps))
     return Start(opened, steps, tuple(different), tuple(remarks))
+
+
+def _of_commit(manifest: dict[str, Any]) -> str:
+    return f" (commit {manifest['commit'][:12]})" if isinstance(manifest.get("commit"), str) else ""
 
 
 def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:

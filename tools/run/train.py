@@ -150,7 +150,9 @@ class TrainingRun:
                 self._tokens, log_state = operator.index(start.state["tokens"]), start.state["log"]
                 self._skips = operator.index(start.state.get("skips", 0))
                 self._evaluation_due = bool(start.state.get("evaluation_due"))
-                histories(log_state["histories"])  # as the log will, when the run's folder is already written
+                # As the log will, when the run's folder is already written.
+                histories(log_state["histories"])
+                operator.index(log_state.get("skipped", 0))
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None

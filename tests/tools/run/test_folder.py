@@ -92,6 +92,26 @@ def test_auto_goes_on_beside_foreign_files(tiny, copied, name):
     assert (outcome.step, outcome.finished) == (6, True)
 
 
+@pytest.mark.parametrize("resume", ["auto", "the folder"])
+def test_a_checkpoint_of_before_the_counter_is_read_and_not_gone_on_from(tiny, copied, resume):
+    """The act24 of then kept neither streams of rows nor histories: KeyError was all that it said."""
+    for folder in checkpoint_folder.folders(copied):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["sequence"]
+        (folder / "manifest.json").write_text(
+            checkpoint_folder._render(manifest | {"commit": "0123456789abcdef"})
+        )
+    last = checkpoint_folder.latest(copied)
+    before = content(copied)
+    message = (
+        f"^{last} was written by an older act24.*the act24 that wrote it .commit 0123456789ab., or train"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny(*OVERRIDES), copied, resume="auto" if resume == "auto" else str(last))
+    assert content(copied) == before
+    assert build.load(copied).step == int(last.name[5:])
+
+
 def test_auto_starts_where_there_is_nothing_or_nothing_was_saved(tiny, tmp_path):
     run_dir = tmp_path / "run"
     assert train(tiny(*OVERRIDES), run_dir, resume="auto").step == 6
