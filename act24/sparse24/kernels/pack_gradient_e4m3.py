@@ -415,8 +415,7 @@ def pack_gradient_e4m3(
     rows = [unused] * 4
     if sparse:
         matrices = [Packed24(output) for output in outputs[1:3]]
-        parts = [(m.values.view(torch.int32), m.metadata.view(torch.int32)) for m in matrices]
-        rows = [part for pair in parts for part in pair]
+        rows = [part.view(torch.int32) for m in matrices for part in (m.values, m.metadata)]
     _pack_gradient_e4m3[(features // FEATURES, triton.cdiv(tokens // TOKENS, STEPS))](
         words,
         value.values.view(torch.int32),
