@@ -31,6 +31,7 @@ from torch.optim.optimizer import (
 from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.fp8 import Fp8
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import (
     Reduce,
@@ -38,6 +39,7 @@ from act24.passes.state import (
     as_evaluated,
     calibrate_,
     calibration_text,
+    cast_weights_,
     decay_gradient_,
     decaying_weights,
     next_seeds_,
@@ -51,7 +53,7 @@ from act24.passes.state import (
     stored_mask,
     whole,
 )
-from act24.passes.update_hooks import COPIED, watch_forwards_, watcher_of
+from act24.passes.update_hooks import COPIED, forget_orphans_, watch_forwards_, watcher_of
 from act24.passes.weight24 import MASK, Weight24
 from act24.sparse24.weight.methods import DecayPlace
 
@@ -85,6 +87,15 @@ class Updates:
             return
         watch_forwards_(self.pipeline.model, list(self.pipeline.regions), self)
         self._watch_optimizers()
+
+    def of_copy(self, pipeline: Rewriting) -> Updates:
+        """Who watches a copy of the pipeline, where its updates stand as they do here."""
+        twin = Updates(pipeline)
+        twin._begun = self._begun
+        if pipeline.modules:
+            forget_orphans_(pipeline.model)
+            twin.watch_()
+        return twin
 
     def _watch_optimizers(self) -> None:
         """Of whichever kind, wrapped or made anew: there is nothing to attach, and nothing to forget."""
@@ -161,6 +172,8 @@ class Updates:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
                 pack_weights_(pipeline, p)
+            elif isinstance(p, Fp8):
+                cast_weights_(pipeline, p)
         note = None
         due = [p for p in measured_at(pipeline, step) if p in pipeline.active]
         if due:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,16 @@ from act24.tools.data import Batch
 from act24.tools.run.graphs import FixedInputs, GraphedCalls, why_not_captured
 from act24.tools.run.processes import Processes, whole
 from act24.tools.watch.sparsity_watch import gradient_cosines
+
+#: Of DDP: statistics belong to their process, and the rest is equal anyway. torch 2.13 has another name for
+#: it, and sends buffers around once, at the beginning, where they are equal too.
+_BUFFERS_STAY: dict[str, Any] = {
+    name: False
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+}
+if len(_BUFFERS_STAY) > 1:
+    del _BUFFERS_STAY["broadcast_buffers"]  # deprecated
 
 
 class SummedLoss(nn.Module):
@@ -108,8 +120,8 @@ class TrainingStep:
             self._loss = DistributedDataParallel(
                 self.summed_loss,
                 device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-                broadcast_buffers=False,  # statistics belong to their process; the rest is equal anyway
                 gradient_as_bucket_view=True,
+                **_BUFFERS_STAY,
             )
         elif processes.world_size > 1:
             _shard_(self.summed_loss)

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from act24.generate import generate
+from act24.inference.sampling import Sampling
 from act24.llama import LlamaForCausalLM
 from act24.passes import Activation24, Relu2FFN, Weight24
 from act24.passes.state import renew_to_read_
-from act24.tools.commands.sample import sample_text
+from act24.tools.commands.generate import Request, open_generator, open_model, sample_text
 from act24.tools.data import heldout_rows, open_rows
 from act24.tools.run.build import build, load, model_config
 from act24.tools.run.evaluate import evaluate_checkpoint
@@ -243,18 +243,13 @@ def test_a_checkpoint_at_from_step_has_a_scale_from_the_rows_before_it(tiny, tmp
     assert renew_to_read_(again.pipeline, 3) == ()
 
 
-def test_load_brings_a_tokenizer_and_samples_only_its_tokens(tiny, tmp_path, monkeypatch):
+def test_load_brings_a_tokenizer_and_samples_only_its_tokens(tiny, tmp_path):
     """Of the 400 entries of the model's vocabulary the tokenizer has 300 or fewer."""
     train(tiny("schedule.warmup_steps=1", "train.steps=2", "eval.every=0", "model.vocab_size=400"), tmp_path)
     tokenizer = load(tmp_path).open_tokenizer()
     assert tokenizer.decode(tokenizer.encode("low rank").tolist()) == "low rank"
-    drawn = []
-
-    def kept(*arguments):
-        drawn.append(generate(*arguments))
-        return drawn[-1]
-
-    monkeypatch.setattr("act24.tools.commands.sample.generate", kept)
-    sample_text(tmp_path, "low rank", tokens=200, temperature=3.0, top_k=400, seed=0)
-    assert drawn[0].shape[1] > 200
-    assert int(drawn[0].max()) < tokenizer.vocab_size <= 300
+    text = sample_text(tmp_path, "low rank", Request(200, Sampling(3.0, 400)))
+    assert text.startswith("low rank")
+    generator = open_generator(open_model(tmp_path))
+    (drawn,) = generator.generate_ids([[1, 2, 3]], 200, Sampling(3.0, 400), until_end=False)
+    assert max(drawn) < tokenizer.vocab_size <= 300
