@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.generate import generate
+from act24.inference.sampling import Sampling
 from act24.passes import (
     REGISTRY,
     Activation24,
@@ -34,7 +34,7 @@ from act24.passes import (
 from act24.recipes.load import load_recipe, recipe_names
 from act24.sparse24.feed_forward.methods import METHODS as ACTIVATION_METHODS
 from act24.sparse24.weight.methods import METHODS as WEIGHT_METHODS
-from act24.tools.commands.sample import sample_text
+from act24.tools.commands.generate import Request, sample_text
 from act24.tools.data import open_tokenizer
 from act24.tools.huggingface.export import export_run, save_pretrained
 from act24.tools.run import train as training
@@ -155,7 +155,9 @@ def follow(recipe: Any, name: str, folder: Path) -> dict[int, Seen]:
             with pipeline.evaluation(step=step):
                 logits = lm(IDS)
                 ids = tokenizer_of(recipe).encode(PROMPT)
-                told = generate(lm, torch.from_numpy(ids).long()[None], 6, temperature=0.0)
+                told = torch.from_numpy(ids).long()[None]
+                for _ in range(6):
+                    told = torch.cat((told, lm(told)[:, -1:].argmax(-1)), dim=1)
             with pipeline.evaluation(("activation24",), step=step):
                 dense = lm(IDS)
         lm.train()
@@ -282,7 +284,7 @@ def test_eval_measures_and_sample_continues_as_the_run_does(name, trained) -> No
             "after the last sparse update there is the dense form only"
         )
         for seed in (0, 1):
-            assert sample_text(run.at(step), PROMPT, 6, 0.0, 5, seed) == run.seen[step].text
+            assert sample_text(run.at(step), PROMPT, Request(6, Sampling(0.0, 5), seed=seed)) == run.seen[step].text
 
 
 @pytest.mark.parametrize(
