@@ -284,7 +284,8 @@ def test_eval_measures_and_sample_continues_as_the_run_does(name, trained) -> No
             "after the last sparse update there is the dense form only"
         )
         for seed in (0, 1):
-            assert sample_text(run.at(step), PROMPT, Request(6, Sampling(0.0, 5), seed=seed)) == run.seen[step].text
+            request = Request(6, Sampling(0.0, 5), seed=seed)
+            assert sample_text(run.at(step), PROMPT, request) == run.seen[step].text
 
 
 @pytest.mark.parametrize(
