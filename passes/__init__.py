@@ -12,7 +12,7 @@ from act24.passes.graph.region import Region
 from act24.passes.graph.tracing import trace
 from act24.passes.lost import Lost
 from act24.passes.low_rank import LowRank
-from act24.passes.pipeline import Pipeline, apply_, plan
+from act24.passes.pipeline import PartialWarning, Pipeline, apply_, plan
 from act24.passes.recompute import Recompute
 from act24.passes.relu2_ffn import Relu2FFN
 from act24.passes.weight24 import Weight24
@@ -33,6 +33,7 @@ __all__ = [
     "LowRank",
     "Match",
     "OperationalPass",
+    "PartialWarning",
     "Pass",
     "PassError",
     "Pipeline",

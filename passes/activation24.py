@@ -73,6 +73,7 @@ class Activation24(OperationalPass):
     """
 
     name: ClassVar[str] = "activation24"
+    promises: ClassVar[bool] = False  # it takes the activations that there are
 
     method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"
@@ -95,6 +96,10 @@ class Activation24(OperationalPass):
                 "activation24: recompute is of networks of narrow linears inside dense products, which have "
                 'no fp8: set precision = "bfloat16", or recompute = false'
             )
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("mlp",)
 
     @property
     def record(self) -> Method:
@@ -129,7 +134,7 @@ class Activation24(OperationalPass):
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
         many tokens; none where the activation has no linear on both sides."""
         site: ActivationSite = match.nodes
-        options = self._options(site)
+        options = self.options(site)
         if not (site.width_in and site.width and site.width_out) or not PACKED.knows(options):
             return ()
         shape = (tokens, site.width_in, site.width, site.width_out)
@@ -190,7 +195,7 @@ class Activation24(OperationalPass):
         foreign = {name for method in METHODS.values() for name in method.options} - {*self.record.options}
         return [f.name for f in fields(self) if f.name in foreign and getattr(self, f.name) != f.default]
 
-    def _options(self, site: ActivationSite) -> Options24:
+    def options(self, site: ActivationSite) -> Options24:
         """What the operation at a site is told."""
         return Options24(
             function=site.function,
@@ -215,7 +220,7 @@ class Activation24(OperationalPass):
             _, weight_out, bias_out = site.after.args if site.after else (None, None, None)
             linears = (x, weight_in, bias_in, weight_out, bias_out)
             state = (self._scale(region, site), self._seed(region, site), pads_node(region))
-            arguments = (*linears, *state, self._options(site))
+            arguments = (*linears, *state, self.options(site))
             sparse = graph.call_function(activation24, arguments)
             keep_site(site.node, sparse)
             output = graph.call_function(operator.getitem, (sparse, 0))

@@ -100,6 +100,8 @@ class Pass:
     observes: ClassVar[bool] = False
     #: Whether the model computes the same with the pass as without it.
     keeps_function: ClassVar[bool] = False
+    #: Whether the pass means to reach all matrices that it covers.
+    promises: ClassVar[bool] = True
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
 
@@ -133,6 +135,20 @@ class Pass:
 
     def _rewrite(self, region: Region, match: Match) -> None:
         raise NotImplementedError
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """The roles (`act24.passes.graph.roles`) of the matrices that the pass may reach; none: the report
+        does not say how many it does."""
+        return ()
+
+    def takes(self, fqn: str, class_name: str) -> bool:
+        """Whether `targets` and `ignore` let the pass act on a module or on one around it."""
+        parts = fqn.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)] or [""]
+        if any(selected(self.ignore, (), name, class_name) for name in names):
+            return False
+        return any(selected(self.targets, (), name, class_name) for name in names)
 
     def finish(self, region: Region) -> None:
         """Simplify, in place, what is left of this pass's work at the end of every lowering.

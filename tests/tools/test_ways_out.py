@@ -97,8 +97,7 @@ class Seen:
     Attributes:
         logits, dense: of IDS, and without 2:4 activations.
         text: PROMPT and what it most likely is followed by.
-        loss: on the held-out rows, on which scales that no update has set yet are measured first: those of
-            soft 2:4 activations at `from_step`, which are 1 in all ways out, with a warning.
+        loss: on the held-out rows.
     """
 
     logits: Tensor
@@ -154,15 +153,14 @@ def follow(recipe: Any, name: str, folder: Path) -> dict[int, Seen]:
         with torch.no_grad():
             with pipeline.evaluation(step=step):
                 logits = lm(IDS)
-                ids = tokenizer_of(recipe).encode(PROMPT)
-                told = torch.from_numpy(ids).long()[None]
+                told = [int(token) for token in tokenizer_of(recipe).encode(PROMPT)]
                 for _ in range(6):
-                    told = torch.cat((told, lm(told)[:, -1:].argmax(-1)), dim=1)
+                    told.append(int(lm(torch.tensor([told]))[0, -1].argmax()))
             with pipeline.evaluation(("activation24",), step=step):
                 dense = lm(IDS)
         lm.train()
         assert all(torch.equal(t, before[n]) for n, t in lm.state_dict().items()), "evaluation moves no state"
-        text = tokenizer_of(recipe).decode(told[0].tolist())
+        text = tokenizer_of(recipe).decode(told)
         seen[step] = Seen(logits, dense, text, evaluation.loss)
         return evaluation
 
@@ -284,8 +282,9 @@ def test_eval_measures_and_sample_continues_as_the_run_does(name, trained) -> No
             "after the last sparse update there is the dense form only"
         )
         for seed in (0, 1):
-            request = Request(6, Sampling(0.0, 5), seed=seed)
-            assert sample_text(run.at(step), PROMPT, request) == run.seen[step].text
+            assert (
+                sample_text(run.at(step), PROMPT, Request(6, Sampling(0.0), seed=seed)) == run.seen[step].text
+            )
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config(recipe))
-    return Pipeline(model, recipe.passes)
+    return _as_strict(recipe, Pipeline(model, recipe.passes))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
@@ -159,8 +159,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     lower_to_serve_(pipeline, opened.step)
     for p in renew_to_read_(pipeline, opened.step):
         logger.warning(
-            "warning: %s stands at from_step (%d) of activation24, whose scale is measured in the update "
-            "that follows: until then it is 1. eval measures it on the held-out rows",
+            "warning: %s stands at from_step (%d) of activation24 and has no scale for it, which is measured "
+            "in the update that follows: until then it is 1. eval measures it on the held-out rows",
             path,
             p.from_step,
         )
@@ -250,4 +250,17 @@ def _check_device(recipe: Recipe, device: torch.device) -> None:
 
 
 def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:
-    return Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
+    pipeline = Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
+    return _as_strict(recipe, pipeline)
+
+
+def _as_strict(recipe: Recipe, pipeline: Pipeline) -> Pipeline:
+    """The pipeline, if passes reach what the recipe insists on."""
+    optional = {p.name for p in pipeline.passes if p.optional}
+    for one in pipeline.report.partial if recipe.strict else ():
+        if one.pass_name not in optional:
+            raise Act24Error(
+                f"{one}. The recipe is strict: narrow the pass by scope, targets or ignore to what it should "
+                "reach, or set strict = false"
+            )
+    return pipeline

@@ -78,8 +78,8 @@ def alarms(sites: Sequence[SiteStatistics]) -> list[str]:
 def take_flip_rates_(pipeline: Pipeline, updates: int) -> dict[str, float]:
     """Flip rates of the weight masks that the forward used, since they were last taken, with one transfer.
 
-    The share of the entries that changed from one update to the next, averaged over the updates; a mask that
-    is kept for several updates changes at the last of them only.
+    The unit is one for all methods: the share of a mask's entries that changed, by optimizer update. A mask
+    that is kept for several updates changes at one of them; its changes count for all.
 
     Args:
         updates: optimizer updates since the last call.

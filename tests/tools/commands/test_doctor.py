@@ -30,8 +30,8 @@ def test_text_has_a_line_for_every_finding() -> None:
 
 def test_what_recipes_can_name_is_listed() -> None:
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
-    assert findings["optimizers of recipes"] == "adamw, loro_adamw, cola_adamw, lost_adamw"
-    assert findings["schedules of recipes"] == "cosine, linear, constant, cosine_restart"
+    assert findings["optimizers of recipes"] == "adamw, loro_adamw, cola_adamw, lost_adamw, muon"
+    assert findings["schedules of recipes"] == "cosine, linear, constant, wsd, cosine_restart"
     assert findings["passes of recipes"].startswith("relu2_ffn, low_rank, cola, lost, ")
 
 
