@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
+from act24.fp8.linear import cast_weight
 from act24.passes import activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.base import OperationalPass
+from act24.passes.fp8 import PARTS, Fp8
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.region import RegionModule, buffers_of, joined
@@ -209,6 +211,21 @@ def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
             weight.fill_buffer_(weight24.TRANSPOSED, transposed)
 
 
+@torch.no_grad()
+def cast_weights_(pipeline: Rewriting, p: Fp8) -> None:
+    """Cast the weights of an `fp8` in force that keeps them, as they are now, into the buffers that forward
+    and backward read: the same memory from the first time on. `Pipeline.begin_update_` does it for every such
+    pass. Parameters must not be sharded."""
+    if not p.keep_cast:
+        return
+    for weight in sparse_weights(pipeline, p):
+        dense = weight.parameter.T if weight.transposed else weight.parameter
+        # In bfloat16, as forward has them: under autocast parameters are float32.
+        cast = cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=p.kernels)
+        for kind, value in zip(PARTS, cast, strict=True):
+            weight.fill_buffer_(kind, value)
+
+
 def decaying_weights(pipeline: Rewriting, place: DecayPlace) -> Iterator[tuple[SparseWeight, float]]:
     """The weights of which masked decay enters the gradient at a place, before or after clipping, and its λ;
     of the passes in force."""
@@ -261,7 +278,7 @@ def refuse_exact_steps(pipeline: Rewriting) -> None:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A weight under `weight24`, the region where it stands, and its names."""
+    """A weight under `weight24` or `fp8`, the region where it stands, and its names."""
 
     module: RegionModule
     name: str
@@ -290,8 +307,8 @@ class SparseWeight:
         return self.module.get_submodule(path), leaf
 
 
-def sparse_weights(pipeline: Rewriting, p: Weight24) -> Iterator[SparseWeight]:
-    """What a `weight24` in force has taken."""
+def sparse_weights(pipeline: Rewriting, p: Weight24 | Fp8) -> Iterator[SparseWeight]:
+    """What a `weight24`, or an `fp8`, in force has taken."""
     for fqn, match in pipeline.matches(p):
         site: LinearSite = match.nodes
         name = joined(fqn, site.weight)

@@ -31,6 +31,7 @@ from torch.optim.optimizer import (
 from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.fp8 import Fp8
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import (
     Reduce,
@@ -38,6 +39,7 @@ from act24.passes.state import (
     as_evaluated,
     calibrate_,
     calibration_text,
+    cast_weights_,
     decay_gradient_,
     decaying_weights,
     next_seeds_,
@@ -170,6 +172,8 @@ class Updates:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
                 pack_weights_(pipeline, p)
+            elif isinstance(p, Fp8):
+                cast_weights_(pipeline, p)
         note = None
         due = [p for p in measured_at(pipeline, step) if p in pipeline.active]
         if due:

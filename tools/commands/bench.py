@@ -66,6 +66,20 @@ def bench_train(
     show_train_bench(run_bench(loaded, numbers, steps, turns, transformers, say), as_json)
 
 
+@bench_app.command("peers")
+def bench_peers(
+    sizes: Annotated[str, typer.Option(help="130m, 350m, 1b or 7b (4 layers), by commas.")] = "7b",
+    precisions: Annotated[str, typer.Option(help="autocast or bfloat16, by commas.")] = "bfloat16",
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows a step; by size if not given.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Whole training steps beside transformers, and transformers with torchao's fp8."""
+    from act24.tools.bench.peers import bench_peers as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(sizes.split(","), precisions.split(","), rows), as_json)
+
+
 @bench_app.command("pack")
 def bench_pack(as_json: JsonOption = False) -> None:
     """The elementwise passes of 2:4, as a share of what a copy moves."""

@@ -9,6 +9,7 @@ import torch
 
 from act24.compiler import triton
 from act24.errors import Act24Error
+from act24.fp8.casts import OPERATORS_E4M3
 from act24.inference.layer import Sparsity, step_choices
 from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
@@ -98,6 +99,7 @@ def _machine(device: torch.device) -> list[Finding]:
     known = f"run on {' and '.join(PROVEN)}; elsewhere never run, self-checked"
     findings.append(Finding("2:4 kernels", "run and checked on such a GPU" if proven else known))
     served = {form.name: form.operators for form in FORMS} | {"counting": COUNTING}
+    served |= {"linears in e4m3": OPERATORS_E4M3}
     for name, operators in served.items():
         reason = kernel_obstacle(device, operators)
         findings.append(

@@ -23,6 +23,7 @@ from act24.tools.run.build import Built
 from act24.tools.run.evaluate import Evaluation
 from act24.tools.run.processes import Processes
 from act24.tools.run.step import StepResult
+from act24.tools.watch.fp8_watch import take_underflow_
 from act24.tools.watch.sparsity_watch import alarms, take_flip_rates_
 from act24.tools.watch.statistics import (
     SiteStatistics,
@@ -250,6 +251,8 @@ class Monitor:
         """What only some passes and optimizers have: flip rates, the state of factors, gradient cosines."""
         rates = take_flip_rates_(self._built.pipeline, steps)
         scalars = {f"flip_rate/{name}": rate for name, rate in rates.items()}
+        lost = take_underflow_(self._built.pipeline)
+        scalars |= {f"fp8/underflow/{name}": share for name, share in lost.items()}
         tensors = {f"gradient_cosine/{name}": value for name, value in self._cosines.items()}
         tensors |= self._recipe.optimizer.diagnostics_(self._optimizer)
         self._cosines = {}

@@ -34,6 +34,11 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
     x, weight_in, weight_out = draw(TOKENS, WIDTH), draw(FEATURES, WIDTH), draw(WIDTH, FEATURES)
     grad_y = draw(TOKENS, WIDTH)
     _, values, fields = OPERATORS["linear_pack"].reference(x, weight_in, True)
+    narrow = grad.to(torch.float8_e4m3fn)
+    over = 2.0 ** torch.randint(-8, -4, (TOKENS,))
+    first = (hidden, None, None, "relu2", "naive", False, False, False, False, None, over)
+    saved, *_ = OPERATORS["pack_activation"].reference(*first)
+    scales = (torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01, torch.rand(FEATURES) + 0.01)
     return {
         "pack_activation": drawn,
         "count_activation": (hidden, real, "relu"),
@@ -42,8 +47,11 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "activation_gradient": (grad, hidden.relu(), "relu2"),
         "gather_features": (packed, index, real, 64),
         "product24": (packed, weight_out.T.contiguous(), 0, True, draw(len(index), FEATURES), index),
-        "quantise_rows": (grad,),
-        "quantise_packed": (packed,),
+        "largest_magnitudes": (grad, True, True),
+        "cast_e4m3": (grad, torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01),
+        "product_e4m3": (narrow, narrow.flip(0).contiguous(), torch.rand(TOKENS), torch.rand(TOKENS)),
+        "pack_gradient_e4m3": (grad, saved, over, None, real, index, *scales, "relu2", True),
+        "product24_e4m3": (saved, narrow, 0, True, narrow[: len(index)].clone(), index),
         "token_order": (grad, [2, TOKENS // 2], "sequence"),
         "linear_pack": (x, weight_in, True),
         "linear_gradient": (grad_y, weight_out, values, fields),
