@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow fuzz soak mutate lint clean
+.PHONY: demo test test-slow test-torch fuzz soak mutate lint clean
 
 # Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
 # or worse, and on an idle one gains nothing.
@@ -22,6 +22,14 @@ test: lint
 
 test-slow: .venv/installed
 	$(PYTEST) -m slow
+
+# The tests against another torch, in an environment of its own: `make test-torch TORCH=2.11.0`; without a version,
+# the newest there is. No constraints: what it finds is what a user would get today.
+test-torch:
+	$(PYTHON) -m venv .venv-torch$(TORCH)
+	.venv-torch$(TORCH)/bin/python -m pip install --upgrade --extra-index-url $(CPU_BUILDS) \
+		torch$(if $(TORCH),==$(TORCH)) --editable '.[hf,test]'
+	OMP_NUM_THREADS=1 .venv-torch$(TORCH)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 # Bad input of every kind, thousands of tries of each; `make test` makes few. Ends in the table of
 # docs/reliability.md. A quarter of an hour; FUZZ=100000 for a night.
@@ -57,5 +65,5 @@ lint: .venv/installed
 
 # Runs stay: they are yours.
 clean:
-	rm -rf .venv build dist act24.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* build dist act24.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

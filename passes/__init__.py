@@ -8,6 +8,7 @@ from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
 from act24.passes.base import Match, OperationalPass, Pass, Plan, StateMap
 from act24.passes.cola import Cola
+from act24.passes.fp8 import Fp8
 from act24.passes.graph.region import Region
 from act24.passes.graph.tracing import trace
 from act24.passes.lost import Lost
@@ -21,7 +22,7 @@ from act24.records import Table
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
 #: happen to lie in a folder. A package from outside adds its own with `REGISTRY.add`.
 REGISTRY: Table[type[Pass]] = Table(
-    "pass", Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Recompute, ActivationStatistics
+    "pass", Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Fp8, Recompute, ActivationStatistics
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Activation24",
     "ActivationStatistics",
     "Cola",
+    "Fp8",
     "Lost",
     "LowRank",
     "Match",

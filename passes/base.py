@@ -102,6 +102,8 @@ class Pass:
     keeps_function: ClassVar[bool] = False
     #: Whether the pass means to reach all matrices that it covers.
     promises: ClassVar[bool] = True
+    #: Whether the pass acts on what others leave, and so stands behind them.
+    remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
 
@@ -121,6 +123,10 @@ class Pass:
         check_options(self, self.name)
         for name in ("targets", "ignore"):
             check_selectors(getattr(self, name), f"{self.name}: {name}")
+
+    def beside(self, passes: tuple[Pass, ...]) -> Pass:
+        """The pass with what it leaves open settled by the list in which it stands."""
+        return self
 
     def plan(self, region: Region) -> Plan:
         """The places that the pass would rewrite. Touches nothing."""
@@ -236,13 +242,13 @@ def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
         if _rank(first) > _rank(second):
             raise PassError(
                 f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
-                "passes that only change operations, passes that only look"
+                "passes that only change operations, fp8, which takes what these leave, passes that only look"
             )
     return given
 
 
-def _rank(p: Pass) -> tuple[bool, bool]:
-    return not isinstance(p, StructuralPass), p.observes
+def _rank(p: Pass) -> tuple[bool, bool, bool]:
+    return not isinstance(p, StructuralPass), p.observes, p.remainder
 
 
 def _shown(value: object) -> str:

@@ -55,5 +55,6 @@ class _Refusal:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise PassError(
             f"save_pretrained would leave out {', '.join(self._names)}, and the folder would come back as "
-            "another model: use act24.save_pretrained(pipeline, folder), with the pipeline of apply_"
+            "another model: use act24.save_pretrained(pipeline, folder), with the pipeline of apply_; in the "
+            "Trainer of transformers, callbacks=[act24.integrations.TrainerCallback(pipeline)]"
         )

@@ -9,8 +9,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.graph.check import Probe
+from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import Reduce, evaluation, set_pads_
@@ -180,6 +182,24 @@ class Pipeline(Rewriting):
         """
         with evaluation(self, without, step, forward, pads, reduce):
             yield
+
+    def measure_scales_(
+        self,
+        step: int,
+        forward: Callable[[], object],
+        pads: Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        """Set the scales that no update has set yet, of the passes in force once `step` updates are made, for
+        a model that is saved or read before its first update with them. That update measures anew.
+
+        Args:
+            forward, pads, reduce: as for `evaluation`.
+        """
+        with self.evaluation(step=step, forward=forward, pads=pads, reduce=reduce):
+            measured = {name: scale.clone() for name, scale in buffers_of(self.regions, SCALE).items()}
+        for name, scale in buffers_of(self.regions, SCALE).items():
+            scale.copy_(measured[name])
 
     def set_pads_(self, pads: Tensor | None) -> None:
         """Say which tokens of the next forwards are padding: boolean, the shape of the token ids; None for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,9 @@ from act24.passes.base import Match, OperationalPass, Pass, Plan
 from act24.passes.graph.coverage import Coverage
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
+
+#: The first number that is a component of a name: the layer's.
+_NUMBERED = re.compile(r"(.*?\.|)(\d+)(\..*|)")
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,8 @@ class Report:
         else:
             head = ("pass", "module", "before", "after", "parameters", "steps", "note")
             body = [
-                (
-                    row.pass_name,
-                    row.fqn,
-                    row.before,
-                    row.after,
-                    f"{row.parameters_before:,} → {row.parameters_after:,}",
-                    row.steps,
-                    row.note,
-                )
-                for row in self.rows
+                (row.pass_name, fqn, row.before, row.after, parameters, row.steps, row.note)
+                for row, fqn, parameters in _collapsed(self.rows)
             ]
             used = [i for i in range(len(head)) if any(line[i] for line in body)]
             lines = [tuple(line[i] for i in used) for line in (head, *body)]
@@ -86,6 +82,35 @@ class Report:
     def partial(self) -> tuple[Coverage, ...]:
         """Of passes that reach less than their scope promises."""
         return tuple(one for one in self.coverage if one.promised and one.reached < one.total)
+
+
+def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
+    """Rows that differ in the number of their layer alone, as one: (one of them, places, parameters)."""
+    groups: dict[tuple[Row, str, str], list[str]] = {}
+    for row in rows:
+        match = _NUMBERED.fullmatch(row.fqn)
+        before, number, after = match.groups() if match else (row.fqn, "", "")
+        groups.setdefault((replace(row, fqn=""), before, after), []).append(number)
+    found = []
+    for (row, before, after), numbers in groups.items():
+        parameters = f"{row.parameters_before:,} → {row.parameters_after:,}"
+        if len(numbers) > 1:
+            parameters = f"{len(numbers)} × ({parameters})"
+        found.append((row, f"{before}{_ranges(numbers)}{after}", parameters))
+    return found
+
+
+def _ranges(numbers: Sequence[str]) -> str:
+    """`{0..3,7}` of 0, 1, 2, 3 and 7; a single number as it is."""
+    if len(numbers) == 1:
+        return numbers[0]
+    parts: list[list[int]] = []
+    for number in map(int, numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return "{" + ",".join(f"{part[0]}..{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) + "}"
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:

@@ -88,7 +88,8 @@ class Rewriting:
         """
         check_options(Start(model, seed, step), "Pipeline")
         self._model = model
-        self._passes = check_passes(passes)
+        given = check_passes(passes)
+        self._passes = tuple(p.beside(given) for p in given)
         self._seed = seed
         self._classes: dict[tuple[Any, ...], type] = {}
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}

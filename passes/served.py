@@ -66,6 +66,17 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
     return state
 
 
+@torch.no_grad()
+def fold_weights_(pipeline: Pipeline) -> None:
+    """Put weights that `weight24` makes 2:4 into the model as they are multiplied, and let plain linears read
+    them: the function stays, and nothing is masked again for every token. Training cannot go on from there.
+    """
+    state = served_weights(pipeline)
+    pipeline.lower_to_([p for p in pipeline.active if not isinstance(p, Weight24)])
+    for name, parameter in pipeline.model.named_parameters():
+        parameter.copy_(state[name])
+
+
 def _scales(pipeline: Pipeline, in_force: bool) -> set[str]:
     """The scales of `activation24` passes that are in force, or of those that are not, which no served model
     has."""

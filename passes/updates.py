@@ -31,6 +31,7 @@ from torch.optim.optimizer import (
 from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.fp8 import Fp8
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import (
     Reduce,
@@ -38,12 +39,14 @@ from act24.passes.state import (
     as_evaluated,
     calibrate_,
     calibration_text,
+    cast_weights_,
     decay_gradient_,
     decaying_weights,
     next_seeds_,
     own_seeds,
     pack_weights_,
     renew_masks_,
+    scales_of,
     set_pads_,
     set_seeds_,
     sparse_weights,
@@ -169,6 +172,8 @@ class Updates:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
                 pack_weights_(pipeline, p)
+            elif isinstance(p, Fp8):
+                cast_weights_(pipeline, p)
         note = None
         due = [p for p in measured_at(pipeline, step) if p in pipeline.active]
         if due:
@@ -177,6 +182,10 @@ class Updates:
                     f"activation24 measures the scale of {due[0].method} at step {step}, and has no rows to "
                     "measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
                 )
+            for p in due:
+                if step == p.from_step:  # whatever was measured for readers before: a run goes on as if not
+                    for scale in scales_of(pipeline, p):
+                        scale.fill_(1)
             rows, run = first_rows(batch, due), forward or pipeline.model
             measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
             first = any(step == p.from_step for p in due)

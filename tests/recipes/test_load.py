@@ -351,3 +351,36 @@ def test_what_needs_whole_parameters_is_refused_where_they_are_sharded():
         'use train.parallel = "ddp"',
     ]
     assert parse_recipe(text, "mine.toml", ["train.parallel=ddp"]).train.parallel == "ddp"
+
+
+def test_scale_steps_scales_what_is_a_part_of_the_run():
+    """A hundredth of the run: warm-up, restarts and exact updates with it; what was set itself stands."""
+    whole = load_recipe("c4/60m-loro")
+    short = load_recipe("c4/60m-loro", ["train.steps=1000", "optimizer.lr=0.5"], scale_steps=True)
+    assert (whole.train.steps, whole.schedule.warmup_steps, whole.schedule.restart_every) == (
+        10_000,
+        1000,
+        500,
+    )
+    assert (short.train.steps, short.schedule.warmup_steps, short.schedule.restart_every) == (1000, 100, 50)
+    assert (whole.schedule.lr_adjust_steps, short.schedule.lr_adjust_steps) == (-1000, -100)
+    assert (whole.optimizer.exact_every, short.optimizer.exact_every) == (500, 50)
+    assert short.optimizer.lr == 0.5
+    kept = load_recipe("c4/60m-loro", ["train.steps=1000", "schedule.warmup_steps=7"], scale_steps=True)
+    assert kept.schedule.warmup_steps == 7
+    demo = load_recipe("demo", ["train.steps=40"], scale_steps=True)
+    assert [p.from_step for p in demo.passes if isinstance(p, Activation24)] == [10]
+    assert demo.eval == load_recipe("demo").eval
+
+
+def test_steps_that_do_not_fit_name_the_option_that_scales_them():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", ["train.steps=30"])
+    first, last = str(caught.value).splitlines()
+    assert "warmup_steps (40) has to be below total_steps (30)" in first
+    assert last == "--scale-steps scales them with train.steps"
+    with pytest.raises(RecipeError) as caught:  # which would not help here
+        load_recipe("demo", ["train.steps=30", "optimizer.lr=0"])
+    assert "--scale-steps" not in str(caught.value)
+    with pytest.raises(RecipeError, match=r"needs --set train\.steps=N"):
+        load_recipe("demo", ["optimizer.lr=1"], scale_steps=True)

@@ -16,13 +16,13 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Weight24
+from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, Weight24
 from act24.passes.graph.measurements import Measurement
 from act24.passes.served import lower_to_serve_
 from act24.passes.state import renew_masks_, renew_to_read_
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
-from act24.sparse24.feed_forward.forms import why_no_fp8
+from act24.sparse24.format.device import why_no_fp8
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.checkpoints.reading import contents_of
@@ -159,8 +159,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     lower_to_serve_(pipeline, opened.step)
     for p in renew_to_read_(pipeline, opened.step):
         logger.warning(
-            "warning: %s stands at from_step (%d) of activation24, whose scale is measured in the update "
-            "that follows: until then it is 1. eval measures it on the held-out rows",
+            "warning: %s stands at from_step (%d) of activation24 and has no scale for it, which is measured "
+            "in the update that follows: until then it is 1. eval measures it on the held-out rows",
             path,
             p.from_step,
         )
@@ -244,7 +244,10 @@ def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
 
 
 def _check_device(recipe: Recipe, device: torch.device) -> None:
-    fp8 = any(isinstance(p, Activation24) and p.precision == "fp8" for p in recipe.passes)
+    fp8 = any(
+        isinstance(p, Fp8) or (isinstance(p, Activation24) and p.precision in ("fp8", "auto"))
+        for p in recipe.passes
+    )
     if fp8 and (reason := why_no_fp8(device)):
         raise Act24Error(reason)
 

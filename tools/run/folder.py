@@ -11,11 +11,13 @@ RUN/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,7 @@ from act24.tools.checkpoints.together import on_the_first
 from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
 from act24.tools.run.lock import LOCK, RunError, run_lock
 
+_LONGEST_NAME = 100  # of a folder, in characters
 RECIPE, HISTORY = "recipe.toml", "history.jsonl"
 _OURS = re.compile(r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\..+")
 
@@ -53,9 +56,16 @@ class Start:
     remarks: tuple[str, ...]
 
 
-def default_run_dir(reference: str) -> Path:
-    """`runs/<recipe>` below the working directory."""
+def default_run_dir(reference: str, overrides: Sequence[str] = ()) -> Path:
+    """`runs/<recipe>` below the working directory, and of a variant `runs/<recipe>,lr=0.001`: two settings of
+    one recipe do not share a folder."""
     name = reference.removesuffix(".toml").strip("./").replace("/", "-")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        plain = re.sub(r"[^\w.+-]+", "_", value).strip("_")
+        name += f",{key.strip().rpartition('.')[2]}={plain}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("runs") / name
 
 

@@ -30,6 +30,7 @@ from act24.tools.run.folder import Start, describe_run, resume_point
 from act24.tools.run.lock import lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
+from act24.tools.run.path import path_text
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
 from act24.tools.run.signals import StopRequest, stop_on_signal
@@ -230,6 +231,7 @@ class TrainingRun:
             heldout_warnings = self._heldout.warnings if self._heldout else ()
             for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
                 progress.say(f"warning: {line}")
+            progress.say(path_text(self._built.pipeline, recipe, self._processes.device))
             if self.training_step.capture_text:
                 progress.say(self.training_step.capture_text)
             if self._step == last and not self._evaluation_due:
@@ -327,6 +329,8 @@ class TrainingRun:
             progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
             for line in self._rows.remarks():
                 progress.say(f"warning: {line}")
+        if saves or evaluates:
+            self.training_step.measure_first_scales_(step)
         evaluation, self._evaluation_due = None, evaluates
         if evaluates and not stopped:
             evaluation = self._evaluate(progress, stop)

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.run import build
 from act24.tools.run.evaluate import evaluate_checkpoint
+from act24.tools.run.folder import default_run_dir
 from act24.tools.run.lock import LOCK, RunError
 from act24.tools.run.train import train
 
@@ -252,3 +254,12 @@ def both_train(path, run_dir, resume):
 
 def test_all_processes_hear_of_a_folder_that_is_taken(tiny_file, a_run):
     run_ranks(2, both_train, tiny_file, a_run, "never")
+
+
+def test_variants_have_folders_of_their_own():
+    assert default_run_dir("c4/130m-dense") == Path("runs/c4-130m-dense")
+    assert default_run_dir("my.toml", ["optimizer.lr=1e-3", "train.seed=2"]) == Path("runs/my,lr=1e-3,seed=2")
+    assert default_run_dir("my.toml", ['data.train_files=["a/*.txt"]']) == Path("runs/my,train_files=a_.txt")
+    long = [default_run_dir("demo", [f"data.train_files={'x' * 300}{i}"]) for i in range(2)]
+    assert long[0] != long[1]
+    assert all(len(path.name) < 120 for path in long)
