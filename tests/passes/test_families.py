@@ -90,11 +90,18 @@ def cell(family: str, make: Callable[[], list[Pass]]) -> str:
     return f"{min(shares):.0%}"
 
 
+#: Reasons that are true of most models, and say least.
+_COMMON = re.compile(r"a single linear|not targeted|its forward is decorated|argument '\w+' of its forward")
+
+
 def _shortened(text: str) -> str:
+    """The most telling of the reasons in an error."""
     text = re.sub(r"^\w+ matches nothing\. ", "", text)
-    reasons = [part.split(": ", 1)[-1] for part in re.split(r"; |\. Not traced: ", text)]
-    telling = [reason for reason in reasons if reason not in ("a single linear", "not targeted")] or reasons
-    return telling[0].partition(" (pass relu2_ffn")[0][:100]
+    parts = re.split(r"; |\. Not traced: |: (?=switch)", text)
+    reasons = [re.sub(r"^\S+( \[\w+\])?( and \d+ more)?: ", "", part) for part in parts]
+    telling = [reason for reason in reasons if not _COMMON.match(reason)]
+    others = [reason for reason in reasons if reason != "a single linear"]
+    return (telling or others or reasons)[0].partition(" (pass relu2_ffn")[0][:100]
 
 
 def _same_before(pipeline: Pipeline, given: dict[str, Tensor], expected: Tensor) -> None:
