@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from act24.tools.commands import recovery
 from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
@@ -104,8 +105,14 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    path: Annotated[Path, typer.Argument(help="A run or checkpoint; with --protocol any model.")],
     set_: SetOption = None,
+    protocol: recovery.ProtocolOption = None,
+    seqlen: recovery.WindowOption = None,
+    text: recovery.TextOption = None,
+    windows: recovery.WindowsOption = None,
+    beside: recovery.BesideOption = None,
+    device: recovery.DeviceOption = None,
     legacy_average: Annotated[
         bool,
         typer.Option(
@@ -114,7 +121,11 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
+    """Held-out loss of a checkpoint, exact over tokens, with and without 2:4; or, with --protocol, perplexity
+    of any model as the pruning literature measures it."""
+    if protocol is not None:
+        options = (protocol, seqlen, text or [], windows, beside, device, as_json)
+        return recovery.evaluate_by_protocol(str(path), *options)
     from act24.tools.commands.show import show_evaluations
     from act24.tools.run.evaluate import evaluate_checkpoint
     from act24.tools.run.processes import own_rank
@@ -225,6 +236,9 @@ def doctor() -> None:
     from act24.tools.commands.doctor import doctor as examine
 
     print(examine())
+
+
+app.command()(recovery.prune)
 
 
 @recipe_app.command("ls")

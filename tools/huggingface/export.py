@@ -38,7 +38,7 @@ MEASURED_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
-class _Exported:
+class Exported:
     """A model as it is written."""
 
     kind: str
@@ -69,7 +69,7 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
         raise Act24Error(f"{out} exists already")
     built = load(path)
     tokenizer = built.open_tokenizer() if built.tokenizer else None
-    exported = _exported(built, form, dense_weights)
+    exported = exported_form(built, form, dense_weights)
     config = exported.config
     if tokenizer is not None:
         config = dataclasses.replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
@@ -126,7 +126,8 @@ def _stock_config(model: torch.nn.Module) -> LlamaConfig:
     return config_of(config.to_dict(), "this model's config")[0]
 
 
-def _exported(built: Built, form: str, dense_weights: bool) -> _Exported:
+def exported_form(built: Built, form: str = "auto", dense_weights: bool = False) -> Exported:
+    """A model as `export_run` writes it. Raises Act24Error for a form that does not hold it."""
     pipeline, config = built.pipeline, built.model.config
     state = served_weights(pipeline, masked=not dense_weights)
     pattern = "" if dense_weights else _pattern(pipeline)
@@ -143,9 +144,9 @@ def _exported(built: Built, form: str, dense_weights: bool) -> _Exported:
         else:
             if form not in ("auto", kind):
                 raise Act24Error(f'the model has no form "{form}"; export it with --as {kind}')
-            return _Exported(kind, config, stock, pattern=pattern)
+            return Exported(kind, config, stock, pattern=pattern)
     passes = served_passes(pipeline, without=(Weight24.name,))
-    return _Exported(ACT24, built.model.config, state, passes, pattern)
+    return Exported(ACT24, built.model.config, state, passes, pattern)
 
 
 def _stock(
@@ -178,7 +179,7 @@ def _pattern(pipeline: Pipeline) -> str:
     return "2:4" if any(isinstance(p, Weight24) for p in pipeline.active) else ""
 
 
-def _remarks(path: Path, built: Built, exported: _Exported, dense_weights: bool) -> list[str]:
+def _remarks(path: Path, built: Built, exported: Exported, dense_weights: bool) -> list[str]:
     """What was written and what its readers compute: the model card, and what the command says."""
     classes = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", ACT24: "the model type act24"}
     remarks = [f"a Hugging Face checkpoint ({classes[exported.kind]}), step {built.step}"]

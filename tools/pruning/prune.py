@@ -264,7 +264,7 @@ def _prune_linear(
         raise Act24Error(f"{name}: its inputs are not finite; load the model in bfloat16 or float32")
     try:
         pruned = prune_weight(weight, inputs.statistic, method, pattern)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise Act24Error(
             f"{name}: the inputs of {inputs.tokens} tokens do not tell its columns apart; calibrate on more"
         ) from error

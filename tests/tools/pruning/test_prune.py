@@ -40,7 +40,9 @@ def published_wanda_(model, ids, prune_row):
             if isinstance(module, torch.nn.Linear):
                 handles.append(
                     module.register_forward_hook(
-                        lambda m, args, out, name=name: seen.setdefault(name, []).append(args[0].double())
+                        lambda m, args, out, name=name, seen=seen: seen.setdefault(name, []).append(
+                            args[0].double()
+                        )
                     )
                 )
         with torch.no_grad():
