@@ -17,6 +17,12 @@ def packed_bits(mask: Tensor) -> Tensor:
     return (padded << places).sum(-1, dtype=torch.uint8)
 
 
+def bits_to_mask(bits: Tensor) -> Tensor:
+    """The mask of `packed_bits`, boolean `[out, 8 ⌈in / 8⌉]`. No check, so no wait for the device."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[..., None] >> places) & 1).flatten(-2).bool()
+
+
 def unpacked_bits(bits: Tensor, columns: int) -> Tensor:
     """The mask `[out, columns]` of `packed_bits`.
 
@@ -25,8 +31,7 @@ def unpacked_bits(bits: Tensor, columns: int) -> Tensor:
     """
     if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != -(-columns // 8):
         raise Act24Error(f"bits of a mask of {columns} columns cannot be {bits.dtype} {list(bits.shape)}")
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    unpacked = ((bits[..., None] >> places) & 1).flatten(-2).bool()
+    unpacked = bits_to_mask(bits)
     if unpacked[:, columns:].any():
         raise Act24Error(f"bits of a mask say that inputs behind the {columns} that there are stay")
     return unpacked[:, :columns]

@@ -101,6 +101,7 @@ class Region:
         created: what to build, in order.
         buffers: by local name, those that passes add.
         classes: class name of every module that stood inside, by local path.
+        modules: leaf modules that passes add, by local name.
     """
 
     fqns: tuple[str, ...]
@@ -110,6 +111,7 @@ class Region:
     created: list[NewParameters] = field(default_factory=list)
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
     @property
     def fqn(self) -> str:
@@ -140,6 +142,7 @@ class Region:
             parameters=dict(self.parameters),
             created=list(self.created),
             buffers=dict(self.buffers),
+            modules=dict(self.modules),
         )
 
     def create(
@@ -248,7 +251,8 @@ def materialise(
     _add_buffers(region, module, values)
     for node in region.graph.nodes:
         if node.op == "call_module":
-            stands = region.module.get_submodule(node.target)
+            made = region.modules.get(node.target)
+            stands = made().train(module.training) if made else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
     return module

@@ -86,7 +86,7 @@ def test_masked_adapters_merge_exactly():
     weight, a, b = drawn(8, 16), drawn(2, 16, seed=1), drawn(8, 2, seed=2)
     mask = mask_by_row(weight.abs(), parse_pattern("2:4"))
     weight = masked(weight, mask)
-    trained = masked_adapter_weight(weight, a, b, mask, 2.0)
+    trained = masked_adapter_weight(weight, a, b, packed_bits(mask), 2.0)
     torch.testing.assert_close(trained, weight + 2 * mask * (b @ a))
     one = merged(weight, a, b, 2.0, mask)
     torch.testing.assert_close(one, trained, rtol=1e-6, atol=1e-6)
