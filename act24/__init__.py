@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
     from act24.passes import Pipeline, apply_, plan, trace
     from act24.recipes.load import load_recipe
+    from act24.tools import integrations
     from act24.tools.huggingface.export import save_pretrained
     from act24.tools.pruning.prune import prune_
     from act24.tools.run.build import load
@@ -48,6 +49,7 @@ _EXPORTS = {
     "LlamaForCausalLM": "act24.llama",
     "Pipeline": "act24.passes",
     "apply_": "act24.passes",
+    "integrations": "act24.tools.integrations",
     "llama_config": "act24.llama",
     "load": "act24.tools.run.build",
     "load_recipe": "act24.recipes.load",
@@ -64,6 +66,7 @@ __all__ = [
     "Pipeline",
     "__version__",
     "apply_",
+    "integrations",
     "llama_config",
     "load",
     "load_recipe",
@@ -78,7 +81,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _installed_version()
     elif name in _EXPORTS:
-        value = getattr(import_module(_EXPORTS[name]), name)
+        module = import_module(_EXPORTS[name])
+        value = module if _EXPORTS[name].endswith(f".{name}") else getattr(module, name)
     else:
         raise AttributeError(f"module 'act24' has no attribute '{name}'")
     globals()[name] = value  # from now on an ordinary attribute

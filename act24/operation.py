@@ -39,6 +39,15 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, and `tensor` itself where it has that dtype.
+
+    What an autograd.Function returns is cast with this: torch.compile of torch 2.11 gives zeros for the
+    gradients, without a word, where an output went through a `.to` that changed nothing.
+    """
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in the dtype that autocast would give a matrix product, or as they are outside it.
 

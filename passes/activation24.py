@@ -11,8 +11,8 @@ either side, as in LoST, there is no weight gradient in it, and `backward` is ex
 
 What a method needs is in its record (`act24.sparse24.feed_forward.methods`). State is in buffers under the
 site's name. `<site>.activation24_scale`, β of the methods that have one, is persistent;
-`<site>.activation24_seed`, of those that draw, is set anew for every micro-batch. The shell writes both
-between updates (`act24.passes.state`); the graph only reads them.
+`<site>.activation24_seed`, of those that draw, is another for every micro-batch. `Pipeline.begin_update_`
+writes both; the graph only reads them.
 """
 
 from __future__ import annotations
@@ -110,6 +110,10 @@ class Activation24(OperationalPass):
     def draws(self) -> bool:
         """Whether the forward draws from a seed."""
         return self.record.draws
+
+    @property
+    def renews(self) -> bool:
+        return self.record.draws or self.record.scaled
 
     def calibrates(self, step: int) -> bool:
         """Whether a scale is due once `step` updates are made."""

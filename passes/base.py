@@ -180,6 +180,12 @@ class OperationalPass(Pass):
         """Whether the pass is in force when `step` updates have been made."""
         return step >= self.from_step and (self.until_step is None or step < self.until_step)
 
+    @property
+    def renews(self) -> bool:
+        """Whether it reads state that has to be brought up to date for every update
+        (`Pipeline.begin_update_`): masks, scales, seeds."""
+        return False
+
     def in_evaluation(self) -> OperationalPass | None:
         """The pass as evaluation has it, which neither draws nor counts; None: not at all."""
         return self

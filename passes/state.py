@@ -1,19 +1,10 @@
-"""What a training loop does for 2:4 sparsity, between the graph's forwards: the state that lies in buffers.
+"""The state of 2:4 operations, which lies in buffers: what each kind of it is made of, and how.
 
-In order, for update `step` (updates already made), after `pipeline.lower_(step)`:
-
-    begin_update_(pipeline, step, forward)                     scales and weight masks that are due
-    for each micro-batch:
-        begin_micro_batch_(pipeline, seed=…, step=…, …)       random seeds, padding
-        forward, backward
-    decay_dropped_weights_(pipeline, clipped=False)            masked decay that is a part of the gradient
-    clip the gradients
-    decay_dropped_weights_(pipeline, clipped=True)             masked decay that is not
-    optimizer.step()
-
-and `with evaluation(pipeline):` around whatever is not training: there, masks are of the weights as they are.
-The buffers are named by the passes (`act24.passes.activation24`, `act24.passes.weight24`). Nothing here waits
-for the device, but for the one line that `begin_update_` returns at a scale's first measurement.
+Masks and scales of weights, scales of activations, packed weights, seeds, padding, masked decay; and what of
+all this a served model has. The buffers are named by the passes (`act24.passes.activation24`,
+`act24.passes.weight24`). When each is written is not decided here: `Pipeline.begin_update_` and
+`Pipeline.evaluation` do that (`act24.passes.updates`). Nothing here waits for the device, but for the one
+line that `calibrate_` returns at a scale's first measurement.
 """
 
 from __future__ import annotations
@@ -24,72 +15,52 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, activation24, weight24
-from act24.passes.activation24 import SCALE, SUMS
+from act24.passes import activation24, weight24
+from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
+from act24.passes.base import OperationalPass
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.region import RegionModule, buffers_of
-from act24.passes.weight24 import stored_mask
+from act24.passes.rewriting import Rewriting
+from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
-from act24.sparse24.weight.methods import weight_scale
+from act24.sparse24.weight.methods import DecayPlace, weight_scale
 from act24.sparse24.weight.packed import packed_operands
 
 #: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
 _DRAWN_FROM = {activation24.SEED: ".activation", weight24.SEED: ""}
 
+#: What is added to a seed from one micro-batch to the next: 2⁶⁴ over the golden ratio (splitmix64), as int64.
+_BETWEEN_MICRO_BATCHES = 0x9E3779B97F4A7C15 - 2**64
+
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
 
 
-def _alone(summed: Tensor) -> Tensor:
-    return summed
-
-
-def begin_update_(
-    pipeline: Pipeline,
-    step: int,
+def calibrate_(
+    pipeline: Rewriting,
+    due: Sequence[Activation24],
     forward: Callable[[], object],
-    pads: Tensor | None = None,
-    reduce: Reduce = _alone,
-) -> str | None:
-    """Bring scales and masks up to date, where they are due, before the first micro-batch of an update.
+    reduce: Reduce | None = None,
+) -> tuple[list[str], Tensor]:
+    """Measure and set the scales of the passes that are due.
 
-    Collective: every process calls it with the same step.
+    Collective: every process calls it with the same passes.
 
     Args:
-        step: updates already made.
-        forward: runs the model on some rows of this process's first micro-batch, `calibration_samples` of
-            them or more; called without gradients if a scale is due.
-        pads: which tokens of those rows are padding, as for `begin_micro_batch_`.
-        reduce: sums a tensor over the processes; nothing here knows of any.
+        forward: runs the model on the rows to measure on; called without gradients.
+        reduce: sums a tensor over the processes; None: there is one.
 
     Returns:
-        at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
+        the names of the sites, and the sums (`act24.sparse24.feed_forward.calibration.CALIBRATION`).
     """
-    for p in pipeline.active:
-        if isinstance(p, Weight24):
-            renew_masks_(pipeline, p, step)
-            pack_weights_(pipeline, p)
-    due = [p for p in pipeline.active if isinstance(p, Activation24) and p.calibrates(step)]
-    if not due:
-        return None
-    set_pads_(pipeline, pads)
-    names, table = _calibrate_(pipeline, due, forward, reduce)
-    first = any(step == p.from_step for p in due)
-    return _calibration_text(names, table) if first else None
-
-
-def _calibrate_(
-    pipeline: Pipeline, due: Sequence[Activation24], forward: Callable[[], object], reduce: Reduce
-) -> tuple[list[str], Tensor]:
-    """Measure and set the scales of the passes that are due; the names of their sites, and the sums."""
     sums = buffers_of(pipeline.regions, SUMS)
     for buffer in sums.values():
         buffer.zero_()
@@ -97,7 +68,7 @@ def _calibrate_(
     # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
     with torch.no_grad(), pipeline.lowered([*measuring, *as_evaluated(pipeline.active)]):
         forward()
-    table = reduce(torch.stack(list(sums.values())))
+    table = (reduce or _alone)(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
     scales = buffers_of(pipeline.regions, SCALE)
     for name, row, new in zip(sums, table, measured, strict=True):
@@ -106,7 +77,12 @@ def _calibrate_(
     return list(sums), table
 
 
-def _calibration_text(names: Sequence[str], table: Tensor) -> str:
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def calibration_text(names: Sequence[str], table: Tensor) -> str:
+    """What a first measurement found, and what naive 2:4 would cost."""
     rows = [
         (name, dict(zip(CALIBRATION, row, strict=True)))
         for name, row in zip(names, table.tolist(), strict=True)
@@ -131,9 +107,9 @@ def _calibration_text(names: Sequence[str], table: Tensor) -> str:
 
 
 @torch.no_grad()
-def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
+def renew_masks_(pipeline: Rewriting, p: Weight24, step: int) -> None:
     """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
-    at the first sparse update. `begin_update_` does it for every such pass.
+    at the first sparse update. `Pipeline.begin_update_` does it for every such pass.
 
     Collective where parameters are sharded: each is gathered in turn, for masks and scales are of whole
         weights.
@@ -144,9 +120,9 @@ def renew_masks_(pipeline: Pipeline, p: Weight24, step: int) -> None:
     _set_masks_(pipeline, p, scales=first, count_flips=not first)
 
 
-def _set_masks_(pipeline: Pipeline, p: Weight24, *, scales: bool, count_flips: bool) -> None:
+def _set_masks_(pipeline: Rewriting, p: Weight24, *, scales: bool, count_flips: bool) -> None:
     for weight in sparse_weights(pipeline, p):
-        parameter = _whole(weight.parameter)
+        parameter = whole(weight.parameter)
         mask = stored_mask(parameter, weight.transposed, p.method)
         if scales and p.record.soft:
             dense = parameter.T if weight.transposed else parameter
@@ -158,11 +134,11 @@ def _set_masks_(pipeline: Pipeline, p: Weight24, *, scales: bool, count_flips: b
 
 @torch.no_grad()
 def renew_to_read_(
-    pipeline: Pipeline,
+    pipeline: Rewriting,
     step: int | None,
     forward: Callable[[], object] | None = None,
     pads: Tensor | None = None,
-    reduce: Reduce = _alone,
+    reduce: Reduce | None = None,
 ) -> tuple[Activation24, ...]:
     """Set masks to those of the weights as they are, and scales that no update has set yet, of the passes in
     force. Training does it when an update begins, so that at and before a pass's first one its buffers hold
@@ -185,7 +161,7 @@ def renew_to_read_(
     if not due or forward is None:
         return tuple(due)
     set_pads_(pipeline, pads)
-    _calibrate_(pipeline, due, forward, reduce)
+    calibrate_(pipeline, due, forward, reduce)
     set_pads_(pipeline, None)
     return ()
 
@@ -196,11 +172,10 @@ def _is_new(p: OperationalPass, step: int | None) -> bool:
 
 
 @torch.no_grad()
-def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
+def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
     """Pack the weights of a `weight24` in force that keeps them packed, as they and their masks are now, into
-    the
-    buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want it.
-    `begin_update_` does it for every such pass. Parameters must not be sharded."""
+    the buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want
+    it. `Pipeline.begin_update_` does it for every such pass. Parameters must not be sharded."""
     if not p.keep_packed:
         return
     for weight in sparse_weights(pipeline, p):
@@ -216,25 +191,19 @@ def pack_weights_(pipeline: Pipeline, p: Weight24) -> None:
             weight.fill_buffer_(weight24.TRANSPOSED, transposed)
 
 
-@torch.no_grad()
-def decay_dropped_weights_(pipeline: Pipeline, *, clipped: bool) -> None:
-    """Masked decay of the gradients of an update, to be called twice: before clipping for methods whose decay
-    is a part of the gradient (SR-STE), and between clipping and the optimizer step for those where it is not.
-
-    Args:
-        clipped: whether the gradients are clipped by now. A loop that does not clip makes both calls one
-            after the other.
-    """
-    place = "after_clipping" if clipped else "before_clipping"
+def decaying_weights(pipeline: Rewriting, place: DecayPlace) -> Iterator[tuple[SparseWeight, float]]:
+    """The weights of which masked decay enters the gradient at a place, before or after clipping, and its λ;
+    of the passes in force."""
     for p in pipeline.active:
         if isinstance(p, Weight24) and p.masked_decay and p.record.decay_place == place:
-            for weight in sparse_weights(pipeline, p):
-                if weight.parameter.grad is not None:
-                    mask = weight.buffer(weight24.MASK)
-                    _decay_gradient_(weight.parameter, weight.parameter.grad, mask, p.masked_decay)
+            yield from ((weight, p.masked_decay) for weight in sparse_weights(pipeline, p))
 
 
-def _decay_gradient_(parameter: Tensor, grad: Tensor, mask: Tensor, decay: float) -> None:
+@torch.no_grad()
+def decay_gradient_(parameter: Tensor, mask: Tensor, decay: float) -> None:
+    """Add masked decay, λ (1 - mask) ∘ W, to the gradient that a weight has."""
+    grad = parameter.grad
+    assert grad is not None
     if isinstance(parameter, DTensor):
         assert isinstance(grad, DTensor)
         # Every process has the whole mask, and takes its part of it; nothing is sent.
@@ -244,12 +213,12 @@ def _decay_gradient_(parameter: Tensor, grad: Tensor, mask: Tensor, decay: float
     masked_decay_(grad, parameter, mask, decay)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """A tensor without sharding; collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def refuse_exact_steps(pipeline: Pipeline) -> None:
+def refuse_exact_steps(pipeline: Rewriting) -> None:
     """To be called where LORO's optimizer takes exact steps.
 
     Raises:
@@ -294,11 +263,16 @@ class SparseWeight:
         if buffer.shape == value.shape:
             buffer.copy_(value)
         else:
-            path, _, leaf = (self.local + kind).rpartition(".")
-            setattr(self.module.get_submodule(path), leaf, value)
+            owner, leaf = self.place(kind)
+            setattr(owner, leaf, value)
+
+    def place(self, kind: str) -> tuple[nn.Module, str]:
+        """The module that has a buffer, and its name there."""
+        path, _, leaf = (self.local + kind).rpartition(".")
+        return self.module.get_submodule(path), leaf
 
 
-def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
+def sparse_weights(pipeline: Rewriting, p: Weight24) -> Iterator[SparseWeight]:
     """What a `weight24` in force has taken."""
     for fqn, match in pipeline.matches(p):
         site: LinearSite = match.nodes
@@ -306,34 +280,47 @@ def sparse_weights(pipeline: Pipeline, p: Weight24) -> Iterator[SparseWeight]:
         yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
 
 
-def begin_micro_batch_(
-    pipeline: Pipeline,
-    *,
-    seed: int,
-    step: int,
-    micro_batch: int,
-    rank: int = 0,
-    pads: Tensor | None = None,
-) -> None:
-    """Say what the next forward draws from, and which of its tokens are padding.
+def set_seeds_(pipeline: Rewriting, step: int, rank: int) -> None:
+    """Say what the forwards of an update draw from, before the first of them (`next_seeds_`).
 
     Args:
-        seed, step, micro_batch, rank: of the run, the update, the micro-batch in it, the process. The same
-            four draw the same, in a recomputation and after a resume too.
-        pads: boolean, the shape of the token ids; None for rows without padding.
+        step, rank: of the update and the process. With the pipeline's seed they draw the same, in a
+            recomputation and after a resume too.
     """
-    if any(p.draws for p in pipeline.active if isinstance(p, Activation24 | Weight24)):
-        values, buffers = [], []
-        for kind, suffix in _DRAWN_FROM.items():
-            for name, buffer in buffers_of(pipeline.regions, kind).items():
-                values.append(_hash(seed, f"{name}{suffix}", step, micro_batch, rank))
-                buffers.append(buffer)
+    values, buffers = [], []
+    for kind, suffix in _DRAWN_FROM.items():
+        for name, buffer in buffers_of(pipeline.regions, kind).items():
+            values.append(_hash(pipeline.seed, f"{name}{suffix}", step, rank))
+            buffers.append(buffer)
+    if buffers:
         torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
-    set_pads_(pipeline, pads)
 
 
-def set_pads_(pipeline: Pipeline, pads: Tensor | None) -> None:
+def own_seeds(pipeline: Rewriting, own: list[Tensor]) -> list[Tensor]:
+    """A copy of the seeds in memory that only this process writes to; `own` again, if it is one. Data
+    parallelism sends the buffers of one process to all, unless it is told not to."""
+    buffers = _seed_buffers(pipeline)
+    if [seed.device for seed in own] != [buffer.device for buffer in buffers]:
+        return [buffer.clone() for buffer in buffers]
+    if buffers:
+        torch._foreach_copy_(own, buffers)  # pyright: ignore[reportPrivateImportUsage]
+    return own
+
+
+def next_seeds_(pipeline: Rewriting, own: list[Tensor]) -> None:
+    """Seeds of the next micro-batch, from those of this process (`own_seeds`). On the device alone, so that a
+    captured forward has it too."""
+    if own:
+        torch._foreach_add_(own, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(_seed_buffers(pipeline), own)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _seed_buffers(pipeline: Rewriting) -> list[Tensor]:
+    return [buffer for kind in _DRAWN_FROM for buffer in buffers_of(pipeline.regions, kind).values()]
+
+
+def set_pads_(pipeline: Rewriting, pads: Tensor | None) -> None:
     """Put the padding of the next forward into the regions that ask for it; None takes it out."""
     for module in pipeline.modules:
         old = module._buffers.get(PADS)
@@ -349,26 +336,14 @@ def _hash(*parts: object) -> int:
 
 @contextmanager
 def evaluation(
-    pipeline: Pipeline,
-    without: Sequence[str] = (),
-    *,
-    step: int | None = None,
-    forward: Callable[[], object] | None = None,
-    pads: Tensor | None = None,
-    reduce: Reduce = _alone,
+    pipeline: Rewriting,
+    without: Sequence[str],
+    step: int | None,
+    forward: Callable[[], object] | None,
+    pads: Tensor | None,
+    reduce: Reduce | None,
 ) -> Iterator[None]:
-    """The model as it is evaluated: nothing is drawn at random, nothing is counted, masks are those of the
-    weights as they are. Afterwards all state is as before, at the same addresses.
-
-    Collective where parameters are sharded.
-
-    Args:
-        without: names of passes to leave out, to see the same weights without 2:4.
-        step: updates already made: evaluate with the passes in force then, and measure scales that no update
-            has set yet. None: as the pipeline is lowered and its scales are.
-        forward, pads, reduce: what scales are measured on, as for `begin_update_`; without `forward` those of
-            activations stay as they are.
-    """
+    """`Pipeline.evaluation`."""
     set_pads_(pipeline, None)
     active = pipeline.active if step is None else pipeline.in_force(step)
     kinds = (weight24.MASK, weight24.SCALE, SCALE, SUMS)

@@ -4,10 +4,10 @@
 
 in attention, MLPs or both; the factors of low-rank linears count as linears. W stays a dense parameter. State
 is in buffers beside it, named after it: `<weight>24_mask`, and for soft thresholding `<weight>24_scale`,
-persistent; `<weight>24_seed`, set anew for every micro-batch; `<weight>24_packed` and
+persistent; `<weight>24_seed`, another for every micro-batch; `<weight>24_packed` and
 `<weight>24_packed_transposed`, the operands of 2:4 products, made for every update where the loop keeps them;
-`<weight>24_flips`, what the mask's changes add up to between two readings. The shell writes them between
-updates (`act24.passes.state`) and adds the masked decay.
+`<weight>24_flips`, what the mask's changes add up to between two readings. `Pipeline.begin_update_` writes
+them; masked decay enters the gradient as it is published with the method (`act24.passes.updates`).
 
 A product has one 2:4 operand: linears that `activation24` took, standing earlier, are none any more, and
 behind this pass `activation24` finds only activations.
@@ -102,6 +102,10 @@ class Weight24(OperationalPass):
     def draws(self) -> bool:
         """Whether dW draws from a seed."""
         return (self.weight_gradient or self.record.weight_gradient) == "mvue"
+
+    @property
+    def renews(self) -> bool:
+        return True
 
     @property
     def sparse_products(self) -> tuple[LinearProduct, ...]:

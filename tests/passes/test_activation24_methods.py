@@ -58,7 +58,8 @@ def activation_nodes(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_every_method_and_backward_trains(method: Any, backward: Any) -> None:
     model = llama()
-    apply_(model, [Relu2FFN(), Activation24(method=method, backward=backward), ActivationStatistics()])
+    passes = [Relu2FFN(), Activation24(method=method, backward=backward), ActivationStatistics()]
+    apply_(model, passes).begin_update_(0, tokens())
     loss = F.cross_entropy(model(tokens()).flatten(0, 1), tokens().flatten())
     loss.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
@@ -161,6 +162,7 @@ def test_state_is_named_by_the_site_and_outlives_a_change_of_pipeline() -> None:
     assert set(scales) <= set(model.state_dict()), "in checkpoints from the start"
     for buffer in scales.values():
         buffer.fill_(1.5)
+    model.eval()
     dense = model(tokens())
     pipeline.lower_(3)
     sparse = model(tokens())
@@ -181,10 +183,11 @@ def test_scale_multiplies_the_activation() -> None:
         apply_(model, [Activation24(method="soft_dynamic")])
         model.get_buffer("blocks.0.mlp.activation24_scale").fill_(scale)
         bias = model.get_parameter("blocks.0.mlp.down.bias")
-        results.append(model(x) - x - bias)
+        results.append(model.eval()(x) - x - bias)
     assert torch.allclose(results[1], 1.25 * results[0], rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
 def test_mvue_draws_by_its_seed_and_is_naive_in_evaluation() -> None:
     model, naive = llama(), llama()
     pipeline = apply_(model, [Relu2FFN(), Activation24(method="mvue"), ActivationStatistics()])
@@ -222,7 +225,7 @@ def test_options_reach_the_operation() -> None:
 
 def test_a_weight24_before_it_leaves_only_the_activation() -> None:
     model = llama(1)
-    apply_(model, [Relu2FFN(), Weight24(method="ste"), Activation24()])
+    apply_(model, [Relu2FFN(), Weight24(method="ste"), Activation24()]).begin_update_(0)
     (node,) = activation_nodes(model)
     assert node.args[1:5] == (None,) * 4
     model(tokens()).sum().backward()

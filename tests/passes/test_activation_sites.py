@@ -14,7 +14,6 @@ from act24.passes import Activation24, ActivationStatistics, PassError, apply_
 from act24.passes.activation24 import SCALE, SEED
 from act24.passes.activation_statistics import BUFFER
 from act24.passes.graph.region import buffers_of
-from act24.passes.state import begin_micro_batch_, begin_update_
 from act24.sparse24.feed_forward.statistics import STATISTICS
 from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
 
@@ -47,7 +46,7 @@ def test_two_networks_of_a_module_have_two_scales_seeds_and_statistics() -> None
     x = features(2, 8, 16)
     soft = Activation24(method="soft_dynamic", calibration_samples=16)
     pipeline = apply_(model, [soft, ActivationStatistics()])
-    begin_update_(pipeline, 0, lambda: model(x))
+    pipeline.begin_update_(0, x)
     scales = buffers_of(pipeline.regions, SCALE)
     assert [*scales] == SITES
     rows = plain.blocks[0].norm(x).flatten(0, 1)
@@ -68,9 +67,9 @@ def test_two_networks_of_a_module_have_two_scales_seeds_and_statistics() -> None
 def test_every_site_draws_by_a_seed_of_its_own() -> None:
     model = Trunk(TwoNetworks)
     pipeline = apply_(model, [Activation24(method="mvue")])
-    begin_micro_batch_(pipeline, seed=0, step=0, micro_batch=0)
     seeds = buffers_of(pipeline.regions, SEED)
     assert [*seeds] == SITES
+    pipeline.begin_update_(0)
     assert len({int(seed) for seed in seeds.values()}) == 4
 
 

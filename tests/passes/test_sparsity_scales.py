@@ -11,7 +11,6 @@ from torch import Tensor
 
 from act24.llama import LlamaForCausalLM
 from act24.passes import Activation24, ActivationStatistics, Cola, LowRank, Relu2FFN, Weight24, apply_
-from act24.passes.state import begin_micro_batch_, begin_update_, evaluation
 from act24.sparse24.feed_forward.calibration import calibration_sums, sample_rows
 from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
 from act24.sparse24.weight.methods import weight_scale
@@ -32,7 +31,7 @@ def hidden_states(model: LlamaForCausalLM, layer: int) -> Tensor:
 def test_dynamic_scale_is_measured_on_the_layer_s_own_activations() -> None:
     model, pipeline = rewritten(Relu2FFN(), Activation24(method="soft_dynamic", calibration_samples=20))
     before = [hidden_states(model, layer) for layer in (0, 1)]  # under the scales as they are: 1
-    text = begin_update_(pipeline, 0, lambda: model(IDS))
+    text = pipeline.begin_update_(0, IDS)
     for got, hidden in zip(scales(model), before, strict=True):
         rows = sample_rows(None, 48, 20, hidden.device)
         activation = torch.relu(hidden.flatten(0, 1)[rows]).double() ** 2
@@ -54,9 +53,8 @@ def test_scale_is_decided_when_due_and_constant_between() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.05)  # as an optimizer would
-        texts.append(begin_update_(pipeline, step, lambda: model(IDS)))
-        for micro_batch in range(2):
-            begin_micro_batch_(pipeline, seed=0, step=step, micro_batch=micro_batch)
+        texts.append(pipeline.begin_update_(step, IDS))
+        for _ in range(2):
             model(IDS)
             seen.append(scales(model))
     assert seen[0] == seen[3] == [1.0, 1.0], "dense warm-up"
@@ -68,14 +66,14 @@ def test_scale_is_decided_when_due_and_constant_between() -> None:
 
 def test_measuring_and_evaluating_move_no_other_state() -> None:
     model, pipeline = rewritten(Relu2FFN(), Activation24(method="soft_dynamic"), ActivationStatistics())
-    begin_update_(pipeline, 0, lambda: model(IDS))
+    pipeline.begin_update_(0, IDS)
     counted = {n: b.clone() for n, b in model.named_buffers() if not n.endswith("calibration")}
     assert all(float(b.sum()) == 0 for n, b in counted.items() if n.endswith("statistics"))
     model(IDS)
     counted = {n: b.clone() for n, b in model.named_buffers()}
-    with evaluation(pipeline):
+    with pipeline.evaluation():
         model(IDS + 0)
-    with evaluation(pipeline, without=("activation24",)):
+    with pipeline.evaluation(without=("activation24",)):
         dense = model(IDS)
     assert all(torch.equal(b, counted[n]) for n, b in model.named_buffers())
     plain = llama()
@@ -85,7 +83,7 @@ def test_measuring_and_evaluating_move_no_other_state() -> None:
 
 def test_a_fixed_scale_from_the_weights() -> None:
     model, pipeline = rewritten(Relu2FFN(), Activation24(method="soft_threshold_weights"))
-    begin_update_(pipeline, 0, lambda: model(IDS))
+    pipeline.begin_update_(0, IDS)
     for layer, scale in enumerate(scales(model)):
         weight = model.get_parameter(f"model.layers.{layer}.mlp.down_proj.weight")
         assert scale == pytest.approx(float(weight_scale(weight)), rel=1e-6)
@@ -93,7 +91,7 @@ def test_a_fixed_scale_from_the_weights() -> None:
     fixed = scales(model)
     with torch.no_grad():
         model.get_parameter("model.layers.0.mlp.down_proj.weight").square_()
-    begin_update_(pipeline, 1, lambda: model(IDS))
+    pipeline.begin_update_(1, IDS)
     assert scales(model) == fixed
 
 
@@ -112,10 +110,11 @@ def test_a_fixed_scale_from_the_output(factors: Any) -> None:
         up = block.get_parameter("mlp.up_proj.weight_out") @ block.get_parameter("mlp.up_proj.weight_in")
         kept: list[Tensor] = []
         handle = block.post_attention_layernorm.register_forward_hook(lambda _m, _i, out: kept.append(out))  # type: ignore[union-attr]
-        model(IDS)
+        model.eval()(IDS)
+        model.train()
         handle.remove()
         hidden = kept[0] @ up.T
-    begin_update_(pipeline, 0, lambda: model(IDS))
+    pipeline.begin_update_(0, IDS)
     activation = torch.relu(hidden.detach()).double() ** 2
     full = activation @ weight.detach().double().T
     sparse = soft_threshold24(activation) @ weight.detach().double().T
@@ -140,9 +139,7 @@ def test_sums_are_added_over_processes() -> None:
     other[:, ::2] = 5
     for ids in (IDS, other):
         model, pipeline = rewritten(Relu2FFN(), Activation24(method="soft_dynamic"))
-        begin_update_(
-            pipeline, 0, lambda ids=ids, model=model: model(ids), reduce=_Two(0, 2, torch.device("cpu")).sum_
-        )
+        pipeline.begin_update_(0, ids, _Two(0, 2, torch.device("cpu")).sum_)
     expected = scale_from_sums((totals[0] + totals[1])[:, -2:]).tolist()
     assert scales(model) == pytest.approx(expected)
 
@@ -151,7 +148,7 @@ def test_two_passes_with_scales_do_not_disturb_each_other() -> None:
     mlp = Activation24(method="soft_dynamic", targets=("*.mlp",), dynamic_steps=1)
     inner = Activation24(method="soft_threshold_weights", ignore=("*.mlp",))
     model, pipeline = rewritten(Relu2FFN(), Cola(attn_rank=8, mlp_rank=8, bottleneck="relu2"), mlp, inner)
-    begin_update_(pipeline, 0, lambda: model(IDS))
+    pipeline.begin_update_(0, IDS)
     first = dict(
         zip([n for n, _ in model.named_buffers() if n.endswith("24_scale")], scales(model), strict=True)
     )
@@ -159,7 +156,7 @@ def test_two_passes_with_scales_do_not_disturb_each_other() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    begin_update_(pipeline, 1, lambda: model(IDS))
+    pipeline.begin_update_(1, IDS)
     for (name, old), new in zip(first.items(), scales(model), strict=True):
         assert (old != new) == name.endswith("mlp.activation24_scale"), name
 
@@ -172,7 +169,7 @@ def test_soft_threshold_scale_is_fixed_at_the_first_sparse_update() -> None:
     found = []
     for step in range(4):
         pipeline.lower_(step)
-        begin_update_(pipeline, step, lambda: model(IDS))
+        pipeline.begin_update_(step, IDS)
         found.append(float(model.get_buffer(f"{name}24_scale")))
         if step == 2:
             expected = float(weight_scale(model.get_parameter(name)))
@@ -188,7 +185,7 @@ def test_calibration_sums_of_nothing_leave_the_scale() -> None:
         for layer in (0, 1):
             model.get_parameter(f"model.layers.{layer}.mlp.up_proj.weight").zero_()
             model.get_buffer(f"model.layers.{layer}.mlp.activation24_scale").fill_(1.25)
-    text = begin_update_(pipeline, 0, lambda: model(IDS))
+    text = pipeline.begin_update_(0, IDS)
     assert scales(model) == [1.25, 1.25]
     assert text is not None
     assert "all zero" in text

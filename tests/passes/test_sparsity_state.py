@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from rewritten_llama import ALONE, IDS, loss_of, rewritten, scales
-from torch import Tensor
+import torch.nn.functional as F
+from rewritten_llama import ALONE, IDS, llama, loss_of, rewritten, scales
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM
-from act24.passes import Activation24, ActivationStatistics, LowRank, Relu2FFN, Weight24
-from act24.passes.state import (
-    begin_micro_batch_,
-    begin_update_,
-    decay_dropped_weights_,
-    refuse_exact_steps,
-)
+from act24.passes import Activation24, ActivationStatistics, LowRank, Relu2FFN, Weight24, apply_
+from act24.passes.state import refuse_exact_steps
 from act24.sparse24.weight.methods import METHODS, weight_mask
 from act24.tools.watch.sparsity_watch import take_flip_rates_
 from act24.tools.watch.statistics import SiteStatistics, read_activation_statistics_
@@ -30,8 +27,8 @@ def test_padding_reaches_statistics_and_calibration() -> None:
         model, pipeline = rewritten(
             Relu2FFN(), Activation24(method="soft_dynamic", backward="sparse"), ActivationStatistics()
         )
-        begin_update_(pipeline, 0, lambda: model(ids), pads)
-        begin_micro_batch_(pipeline, seed=0, step=0, micro_batch=0, pads=pads)
+        pipeline.set_pads_(pads)
+        pipeline.begin_update_(0, ids)
         model(ids)
         return read_activation_statistics_(model, ALONE), scales(model)
 
@@ -49,9 +46,9 @@ def test_padding_reaches_statistics_and_calibration() -> None:
 def test_padding_is_taken_out_again() -> None:
     model, pipeline = rewritten(Relu2FFN(), Activation24(), ActivationStatistics())
     pads = torch.zeros(4, 12, dtype=torch.bool)
-    begin_micro_batch_(pipeline, seed=0, step=0, micro_batch=0, pads=pads)
+    pipeline.set_pads_(pads)
     assert all(b is pads for n, b in model.named_buffers() if n.endswith("pad_rows"))
-    begin_micro_batch_(pipeline, seed=0, step=0, micro_batch=1)
+    pipeline.set_pads_(None)
     assert all(b.ndim == 0 and not b for n, b in model.named_buffers() if n.endswith("pad_rows"))
     assert "pad_rows" not in "".join(model.state_dict())
 
@@ -61,37 +58,114 @@ def seeds(model: LlamaForCausalLM) -> list[int]:
 
 
 def test_seeds_differ_where_they_should_and_repeat_where_they_must() -> None:
-    model, pipeline = rewritten(Relu2FFN(), Activation24(method="mvue"), Weight24(scope="attn"))
-    found: dict[Any, list[int]] = {}
-    for key in [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0)]:
-        seed, step, micro_batch, rank = key
-        begin_micro_batch_(pipeline, seed=seed, step=step, micro_batch=micro_batch, rank=rank)
-        found[key] = seeds(model)
-    everything = [value for values in found.values() for value in values]
-    assert len(found[0, 0, 0, 0]) == 2 * (1 + 4)
+    """By micro-batch, update, process and run; and by the site."""
+
+    def drawn(seed: int, step: int, rank: int) -> list[list[int]]:
+        model = llama()
+        pipeline = apply_(model, [Relu2FFN(), Activation24(method="mvue"), Weight24(scope="attn")], seed=seed)
+        pipeline.begin_update_(step, rank=rank)
+        found = []
+        for _ in range(3):
+            model(IDS)
+            found.append(seeds(model))
+        return found
+
+    keys = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)]
+    found = {key: drawn(*key) for key in keys}
+    everything = [value for micro_batches in found.values() for values in micro_batches for value in values]
+    assert len(everything) == 4 * 3 * 2 * (1 + 4)
     assert len(set(everything)) == len(everything)
-    begin_micro_batch_(pipeline, seed=0, step=0, micro_batch=0, rank=0)
-    assert seeds(model) == found[0, 0, 0, 0]
+    assert drawn(0, 0, 0) == found[0, 0, 0]
 
 
-def test_recomputation_draws_the_same() -> None:
-    """Activation checkpointing runs the forward twice; the gradients are those of one forward."""
-    model, pipeline = rewritten(Relu2FFN(), Activation24(method="mvue", backward="sparse"))
-    begin_micro_batch_(pipeline, seed=0, step=0, micro_batch=0)
-    hidden = model.model.embed_tokens(IDS).detach()
-    from act24.rotary import rotary_embedding
+def test_only_training_forwards_are_micro_batches() -> None:
+    model, pipeline = rewritten(Relu2FFN(), Activation24(method="mvue"))
+    pipeline.begin_update_(0)
+    began = seeds(model)
+    with torch.no_grad():
+        model(IDS)
+    with pipeline.evaluation():
+        model(IDS)
+    model.eval()(IDS)
+    assert seeds(model) == began
+    model.train()(IDS)
+    assert seeds(model) != began
 
-    cos, sin = rotary_embedding(12, 8, 1e4, hidden.device)
 
-    def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
-        x = hidden
-        for layer in model.model.layers:
-            x = run(layer, x, cos, sin)
-        return list(torch.autograd.grad(x.square().sum(), list(model.model.layers.parameters())))
+@pytest.mark.parametrize(("whole", "reentrant"), [(False, False), (False, True), (True, False)])
+def test_recomputation_draws_the_same(whole: bool, reentrant: bool) -> None:
+    """Activation checkpointing of the blocks, or of the whole model, runs forwards twice; the gradients of
+    two micro-batches are those of forwards that ran once."""
 
-    plain = gradients(lambda layer, *args: layer(*args))
-    recomputed = gradients(lambda layer, *args: checkpoint(layer, *args, use_reentrant=False))
+    def gradients(recompute: bool) -> list[Tensor]:
+        model, pipeline = rewritten(
+            Relu2FFN(), Activation24(method="mvue", backward="sparse"), Weight24(scope="attn")
+        )
+        run: Callable[..., Tensor] = model
+        if recompute and whole:
+            run = functools.partial(checkpoint, model, use_reentrant=reentrant)
+        elif recompute:
+            for layer in model.model.layers:
+                plain = layer.forward
+                layer.forward = functools.partial(checkpoint, plain, use_reentrant=reentrant)
+        pipeline.begin_update_(0)
+        for ids in IDS.chunk(2):
+            F.cross_entropy(run(ids).flatten(0, 1), ids.flatten()).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed)
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+NEEDING = {
+    "mvue": Activation24(method="mvue"),
+    "soft_dynamic": Activation24(method="soft_dynamic"),
+    "soft_threshold_weights": Activation24(method="soft_threshold_weights"),
+    "transposable": Weight24(),
+    "ste": Weight24(method="ste"),
+}
+
+
+@pytest.mark.parametrize("name", NEEDING)
+def test_a_training_forward_of_an_update_that_nobody_began_raises(name: str) -> None:
+    model, pipeline = rewritten(Relu2FFN(), NEEDING[name])
+    optimizers = [torch.optim.SGD(list(model.parameters())[i::2], lr=0.1) for i in (0, 1)]
+    for step in range(2):
+        with pytest.raises(
+            Act24Error, match=rf"{NEEDING[name].name} .*pipeline\.begin_update_\(step, batch=…\)"
+        ):
+            model(IDS)
+        with torch.no_grad():
+            model(IDS)
+        model.eval()(IDS)
+        model.train()
+        pipeline.begin_update_(step, IDS)
+        for _ in range(2):
+            loss_of(model).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    foreign = nn.Linear(4, 4)
+    pipeline.begin_update_(2, IDS)
+    loss_of(model)
+    foreign(torch.ones(4)).sum().backward()
+    torch.optim.SGD(foreign.parameters()).step()
+    loss_of(model)
+
+
+def test_a_scale_that_is_due_wants_rows() -> None:
+    _, pipeline = rewritten(Relu2FFN(), Activation24(method="soft_dynamic", from_step=3, dynamic_steps=2))
+    for step in (0, 3, 4, 5):
+        if step in (3, 5):
+            with pytest.raises(Act24Error, match=rf"step {step}.*begin_update_\(step, batch=…\)"):
+                pipeline.begin_update_(step)
+        else:
+            pipeline.begin_update_(step)
+
+
+def test_what_needs_no_renewal_is_trained_without_a_call() -> None:
+    model, _ = rewritten(Relu2FFN(), Activation24(), ActivationStatistics())
+    loss_of(model).backward()
 
 
 def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
@@ -101,7 +175,7 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
     before = model.get_buffer(f"{name}24_mask").clone()
     expected = 0.0
     for step in range(7):
-        begin_update_(pipeline, step, lambda: model(IDS))
+        pipeline.begin_update_(step, IDS)
         mask = model.get_buffer(f"{name}24_mask")
         if step % 3 == 0:
             assert torch.equal(mask, weight_mask(model.get_parameter(name), "transposable"))
@@ -109,9 +183,7 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
         else:
             assert torch.equal(mask, before)
         before = mask.clone()
-        begin_micro_batch_(pipeline, seed=0, step=step, micro_batch=0)
         loss_of(model).backward()
-        decay_dropped_weights_(pipeline, clipped=True)
         optimizer.step()
         optimizer.zero_grad()
     rates = take_flip_rates_(pipeline, 7)
@@ -125,28 +197,79 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
     assert set(take_flip_rates_(pipeline, 1).values()) == {0.0}, "taken"
 
 
+@pytest.mark.parametrize("loop_decays", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("clipped", [False, True])
-def test_masked_decay_by_method(method: Any, clipped: bool) -> None:
-    """SR-STE's is a part of the gradient that is clipped, that of arXiv 2404.01847 comes after clipping."""
-    decay = {"transposable": 0.01, "sr_ste": 0.01}.get(method)
-    model, pipeline = rewritten(Weight24(scope="mlp", method=method, decay=decay, weight_gradient="dense"))
-    loss_of(model).backward()
-    name = "model.layers.1.mlp.down_proj.weight"
-    weight = model.get_parameter(name)
-    mask = model.get_buffer(f"{name}24_mask")
-    assert weight.grad is not None
-    before = {
-        n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None
+def test_masked_decay_enters_where_it_is_published_once_an_update(method: Any, loop_decays: bool) -> None:
+    """SR-STE's is a part of the gradient and clipped with it, that of arXiv 2404.01847 is not. Only gradients
+    of the optimizer that steps have it."""
+    decay = {"transposable": 0.5, "sr_ste": 0.5}.get(method)
+    options: Any = {"scope": "mlp", "method": method, "weight_gradient": "dense"}
+    plain, pipeline = rewritten(Weight24(**options, decay=0.0 if decay else None))
+    pipeline.begin_update_(0)
+    loss_of(plain).backward()
+    model, pipeline = rewritten(Weight24(**options, decay=decay))
+    other = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    rest = [p for p in model.parameters() if p is not other]
+    optimizers = [torch.optim.SGD(rest, lr=1.0), torch.optim.SGD([other], lr=1.0)]
+    pipeline.begin_update_(0, loop_decays=loop_decays)
+    for _ in range(2):
+        (loss_of(model) / 2).backward()
+    if loop_decays:
+        pipeline.decay_gradients_()
+
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    gradients = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
+    decays = {
+        n: decay * before[n] * ~model.get_buffer(f"{n}24_mask") if decay and ".mlp." in n else torch.zeros(())
+        for n in gradients
     }
-    decay_dropped_weights_(pipeline, clipped=clipped)
-    old_weight, old_grad = before[name]
-    decays = method == ("transposable" if clipped else "sr_ste")
-    assert torch.allclose(weight.grad, old_grad + 0.01 * old_weight * ~mask if decays else old_grad)
+    clipped = {n: g + decays[n] if method == "sr_ste" else g for n, g in gradients.items()}
+    norm = torch.stack([g.norm() for g in clipped.values()]).norm()
+    assert float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)) == pytest.approx(float(norm), rel=1e-5)
+    assert norm > 0.2
+    for optimizer in optimizers:
+        optimizer.step()
     for n, p in model.named_parameters():
-        assert torch.equal(p, before[n][0]), "decay is of gradients"
-        if ".mlp." not in n:
-            assert torch.equal(p.grad, before[n][1])  # type: ignore[arg-type]
+        update = clipped[n] * 0.1 / norm
+        if method == "transposable":
+            update = update + decays[n]
+        torch.testing.assert_close(p, before[n] - update, rtol=1e-5, atol=1e-6, msg=n)
+
+
+def test_a_gradient_that_autograd_did_not_add_up_has_its_decay_at_the_optimizers_step() -> None:
+    model, pipeline = rewritten(Weight24(scope="mlp", method="sr_ste", decay=0.5))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight, mask = model.get_parameter(name), model.get_buffer(f"{name}24_mask")
+    pipeline.begin_update_(0)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=1.0).step()
+    torch.testing.assert_close(weight, before - 1 - 0.5 * before * ~mask)
+
+
+def test_decay_is_refused_in_gradients_that_a_scaler_scales() -> None:
+    model, pipeline = rewritten(Weight24(method="sr_ste"))
+    with torch.autocast("cpu", torch.float16):
+        pipeline.begin_update_(0)
+        with pytest.raises(Act24Error, match=r"sr_ste.*float16.*decay_gradients_\(\)"):
+            model(IDS)
+        pipeline.begin_update_(0, loop_decays=True)
+        model(IDS)
+
+
+def test_weights_that_were_written_without_a_trace_are_evaluated_with_masks_of_their_own() -> None:
+    """As averages of weights are, for an evaluation."""
+    model, pipeline = rewritten(Weight24(scope="mlp"))
+    model.eval()
+    with torch.no_grad():
+        first = model(IDS)
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape) * 0.1)
+        second = model(IDS)
+        with pipeline.evaluation():
+            expected = model(IDS)
+    assert torch.equal(second, expected)
+    assert not torch.equal(first, second)
 
 
 def test_exact_steps_and_sparse_factors_do_not_go_together() -> None:

@@ -16,7 +16,6 @@ from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pipeline, Weight24, apply_
 from act24.passes import state as state_module
-from act24.passes.state import begin_micro_batch_, begin_update_, evaluation
 from act24.sparse24.format.products import Measured
 
 IDS = torch.randint(97, (3, 2, 2, 64), generator=torch.Generator().manual_seed(0))
@@ -43,9 +42,8 @@ def train(model: LlamaForCausalLM, pipeline: Pipeline, updates: int = 3) -> Iter
     """The gradients of each update."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for step in range(updates):
-        begin_update_(pipeline, step, lambda: None)
-        for index, ids in enumerate(IDS[step]):
-            begin_micro_batch_(pipeline, seed=0, step=step, micro_batch=index)
+        pipeline.begin_update_(step)
+        for ids in IDS[step]:
             F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         yield [p.grad.clone() for p in model.parameters() if p.grad is not None]
         optimizer.step()
@@ -87,9 +85,9 @@ def test_evaluation_is_of_the_weights_as_they_are() -> None:
     assert not missing
     assert not unexpected
     with torch.no_grad():
-        with evaluation(pipeline):
+        with pipeline.evaluation():
             ours = model(IDS[2, 0])
-        with evaluation(plain):
+        with plain.evaluation():
             expected = reference(IDS[2, 0])
         stale = model(IDS[2, 0])
     error = float((ours - expected).norm() / expected.norm())
@@ -105,8 +103,7 @@ def test_kernels_train_as_plain_pytorch_does() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         ids, run = IDS[0, 0], []
         for step in range(60):
-            begin_update_(pipeline, step, lambda: None)
-            begin_micro_batch_(pipeline, seed=0, step=step, micro_batch=0)
+            pipeline.begin_update_(step)
             loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
             optimizer.step()

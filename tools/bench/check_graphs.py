@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from act24.passes import Pipeline
-from act24.passes.state import evaluation
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.bench.rows import needed_gpu
@@ -118,12 +117,11 @@ def _run(
     found: list[Tensor] = []
     *updates, heldout = batches
     for number, rows in enumerate(updates):
-        pipeline.lower_(number)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 / (number + 1)
         result = step(rows, recorded, number)  # type: ignore[arg-type]
         found += [result.loss.clone(), result.grad_norm.clone()]
-        with evaluation(pipeline):
+        with pipeline.evaluation():
             found += [part for batch in heldout for part in step.evaluation_loss(batch)]
     if step.not_captured and recipe.train.cuda_graphs == "on":
         raise AssertionError(step.not_captured)

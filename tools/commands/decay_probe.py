@@ -143,9 +143,9 @@ def default_steps(recipe: Recipe) -> int:
 
 def _probed(recipe: Recipe) -> Weight24:
     sparse = next((p for p in recipe.passes if isinstance(p, Weight24)), None)
-    if sparse is None or sparse.record.decay_place == "none":
+    if sparse is None or not sparse.record.decay:
         found = f"method {sparse.method}" if sparse else ", ".join(p.name for p in recipe.passes) or "none"
-        decaying = " or ".join(name for name, m in METHODS.items() if m.decay_place != "none")
+        decaying = " or ".join(name for name, m in METHODS.items() if m.decay)
         raise Act24Error(
             f"passes: probing the decay needs a recipe with weight24, method {decaying}; this one has {found}"
         )
@@ -172,17 +172,18 @@ def _run(
     losses = []
     with rows:
         for step in range(steps):
+            pipeline.lower_(step)
             if step == steps // 2:
                 take_flip_rates_(pipeline, 1)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
             batches = [next(rows) for _ in range(count)]
+            without = ()
             if dense:  # the masks are watched, and the forward does without them
                 renew_masks_(pipeline, sparse, step)
-                with pipeline.lowered([p for p in pipeline.active if p is not sparse]):
-                    losses.append(training_step(batches, optimizer, step).loss)
-            else:
-                losses.append(training_step(batches, optimizer, step).loss)
+                without = (sparse.name,)
+            losses.append(training_step(batches, optimizer, step, without).loss)
+        pipeline.lower_(steps)
     half = losses[steps // 2 :]
     rates = take_flip_rates_(pipeline, len(half))
     return rates["mean"], sum(map(float, half)) / len(half)

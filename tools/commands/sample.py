@@ -18,16 +18,14 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_k:
         Act24Error: no checkpoint, or a prompt without a token.
     """
     built = load(path)
-    if built.tokenizer is None:
+    if (tokenizer := built.tokenizer) is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
-    tokenizer = built.open_tokenizer()
     with reading("the prompt is no UTF-8"):  # a byte that is none comes as half a surrogate pair
         prompt.encode()
     ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
     if not ids.numel():
         raise Act24Error("the prompt is empty; give it at least one token")
     generator = torch.Generator().manual_seed(seed)
-    built.model.eval()
     known = torch.from_numpy(tokenizer.known_ids(built.model.config.vocab_size))
     autocast = built.recipe is not None and built.recipe.train.dtype == "bfloat16_autocast"
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

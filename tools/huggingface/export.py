@@ -68,7 +68,7 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     if out.exists():
         raise Act24Error(f"{out} exists already")
     built = load(path)
-    tokenizer = built.open_tokenizer() if built.tokenizer else None
+    tokenizer = built.tokenizer
     exported = exported_form(built, form, dense_weights)
     config = exported.config
     if tokenizer is not None:

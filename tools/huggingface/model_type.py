@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from act24.passes import Pass, apply_
+from act24.passes import Pass, Pipeline, apply_
 from act24.passes.not_saved import allow_to_save_
+from act24.passes.pipeline import pipeline_of
 from act24.recipes.load import passes_of_tables
 from act24.tools.huggingface.config import ACT24
 
@@ -39,6 +40,11 @@ class Act24ForCausalLM(LlamaForCausalLM):
         if config.passes:
             apply_(self, config.passes)
             allow_to_save_(self)
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """For training, if the passes have state to renew: `begin_update_` once an update; else None."""
+        return pipeline_of(self)
 
 
 AutoConfig.register(ACT24, Act24Config)

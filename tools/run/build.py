@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ SPARSE_PASSES = ("activation24", "weight24")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, the pipeline that rewrote it, the updates already made, and the tokenizer of its text.
+    """A model, the pipeline that rewrote it, the updates already made, and how a recipe names the tokenizer
+    of its text.
 
     Recipe and tokenizer are None where a folder holds a model alone. `tokenizer_json` is the content of a
     checkpoint's `tokenizer.json`: its folder may be gone.
@@ -50,8 +52,13 @@ class Built:
     model: LlamaForCausalLM
     pipeline: Pipeline
     step: int
-    tokenizer: Tokenizer | None
+    tokenizer_section: Tokenizer | None
     tokenizer_json: str | None = None
+
+    @cached_property
+    def tokenizer(self) -> data_tokenizer.Tokenizer | None:
+        """The tokenizer, which encodes and decodes; None where there is none."""
+        return self.open_tokenizer() if self.tokenizer_section else None
 
     def open_tokenizer(self, data: Data | None = None) -> data_tokenizer.Tokenizer:
         """The tokenizer, for any text or for the given data.
@@ -59,9 +66,9 @@ class Built:
         Raises:
             Act24Error: it cannot be opened, or `data` are token shards that another one wrote.
         """
-        assert self.tokenizer is not None
-        with contents_of(Path(self.tokenizer.name)) if self.tokenizer_json else nullcontext():
-            return open_tokenizer(data or Data(), self.tokenizer, saved=self.tokenizer_json)
+        assert self.tokenizer_section is not None
+        with contents_of(Path(self.tokenizer_section.name)) if self.tokenizer_json else nullcontext():
+            return open_tokenizer(data or Data(), self.tokenizer_section, saved=self.tokenizer_json)
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -133,8 +140,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
     run_c4.py left: its passes are applied again, then its weights.
 
-    The model is the one that would be served: nothing is drawn at random, and masks are those of the weights
-    that were read. `Pipeline.lower_` brings the operations of training.
+    The model is in evaluation mode, and the one that would be served: nothing is drawn at random, and masks
+    are those of the weights that were read. `model.train()` and `Pipeline.begin_update_` train it on.
 
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
@@ -143,7 +150,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
         return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):
         model, pipeline = open_pretrained(path)
-        return Built(None, model.to(device), pipeline, 0, _beside(Path(path)))
+        return Built(None, model.to(device).eval(), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     with contents_of(opened.folder / "recipe.toml"):
         recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
@@ -167,7 +174,7 @@ def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[Ll
         model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
     pipeline = _pipeline(recipe, model, step)
     pipeline.commit_()
-    model.to_empty(device=device)
+    model.to_empty(device=device).eval()
     for name, buffer in model.named_buffers():
         if name not in model.state_dict():
             buffer.zero_()

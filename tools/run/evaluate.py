@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.passes import OperationalPass, Pipeline
-from act24.passes.state import evaluation
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.data import Batch, HeldoutRows, heldout_rows
@@ -101,7 +100,7 @@ def evaluate(
     Args:
         pipeline: what rewrote the model.
         without: names of passes to leave out.
-        step: as for `act24.passes.state.evaluation`; scales are measured on the first batch.
+        step: as for `Pipeline.evaluation`; scales are measured on the first batch.
         batches: at most so many; None: all, or what `eval.max_seconds` leaves time for.
         loss_of: what `model` gives for a batch, made another way; a training step has captured it.
         stop: looked at before each batch, by all processes together.
@@ -125,7 +124,7 @@ def evaluate(
         "reduce": processes.sum_,
     }
     losses, counts = [], []
-    with _evaluating(model), evaluation(pipeline, without, step=step, **measured_on):
+    with _evaluating(model), pipeline.evaluation(without, step=step, **measured_on):
         for batch in itertools.chain((first,), rest):
             if stop is not None and processes.any(bool(stop)):
                 raise EvaluationStopped
@@ -183,7 +182,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     """
     with open_processes() as processes:
         built = load(path, processes.device)
-        if built.recipe is None or built.tokenizer is None:
+        if built.recipe is None or built.tokenizer_section is None:
             raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
         check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)

@@ -28,7 +28,7 @@ def open_any(source: str | Path) -> AnyModel:
 def _of_run(path: Path) -> AnyModel:
     built = load(path)
     exported = exported_form(built)
-    tokenizer_json = built.open_tokenizer().to_json() if built.tokenizer else None
+    tokenizer_json = built.tokenizer.to_json() if built.tokenizer else None
     passes = (Relu2FFN(width="keep"),) if exported.kind == ARCEE else exported.passes
     model, pipeline = unset(exported.config, passes)
     check_state(exported.state, model, str(path))

@@ -14,12 +14,8 @@ from torch.optim import Optimizer
 from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
-from act24.passes.state import (
-    begin_micro_batch_,
-    begin_update_,
-    decay_dropped_weights_,
-    without_counting,
-)
+from act24.passes.state import set_seeds_, without_counting
+from act24.passes.updates import measured_at, rows_to_run
 from act24.recipes.schema import Train
 from act24.tools.data import Batch
 from act24.tools.run.graphs import FixedInputs, GraphedCalls, why_not_captured
@@ -83,7 +79,6 @@ class TrainingStep:
         """
         self._processes = processes
         self._pipeline = pipeline
-        self._seed = train.seed
         self._accumulated = accumulation(train, processes.world_size)
         self._clip = train.grad_clip
         self._skips = train.on_nonfinite == "skip"
@@ -119,19 +114,41 @@ class TrainingStep:
             _shard_(self.summed_loss)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def __call__(self, batches: Sequence[Batch], optimizer: Optimizer, step: int = 0) -> StepResult:
+    def __call__(
+        self, batches: Sequence[Batch], optimizer: Optimizer, step: int = 0, without: Sequence[str] = ()
+    ) -> StepResult:
         """Forward and backward over the micro-batches of one step, clip, update, clear the gradients.
 
         Args:
             step: updates already made.
+            without: names of passes to leave out.
 
         Raises:
             Act24Error: a micro-batch cannot be captured, and has to be.
         """
         with self._on_stream():
-            return self._step(batches, optimizer, step)
+            note = self._begin_update(batches, step, without)
+            return self._step(batches, optimizer, note)
 
-    def _step(self, batches: Sequence[Batch], optimizer: Optimizer, step: int) -> StepResult:
+    def _begin_update(self, batches: Sequence[Batch], step: int, without: Sequence[str]) -> str | None:
+        if self._pipeline is None:
+            return None
+        rows = None
+        if due := measured_at(self._pipeline, step):
+            rows = _first_rows(batches, rows_to_run(due, batches[0].input_ids.shape[1]))
+            self._pipeline.set_pads_(self._pads(rows))
+        with self._precision():
+            return self._pipeline.begin_update_(
+                step,
+                rows and self._rows(rows),
+                self._processes.sum_,
+                forward=self.summed_loss,  # which alone gathers what is sharded; replicas do not talk
+                rank=self._processes.rank,
+                without=without,
+                loop_decays=True,  # a captured backward calls no hooks, and its gradients are summed
+            )
+
+    def _step(self, batches: Sequence[Batch], optimizer: Optimizer, note: str | None) -> StepResult:
         assert len(batches) == self._accumulated
         counted = torch.stack([(batch.labels >= 0).sum() for batch in batches]).sum()
         tokens = self._processes.sum_(self._inputs.fill("counted", counted).clone())
@@ -140,14 +157,9 @@ class TrainingStep:
         scale = self._inputs.fill("scale", shares / tokens.clamp(min=1))
         total = torch.zeros((), device=self._processes.device)
         placed = self._follow_pipeline()
-        note = None
-        if self._pipeline is not None:
-            first = batches[0]
-            note = begin_update_(
-                self._pipeline, step, lambda: self._forward(first), self._pads(first), self._processes.sum_
-            )
         for index, batch in enumerate(batches):
-            self._begin_micro_batch(batch, step, index)
+            if self._pipeline is not None:
+                self._pipeline.set_pads_(self._pads(batch))
             with self._synchronised(last=index == len(batches) - 1):
                 total += self._forward_backward(batch, scale)
             if placed and index == 0:
@@ -155,14 +167,12 @@ class TrainingStep:
         if self._adds_up:
             self._processes.sum_all_([p.grad for p in self._parameters if p.grad is not None])
         if self._pipeline is not None:
-            decay_dropped_weights_(self._pipeline, clipped=False)
+            self._pipeline.decay_gradients_()
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
         loss, grad_norm = self._processes.sum_(total) / shares, whole(grad_norm)
         # Whoever asks to skip waits for the device here. Both values are the same on all processes.
         skipped = self._skips and not bool(torch.isfinite(loss + grad_norm))
         if not skipped:
-            if self._pipeline is not None:
-                decay_dropped_weights_(self._pipeline, clipped=True)
             optimizer.step()
         # Graphs add to the gradients that were there when they were captured.
         optimizer.zero_grad(set_to_none=self._graphs is None)
@@ -200,7 +210,10 @@ class TrainingStep:
         if self._pipeline is None:
             return {}
         with self._on_stream():
-            self._begin_micro_batch(batch, step, 0)
+            # The draws of this look are its own; the update that follows sets its seeds anew.
+            self._pipeline.lower_(step)
+            set_seeds_(self._pipeline, step, self._processes.rank)
+            self._pipeline.set_pads_(self._pads(batch))
             return gradient_cosines(self._pipeline, lambda: self._forward(batch, self.summed_loss))
 
     def _on_stream(self) -> contextlib.AbstractContextManager[None]:
@@ -260,17 +273,6 @@ class TrainingStep:
         (loss,) = accumulate() if self._graphs is None else self._graphs(self._key(batch), accumulate)
         return loss
 
-    def _begin_micro_batch(self, batch: Batch, step: int, index: int) -> None:
-        if self._pipeline is not None:
-            begin_micro_batch_(
-                self._pipeline,
-                seed=self._seed,
-                step=step,
-                micro_batch=index,
-                rank=self._processes.rank,
-                pads=self._pads(batch),
-            )
-
     def _pads(self, batch: Batch) -> Tensor | None:
         return None if batch.pads is None else self._inputs.fill("pads", batch.pads)
 
@@ -287,6 +289,12 @@ class TrainingStep:
         if hasattr(self._loss, "set_requires_gradient_sync"):
             self._loss.set_requires_gradient_sync(last)  # type: ignore[operator]
         return contextlib.nullcontext()
+
+
+def _first_rows(batches: Sequence[Batch], count: int) -> Batch:
+    """The first rows of an update, however it is split into micro-batches."""
+    ids, labels = (torch.cat([getattr(b, name) for b in batches])[:count] for name in ("input_ids", "labels"))
+    return Batch(ids, labels)
 
 
 def accumulation(train: Train, world_size: int) -> int:

@@ -267,7 +267,6 @@ class TrainingRun:
         """Make one optimizer step, with nothing read back from the device."""
         recipe = self._recipe
         counts = _due(self._step + 1, recipe.log.activation_statistics_every)
-        self._built.pipeline.lower_(self._step, without=() if counts else (ActivationStatistics.name,))
         rate = learning_rate(recipe, self._step, self._schedule_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -276,13 +275,14 @@ class TrainingRun:
         waited, self._waited = time.perf_counter() - waited + self._waited, 0.0
         if _due(self._step, recipe.log.gradient_cosine_every):
             self.monitor.add_cosines(self.training_step.gradient_cosines(batches[0], self._step))
-        result: StepResult = self.training_step(batches, self._optimizer, self._step)
+        left_out = () if counts else (ActivationStatistics.name,)
+        result: StepResult = self.training_step(batches, self._optimizer, self._step, left_out)
         self._step += 1
         self._note = result.note
         self._skips = self._skips + 1 if result.skipped else 0
         if result.skipped:
-            left_out = f"step {self._step}: the loss or its gradient is not finite; the batch is left out"
-            self._note = f"{self._note}\n{left_out}" if self._note else left_out
+            skipped = f"step {self._step}: the loss or its gradient is not finite; the batch is left out"
+            self._note = f"{self._note}\n{skipped}" if self._note else skipped
         self.monitor.add(self._step, result, rate, waited, self._rows.figures())
 
     def _failure(self, progress: RunProgress) -> BaseException | None:

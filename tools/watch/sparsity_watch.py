@@ -31,7 +31,7 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         by the weight's name, a scalar on the device; empty where every backward is dense, or no site has a
         linear of its own.
     """
-    # Before an update's beginning, packed weights are still those of the last one.
+    # Before an update's beginning, packed weights are still those of the last one, and so are masks.
     passes: list[OperationalPass] = [
         replace(p, keep_packed=False) if isinstance(p, Weight24) else p
         for p in without_counting(pipeline.active)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from act24.operation import cast
+
 
 def times_scale(tensor: Tensor, scale: Tensor | None) -> Tensor:
     """β · tensor in the tensor's dtype, rounded once: β itself keeps its precision, so that what is applied
@@ -17,4 +19,4 @@ def times_scale(tensor: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return tensor
     wide = torch.promote_types(tensor.dtype, scale.dtype)
-    return (tensor.to(wide) * scale).to(tensor.dtype)
+    return cast(tensor.to(wide) * scale, tensor.dtype)

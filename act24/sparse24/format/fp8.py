@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.operation import cast
+
 #: As a factor, for PyTorch divides a tensor by a number in one way on a CPU and in another on a GPU.
 PER_LARGEST = 1 / 448
 
@@ -47,7 +49,7 @@ def scaled(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
     Returns:
         `[..., N]` in the dtype of the product.
     """
-    return (product * scale[..., None] * columns).to(product.dtype)
+    return cast(product * scale[..., None] * columns, product.dtype)
 
 
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,4 +67,4 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
     """
     (narrow, scale), (narrow_weight, columns) = quantise_rows(x), quantise_rows(weight)
     wide = torch.float32 if x.dtype is torch.float16 else x.dtype
-    return scaled(F.linear(narrow.to(wide), narrow_weight.to(wide)), scale, columns).to(x.dtype)
+    return cast(scaled(F.linear(narrow.to(wide), narrow_weight.to(wide)), scale, columns), x.dtype)

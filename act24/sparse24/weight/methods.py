@@ -122,7 +122,8 @@ METHODS: Table[WeightMethod] = Table(
         mask=_two_largest,
         decay_place="before_clipping",
         decay=2e-4,
-        source="SR-STE, arXiv 2102.04010, eq. 7: W ← W - γ (g + λ (1 - mask) ∘ W), λ = 2e-4",
+        source="SR-STE, arXiv 2102.04010, eq. 7: W ← W - γ (g + λ (1 - mask) ∘ W), λ = 2e-4; their code "
+        "adds it in the backward of the sparse weight, so that whatever clips gradients clips it too",
     ),
 )
 

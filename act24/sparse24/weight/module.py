@@ -152,6 +152,7 @@ class SparseLinear24(nn.Linear):
     def decay_gradient_(self, decay: Annotated[float, Range(ge=0)] | None = None) -> None:
         """Masked decay: add decay · weight to the gradient of the weights that the mask drops. SR-STE has it
         in the gradient that is clipped, arXiv 2404.01847 adds it after clipping (`self.method.decay_place`).
+        Once an update, whatever the number of its micro-batches.
 
         Args:
             decay: λ; None: as published with the method, nothing where it has none.

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import act24
 from act24.errors import Act24Error
 from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN, Weight24
-from act24.passes.state import evaluation
 from act24.tools.huggingface import model_type  # noqa: F401  (registers it)
 from act24.tools.huggingface.export import export_run, save_pretrained
 from act24.tools.run.build import load
@@ -71,13 +70,8 @@ def runs(tiny_file, tmp_path_factory):
 def served(run, without=()) -> torch.Tensor:
     """Logits of a run as its own evaluation has them, with masks of the weights that are read."""
     built = load(run)
-    weights = [p for p in built.pipeline.active if isinstance(p, Weight24)]
-    with torch.no_grad(), evaluation(built.pipeline, without):
-        for p in weights:
-            from act24.passes.state import renew_masks_
-
-            renew_masks_(built.pipeline, p, p.from_step + 40)  # when all methods do
-        return built.model.eval()(IDS)
+    with torch.no_grad(), built.pipeline.evaluation(without):
+        return built.model(IDS)
 
 
 def test_every_run_has_a_form():
@@ -226,3 +220,16 @@ def test_a_rewritten_transformers_model_leaves_by_our_writer_as_the_same_functio
     assert not any(told.values()), told
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(IDS).logits, model(IDS).logits, atol=2e-6, rtol=1e-5)
+
+
+def test_an_opened_folder_is_trained_by_its_pipeline(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+    save_pretrained(act24.apply_(model, RUNS["relu2-soft"]), tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    with pytest.raises(Act24Error, match="begin_update_"):
+        opened(IDS)
+    opened.pipeline.begin_update_(0, {"input_ids": IDS})
+    opened(IDS, labels=IDS).loss.backward()

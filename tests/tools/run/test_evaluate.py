@@ -74,7 +74,7 @@ def loss_of_all_rows(model, rows):
 def opened(run_dir, *overrides):
     built = load(run_dir)
     recipe = parse_recipe(dump_recipe(built.recipe), "test", overrides)
-    tokenizer = open_tokenizer(recipe.data, built.tokenizer)
+    tokenizer = open_tokenizer(recipe.data, built.tokenizer_section)
     return built, recipe, heldout_rows(recipe.data, tokenizer, recipe.eval.tokens, vocab_size=300), tokenizer
 
 
@@ -160,7 +160,7 @@ def measures(run_dir, out):
         built = load(run_dir)
         recipe = built.recipe
         where = {"vocab_size": 300, "rank": processes.rank, "world_size": processes.world_size}
-        rows = heldout_rows(recipe.data, open_tokenizer(recipe.data, built.tokenizer), 500, **where)
+        rows = heldout_rows(recipe.data, open_tokenizer(recipe.data, built.tokenizer_section), 500, **where)
         found = evaluate(SummedLoss(built.model), rows, recipe, processes, built.pipeline)
     (out / f"{processes.rank}.json").write_text(json.dumps(dataclasses.asdict(found)))
 
@@ -220,7 +220,7 @@ def _late_on_one(folder, recipe_text, path):
         recipe = parse_recipe(recipe_text, "test")
         rows = heldout_rows(
             recipe.data,
-            open_tokenizer(recipe.data, built.tokenizer),
+            built.open_tokenizer(recipe.data),
             recipe.eval.tokens,
             vocab_size=300,
             rank=processes.rank,

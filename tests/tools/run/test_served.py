@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from act24.generate import generate
 from act24.llama import LlamaForCausalLM
 from act24.passes import Activation24, Relu2FFN, Weight24
-from act24.passes.state import begin_update_, evaluation
 from act24.tools.commands.sample import sample_text
 from act24.tools.data import heldout_rows
 from act24.tools.run.build import build, load, model_config
@@ -144,14 +143,14 @@ def test_evaluation_takes_masks_of_the_weights_and_gives_the_state_back(tiny, me
     built = build(recipe, torch.device("cpu"))
     model, pipeline = built.model, built.pipeline
     ids = torch.arange(16)[None]
-    begin_update_(pipeline, 0, lambda: model(ids))
+    pipeline.begin_update_(0, ids)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     masks = [b for name, b in model.named_buffers() if name.endswith("24_mask")]
     before = {name: (b.data_ptr(), b.clone()) for name, b in model.named_buffers()}
     weights = dict(model.named_parameters())
-    with evaluation(pipeline):
+    with pipeline.evaluation():
         for name, buffer in model.named_buffers():
             if name.endswith("24_mask") and method != "soft_threshold":
                 make = transposable if method == "transposable" else two_of_four
@@ -185,6 +184,7 @@ def test_load_draws_nothing_under_mvue(tiny, tmp_path):
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         plain = built.model(ids)
+        built.model.train()
         built.pipeline.lower_(3)
         random = built.model(ids)
         built.pipeline.lower_(3, without=["activation24"])

@@ -30,6 +30,7 @@ use = "relu2_ffn"
 use = "activation24"
 method = "soft_dynamic"
 dynamic_steps = 2
+calibration_samples = 200
 from_step = 1
 """
 WEIGHT = """
@@ -106,15 +107,14 @@ class Trainer:
     def __init__(self, recipe, processes, optimizer=ADAM, seed=0):
         built = build(recipe, processes.device)
         self.model, self.pipeline = built.model, built.pipeline
-        drawn = recipe.train.model_copy(update={"seed": seed})  # of the draws only: the weights are there
-        self.step = TrainingStep(self.model, drawn, processes, self.pipeline)
+        self.pipeline._seed = seed  # of the draws only: the weights are there
+        self.step = TrainingStep(self.model, recipe.train, processes, self.pipeline)
         self.optimizer = optimizer(self.model.parameters())
 
     def update(self, step, batches):
         """Make an update; the scales in force at each of its forwards."""
         seen = []
         handle = self.model.model.norm.register_forward_hook(lambda *_: seen.append(scales(self.model)))
-        self.pipeline.lower_(step)
         self.step(batches, self.optimizer, step)
         handle.remove()
         return seen
@@ -137,6 +137,10 @@ def activations(trainer, batch):
     tokens = torch.ones_like(batch.labels, dtype=torch.bool) if batch.pads is None else ~batch.pads
     ups = [whole(layer.get_parameter("mlp.up_proj.weight").detach()) for layer in layers]
     return [torch.relu(hidden[tokens] @ up.T) ** 2 for hidden, up in zip(kept, ups, strict=True)]
+
+
+def both(batches):
+    return Batch(*(torch.cat([getattr(b, part) for b in batches]) for part in ("input_ids", "labels")))
 
 
 def scale_by_hand(rows):
@@ -166,7 +170,7 @@ def follow_scales(recipe, folder, processes):
     for step in range(6):
         batches, due = own_batches(processes.rank, step), step in (1, 3, 5)
         trainer.pipeline.lower_(step)
-        measured = activations(trainer, batches[0])
+        measured = activations(trainer, both(batches))
         seen = trainer.update(step, batches)
         now = scales(trainer.model)
         assert gathered(now) == [now, now]

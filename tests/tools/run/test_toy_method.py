@@ -64,7 +64,8 @@ def test_it_is_trained_by_recipe_evaluated_and_resumed(toy, tiny, tmp_path) -> N
     assert all(scale > 1 for scale in scales), "measured, and kept in checkpoints"
     ids = torch.randint(300, (2, 16))
     served = whole.model(ids)
-    whole.pipeline.lower_(8)
+    whole.model.train()
+    whole.pipeline.begin_update_(8)
     assert not torch.equal(whole.model(ids), served), "naive in evaluation, which `load` brings"
     with whole.pipeline.lowered([p.in_evaluation() for p in whole.pipeline.active if not p.observes]):
         assert torch.equal(whole.model(ids), served)

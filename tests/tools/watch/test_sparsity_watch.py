@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from rewritten_llama import ALONE, IDS, loss_of, rewritten, scales
 
 from act24.passes import Activation24, ActivationStatistics, Lost, Relu2FFN, Weight24
-from act24.passes.state import begin_update_
 from act24.tools.watch.sparsity_watch import alarms, gradient_cosines
 from act24.tools.watch.statistics import SiteStatistics, read_activation_statistics_, weight_sparsity
 
@@ -55,7 +54,7 @@ def test_statistics_report_what_the_backward_drops_only_where_there_is_one() -> 
         model, pipeline = rewritten(
             Relu2FFN(), Activation24(method="soft_dynamic", backward=backward), ActivationStatistics()
         )
-        begin_update_(pipeline, 0, lambda model=model: model(IDS))
+        pipeline.begin_update_(0, IDS)
         model(IDS)
         sites = read_activation_statistics_(model, ALONE)
         assert [s.layer for s in sites] == [0, 1]

@@ -1,0 +1,342 @@
+"""Plan all passes over all regions, and only then touch the model.
+
+Planning runs the real passes on copies of the regions' graphs, in order, so that a later pass sees what an
+earlier one leaves. When every pass has matched, the new modules are built, and only when all are built do
+they take their places. Structural passes are applied once; operational ones are applied again whenever
+their step ranges say so (`Rewriting.lower_`), over the same parameters and buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from act24.errors import PassError
+from act24.initialise import generator_for
+from act24.options import check_options
+from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
+from act24.passes.graph.hooks import refuse_hooks
+from act24.passes.graph.measurements import Measurement, check_measured
+from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.region import (
+    Lowering,
+    Region,
+    RegionModule,
+    lower_,
+    lowering,
+    materialise,
+    reset_buffers_,
+)
+from act24.passes.graph.stock_state import Change, from_stock, to_stock
+from act24.passes.graph.tracing import trace
+from act24.passes.not_saved import refuse_to_save_
+from act24.passes.report import Report, Row, figures, no_match, row
+
+
+@dataclass
+class _Site:
+    """A region on its way: as traced, after the structural passes, and the module once it stands."""
+
+    traced: Region
+    base: Region
+    changes: list[Change] = field(default_factory=list)
+    claims: dict[str, Pass] = field(default_factory=dict)
+    touched: bool = False
+    module: RegionModule | None = None
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A region through certain operational passes, and what each of them matched."""
+
+    site: _Site
+    lowering: Lowering
+    matches: list[tuple[Match, ...]]
+
+
+class Rewriting:
+    """Passes over one model, planned at construction.
+
+    Attributes:
+        report: what it does.
+        boundaries: the steps at which the set of operational passes changes, without 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        passes: Sequence[Pass],
+        *,
+        seed: int = 0,
+        step: int = 0,
+        keep_all: bool = False,
+    ) -> None:
+        """Plan. Arguments as for `apply_`.
+
+        Args:
+            keep_all: let regions stand as graph modules even where no pass acts, single linears excepted.
+        """
+        check_options(Start(model, seed, step), "Pipeline")
+        self._model = model
+        self._passes = check_passes(passes)
+        self._seed = seed
+        self._classes: dict[tuple[Any, ...], type] = {}
+        self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
+        self._rows: list[Row] = []
+        self._misses: list[tuple[str, str, str]] = []
+        self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]
+        operational = [p for p in self._passes if isinstance(p, OperationalPass)]
+        self._operational = sorted(operational, key=lambda p: p.last)
+        self._active = [p for p in self._operational if p.active(step)]
+        limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
+        self.boundaries: tuple[int, ...] = tuple(sorted(limits))
+        regions, self._unclean = trace(model)
+        self._sites = [
+            _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
+            for region in regions
+        ]
+        base = [site.base for site in self._sites]
+        for p in self._structural:
+            self._plan_pass(p, base)
+        lowered = self._plan_operational()
+        for site in self._sites:
+            if site.touched:
+                refuse_hooks(site.traced)
+        counts = figures(model, [site.traced for site in self._sites], base, lowered)
+        self.report = Report(tuple(self._rows), tuple(self._misses), **counts)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    @property
+    def measurements(self) -> dict[str, Measurement]:
+        """What `commit_` has to be told of the model as it is before: by name what is wanted, and of which
+        parameter. Passes ask for it; who owns the data measures it."""
+        return {name: wanted for site in self._sites for name, wanted in site.base.measurements.items()}
+
+    def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
+        """Build all new modules, then put each where its region was traced.
+
+        Args:
+            measured: a tensor for each of `measurements`, of the shape given there. On the meta device
+                nothing is measured, since nothing has values.
+
+        Raises:
+            PassError: that was done before, or a measurement is missing or of another shape.
+        """
+        if self.modules:
+            raise PassError("this pipeline was already committed")
+        measured = measured or {}
+        if not any(p.is_meta for p in self._model.parameters()):
+            check_measured(self.measurements, measured)
+        built: list[tuple[_Site, RegionModule]] = [
+            (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
+            for site in self._sites
+            if site.touched
+        ]
+        for site, module in built:
+            for fqn in site.traced.fqns:
+                parent, _, leaf = fqn.rpartition(".")
+                setattr(self._model.get_submodule(parent), leaf, module)
+            site.module = module
+            # The stock tensors that a pass replaced must not live on through the plan.
+            site.traced.module = site.base.module = module
+        matched = {row.pass_name for row in self.report.rows}
+        changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
+        refuse_to_save_(self._model, changed)
+        self._lower()
+
+    def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
+        """Bring the operations in line with the passes in force once `step` updates are made.
+
+        Args:
+            without: names of passes to leave out, in force or not; to see a model without 2:4, say.
+
+        Returns:
+            whether anything changed. Parameters and buffers never do.
+        """
+        return self._lower_to(self.in_force(step, without))
+
+    def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
+        """The operational passes in force once `step` updates are made, those named in `without` left out."""
+        return [p for p in self._operational if p.active(step) and p.name not in without]
+
+    def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
+        """The model through other operational passes from now on, as `lowered` has it for a while."""
+        self._lower_to(list(passes))
+
+    @contextmanager
+    def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:
+        """The model through other operational passes, over the same parameters and buffers, for as long as
+        the context lasts. They may need no buffer that the pipeline's own passes do not have."""
+        before = self._active
+        self._lower_to(list(passes))
+        try:
+            yield
+        finally:
+            self._lower_to(before)
+
+    def exchange_(self, old: OperationalPass, new: OperationalPass) -> None:
+        """Put a pass in the place of another that differs only in how it computes: it has the same matches,
+        buffers and steps."""
+        self._passes = tuple(new if p is old else p for p in self._passes)
+        self._operational = [new if p is old else p for p in self._operational]
+        self._lower_to([new if p is old else p for p in self._active])
+
+    @property
+    def seed(self) -> int:
+        """Of new parameters and of what is drawn in training."""
+        return self._seed
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the passes rewrote."""
+        return self._model
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """All passes, in order."""
+        return self._passes
+
+    @property
+    def active(self) -> tuple[OperationalPass, ...]:
+        """The operational passes in force."""
+        return tuple(self._active)
+
+    def matches(self, p: OperationalPass) -> list[tuple[str, Match]]:
+        """What a pass in force has rewritten, each with the name of its region."""
+        index = self._active.index(p)
+        lowered = self._lowered[tuple(self._active)]
+        return [(done.site.traced.fqn, match) for done in lowered for match in done.matches[index]]
+
+    def places(self, pass_name: str) -> tuple[str, ...]:
+        """The fully qualified names of what a structural pass rewrites, each once."""
+        return tuple(
+            site.traced.name(path)
+            for site in self._sites
+            for path, p in site.claims.items()
+            if p.name == pass_name
+        )
+
+    def reset_buffers_(self) -> None:
+        """Give all buffers that passes added their first values, for a model whose parameters were made up
+        after `to_empty`, as a benchmark does."""
+        for site in self._sites:
+            if site.module is not None:
+                reset_buffers_(site.module, site.base.buffers)
+
+    @property
+    def modules(self) -> tuple[RegionModule, ...]:
+        """The graph modules that stand in the model."""
+        return tuple(self.regions.values())
+
+    @property
+    def regions(self) -> dict[str, RegionModule]:
+        """The same, by the first place where each stands."""
+        return {site.traced.fqn: site.module for site in self._sites if site.module is not None}
+
+    def state_from_stock(
+        self, state: Mapping[str, Tensor], keep: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """A stock state dict as the rewritten model's, and the names that it cannot fill.
+
+        Args:
+            keep: names of passes whose parameters the state has already.
+
+        Raises:
+            PassError: a name that a pass starts from is missing.
+        """
+        return from_stock([change for change in self._changes() if change.pass_name not in keep], state)
+
+    def state_to_stock(self, state: Mapping[str, Tensor], keep: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The rewritten model's state dict as a stock one of the same function.
+
+        Args:
+            keep: names of passes that are not undone, as the reader's model has them too.
+
+        Raises:
+            PassError: a pass has no such form, with its reason, or a name is missing.
+        """
+        return to_stock([change for change in self._changes() if change.pass_name not in keep], state)
+
+    def _changes(self) -> list[Change]:
+        """What passes do to parameters, in their order."""
+        return [change for site in self._sites for change in site.changes]
+
+    def _plan_operational(self) -> list[Region]:
+        """Run every interval of steps once, so that no pass can fail in the middle of a run.
+
+        Returns:
+            the regions as of the last interval in which a pass is in force, for the report's figures.
+        """
+        reported: set[int] = set()
+        final = [site.base for site in self._sites]
+        for step in (0, *self.boundaries):
+            lowered = counted = [site.base.copy() for site in self._sites]
+            for index, p in enumerate(self._operational):
+                if p.active(step):
+                    if p.last:  # it hides the operations that the figures count
+                        lowered = [region.copy() for region in lowered]
+                    self._plan_pass(p, lowered, report=index not in reported)
+                    reported.add(index)
+            for site, region in zip(self._sites, lowered, strict=True):
+                site.base.buffers.update(region.buffers)
+            if any(p.active(step) and not p.observes for p in self._operational):
+                final = counted
+        return final
+
+    def _plan_pass(self, p: Pass, regions: list[Region], report: bool = True) -> None:
+        """Plan a pass over all regions, one a site, and apply it to them.
+
+        Args:
+            report: note what it does; once is enough for a pass that is in force in several intervals.
+        """
+        plans = [p.plan(region) for region in regions]
+        if not any(planned.matches for planned in plans) and not p.optional:
+            raise PassError(no_match(p, regions, plans, self._unclean))
+        for site, region, planned in zip(self._sites, regions, plans, strict=True):
+            if isinstance(p, StructuralPass):
+                self._claim(p, site, region, planned.matches)
+            p.apply(region, planned)
+            site.touched |= bool(planned.matches)
+            if report and not p.observes:
+                self._rows += [row(p, region, match) for match in planned.matches]
+                self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]
+
+    def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
+        """One structural pass a place: the second would take apart what the first one built."""
+        for match in matches:
+            other = site.claims.setdefault(match.path, p)
+            if other is not p:
+                raise PassError(f"{other.name} and {p.name} both rewrite {region.name(match.path)}")
+            if match.state is not None:
+                site.changes.append(Change(site.traced, p.name, match.path, match.state))
+
+    def _lower_to(self, active: list[OperationalPass]) -> bool:
+        changed = active != self._active
+        self._active = active
+        if changed:
+            self._lower()
+        return changed
+
+    def _lower(self) -> None:
+        key = tuple(self._active)
+        if key not in self._lowered:  # evaluation comes back to the same few again and again
+            self._lowered[key] = [self._lower_region(site) for site in self._sites if site.module]
+        for done in self._lowered[key]:
+            assert done.site.module is not None
+            lower_(done.site.module, done.lowering, self._classes)
+
+    def _lower_region(self, site: _Site) -> _Lowered:
+        region, matches = site.base.copy(), []
+        for p in self._active:
+            planned = p.plan(region)
+            p.apply(region, planned)
+            matches.append(planned.matches)
+        for p in (*self._structural, *self._active):
+            p.finish(region)
+        return _Lowered(site, lowering(region.graph, self._classes), matches)

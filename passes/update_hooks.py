@@ -1,0 +1,135 @@
+"""Hooks by which a model tells whoever watches it that it runs, and which its copies have not.
+
+A copy of a model (`copy.deepcopy`, pickle) has no pipeline, and so nobody who renews its masks, scales and
+seeds: in the hooks' place it has one that refuses what it can no longer do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from act24.errors import Act24Error
+from act24.passes.graph.region import RegionModule
+
+
+class Watcher(Protocol):
+    """Who is told of forwards."""
+
+    def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """A forward begins."""
+
+    def after_forward(self) -> None:
+        """It has ended, also by an error."""
+
+    def copied(self) -> str:
+        """A copy of the model is made: why its forwards in evaluation mode are refused; empty if they are
+        those of the model."""
+        ...
+
+
+def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) -> None:
+    """Hook the module that calls the regions, outside of them."""
+    _Before.hide()
+    trunk = _trunk(model, regions)
+    trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
+    trunk.register_forward_hook(_After(watcher), always_call=True)
+
+
+def watcher_of(model: nn.Module) -> Watcher | None:
+    """Who watches a model; None for a copy."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return next((hook.watcher for hook in hooks if isinstance(hook, _Before)), None)
+
+
+#: Why a copy that was made in training does not run.
+COPIED = (
+    "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: "
+    "copy it inside `with pipeline.evaluation():`, or apply the same passes to a stock model and "
+    "load_state_dict()"
+)
+_UNTRAINED = (
+    "this model is a copy without the pipeline that renews its masks, scales and seeds: to train it, apply "
+    "the same passes to a stock model and load_state_dict()"
+)
+
+
+class _Hook:
+    """A hook of a model; copies of it, which have no pipeline, have another in its place."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+
+class _Before(_Hook):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
+        return _Orphan(self.watcher.copied())
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return _Orphan, (self.watcher.copied(),)
+
+    @classmethod
+    def hide(cls) -> None:
+        """From torch.compile, for whoever compiles the whole model. Not at import, which would not be
+        fast."""
+        if not hasattr(cls, "_hidden"):
+            cls._hidden = True
+            for kind in (_Before, _After):
+                kind.__call__ = torch.compiler.disable(kind.__call__)  # type: ignore[method-assign]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.watcher.before_forward(module, kwargs)
+
+
+class _After(_Hook):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Nothing:
+        return _Nothing()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Nothing, ()
+
+    def __call__(self, *_: Any) -> None:
+        self.watcher.after_forward()
+
+
+class _Nothing:
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+class _Orphan:
+    """Refuses what a copy of a model cannot do."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            raise Act24Error(_UNTRAINED)
+        if self._why and not module.training:
+            raise Act24Error(self._why)
+
+
+def _trunk(model: nn.Module, regions: Sequence[str]) -> nn.Module:
+    """The innermost module that calls all regions and is none of a list of blocks."""
+    paths = [fqn.split(".")[:-1] for fqn in regions]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common:
+        module = model.get_submodule(".".join(common))
+        parent = model.get_submodule(".".join(common[:-1]))
+        if not _only_holds(module) and not _only_holds(parent) and not isinstance(module, RegionModule):
+            return module
+        common.pop()
+    return model
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether a module is a list or a dictionary of others."""
+    return type(module).forward is nn.Module.forward

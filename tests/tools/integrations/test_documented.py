@@ -1,0 +1,131 @@
+"""The lines that the documents have for other people's loops run, and train as a plain loop does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import act24
+from act24.passes import Activation24, Pipeline, Relu2FFN, Weight24
+
+
+def blocks(path: str) -> list[str]:
+    text = (Path(__file__).parents[3] / path).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+_, _, TRAINER, ACCELERATE, LIGHTNING = blocks("docs/own-training-loop.md")
+ROWS = torch.randint(97, (12, 16), generator=torch.Generator().manual_seed(0))
+
+
+def rewritten() -> tuple[Any, Pipeline]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2))
+    passes = [
+        Relu2FFN(),
+        Weight24(scope="attn", decay=0.1, mask_every=2),
+        Activation24(method="soft_dynamic"),
+    ]
+    return model, act24.apply_(model, passes)
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": part, "labels": part} for part in ROWS.split(2)]
+
+
+def plain_loop() -> dict[str, torch.Tensor]:
+    """Three updates of two micro-batches."""
+    model, pipeline = rewritten()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, (first, second) in enumerate(zip(batches()[::2], batches()[1::2], strict=True)):
+        pipeline.begin_update_(step, first)
+        for batch in (first, second):
+            (model(**batch).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def assert_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in state.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_readme() -> None:
+    pytest.importorskip("transformers")
+    (block,) = blocks("README.md")
+    exec(block, {})
+
+
+def test_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, pipeline = rewritten()
+    names = {
+        "accelerator": accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2),
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": torch.utils.data.DataLoader(batches(), batch_size=None),  # type: ignore[arg-type]
+        "pipeline": pipeline,
+    }
+    exec(ACCELERATE, names)
+    assert_same(model.state_dict(), plain_loop())
+
+
+def test_a_lightning_module() -> None:
+    """Its loop, as Lightning runs it: the hook before each batch, a step at every second."""
+    model, pipeline = rewritten()
+    names: dict[str, Any] = {}
+    exec(LIGHTNING, names)
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(
+            accumulate_grad_batches=2, strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+        ),
+        pipeline=pipeline,
+        global_step=0,
+        global_rank=0,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index, batch in enumerate(batches()):
+        names["on_train_batch_start"](module, batch, index)
+        (model(**batch).loss / 2).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            module.global_step += 1
+    assert_same(model.state_dict(), plain_loop())
+
+
+def test_the_trainer_saves_what_it_goes_on_from_and_nothing_that_opens_as_another_function(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, pipeline = rewritten()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ROWS]
+    names = {"act24": act24, "transformers": transformers, "model": model, "pipeline": pipeline}
+    names |= {"arguments": arguments, "rows": rows}
+    exec(TRAINER, names)
+    names["trainer"].train()
+    saved = tmp_path / "checkpoint-2"
+    assert (saved / "model.safetensors").is_file()
+    assert not (saved / "config.json").exists()
+    with pytest.raises(act24.Act24Error, match=r"act24\.save_pretrained"):
+        names["trainer"].save_model(str(tmp_path / "last"))
+    losses = names["trainer"].evaluate(rows)
+    with pipeline.evaluation(), torch.no_grad():
+        expected = torch.stack([model(**batch).loss for batch in batches()]).mean()
+    assert losses["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
