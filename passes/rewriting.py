@@ -250,7 +250,7 @@ class Rewriting:
         Raises:
             PassError: a name that a pass starts from is missing.
         """
-        return from_stock([change for change in self._changes() if change.pass_name not in keep], state)
+        return from_stock([change for change in self.changes if change.pass_name not in keep], state)
 
     def state_to_stock(self, state: Mapping[str, Tensor], keep: Sequence[str] = ()) -> dict[str, Tensor]:
         """The rewritten model's state dict as a stock one of the same function.
@@ -261,9 +261,10 @@ class Rewriting:
         Raises:
             PassError: a pass has no such form, with its reason, or a name is missing.
         """
-        return to_stock([change for change in self._changes() if change.pass_name not in keep], state)
+        return to_stock([change for change in self.changes if change.pass_name not in keep], state)
 
-    def _changes(self) -> list[Change]:
+    @property
+    def changes(self) -> list[Change]:
         """What passes do to parameters, in their order."""
         return [change for site in self._sites for change in site.changes]
 

@@ -264,7 +264,7 @@ def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
 def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe: its keys and values, and that every pass finds something to rewrite."""
     from act24.recipes.load import load_recipe
-    from act24.tools.run.build import plan_recipe
+    from act24.tools.run.pretrained import plan as plan_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     plan_recipe(loaded)
