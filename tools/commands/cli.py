@@ -103,38 +103,6 @@ def train(
             raise typer.Exit(STOPPED_STATUS)
 
 
-@app.command(name="eval")
-def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run or checkpoint; with --protocol any model.")],
-    set_: SetOption = None,
-    protocol: recovery.ProtocolOption = None,
-    seqlen: recovery.WindowOption = None,
-    text: recovery.TextOption = None,
-    windows: recovery.WindowsOption = None,
-    beside: recovery.BesideOption = None,
-    device: recovery.DeviceOption = None,
-    legacy_average: Annotated[
-        bool,
-        typer.Option(
-            "--legacy-average", help="Also the sum/(n+1) mean of the public scripts, for their tables."
-        ),
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Held-out loss of a checkpoint, exact over tokens, with and without 2:4; or, with --protocol, perplexity
-    of any model as the pruning literature measures it."""
-    if protocol is not None:
-        options = (protocol, seqlen, text or [], windows, beside, device, as_json)
-        return recovery.evaluate_by_protocol(str(path), *options)
-    from act24.tools.commands.show import show_evaluations
-    from act24.tools.run.evaluate import evaluate_checkpoint
-    from act24.tools.run.processes import own_rank
-
-    evaluations = evaluate_checkpoint(path, set_ or ())
-    if own_rank() == 0:
-        show_evaluations(evaluations, legacy_average, as_json)
-
-
 @app.command()
 def sample(
     path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
@@ -155,7 +123,11 @@ def export(
     path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     form: Annotated[
-        str, typer.Option("--as", help="llama, arcee, act24; auto: the first of these that holds the model.")
+        str,
+        typer.Option(
+            "--as",
+            help="llama, arcee, act24; auto: the first that holds the model; peft: of lora the adapter.",
+        ),
     ] = "auto",
     dense_weights: Annotated[
         bool, typer.Option(help="Of weight24 the dense masters, not the masked weights that were trained.")
@@ -238,7 +210,9 @@ def doctor() -> None:
     print(examine())
 
 
-app.command()(recovery.prune)
+app.command(name="eval")(recovery.evaluate)
+for command in (recovery.prune, recovery.recover, recovery.merge):
+    app.command()(command)
 
 
 @recipe_app.command("ls")

@@ -1,4 +1,4 @@
-"""Commands that prune a model and recover it, and the public protocol of evaluation."""
+"""Commands that prune a model and recover it, and those that evaluate one."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ SetOption = Annotated[
     typer.Option(
         "--set", "-s", metavar="KEY=VALUE", help="Override of data.*: data.rows=padded. Repeatable."
     ),
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: eval.tokens=100. Repeatable."),
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration rows.")]
 SeqlenOption = Annotated[
@@ -116,6 +120,36 @@ def _table(path: Path | None) -> dict[str, str]:
     return content
 
 
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run or checkpoint; with --protocol any model.")],
+    set_: OverrideOption = None,
+    protocol: ProtocolOption = None,
+    seqlen: WindowOption = None,
+    text: TextOption = None,
+    windows: WindowsOption = None,
+    beside: BesideOption = None,
+    device: DeviceOption = None,
+    legacy_average: Annotated[
+        bool,
+        typer.Option(
+            "--legacy-average", help="Also the sum/(n+1) mean of the public scripts, for their tables."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Held-out loss of a checkpoint, with and without 2:4; with --protocol, perplexity of any model."""
+    if protocol is not None:
+        options = (protocol, seqlen, text or [], windows, beside, device, as_json)
+        return evaluate_by_protocol(str(path), *options)
+    from act24.tools.commands.show import show_evaluations
+    from act24.tools.run.evaluate import evaluate_checkpoint
+    from act24.tools.run.processes import own_rank
+
+    evaluations = evaluate_checkpoint(path, set_ or ())
+    if own_rank() == 0:
+        show_evaluations(evaluations, legacy_average, as_json)
+
+
 def evaluate_by_protocol(
     model: str,
     protocol: str,
@@ -140,3 +174,63 @@ def evaluate_by_protocol(
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
     if beside is not None:
         print(compared(found, beside), file=sys.stderr if as_json else sys.stdout)
+
+
+def recover(
+    model: Annotated[str, typer.Argument(help="A folder that act24 prune wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    blockwise: Annotated[
+        bool, typer.Option("--blockwise", help="Fit each block to the dense one; the one way there is.")
+    ] = False,
+    dense: Annotated[str | None, typer.Option(help="What it was pruned from; default what it says.")] = None,
+    data: DataOption = "builtin",
+    set_: SetOption = None,
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = None,
+    epochs: Annotated[int, typer.Option(min=1, help="How often a block sees all rows.")] = 4,
+    lr: Annotated[float, typer.Option(min=0, help="Of AdamW, falling to 0.")] = 2e-4,
+    device: DeviceOption = None,
+) -> None:
+    """Fit what each block kept to the outputs of the dense block. Training with masks (sparse_mask, lora,
+    masked_lora) is a recipe, for act24 train.
+
+    Interrupted, the same command goes on with the next block.
+    """
+    from act24.errors import Act24Error
+    from act24.tools.pruning.blockwise import recover_blockwise
+    from act24.tools.pruning.folder import pick_device
+
+    if not blockwise:
+        raise Act24Error(
+            "act24 recover needs --blockwise; other ways are recipes for act24 train: [model] pretrained, with "
+            "a pass sparse_mask, lora or masked_lora"
+        )
+    errors = recover_blockwise(
+        model,
+        out,
+        data=calibration_data(data, set_ or ()),
+        dense=dense,
+        samples=samples,
+        seqlen=seqlen,
+        epochs=epochs,
+        lr=lr,
+        device=pick_device(device),
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"{out}: {len(errors)} blocks recovered, the last one's error {[*errors.values()][-1]:.4f}")
+
+
+def merge(
+    model: Annotated[
+        str, typer.Argument(help="A run of lora or masked_lora; with --adapter the base model.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    adapter: Annotated[Path | None, typer.Option(help="A folder in PEFT's format.")] = None,
+    allow_dense: Annotated[
+        bool, typer.Option("--allow-dense", help="A plain adapter into a pruned model, whose zeros it fills.")
+    ] = False,
+) -> None:
+    """Merge an adapter into the weights that it was trained on, where that loses no zero."""
+    from act24.tools.pruning.merge import merge as merge_adapter
+
+    print(merge_adapter(model, out, adapter, allow_dense))

@@ -18,12 +18,13 @@ LONGEST = 2048
 
 
 def calibration_rows(
-    data: Data, tokenizer: Tokenizer, count: int, vocab_size: int
+    data: Data, tokenizer: Tokenizer, count: int, vocab_size: int, rows: int | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The first `count` rows of the training text, in batches, and their padding.
 
     Args:
         data: `max_length` tokens a row.
+        rows: of a batch; None: those of some 4096 tokens.
 
     Returns:
         int64 `[B, S]` each, and boolean `[B, S]` or None.
@@ -31,14 +32,14 @@ def calibration_rows(
     Raises:
         Act24Error: the text cannot be read, fills no row, or fewer than `count`.
     """
-    size = max(1, min(count, _TOKENS // data.max_length))
+    size = max(1, min(count, rows or _TOKENS // data.max_length))
     batches: list[Tensor] = []
     pads: list[Tensor | None] = []
     left = count
-    with open_rows(data, tokenizer, batch_size=size, vocab_size=vocab_size) as rows:
+    with open_rows(data, tokenizer, batch_size=size, vocab_size=vocab_size) as read:
         while left:
-            batch = next(rows)
-            if rows.epoch:
+            batch = next(read)
+            if read.epoch:
                 raise Act24Error(
                     f"the calibration text has {count - left} to {count - left + size} rows of "
                     f"{data.max_length} tokens, and {count} were asked for: give more text, fewer --samples "

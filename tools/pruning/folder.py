@@ -19,24 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from act24.errors import Act24Error, reading
+from act24.errors import Act24Error
 from act24.pruning.methods import METHODS
 from act24.pruning.pattern import parse_pattern
 from act24.recipes.schema import Data
 from act24.tools.files import whole_file
 from act24.tools.huggingface.any_model import AnyModel, write_any
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
+from act24.tools.pruning.kept import BlockFiles, clear
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
 from act24.tools.pruning.prune import LayerReport, Pruning, prune_
 from act24.tools.run.opening import open_any
 from act24.tools.watch.tensorboard import RunLog
 
 REPORT = "prune.json"
-_JOURNAL = "pruning.json"
 
 
 def prune_model(
@@ -103,7 +102,7 @@ def prune_model(
     write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
     _log(partial, done)
     partial.rename(out)
-    clear_kept(out)
+    clear(out)
     return done
 
 
@@ -116,76 +115,38 @@ def write_pruned(opened: AnyModel, folder: Path, masks: Masks, report: Mapping[s
     check_pruned(opened.state(), masks, opened.source)
     try:
         write_any(opened, folder, masks.pattern)
-        write_masks(folder, masks)
+        if masks.masks:
+            write_masks(folder, masks)
         with whole_file(folder / REPORT) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise Act24Error(f"cannot write {folder}: {error}") from error
 
 
-class _Kept:
-    """The finished blocks in a partial folder."""
-
-    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            Act24Error: the folder is of another pruning.
-        """
-        self._folder = folder
-        journal = folder / _JOURNAL
-        if folder.exists():
-            with reading(f"cannot read {journal}"):
-                before = json.loads(journal.read_text(encoding="utf-8"))
-            different = [key for key in asked if before.get(key) != json.loads(json.dumps(asked[key]))]
-            if different:
-                raise Act24Error(
-                    f"{folder} is of an interrupted pruning with another {', '.join(different)}: give the "
-                    "same options, or remove it"
-                )
-            return
-        folder.mkdir(parents=True)
-        with whole_file(journal) as file:
-            file.write_text(json.dumps(asked, indent=1), encoding="utf-8")
-
-    def _file(self, index: int) -> Path:
-        return self._folder / f"block-{index:05d}.safetensors"
+class _Kept(BlockFiles):
+    """The finished blocks in a partial folder, as `prune_` wants them."""
 
     def load(self, index: int) -> tuple[dict[str, Tensor], Pruning] | None:
-        file = self._file(index)
-        if not file.is_file():
+        found = self.read(index)
+        if found is None:
             return None
-        with reading(f"cannot read {file}: remove it to prune that block again", Exception):
-            with safetensors.safe_open(file, "pt") as opened:
-                content = json.loads(opened.metadata()["pruning"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in content["layers"]]
-            done = Pruning(
-                content["method"],
-                content["pattern"],
-                masks={x.name: tensors[f"{x.name}.mask"].bool() for x in layers},
-                patterns={x.name: parse_pattern(x.pattern) for x in layers},
-                transposed=set(content["transposed"]),
-                left=content["left"],
-                layers=layers,
-                block_errors=content["block_errors"],
-            )
-            return {x.name: tensors[x.name] for x in layers}, done
+        tensors, content = found
+        layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in content["layers"]]
+        done = Pruning(
+            content["method"],
+            content["pattern"],
+            masks={x.name: tensors[f"{x.name}.mask"].bool() for x in layers},
+            patterns={x.name: parse_pattern(x.pattern) for x in layers},
+            transposed=set(content["transposed"]),
+            left=content["left"],
+            layers=layers,
+            block_errors=content["block_errors"],
+        )
+        return {x.name: tensors[x.name] for x in layers}, done
 
     def save(self, index: int, weights: Mapping[str, Tensor], done: Pruning) -> None:
         content = {**done.as_dict(), "transposed": sorted(done.transposed)}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        tensors |= {f"{name}.mask": mask.contiguous() for name, mask in done.masks.items()}
-        try:
-            with whole_file(self._file(index)) as file:
-                safetensors.torch.save_file(tensors, file, {"pruning": json.dumps(content)})
-        except (OSError, safetensors.SafetensorError) as error:
-            raise Act24Error(f"cannot write {self._file(index)}: {error}") from error
-
-
-def clear_kept(folder: Path) -> None:
-    """Remove the files of blocks from what is whole."""
-    for file in (*folder.glob("block-*.safetensors"), folder / _JOURNAL):
-        file.unlink(missing_ok=True)
+        self.write(index, {**weights, **{f"{n}.mask": m for n, m in done.masks.items()}}, content)
 
 
 def _log(folder: Path, done: Pruning) -> None:

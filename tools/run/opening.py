@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from act24.llama import LlamaForCausalLM
 from act24.passes import Relu2FFN
-from act24.tools.huggingface.any_model import AnyModel, open_folder, stock_model
+from act24.tools.huggingface.any_model import FOREIGN, AnyModel, open_folder, stock_model
 from act24.tools.huggingface.config import ARCEE, CONFIG
-from act24.tools.huggingface.export import exported_form
+from act24.tools.huggingface.export import exported_form, foreign_model
 from act24.tools.huggingface.folder import check_state, fill_buffers_, unset
 from act24.tools.huggingface.old_folder import is_old
 from act24.tools.run.build import load
@@ -27,6 +28,9 @@ def open_any(source: str | Path) -> AnyModel:
 
 def _of_run(path: Path) -> AnyModel:
     built = load(path)
+    if not isinstance(built.model, LlamaForCausalLM):
+        text = built.tokenizer.to_json() if built.tokenizer else None
+        return AnyModel(str(path), None, FOREIGN, foreign_model(built).eval(), None, (), None, text)
     exported = exported_form(built)
     tokenizer_json = built.tokenizer.to_json() if built.tokenizer else None
     passes = (Relu2FFN(width="keep"),) if exported.kind == ARCEE else exported.passes

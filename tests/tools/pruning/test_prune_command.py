@@ -111,7 +111,7 @@ def test_the_folder_opens_in_transformers_and_here(kind, model_folder, words, tm
     assert (report["calibration"]["samples"], report["calibration"]["seqlen"]) == (8, 32)
     assert report["calibration"]["tokens"] == 256
     assert len(report["layers"]) == len(masks.masks)
-    assert not [*out.glob("block-*"), *out.glob("pruning.json")]
+    assert not [*out.glob("block-*"), *out.glob("interrupted.json")]
     assert (out / "tokenizer.json").is_file()
     bits = load_file(out / "masks.safetensors")
     assert all(value.dtype is torch.uint8 for value in bits.values())
@@ -148,7 +148,7 @@ def test_killed_and_called_again(method, model_folder, words, tmp_path, monkeypa
         prune_model(str(source), tmp_path / "out", method=method, **options(words))
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
-    with pytest.raises(Act24Error, match="interrupted pruning with another calibration"):
+    with pytest.raises(Act24Error, match="interrupted call with another calibration"):
         prune_model(str(source), tmp_path / "out", method=method, **options(words, samples=4))
     lines = []
     prune_model(str(source), tmp_path / "out", method=method, **options(words), say=lines.append)
