@@ -211,7 +211,7 @@ def doctor() -> None:
 
 
 app.command(name="eval")(recovery.evaluate)
-for command in (recovery.prune, recovery.recover, recovery.merge):
+for command in (recovery.prune, recovery.recover, recovery.merge, recovery.pack):
     app.command()(command)
 
 

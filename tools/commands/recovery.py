@@ -202,7 +202,7 @@ def recover(
 
     if not blockwise:
         raise Act24Error(
-            "act24 recover needs --blockwise; other ways are recipes for act24 train: [model] pretrained, with "
+            "act24 recover needs --blockwise; other ways are recipes for act24 train: [model] pretrained with "
             "a pass sparse_mask, lora or masked_lora"
         )
     errors = recover_blockwise(
@@ -234,3 +234,14 @@ def merge(
     from act24.tools.pruning.merge import merge as merge_adapter
 
     print(merge_adapter(model, out, adapter, allow_dense))
+
+
+def pack(
+    model: Annotated[Path, typer.Argument(help="A folder of act24 prune, or of act24 export with masks.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+) -> None:
+    """A pruned model in less space: 9/16 of the dense weights for 2:4 in 16 bits. A packed one is made dense
+    again, bit for bit."""
+    from act24.tools.pruning.packed import pack as pack_folder
+
+    print(pack_folder(model, out))
