@@ -1,21 +1,23 @@
 """Does a change cost speed? The benchmarks of this checkout and of another one, in turn on one GPU.
 
     git worktree add ../before COMMIT
-    python -m act24.tools.bench.beside_checkout ../before OUT.json
+    python -m act24.tools.bench.beside_checkout ../before OUT.json [PART…]
 
-`bench pack`, `bench ffn` and four whole steps run in child processes, this side and the other one by turns.
+Four whole steps, `bench ffn` and `bench pack` run in child processes, this side and the other one by turns;
+only the parts that are named (a recipe of `STEPS`, "ffn", "pack"), if any is. OUT.json is written after each.
 The ratio of a row is the rate here over the rate there, of the medians over the turns; `spread` is the
 largest difference between two turns of one side, relative, below which a difference says nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +50,27 @@ def _child(checkout: Path, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def _measure(checkout: Path) -> dict[str, float]:
-    """Rates by row: GB/s, or calls a second; rows that count bytes are left out."""
-    rates = {}
-    for command in ("pack", "ffn"):
-        for row in _child(checkout, "-m", "act24", "bench", command, "--json"):
-            if row["unit"] != "bytes":
-                rates[row["name"]] = row["ours"] if row["unit"] == "GB/s" else 1e3 / row["ours"]
-    for recipe, rows in STEPS:
-        seconds, _ = _child(checkout, "-c", _STEP, recipe, str(rows))
-        rates[f"step {recipe}, {rows} rows"] = 1 / seconds
-    return rates
+def _rows_of(command: str, checkout: Path) -> dict[str, float]:
+    """Rates of a benchmark by row: GB/s, or calls a second; rows that count bytes are left out."""
+    rows = _child(checkout, "-m", "act24", "bench", command, "--json")
+    return {
+        row["name"]: row["ours"] if row["unit"] == "GB/s" else 1e3 / row["ours"]
+        for row in rows
+        if row["unit"] != "bytes"
+    }
+
+
+def _step(recipe: str, rows: int, checkout: Path) -> dict[str, float]:
+    """Steps a second of a recipe."""
+    seconds, _ = _child(checkout, "-c", _STEP, recipe, str(rows))
+    return {f"step {recipe}, {rows} rows": 1 / seconds}
+
+
+#: What is measured, in this order; each returns rates by row for a checkout.
+PARTS: dict[str, Callable[[Path], dict[str, float]]] = {
+    **{recipe: functools.partial(_step, recipe, rows) for recipe, rows in STEPS},
+    **{command: functools.partial(_rows_of, command) for command in ("ffn", "pack")},
+}
 
 
 def compare(here: list[dict[str, float]], there: list[dict[str, float]]) -> Iterator[dict[str, Any]]:
@@ -79,24 +91,26 @@ def _commit(checkout: Path) -> str:
 
 
 def main() -> None:
-    other, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+    other, out, only = Path(sys.argv[1]).resolve(), Path(sys.argv[2]), sys.argv[3:]
+    if unknown := set(only) - set(PARTS):
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there is {', '.join(PARTS)}")
     import torch
 
-    here: list[dict[str, float]] = []
-    there: list[dict[str, float]] = []
-    for turn in range(TURNS):
-        for checkout, results in ((HERE, here), (other, there)):
-            results.append(_measure(checkout))
-            print(f"turn {turn}: {checkout.name} done", flush=True)
-        rows = list(compare(here, there))
-        result = {
-            "commits": [_commit(HERE), _commit(other)],
-            "gpu": torch.cuda.get_device_name(),
-            "rows": rows,
-        }
+    result = {
+        "commits": [_commit(HERE), _commit(other)],
+        "gpu": torch.cuda.get_device_name(),
+        "rows": [],
+    }
+    for part in only or PARTS:
+        here: list[dict[str, float]] = []
+        there: list[dict[str, float]] = []
+        for _ in range(TURNS):
+            here.append(PARTS[part](HERE))
+            there.append(PARTS[part](other))
+        for row in compare(here, there):
+            result["rows"].append(row)
+            print(f"{row['ratio']:.3f}  (spread {row['spread']:.3f})  {row['name']}", flush=True)
         out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    for row in rows:
-        print(f"{row['ratio']:.3f}  (spread {row['spread']:.3f})  {row['name']}")
 
 
 if __name__ == "__main__":

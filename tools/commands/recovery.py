@@ -202,7 +202,7 @@ def recover(
 
     if not blockwise:
         raise Act24Error(
-            "act24 recover needs --blockwise; other ways are recipes for act24 train: [model] pretrained with "
+            "act24 recover needs --blockwise; other ways are recipes for act24 train: [model] pretrained and "
             "a pass sparse_mask, lora or masked_lora"
         )
     errors = recover_blockwise(

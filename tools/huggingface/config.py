@@ -17,7 +17,7 @@ import torch
 
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig
-from act24.passes import Pass, Relu2FFN
+from act24.passes import Cola, Pass, Relu2FFN
 from act24.recipes.load import passes_of_tables
 from act24.recipes.records import as_table
 from act24.rotary import RotaryScaling
@@ -25,11 +25,15 @@ from act24.rotary import RotaryScaling
 CONFIG = "config.json"
 LLAMA, ARCEE, ACT24 = "llama", "arcee", "act24"
 
+#: Of the code that was published with CoLA (arXiv 2502.10940); read, never written.
+COLA = "cola"
+
 #: By model type: the class in `transformers` (of ours for "act24"), and the activation that it stands for.
 _ARCHITECTURES = {
     LLAMA: ("LlamaForCausalLM", "silu"),
     ARCEE: ("ArceeForCausalLM", "relu2"),
     ACT24: ("Act24ForCausalLM", "silu"),
+    COLA: ("ColaForCausalLM", "silu"),
 }
 
 #: Beside config.json, for type "act24": what `trust_remote_code=True` runs where act24 was not imported.
@@ -50,7 +54,12 @@ _ONLY = {
 }
 
 #: What a config.json leaves out means this, where that is not the default of LlamaConfig.
-_DEFAULTS_OF = {LLAMA: {}, ARCEE: {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}, ACT24: {}}
+_DEFAULTS_OF = {
+    LLAMA: {},
+    ARCEE: {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    ACT24: {},
+    COLA: {},
+}
 
 
 def read_config(folder: Path) -> tuple[LlamaConfig, tuple[Pass, ...]]:
@@ -108,6 +117,10 @@ def _passes(kind: str, raw: dict[str, Any]) -> tuple[Pass, ...]:
         return (Relu2FFN(width="keep"),)
     if kind == LLAMA:
         return ()
+    if kind == COLA:  # its lr_act_type is never read: the bottleneck's activation is hidden_act
+        rank = raw.get("rank") or raw["hidden_size"] // 4
+        silu = "drop" if raw.get("only_lr_act", True) else "keep"
+        return (Cola(attn_rank=rank, mlp_rank=rank, mlp_activation=silu),)
     tables = raw.get("act24_passes")
     if not isinstance(tables, list):
         raise Act24Error('a model of type "act24" has act24_passes, a list of tables')

@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face's layout, config.json beside model.safetensors or beside shards and their
-index, in and out: of LLaMA, of Arcee (relu² networks), and of our own type "act24".
+index, in and out: of LLaMA, of Arcee (relu² networks), and of our own type "act24"; in only, of the code that
+was published with CoLA.
 
 Every parameter that is missing, left over or of another shape is refused by name.
 """
@@ -50,8 +51,8 @@ def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
 
 
 def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
-    """The LLaMA, Arcee or act24 model stored in `folder`, in the dtype it is stored in, on the CPU, and the
-    pipeline that rewrote the stock LLaMA into it.
+    """The LLaMA, Arcee, act24 or CoLA model stored in `folder`, in the dtype it is stored in, on the CPU, and
+    the pipeline that rewrote the stock LLaMA into it.
 
     Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists.
 
@@ -64,6 +65,7 @@ def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
     state = read_state(folder)
     # Old checkpoints store this buffer; it follows from rope_theta.
     state = {name: value for name, value in state.items() if not name.endswith(".rotary_emb.inv_freq")}
+    state = dict(_under_our_name(*item) for item in state.items())
     if config.tie_word_embeddings and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
         if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
@@ -156,6 +158,13 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with whole_file(folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _under_our_name(name: str, value: Tensor) -> tuple[str, Tensor]:
+    """CoLA's A is `[in, R]` and its B `[R, out]` in files of its authors; ours are `[R, in]`, `[out, R]`."""
+    module, _, leaf = name.rpartition(".")
+    ours = {"cola_a": "weight_in", "cola_b": "weight_out"}.get(leaf)
+    return (f"{module}.{ours}", value.T.contiguous()) if ours else (name, value)
 
 
 def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM, Pipeline]:

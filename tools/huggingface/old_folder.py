@@ -26,16 +26,20 @@ from torch import Tensor
 
 from act24.errors import Act24Error, reading
 from act24.optim import AdamWOptions
-from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN
+from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN, Weight24
 from act24.recipes.flags import BY_NAME
 from act24.recipes.from_flags import recipe_from_flags
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.huggingface.config import CONFIG, read_json
+from act24.sparse24.pattern.soft_threshold import soft_threshold24
+from act24.tools.huggingface.config import COLA, CONFIG, read_json
 from act24.tools.huggingface.folder import INDEX, WEIGHTS, read_state
 
 FLAGS, STATE, COMMAND = "optimizer.pt", "training_state.json", "command.txt"
 PICKLE = "pytorch_model.bin"
+
+#: In the names of what `SparseOverlayLinear` wrapped.
+_OVERLAY = ".loro_linear."
 PICKLE_INDEX = f"{PICKLE}.index.json"
 
 logger = logging.getLogger("act24")
@@ -58,7 +62,7 @@ class OldModel:
 
 def is_old(folder: Path) -> bool:
     """Whether run_c4.py wrote a folder."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") == COLA:
         return False
     files = any((folder / name).is_file() for name in (FLAGS, STATE, COMMAND))
     return files or "squ_relu" in read_json(folder / CONFIG)
@@ -71,12 +75,17 @@ def open_old(folder: Path) -> OldModel:
         Act24Error: no flags are there, a file is damaged, or the model is one that act24 does not compute.
     """
     old = _weights(folder)
-    if any(".loro_linear." in name for name in old):
-        raise Act24Error(
-            f"{folder}: its factors were made 2:4 along the rank (--enable_2to4_sparse with LORO), which no "
-            "pass of act24 computes"
+    if overlaid := any(_OVERLAY in name for name in old):
+        old = _without_overlay(old)
+        logger.warning(
+            "warning: %s: its factors were made 2:4 along the rank (--enable_2to4_sparse with LORO), which "
+            "no pass does. They are read as its products had them, and go on as plain low rank",
+            folder,
         )
     recipe = _recipe(folder, old)
+    if overlaid:
+        plain = tuple(p for p in recipe.passes if not isinstance(p, Weight24))
+        recipe = recipe.model_copy(update={"passes": plain})
     step = read_json(folder / STATE).get("update_step", 0) if (folder / STATE).is_file() else 0
     if any(isinstance(p, Activation24) and p.soft for p in recipe.passes):
         logger.warning(
@@ -180,6 +189,23 @@ def _unpickled(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Act24Error(f"{path} holds no table of values")
     return content
+
+
+def _without_overlay(old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors of LORO as its overlay multiplied with them: soft-thresholded along their last axis as the
+    product reads them, N `[in, R]` along R and Mᵀ `[R, out]` along `out`, in float16 where they are bfloat16,
+    times a scale that was kept."""
+    state: dict[str, Tensor] = {}
+    for name, value in old.items():
+        module, _, leaf = name.rpartition(_OVERLAY)
+        if leaf in ("weight_in", "weight_out"):
+            factor = value if leaf == "weight_in" else value.T
+            thin = factor.half() if factor.dtype == torch.bfloat16 else factor
+            sparse = soft_threshold24(thin).to(value.dtype) * old[f"{module}.sparse_scale_{leaf[7:]}"]
+            value = sparse if leaf == "weight_in" else sparse.T.contiguous()
+        if not name.endswith((".sparse_scale_in", ".sparse_scale_out")):
+            state[name.replace(_OVERLAY, ".")] = value
+    return state
 
 
 def _renamed(old: Mapping[str, Tensor]) -> dict[str, Tensor]:

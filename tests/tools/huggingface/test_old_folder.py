@@ -234,15 +234,86 @@ def test_another_rank_is_refused_by_name(tmp_path: Path) -> None:
         act24.load(folder)
 
 
-def test_factors_that_were_2_4_are_refused(tmp_path: Path) -> None:
+class OldOverlay(nn.Module):
+    """LORO's factors, each soft-thresholded to 2:4 along its last axis and scaled, in every forward."""
+
+    def __init__(self, loro_linear: OldLowRank) -> None:
+        super().__init__()
+        self.loro_linear = loro_linear
+        self.register_buffer("sparse_scale_in", torch.tensor(1.7))
+        self.register_buffer("sparse_scale_out", torch.tensor(1.4))
+        self.register_buffer("previous_mask", torch.ones(8))
+
+    @staticmethod
+    def soft(weight: Tensor, scale: Tensor) -> Tensor:
+        groups = weight.unflatten(-1, (-1, 4))
+        ordered = groups.abs().sort(-1, descending=True).values
+        return (groups.sign() * (groups.abs() - ordered[..., 2:3]).clamp(min=0)).flatten(-2) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x @ self.soft(self.loro_linear.weight_in, self.sparse_scale_in)  # type: ignore[arg-type]
+        return inner @ self.soft(self.loro_linear.weight_out.T, self.sparse_scale_out)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eucl", [False, True])
+def test_factors_that_were_2_4_are_read_as_they_were_multiplied(
+    eucl: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = old_model("loro")
-    layer = model.model.layers[0].self_attn
-    wrapped = nn.Module()
-    wrapped.loro_linear = layer.q_proj
-    layer.q_proj = wrapped
-    folder = write(tmp_path / "model_40", model, {**FLAGS, "optimizer": "loro_adamw"})
-    with pytest.raises(Act24Error, match="2:4 along the rank"):
-        act24.load(folder)
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                setattr(parent, name, OldOverlay(child))
+    flags = {**FLAGS, "optimizer": "loro_adamw", "enable_2to4_sparse": True, "attn_2by4": True}
+    kind = {"loro_type": "eucl"} if eucl else {"loro_type": "loro", "loro_freq": 10}
+    folder = write(tmp_path / "model_40", model, {**flags, **kind})
+    built = act24.load(folder)
+    torch.testing.assert_close(built.model(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+    assert [p.name for p in built.pipeline.passes] == ["low_rank"]
+    assert "2:4 along the rank" in caplog.text
+
+
+class OfficialCola(nn.Module):
+    """y = silu(x A) B + bias, as its authors have it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.cola_a = nn.Parameter(0.3 * torch.randn(linear.in_features, RANK))
+        self.cola_b = nn.Parameter(0.3 * torch.randn(RANK, linear.out_features))
+        self.bias = nn.Parameter(0.1 * torch.randn(linear.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x @ self.cola_a) @ self.cola_b + self.bias
+
+
+class OfficialColaMLP(nn.Module):
+    def __init__(self, mlp: Any, silu: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = OfficialCola(mlp.gate_proj), OfficialCola(mlp.up_proj)
+        self.down_proj, self.silu = OfficialCola(mlp.down_proj), silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        return self.down_proj((F.silu(gate) if self.silu else gate) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_folder_of_the_code_published_with_cola(silu: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(CONFIG)
+    for layer in model.model.layers:
+        layer.mlp = OfficialColaMLP(layer.mlp, silu)
+        for name, linear in list(layer.self_attn.named_children()):
+            setattr(layer.self_attn, name, OfficialCola(linear))
+    told = {"only_lr_act": False, "rank": RANK} if silu else {}  # 32 / 4 is the rank that is meant
+    options = {"model_type": "cola", "attention_bias": True, "mlp_bias": True, **told}
+    folder = write(tmp_path / "model_40", model, None, "safetensors", **options)
+    torch.testing.assert_close(act24.load(folder).model(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+    export_run(folder, tmp_path / "out", "act24")
+    from act24.tools.huggingface import model_type  # noqa: F401  (registers it)
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-4, atol=1e-5)
 
 
 def test_a_command_goes_on_from_it(tiny_file: Path, tmp_path: Path) -> None:

@@ -169,19 +169,19 @@ def test_a_run_moves_to_other_processes(tiny_file, tmp_path, before, after, old,
 
 def overflowing(monkeypatch, *bad):
     """The losses of these steps are infinite, on every try."""
-    forward = step_module.TrainingStep._begin_micro_batch
+    update = step_module.TrainingStep.__call__
     model = step_module.SummedLoss.forward
     current = [0]
 
-    def begin(self, batch, step, index):
+    def begin(self, batches, optimizer, step=0, without=()):
         current[0] = step + 1
-        return forward(self, batch, step, index)
+        return update(self, batches, optimizer, step, without)
 
     def loss(self, input_ids, labels):
         total, count = model(self, input_ids, labels)
         return (total * (torch.inf if current[0] in bad and self.training else 1.0)), count
 
-    monkeypatch.setattr(step_module.TrainingStep, "_begin_micro_batch", begin)
+    monkeypatch.setattr(step_module.TrainingStep, "__call__", begin)
     monkeypatch.setattr(step_module.SummedLoss, "forward", loss)
 
 
