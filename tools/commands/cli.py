@@ -269,12 +269,16 @@ def recipe_cp(
 @recipe_app.command("from-flags", context_settings={"ignore_unknown_options": True})
 def recipe_from_flags(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, as it was called.")
+        list[str], typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, or with the script's name.")
     ],
 ) -> None:
-    """Translate a run_c4.py command: the recipe, with a remark on every option as comments."""
+    """Translate a run_c4.py command: the recipe, with a remark on every option as comments. Of Wanda's
+    scripts (main.py, finetune_lm.py, evaluate_ppl.py): the command of act24, or the recipe."""
     from act24.recipes.from_flags import recipe_from_flags as translate
+    from act24.recipes.wanda_flags import script_of, translated
 
+    if script_of(arguments) is not None:
+        return print(translated(arguments), end="")
     print(translate(arguments).text, end="")
 
 

@@ -53,6 +53,7 @@ class Budget:
         samples: calibration windows of 512 tokens; blockwise recovery fits on as many.
         windows: of evaluation.
         steps, rows, length: updates of the recipes, rows in each, tokens in a row.
+        epochs: of blockwise recovery over the calibration windows.
     """
 
     samples: int
@@ -60,6 +61,7 @@ class Budget:
     steps: int
     rows: int
     length: int
+    epochs: int
 
 
 def main() -> None:
@@ -72,8 +74,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=4)
     given = parser.parse_args()
-    budget = Budget(given.samples, given.windows, given.steps, given.rows, given.length)
+    budget = Budget(given.samples, given.windows, given.steps, given.rows, given.length, given.epochs)
     run(given.texts, given.work, given.report, budget)
 
 
@@ -115,17 +118,21 @@ def run(texts: Path, work: Path, report: Path, budget: Budget) -> None:
     data = calibration_data(str(work / "train.txt"), ())
     rest = {"data": data, "samples": budget.samples, "seqlen": SEQLEN}
     step("dense", lambda out: None)
-    for method in METHODS:
-        for pattern in ("2:4", "0.5"):
+
+    def prune(pattern: str) -> None:
+        for method in METHODS:
             name = f"{method} {pattern}".replace(":", "of")
-            step(name, lambda out, m=method, p=pattern: _prune(source, out, m, p, rest))
+            step(name, lambda out, m=method: _prune(source, out, m, pattern, rest))
+
+    prune("2:4")
     pruned = work / "wanda 2of4"
     step(
         "blockwise",
-        lambda out: _discard(recover_blockwise(str(pruned), out, dense=source, epochs=4, **rest)),
+        lambda out: _discard(recover_blockwise(str(pruned), out, dense=source, epochs=budget.epochs, **rest)),
     )
     for name in RECIPES:
         step(name, lambda out, n=name: _train(work, pruned, out, n, budget))
+    prune("0.5")
 
 
 def _discard(result: object) -> None:
@@ -193,8 +200,8 @@ def _report(rows: dict[str, dict[str, float]], budget: Budget) -> str:
     lines += [
         "",
         "Those after the pruned models begin with `wanda 2:4`. Blockwise recovery fits each block on the "
-        f"calibration windows, 4 times over; the recipes make {budget.steps} updates of {budget.rows} rows of "
-        f"{budget.length} tokens, {tokens:,} tokens in all.",
+        f"calibration windows, {budget.epochs} times over; the recipes make {budget.steps} updates of "
+        f"{budget.rows} rows of {budget.length} tokens, {tokens:,} tokens in all.",
         "Seconds are of pruning or recovery, without the evaluation, on a machine that others used too.",
         "",
     ]
