@@ -3,7 +3,7 @@
     lora          linear(x, W, b)   ==>   linear(x, W, b) + s linear(linear(dropout(x), A), B)
     masked_lora   linear(x, W, b)   ==>   linear(x, W + s M ∘ (B A), b)
 
-with s = alpha / rank, A `[r, in]` and B `[out, r]`, B zero at first, so that the function is the same at first.
+with s = alpha / rank, A `[r, in]` and B `[out, r]`; B is zero at first, so that the function is the same.
 All other parameters are frozen. Merging a plain adapter fills the zeros of a pruned weight; a masked one
 (arXiv 2312.15230, 2410.03750) merges without losing one, because M, the weight's mask, lies in its forward.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, linear_sites
+from act24.passes.graph.linear_sites import LinearSite, in_scope, linear_sites
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.sparse_mask import MASK_BITS, add_mask
@@ -37,7 +37,7 @@ class Lora(StructuralPass):
     """Options of `lora`; the defaults are those of arXiv 2306.11695's fine-tuning.
 
     Attributes:
-        modules: last names of the modules that get an adapter; `targets` and `ignore` narrow them.
+        targets: the linears that get an adapter; q and v, as published, in LLaMA's names.
         rank, alpha: r, and s r.
         dropout: of the adapter's inputs.
     """
@@ -45,7 +45,7 @@ class Lora(StructuralPass):
     name: ClassVar[str] = "lora"
     keeps_function: ClassVar[bool] = False
 
-    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] = ("*.q_proj", "*.v_proj")
     rank: Annotated[int, Range(ge=1)] = 8
     alpha: Annotated[float, Range(gt=0)] = 16.0
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.05
@@ -58,8 +58,7 @@ class Lora(StructuralPass):
     def plan(self, region: Region) -> Plan:
         matches = []
         for site in linear_sites(region):
-            leaf = site.path.rpartition(".")[2] or region.fqn.rpartition(".")[2]
-            if leaf not in self.modules or not self.selects(region, site.path):
+            if not (in_scope("all", self.targets, site) and self.selects(region, site.path)):
                 continue
             spec = region.parameters[site.weight]
             size = self.rank * sum(site.shape)
@@ -74,7 +73,7 @@ class Lora(StructuralPass):
                     state=self._state(site),
                 )
             )
-        return Plan(tuple(matches), absent=f"no linear called {' or '.join(self.modules)}")
+        return Plan(tuple(matches), absent=f"no linear that targets take ({', '.join(self.targets)})")
 
     @property
     def _masked(self) -> bool:
@@ -136,12 +135,12 @@ class Lora(StructuralPass):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLora(Lora):
-    """Options of `masked_lora`: those of `lora`, but for dropout, which the product W + s M ∘ (B A) has no
-    place for."""
+    """Options of `masked_lora`: those of `lora`, here for all linears of attention and MLPs, but for dropout,
+    which W + s M ∘ (B A) has no place for."""
 
     name: ClassVar[str] = "masked_lora"
 
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = ("*",)
     dropout: Annotated[float, Range(ge=0, le=0)] = 0.0
 
     @property

@@ -168,7 +168,7 @@ def _finetune(given: Mapping[str, str]) -> str:
     rows = int(_number(given, "per_device_train_batch_size", 8))
     if rows < 1 or _EFFECTIVE_BATCH % rows:
         raise RecipeError(
-            f"--per_device_train_batch_size {rows}: it has to divide {_EFFECTIVE_BATCH}, the rows of an update"
+            f"--per_device_train_batch_size {rows}: it has to divide {_EFFECTIVE_BATCH}, an update's rows"
         )
     samples = int(_number(given, "max_train_samples", 30000) * _number(given, "num_train_epochs", 3))
     model, data = given["model_name_or_path"], given.get("dataset_name", "c4")
@@ -205,7 +205,7 @@ def _finetune(given: Mapping[str, str]) -> str:
         "log": {"every": 10, "activation_statistics": False},
         "[passes]": {
             "use": "lora",
-            "modules": ("q_proj", "v_proj"),
+            "targets": ("*.q_proj", "*.v_proj"),
             "rank": 8,
             "alpha": 16.0,
             "dropout": 0.05,

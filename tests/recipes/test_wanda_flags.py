@@ -53,7 +53,7 @@ def test_the_adapter_is_trained_as_the_script_does_it():
     assert recipe.data.max_length == 1024
     assert recipe.optimizer.lr == 1e-4
     assert recipe.lr_multiplier(233) < 0.01  # linear to 0
-    assert recipe.passes == (Lora(modules=("q_proj", "v_proj"), rank=8, alpha=16.0, dropout=0.05),)
+    assert recipe.passes == (Lora(targets=("*.q_proj", "*.v_proj"), rank=8, alpha=16.0, dropout=0.05),)
     assert "act24 train THIS.toml --run-dir out/lora_weights" in text
 
 

@@ -186,7 +186,7 @@ def _report(rows: dict[str, dict[str, float]], budget: Budget) -> str:
         "# Pruning SmolLM2-135M and winning its accuracy back",
         "",
         "Written by `make recover-demo` (`tools/experiments/prune_recover.py`) on a CPU, one thread: "
-        "SmolLM2-135M-Instruct, 4 bits dequantised to float32; Debian's package `anarchism` as text, its first "
+        "SmolLM2-135M-Instruct, 4 bits dequantised to float32; Debian's `anarchism` as text, the first "
         f"2.5 million characters to calibrate and train on ({budget.samples} windows of {SEQLEN} tokens to "
         f"calibrate), perplexity on {budget.windows} windows of {SEQLEN} tokens of its end "
         f"(`act24 eval --protocol wikitext --seqlen {SEQLEN}`).",

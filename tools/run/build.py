@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from act24.errors import Act24Error, PassError
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, Weight24
+from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, SparseMask, Weight24
 from act24.passes.graph.measurements import Measurement
 from act24.passes.recovery import freeze_base_
 from act24.passes.served import lower_to_serve_
@@ -134,6 +134,10 @@ def build(
     pipeline.commit_(measure(wanted) if wanted and measure else None)
     if weights is not None:
         weights.fill_(pipeline)
+    elif recipe.model.preset is not None and any(
+        isinstance(p, SparseMask) and p.masks == "saved" for p in recipe.passes
+    ):
+        raise PassError("sparse_mask keeps the zeros of a pruned model: name one with model.pretrained")
     freeze_base_(pipeline)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()

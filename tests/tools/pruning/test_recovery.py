@@ -22,6 +22,7 @@ from tests.tools.run.test_pretrained import DENSE, branch, recipe
 from tests.tools.tiny import write_recipe
 
 MODULES = ["q_proj", "v_proj"]
+TARGETS = [f"*.{name}" for name in MODULES]
 IDS = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     data = calibration_data(str(folder / "train-*.txt"), ())
     prune_model(str(folder / "warm"), folder / "pruned", data=data, samples=16, seqlen=16)
     for use in ("lora", "masked_lora"):
-        table = {"use": use, "modules": MODULES}
+        table = {"use": use, "targets": TARGETS}
         train(branch(folder, folder / "pruned", [table], "train.steps=6", "train.batch_size=8"), folder / use)
     return folder
 

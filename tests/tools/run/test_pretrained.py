@@ -278,7 +278,7 @@ def test_zeros_come_back_after_an_optimizer_that_breaks_them(folder, pruned):
 
 @pytest.mark.parametrize("use", ["lora", "masked_lora"])
 def test_adapters_leave_the_base_bit_for_bit(use, folder, pruned, tmp_path):
-    run, p = tmp_path / "run", {"use": use, "modules": ["q_proj", "v_proj", "up_proj"]}
+    run, p = tmp_path / "run", {"use": use, "targets": ["*.q_proj", "*.v_proj", "*.up_proj"]}
     outcome = train(branch(folder, pruned, [p], "train.steps=8", "optimizer.weight_decay=0.1"), run)
     state, before = weights(run), load_file(pruned / "model.safetensors")
     assert all(torch.equal(state[name], value) for name, value in before.items())
