@@ -17,7 +17,7 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,24 +119,22 @@ def run(texts: Path, work: Path, report: Path, budget: Budget) -> None:
     rest = {"data": data, "samples": budget.samples, "seqlen": SEQLEN}
     step("dense", lambda out: None)
 
-    def prune(pattern: str) -> None:
-        for method in METHODS:
+    def prune(pattern: str, methods: Sequence[str]) -> None:
+        for method in methods:
             name = f"{method} {pattern}".replace(":", "of")
             step(name, lambda out, m=method: _prune(source, out, m, pattern, rest))
 
-    prune("2:4")
+    prune("2:4", ("magnitude", "wanda"))
     pruned = work / "wanda 2of4"
-    step(
-        "blockwise",
-        lambda out: _discard(recover_blockwise(str(pruned), out, dense=source, epochs=budget.epochs, **rest)),
-    )
     for name in RECIPES:
         step(name, lambda out, n=name: _train(work, pruned, out, n, budget))
-    prune("0.5")
+    step("blockwise", lambda out: _blockwise(str(pruned), out, source, budget.epochs, rest))
+    prune("2:4", ("sparsegpt",))
+    prune("0.5", METHODS)
 
 
-def _discard(result: object) -> None:
-    del result
+def _blockwise(pruned: str, out: Path, source: str, epochs: int, rest: dict) -> None:
+    recover_blockwise(pruned, out, dense=source, epochs=epochs, **rest)
 
 
 def _prune(source: str, out: Path, method: str, pattern: str, rest: dict) -> None:
@@ -196,7 +194,8 @@ def _report(rows: dict[str, dict[str, float]], budget: Budget) -> str:
     ]
     for name, row in rows.items():
         title = _TITLES.get(name, name.replace("of", ":"))
-        lines.append(f"| {title} | {row['perplexity']:.2f} | {row['seconds']:.0f} |")
+        spent = f"{row['seconds']:.0f}" if row["seconds"] >= 1 else ""
+        lines.append(f"| {title} | {row['perplexity']:.2f} | {spent} |")
     lines += [
         "",
         "Those after the pruned models begin with `wanda 2:4`. Blockwise recovery fits each block on the "
