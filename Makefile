@@ -15,7 +15,7 @@ recover-demo: .venv/installed
 	test -d $(RECOVER)/debian || (cd $(RECOVER) && apt-get download anarchism && dpkg-deb -x anarchism_*.deb debian)
 	$(BIN)/python -m act24.tools.experiments.prune_recover $(RECOVER)/debian $(RECOVER)/work docs/results/prune-recover.md
 
-.PHONY: demo recover-demo test test-slow fuzz lint clean
+.PHONY: demo recover-demo test test-slow test-torch fuzz soak mutate lint clean
 
 # Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
 # or worse, and on an idle one gains nothing.
@@ -32,11 +32,28 @@ test: lint
 test-slow: .venv/installed
 	$(PYTEST) -m slow
 
+# The tests against another torch, in an environment of its own: `make test-torch TORCH=2.11.0`; without a version,
+# the newest there is. No constraints: what it finds is what a user would get today.
+test-torch:
+	$(PYTHON) -m venv .venv-torch$(TORCH)
+	.venv-torch$(TORCH)/bin/python -m pip install --upgrade --extra-index-url $(CPU_BUILDS) \
+		torch$(if $(TORCH),==$(TORCH)) --editable '.[hf,test]'
+	OMP_NUM_THREADS=1 .venv-torch$(TORCH)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
 # Bad input of every kind, thousands of tries of each; `make test` makes few. Ends in the table of
 # docs/reliability.md. A quarter of an hour; FUZZ=100000 for a night.
 FUZZ ?= 1000
 fuzz: .venv/installed
 	ACT24_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
+
+# Toy runs that are killed at random moments have to end as one that nobody killed: docs/reliability.md.
+SOAK ?= 200
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(SOAK)
+
+# Changes chosen lines, one at a time; the tests named beside each have to notice. Half an hour.
+mutate: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -57,5 +74,5 @@ lint: .venv/installed
 
 # Runs stay: they are yours.
 clean:
-	rm -rf .venv build dist act24.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* build dist act24.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from act24.errors import Act24Error
+    from act24.inference.generator import Generator
     from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
     from act24.passes import Pipeline, apply_, plan, trace
     from act24.recipes.load import load_recipe
@@ -45,6 +46,7 @@ _check_links(os.path.dirname(os.path.abspath(__file__)))
 # A second list beside the imports above, which only type checkers read; a test keeps the two equal.
 _EXPORTS = {
     "Act24Error": "act24.errors",
+    "Generator": "act24.inference.generator",
     "LlamaConfig": "act24.llama",
     "LlamaForCausalLM": "act24.llama",
     "Pipeline": "act24.passes",
@@ -61,6 +63,7 @@ _EXPORTS = {
 
 __all__ = [
     "Act24Error",
+    "Generator",
     "LlamaConfig",
     "LlamaForCausalLM",
     "Pipeline",

@@ -40,7 +40,7 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`, and `tensor` itself where it has that dtype.
+    """`tensor.to(dtype)`, and `tensor` itself where it has that dtype; any shape.
 
     What an autograd.Function returns is cast with this: torch.compile of torch 2.11 gives zeros for the
     gradients, without a word, where an output went through a `.to` that changed nothing.

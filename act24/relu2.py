@@ -14,7 +14,7 @@ FUNCTIONS = ("relu2", "relu")
 
 @operation
 def relu2(hidden: Tensor) -> Tensor:
-    """relu(h)², elementwise; the derivative is 2·relu(h)."""
+    """relu(h)², elementwise: any shape and floating dtype, kept; the derivative is 2·relu(h)."""
     positive = torch.relu(hidden)
     return positive * positive
 
@@ -29,7 +29,7 @@ def check_function(function: str) -> None:
 
 
 def activation(positive: Tensor, function: str) -> Tensor:
-    """relu(h)² or relu(h), of the shape and dtype of `positive`, which is relu(h).
+    """relu(h)² or relu(h), of the shape and dtype of `positive`, which is relu(h), of any shape.
 
     Raises:
         OptionError: `function` is neither "relu2" nor "relu".
@@ -49,7 +49,7 @@ def slope_from_value(value: Tensor, function: str) -> Tensor:
     """d activation / d h from the activation itself, which backward has saved.
 
     In 16 bits the root of the rounded square, rounded, is relu(h) again, exactly, so nothing else is saved.
-    Shapes, dtypes and errors as for `activation`.
+    Any shape, kept as the dtype is; errors as for `activation`.
     """
     check_function(function)
     if function == "relu2":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from act24.options import (
     MOST_STEPS,
@@ -60,6 +60,8 @@ class Cosine(Schedule):
     """Options of `cosine`.
 
     Attributes:
+        warmup_steps: updates over which the learning rate rises from 0 to its peak.
+        min_lr_ratio: what it falls to, of the peak.
         skip_zero: where the first update would have learning rate 0, which is wherever there is a warm-up
             from 0, leave that value out: update k has the multiplier of k + 1, as in the public scripts.
             `cosine_restart` begins above 0 and has none to leave out.
@@ -113,8 +115,41 @@ class Constant(Cosine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WSD(Cosine):
+    """Options of `wsd`: warm-up, stable, decay (MiniCPM, arXiv 2404.06395).
+
+    Attributes:
+        decay_steps: updates of the fall at the end; not given: a fifth of the run, as in arXiv 2405.18392.
+        decay: its form, `"sqrt"`, 1 - √t (arXiv 2405.18392), or `"linear"`, 1 - t.
+        min_lr_ratio: where the fall ends, at `total_steps`; the published runs end at 0 or a tenth.
+    """
+
+    name: ClassVar[str] = "wsd"
+
+    decay_steps: Steps | None = None
+    decay: Literal["sqrt", "linear"] = "sqrt"
+
+    def multiplier(self, step: int, total_steps: int) -> float:
+        return wsd(
+            self._index(step),
+            total_steps=total_steps,
+            warmup_steps=self.warmup_steps,
+            decay_steps=total_steps // 5 if self.decay_steps is None else self.decay_steps,
+            min_lr_ratio=self.min_lr_ratio,
+            decay=self.decay,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CosineRestart(Cosine):
-    """Options of `cosine_restart`; None: what that function takes where it is not given."""
+    """Options of `cosine_restart`; None: what that function takes where it is not given.
+
+    Attributes:
+        restart_every: updates from one restart to the next.
+        restart_warmup_steps: updates of the climb back to the cosine.
+        lr_adjust_steps: 0 or less; delays the cosine by so many updates.
+        restart_in_warmup: whether there are restarts during the warm-up too.
+    """
 
     name: ClassVar[str] = "cosine_restart"
 
@@ -137,7 +172,7 @@ class CosineRestart(Cosine):
 
 
 #: The schedules that a recipe can name.
-SCHEDULES: Table[type[Schedule]] = Table("schedule", Cosine, Linear, Constant, CosineRestart)
+SCHEDULES: Table[type[Schedule]] = Table("schedule", Cosine, Linear, Constant, WSD, CosineRestart)
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
@@ -165,6 +200,37 @@ def constant(step: int, *, warmup_steps: int = 0) -> float:
     in_range("constant", "step", step, Range(ge=0))
     check_values(Constant, "constant", warmup_steps=warmup_steps)
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+
+
+def wsd(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    decay_steps: int,
+    min_lr_ratio: float = 0.0,
+    decay: Literal["sqrt", "linear"] = "sqrt",
+) -> float:
+    """Linear warm-up from 0, then 1, then over the last `decay_steps` down to `min_lr_ratio` at the end.
+
+    Before its fall nothing depends on `total_steps`, so a run may be made longer from there.
+
+    Raises:
+        OptionError: warm-up and fall are longer than the run, or a number is out of range.
+    """
+    _check("wsd", step, total_steps, warmup_steps, min_lr_ratio)
+    check_values(WSD, "wsd", decay_steps=decay_steps, decay=decay)
+    if warmup_steps + decay_steps > total_steps:
+        raise OptionError(
+            f"wsd: warmup_steps ({warmup_steps}) and decay_steps ({decay_steps}) are more than total_steps "
+            f"({total_steps})"
+        )
+    if step < warmup_steps:
+        return step / warmup_steps
+    if step < total_steps - decay_steps:
+        return 1.0
+    fallen = min(1.0, (step - (total_steps - decay_steps)) / decay_steps) if decay_steps else 0.0
+    return min_lr_ratio + (1 - min_lr_ratio) * (1 - (math.sqrt(fallen) if decay == "sqrt" else fallen))
 
 
 def cosine_restart(

@@ -8,12 +8,13 @@ from act24.passes.activation24 import Activation24
 from act24.passes.activation_statistics import ActivationStatistics
 from act24.passes.base import Match, OperationalPass, Pass, Plan, StateMap
 from act24.passes.cola import Cola
+from act24.passes.fp8 import Fp8
 from act24.passes.graph.region import Region
 from act24.passes.graph.tracing import trace
 from act24.passes.lora import Lora, MaskedLora
 from act24.passes.lost import Lost
 from act24.passes.low_rank import LowRank
-from act24.passes.pipeline import Pipeline, apply_, plan
+from act24.passes.pipeline import PartialWarning, Pipeline, apply_, plan
 from act24.passes.recompute import Recompute
 from act24.passes.relu2_ffn import Relu2FFN
 from act24.passes.sparse_mask import SparseMask
@@ -33,6 +34,7 @@ REGISTRY: Table[type[Pass]] = Table(
     MaskedLora,
     Activation24,
     Weight24,
+    Fp8,
     Recompute,
     ActivationStatistics,
 )
@@ -42,12 +44,14 @@ __all__ = [
     "Activation24",
     "ActivationStatistics",
     "Cola",
+    "Fp8",
     "Lora",
     "Lost",
     "LowRank",
     "MaskedLora",
     "Match",
     "OperationalPass",
+    "PartialWarning",
     "Pass",
     "PassError",
     "Pipeline",

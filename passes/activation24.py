@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from act24.options import OneOf, OptionError, Range
-from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
+from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
+from act24.passes.fp8 import Fp8, pays
 from act24.passes.graph.activation_sites import (
     ActivationSite,
     activation_sites,
@@ -41,6 +42,7 @@ from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, 
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24, Precision, check_pair
 from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8
 from act24.sparse24.format.products import Product, Table, feed_forward_products
 from act24.sparse24.pattern.feature_wise import TokenPermutation
 from act24.sparse24.weight.linear24 import linear24
@@ -63,8 +65,12 @@ class Activation24(OperationalPass):
             the layer's output.
         dynamic_steps: optimizer updates between two measurements of soft_dynamic's β; 0 for each update.
         calibration_samples: token rows, without padding, in one measurement, by each process.
-        backward, estimator, precision, dense_ratio, token_permutation: as in
+        backward, estimator, dense_ratio, token_permutation: as in
             `act24.sparse24.feed_forward.options.Options24`.
+        precision: as there; `"auto"`: `"fp8"` for the networks that are large enough to gain by it. None:
+        what
+            the pass `fp8` says, for all steps, where it stands in the list, and `"bfloat16"` where it does
+            not.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
             What is counted of a dense activation is not this pass's: a kernel may do it all the same.
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
@@ -73,6 +79,7 @@ class Activation24(OperationalPass):
     """
 
     name: ClassVar[str] = "activation24"
+    promises: ClassVar[bool] = False  # it takes the activations that there are
 
     method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"
@@ -80,7 +87,7 @@ class Activation24(OperationalPass):
     calibration_samples: Annotated[int, Range(ge=1)] = 100
     backward: Annotated[str, OneOf(BACKWARDS)] = "dense"
     estimator: Annotated[str, OneOf(ESTIMATORS)] = "masked"
-    precision: Precision = "bfloat16"
+    precision: Precision | Literal["auto"] | None = None
     dense_ratio: Annotated[float, Range(ge=0, lt=1)] = 0.05
     token_permutation: TokenPermutation = "batch"
     kernels: bool = True
@@ -95,6 +102,15 @@ class Activation24(OperationalPass):
                 "activation24: recompute is of networks of narrow linears inside dense products, which have "
                 'no fp8: set precision = "bfloat16", or recompute = false'
             )
+
+    def beside(self, passes: tuple[Pass, ...]) -> Activation24:
+        if self.precision is not None:
+            return self
+        return replace(self, precision=next((p.precision for p in passes if isinstance(p, Fp8)), "bfloat16"))
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("mlp",)
 
     @property
     def record(self) -> Method:
@@ -129,11 +145,13 @@ class Activation24(OperationalPass):
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
         many tokens; none where the activation has no linear on both sides."""
         site: ActivationSite = match.nodes
-        options = self._options(site)
-        if not (site.width_in and site.width and site.width_out) or not PACKED.knows(options):
+        options = self.options(site)
+        if not (site.width_in and site.width and site.width_out) or not (
+            PACKED.knows(options) or PACKED_FP8.knows(options)
+        ):
             return ()
         shape = (tokens, site.width_in, site.width, site.width_out)
-        exact, fp8 = not BACKWARDS[self.backward].along_tokens, self.precision == "fp8"
+        exact, fp8 = not BACKWARDS[self.backward].along_tokens, options.precision == "fp8"
         return tuple(feed_forward_products(*shape, exact, fp8).values())
 
     def plan(self, region: Region) -> Plan:
@@ -149,8 +167,7 @@ class Activation24(OperationalPass):
                 Match(
                     path=site.path,
                     before=" · ".join(part for part in parts if part),
-                    after=f"2:4 {self.method}, {self._backward(site)} backward"
-                    + (", fp8 forward" if self.precision == "fp8" and site.after else ""),
+                    after=f"2:4 {self.method}, {self._backward(site)} backward" + self._fp8_text(site),
                     nodes=site,
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
@@ -171,7 +188,7 @@ class Activation24(OperationalPass):
             notes.append(
                 "no token permutation: neighbouring tokens crowd the weight gradients (2.919 beside 2.652)"
             )
-        if self.precision == "fp8" and not site.after:
+        if self.precision in ("fp8", "auto") and not site.after:
             notes.append("no fp8: several read the activation, or one that is no linear")
         if unread := self._unread_options():
             notes.append(f'method = "{self.method}" does not look at {", ".join(unread)}')
@@ -185,19 +202,34 @@ class Activation24(OperationalPass):
                 notes.append(f'scale_from "{self.scale_from}" leaves out what reads it other than linears')
         return "; ".join(notes)
 
+    def _precision(self, site: ActivationSite) -> Precision:
+        """Of the products of a site."""
+        if self.precision == "auto":
+            sizes = (site.width, site.width_in, site.width_out)
+            large = all(sizes) and all(pays(site.width, size) for size in sizes[1:])  # type: ignore[arg-type]
+            return "fp8" if large else "bfloat16"
+        return self.precision or "bfloat16"
+
+    def _fp8_text(self, site: ActivationSite) -> str:
+        """Which products are in e4m3."""
+        options = self.options(site)
+        if options.precision != "fp8" or not site.after:
+            return ""
+        return ", fp8" if site.before and PACKED_FP8.knows(options) else ", fp8 in y alone"
+
     def _unread_options(self) -> list[str]:
         """The options of other methods that were given all the same."""
         foreign = {name for method in METHODS.values() for name in method.options} - {*self.record.options}
         return [f.name for f in fields(self) if f.name in foreign and getattr(self, f.name) != f.default]
 
-    def _options(self, site: ActivationSite) -> Options24:
+    def options(self, site: ActivationSite) -> Options24:
         """What the operation at a site is told."""
         return Options24(
             function=site.function,
             method=self.method,
             backward=self._backward(site),
             estimator=self.estimator,
-            precision=self.precision,
+            precision=self._precision(site),
             dense_ratio=self.dense_ratio,
             token_permutation=self.token_permutation,
             kernels=self.kernels,
@@ -215,7 +247,7 @@ class Activation24(OperationalPass):
             _, weight_out, bias_out = site.after.args if site.after else (None, None, None)
             linears = (x, weight_in, bias_in, weight_out, bias_out)
             state = (self._scale(region, site), self._seed(region, site), pads_node(region))
-            arguments = (*linears, *state, self._options(site))
+            arguments = (*linears, *state, self.options(site))
             sparse = graph.call_function(activation24, arguments)
             keep_site(site.node, sparse)
             output = graph.call_function(operator.getitem, (sparse, 0))

@@ -1,10 +1,12 @@
 """`activation_statistics`: count zeros after relu² or relu, and what 2:4 drops, without a host sync.
 
     relu2(h), activation24(...)   ==>   the same, and <site>.activation_statistics += counts
+    linear_fp8(x, W, ...)         ==>   the same, and <weight>_e4m3_counts += counts
 
 The 2:4 operation counts when asked to; for a dense activation the counts are made beside it, and say what 2:4
-would drop. Buffers add up until the shell reads and clears them, which it does once per logging interval.
-They are no part of a checkpoint, and evaluation runs without them. Put this pass last.
+would drop. Of linears in e4m3 it is what becomes zero of their inputs. Buffers add up until the shell reads
+and clears them, which it does once per logging interval. They are no part of a checkpoint, and evaluation
+runs without them. Put this pass last.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import ClassVar
 
 import torch
 
+from act24.fp8.linear import linear_fp8, underflow_counts
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.activation_sites import (
     add_site_buffer,
@@ -24,12 +27,17 @@ from act24.passes.graph.activation_sites import (
     pads_node,
     site_path,
 )
+from act24.passes.graph.normal_form import nodes_of, parameter_name
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
 
-#: The kind of every statistics buffer, and the last part of its name.
-BUFFER = "activation_statistics"
+#: The kind of every statistics buffer, and the last part of its name; and of counts of linears in e4m3.
+BUFFER, UNDERFLOW = "activation_statistics", "_e4m3_counts"
+
+
+#: The place of the scaling among the arguments of `linear_fp8`.
+_SCALING = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +57,22 @@ class ActivationStatistics(OperationalPass):
             for node in region.graph.nodes
             if is_activation(node) and self.selects(region, path := site_path(node))
         )
-        return Plan(matches, absent="no relu² or relu")
+        linears = tuple(
+            Match(str(name), node.name, f"{node.name}, counted", node, 0, 0)
+            for node in nodes_of(region.graph, linear_fp8)
+            if self.selects(region, str(name := parameter_name(node.args[1])).rpartition(".")[0])
+        )
+        return Plan((*matches, *linears), absent="no relu² or relu")
 
     def _rewrite(self, region: Region, match: Match) -> None:
         node, graph = match.nodes, region.graph
+        if node.target is linear_fp8:
+            buffer, counter = match.path + UNDERFLOW, underflow_counts
+            region.add_buffer(buffer, (2,), torch.float32, False, kind=UNDERFLOW, of=match.path)
+            with graph.inserting_before(node.next):
+                counts = graph.call_function(counter, (node.args[0], node.args[_SCALING]))
+                graph.call_method("add_", (graph.get_attr(buffer), counts))
+            return
         buffer = add_site_buffer(region, match.path, BUFFER, (len(STATISTICS),), torch.float32)
         with graph.inserting_before(node.next):
             if node.target is activation24:

@@ -100,6 +100,10 @@ class Pass:
     observes: ClassVar[bool] = False
     #: Whether the model computes the same with the pass as without it.
     keeps_function: ClassVar[bool] = False
+    #: Whether the pass means to reach all matrices that it covers.
+    promises: ClassVar[bool] = True
+    #: Whether the pass acts on what others leave, and so stands behind them.
+    remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
 
@@ -120,6 +124,10 @@ class Pass:
         for name in ("targets", "ignore"):
             check_selectors(getattr(self, name), f"{self.name}: {name}")
 
+    def beside(self, passes: tuple[Pass, ...]) -> Pass:
+        """The pass with what it leaves open settled by the list in which it stands."""
+        return self
+
     def plan(self, region: Region) -> Plan:
         """The places that the pass would rewrite. Touches nothing."""
         raise NotImplementedError
@@ -133,6 +141,20 @@ class Pass:
 
     def _rewrite(self, region: Region, match: Match) -> None:
         raise NotImplementedError
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """The roles (`act24.passes.graph.roles`) of the matrices that the pass may reach; none: the report
+        does not say how many it does."""
+        return ()
+
+    def takes(self, fqn: str, class_name: str) -> bool:
+        """Whether `targets` and `ignore` let the pass act on a module or on one around it."""
+        parts = fqn.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)] or [""]
+        if any(selected(self.ignore, (), name, class_name) for name in names):
+            return False
+        return any(selected(self.targets, (), name, class_name) for name in names)
 
     def finish(self, region: Region) -> None:
         """Simplify, in place, what is left of this pass's work at the end of every lowering.
@@ -220,13 +242,13 @@ def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
         if _rank(first) > _rank(second):
             raise PassError(
                 f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
-                "passes that only change operations, passes that only look"
+                "passes that only change operations, fp8, which takes what these leave, passes that only look"
             )
     return given
 
 
-def _rank(p: Pass) -> tuple[bool, bool]:
-    return not isinstance(p, StructuralPass), p.observes
+def _rank(p: Pass) -> tuple[bool, bool, bool]:
+    return not isinstance(p, StructuralPass), p.observes, p.remainder
 
 
 def _shown(value: object) -> str:

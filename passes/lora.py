@@ -104,7 +104,7 @@ class Lora(StructuralPass):
         inputs = node.args[0]
         if self.dropout:
             name, p = site.beside(DROPOUT), self.dropout
-            region.modules[name] = lambda: nn.Dropout(p)
+            region.modules[name] = lambda: nn.Dropout(p).train(region.module.training)
             inputs = graph.call_module(name, (inputs,))
         lora_a, lora_b = graph.get_attr(site.beside(LORA_A)), graph.get_attr(site.beside(LORA_B))
         hidden = graph.call_function(F.linear, (inputs, lora_a, None))

@@ -11,7 +11,7 @@ from torch import nn
 from act24.errors import PassError
 from act24.passes.base import Pass
 
-_NAME = "save_pretrained"
+_NAME, _RESIZE = "save_pretrained", "resize_token_embeddings"
 
 
 def refuse_to_save_(model: nn.Module, passes: Sequence[Pass]) -> None:
@@ -24,9 +24,26 @@ def refuse_to_save_(model: nn.Module, passes: Sequence[Pass]) -> None:
         setattr(model, _NAME, _Refusal(tuple(p.name for p in passes)))
 
 
+def refuse_to_resize_(model: nn.Module) -> None:
+    """Let `resize_token_embeddings` refuse where the head that it would resize has become factors."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and hasattr(model, _RESIZE) and not hasattr(head, "weight"):
+        setattr(model, _RESIZE, _NoResize())
+
+
 def allow_to_save_(model: nn.Module) -> None:
     """Take that back: the model's configuration names its passes."""
     model.__dict__.pop(_NAME, None)
+
+
+class _NoResize:
+    """On the instance, in the method's place."""
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise PassError(
+            "resize_token_embeddings would read the weight of a head that a pass has rewritten: resize the "
+            "stock model, and apply the passes then"
+        )
 
 
 class _Refusal:
@@ -38,5 +55,6 @@ class _Refusal:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise PassError(
             f"save_pretrained would leave out {', '.join(self._names)}, and the folder would come back as "
-            "another model: use act24.save_pretrained(pipeline, folder), with the pipeline of apply_"
+            "another model: use act24.save_pretrained(pipeline, folder), with the pipeline of apply_; in the "
+            "Trainer of transformers, callbacks=[act24.integrations.TrainerCallback(pipeline)]"
         )

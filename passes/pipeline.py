@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Self
 
 from torch import Tensor, nn
 
+from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.graph.check import Probe
+from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import Reduce, evaluation, set_pads_
 from act24.passes.updates import Rows, Updates, updates_of
 
 
-def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int = 0) -> Pipeline:
+def apply_(
+    model: nn.Module,
+    passes: Sequence[Pass],
+    *,
+    seed: int = 0,
+    step: int = 0,
+    check: bool = True,
+    probe: Probe | None = None,
+) -> Pipeline:
     """Rewrite a model in place.
 
     Args:
@@ -22,6 +35,10 @@ def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int
         passes: in order.
         seed: of the initial values of new parameters, each from a generator of (seed, its name).
         step: updates already made; decides which operational passes are in force.
+        check: compare what is traced, and the rewritten model, with the modules on a small input
+            (`act24.passes.graph.check` says what that costs). The report says what could not be run.
+        probe: that input, as the model takes it: a tensor, positional arguments, or keyword arguments; None:
+            a few random tokens or features.
 
     Returns:
         the pipeline: print it for the report, keep it for `lower_` when passes have step ranges.
@@ -31,15 +48,30 @@ def apply_(model: nn.Module, passes: Sequence[Pass], *, seed: int = 0, step: int
             collide, a module has forward hooks, or the model was already rewritten. The model is then as it
             was.
         OptionError: the model is no module, the seed no integer, the step none or negative.
+
+    Warns:
+        PartialWarning: a pass that is not optional reaches less than its scope promises; the line of the
+            report that says what it leaves.
     """
-    pipeline = Pipeline(model, passes, seed=seed, step=step)
+    pipeline = Pipeline(model, passes, seed=seed, step=step, check=check, probe=probe)
     pipeline.commit_()
+    optional = {p.name for p in pipeline.passes if p.optional}
+    for one in pipeline.report.partial:
+        if one.pass_name not in optional:
+            warnings.warn(str(one), PartialWarning, stacklevel=2)
     return pipeline
 
 
-def plan(model: nn.Module, passes: Sequence[Pass]) -> Report:
-    """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`."""
-    return Pipeline(model, passes).report
+def plan(
+    model: nn.Module, passes: Sequence[Pass], *, check: bool = True, probe: Probe | None = None
+) -> Report:
+    """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`, where
+    nothing can be checked."""
+    return Pipeline(model, passes, check=check, probe=probe).report
+
+
+class PartialWarning(UserWarning):
+    """A pass reaches less than its scope promises."""
 
 
 class Pipeline(Rewriting):
@@ -54,10 +86,17 @@ class Pipeline(Rewriting):
         seed: int = 0,
         step: int = 0,
         keep_all: bool = False,
+        check: bool = True,
+        probe: Probe | None = None,
     ) -> None:
         """As `Rewriting`."""
-        super().__init__(model, passes, seed=seed, step=step, keep_all=keep_all)
+        super().__init__(model, passes, seed=seed, step=step, keep_all=keep_all, check=check, probe=probe)
         self._updates = Updates(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = super().__deepcopy__(memo)
+        twin._updates = self._updates.of_copy(twin)
+        return twin
 
     def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
         """As `Rewriting.commit_`; from then on it is watched that updates are begun."""
@@ -143,6 +182,24 @@ class Pipeline(Rewriting):
         """
         with evaluation(self, without, step, forward, pads, reduce):
             yield
+
+    def measure_scales_(
+        self,
+        step: int,
+        forward: Callable[[], object],
+        pads: Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        """Set the scales that no update has set yet, of the passes in force once `step` updates are made, for
+        a model that is saved or read before its first update with them. That update measures anew.
+
+        Args:
+            forward, pads, reduce: as for `evaluation`.
+        """
+        with self.evaluation(step=step, forward=forward, pads=pads, reduce=reduce):
+            measured = {name: scale.clone() for name, scale in buffers_of(self.regions, SCALE).items()}
+        for name, scale in buffers_of(self.regions, SCALE).items():
+            scale.copy_(measured[name])
 
     def set_pads_(self, pads: Tensor | None) -> None:
         """Say which tokens of the next forwards are padding: boolean, the shape of the token ids; None for

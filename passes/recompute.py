@@ -20,19 +20,30 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.graph_module import _format_import_block
+from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_importer
 from torch.utils.checkpoint import checkpoint
 
+from act24.operation import operation
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.normal_form import parameter_name, replace_node
-from act24.passes.graph.region import Region
+from act24.passes.graph.region import Factor, Region
+from act24.sparse24.feed_forward.operation import activation24
 
 #: The parts of a weight that read a bottleneck: the second factor, and columns, whose input is narrow too.
 _READERS = ("out", "columns")
+#: Functions and methods that draw, without the underscore of those that write in place.
+_RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+_RANDOM |= {"feature_dropout", "rrelu", "rand", "randn", "randint", "randperm", "rand_like", "randn_like"}
+_RANDOM |= {"randint_like", "bernoulli", "multinomial", "normal", "poisson", "gumbel_softmax"}
+_RANDOM |= {"uniform", "exponential", "geometric", "cauchy", "log_normal", "random"}
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p")
 #: What keeps nothing but its inputs for backward.
 _PLAIN = (F.linear, operator.add, torch.add)
 
@@ -45,9 +56,14 @@ class Recompute(OperationalPass):
     last: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = True
 
+    def in_evaluation(self) -> None:
+        """There is no backward in evaluation."""
+
     def plan(self, region: Region) -> Plan:
         if not self.selects(region, ""):
             return Plan(absent="not targeted")
+        region = region.copy()
+        _open_products(region)
         kept = _bottlenecks(region)
         if not kept:
             return Plan(absent="no bottleneck of low_rank, cola or lost")
@@ -55,6 +71,8 @@ class Recompute(OperationalPass):
             if node.op == "call_module" and not _is_norm(module := region.module.get_submodule(node.target)):
                 kind = type(module).__name__
                 return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ"),))
+        if not _repeats(region):
+            return Plan(misses=(("", "nothing lies between its bottlenecks that could be computed again"),))
         match = Match(
             path="",
             before="all activations kept",
@@ -66,6 +84,7 @@ class Recompute(OperationalPass):
         return Plan((match,))
 
     def _rewrite(self, region: Region, match: Match) -> None:
+        _open_products(region)
         _open_norms(region)
         region.graph = _segmented(region.graph, _levels(region))
 
@@ -76,9 +95,34 @@ def _bottlenecks(region: Region) -> set[fx.Node]:
         node.args[0]
         for node in region.graph.nodes
         if node.op == "call_function" and len(node.args) > 1 and isinstance(node.args[0], fx.Node)
-        if (name := parameter_name(node.args[1])) in region.parameters
-        and region.parameters[name].factor in _READERS
+        if _factor(region, node.args[1]) in _READERS
+        or (node.target is activation24 and node.args[1] is None and _factor(region, node.args[3]) == "out")
     }
+
+
+def _factor(region: Region, weight: object) -> Factor | None:
+    name = parameter_name(weight)
+    return region.parameters[name].factor if name in region.parameters else None
+
+
+def _open_products(region: Region) -> None:
+    """Where a 2:4 activation has taken both factors around a bottleneck, take the first out again: what lies
+    between them is what is kept. Exact weight gradients are the same outside of the operation."""
+    for node in region.graph.nodes:
+        if node.target is not activation24 or _factor(region, node.args[1]) != "in":
+            continue
+        options = node.args[-1]
+        if _factor(region, node.args[3]) == "out" and options.backward == "dense":
+            with region.graph.inserting_before(node):
+                hidden = region.graph.call_function(F.linear, node.args[:3])
+            node.args = (hidden, None, None, *node.args[3:])
+
+
+def _repeats(region: Region) -> bool:
+    """Whether anything is computed again."""
+    opened = region.copy()
+    _open_norms(opened)
+    return any(node.target not in _PLAIN for node in _levels(opened))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -138,7 +182,7 @@ def _segmented(graph: fx.Graph, levels: dict[fx.Node, int]) -> fx.Graph:
     for level in range(max(levels.values()) + 1):
         nodes = [node for node in graph.nodes if levels.get(node) == level]
         if any(node.target not in _PLAIN for node in nodes):
-            _repeat(nodes, copies, level)
+            _repeat(nodes, copies)
         else:
             for node in nodes:
                 copies[node]
@@ -149,11 +193,12 @@ def _segmented(graph: fx.Graph, levels: dict[fx.Node, int]) -> fx.Graph:
     return result
 
 
-def _repeat(nodes: list[fx.Node], copies: _Copies, level: int) -> None:
+def _repeat(nodes: list[fx.Node], copies: _Copies) -> None:
     """Put one call into the new graph in the place of some nodes: of a function that computes them again in
     backward."""
     segment, inputs, outputs = _extracted(nodes)
-    call = copies.graph.call_function(_recomputed(segment, level), tuple(copies[node] for node in inputs))
+    values = tuple(copies[node] for node in inputs)
+    call = copies.graph.call_function(_recomputed(segment), values)
     for index, node in enumerate(outputs):
         copies[node] = copies.graph.call_function(operator.getitem, (call, index))
 
@@ -171,25 +216,60 @@ def _extracted(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.N
     return segment, inputs, outputs
 
 
-def _recomputed(segment: fx.Graph, level: int) -> Callable[..., Any]:
+#: What the names in a source mean, for those that cannot be imported by it.
+_NAMES: dict[str, dict[str, Any]] = {}
+
+
+def _recomputed(segment: fx.Graph) -> Callable[..., Any]:
     """The function of a graph, as one that keeps only its arguments for backward."""
     code = segment.python_code("self")
-    return _function(code.src, tuple(code.globals.items()), f"recomputed_{level}")
+    try:
+        imports = _format_import_block(code.globals, sys_importer)
+    except (ObjNotFoundError, ObjMismatchError):
+        # Something has no name of its own: good for this process, and told apart by what it is.
+        imports = f"# {sorted((name, id(value)) for name, value in code.globals.items())}"
+        importable = False
+    else:
+        importable = True
+    source = f"{imports}\n{code.src}"
+    _NAMES[source] = dict(code.globals)
+    return make_recomputed(source, any(map(_draws, segment.nodes)), importable)
 
 
 @cache
-def _function(source: str, names: tuple[tuple[str, Any], ...], name: str) -> Callable[..., Any]:
-    """One object for equal code, so that layers share one class and are compiled once."""
-    namespace = dict(names)
-    exec(compile(source, f"<{name}>", "exec"), namespace)
+def make_recomputed(source: str, draws: bool, importable: bool) -> Callable[..., Any]:
+    """A function that computes what `forward` in a source does, and again in backward. One object for equal
+    code, so that layers share one class and are compiled once.
+
+    Args:
+        draws: it draws from the process's generators, which are set back; for that the host waits for a GPU.
+        importable: the source imports all that it names: so the function gets a name in this module, by which
+            what is pickled finds it.
+    """
+    namespace = dict(_NAMES.get(source, ()))
+    exec(compile(source, "<recomputed>", "exec"), namespace)
     forward = namespace["forward"]
 
     def compute(*values: Any) -> Any:
         return forward(None, *values)
 
     def recomputed(*values: Any) -> Any:
-        # Nothing in a block draws from a global generator: dropout is a module, and refused.
-        return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=draws)
 
+    name = f"recomputed_{sha256(source.encode()).hexdigest()[:12]}" + ("_drawing" if draws else "")
     recomputed.__name__ = recomputed.__qualname__ = name
-    return recomputed
+    function = operation(recomputed)
+    if importable:
+        arguments = (source, draws, importable)
+        function.made_by = (make_recomputed, arguments)  # pyright: ignore[reportFunctionMemberAccess]
+        globals()[name] = function
+    return function
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws from the generators of the process, whose state then has to be kept."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "scaled_dot_product_attention":
+        given = dict(zip(_ATTENTION, node.args, strict=False)) | node.kwargs
+        return bool(given.get("dropout_p", 0.0) != 0.0)
+    return node.op in ("call_function", "call_method") and name.rstrip("_") in _RANDOM

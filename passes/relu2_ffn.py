@@ -2,20 +2,22 @@
 
     down(silu(gate(x)) * up(x))   ==>   down(relu(up(x))²)
 
-Two matrices instead of three, so F grows to 1.5 F at equal parameters, rounded to the nearest multiple of
-128, which the 2:4 kernels' tiles need (arXiv 2503.16672, section 1). The function changes and no weight of
-the wider network comes from the old one: training starts anew.
+also where one linear computes gate and up, and with GELU in the place of SiLU where that is asked for. Two
+matrices instead of three, so F grows to 1.5 F at equal parameters, rounded to the nearest multiple of 128,
+which the 2:4 kernels' tiles need (arXiv 2503.16672, section 1). The function changes and no weight of the
+wider network comes from the old one: training starts anew.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
@@ -39,12 +41,26 @@ _FUNCTIONS = {"relu2": relu2, "relu": F.relu}
 
 @dataclass(frozen=True)
 class _SwiGLU:
-    """The three linears of a gated network, and the product between them."""
+    """The three linears of a gated network, and the product between them.
+
+    Attributes:
+        gate, up: two linears, or twice the one that computes both, the gate in its first half.
+        kind: the activation of the gate.
+    """
 
     product: fx.Node
     gate: fx.Node
     up: fx.Node
     down: fx.Node
+    kind: str
+
+    @property
+    def fused(self) -> bool:
+        return self.gate is self.up
+
+    def width(self, region: Region) -> int:
+        """F."""
+        return region.parameters[weight_name(self.up) or ""].shape[0] // (2 if self.fused else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +72,8 @@ class Relu2FFN(StructuralPass):
         width: `"parity"` takes F to 1.5 F, rounded to a multiple of 128, which keeps the parameter count;
             `"exact"` rounds down to a whole number, as the public scripts do, and takes only multiples of 4
             (kernels want more); `"keep"` leaves F, and then `up` and `down` keep their weights too.
+        gate: the activation of the networks that are taken: `"silu"`, `"gelu"` in any of its forms, or both.
+            Another one changes less of the network than the pass does anyway, but nobody has published it.
         initializer_range: standard deviation of fresh weights (LLaMA's 0.02).
     """
 
@@ -63,27 +81,38 @@ class Relu2FFN(StructuralPass):
 
     activation: Literal["relu2", "relu"] = "relu2"
     width: Literal["parity", "exact", "keep"] = "parity"
+    gate: Literal["silu", "gelu", "any"] = "silu"
     initializer_range: Annotated[float, Range(gt=0)] = 0.02
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("mlp",)
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for node in nodes_of(region.graph, F.silu):
-            found = _find(node)
+        for node in list(region.graph.nodes):
+            found = _find(region, node)
             if found is None:
                 continue
             names = [weight_name(linear) for linear in (found.gate, found.up, found.down)]
             path = common_path(*(name for name in names if name))
             if not self.selects(region, path):
                 continue
-            if reason := _obstacle(region, found) or self._unfit(region, found):
+            reason = self._other_gate(found) or _obstacle(region, found) or self._unfit(region, found)
+            if reason:
                 misses.append((path, reason))
             else:
                 matches.append(self._match(region, path, found))
         return Plan(tuple(matches), tuple(misses), absent=_describe(region))
 
+    def _other_gate(self, found: _SwiGLU) -> str:
+        """Why a network of this gate is none of those that are taken, or the empty string."""
+        taken = self.gate in ("any", found.kind)
+        return "" if taken else f'gated by {found.kind}: gate = "{found.kind}" takes it'
+
     def _unfit(self, region: Region, found: _SwiGLU) -> str:
         """Why F cannot become what `width` says, or the empty string."""
-        new = self._width(region.parameters[weight_name(found.up) or ""].shape[0])
+        new = self._width(found.width(region))
         unfit = self.width == "exact" and new % 4
         return f'F would be {new}, not a multiple of 4: width = "parity" rounds it' if unfit else ""
 
@@ -91,18 +120,18 @@ class Relu2FFN(StructuralPass):
         return {"keep": width, "exact": 3 * width // 2, "parity": parity_width(width)}[self.width]
 
     def _match(self, region: Region, path: str, found: _SwiGLU) -> Match:
-        width = region.parameters[weight_name(found.up) or ""].shape[0]
+        width = found.width(region)
         new = self._width(width)
         removed = _parameters(found.gate, found.up, found.down)
         kept = _parameters(found.up, found.down)
         before = sum(region.parameters[name].numel() for name in removed)
-        fresh = () if new == width else tuple(n for n in kept if n != bias_name(found.down))
         specs = _resized(region, found, new)
+        fresh = tuple(name for name in kept if specs[name].shape != region.parameters[name].shape)
         after = sum(spec.numel() for spec in specs.values())
         carried = tuple(name for name in kept if name not in fresh)
         return Match(
             path=path,
-            before=f"silu(gate)·up, F {width}",
+            before=f"{found.kind}(gate)·up, F {width}",
             after=f"{self.activation}(up), F {new}",
             nodes=(found, specs),
             parameters_before=before,
@@ -111,7 +140,7 @@ class Relu2FFN(StructuralPass):
                 removes=tuple(name for name in removed if name not in carried),
                 creates=fresh,
                 from_stock=None if fresh else lambda removed: {},
-                why="SwiGLU and relu² are different functions",
+                why=f"{'SwiGLU' if found.kind == 'silu' else 'GEGLU'} and relu² are different functions",
             ),
             note=f"fresh: {', '.join(name.removeprefix(path + '.') for name in fresh)}"
             if fresh
@@ -146,20 +175,45 @@ def parity_width(width: int) -> int:
     return max(1, (3 * width + _MULTIPLE) // (2 * _MULTIPLE)) * _MULTIPLE
 
 
-def _find(silu: fx.Node) -> _SwiGLU | None:
-    """The gated network around a silu, in either order of the product."""
-    gate = silu.args[0]
-    users = list(silu.users)
-    if not is_call(gate, F.linear) or len(users) != 1:
+def _find(region: Region, node: fx.Node) -> _SwiGLU | None:
+    """The gated network around an activation, in either order of the product."""
+    kind = _gate_kind(region, node)
+    users = list(node.users)
+    if not kind or len(users) != 1 or not is_product(users[0]):
         return None
     product = users[0]
-    if not is_product(product):
-        return None
-    up = next((arg for arg in product.args if arg is not silu), None)
+    gate, gate_half = _half(node.args[0])
+    up, up_half = _half(next((arg for arg in product.args if arg is not node), None))
     down = next(iter(product.users), None)
-    if not is_call(up, F.linear) or len(product.users) != 1 or not is_call(down, F.linear):
+    if not (is_call(gate, F.linear) and is_call(up, F.linear) and is_call(down, F.linear)):
         return None
-    return _SwiGLU(product, gate, up, down) if down.args[0] is product else None
+    halves_fit = (gate_half, up_half) == ((0, 1) if gate is up else (None, None))
+    if not halves_fit or len(product.users) != 1 or down.args[0] is not product:
+        return None
+    return _SwiGLU(product, gate, up, down, kind)
+
+
+def _gate_kind(region: Region, node: fx.Node) -> str:
+    """Which activation a node is, of those that gates have, or the empty string."""
+    if node.op == "call_module":
+        return "gelu" if isinstance(region.module.get_submodule(str(node.target)), nn.GELU) else ""
+    functions = {F.silu: "silu", F.gelu: "gelu"}
+    return functions.get(node.target, "") if node.op == "call_function" else ""  # type: ignore[arg-type]
+
+
+def _half(value: object) -> tuple[object, int | None]:
+    """The linear behind one half of its output, and which half; what is no half, and None."""
+    if not is_call(value, operator.getitem):
+        return value, None
+    chunk, index = value.args
+    by_method = isinstance(chunk, fx.Node) and chunk.op == "call_method" and chunk.target == "chunk"
+    if not (by_method or is_call(chunk, torch.chunk)) or index not in (0, 1):
+        return value, None
+    assert isinstance(chunk, fx.Node)
+    given = dict(zip(("input", "chunks", "dim"), chunk.args, strict=False)) | chunk.kwargs
+    if given.get("chunks") != 2 or given.get("dim") != -1 or len(chunk.users) != 2:
+        return value, None
+    return chunk.args[0], index  # type: ignore[return-value]
 
 
 def _obstacle(region: Region, found: _SwiGLU) -> str:
@@ -174,7 +228,10 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
         name = weight_name(linear)
         if name is None or name not in region.parameters or is_transposed(linear):
             return "a weight is not a plain parameter"
-    for name in (name for linear in linears for name in _parameters(linear)):
+    names = _parameters(*linears)
+    if not any(region.parameters[name].requires_grad for name in names):
+        return "frozen, and what takes its place would never train: unfreeze it, or leave it out with ignore"
+    for name in names:
         if shared := region.parameters[name].shared:
             return f"{region.name(name)} is tied to {shared[0]}"
         if readers(region.graph, name) > 1:
@@ -184,7 +241,7 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
 
 def _parameters(*linears: fx.Node) -> tuple[str, ...]:
     names = [name for linear in linears for name in (weight_name(linear), bias_name(linear))]
-    return tuple(name for name in names if name)
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def _resized(region: Region, found: _SwiGLU, width: int) -> dict[str, ParameterSpec]:
@@ -202,5 +259,7 @@ def _resized(region: Region, found: _SwiGLU, width: int) -> dict[str, ParameterS
 
 def _describe(region: Region) -> str:
     """What the region has instead of a gated network."""
+    if any(True for _ in nodes_of(region.graph, relu2)):
+        return "already relu²: use activation24 alone"
     linears = len(list(nodes_of(region.graph, F.linear)))
     return "a single linear" if linears == 1 else f"{linears} linears, but no down(silu(gate(x)) * up(x))"

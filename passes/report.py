@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan
+from act24.passes.graph.coverage import Coverage
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
+
+#: The first number that is a component of a name: the layer's.
+_NUMBERED = re.compile(r"(.*?\.|)(\d+)(\..*|)")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Report:
         flops_before, flops_after: multiply-adds of the regions' linears times two, forward, per token;
             products with a 2:4 operand count half. What no pass can change is left out: attention scores, and
             a head that the model computes itself from tied embeddings.
+        checked: what was checked on numbers, and what was not.
+        coverage: of each pass with a scope, what it reaches of the matrices in it, and what it leaves.
     """
 
     rows: tuple[Row, ...]
@@ -45,6 +52,8 @@ class Report:
     parameters_after: int
     flops_before: int
     flops_after: int
+    checked: str = ""
+    coverage: tuple[Coverage, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -52,16 +61,8 @@ class Report:
         else:
             head = ("pass", "module", "before", "after", "parameters", "steps", "note")
             body = [
-                (
-                    row.pass_name,
-                    row.fqn,
-                    row.before,
-                    row.after,
-                    f"{row.parameters_before:,} → {row.parameters_after:,}",
-                    row.steps,
-                    row.note,
-                )
-                for row in self.rows
+                (row.pass_name, fqn, row.before, row.after, parameters, row.steps, row.note)
+                for row, fqn, parameters in _collapsed(self.rows)
             ]
             used = [i for i in range(len(head)) if any(line[i] for line in body)]
             lines = [tuple(line[i] for i in used) for line in (head, *body)]
@@ -75,7 +76,41 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        return "\n".join(table)
+        return "\n".join((*table, *map(str, self.coverage), *self.checked.splitlines()))
+
+    @property
+    def partial(self) -> tuple[Coverage, ...]:
+        """Of passes that reach less than their scope promises."""
+        return tuple(one for one in self.coverage if one.promised and one.reached < one.total)
+
+
+def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
+    """Rows that differ in the number of their layer alone, as one: (one of them, places, parameters)."""
+    groups: dict[tuple[Row, str, str], list[str]] = {}
+    for row in rows:
+        match = _NUMBERED.fullmatch(row.fqn)
+        before, number, after = match.groups() if match else (row.fqn, "", "")
+        groups.setdefault((replace(row, fqn=""), before, after), []).append(number)
+    found = []
+    for (row, before, after), numbers in groups.items():
+        parameters = f"{row.parameters_before:,} → {row.parameters_after:,}"
+        if len(numbers) > 1:
+            parameters = f"{len(numbers)} × ({parameters})"
+        found.append((row, f"{before}{_ranges(numbers)}{after}", parameters))
+    return found
+
+
+def _ranges(numbers: Sequence[str]) -> str:
+    """`{0..3,7}` of 0, 1, 2, 3 and 7; a single number as it is."""
+    if len(numbers) == 1:
+        return numbers[0]
+    parts: list[list[int]] = []
+    for number in map(int, numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return "{" + ",".join(f"{part[0]}..{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) + "}"
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:
@@ -85,7 +120,7 @@ def row(p: Pass, region: Region, match: Match) -> Row:
         steps = f"from {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
     return Row(
         pass_name=p.name,
-        fqn=region.name(match.path),
+        fqn=region.name(match.path) or "the model",
         before=match.before,
         after=match.after,
         parameters_before=match.parameters_before,
@@ -125,14 +160,14 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
     where += f" without {list(p.ignore)}" if p.ignore else ""
     everywhere = replace(p, targets=("*",), ignore=())
     left_out = [region.name(match.path) for region in regions for match in everywhere.plan(region).matches]
-    if left_out:
+    if left_out and not any(planned.misses for planned in plans):
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         return f"{p.name} matches nothing{where}, which leaves out {left_out[0]}{others}"
     absent: list[tuple[str, str]] = []
     for region, planned in zip(regions, plans, strict=True):
         absent += [(region.name(path), reason) for path, reason in planned.misses]
         if not planned.misses:
-            absent.append((f"{region.fqn} [{region.class_name('')}]", planned.absent))
+            absent.append((f"{region.fqn or 'the model'} [{region.class_name('')}]", planned.absent))
     text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
     return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
 

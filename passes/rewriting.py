@@ -8,10 +8,11 @@ their step ranges say so (`Rewriting.lower_`), over the same parameters and buff
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -19,9 +20,12 @@ from act24.errors import PassError
 from act24.initialise import generator_for
 from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
-from act24.passes.graph.hooks import refuse_hooks
+from act24.passes.graph.check import Check, Probe
+from act24.passes.graph.coverage import Coverage, coverage, matrices_of
+from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import (
     Lowering,
     Region,
@@ -33,7 +37,7 @@ from act24.passes.graph.region import (
 )
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
-from act24.passes.not_saved import refuse_to_save_
+from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
 from act24.passes.report import Report, Row, figures, no_match, row
 
 
@@ -74,6 +78,8 @@ class Rewriting:
         seed: int = 0,
         step: int = 0,
         keep_all: bool = False,
+        check: bool = True,
+        probe: Probe | None = None,
     ) -> None:
         """Plan. Arguments as for `apply_`.
 
@@ -82,19 +88,24 @@ class Rewriting:
         """
         check_options(Start(model, seed, step), "Pipeline")
         self._model = model
-        self._passes = check_passes(passes)
+        given = check_passes(passes)
+        self._passes = tuple(p.beside(given) for p in given)
         self._seed = seed
         self._classes: dict[tuple[Any, ...], type] = {}
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
         self._misses: list[tuple[str, str, str]] = []
+        self._absent: list[tuple[str, str, str]] = []
         self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]
         operational = [p for p in self._passes if isinstance(p, OperationalPass)]
         self._operational = sorted(operational, key=lambda p: p.last)
         self._active = [p for p in self._operational if p.active(step)]
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
-        regions, self._unclean = trace(model)
+        self._check = Check(model, probe) if check else None
+        regions, self._unclean = trace(model, self._check)
+        if self._check:
+            self._check.forget_inputs()
         self._sites = [
             _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
             for region in regions
@@ -106,11 +117,51 @@ class Rewriting:
         for site in self._sites:
             if site.touched:
                 refuse_hooks(site.traced)
+                gone = site.traced.parameters.keys() - site.base.parameters.keys()
+                refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
         counts = figures(model, [site.traced for site in self._sites], base, lowered)
-        self.report = Report(tuple(self._rows), tuple(self._misses), **counts)
+        checked = str(self._check) if self._check else "nothing was checked: check=False"
+        self.report = Report(
+            tuple(self._rows),
+            tuple(self._misses),
+            **counts,
+            checked=checked,
+            coverage=self._coverage([site.traced for site in self._sites]),
+        )
 
     def __str__(self) -> str:
         return str(self.report)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same passes over a copy of the model: of the one that is copied along, if one is."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(vars(self))
+        twin._model = copy.deepcopy(self._model, memo)
+        twin._check, twin._lowered = None, {}  # made again when they are needed
+        twin._sites = [_twin_site(site, memo) for site in self._sites]
+        if twin.modules:
+            twin._lower()
+        return twin
+
+    def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
+        """What passes reach, each once."""
+        matrices = matrices_of(self._model, regions)
+        untraced = {place.rpartition(" [")[0]: f"not traced: {why}" for place, why in self._unclean.items()}
+        gone = {
+            site.traced.name(name)
+            for site in self._sites
+            for name in site.traced.parameters.keys() - site.base.parameters.keys()
+        }
+        found = []
+        for p in self._passes:
+            if p.covers:
+                absent = {fqn: why for name, fqn, why in self._absent if name == p.name}
+                misses = {fqn: why for name, fqn, why in self._misses if name == p.name}
+                places = [row.fqn.removeprefix("the model") for row in self._rows if row.pass_name == p.name]
+                reasons = {**untraced, **absent, **misses}
+                found.append(coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone))
+        return tuple(found)
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -133,22 +184,67 @@ class Rewriting:
         measured = measured or {}
         if not any(p.is_meta for p in self._model.parameters()):
             check_measured(self.measurements, measured)
+        for site in self._sites:
+            if site.touched and site.traced.module is self._model:
+                # The model itself becomes the new module; what it was has to be somewhere.
+                site.traced.module = site.base.module = twin(self._model)
         built: list[tuple[_Site, RegionModule]] = [
             (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
             for site in self._sites
             if site.touched
         ]
         for site, module in built:
-            for fqn in site.traced.fqns:
-                parent, _, leaf = fqn.rpartition(".")
-                setattr(self._model.get_submodule(parent), leaf, module)
-            site.module = module
+            put(self._model, site.traced, module)
+            site.module = module if site.traced.fqn else self._model  # type: ignore[assignment]
+        self._lower()
+        try:
+            self._check_rewritten(built)
+        except PassError:
+            for site, _ in built:
+                site.module = None
+                put(self._model, site.traced, site.traced.module)
+            raise
+        for site, module in built:
+            recompile_(site.traced.module, module)
             # The stock tensors that a pass replaced must not live on through the plan.
-            site.traced.module = site.base.module = module
+            site.traced.module = site.base.module = site.module  # type: ignore[assignment]
         matched = {row.pass_name for row in self.report.rows}
         changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
         refuse_to_save_(self._model, changed)
-        self._lower()
+        refuse_to_resize_(self._model)
+        self._check = None
+
+    def check_facts(self) -> None:
+        """Check that what tracing has read outside of the modules is as it was.
+
+        Raises:
+            PassError: names what is not.
+        """
+        for site in self._sites:
+            if site.module is not None:
+                for fact in site.traced.facts:
+                    fact.check()
+
+    def _check_rewritten(self, built: Sequence[tuple[_Site, RegionModule]]) -> None:
+        """Run the model on what the stock one ran on, if it did.
+
+        Raises:
+            PassError: what passes made is not read, or what they replaced is.
+        """
+        if self._check is None:
+            return
+        made, replaced = dict[str, Tensor](), dict[str, Tensor]()
+        for site, module in built:
+            old = dict(site.traced.module.named_parameters(remove_duplicate=False))
+            new = dict(module.named_parameters(remove_duplicate=False))
+            gone = {name: old[name] for name in old if new.get(name) is not old[name]}
+            replaced |= {site.base.name(name): tensor for name, tensor in gone.items()}
+            for creation in site.base.created:
+                if any(name in gone and self._check.was_read(gone[name]) for name in creation.sources):
+                    names = [name for name in creation.names if name in site.base.parameters]
+                    made |= {site.base.name(name): new[name] for name in names}
+        same = not self._active and not any(site.claims for site in self._sites)
+        self._check.rewritten(self._model, made, replaced, same)
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         """Bring the operations in line with the passes in force once `step` updates are made.
@@ -307,6 +403,8 @@ class Rewriting:
             if report and not p.observes:
                 self._rows += [row(p, region, match) for match in planned.matches]
                 self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]
+                if not is_linear(region.module):  # of a single linear its surroundings say more
+                    self._absent += [(p.name, region.fqn, planned.absent)]
 
     def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""
@@ -318,6 +416,7 @@ class Rewriting:
                 site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
+        self.check_facts()
         changed = active != self._active
         self._active = active
         if changed:
@@ -341,3 +440,10 @@ class Rewriting:
         for p in (*self._structural, *self._active):
             p.finish(region)
         return _Lowered(site, lowering(region.graph, self._classes), matches)
+
+
+def _twin_site(site: _Site, memo: dict[int, Any]) -> _Site:
+    """A site of a copy of the model."""
+    traced, base = site.traced.copy(), site.base.copy()
+    traced.module, base.module = copy.deepcopy((traced.module, base.module), memo)
+    return replace(site, traced=traced, base=base, module=copy.deepcopy(site.module, memo))

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from act24.passes import OperationalPass, Pass, Pipeline, Weight24, weight24
+from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, weight24
+from act24.passes.activation24 import SCALE
 from act24.passes.state import SparseWeight, as_evaluated, sparse_weights
 from act24.sparse24.weight.methods import sparse_weight, weight_mask
 
@@ -50,6 +51,8 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
             weights are the dense masters.
     """
     state = pipeline.model.state_dict()
+    for name in _scales(pipeline, in_force=False) - _scales(pipeline, in_force=True):
+        state.pop(name, None)
     for p in pipeline.passes:
         if not isinstance(p, Weight24):
             continue
@@ -61,6 +64,29 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
             for kind in (weight24.MASK, weight24.SCALE):
                 state.pop(weight.name + kind, None)
     return state
+
+
+@torch.no_grad()
+def fold_weights_(pipeline: Pipeline) -> None:
+    """Put weights that `weight24` makes 2:4 into the model as they are multiplied, and let plain linears read
+    them: the function stays, and nothing is masked again for every token. Training cannot go on from there.
+    """
+    state = served_weights(pipeline)
+    pipeline.lower_to_([p for p in pipeline.active if not isinstance(p, Weight24)])
+    for name, parameter in pipeline.model.named_parameters():
+        parameter.copy_(state[name])
+
+
+def _scales(pipeline: Pipeline, in_force: bool) -> set[str]:
+    """The scales of `activation24` passes that are in force, or of those that are not, which no served model
+    has."""
+    names: set[str] = set()
+    for p in pipeline.passes:
+        if isinstance(p, Activation24) and p.soft and _in_force(pipeline, p) == in_force:
+            with pipeline.lowered([p]):
+                found = pipeline.matches(p)
+            names |= {".".join(filter(None, (fqn, match.path, SCALE))) for fqn, match in found}
+    return names
 
 
 def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
+from act24.fp8.linear import cast_weight
 from act24.passes import activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.base import OperationalPass
+from act24.passes.fp8 import PARTS, Fp8
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
-from act24.passes.graph.region import RegionModule, buffers_of
+from act24.passes.graph.region import RegionModule, buffers_of, joined
 from act24.passes.rewriting import Rewriting
 from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
@@ -157,7 +159,11 @@ def renew_to_read_(
     for p in pipeline.active:
         if isinstance(p, Weight24):
             _set_masks_(pipeline, p, scales=_is_new(p, step), count_flips=False)
-    due = [p for p in pipeline.active if isinstance(p, Activation24) and p.soft and _is_new(p, step)]
+    due = [
+        p
+        for p in pipeline.active
+        if isinstance(p, Activation24) and p.soft and _is_unmeasured(pipeline, p, step)
+    ]
     if not due or forward is None:
         return tuple(due)
     set_pads_(pipeline, pads)
@@ -169,6 +175,20 @@ def renew_to_read_(
 def _is_new(p: OperationalPass, step: int | None) -> bool:
     """Whether no update has been made with a pass."""
     return step is not None and step <= p.from_step
+
+
+def _is_unmeasured(pipeline: Rewriting, p: Activation24, step: int | None) -> bool:
+    """Whether nobody has measured the scale of a pass in force. Before its first update a loop may have, for
+    those who read the model then: a scale of exactly 1 is none."""
+    if not _is_new(p, step):
+        return False
+    return step != p.from_step or all(scale == 1 for scale in torch.stack(scales_of(pipeline, p)).tolist())
+
+
+def scales_of(pipeline: Rewriting, p: Activation24) -> list[Tensor]:
+    """The scales of a soft pass in force, one a site."""
+    scales = buffers_of(pipeline.regions, SCALE)
+    return [scales[".".join(filter(None, (fqn, match.path)))] for fqn, match in pipeline.matches(p)]
 
 
 @torch.no_grad()
@@ -189,6 +209,21 @@ def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
         weight.fill_buffer_(weight24.PACKED, packed)
         if transposed is not None:
             weight.fill_buffer_(weight24.TRANSPOSED, transposed)
+
+
+@torch.no_grad()
+def cast_weights_(pipeline: Rewriting, p: Fp8) -> None:
+    """Cast the weights of an `fp8` in force that keeps them, as they are now, into the buffers that forward
+    and backward read: the same memory from the first time on. `Pipeline.begin_update_` does it for every such
+    pass. Parameters must not be sharded."""
+    if not p.keep_cast:
+        return
+    for weight in sparse_weights(pipeline, p):
+        dense = weight.parameter.T if weight.transposed else weight.parameter
+        # In bfloat16, as forward has them: under autocast parameters are float32.
+        cast = cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=p.kernels)
+        for kind, value in zip(PARTS, cast, strict=True):
+            weight.fill_buffer_(kind, value)
 
 
 def decaying_weights(pipeline: Rewriting, place: DecayPlace) -> Iterator[tuple[SparseWeight, float]]:
@@ -229,7 +264,7 @@ def refuse_exact_steps(pipeline: Rewriting) -> None:
             continue
         with pipeline.lowered([p]):
             factors = [
-                f"{fqn}.{match.nodes.weight}"
+                joined(fqn, match.nodes.weight)
                 for fqn, match in pipeline.matches(p)
                 if match.nodes.factor is not None
             ]
@@ -243,7 +278,7 @@ def refuse_exact_steps(pipeline: Rewriting) -> None:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A weight under `weight24`, the region where it stands, and its names."""
+    """A weight under `weight24` or `fp8`, the region where it stands, and its names."""
 
     module: RegionModule
     name: str
@@ -272,11 +307,11 @@ class SparseWeight:
         return self.module.get_submodule(path), leaf
 
 
-def sparse_weights(pipeline: Rewriting, p: Weight24) -> Iterator[SparseWeight]:
-    """What a `weight24` in force has taken."""
+def sparse_weights(pipeline: Rewriting, p: Weight24 | Fp8) -> Iterator[SparseWeight]:
+    """What a `weight24`, or an `fp8`, in force has taken."""
     for fqn, match in pipeline.matches(p):
         site: LinearSite = match.nodes
-        name = f"{fqn}.{site.weight}"
+        name = joined(fqn, site.weight)
         yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
 
 

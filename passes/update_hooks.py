@@ -45,6 +45,14 @@ def watcher_of(model: nn.Module) -> Watcher | None:
     return next((hook.watcher for hook in hooks if isinstance(hook, _Before)), None)
 
 
+def forget_orphans_(model: nn.Module) -> None:
+    """Take the hooks from a copy that stand there in the place of a watcher's: it has one of its own."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Orphan | _Nothing)]:
+                del hooks[key]
+
+
 #: Why a copy that was made in training does not run.
 COPIED = (
     "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: "

@@ -31,6 +31,7 @@ from torch.optim.optimizer import (
 from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.fp8 import Fp8
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import (
     Reduce,
@@ -38,19 +39,21 @@ from act24.passes.state import (
     as_evaluated,
     calibrate_,
     calibration_text,
+    cast_weights_,
     decay_gradient_,
     decaying_weights,
     next_seeds_,
     own_seeds,
     pack_weights_,
     renew_masks_,
+    scales_of,
     set_pads_,
     set_seeds_,
     sparse_weights,
     stored_mask,
     whole,
 )
-from act24.passes.update_hooks import COPIED, watch_forwards_, watcher_of
+from act24.passes.update_hooks import COPIED, forget_orphans_, watch_forwards_, watcher_of
 from act24.passes.weight24 import MASK, Weight24
 from act24.sparse24.weight.methods import DecayPlace
 
@@ -84,6 +87,15 @@ class Updates:
             return
         watch_forwards_(self.pipeline.model, list(self.pipeline.regions), self)
         self._watch_optimizers()
+
+    def of_copy(self, pipeline: Rewriting) -> Updates:
+        """Who watches a copy of the pipeline, where its updates stand as they do here."""
+        twin = Updates(pipeline)
+        twin._begun = self._begun
+        if pipeline.modules:
+            forget_orphans_(pipeline.model)
+            twin.watch_()
+        return twin
 
     def _watch_optimizers(self) -> None:
         """Of whichever kind, wrapped or made anew: there is nothing to attach, and nothing to forget."""
@@ -160,6 +172,8 @@ class Updates:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
                 pack_weights_(pipeline, p)
+            elif isinstance(p, Fp8):
+                cast_weights_(pipeline, p)
         note = None
         due = [p for p in measured_at(pipeline, step) if p in pipeline.active]
         if due:
@@ -168,6 +182,10 @@ class Updates:
                     f"activation24 measures the scale of {due[0].method} at step {step}, and has no rows to "
                     "measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
                 )
+            for p in due:
+                if step == p.from_step:  # whatever was measured for readers before: a run goes on as if not
+                    for scale in scales_of(pipeline, p):
+                        scale.fill_(1)
             rows, run = first_rows(batch, due), forward or pipeline.model
             measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
             first = any(step == p.from_step for p in due)

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from act24.options import Range, check_options
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
-from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites
+from act24.passes.graph.linear_sites import FROZEN, LinearSite, Scope, frozen, in_scope, linear_sites
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 from act24.sparse24.format.products import Measured, Product, Table
@@ -94,6 +94,10 @@ class Weight24(OperationalPass):
         decays(self.record, self.decay)
 
     @property
+    def covers(self) -> tuple[str, ...]:
+        return ("attn", "mlp") if self.scope == "all" else (self.scope,)
+
+    @property
     def record(self) -> WeightMethod:
         """What the method is."""
         return METHODS[self.method]
@@ -155,6 +159,8 @@ class Weight24(OperationalPass):
             if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))
                 misses.append((site.path, f"its weight is {shown}, {wrong}"))
+            elif frozen(region, site, self.targets):
+                misses.append((site.path, FROZEN))
             elif spec.shared:
                 misses.append((site.path, f"tied to {spec.shared[0]}"))
             else:

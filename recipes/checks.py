@@ -5,6 +5,7 @@ Whatever reads a recipe refuses the first; `validate`, `plan` and `train` print 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from act24.errors import Act24Error
@@ -38,6 +39,13 @@ def oddities(recipe: Recipe) -> Iterator[str]:
                 f"passes.{i}.from_step: {p.name} comes into force at step {p.from_step}, and the run ends at "
                 f"{steps}: it is trained without"
             )
+    both = math.lcm(recipe.checkpoint.every, recipe.eval.every)  # 0 where one is only at the end
+    if recipe.checkpoint.keep_best and not 0 < both < steps:
+        yield (
+            f"checkpoint.keep_best = {recipe.checkpoint.keep_best} keeps nothing: before the end no step has "
+            f"both an evaluation (eval.every = {recipe.eval.every}) and a checkpoint "
+            f"(checkpoint.every = {recipe.checkpoint.every})"
+        )
     for every in recipe.optimizer.reset_periods():
         looked_at = min(steps, every * _LOOKED_AT)
         found = resets_without_rewarm(recipe.lr_multiplier, every=every, total_steps=looked_at)

@@ -18,8 +18,9 @@ from act24.recipes.checks import oddities
 from act24.recipes.flag_remarks import Remark, changes, remarks
 from act24.recipes.flag_values import parse_flags
 from act24.recipes.flags import FLAGS, REQUIRED
-from act24.recipes.load import RecipeError, parse_recipe, toml_value
+from act24.recipes.load import RecipeError, parse_recipe
 from act24.recipes.old_command import OPTIMIZERS, Command
+from act24.recipes.records import toml_value
 from act24.recipes.schema import Recipe
 
 _BACKWARDS = {1: "split_gemm", 2: "sparse", 3: "dense"}

@@ -7,7 +7,7 @@ replaces the one it overrides, and so does a `[model]` with `pretrained`.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +23,27 @@ from act24.options import shown
 from act24.passes import REGISTRY
 from act24.passes.base import OperationalPass, Pass
 from act24.recipes.checks import contradictions
+from act24.recipes.keys import meant
 from act24.recipes.plugins import load_plugins
-from act24.recipes.records import Named, as_table, made
+from act24.recipes.records import Named, as_table, made, toml_value
 from act24.recipes.schema import Recipe
 from act24.records import Table
 from act24.schedules import SCHEDULES
 
 T = TypeVar("T", bound=Named)
+
+#: Counts of steps that are a part of the run, and not a property of the method as a mask's 40 updates are.
+SCALED = {
+    "schedule": ("warmup_steps", "decay_steps", "restart_every", "lr_adjust_steps"),
+    "optimizer": (
+        "exact_every",
+        "refresh_every",
+        "restarts",
+        "momentum_reset_steps",
+        "momentum_reset_warmup",
+    ),
+    "passes": ("from_step", "until_step"),
+}
 
 
 class RecipeError(Act24Error):
@@ -66,19 +80,46 @@ def recipe_source(reference: str) -> tuple[str, str]:
     return files("act24.recipes").joinpath(f"{reference}.toml").read_text(encoding="utf-8"), reference
 
 
-def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(reference: str, overrides: Sequence[str] = (), scale_steps: bool = False) -> Recipe:
     """Find, extend, override and validate a recipe.
 
     Args:
         reference: as for `recipe_source`.
         overrides: `key.path=value` with a TOML value; a bare word counts as a string. A pass is addressed by
             position or by name: `passes.activation24.from_step=500`.
+        scale_steps: where `train.steps` is overridden, what the recipe counts in steps of the whole run
+            (`SCALED`) becomes longer or shorter with it. Other overrides stand as they are.
 
     Raises:
         RecipeError: with every mistake found, each with its path and the nearest valid name.
     """
     text, origin = recipe_source(reference)
-    return parse_recipe(text, origin, overrides)
+    if scale_steps:
+        return parse_recipe(text, origin, [*_scaled(parse_recipe(text, origin), overrides), *overrides])
+    try:
+        return parse_recipe(text, origin, overrides)
+    except RecipeError as error:
+        if any(override.startswith("train.steps=") for override in overrides):
+            with contextlib.suppress(RecipeError):  # then something else is wrong too
+                load_recipe(reference, overrides, scale_steps=True)
+                error = RecipeError(f"{error}\n--scale-steps scales them with train.steps")
+        raise error from None
+
+
+def _scaled(recipe: Recipe, overrides: Sequence[str]) -> Iterator[str]:
+    """What the recipe's own counts of steps become under another `train.steps`, as overrides."""
+    steps = [override.partition("=")[2] for override in overrides if override.startswith("train.steps=")]
+    if not steps or not steps[-1].strip().replace("_", "").isdecimal():
+        raise RecipeError("--scale-steps scales by train.steps: it needs --set train.steps=N")
+    factor = int(steps[-1]) / recipe.train.steps
+    owners: dict[str, object] = {"schedule": recipe.schedule, "optimizer": recipe.optimizer}
+    owners |= {f"passes.{index}": p for index, p in enumerate(recipe.passes)}
+    for path, owner in owners.items():
+        for name in SCALED[path.partition(".")[0]]:
+            value = getattr(owner, name, None)
+            if value:
+                scaled = max(1, round(abs(value) * factor))
+                yield f"{path}.{name}={scaled if value > 0 else -scaled}"
 
 
 def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -230,7 +271,7 @@ def _named(records: Table[type[T]], entry: Any, path: str, usual: str, errors: l
     if not isinstance(values.get("name"), str):
         errors.append(f'{path}: expected a table, with name = "<{path}>" or without')
         return None
-    return made(records, values, path, "name", errors)
+    return made(records, values, path, "name", errors, meant)
 
 
 def _pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
@@ -244,7 +285,7 @@ def _pass(entry: Any, path: str, errors: list[str]) -> Pass | None:
                 f"{path}.{key}: {cls.name} changes parameters: it holds all run long, without step range"
             )
             return None
-    return made(REGISTRY, entry, path, "use", errors)
+    return made(REGISTRY, entry, path, "use", errors, meant)
 
 
 def _tuples(value: Any) -> Any:
@@ -263,7 +304,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             names = _names_at(model, item["loc"][:-1])
-            lines.append(f"{path}: unknown key: {nearest(str(item['loc'][-1]), names)}")
+            lines.append(f"{path}: unknown key: {meant(str(item['loc'][-1]), names)}")
         elif item["type"] == "missing":
             lines.append(f"{path}: missing")
         else:
@@ -280,15 +321,3 @@ def _names_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str
             return []
         model = annotation
     return [*model.model_fields, *(["extends"] if model is Recipe else [])]
-
-
-def toml_value(value: Any) -> str:
-    """A string, number, truth value or list of them, as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's strings are TOML's, but that TOML wants one more control character escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(toml_value(entry) for entry in value)}]"
-    return repr(value)

@@ -7,7 +7,8 @@ recipe says nothing is all read off it; `act24.options` checks it, here as in Py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from act24.errors import Act24Error, nearest
@@ -25,7 +26,12 @@ T = TypeVar("T", bound=Named)
 
 
 def made(
-    table: Table[type[T]], values: Mapping[str, Any], path: str, key: str, errors: list[str]
+    table: Table[type[T]],
+    values: Mapping[str, Any],
+    path: str,
+    key: str,
+    errors: list[str],
+    hint: Callable[[str, Iterable[str]], str] = nearest,
 ) -> T | None:
     """The object that a table of a recipe describes, or None with what is wrong added to `errors`.
 
@@ -33,6 +39,7 @@ def made(
         values: the table of the recipe, its lists as tuples; `values[key]`, a string, names the record.
         path: where it stands in the recipe, for errors.
         key: `name` or `use`.
+        hint: what is said of a key that is none of those given, `nearest` or what knows other tables too.
     """
     options = dict(values)
     name: str = options.pop(key)
@@ -43,7 +50,7 @@ def made(
         return None
     record = table[name]
     fields = {field.name: field for field in recipe_fields(record)}
-    found = [_unknown(table, record, option, path, key) for option in options if option not in fields]
+    found = [_unknown(table, record, option, path, key, hint) for option in options if option not in fields]
     required = [f.name for f in fields.values() if _has_no_default(f)]
     found += [f"{path}.{option}: missing" for option in required if option not in options]
     known = {option: value for option, value in options.items() if option in fields}
@@ -69,14 +76,33 @@ def recipe_fields(record: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(record) if not field.metadata.get("python_only")]
 
 
-def _unknown(table: Table[Any], record: Any, option: str, path: str, key: str) -> str:
+def _unknown(
+    table: Table[Any],
+    record: Any,
+    option: str,
+    path: str,
+    key: str,
+    hint: Callable[[str, Iterable[str]], str],
+) -> str:
     owners = [other.name for other in table.values() if option in {f.name for f in recipe_fields(other)}]
     if owners:
         belongs = " or ".join(f'{key} = "{owner}"' for owner in owners)
         return f'{path}.{option}: belongs to {belongs}, not to "{record.name}"'
     names = [field.name for field in recipe_fields(record)]
-    return f"{path}.{option}: unknown key: {nearest(option, [key, *names])}"
+    return f"{path}.{option}: unknown key: {hint(option, [key, *names])}"
 
 
 def _has_no_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def toml_value(value: Any) -> str:
+    """A string, number, truth value or list of them, as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's strings are TOML's, but that TOML wants one more control character escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(toml_value(entry) for entry in value)}]"
+    return repr(value)

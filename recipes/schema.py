@@ -41,8 +41,8 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """`[model]`: the stock LLaMA, by preset, with single fields overridden where a value is given; or a trained
-    model to start from.
+    """`[model]`: the stock LLaMA, by preset, with single fields overridden where a value is given; or a
+    trained model to start from.
 
     What the fields take is what `LlamaConfig` says of those of the same name.
     """
@@ -88,7 +88,7 @@ class Model(Section):
 class Tokenizer(Section):
     """`[tokenizer]`: a `tokenizer.json`, a Hub name, or a byte-level BPE trained once on the source."""
 
-    name: str = "bpe"
+    name: str = "bpe"  # "bpe" is trained on the source; a tokenizer.json; a name on the Hub
     vocab_size: Size = 4096  # of the trained BPE; ignored by the others
     end_of_text: str | None = None  # where it is none of the known ones ("<|endoftext|>", "</s>", …)
 
@@ -96,20 +96,20 @@ class Tokenizer(Section):
 class Data(Section):
     """`[data]`: where rows of tokens come from (`tools/data`)."""
 
-    source: Literal["hf", "files", "builtin", "shards"] = "hf"
-    dataset: str = "allenai/c4"
+    source: Literal["hf", "files", "builtin", "shards"] = "hf"  # hf: a data set of the Hub
+    dataset: str = "allenai/c4"  # OWNER/NAME on the Hub
     subset: str = "en"  # "" for a data set that has none
     train_split: str = "train"
     heldout_split: str = "validation"
     revision: str | None = None  # of the Hub's data set: a commit, tag or branch; a run pins the commit
-    text_field: str = "text"
+    text_field: str = "text"  # of a record
     encoding: str | None = None  # of text files and JSON; not given: UTF-8, or as detected
     on_bad_record: Literal["stop", "skip"] = "stop"  # no JSON, no text field: skip leaves it out, counted
     retry_seconds: NonNegativeFloat = 120.0  # that a stream of the Hub waits for a network; 1e9: for ever
-    train_files: tuple[str, ...] = ()
-    heldout_files: tuple[str, ...] = ()
+    train_files: tuple[str, ...] = ()  # globs
+    heldout_files: tuple[str, ...] = ()  # globs; not given: a part of the training files is held out
     shards: str | None = None  # folder written by `act24 data prepare`
-    rows: Literal["packed", "padded"] = "packed"
+    rows: Literal["packed", "padded"] = "packed"  # padded: one document a row
     max_length: Size = 256  # tokens a row
     shuffle_seed: Seed = 42
     shuffle_buffer: Annotated[int, Field(ge=0, lt=2**31)] = (
@@ -130,18 +130,18 @@ class Data(Section):
 class Train(Section):
     """`[train]`: how long, how much at once, in which precision."""
 
-    steps: PositiveSteps
+    steps: PositiveSteps  # optimizer steps
     batch_size: Size  # rows a process and micro-batch
     total_batch_size: Size  # rows an optimizer step, over all processes
-    dtype: Literal["float32", "bfloat16", "bfloat16_autocast"] = "bfloat16_autocast"
+    dtype: Literal["float32", "bfloat16", "bfloat16_autocast"] = "bfloat16_autocast"  # or of weights too
     seed: Seed = 0
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 switches clipping off
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU, where a micro-batch can be captured
     parallel: Literal["ddp", "fsdp"] = "ddp"  # only with more than one process
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # keep a block's input alone, and compute it again
     # Of a loss or gradient: end the run, or leave the batch out. To skip, the host waits for each step.
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite
     max_skips: Size = 10  # batches left out in a row, after which the run ends all the same
 
 
@@ -179,6 +179,7 @@ class Recipe(Section):
     """A whole recipe, resolved: no `extends` left, every default filled in."""
 
     description: str = ""
+    strict: bool = False  # a pass that reaches less of the model than its scope promises is an error
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()

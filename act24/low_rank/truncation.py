@@ -54,7 +54,17 @@ def check_rank(owner: str, rank: int, dense: Tensor) -> None:
 
 
 def factors_of(dense: Tensor, singular: Tensor, scaled: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`truncated_factors` from a spectrum that `right_spectrum` gave."""
+    """`truncated_factors` from a spectrum that `right_spectrum` gave.
+
+    Args:
+        dense: `[..., out, in]`.
+        singular, scaled: float64 `[..., min(out, in)]` and `[..., min(out, in), in]`, as `right_spectrum` has
+            them.
+        rank: R, at most the smaller side of `dense`.
+
+    Returns:
+        `[..., R, in]` and `[..., out, R]`, in the dtype of `dense`, at least float32.
+    """
     singular, scaled = singular[..., :rank, None], scaled[..., :rank, :]
     # W v_i / √s_i = √s_i u_i; where s_i is zero the row is, and both factors get zeros.
     root = torch.where(singular > 0, singular, torch.inf).sqrt()

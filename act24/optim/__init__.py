@@ -13,11 +13,12 @@ from act24.optim.adamw import (
 )
 from act24.optim.base import OptimizerOptions, Surroundings
 from act24.optim.loro import LOROAdamW, LOROAdamWOptions, loro_parameter_groups
+from act24.optim.muon import Muon, MuonOptions
 from act24.records import Table
 
 #: The optimizers that a recipe can name.
 OPTIMIZERS: Table[type[OptimizerOptions]] = Table(
-    "optimizer", AdamWOptions, LOROAdamWOptions, ColaAdamWOptions, LostAdamWOptions
+    "optimizer", AdamWOptions, LOROAdamWOptions, ColaAdamWOptions, LostAdamWOptions, MuonOptions
 )
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "LOROAdamW",
     "LOROAdamWOptions",
     "LostAdamWOptions",
+    "Muon",
+    "MuonOptions",
     "OptimizerOptions",
     "Surroundings",
     "adam_direction",

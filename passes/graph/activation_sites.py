@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from act24.errors import PassError
 from act24.passes.graph.normal_form import (
@@ -82,6 +82,8 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
     name_sites(region)
     for node in list(region.graph.nodes):
         if node.op != "call_function" or node.target not in _FUNCTIONS:
+            continue
+        if _between_convolutions(region, node):
             continue
         source, users = node.args[0], list(node.users)
         before = source if is_call(source, F.linear) and len(source.users) == 1 else None
@@ -205,6 +207,28 @@ def pads_node(region: Region) -> fx.Node:
     """The region's padding buffer as a node at the current point of insertion."""
     region.add_buffer(PADS, (), torch.bool, persistent=False)
     return region.graph.get_attr(PADS)
+
+
+def _between_convolutions(region: Region, node: fx.Node) -> bool:
+    """Whether a convolution is what comes first on either side: its features lie along another dimension."""
+    for up in (True, False):
+        frontier, seen = [node], {node}
+        while frontier:
+            current = frontier.pop()
+            for other in current.all_input_nodes if up else current.users:
+                if other in seen or other.op in ("placeholder", "get_attr") or _weights(other):
+                    continue
+                seen.add(other)
+                frontier.append(other)
+                if _is_convolution(region, other):
+                    return True
+    return False
+
+
+def _is_convolution(region: Region, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(region.module.get_submodule(str(node.target)), nn.modules.conv._ConvNd)
+    return node.target in (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 def _weights(node: fx.Node) -> list[str]:

@@ -2,56 +2,82 @@
 
 Clean means that the graph says all that the module does: a closed signature without defaults, no control
 flow on values or on an argument being None, no hand-written backward and no grad or autocast mode of its own
-(tracing would drop them), no attribute written in forward, no tensor that is neither parameter nor buffer,
-and every linear visible. Modules that read `self.training` stay leaves, or tracing would freeze the mode; if
-such a leaf holds linears, what surrounds it is not clean.
+(tracing would drop them), nothing written or drawn at random in forward, no tensor that is neither parameter
+nor buffer, no behaviour of a module besides its forward, and every linear visible. Modules that read
+`self.training` stay leaves, or tracing would freeze the mode; if such a leaf holds linears, what surrounds it
+is not clean. Only a double of the module is run (`act24.passes.graph.shadow`).
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.autograd import Function
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
 from act24.passes.graph.normal_form import is_call, is_linear, linear_arguments, normalise
+from act24.passes.graph.shadow import Shadow, contents, global_contents
+from act24.passes.graph.tracer import RegionTracer, Tracer, Unclean
+
+#: What a module may do besides its forward, and a region does not.
+_BESIDES = (
+    "__call__",
+    "get_extra_state",
+    "set_extra_state",
+    "state_dict",
+    "_save_to_state_dict",
+    "_load_from_state_dict",
+    "_apply",
+)
 
 
-class Unclean(Exception):
-    """Why a module cannot be a region."""
+@dataclass(frozen=True)
+class Trace:
+    """What tracing finds.
+
+    Attributes:
+        graph: the normal form.
+        assumes_casts: the module asks whether dtypes differ, in order to cast, and the graph casts always.
+    """
+
+    graph: fx.Graph
+    assumes_casts: bool = False
 
 
-def clean_trace(module: nn.Module) -> fx.Graph:
+def clean_trace(module: nn.Module) -> Trace:
     """The normal form of a module.
 
     Raises:
         Unclean: it has none.
     """
+    _check_besides(module)
     if is_linear(module):
-        return _trace_linear(module)
+        return Trace(_trace_linear(module))
     _check_signature(module)
-    before = _attributes(module)
+    shadow = Shadow(module)
+    if shadow.uncopied:
+        raise Unclean(f"holds {shadow.uncopied}, which cannot be copied, and tracing might write to it")
+    before, outside = contents(shadow.root), global_contents(module)
+    tracer = Tracer(shadow, _is_leaf)
     try:
-        with _refusals():
-            graph = _Tracer().trace(module)
-            _check_none(module, graph)
+        graph = tracer.record()
+        _check_none(shadow, graph)
     except Unclean:
         raise
     except Exception as error:  # whatever a forward may raise when it is given a proxy
-        raise Unclean(f"{type(error).__name__}: {error}") from error
+        raise Unclean(f"{tracer.refused or f'{type(error).__name__}: {error}'}") from error
     finally:
-        written = _restore(before)
-    if written:
+        tracer.undo_draws()
+    if written := _changed(before, contents(shadow.root)) or _changed(outside, global_contents(module)):
         raise Unclean(f"forward writes {written}")
+    if tracer.refused:
+        raise Unclean(tracer.refused)
     held = {*dict(module.named_parameters(remove_duplicate=False))}
     held |= {*dict(module.named_buffers(remove_duplicate=False))}
     for node in graph.nodes:
@@ -60,7 +86,25 @@ def clean_trace(module: nn.Module) -> fx.Graph:
     normalise(graph, module)
     if not any(is_call(node, F.linear) for node in graph.nodes):
         raise Unclean("holds no linear")
-    return graph
+    return Trace(graph, tracer.assumes_casts)
+
+
+def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:
+    """The names of what is not as it was."""
+    keys = [key for key in after if key not in before or before[key] != after[key]]
+    keys += [key for key in before if key not in after]
+    return ", ".join(sorted({f"{type(module).__name__}.{name}" for module, name in keys}))
+
+
+def _check_besides(module: nn.Module) -> None:
+    """Refuse classes that do something besides forward; leaves may, for they stay the modules that they
+    are."""
+    for path, child in module.named_modules():
+        if type(child).__module__.startswith("torch.nn.") or isinstance(child, fx.GraphModule):
+            continue
+        for name in _BESIDES:
+            if getattr(type(child), name, None) is not getattr(nn.Module, name, None):
+                raise Unclean(f"{path or 'it'} [{type(child).__name__}] has a {name} of its own")
 
 
 def matrices(module: nn.Module) -> int:
@@ -77,53 +121,28 @@ def matrices(module: nn.Module) -> int:
 def is_closed(module: nn.Module) -> bool:
     """Whether a module is torch's own and neither linear nor container: norms are best left whole, and
     attention reads its children's weights past their forward."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(module).__module__.startswith("torch.nn.") and not (
         type(module) in containers or is_linear(module)
     )
 
 
-class _Tracer(fx.Tracer):
-    """Opens everything but torch's own modules other than Linear, and modules that read `self.training`."""
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module stays one call: torch's own other than Linear, and what reads `self.training`.
 
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if is_linear(m):
-            return False
-        if _reads_training(type(m)) or is_closed(m):
-            if matrices(m) or any(is_linear(child) for child in m.modules()):
-                raise Unclean(f"holds linears in {self.path_of_module(m)}, which cannot be opened")
-            return True
+    Raises:
+        Unclean: it would, and holds linears.
+    """
+    if not (_reads_training(type(module)) or is_closed(module)):
         return False
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_linear(m):
-            weight, bias, transposed = linear_arguments(m)
-            x = args[0] if args else kwargs["input"]
-            return F.linear(x, weight.t() if transposed else weight, bias)
-        if "forward" in vars(m):
-            raise Unclean(f"the forward of {self.path_of_module(m)} was replaced")
-        return super().call_module(m, forward, args, kwargs)
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self._modes = _modes()
-        return super().trace(root, concrete_args)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
-            raise Unclean("computes under a grad or autocast mode of its own")
-        return super().create_node(*args, **kwargs)
-
-
-def _modes() -> tuple[Any, ...]:
-    autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    if matrices(module) or any(is_linear(child) for child in module.modules()):
+        raise Unclean(f"holds linears in a {type(module).__name__}, which cannot be opened")
+    return True
 
 
 def _trace_linear(module: nn.Module) -> fx.Graph:
     """A linear alone, which has no caller to be traced from."""
-    graph = fx.Graph()
+    graph = fx.Graph(tracer_cls=RegionTracer)
     x = graph.placeholder("input")
     weight = graph.get_attr("weight")
     if linear_arguments(module)[2]:
@@ -145,7 +164,7 @@ def _check_signature(module: nn.Module) -> None:
             raise Unclean(f"argument '{parameter.name}' of its forward has a default")
 
 
-def _check_none(module: nn.Module, graph: fx.Graph) -> None:
+def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
     """Refuse a forward that asks whether an argument is None: tracing has given it a proxy, which never is.
 
     Traced again with None in its place, it either fails, and so would the graph, or says the same with None.
@@ -153,7 +172,7 @@ def _check_none(module: nn.Module, graph: fx.Graph) -> None:
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     for argument in arguments[1:]:  # the first is what the module works on
         try:
-            other = _Tracer().trace(module, {argument.target: None})
+            other = Tracer(shadow, _is_leaf).record({argument.target: None})
         except Unclean:
             raise
         except Exception:  # None is no value that it takes
@@ -195,61 +214,3 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Within, calling an autograd.Function and reading `training` raise Unclean."""
-
-    def refuse_function(*args: Any, **kwargs: Any) -> Any:
-        raise Unclean("calls an autograd.Function, whose backward tracing would drop")
-
-    def refuse_training(module: nn.Module) -> bool:
-        raise Unclean("reads self.training")
-
-    apply = vars(Function)["apply"]
-    Function.apply = refuse_function  # type: ignore[method-assign]
-    # Every module has `training` in its own __dict__; a property on the class goes before that.
-    nn.Module.training = property(refuse_training)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        Function.apply = apply  # type: ignore[method-assign]
-        del nn.Module.training
-
-
-def _attributes(module: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
-    """The attributes of every module within, and the contents of those that are lists or dicts."""
-    return {
-        child: {name: (value, _content(value)) for name, value in vars(child).items()}
-        for child in module.modules()
-    }
-
-
-def _content(value: Any) -> Any:
-    return value.copy() if type(value) in (list, dict) else None
-
-
-def _same(value: Any, content: Any) -> bool:
-    if isinstance(value, dict):
-        return value.keys() == content.keys() and all(value[key] is content[key] for key in content)
-    return len(value) == len(content) and all(map(operator.is_, value, content))
-
-
-def _restore(before: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> str:
-    """Undo what forward wrote into the modules while it ran on proxies; the names of what it wrote."""
-    written = []
-    for child, attributes in before.items():
-        now = vars(child)
-        for name in now.keys() - attributes.keys():
-            written.append(f"{type(child).__name__}.{name}")
-            del now[name]
-        for name, (value, content) in attributes.items():
-            if name in now and now[name] is value and (content is None or _same(value, content)):
-                continue
-            written.append(f"{type(child).__name__}.{name}")
-            now[name] = value
-            if content is not None:
-                value.clear()
-                value.update(content) if isinstance(value, dict) else value.extend(content)
-    return ", ".join(sorted(written))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import fx
 
+from act24.fp8.linear import linear_fp8
 from act24.passes.graph.normal_form import parameter_name
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.operation import activation24
@@ -18,7 +19,7 @@ def region_flops(region: Region) -> int:
 
 
 def _node_flops(region: Region, node: fx.Node) -> int:
-    if node.target is F.linear:
+    if node.target in (F.linear, linear_fp8):
         return 2 * _numel(region, node.args[1])
     if node.target is activation24:
         return 2 * _numel(region, node.args[1]) + _numel(region, node.args[3])

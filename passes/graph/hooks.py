@@ -1,6 +1,11 @@
-"""Hooks on modules that tracing takes apart: nothing would call them any more."""
+"""What hangs on modules and parameters from outside, and that a rewritten module would lose: hooks, compiled
+calls, and wrappers."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
 
 from act24.errors import PassError
 from act24.passes.graph.region import Region
@@ -17,6 +22,73 @@ _HOOKS = (
 )
 
 
+#: Modules that stand around a model, by the name of their class, and what to do about them.
+_WRAPPERS = {
+    "OptimizedModule": "is compiled: apply the passes to the module inside, and compile it then",
+    "DistributedDataParallel": "is wrapped: apply the passes to the module inside, and wrap it then",
+    "DataParallel": "is wrapped: apply the passes to the module inside, and wrap it then",
+    "FullyShardedDataParallel": "is wrapped: apply the passes first, and wrap the model then",
+    "RecursiveScriptModule": "is a script, which cannot be traced: apply the passes to the module it is from",
+}
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Check that no module is compiled, wrapped, or still without shapes.
+
+    Raises:
+        PassError: names the first that is.
+    """
+    for fqn, module in model.named_modules():
+        cls = type(module)
+        if cls.__module__.startswith("torch.") and cls.__name__ in _WRAPPERS:
+            raise PassError(f"{fqn or 'the model'} [{cls.__name__}] {_WRAPPERS[cls.__name__]}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise PassError(f"{name} has no shape yet: run the model once, and apply the passes then")
+
+
+def refuse_parameter_hooks(region: Region, replaced: tuple[str, ...]) -> None:
+    """Check that no parameter that a pass replaces has a hook.
+
+    Raises:
+        PassError: names the first that has one.
+    """
+    parameters = dict(region.module.named_parameters(remove_duplicate=False))
+    for name in replaced:
+        parameter: Any = parameters.get(name)
+        if parameter is not None and (
+            parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+        ):
+            raise PassError(
+                f"{region.name(name)} has a hook, and a pass replaces the parameter: remove the hook, apply "
+                "the passes, and register it on what stands there then"
+            )
+
+
+def recompile_(old: nn.Module, new: nn.Module) -> None:
+    """Compile a module as another was compiled in place (`nn.Module.compile`), if it was.
+
+    Raises:
+        PassError: how it was compiled cannot be found out.
+    """
+    compiled: Any = old._compiled_call_impl
+    if compiled is None:
+        return
+    for cell in getattr(compiled, "__closure__", None) or ():
+        if isinstance(context := cell.cell_contents, _compiler_contexts()):
+            new._compiled_call_impl = context(new._call_impl)  # type: ignore[operator]
+            return
+    raise PassError(
+        f"a {type(old).__name__} is compiled in place, and how cannot be found out: compile it after apply_"
+    )
+
+
+def _compiler_contexts() -> tuple[type, ...]:
+    from torch._dynamo.eval_frame import _TorchDynamoContext  # imported wherever something is compiled
+
+    return (_TorchDynamoContext,)
+
+
 def refuse_hooks(region: Region) -> None:
     """Check that no module of a region has a hook. Leaves may: they stay the modules that they are.
 
@@ -27,6 +99,11 @@ def refuse_hooks(region: Region) -> None:
     for path, module in region.module.named_modules():
         if f"{path}.".startswith(leaves):
             continue  # stays the module that it is, hooks and all
+        if path and module._compiled_call_impl is not None:
+            raise PassError(
+                f"{region.name(path)} is compiled in place, and lies in a module that is traced as a whole: "
+                "apply the passes first, and compile then"
+            )
         for kind in _HOOKS:
             if getattr(module, kind):
                 raise PassError(

@@ -1,7 +1,7 @@
 """The linears that a low-rank pass replaces: which, of what rank, and the options that all such passes share.
 
-A linear belongs to attention or to an MLP by the names of the modules above it, which works on models that
-nobody here wrote. Others (a head, say) are left alone unless `targets` names them.
+A linear belongs to attention or to an MLP by what surrounds it (`act24.passes.graph.roles`). Others (a head,
+a router, LoRA's own factors) are left alone unless `targets` names them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from act24.passes.graph.normal_form import (
     weight_name,
 )
 from act24.passes.graph.region import Factor, ParameterSpec, Region
+from act24.passes.graph.roles import Role
 
 Scope = Literal["all", "attn", "mlp"]
-_ATTENTION = ("attn", "attention")
-_MLP = ("mlp", "ffn", "feed_forward", "feedforward")
+
+#: What a pass leaves alone unless its targets name it.
+_BY_NAME_ONLY = ("other", "router", "lora")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class LinearSite:
         nodes: where it is called; more than once if the module is.
         shape: `(out, in)` of the weight, however it is stored.
         transposed: whether it is stored `[in, out]`.
-        kind: where it stands.
+        kind: what it is for (`act24.passes.graph.roles`).
         factor: which part of a dense weight its weight is; None: it is one.
     """
 
@@ -51,7 +53,7 @@ class LinearSite:
     nodes: tuple[fx.Node, ...]
     shape: tuple[int, int]
     transposed: bool
-    kind: Literal["attn", "mlp", "other"]
+    kind: Role
     factor: Factor | None = None
 
     def part(self, factor: Factor) -> str:
@@ -94,7 +96,9 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
         path = name.rpartition(".")[0]
         rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        yield LinearSite(path, name, tuple(nodes), shape, transposed, _kind(region.name(path)), spec.factor)
+        yield LinearSite(
+            path, name, tuple(nodes), shape, transposed, region.roles.get(name, "other"), spec.factor
+        )
 
 
 def _reads(graph: fx.Graph, name: str) -> int:
@@ -105,19 +109,21 @@ def _reads(graph: fx.Graph, name: str) -> int:
     return sum(len(n.users) if n.op == "call_method" and n.target == "t" else 1 for n in readers)
 
 
-def _kind(fqn: str) -> Literal["attn", "mlp", "other"]:
-    parts = fqn.lower().split(".")
-    if any(word in part for part in parts for word in _ATTENTION):
-        return "attn"
-    return "mlp" if any(word in part for part in parts for word in _MLP) else "other"
-
-
 def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
     """Whether a linear stands where `scope` says. A linear outside attention and MLPs is in scope only if
     `targets` are given, and not everything."""
-    if site.kind == "other":
+    if site.kind in _BY_NAME_ONLY:
         return "*" not in targets
     return scope in ("all", site.kind)
+
+
+#: Why a pass leaves a linear that does not train.
+FROZEN = "frozen: name it in targets to change it all the same"
+
+
+def frozen(region: Region, site: LinearSite, targets: tuple[str, ...]) -> bool:
+    """Whether a linear's weight does not train, and nobody has asked for it by name."""
+    return not region.parameters[site.weight].requires_grad and "*" in targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,18 +146,25 @@ class FactorisingPass(StructuralPass):
             if getattr(self, key) is None and self.scope in ("all", kind):
                 raise PassError(f"{self.name}: {key} is missing, which scope '{self.scope}' needs")
 
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("attn", "mlp") if self.scope == "all" else (self.scope,)
+
     def plan(self, region: Region) -> Plan:
         sites = [site for site in linear_sites(region) if self._takes(region, site)]
         misses = []
         for site in sites:
             if shared := region.parameters[site.weight].shared:
-                if site.kind == "other":  # asked for by name
+                if site.kind in _BY_NAME_ONLY:  # asked for by name
                     raise PassError(
                         f"{self.name}: {region.name(site.weight)} is tied to {shared[0]}, and factors would "
                         "part the two"
                     )
                 misses.append((site.path, f"tied to {shared[0]}"))
-        free = [site for site in sites if not region.parameters[site.weight].shared]
+            elif frozen(region, site, self.targets):
+                misses.append((site.path, FROZEN))
+        left = {path for path, _ in misses}
+        free = [site for site in sites if site.path not in left]
         matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
         return Plan(matches, tuple(misses), absent=f"no linear in scope '{self.scope}'")
 
@@ -166,7 +179,8 @@ class FactorisingPass(StructuralPass):
         if rank > min(site.shape):
             raise PassError(
                 f"{self.name}: {key} = {rank} is above {min(site.shape)}, the smaller side of "
-                f"{region.name(site.path)} [{site.shape[0]}, {site.shape[1]}]"
+                f"{region.name(site.path)} [{site.shape[0]}, {site.shape[1]}]: take a lower rank, or "
+                f"leave it out with ignore=[{region.name(site.path)!r}]"
             )
         return rank
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from act24.relu2 import relu2
 
 _MULTIPLY = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
+_MATMUL = (operator.matmul, torch.matmul, "matmul", "__matmul__")
 _SQUARE = (torch.square, "square")
 _POWER = (operator.pow, torch.pow, "pow")
 _RELU = (F.relu, torch.relu, "relu")
@@ -50,6 +51,9 @@ def normalise(graph: fx.Graph, module: nn.Module) -> None:
         if node.op == "call_module":
             _open_activation(graph, node, module.get_submodule(node.target))
     for node in list(graph.nodes):
+        if _calls(node, _MATMUL):
+            _open_product(graph, node, module)
+    for node in list(graph.nodes):
         if is_call(node, F.linear):
             _positional(node, ("input", "weight", "bias"), (None, None, None))
         elif is_call(node, F.silu):
@@ -73,6 +77,26 @@ def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
     with graph.inserting_before(node):
         replacement = graph.call_function(function, (_argument(node, 0, "input"),))
     replace_node(graph, node, replacement)
+
+
+def _open_product(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
+    """x @ Wᵀ and x @ W of a matrix W as a linear."""
+    x, weight = (*node.args, None, None)[:2]
+    if node.kwargs or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or x.op == "get_attr":
+        return
+    turned = (weight.target is getattr and weight.args[1] == "T") or weight.target == "t"
+    source: Any = weight.args[0] if turned else weight
+    if source.op != "get_attr" or _ndim(module, source.target) != 2:
+        return
+    with graph.inserting_before(node):
+        stored = source if turned else graph.call_method("t", (source,))
+        replacement = graph.call_function(F.linear, (x, stored, None))
+    replace_node(graph, node, replacement)
+
+
+def _ndim(module: nn.Module, name: str) -> int:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters[name].ndim if name in parameters else 0
 
 
 def _squared_relu(node: fx.Node) -> fx.Node | None:

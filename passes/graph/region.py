@@ -15,9 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
+from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
+from act24.passes.graph.frozen import Fact, Remains, remember
 from act24.passes.graph.measurements import Measurement
+from act24.passes.graph.roles import Role
 
 #: Parts of a dense weight (`ParameterSpec.factor`).
 Factor = Literal["in", "out", "columns"]
@@ -100,8 +103,9 @@ class Region:
         parameters: by local name. Passes add and remove.
         created: what to build, in order.
         buffers: by local name, those that passes add.
-        classes: class name of every module that stood inside, by local path.
-        modules: leaf modules that passes add, by local name.
+        classes, modules: class name of every module that stood inside, and what makes those that passes add.
+        facts: plain values outside of the module that its graph has in it.
+        roles: what its linears are for, by the local name of the weight.
     """
 
     fqns: tuple[str, ...]
@@ -112,6 +116,8 @@ class Region:
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    facts: tuple[Fact, ...] = ()
+    roles: dict[str, Role] = field(default_factory=dict)
 
     @property
     def fqn(self) -> str:
@@ -120,11 +126,11 @@ class Region:
 
     def name(self, path: str) -> str:
         """The fully qualified name of a local path."""
-        return f"{self.fqn}.{path}" if path else self.fqn
+        return joined(self.fqn, path)
 
     def names(self, path: str) -> Iterator[str]:
         """All fully qualified names of a local path."""
-        return (f"{fqn}.{path}" if path else fqn for fqn in self.fqns)
+        return (joined(fqn, path) for fqn in self.fqns)
 
     def class_name(self, path: str) -> str:
         """The class that stood at a local path before tracing, or the empty string."""
@@ -143,6 +149,7 @@ class Region:
             created=list(self.created),
             buffers=dict(self.buffers),
             modules=dict(self.modules),
+            roles=dict(self.roles),
         )
 
     def create(
@@ -165,6 +172,9 @@ class Region:
             if name in self.parameters and name not in replaces:
                 raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
+        role = next((self.roles[name] for name in replaces if name in self.roles), None)
+        if role is not None:
+            self.roles.update({name: role for name in specs if name not in self.roles})
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)
@@ -199,7 +209,7 @@ class Region:
         self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 
-class RegionModule(fx.GraphModule):
+class RegionModule(Remains, fx.GraphModule):
     """The graph module that stands where a region was traced.
 
     Regions with equal code share one class (`share_class`), so that torch.compile sees one function and
@@ -221,6 +231,17 @@ class RegionModule(fx.GraphModule):
         duplicate._graph.owning_module = duplicate
         return duplicate
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        made = [node.target.made_by for node in self._graph.nodes if hasattr(node.target, "made_by")]
+        try:
+            rebuild, arguments = super().__reduce__()
+        except ObjNotFoundError as error:
+            raise PassError(
+                f"the graph of this region calls what no other process can import ({error}): save the "
+                "state_dict() of the model instead"
+            ) from error
+        return _rebuilt, (tuple(made), rebuild, arguments)
+
     def recompile(self) -> Any:
         if vars(type(self)).get("_shared", False):
             code = self._graph.python_code("self")
@@ -228,6 +249,17 @@ class RegionModule(fx.GraphModule):
                 return code
             self.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})  # type: ignore[assignment]
         return super().recompile()
+
+
+def _rebuilt(
+    made: tuple[tuple[Callable[..., object], tuple[Any, ...]], ...],
+    rebuild: Callable[..., RegionModule],
+    arguments: tuple[Any, ...],
+) -> RegionModule:
+    """Unpickle a module, once the functions are made that its code imports (`made_by` of a target)."""
+    for make, of in made:
+        make(*of)
+    return rebuild(*arguments)
 
 
 def materialise(
@@ -251,10 +283,11 @@ def materialise(
     _add_buffers(region, module, values)
     for node in region.graph.nodes:
         if node.op == "call_module":
-            made = region.modules.get(node.target)
-            stands = made().train(module.training) if made else region.module.get_submodule(node.target)
+            added = region.modules.get(node.target)
+            stands = added() if added else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
+    remember(module, region.module)
     return module
 
 
@@ -328,7 +361,7 @@ def buffers_of(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]
         modules: by full name: a pipeline's regions, or `dict(model.named_modules())`.
     """
     return {
-        ".".join(part for part in (fqn, of) if part): module.get_buffer(name)
+        joined(fqn, of): module.get_buffer(name)
         for fqn, module in modules.items()
         if isinstance(module, RegionModule)
         for name, (its_kind, of) in module.buffer_kinds.items()
@@ -403,9 +436,14 @@ def _namespace(root: nn.Module, name: str) -> nn.Module:
     """The module that holds the tensor or module of a dotted name, made of plain modules where missing."""
     for part in name.split(".")[:-1]:
         if part not in root._modules:
-            root.add_module(part, nn.Module().train(root.training))
+            root.add_module(part, Remains().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
     return root
+
+
+def joined(fqn: str, path: str) -> str:
+    """The full name of what has a local one; the model itself has the empty name."""
+    return ".".join(part for part in (fqn, path) if part)
 
 
 def _leaf(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from act24.errors import PassError
 from act24.passes.base import StateMap
-from act24.passes.graph.region import Region
+from act24.passes.graph.region import Region, joined
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def from_stock(
     result, fresh = dict(state), dict[str, None]()
     for change in changes:
         for fqn in change.region.fqns:
-            removes = {name: f"{fqn}.{name}" for name in change.state.removes}
-            creates = [f"{fqn}.{name}" for name in change.state.creates]
+            removes = {name: joined(fqn, name) for name in change.state.removes}
+            creates = [joined(fqn, name) for name in change.state.creates]
             fill = change.state.from_stock if fresh.keys().isdisjoint(removes.values()) else None
             if fill is None:
                 for name in removes.values():
@@ -56,7 +56,7 @@ def from_stock(
                 fresh.update(dict.fromkeys(creates))
             else:
                 made = fill(_take(result, removes))
-                result.update({f"{fqn}.{name}": value for name, value in made.items()})
+                result.update({joined(fqn, name): value for name, value in made.items()})
     return result, tuple(fresh)
 
 
@@ -74,9 +74,9 @@ def to_stock(changes: Sequence[Change], state: Mapping[str, Tensor]) -> dict[str
         if change.state.to_stock is None:
             raise PassError(f"{change.region.name(change.path)} has no stock form: {change.state.why}")
         for fqn in change.region.fqns:
-            created = _take(result, {name: f"{fqn}.{name}" for name in change.state.creates})
+            created = _take(result, {name: joined(fqn, name) for name in change.state.creates})
             made = change.state.to_stock(created)
-            result.update({f"{fqn}.{name}": value for name, value in made.items()})
+            result.update({joined(fqn, name): value for name, value in made.items()})
     return result
 
 

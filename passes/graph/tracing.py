@@ -3,7 +3,8 @@
 A model is not traced as a whole. Its regions are the largest modules that trace cleanly
 (`act24.passes.graph.clean_trace`) and repeat: the decoder blocks of the stock LLaMA; in a host framework's
 model, whose blocks take open keyword arguments and are hooked and recorded by class, the MLPs and single
-linears inside them. A module that does not repeat is a region too when nothing below it repeats.
+linears inside them. A module that does not repeat is a region too when nothing below it repeats; that may be
+the model itself, which then changes its class.
 """
 
 from __future__ import annotations
@@ -14,20 +15,30 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from act24.errors import PassError
-from act24.passes.graph.clean_trace import Unclean, clean_trace, is_closed, matrices
-from act24.passes.graph.region import ParameterSpec, Region, RegionModule
+from act24.passes.graph.check import Check
+from act24.passes.graph.clean_trace import clean_trace, is_closed, matrices
+from act24.passes.graph.frozen import facts
+from act24.passes.graph.hooks import refuse_wrapped
+from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.region import ParameterSpec, Region, RegionModule, joined
+from act24.passes.graph.roles import roles_of
+from act24.passes.graph.tracer import Unclean
 
 
-def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
+def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], dict[str, str]]:
     """Find the regions of a model. The model is not touched.
+
+    Args:
+        check: compares each region with its module; None: they are not compared.
 
     Returns:
         the regions in the order in which the model lists its modules; and by "fqn [class]" the modules that
         were tried and could not be traced, with the reason.
 
     Raises:
-        PassError: the model was already rewritten.
+        PassError: the model was already rewritten, or is compiled or wrapped.
     """
+    refuse_wrapped(model)
     places: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RegionModule):
@@ -36,20 +47,27 @@ def trace(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
                 "plans them together"
             )
         places.setdefault(module, []).append(fqn)
-    owners = _owners(model)
+    owners, around = _owners(model), dict(model.named_modules(remove_duplicate=False))
     unclean: dict[nn.Module, str] = {}
-    found = list(_search(model, unclean))
+    found = list(_search(model, unclean, check))
     # A module that is shared may be a region in one place and a part of a larger one in another, where
     # nothing must take its place.
-    taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module])
+    taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module] if fqn)
     regions = [
-        _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners)
+        _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners, around)
         for module, graph in found
     ]
-    return regions, {f"{places[m][0]} [{type(m).__name__}]": reason for m, reason in unclean.items()}
+    named = {f"{places[m][0] or 'the model'} [{type(m).__name__}]": why for m, why in unclean.items()}
+    return regions, named
 
 
-def _search(model: nn.Module, unclean: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, fx.Graph]]:
+#: Why modules of torch that hold linears, as its attention does, stay as they are.
+_CLOSED = "torch's own class reads weights past the forward of its linears: write it with nn.Linear instead"
+
+
+def _search(
+    model: nn.Module, unclean: dict[nn.Module, str], check: Check | None
+) -> Iterator[tuple[nn.Module, fx.Graph]]:
     counts = Counter(type(module) for module in model.modules())
     listed = {
         child
@@ -65,14 +83,24 @@ def _search(model: nn.Module, unclean: dict[nn.Module, str]) -> Iterator[tuple[n
             return
         seen.add(module)
         if is_closed(module):
+            if any(map(is_linear, module.modules())):
+                unclean[module] = _CLOSED
             return
         below = [child for child in module.modules() if child is not module]
         composite = [child for child in below if child in repeating and matrices(child) > 1]
-        if module is not model and (module in repeating or not composite):
-            if not matrices(module):
-                return
+        if module is model:  # a region only if there are but linears and what has none
+            composite = [c for c in below if c in repeating and matrices(c) and not is_linear(c)]
+        if not matrices(module):
+            closed = (child for child in below if is_closed(child))
+            unclean.update({c: _CLOSED for c in closed if any(map(is_linear, c.modules()))})
+            return
+        contains = type(module).forward is nn.Module.forward  # a list, or something whose parts are called
+        if not contains and ((module is not model and module in repeating) or not composite):
             try:
-                yield module, clean_trace(module)
+                graph = clean_trace(module).graph
+                if check is not None:
+                    check.region(module, graph)
+                yield module, graph
                 return
             except Unclean as reason:
                 unclean[module] = str(reason)
@@ -90,13 +118,21 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _region(module: nn.Module, graph: fx.Graph, fqns: list[str], owners: dict[int, list[str]]) -> Region:
+def _region(
+    module: nn.Module,
+    graph: fx.Graph,
+    fqns: list[str],
+    owners: dict[int, list[str]],
+    around: dict[str, nn.Module],
+) -> Region:
     parameters = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
-        own = {f"{fqn}.{name}" for fqn in fqns}
+        own = {joined(fqn, name) for fqn in fqns}
         shared = tuple(other for other in owners[id(tensor)] if other not in own)
         parameters[name] = ParameterSpec(
             tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared
         )
     classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
-    return Region(tuple(fqns), module, graph, parameters, classes=classes)
+    outside = () if is_linear(module) else facts(module)
+    roles = roles_of(graph, module, fqns[0], around)
+    return Region(tuple(fqns), module, graph, parameters, classes=classes, facts=outside, roles=roles)

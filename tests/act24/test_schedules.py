@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from act24.errors import Act24Error
 from act24.schedules import (
     SCHEDULES,
+    WSD,
     Constant,
     Cosine,
     CosineRestart,
@@ -18,6 +19,7 @@ from act24.schedules import (
     linear,
     resets_without_rewarm,
     rewarm,
+    wsd,
 )
 
 # (total, warm-up, lr_adjust_steps, restart_every) of LORO's published scripts.
@@ -166,7 +168,7 @@ def test_constant_warms_up():
 
 
 def test_the_table_holds_every_schedule_under_its_name():
-    assert sorted(SCHEDULES) == ["constant", "cosine", "cosine_restart", "linear"]
+    assert sorted(SCHEDULES) == ["constant", "cosine", "cosine_restart", "linear", "wsd"]
     assert all(schedule.name == name for name, schedule in SCHEDULES.items())
 
 
@@ -197,6 +199,9 @@ GOOD = {"total_steps": 100, "warmup_steps": 10, "min_lr_ratio": 0.1}
         (cosine, {"warmup_steps": 100}, "warmup_steps"),
         (cosine, {"warmup_steps": -1}, "warmup_steps"),
         (linear, {"min_lr_ratio": 1.5}, "min_lr_ratio"),
+        (wsd, {"decay_steps": 91}, "decay_steps"),
+        (wsd, {"decay_steps": -1}, "decay_steps"),
+        (wsd, {"decay_steps": 9, "decay": "cosine"}, "decay"),
         (cosine_restart, {"restart_every": 0}, "restart_every"),
         (cosine_restart, {"restart_every": 20, "min_lr_ratio": 0.0}, "min_lr_ratio"),
         (cosine_restart, {"restart_every": 20, "lr_adjust_steps": 5}, "lr_adjust_steps"),
@@ -216,7 +221,7 @@ def test_a_negative_step_is_refused():
         cosine(-1, **GOOD)
 
 
-@pytest.mark.parametrize("record", [Cosine, Linear, Constant])
+@pytest.mark.parametrize("record", [Cosine, Linear, Constant, WSD])
 def test_the_zero_of_a_warm_up_can_be_left_out(record):
     """Update k then has the multiplier of k + 1, to the last; without a warm-up there is no zero."""
     plain, ahead = record(warmup_steps=4), record(warmup_steps=4, skip_zero=True)
@@ -228,3 +233,31 @@ def test_the_zero_of_a_warm_up_can_be_left_out(record):
 def test_a_restarting_cosine_has_no_zero_to_leave_out():
     plain, same = (CosineRestart(warmup_steps=4, restart_every=5, skip_zero=skip) for skip in (False, True))
     assert [same.multiplier(k, 20) for k in range(20)] == [plain.multiplier(k, 20) for k in range(20)]
+
+
+@pytest.mark.parametrize("form", ["sqrt", "linear"])
+def test_wsd_is_the_published_formula(form):
+    """Hägele et al., arXiv 2405.18392: warm-up, 1, and f(t) = 1 - √t or 1 - t over the last steps."""
+    record = WSD(warmup_steps=10, decay_steps=25, decay=form, min_lr_ratio=0.0)
+    for step in range(100):
+        t = (step - 75) / 25
+        fall = 1 - (t**0.5 if form == "sqrt" else t) if t > 0 else 1.0
+        assert record.multiplier(step, 100) == pytest.approx(min(step / 10, 1.0) if step < 10 else fall)
+    assert wsd(100, total_steps=100, warmup_steps=10, decay_steps=25, min_lr_ratio=0.2) == pytest.approx(0.2)
+    assert wsd(10**6, total_steps=100, warmup_steps=10, decay_steps=25, min_lr_ratio=0.2) == pytest.approx(
+        0.2
+    )
+
+
+def test_wsd_falls_over_a_fifth_unless_it_is_said():
+    values = [WSD(min_lr_ratio=0.1).multiplier(step, 50) for step in range(50)]
+    assert [step for step, value in enumerate(values) if value < 1] == list(range(41, 50))
+
+
+def test_wsd_before_its_fall_is_that_of_any_longer_run():
+    short, long = WSD(warmup_steps=5, decay_steps=10), WSD(warmup_steps=5, decay_steps=40)
+    assert [short.multiplier(k, 100) for k in range(90)] == [long.multiplier(k, 500) for k in range(90)]
+
+
+def test_wsd_without_a_fall_stays():
+    assert {WSD(decay_steps=0).multiplier(step, 20) for step in range(20)} == {1.0}

@@ -387,8 +387,7 @@ def test_no_match_names_what_is_there_instead() -> None:
     with pytest.raises(PassError) as error:
         apply_(Trunk(Relu2MLP, layers=3), [Relu2FFN()])
     assert str(error.value) == (
-        "relu2_ffn matches nothing. blocks.0 [Block] and 2 more: "
-        "2 linears, but no down(silu(gate(x)) * up(x))"
+        "relu2_ffn matches nothing. blocks.0 [Block] and 2 more: already relu²: use activation24 alone"
     )
 
 

@@ -1,10 +1,13 @@
 """recompute: the same gradients and names, and less kept for backward than by CoLA-M, 2 T D + 7 T R."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
 from toys import Trunk, features, llama, tokens
 
+from act24.operation import operation
 from act24.passes import (
     Activation24,
     ActivationStatistics,
@@ -25,6 +28,7 @@ MODELS = {
     "low_rank": [LowRank(**RANKS)],
     "lost": [Lost(**RANKS, sparsity=0.1)],
     "low_rank relu2 act24": [Relu2FFN(), LowRank(**RANKS), Activation24()],
+    "cola relu2 act24": [Cola(**RANKS, bottleneck="relu2"), Activation24()],
     "cola relu2": [Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), ActivationStatistics()],
 }
 
@@ -147,3 +151,64 @@ def test_layer_norms_are_computed_again_too():
     assert "self.norm(" not in pipeline.modules[0].code
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_what_draws_by_a_function_draws_the_same_again():
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            h = torch.tanh(self.up(x))
+            h = nn.functional.dropout(h, 0.5) + torch.rand_like(h)
+            return self.down(nn.functional.rrelu(h, training=True) * torch.bernoulli(torch.sigmoid(h)))
+
+    gradients = []
+    for passes in ([], [Recompute()]):
+        torch.manual_seed(0)
+        model = Trunk(MLP)
+        pipeline = apply_(model, [LowRank(scope="mlp", mlp_rank=4), *passes])
+        torch.manual_seed(1)
+        model(features(3, 16)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert "recomputed" in pipeline.modules[0].code
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_where_nothing_can_be_computed_again_it_says_so():
+    with pytest.raises(PassError, match="nothing lies between its bottlenecks"):
+        plan(nn.Sequential(nn.Linear(8, 8)), [LowRank(mlp_rank=2, scope="mlp", targets=("0",)), Recompute()])
+
+
+def test_its_graph_is_pickled_in_training_and_as_it_is_evaluated():
+    model = llama()
+    pipeline = apply_(model, [Cola(attn_rank=8, mlp_rank=8), Recompute()])
+    trained = pickle.loads(pickle.dumps(model))
+    assert "recomputed" in trained.model.layers[0].code
+    with pipeline.evaluation():
+        other = pickle.loads(pickle.dumps(model))
+    assert "recomputed" not in other.model.layers[0].code
+    with torch.no_grad():
+        assert torch.equal(trained(tokens()), model(tokens()))
+        assert torch.equal(other(tokens()), model(tokens()))
+
+
+def test_a_graph_that_no_other_process_can_import_is_refused_by_name():
+    def local(x):
+        return x * 2
+
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.down(fx_local(self.up(x)))
+
+    fx_local = operation(local)
+    model = Trunk(MLP)
+    apply_(model, [LowRank(scope="mlp", mlp_rank=4), Recompute(optional=True)])
+    with pytest.raises(PassError, match="calls what no other process can import"):
+        pickle.dumps(model)

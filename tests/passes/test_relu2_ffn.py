@@ -78,7 +78,10 @@ def test_fresh_weights_are_normal_and_fresh_biases_zero() -> None:
 def test_no_gated_network(other: Any) -> None:
     model = Trunk(other)
     blocks = list(model.blocks)
-    with pytest.raises(PassError, match=r"no down\(silu\(gate\(x\)\) \* up\(x\)\)|a single linear"):
+    with pytest.raises(
+        PassError,
+        match=r"no down\(silu\(gate\(x\)\) \* up\(x\)\)|a single linear|already relu²: use activation24",
+    ):
         apply_(model, [Relu2FFN()])
     apply_(model, [Relu2FFN(optional=True)])
     assert all(block is before for block, before in zip(model.blocks, blocks, strict=True))

@@ -180,13 +180,16 @@ def test_soft_threshold_scale_is_fixed_at_the_first_sparse_update() -> None:
 
 
 def test_calibration_sums_of_nothing_leave_the_scale() -> None:
-    model, pipeline = rewritten(Relu2FFN(), Activation24(method="soft_dynamic"))
+    model, pipeline = rewritten(Relu2FFN(), Activation24(method="soft_dynamic", dynamic_steps=2))
     with torch.no_grad():
         for layer in (0, 1):
             model.get_parameter(f"model.layers.{layer}.mlp.up_proj.weight").zero_()
-            model.get_buffer(f"model.layers.{layer}.mlp.activation24_scale").fill_(1.25)
     text = pipeline.begin_update_(0, IDS)
-    assert scales(model) == [1.25, 1.25]
+    assert scales(model) == [1, 1]
     assert text is not None
     assert "all zero" in text
+    for layer in (0, 1):
+        model.get_buffer(f"model.layers.{layer}.mlp.activation24_scale").fill_(1.25)
+    pipeline.begin_update_(2, IDS)
+    assert scales(model) == [1.25, 1.25]
     assert calibration_sums(torch.zeros(4, 8), None, "activation", 4, "relu2").tolist() == [0.0] * 6

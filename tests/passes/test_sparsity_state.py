@@ -168,8 +168,12 @@ def test_what_needs_no_renewal_is_trained_without_a_call() -> None:
     loss_of(model).backward()
 
 
-def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
-    model, pipeline = rewritten(Weight24(scope="mlp", mask_every=3, decay=0.0))
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_are_kept_for_mask_every_updates_and_flips_have_one_unit(method: Any) -> None:
+    """The share of a mask's entries that changed, by optimizer update, whatever the updates between masks."""
+    kept = 3 if METHODS[method].mask_every else None
+    decay = 0.0 if METHODS[method].decay else None
+    model, pipeline = rewritten(Weight24(method=method, scope="mlp", mask_every=kept, decay=decay))
     optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
     name = "model.layers.0.mlp.up_proj.weight"
     before = model.get_buffer(f"{name}24_mask").clone()
@@ -177,8 +181,8 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_are_measured() -> None:
     for step in range(7):
         pipeline.begin_update_(step, IDS)
         mask = model.get_buffer(f"{name}24_mask")
-        if step % 3 == 0:
-            assert torch.equal(mask, weight_mask(model.get_parameter(name), "transposable"))
+        if step % (kept or 1) == 0:
+            assert torch.equal(mask, weight_mask(model.get_parameter(name), method))
             expected += float((mask != before).float().mean())
         else:
             assert torch.equal(mask, before)

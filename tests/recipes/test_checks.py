@@ -123,6 +123,18 @@ def test_a_pass_that_never_comes_into_force_is_said():
     )
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "saved", "said"), [(0, 5, True), (5, 0, True), (7, 3, True), (4, 3, False), (5, 5, False)]
+)
+def test_a_best_checkpoint_that_there_can_never_be_is_said(evaluated, saved, said):
+    """Of 20 steps: the first step with an evaluation and a checkpoint has to be before the last."""
+    overrides = ["train.steps=20", f"eval.every={evaluated}", f"checkpoint.every={saved}"]
+    overrides += ["schedule.warmup_steps=2", "passes.activation24.from_step=2"]
+    lines = [line for line in oddities(load_recipe("demo", [*overrides, "checkpoint.keep_best=2"]))]
+    assert [line.startswith("checkpoint.keep_best = 2 keeps nothing") for line in lines] == [True] * said
+    assert not [*oddities(load_recipe("demo", overrides))]
+
+
 def test_very_many_resets_are_looked_at_for_a_second_at_most():
     optimizer = "momentum_reset_steps = 1"
     recipe = parse_recipe(f"{BASE}[optimizer]\nlr = 0.01\n{optimizer}", "test", ["train.steps=1_000_000_000"])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from act24.errors import Act24Error
 from act24.llama import PRESETS, llama_config
 from act24.passes import REGISTRY, Activation24, Relu2FFN
 from act24.recipes.load import (
@@ -101,6 +102,24 @@ def test_what_a_shipped_recipe_comes_to(name):
 def test_no_golden_file_is_left_over():
     found = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*.txt")}
     assert found == {f"{name}.txt" for name in recipe_names()}
+
+
+def test_a_strict_recipe_refuses_what_a_pass_leaves():
+    """F 62 is no multiple of 4, so weight24 leaves the networks."""
+    weight24 = '\n[[passes]]\nuse = "weight24"\nscope = "all"\noptional = OPTIONAL\n'
+    for optional in ("false", "true"):
+        for strict in ("false", "true"):
+            text = f"strict = {strict}\n" + SMALL + weight24.replace("OPTIONAL", optional)
+            recipe = parse_recipe(text, "small", ["model.intermediate_size=62"])
+            if strict == "true" and optional == "false":
+                with pytest.raises(
+                    Act24Error, match=r"weight24 reaches \d+%.*multiples of 4.*strict = false"
+                ):
+                    plan_recipe(recipe)
+            else:
+                (line,) = plan_recipe(recipe).report.partial
+                assert 0 < line.reached < line.total
+    assert all(load_recipe(name).strict for name in recipe_names())
 
 
 def test_planning_allocates_no_weights():
@@ -342,3 +361,36 @@ def test_what_needs_whole_parameters_is_refused_where_they_are_sharded():
         'use train.parallel = "ddp"',
     ]
     assert parse_recipe(text, "mine.toml", ["train.parallel=ddp"]).train.parallel == "ddp"
+
+
+def test_scale_steps_scales_what_is_a_part_of_the_run():
+    """A hundredth of the run: warm-up, restarts and exact updates with it; what was set itself stands."""
+    whole = load_recipe("c4/60m-loro")
+    short = load_recipe("c4/60m-loro", ["train.steps=1000", "optimizer.lr=0.5"], scale_steps=True)
+    assert (whole.train.steps, whole.schedule.warmup_steps, whole.schedule.restart_every) == (
+        10_000,
+        1000,
+        500,
+    )
+    assert (short.train.steps, short.schedule.warmup_steps, short.schedule.restart_every) == (1000, 100, 50)
+    assert (whole.schedule.lr_adjust_steps, short.schedule.lr_adjust_steps) == (-1000, -100)
+    assert (whole.optimizer.exact_every, short.optimizer.exact_every) == (500, 50)
+    assert short.optimizer.lr == 0.5
+    kept = load_recipe("c4/60m-loro", ["train.steps=1000", "schedule.warmup_steps=7"], scale_steps=True)
+    assert kept.schedule.warmup_steps == 7
+    demo = load_recipe("demo", ["train.steps=40"], scale_steps=True)
+    assert [p.from_step for p in demo.passes if isinstance(p, Activation24)] == [10]
+    assert demo.eval == load_recipe("demo").eval
+
+
+def test_steps_that_do_not_fit_name_the_option_that_scales_them():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", ["train.steps=30"])
+    first, last = str(caught.value).splitlines()
+    assert "warmup_steps (40) has to be below total_steps (30)" in first
+    assert last == "--scale-steps scales them with train.steps"
+    with pytest.raises(RecipeError) as caught:  # which would not help here
+        load_recipe("demo", ["train.steps=30", "optimizer.lr=0"])
+    assert "--scale-steps" not in str(caught.value)
+    with pytest.raises(RecipeError, match=r"needs --set train\.steps=N"):
+        load_recipe("demo", ["optimizer.lr=1"], scale_steps=True)

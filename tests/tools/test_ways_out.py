@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.generate import generate
+from act24.inference.sampling import Sampling
 from act24.passes import (
     REGISTRY,
     Activation24,
@@ -37,7 +37,7 @@ from act24.passes import (
 from act24.recipes.load import load_recipe, recipe_names
 from act24.sparse24.feed_forward.methods import METHODS as ACTIVATION_METHODS
 from act24.sparse24.weight.methods import METHODS as WEIGHT_METHODS
-from act24.tools.commands.sample import sample_text
+from act24.tools.commands.generate import Request, sample_text
 from act24.tools.data import open_tokenizer
 from act24.tools.huggingface.export import export_run, save_pretrained
 from act24.tools.run import train as training
@@ -69,7 +69,7 @@ MATRIX: dict[str, tuple[Pass, ...]] = {
     "relu2-cola-activation24": (Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), Activation24(**RANGE)),
     "relu2-cola-activation24-recompute": (
         Relu2FFN(),
-        Cola(**RANKS, bottleneck="relu2"),
+        Cola(**RANKS),  # recompute keeps bottlenecks that no operation hides
         Activation24(method="mvue", **RANGE),
         Recompute(),
     ),
@@ -104,8 +104,7 @@ class Seen:
     Attributes:
         logits, dense: of IDS, and without 2:4 activations.
         text: PROMPT and what it most likely is followed by.
-        loss: on the held-out rows, on which scales that no update has set yet are measured first: those of
-            soft 2:4 activations at `from_step`, which are 1 in all ways out, with a warning.
+        loss: on the held-out rows.
     """
 
     logits: Tensor
@@ -161,13 +160,14 @@ def follow(recipe: Any, name: str, folder: Path) -> dict[int, Seen]:
         with torch.no_grad():
             with pipeline.evaluation(step=step):
                 logits = lm(IDS)
-                ids = tokenizer_of(recipe).encode(PROMPT)
-                told = generate(lm, torch.from_numpy(ids).long()[None], 6, temperature=0.0)
+                told = [int(token) for token in tokenizer_of(recipe).encode(PROMPT)]
+                for _ in range(6):
+                    told.append(int(lm(torch.tensor([told]))[0, -1].argmax()))
             with pipeline.evaluation(("activation24",), step=step):
                 dense = lm(IDS)
         lm.train()
         assert all(torch.equal(t, before[n]) for n, t in lm.state_dict().items()), "evaluation moves no state"
-        text = tokenizer_of(recipe).decode(told[0].tolist())
+        text = tokenizer_of(recipe).decode(told)
         seen[step] = Seen(logits, dense, text, evaluation.loss)
         return evaluation
 
@@ -289,7 +289,9 @@ def test_eval_measures_and_sample_continues_as_the_run_does(name, trained) -> No
             "after the last sparse update there is the dense form only"
         )
         for seed in (0, 1):
-            assert sample_text(run.at(step), PROMPT, 6, 0.0, 5, seed) == run.seen[step].text
+            assert (
+                sample_text(run.at(step), PROMPT, Request(6, Sampling(0.0), seed=seed)) == run.seen[step].text
+            )
 
 
 @pytest.mark.parametrize(

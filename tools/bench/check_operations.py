@@ -18,6 +18,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from act24.fp8.casts import Scaling
+from act24.fp8.linear import linear_fp8
 from act24.loss import cross_entropy_sum
 from act24.low_rank.columns import select_columns
 from act24.sparse24.feed_forward.methods import ESTIMATORS, METHODS
@@ -34,6 +36,11 @@ def cases(device: str) -> Iterator[Case]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device).requires_grad_()
 
+    def coarse(*shape: int) -> Tensor:
+        """Multiples of 1/4, which bfloat16 holds: compilers leave out roundings between two operations, and
+        what e4m3 makes of the difference is many times as large."""
+        return (draw(*shape).detach() * 4).round().div(4).requires_grad_()
+
     labels = torch.randint(50, (4, 64), generator=generator).to(device)
     yield (
         "cross_entropy_sum",
@@ -43,7 +50,7 @@ def cases(device: str) -> Iterator[Case]:
     indices = torch.tensor([3, 1, 17], device=device)
     yield "select_columns", lambda x: select_columns(x, indices).sin().sum(), (draw(4, 16, 32),)
     seed, scale = torch.tensor(7, device=device), torch.tensor(1.5, device=device)
-    probe = draw(64, 32).detach()
+    probe = coarse(64, 32).detach()
     for options in _variants():
         name = f"activation24, {options.method}, {options.backward}, {options.estimator}, {options.precision}"
 
@@ -53,7 +60,21 @@ def cases(device: str) -> Iterator[Case]:
             y, _ = activation24(x, weight_in, None, weight_out, None, scale, seed, options=options)
             return (y * probe).sum()
 
-        yield name, network, (draw(64, 32), draw(128, 32), draw(32, 128))
+        made = coarse if options.precision == "fp8" else draw
+        yield name, network, (made(64, 32), made(128, 32), made(32, 128))
+
+    for scaling, dtype in itertools.product(("rowwise", "tensorwise"), (torch.float32, torch.bfloat16)):
+        for autocast in (False, True):
+
+            def linear(
+                x: Tensor, weight: Tensor, bias: Tensor, scaling: Scaling = scaling, autocast: bool = autocast
+            ) -> Tensor:
+                with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                    return (linear_fp8(x, weight, bias, scaling=scaling) * probe).sum()
+
+            name = f"linear_fp8, {scaling}, {dtype}{', autocast' if autocast else ''}"
+            leaves = (coarse(64, 48), coarse(32, 48), coarse(32))
+            yield name, linear, tuple(t.detach().to(dtype).requires_grad_() for t in leaves)
 
     def bottleneck(hidden: Tensor) -> Tensor:
         return activation24(hidden, None, None, None, None)[0].sin().sum()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.fp8.linear import linear_fp8
 from act24.relu2 import relu2
 from act24.sparse24.feed_forward.forms import State
 from act24.sparse24.feed_forward.masked import masked_activation24
@@ -30,12 +31,35 @@ SHAPES = (
 LOW_RANK = (65536, 1024, 256, 4096)
 
 
+#: What stands on the other side of a row.
+_ALONE = "six dense bf16 products alone"
+
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def dense_ffn(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
     """linear → relu² → linear."""
     return F.linear(relu2(F.linear(x, weight_in)), weight_out)
+
+
+def dense_fp8_ffn(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
+    """The same with all products in e4m3."""
+    return linear_fp8(relu2(linear_fp8(x, weight_in, None)), weight_out, None)
+
+
+def dense_products(x: Tensor, weight_in: Tensor, weight_out: Tensor, grad: Tensor) -> float:
+    """Milliseconds of the six dense products of forward and backward alone, which no dense network can
+    beat, whatever it fuses."""
+    hidden = x @ weight_in.T
+    calls = (
+        lambda: x @ weight_in.T,
+        lambda: hidden @ weight_out.T,
+        lambda: grad @ weight_out,
+        lambda: hidden @ weight_in,
+        lambda: hidden.T @ x,
+        lambda: grad.T @ hidden,
+    )
+    return sum(graph_milliseconds(call) for call in calls)
 
 
 def block(network: Network) -> Network:
@@ -124,6 +148,7 @@ def _rows(
         "dense weight gradients": compiled(sparse(plain)),
     }
     rows = []
+    alone = dense_products(*(leaf.detach() for leaf in leaves), grad)
     with torch.no_grad():
         other = milliseconds(dense)
         ours = milliseconds(backward["all sparse"])
@@ -137,6 +162,12 @@ def _rows(
         bar = {"all sparse": bars[1], "95/5 split": bars[2]}.get(name)
         ours = milliseconds(training(call), 300)
         rows.append(Row(f"FFN forward + backward, {name}, {shape}", ours, other, "ms", bar, "compiled dense"))
+        rows.append(
+            Row(f"FFN forward + backward, {name}, beside products, {shape}", ours, alone, "ms", None, _ALONE)
+        )
+    ours = milliseconds(training(compiled(dense_fp8_ffn)), 300)
+    rows.append(Row(f"FFN forward + backward, dense fp8, {shape}", ours, other, "ms", None, "compiled dense"))
+    rows.append(Row(f"FFN forward + backward, dense, {shape}", other, alone, "ms", None, _ALONE))
     other = milliseconds(training(compiled(block(dense_ffn))), 300)
     for name, mode in (("all sparse", "sparse"), ("95/5 split", "split_gemm")):
         for how, order in (("", "none"), (", tokens permuted", "batch")):
@@ -144,13 +175,16 @@ def _rows(
             ours = milliseconds(training(compiled(block(sparse(options)))), 300)
             title = f"FFN with norm and residual, forward + backward, {name}{how}, {shape}"
             rows.append(Row(title, ours, other, "ms", None, "compiled dense"))
-    ours = saved_bytes(backward["all sparse"], weight_in, weight_out)
-    for name, call, bar in (
-        ("dense", lambda: dense_ffn(*leaves), 0.45),
-        ("compiled dense", dense, None),
-    ):
-        other = saved_bytes(call, weight_in, weight_out)
-        rows.append(Row(f"FFN bytes saved, of {name}, {shape}", ours, other, "bytes", bar, name))
+    for mode, bar in (("all sparse", 0.45), ("all sparse, fp8", 0.25)):
+        ours = saved_bytes(backward[mode], weight_in, weight_out)
+        for name, call, limit in (
+            ("dense", lambda: dense_ffn(*leaves), bar),
+            ("compiled dense", dense, None),
+        ):
+            other = saved_bytes(call, weight_in, weight_out)
+            rows.append(
+                Row(f"FFN bytes saved, {mode}, of {name}, {shape}", ours, other, "bytes", limit, name)
+            )
     return rows
 
 

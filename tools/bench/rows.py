@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,17 @@ class Row:
             "ratio": self.ratio,
             "gpu": torch.cuda.get_device_name(),
             "versions": versions(),
+            "commit": commit(),
         }
+
+
+def commit() -> str | None:
+    """The commit that this code is of, where it lies in a repository."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -83,7 +83,7 @@ def bench_step(
     device = torch.device("cuda", torch.cuda.current_device())
     recipe = _with_rows(recipe, rows)
     config = model_config(recipe)
-    sides: dict[str, Callable[[], Callable[[Batch], None]]] = {"act24": lambda: _traced(recipe, device)}
+    sides: dict[str, Callable[[], Callable[[Batch], None]]] = {"act24": lambda: traced_side(recipe, device)}
     flops = {"act24": _flops_per_token(recipe, config)}
     if beside is None:
         handwritten = _handwritten_form(recipe, config)
@@ -96,13 +96,13 @@ def bench_step(
             config.vocab_size,
         ):
             raise Act24Error("bench step compares recipes of one sequence length and one vocabulary")
-        sides["beside"] = lambda: _traced(other, device)
+        sides["beside"] = lambda: traced_side(other, device)
         flops["beside"] = _flops_per_token(other, model_config(other))
     times: dict[str, list[float]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
     for _ in range(turns):
         for name, make in sides.items():
-            taken, peak = _time(make, config.vocab_size, rows, recipe.data.max_length, steps)
+            taken, peak = time_side(make, config.vocab_size, rows, recipe.data.max_length, steps)
             times[name] += taken
             peaks[name] = max(peaks[name], peak)
     tokens = rows * recipe.data.max_length
@@ -181,7 +181,7 @@ def without_start(recipe: Recipe, device: torch.device, step: int = 0, measure: 
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
 
 
-def _traced(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
+def traced_side(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
     processes = Processes(0, 1, device)
     sparse_from = max((getattr(p, "from_step", 0) for p in recipe.passes), default=0)
     built = without_start(recipe, device, sparse_from)
@@ -241,11 +241,11 @@ def time_recipe(recipe: Recipe, rows: int, steps: int) -> tuple[float, float]:
     """Median seconds of one step of a recipe, as `bench_step` has it, and its peak memory in GiB."""
     recipe, device = _with_rows(recipe, rows), torch.device("cuda", torch.cuda.current_device())
     vocabulary, length = model_config(recipe).vocab_size, recipe.data.max_length
-    taken, peak = _time(lambda: _traced(recipe, device), vocabulary, rows, length, steps)
+    taken, peak = time_side(lambda: traced_side(recipe, device), vocabulary, rows, length, steps)
     return statistics.median(taken), peak / 2**30
 
 
-def _time(
+def time_side(
     make: Callable[[], Callable[[Batch], None]], vocabulary: int, rows: int, length: int, steps: int
 ) -> tuple[list[float], int]:
     """Build, warm up, time and free: seconds of each step, by events, a batch of fresh random tokens each

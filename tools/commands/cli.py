@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from act24.tools.commands import recovery
+from act24.tools.commands.bench import bench_app
+from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
+from act24.tools.commands.options import RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -25,17 +29,10 @@ recipe_app = typer.Typer(help="List, show, check and copy recipes.", no_args_is_
 data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(help="Benchmarks on this machine's GPU.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (act24 recipe ls) or a .toml file.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
-]
 DataOnResume = Literal["same", "grow"]
 ScheduleOnResume = Literal["hold", "stretch"]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What `probe-decay` tries: λ of the scripts of arXiv 2404.01847, 6e-5 and 2e-4, and one on each side.
 DECAYS = [2e-5, 6e-5, 2e-4, 6e-4]
@@ -55,12 +52,29 @@ def _warn_of_oddities(recipe: Recipe) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"act24 {version('act24')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train LLaMA-style language models with low-rank weights and 2:4 sparsity."""
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
     # Not --run: torchrun, which reads all options first, takes that for one of its own.
-    run_dir: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<recipe>.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="The run's folder; default runs/<recipe>[,key=value].")
+    ] = None,
     resume: Annotated[
         str,
         typer.Option(help="never, auto (the run's last checkpoint, if any), a checkpoint or a run."),
@@ -81,20 +95,32 @@ def train(
             "value, or stretch it over the new steps."
         ),
     ] = "hold",
+    scale_steps: Annotated[
+        bool,
+        typer.Option(
+            "--scale-steps", help="With --set train.steps=N: warm-up, restarts and from_step scale with it."
+        ),
+    ] = False,
 ) -> None:
     """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …
 
     Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on.
     """
-    from act24.recipes.load import load_recipe
-    from act24.tools.commands.show import show_outcome
-    from act24.tools.run.folder import default_run_dir
-    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
-    from act24.tools.run.train import train as run_training
+    from act24.tools.run.signals import STOPPED_STATUS, stop_on_signal, stopped_status
 
-    loaded = load_recipe(recipe, set_ or ())
-    run_dir = run_dir or default_run_dir(recipe)
     with stopped_status():
+        with stop_on_signal():  # loading PyTorch takes seconds, in which a scheduler may change its mind
+            from act24.recipes.load import load_recipe
+            from act24.tools.commands.show import show_outcome
+            from act24.tools.run.folder import default_run_dir
+            from act24.tools.run.train import train as run_training
+
+            loaded = load_recipe(recipe, set_ or (), scale_steps)
+        if run_dir is None:
+            run_dir, plain = default_run_dir(recipe, set_ or ()), default_run_dir(recipe)
+            if resume == "auto" and plain.exists() and not run_dir.exists():
+                line = f"warning: a variant begins in {run_dir}; to go on with {plain}: --run-dir {plain}"
+                print(line, file=sys.stderr)
         outcome = run_training(
             loaded, run_dir, resume=resume, dry_run=dry_run, grow=data == "grow", schedule=schedule
         )
@@ -103,30 +129,20 @@ def train(
             raise typer.Exit(STOPPED_STATUS)
 
 
-@app.command()
-def sample(
-    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Draw among the k most likely.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-) -> None:
-    """Continue a prompt with a trained model."""
-    from act24.tools.commands.sample import sample_text
-
-    print(sample_text(path, prompt, tokens, temperature, top_k, seed))
+app.command()(generate)
+app.command()(sample)
 
 
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Argument(help="The folder, or GGUF, to write; it must not exist.")],
     form: Annotated[
         str,
         typer.Option(
             "--as",
-            help="llama, arcee, act24; auto: the first that holds the model; peft: of lora the adapter.",
+            help="llama, arcee, act24; auto: the first that holds the model; gguf: a file for llama.cpp; "
+            "peft: of lora the adapter.",
         ),
     ] = "auto",
     dense_weights: Annotated[
@@ -234,6 +250,27 @@ def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
     print(dump_recipe(load_recipe(recipe, set_ or ())), end="")
 
 
+@recipe_app.command("keys")
+def recipe_keys(
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the whole reference, docs/recipe-keys.md.")
+    ] = False,
+) -> None:
+    """List every key that a recipe may have, with what it takes and its default."""
+    from act24.recipes.keys import markdown, recipe_keys
+    from act24.recipes.plugins import load_plugins
+
+    load_plugins()
+    if as_markdown:
+        print(markdown(), end="")
+        return
+    keys = recipe_keys()
+    width = max(len(key.path) for key in keys)
+    for key in keys:
+        owner = f" [{key.record}]" if key.record and not key.path.startswith("passes.") else ""
+        print(f"{key.path.ljust(width)}  {key.takes}; default {key.default}{owner}")
+
+
 @recipe_app.command("validate")
 def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe: its keys and values, and that every pass finds something to rewrite."""
@@ -328,101 +365,5 @@ def data_prepare(
     )
 
 
-@bench_app.command("step")
-def bench_step(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    beside: Annotated[
-        str | None, typer.Option(help="Another recipe as the other side; --set holds for both.")
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows a step, in one micro-batch.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn; each side has two turns.")] = 20,
-    as_json: JsonOption = False,
-) -> None:
-    """A whole training step beside the same model written by hand, or beside another recipe's: time,
-    tokens/s, TFLOP/s, memory."""
-    from act24.recipes.load import load_recipe
-    from act24.tools.bench.step import bench_step as run_bench
-    from act24.tools.commands.show import show_step_bench
-
-    other = load_recipe(beside, set_ or ()) if beside else None
-    show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps, beside=other), as_json)
-
-
-@bench_app.command("train")
-def bench_train(
-    recipes: Annotated[list[str], typer.Argument(help="Recipes; ratios are to the first one.")],
-    set_: SetOption = None,
-    rows: Annotated[str, typer.Option(help="Rows a micro-batch, several separated by commas.")] = "64",
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn, after a window to warm up.")] = 20,
-    turns: Annotated[int, typer.Option(min=1, help="How often each side is built and timed.")] = 2,
-    without: Annotated[
-        bool, typer.Option("--without-24", help="Each recipe also without its 2:4 passes.")
-    ] = False,
-    transformers: Annotated[
-        bool,
-        typer.Option("--transformers", help="Also transformers' LLaMA of the first recipe's size, compiled."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
-) -> None:
-    """The training loop as `act24 train` runs it, recipes side by side: tokens/s, memory, time to begin."""
-    from act24.recipes.load import load_recipe
-    from act24.tools.bench.train import bench_train as run_bench
-    from act24.tools.bench.train import row_numbers, with_dense_sides
-    from act24.tools.commands.show import show_train_bench
-
-    numbers = row_numbers(rows)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    loaded = {name: load_recipe(name, set_ or ()) for name in recipes}
-    if without:
-        loaded = with_dense_sides(loaded)
-    show_train_bench(run_bench(loaded, numbers, steps, turns, transformers, say), as_json)
-
-
-@bench_app.command("pack")
-def bench_pack(as_json: JsonOption = False) -> None:
-    """The elementwise passes of 2:4, as a share of what a copy moves."""
-    from act24.tools.bench.pack import bench_pack as run_bench
-    from act24.tools.commands.show import show_bench_rows
-
-    show_bench_rows(run_bench(), as_json)
-
-
-@bench_app.command("gemm")
-def bench_gemm(as_json: JsonOption = False) -> None:
-    """2:4 products, the fastest valid algorithm of each, beside the dense product."""
-    from act24.tools.bench.gemm import bench_gemm as run_bench
-    from act24.tools.commands.show import show_bench_rows
-
-    show_bench_rows(run_bench()[0], as_json)
-
-
-@bench_app.command("fp8")
-def bench_fp8(as_json: JsonOption = False) -> None:
-    """What e4m3 gives the forward product of a 2:4 activation, and what it costs."""
-    from act24.tools.bench.fp8 import bench_fp8 as run_bench
-    from act24.tools.commands.show import show_bench_rows
-
-    show_bench_rows(run_bench(), as_json)
-
-
-@bench_app.command("weight")
-def bench_weight(as_json: JsonOption = False) -> None:
-    """A SwiGLU network with 2:4 weights beside the compiled dense one, and the passes that they need."""
-    from act24.tools.bench.weight import bench_weight as run_bench
-    from act24.tools.commands.show import show_bench_rows
-
-    show_bench_rows(run_bench(), as_json)
-
-
-@bench_app.command("ffn")
-def bench_ffn(as_json: JsonOption = False) -> None:
-    """A feed-forward network with 2:4 activations, full and low-rank, beside the compiled dense one."""
-    from act24.tools.bench.ffn import bench_ffn as run_bench
-    from act24.tools.bench.ffn import bench_low_rank
-    from act24.tools.commands.show import show_bench_rows
-
-    show_bench_rows(run_bench() + bench_low_rank(), as_json)
+bench_app.command("decode")(bench_decode)
+bench_app.command("generate")(bench_generate)

@@ -9,6 +9,8 @@ import torch
 
 from act24.compiler import triton
 from act24.errors import Act24Error
+from act24.fp8.casts import OPERATORS_E4M3
+from act24.inference.layer import Sparsity, step_choices
 from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.passes import REGISTRY
@@ -35,6 +37,8 @@ from act24.tools.run.tuning import cache_path, machine, read_table
 _TOKENS = 32768
 #: Rows of a micro-batch, and their length, for which it is said what waits for launches.
 _ROWS, _LENGTH = (32, 64, 128, 256), 256
+#: Rows of generation, and what is said where several ways are tried.
+_BATCHES, _MEASURED = (1, 4, 8, 16, 64), ": the fastest, measured on the batch at hand"
 _SHOWN = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b")
 _RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512, "llama-7b": 1024}
 
@@ -56,7 +60,8 @@ def examine(device: torch.device | None = None) -> list[Finding]:
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     device = device or torch.device("cpu")
-    return [*_versions(), *_machine(device), *_methods(device), *_paths(device), *_records()]
+    paths = [*_paths(device), *_decoding(device)]
+    return [*_versions(), *_machine(device), *_methods(device), *paths, *_records()]
 
 
 def doctor() -> str:
@@ -94,6 +99,7 @@ def _machine(device: torch.device) -> list[Finding]:
     known = f"run on {' and '.join(PROVEN)}; elsewhere never run, self-checked"
     findings.append(Finding("2:4 kernels", "run and checked on such a GPU" if proven else known))
     served = {form.name: form.operators for form in FORMS} | {"counting": COUNTING}
+    served |= {"linears in e4m3": OPERATORS_E4M3}
     for name, operators in served.items():
         reason = kernel_obstacle(device, operators)
         findings.append(
@@ -191,6 +197,16 @@ def _paths(device: torch.device) -> list[Finding]:
             subject = f"{name}, {form}, {f'{inner}×' if inner else 'F '}{features}"
             findings.append(Finding(subject, _path(inner, features, device, options)))
     return findings
+
+
+def _decoding(device: torch.device) -> list[Finding]:
+    """What steps of generation try, by rows of the batch, for a relu² model with 2:4 weights."""
+    everything = Sparsity(skipping=True, packed=True)
+    choices = {rows: step_choices(rows, everything, torch.bfloat16, device) for rows in _BATCHES}
+    return [
+        Finding(f"decoding, {rows} rows", ", ".join(map(str, tried)) + (_MEASURED if len(tried) > 1 else ""))
+        for rows, tried in choices.items()
+    ]
 
 
 def _weights(name: str, device: torch.device, table: Table) -> list[Finding]:

@@ -75,6 +75,8 @@ def plan_table(report: Report) -> dict[str, object]:
         "flops_per_token_after": report.flops_after,
         "matches": [vars(row) for row in report.rows],
         "misses": [{"pass": name, "fqn": fqn, "reason": reason} for name, fqn, reason in report.misses],
+        "coverage": [vars(one) for one in report.coverage],
+        "checked": report.checked,
     }
 
 

@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import tokenizers
@@ -319,8 +321,23 @@ def _train(sample: list[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(sample, trainer)
+    _aside(lambda: backend.train_from_iterator(sample, trainer))
     return backend
+
+
+def _aside(work: Callable[[], None]) -> None:
+    """Do `work` in a thread: Python heeds signals between instructions of the main one, and a vocabulary
+    is one instruction of up to minutes. After a signal the thread ends with the process."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # a panic of Rust's is no Exception
+            done.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    done.result()
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from act24.errors import Act24Error
-from act24.recipes.load import parse_recipe, toml_value
+from act24.recipes.load import parse_recipe
+from act24.recipes.records import toml_value
 from act24.recipes.schema import Recipe
 from act24.tools.experiments.activation24_report import file_stem, write_report
 from act24.tools.files import whole_file

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from act24.passes.relu2_ffn import parity_width
-from act24.recipes.load import load_recipe, toml_value
+from act24.recipes.load import load_recipe
+from act24.recipes.records import toml_value
 from act24.sparse24.format.products import Measured, feed_forward_products
 from act24.tools.run.build import model_config
 from act24.tools.run.tuning import cache_path, machine, write_table

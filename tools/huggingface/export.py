@@ -5,6 +5,7 @@
     arcee   every network is relu² (`relu2_ffn`)     the same; 2:4 activations dense
     act24   everything else, or where asked for      the function that was trained; act24 has to be installed
     peft    where asked for, of `lora`               the adapter alone, for the model that the run began with
+    gguf    a llama or an arcee, where asked for     as these; one file, for llama.cpp
 
 2:4 weights are written as the function has them: masked, exactly 2:4, in every form.
 """
@@ -28,14 +29,17 @@ from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weig
 from act24.passes.recovery import has_masks, kept_masks
 from act24.passes.served import served_passes, served_weights
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.data import Tokenizer
 from act24.tools.huggingface.adapter import PEFT, write_adapter
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
 from act24.tools.huggingface.folder import write_pretrained
+from act24.tools.huggingface.gguf_file import write_gguf
 from act24.tools.huggingface.tokenizer_files import write_tokenizer
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
 from act24.tools.run.build import Built, load
 
-FORMS = ("auto", LLAMA, ARCEE, ACT24, PEFT)
+GGUF = "gguf"
+FORMS = ("auto", LLAMA, ARCEE, ACT24, GGUF, PEFT)
 
 #: Held-out tokens on which the difference between 2:4 and dense activations is measured.
 MEASURED_TOKENS = 65_536
@@ -55,7 +59,7 @@ class Exported:
 
 def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = False) -> str:
     """Write the model of a run's last checkpoint, of a checkpoint, or of a folder that act24 opens, into the
-    new folder `out`.
+    new folder `out`, or as the file `out` in the form "gguf".
 
     Args:
         form: "auto" takes the first of llama, arcee and act24 that holds the model.
@@ -78,11 +82,15 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     if not isinstance(built.model, LlamaForCausalLM):
         return _export_foreign(built, out, form)
     tokenizer = built.tokenizer
-    exported = exported_form(built, form, dense_weights)
+    exported = exported_form(built, "auto" if form == GGUF else form, dense_weights)
     config = exported.config
     if tokenizer is not None:
         config = dataclasses.replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     remarks = _remarks(path, built, exported, dense_weights)
+    if form == GGUF:
+        _write_gguf(out, exported, tokenizer)
+        remarks[0] = f'a GGUF of architecture "{exported.kind}", step {built.step}'
+        return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
     written = checkpoint_folder.temporary(out)
     try:
         written.mkdir(parents=True)
@@ -100,6 +108,14 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     finally:
         shutil.rmtree(written, ignore_errors=True)
     return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
+
+
+def _write_gguf(out: Path, exported: Exported, tokenizer: Tokenizer | None) -> None:
+    if exported.kind == ACT24:
+        raise Act24Error('the model has no form "gguf": llama.cpp knows LLaMA and Arcee, and it is neither')
+    if tokenizer is None:
+        raise Act24Error('a GGUF has its tokenizer in it, and there is no tokenizer.json: no form "gguf"')
+    write_gguf(out, exported.config, exported.kind, exported.state, tokenizer, out.stem)
 
 
 def save_pretrained(pipeline: Pipeline, folder: str | Path) -> None:

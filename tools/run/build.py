@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from act24.errors import Act24Error, PassError
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Pass, Pipeline, SparseMask, Weight24
+from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, SparseMask, Weight24
 from act24.passes.graph.measurements import Measurement
 from act24.passes.recovery import freeze_base_
 from act24.passes.served import lower_to_serve_
 from act24.passes.state import renew_masks_, renew_to_read_
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
-from act24.sparse24.feed_forward.forms import why_no_fp8
+from act24.sparse24.format.device import why_no_fp8
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.checkpoints.reading import contents_of
@@ -182,7 +182,7 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
         model = unset_model(model_config(recipe), torch.float32)
-    return Pipeline(model, recipe.passes)
+    return _as_strict(recipe, Pipeline(model, recipe.passes))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
@@ -208,8 +208,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     lower_to_serve_(pipeline, opened.step)
     for p in renew_to_read_(pipeline, opened.step):
         logger.warning(
-            "warning: %s stands at from_step (%d) of activation24, whose scale is measured in the update "
-            "that follows: until then it is 1. eval measures it on the held-out rows",
+            "warning: %s stands at from_step (%d) of activation24 and has no scale for it, which is measured "
+            "in the update that follows: until then it is 1. eval measures it on the held-out rows",
             path,
             p.from_step,
         )
@@ -295,10 +295,26 @@ def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
 
 
 def _check_device(recipe: Recipe, device: torch.device) -> None:
-    fp8 = any(isinstance(p, Activation24) and p.precision == "fp8" for p in recipe.passes)
+    fp8 = any(
+        isinstance(p, Fp8) or (isinstance(p, Activation24) and p.precision in ("fp8", "auto"))
+        for p in recipe.passes
+    )
     if fp8 and (reason := why_no_fp8(device)):
         raise Act24Error(reason)
 
 
 def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:
-    return Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
+    pipeline = Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
+    return _as_strict(recipe, pipeline)
+
+
+def _as_strict(recipe: Recipe, pipeline: Pipeline) -> Pipeline:
+    """The pipeline, if passes reach what the recipe insists on."""
+    optional = {p.name for p in pipeline.passes if p.optional}
+    for one in pipeline.report.partial if recipe.strict else ():
+        if one.pass_name not in optional:
+            raise Act24Error(
+                f"{one}. The recipe is strict: narrow the pass by scope, targets or ignore to what it should "
+                "reach, or set strict = false"
+            )
+    return pipeline

@@ -11,11 +11,13 @@ RUN/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +28,13 @@ from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.checkpoint import version
+from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
 from act24.tools.run.lock import LOCK, RunError, run_lock
 
+_LONGEST_NAME = 100  # of a folder, in characters
 RECIPE, HISTORY = "recipe.toml", "history.jsonl"
 _OURS = re.compile(r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\..+")
 
@@ -52,9 +56,16 @@ class Start:
     remarks: tuple[str, ...]
 
 
-def default_run_dir(reference: str) -> Path:
-    """`runs/<recipe>` below the working directory."""
+def default_run_dir(reference: str, overrides: Sequence[str] = ()) -> Path:
+    """`runs/<recipe>` below the working directory, and of a variant `runs/<recipe>,lr=0.001`: two settings of
+    one recipe do not share a folder."""
     name = reference.removesuffix(".toml").strip("./").replace("/", "-")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        plain = re.sub(r"[^\w.+-]+", "_", value).strip("_")
+        name += f",{key.strip().rpartition('.')[2]}={plain}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("runs") / name
 
 
@@ -73,12 +84,19 @@ def resume_point(
     Raises:
         RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
             the checkpoint is of another recipe, or behind its end.
-        CheckpointError: the checkpoint is damaged, or there are some and none can be used.
+        CheckpointError: the checkpoint is damaged or of an older act24, or there are some and none can be
+            used.
     """
     folder = on_the_first(lambda: _chosen(run_dir, resume, recipe))
     if folder is None:
         return None
     opened = checkpoint.load(folder)
+    if "sequence" not in opened.manifest:  # nor what a run of now needs to go on: streams of rows, histories
+        raise CheckpointError(
+            f"{folder} was written by an older act24, and this one cannot go on from there: use the act24 "
+            f"that wrote it{_of_commit(opened.manifest)}, or train anew in another --run-dir; "
+            "eval, sample and export read it as it is"
+        )
     with contents_of(folder / RECIPE):
         then = parse_recipe(opened.recipe_text, f"{folder}/recipe.toml")
     different, others = changes(then, recipe)
@@ -96,6 +114,10 @@ def resume_point(
     if then.train.steps != recipe.train.steps or steps != computed_for:
         remarks.append(schedule_line(recipe, opened.step, computed_for, steps, then.train.steps))
     return Start(opened, steps, tuple(different), tuple(remarks))
+
+
+def _of_commit(manifest: dict[str, Any]) -> str:
+    return f" (commit {manifest['commit'][:12]})" if isinstance(manifest.get("commit"), str) else ""
 
 
 def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:

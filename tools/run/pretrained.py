@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import Act24Error, PassError
-from act24.passes import Pass, Pipeline, Weight24
+from act24.passes import Lora, Pass, Pipeline, Weight24
 from act24.passes.base import StructuralPass
 from act24.passes.recovery import has_masks, kept_masks, set_masks_
 from act24.recipes.schema import Recipe
@@ -27,7 +27,7 @@ from act24.tools.huggingface.any_model import open_folder, weights_hash
 from act24.tools.huggingface.config import CONFIG, LLAMA, config_json
 from act24.tools.huggingface.old_folder import is_old
 from act24.tools.pruning.masks import read_masks
-from act24.tools.run.build import load, plan_recipe
+from act24.tools.run.build import Built, build, build_from_old, load, plan_recipe
 from act24.tools.run.language import check_loss
 
 logger = logging.getLogger("act24")
@@ -75,7 +75,7 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def plan(recipe: Recipe) -> Pipeline:
-    """`plan_recipe` of `act24.tools.run.build`, of a recipe that may start from a model; says what is fresh."""
+    """`plan_recipe`, of a recipe that may start from a model; says what starts fresh."""
     recipe = resolved(recipe)
     pipeline = plan_recipe(recipe)
     if recipe.model.pretrained is not None:
@@ -88,6 +88,14 @@ def plan(recipe: Recipe) -> Pipeline:
 def open_source(source: str) -> Opened:
     """Open what a recipe starts from; the last one stays open until `close_source`."""
     return Opened(_open(source))
+
+
+def beginning(recipe: Recipe, old: Path | None) -> Callable[..., Built]:
+    """What makes the model of a run that begins: with weights of its own, of the model that the recipe names,
+    or of a folder that run_c4.py left."""
+    if recipe.model.pretrained is not None:
+        return functools.partial(build, weights=open_source(recipe.model.pretrained))
+    return build if old is None else functools.partial(build_from_old, old)
 
 
 def close_source() -> None:
@@ -202,12 +210,17 @@ class Opened:
             lines.append(f"not of {self.source}, these start fresh: {', '.join(fresh[:4])}{more}")
         if self._pretrained.masks and any(isinstance(p, Weight24) for p in pipeline.passes):
             lines.append(
-                f"warning: {self.source} is pruned, and weight24 chooses masks of its own; to keep those that "
-                "there are use sparse_mask"
+                f"warning: {self.source} is pruned, and weight24 chooses masks of its own; to keep those "
+                "that there are use sparse_mask"
             )
-        elif self._pretrained.masks and not has_masks(pipeline) and pipeline.modules:
-            lines.append(f"warning: {self.source} is pruned, and no pass of this recipe keeps its zeros")
+        elif self._pretrained.masks and pipeline.modules and not _keeps_zeros(pipeline):
+            lines.append(f"warning: {self.source} is pruned, and no pass keeps its zeros")
         return lines
+
+
+def _keeps_zeros(pipeline: Pipeline) -> bool:
+    """Whether weights have masks, or are frozen beside adapters."""
+    return has_masks(pipeline) or any(isinstance(p, Lora) for p in pipeline.passes)
 
 
 def _created(pipeline: Pipeline) -> list[tuple[str, list[str]]]:

@@ -51,8 +51,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
     """Turn the first of the signals into a request. A second one ends the process at once.
 
     A signal that is ignored stays so: `nohup` is how a user says that a hangup is to be ignored. Python heeds
-    signals between its own instructions, so one that comes inside a library (merges of a tokenizer that is
-    trained, a compilation) is heeded when that is done.
+    signals between its own instructions, so one that comes inside a library (a compilation) is heeded when
+    that is done.
     """
     request = StopRequest()
     previous = {number: signal.getsignal(number) for number in _HANDLED}

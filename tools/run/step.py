@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,16 @@ from act24.tools.run.graphs import FixedInputs, GraphedCalls, why_not_captured
 from act24.tools.run.language import block_list, head_weight, hidden_states
 from act24.tools.run.processes import Processes, whole
 from act24.tools.watch.sparsity_watch import gradient_cosines
+
+#: Of DDP: statistics belong to their process, and the rest is equal anyway. torch 2.13 has another name for
+#: it, and sends buffers around once, at the beginning, where they are equal too.
+_BUFFERS_STAY: dict[str, Any] = {
+    name: False
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+}
+if len(_BUFFERS_STAY) > 1:
+    del _BUFFERS_STAY["broadcast_buffers"]  # deprecated
 
 
 class SummedLoss(nn.Module):
@@ -93,6 +105,7 @@ class TrainingStep:
             None if self.not_captured else GraphedCalls(processes.device, train.cuda_graphs == "on")
         )
         self._in_force: Sequence[OperationalPass] | None = None
+        self._last: Sequence[Batch] = ()
         compiled = uses_compile(train, processes.device)
         if train.activation_checkpointing:
             _checkpoint_blocks_(model)
@@ -109,8 +122,8 @@ class TrainingStep:
             self._loss = DistributedDataParallel(
                 self.summed_loss,
                 device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-                broadcast_buffers=False,  # statistics belong to their process; the rest is equal anyway
                 gradient_as_bucket_view=True,
+                **_BUFFERS_STAY,
             )
         elif processes.world_size > 1:
             _shard_(self.summed_loss)
@@ -152,6 +165,7 @@ class TrainingStep:
 
     def _step(self, batches: Sequence[Batch], optimizer: Optimizer, note: str | None) -> StepResult:
         assert len(batches) == self._accumulated
+        self._last = batches
         counted = torch.stack([(batch.labels >= 0).sum() for batch in batches]).sum()
         tokens = self._processes.sum_(self._inputs.fill("counted", counted).clone())
         # Parallel wrappers average gradients over the processes; the loss is to be a mean over all tokens.
@@ -192,6 +206,24 @@ class TrainingStep:
         if not self.not_captured or (self._graphs is None and self._processes.device.type != "cuda"):
             return ""
         return f"no CUDA graphs, steps are launched operator by operator: {self.not_captured}"
+
+    def measure_first_scales_(self, step: int) -> None:
+        """Set the scales that the update to come measures first, on rows of the last one, for who reads the
+        model in between: a checkpoint would have 1 for them.
+
+        Args:
+            step: updates already made.
+        """
+        if self._pipeline is None or not self._last:
+            return
+        due = [p for p in measured_at(self._pipeline, step) if p.from_step == step]
+        if not due:
+            return
+        rows = _first_rows(self._last, rows_to_run(due, self._last[0].input_ids.shape[1]))
+        with self._on_stream(), self._precision():
+            self._pipeline.measure_scales_(
+                step, lambda: self._forward(rows, self.summed_loss), self._pads(rows), self._processes.sum_
+            )
 
     def evaluation_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss of held-out rows and the number of their tokens, as `SummedLoss` has them, without

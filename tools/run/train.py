@@ -7,7 +7,6 @@ import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +23,15 @@ from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, open_tokenizer, pinned
-from act24.tools.run.build import Built, build, build_from_old, model_config, saved_tokenizer
+from act24.tools.run.build import Built, build, model_config, saved_tokenizer
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, describe_run, resume_point
 from act24.tools.run.lock import lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
-from act24.tools.run.pretrained import close_source, open_source, resolved
+from act24.tools.run.path import path_text
+from act24.tools.run.pretrained import beginning, close_source, resolved
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
 from act24.tools.run.signals import StopRequest, stop_on_signal
@@ -110,11 +110,7 @@ def train(
             if not dry_run:
                 start = resume_point(run_dir, resume, recipe, schedule, processes.world_size)
             recipe = _pinned(recipe, start, processes)
-            make: Callable[..., Built] = (
-                build if start or weights is None else partial(build_from_old, weights)
-            )
-            if recipe.model.pretrained is not None and start is None:
-                make = partial(build, weights=open_source(recipe.model.pretrained))
+            make = build if start else beginning(recipe, weights)
             run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make)
             try:
                 return run.go(stop)
@@ -156,7 +152,9 @@ class TrainingRun:
                 self._tokens, log_state = operator.index(start.state["tokens"]), start.state["log"]
                 self._skips = operator.index(start.state.get("skips", 0))
                 self._evaluation_due = bool(start.state.get("evaluation_due"))
-                histories(log_state["histories"])  # as the log will, when the run's folder is already written
+                # As the log will, when the run's folder is already written.
+                histories(log_state["histories"])
+                operator.index(log_state.get("skipped", 0))
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
@@ -235,6 +233,7 @@ class TrainingRun:
             heldout_warnings = self._heldout.warnings if self._heldout else ()
             for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
                 progress.say(f"warning: {line}")
+            progress.say(path_text(self._built.pipeline, recipe, self._processes.device))
             if self.training_step.capture_text:
                 progress.say(self.training_step.capture_text)
             if self._step == last and not self._evaluation_due:
@@ -332,6 +331,8 @@ class TrainingRun:
             progress.say(f"step {step}: epoch {self._epoch} of the training text begins (the first was 0)")
             for line in self._rows.remarks():
                 progress.say(f"warning: {line}")
+        if saves or evaluates:
+            self.training_step.measure_first_scales_(step)
         evaluation, self._evaluation_due = None, evaluates
         if evaluates and not stopped:
             evaluation = self._evaluate(progress, stop)
@@ -431,8 +432,7 @@ class TrainingRun:
 
 
 def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe:
-    """The recipe with the commit of the Hub's data set and the model that the run begins with, or began with
-    if there is a run."""
+    """The recipe with the Hub's commit and the model that the run begins with, or began with."""
     data = recipe.data
     if start:
         began = parse_recipe(start.checkpoint.recipe_text, f"{start.checkpoint.folder}/recipe.toml")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, Pipeline, Weight24
+from act24.passes import Activation24, Fp8, Pipeline, Weight24
 from act24.recipes.schema import Recipe
 from act24.sparse24.feed_forward.forms import why_never_packed
 from act24.sparse24.format.device import obstacle
@@ -74,7 +74,7 @@ def tune_(
     pipeline: Pipeline, recipe: Recipe, processes: Processes, saved: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Let the 2:4 activations and weights of a model run on the fastest products for the recipe's
-    micro-batches, and weights keep their packed forms for an update, where they are not sharded.
+    micro-batches, and weights keep their packed forms and casts for an update, where they are not sharded.
 
     Where nobody measured those on this machine it takes some seconds. Collective: one process measures, the
     others read what it found.
@@ -89,14 +89,18 @@ def tune_(
     Raises:
         TuningError: the cache is damaged.
     """
-    if obstacle(processes.device) or recipe.train.dtype == "float32":
+    if recipe.train.dtype == "float32":
+        return {}
+    sharded = recipe.train.parallel == "fsdp" and processes.world_size > 1
+    for p in [p for p in pipeline.passes if isinstance(p, Fp8)]:
+        pipeline.exchange_(p, replace(p, keep_cast=not sharded))
+    if obstacle(processes.device):
         return {}
     from act24.tools.bench.rows import graph_milliseconds
 
     key = machine(processes.device)
     held = _parse(saved["products"], Path("the checkpoint")) if saved and saved["machine"] == key else ()
     used: dict[Any, Any] = {}
-    sharded = recipe.train.parallel == "fsdp" and processes.world_size > 1
     tokens = recipe.train.batch_size * recipe.data.max_length
     for mains_turn in (True, False):
         if processes.is_main is mains_turn:

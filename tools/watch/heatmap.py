@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import numpy
 from PIL import Image, ImageDraw
 
-WIDTH, ROW, LEFT, LINE = 768, 14, 30, 16  # pixels: the picture, a layer, layer numbers, a line of text
+# Pixels: the picture, a layer, layer numbers, a line of text. About the width of TensorBoard's cards, which
+# would make a wider picture's text small.
+WIDTH, ROW, LEFT, LINE = 384, 14, 30, 16
 MAX_COLUMNS = 128
 
 # Anchors of matplotlib's inferno (CC0), of high contrast because TensorBoard's page dulls colours.
@@ -66,6 +68,11 @@ class History:
         self.pending = []
         self.last_step = step
         return True
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is anything to see: not one value everywhere."""
+        return len({value for column in self.columns for value in column}) > 1
 
     def picture(self) -> numpy.ndarray:
         """The history as uint8 [height, width, 3]: a row a layer, layer 0 at the top, time to the right.

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from act24.passes import Activation24
+from act24.passes import Activation24, Weight24
 from act24.passes.activation_statistics import BUFFER
 from act24.passes.graph.region import buffers_of
 from act24.recipes.load import dump_recipe
+from act24.recipes.records import as_table
 from act24.recipes.schema import Recipe
 from act24.tools.run.build import Built
 from act24.tools.run.evaluate import Evaluation
 from act24.tools.run.processes import Processes
 from act24.tools.run.step import StepResult
+from act24.tools.watch.fp8_watch import take_underflow_
 from act24.tools.watch.sparsity_watch import alarms, take_flip_rates_
 from act24.tools.watch.statistics import (
     SiteStatistics,
@@ -39,12 +41,22 @@ FFN_TAGS = {
     "dropped_nonzeros/*": "dropped_nonzeros",
     "dropped_energy/*": "dropped_energy",
 }
-#: The same of 2:4 along the tokens, and of scales: only some backwards and methods have them.
-_SPARSE_TAGS = {
+#: The same of the activations inside low-rank linears (CoLA's, LoST's), by linear: `sparsity_relu/*/q_proj`.
+BOTTLENECK_TAGS = {name: FFN_TAGS[name] for name in ("sparsity_relu/*", "dropped_energy/*")}
+#: The same of 2:4 along the tokens, which only some backwards have, and of scales, for some methods.
+_ALONG_TOKENS_TAGS = {
     "feature_dropped_nonzeros/*": "feature_dropped_nonzeros",
     "feature_dropped_energy/*": "feature_dropped_energy",
     "dense_feature_energy/*": "dense_feature_energy",
-    "activation24_scale/*": "scale",
+}
+_SCALE_TAGS = {"activation24_scale/*": "scale"}
+
+#: The keys that only one source of data reads; the others are of all.
+_DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "hf": ("dataset", "subset", "train_split", "heldout_split", "revision", "retry_seconds"),
+    "files": ("train_files", "heldout_files", "encoding"),
+    "shards": ("shards",),
+    "builtin": (),
 }
 
 
@@ -181,15 +193,12 @@ class Monitor:
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Write a held-out measure; its time is no training time."""
         if self._log is not None:
-            self._log.scalars(
-                {
-                    "loss/val": evaluation.loss,
-                    "loss/val_perplexity": evaluation.perplexity,
-                    "loss/val_bits_per_byte": evaluation.bits_per_byte,
-                    "loss/val_tokens": evaluation.tokens,
-                },
-                step,
-            )
+            scalars = {
+                "loss/val": evaluation.loss,
+                "loss/val_perplexity": evaluation.perplexity,
+                "loss/val_bits_per_byte": evaluation.bits_per_byte,
+            }
+            self._log.scalars(scalars, step)
             if evaluation.tokens < evaluation.asked:
                 self._log.text("evaluation", f"over {evaluation.extent}", step)
         self._began = time.perf_counter()
@@ -228,7 +237,8 @@ class Monitor:
             "perf/tokens_per_s_per_device": window.tokens_per_second / world_size,
             "perf/data_wait_share": self._waited / elapsed,
             "perf/step_ms": 1000 * elapsed / self._steps,
-            **{f"data/{name}": value for name, value in self._data.items()},
+            # Counts of what is wrong, and of epochs: there is nothing to see before the first.
+            **{f"data/{name}": value for name, value in self._data.items() if value},
         }
         if self.skipped:
             scalars["optim/skipped_batches"] = self.skipped
@@ -241,6 +251,8 @@ class Monitor:
         """What only some passes and optimizers have: flip rates, the state of factors, gradient cosines."""
         rates = take_flip_rates_(self._built.pipeline, steps)
         scalars = {f"flip_rate/{name}": rate for name, rate in rates.items()}
+        lost = take_underflow_(self._built.pipeline)
+        scalars |= {f"fp8/underflow/{name}": share for name, share in lost.items()}
         tensors = {f"gradient_cosine/{name}": value for name, value in self._cosines.items()}
         tensors |= self._recipe.optimizer.diagnostics_(self._optimizer)
         self._cosines = {}
@@ -259,20 +271,22 @@ class Monitor:
 
     def _write_sites(self, log: RunLog, sites: Sequence[SiteStatistics], step: int) -> None:
         networks = sorted((s for s in sites if s.site == "mlp"), key=lambda s: s.layer or 0)
-        for tag, field in (FFN_TAGS | _SPARSE_TAGS).items():
+        scaled = any(isinstance(p, Activation24) and p.record.scaled for p in self._recipe.passes)
+        for tag, field in (FFN_TAGS | _ALONG_TOKENS_TAGS | (_SCALE_TAGS if scaled else {})).items():
             values = {site.layer or 0: getattr(site, field) for site in networks}
             if values and None not in values.values():
                 log.layers(tag, values, step)
         others = [s for s in sites if s.site != "mlp"]
         if others:
-            short = Counter((s.layer, s.site.rpartition(".")[2]) for s in others)
-            scalars = {}
-            for s in others:
-                name = s.site.rpartition(".")[2]
-                name = name if short[s.layer, name] == 1 else s.site
-                scalars[f"lowrank_relu2_sparsity/layer_{s.layer}.{name}"] = s.sparsity
+            scalars = {
+                f"lowrank_relu2_sparsity/layer_{s.layer}.{_short(s, others)}": s.sparsity for s in others
+            }
             scalars["lowrank_relu2_sparsity/average"] = sum(scalars.values()) / len(scalars)
             log.scalars(scalars, step)
+        for name in dict.fromkeys(_short(s, others) for s in others):
+            for tag, field in BOTTLENECK_TAGS.items():
+                layers = {s.layer or 0: getattr(s, field) for s in others if _short(s, others) == name}
+                log.layers(f"{tag}/{name}", layers, step)
 
     def _write_weights(self, log: RunLog, weights: Mapping[str, float], step: int) -> None:
         by_module: dict[str, dict[int, float]] = {}
@@ -280,24 +294,52 @@ class Monitor:
             layer, _, module = name.removeprefix("layer_").partition("/")
             by_module.setdefault(module, {})[int(layer)] = share
         for module, shares in by_module.items():
-            log.layers(f"weight_sparsity/*/{module}", shares, step)
+            tag = f"weight_sparsity/*/{module}"
+            if any(shares.values()) or log.shown(tag):  # dense weights have no chart
+                log.layers(tag, shares, step)
 
     def _describe(self, log: RunLog) -> None:
         log.text("recipe", f"```toml\n{dump_recipe(self._recipe)}```")
         log.text("plan", "\n".join(f"    {line}" for line in str(self._built.pipeline).splitlines()))
-        values = flat(self._recipe.model_dump(exclude={"passes", "description"}, exclude_none=True))
-        values |= {f"passes.{i}": repr(p) for i, p in enumerate(self._recipe.passes)}
-        log.hparams(values, ["loss/train", "loss/val"])
+        log.hparams(hyperparameters(self._recipe), ["loss/train", "loss/val"])
+
+
+def hyperparameters(recipe: Recipe) -> dict[str, Any]:
+    """The recipe by dotted names, what people vary first: passes (`passes.cola.mlp_rank`), optimizer, then
+    schedule; no keys of another data source than the run's."""
+    counted = Counter(p.name for p in recipe.passes)
+    passes = {
+        p.name if counted[p.name] == 1 else f"{p.name}.{index}": as_table(p, "use")
+        for index, p in enumerate(recipe.passes)
+    }
+    tables = recipe.model_dump(exclude={"passes", "description"}, exclude_none=True)
+    own = _DATA_KEYS[recipe.data.source]
+    foreign = {key for keys in _DATA_KEYS.values() for key in keys} - {*own}
+    tables["data"] = {key: value for key, value in tables["data"].items() if key not in foreign}
+    order = ("passes", "optimizer", "schedule", "train", "model")
+    values = flat({"passes": passes} | {name: tables[name] for name in order[1:]} | tables)
+    return {name: value for name, value in values.items() if not name.endswith((".use", ".optional"))}
+
+
+def _short(site: SiteStatistics, among: Sequence[SiteStatistics]) -> str:
+    """The last part of a site's name, where that tells it from the others of its layer."""
+    name = site.site.rpartition(".")[2]
+    same = [s for s in among if s.layer == site.layer and s.site.rpartition(".")[2] == name]
+    return name if len(same) == 1 else site.site
 
 
 def _layer_tags(recipe: Recipe, built: Built) -> list[str]:
-    sites = buffers_of(dict(built.model.named_modules()), BUFFER)
-    watched = any(split_layer(name)[1] == "mlp" for name in sites)
+    """Those that will have values: each gets its charts."""
+    names = [split_layer(name) for name in buffers_of(dict(built.model.named_modules()), BUFFER)]
+    watched = any(site == "mlp" for _, site in names)
     tags = list(FFN_TAGS) if watched else []
     for p in recipe.passes:
         if watched and isinstance(p, Activation24):
-            tags += list(_SPARSE_TAGS) if p.backward != "dense" else ["activation24_scale/*"]
-    if recipe.log.weight_sparsity_every:
+            tags += list(_ALONG_TOKENS_TAGS) if p.backward != "dense" else []
+            tags += list(_SCALE_TAGS) if p.record.scaled else []
+    bottlenecks = dict.fromkeys(site.rpartition(".")[2] for _, site in names if site != "mlp")
+    tags += [f"{tag}/{name}" for name in bottlenecks for tag in BOTTLENECK_TAGS]
+    if recipe.log.weight_sparsity_every and any(isinstance(p, Weight24) for p in recipe.passes):
         modules = dict.fromkeys(name.partition("/")[2] for name in block_weights(built.model))
         tags += [f"weight_sparsity/*/{module}" for module in modules]
-    return tags
+    return list(dict.fromkeys(tags))

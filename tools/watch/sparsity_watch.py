@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from act24.passes import Activation24, OperationalPass, Pipeline, Weight24, weight24
+from act24.passes import Activation24, Fp8, OperationalPass, Pipeline, Weight24, weight24
 from act24.passes.graph.normal_form import nodes_of, parameter_name
 from act24.passes.state import sparse_weights, without_counting
 from act24.sparse24.feed_forward.operation import activation24
@@ -31,9 +31,13 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         by the weight's name, a scalar on the device; empty where every backward is dense, or no site has a
         linear of its own.
     """
-    # Before an update's beginning, packed weights are still those of the last one, and so are masks.
+    # Before an update's beginning, what is kept of weights is still of the last one's, and so are masks.
     passes: list[OperationalPass] = [
-        replace(p, keep_packed=False) if isinstance(p, Weight24) else p
+        replace(p, keep_packed=False)
+        if isinstance(p, Weight24)
+        else replace(p, keep_cast=False)
+        if isinstance(p, Fp8)
+        else p
         for p in without_counting(pipeline.active)
     ]
     exact: list[OperationalPass] = [
@@ -78,8 +82,8 @@ def alarms(sites: Sequence[SiteStatistics]) -> list[str]:
 def take_flip_rates_(pipeline: Pipeline, updates: int) -> dict[str, float]:
     """Flip rates of the weight masks that the forward used, since they were last taken, with one transfer.
 
-    The share of the entries that changed from one update to the next, averaged over the updates; a mask that
-    is kept for several updates changes at the last of them only.
+    The unit is one for all methods: the share of a mask's entries that changed, by optimizer update. A mask
+    that is kept for several updates changes at one of them; its changes count for all.
 
     Args:
         updates: optimizer updates since the last call.

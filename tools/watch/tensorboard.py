@@ -91,7 +91,7 @@ class RunLog:
         for name, value in named.items():
             self._writer.add_scalar(layer_tag.replace("*", name), value, step)
         history = self._histories.setdefault(layer_tag, History(layers=list(values)))
-        if history.add(list(across), step):
+        if history.add(list(across), step) and history.varies:
             tag = layer_tag.replace("*", "heatmap")
             self._writer.add_image(tag, history.picture(), step, dataformats="HWC")
 
@@ -107,6 +107,10 @@ class RunLog:
         """
         for summary in hparams_summaries(flat(recipe), dict.fromkeys(metrics, 0.0)):
             self._writer._get_file_writer().add_summary(summary)
+
+    def shown(self, layer_tag: str) -> bool:
+        """Whether a value by layer was written under this tag, in this process or before it went on."""
+        return layer_tag in self._histories
 
     def state(self) -> dict[str, Any]:
         """The heatmaps' histories as JSON values, for the checkpoint."""
@@ -133,13 +137,18 @@ def histories(state: Mapping[str, Any]) -> dict[str, History]:
 
 
 def layout(layer_tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """The Custom Scalars page: the two losses in one chart, and two charts for each layer tag.
+    """The Custom Scalars page: the two losses in one chart, then rates, then two charts for each layer tag.
 
     A Multiline chart takes regular expressions, matched from the start of a tag; a Margin chart takes the
     tags of value, lower and upper.
     """
     page: dict[str, dict[str, list[Any]]] = {
-        "loss": {"train and held-out": ["Multiline", ["^loss/train$", "^loss/val$"]]}
+        "loss": {"train and held-out": ["Multiline", ["^loss/train$", "^loss/val$"]]},
+        "rates": {
+            "learning rate": ["Multiline", ["^optim/lr$"]],
+            "gradient norm": ["Multiline", ["^optim/grad_norm$"]],
+            "tokens/s": ["Multiline", ["^perf/tokens_per_s$"]],
+        },
     }
     for tag in layer_tags:
         every_layer = re.escape(tag).replace(r"\*", r"layer_\d+")

@@ -25,7 +25,8 @@ _SEED = 24
 
 
 def sample_rows(pads: Tensor | None, count: int, samples: int, device: torch.device) -> Tensor:
-    """Which token rows to measure: `samples` of `count` at fixed random places, padding last; int64."""
+    """Which token rows to measure: int64 `[samples]`, of `count` (all of them if they are fewer), at fixed
+    random places, padding last. `pads` is boolean with `count` elements; None or a scalar: no padding."""
     keys = random_bits(torch.arange(count, device=device), _SEED)
     if pads is not None and pads.ndim:
         keys = torch.where(pads.flatten(), -1, keys)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from act24.operation import constant_when_compiled
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.format.device import rule_holds_on
 from act24.sparse24.format.products import Kind, choose, feed_forward_products
@@ -22,9 +21,6 @@ from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
 _TILE, _LOAD = 64, 8
-
-#: The least compute capability with e4m3, for which `torch.compile` has no code below.
-_FP8_CAPABILITY = (8, 9)
 
 #: x, weight_in, bias_in, weight_out, bias_out of `act24.sparse24.feed_forward.operation.activation24`.
 Tensors = tuple[Tensor | None, ...]
@@ -162,14 +158,3 @@ def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str
     if any(width % _LOAD for width in widths):
         return f"widths {', '.join(map(str, widths))} have to be multiples of {_LOAD}"
     return ""
-
-
-@constant_when_compiled
-def why_no_fp8(device: torch.device) -> str:
-    """Why a device cannot run e4m3, not even plain PyTorch compiled, as an error says it; empty if it can."""
-    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= _FP8_CAPABILITY:
-        return ""
-    return (
-        f"this GPU has compute capability {capability[0]}.{capability[1]}, and e4m3 begins with 8.9: "
-        'set precision = "bfloat16" for activation24'
-    )

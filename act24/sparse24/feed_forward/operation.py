@@ -19,11 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.operation import cast_for_autocast, is_mapped, operation
-from act24.sparse24.feed_forward.forms import Form, Network, State, network_of, why_no_fp8
+from act24.sparse24.feed_forward.forms import Form, Network, State, network_of
 from act24.sparse24.feed_forward.masked import MASKED
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.options import PLAIN, Options24, backward_of, estimator_of, method_of
 from act24.sparse24.feed_forward.packed import PACKED
+from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8, fp8_activation24
 from act24.sparse24.feed_forward.scale import times_scale
 from act24.sparse24.feed_forward.statistics import (
     feature_wise_statistics,
@@ -31,13 +32,14 @@ from act24.sparse24.feed_forward.statistics import (
     real_tokens,
     token_wise_statistics,
 )
+from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import linear_fp8
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.pattern.selection import densest
 from act24.sparse24.pattern.token_wise import Sparse24, sparsify_token_wise
 
 #: The forms, in the order in which they are asked. A network that none of them serves runs the reference.
-FORMS: tuple[Form, ...] = (NARROW, PACKED, MASKED)
+FORMS: tuple[Form, ...] = (NARROW, PACKED_FP8, PACKED, MASKED)
 
 
 def form_of(network: Network, options: Options24) -> Form | None:
@@ -219,6 +221,13 @@ def activation24(
     if options.precision == "fp8" and weight_out is not None and (reason := why_no_fp8(x.device)):
         raise Act24Error(reason)
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
-    if not is_mapped() and (form := form_of(network_of(tensors, scale is not None), options)):
+    network = network_of(tensors, scale is not None)
+    if not is_mapped() and (form := form_of(network, options)):
         return form.run(tensors, State(scale, seed, real_tokens(pads)), options)
+    if options.precision == "fp8" and not PACKED_FP8.why_never(network, options):
+        if is_mapped():
+            raise Act24Error(
+                'activation24: its fp8 has no rule for torch.func.vmap: set precision = "bfloat16"'
+            )
+        return fp8_activation24(tensors, State(scale, seed, real_tokens(pads)), options, kernels=False)
     return _Activation24.apply(*tensors, scale, seed, pads, tuple(options))[:2]

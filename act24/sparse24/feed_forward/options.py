@@ -29,9 +29,10 @@ class Options24(NamedTuple):
         estimator: `"masked"`, the gradient of the function that ran: dropped positions get none, and the
             gradient of h is 2:4 where the activation is. `"ste"`, straight through: as if nothing had been
             dropped; it is not 2:4, so it goes with the dense backward only.
-        precision: of the product y = a W_outᵀ. `"fp8"`: in e4m3, with a scale for each token and each output
-            feature (`act24.sparse24.format.fp8`); all of backward, and what is saved for it, stays as it is.
-            Networks of narrow linears then run on packed operands too, or on the reference.
+        precision: of the products. `"fp8"`: all six in e4m3, forward and backward, and what is saved for
+            backward too (`act24.sparse24.feed_forward.packed_fp8`). Where the activation has no linear in
+            front of it, or the estimator is not `"masked"`, y = a W_outᵀ alone, in plain PyTorch. Networks of
+            narrow linears run on packed operands too.
         dense_ratio: share of the features that split_gemm leaves dense, those with the most non-zeros.
         token_permutation: see `act24.sparse24.pattern.feature_wise`; of no meaning for the dense backward.
         statistics: count what 2:4 does; else the statistics are zeros and cost nothing.

@@ -34,28 +34,19 @@ from act24.sparse24.feed_forward.statistics import (
     no_statistics,
     token_wise_from_counts,
 )
-from act24.sparse24.format.device import fp8_obstacle_on, obstacle_on
-from act24.sparse24.format.fp8 import scaled
+from act24.sparse24.format.device import obstacle_on
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
 from act24.sparse24.kernels.pack_activation import pack_activation
 from act24.sparse24.kernels.pack_gradient import pack_gradient
 from act24.sparse24.kernels.product24 import product24
-from act24.sparse24.kernels.quantise_packed import quantise_packed
-from act24.sparse24.kernels.quantise_rows import quantise_rows
 from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
 from act24.sparse24.kernels.token_order import token_order
 from act24.sparse24.kernels.unpack_gradient import unpack_gradient
 from act24.sparse24.pattern.selection import densest_features
 
-#: In e4m3 a 16-byte load holds so many values.
-_FP8_LOAD = 16
 
-#: What packs operands in e4m3.
-_FP8_OPERATORS = ("quantise_rows", "quantise_packed")
-
-
-class _Reordered(torch.autograd.Function):
+class Reordered(torch.autograd.Function):
     """Rows in an order. The gradient of a plain gather adds up rows; this one takes them by the inverse."""
 
     @staticmethod
@@ -107,7 +98,7 @@ class _PackedActivation24(torch.autograd.Function):
             order,
         )
         algorithm = _algorithms(hidden, weight_in, weight_out, options)["y"]
-        y = times_scale(_forward_product(packed, weight_out, algorithm, options), scale)
+        y = times_scale(product24(packed, weight_out.T, algorithm, False, None, None), scale)
         y = y if bias_out is None else y + bias_out
         return y, packed, slope, counts, sums
 
@@ -205,15 +196,6 @@ def _sparse_gradients(
     return grad_hidden, grad_weight_in, grad_weight_out
 
 
-def _forward_product(packed: Tensor, weight_out: Tensor, algorithm: int, options: Options24) -> Tensor:
-    """a W_outᵀ. In fp8 what is packed in e4m3 is packed from what backward needs in bfloat16 anyway."""
-    if options.precision == "bfloat16":
-        return product24(packed, weight_out.T, algorithm, False, None, None)
-    narrow, scale = quantise_packed(packed)
-    weight, columns = quantise_rows(weight_out)
-    return scaled(product24(narrow, weight.T, algorithm, False, None, None), scale, columns)
-
-
 def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
     """Of the products for this many rows."""
     features, width = weight_in.shape
@@ -239,13 +221,13 @@ def packed_activation24(tensors: Tensors, state: State, options: Options24) -> t
     rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
     if permuted:
         order, inverse = token_order(weight_in, list(shape), kind)
-        rows = _Reordered.apply(rows, order, inverse)
+        rows = Reordered.apply(rows, order, inverse)
         real = None if real is None else real[order]
     drawn = order if method_of(options).draws else None
     y, packed, _, counts, sums = _PackedActivation24.apply(
         rows, weight_in, *others, state.scale, state.seed, real, drawn, options, training
     )
-    y = _Reordered.apply(y, inverse, order) if permuted else y
+    y = Reordered.apply(y, inverse, order) if permuted else y
     y = y.view(*shape, y.shape[-1])
     if not options.statistics:
         return y, no_statistics(y)
@@ -260,11 +242,6 @@ def _condition(network: Network, options: Options24) -> str:
     widths = (network.width, network.width_out)
     if reason := why_never_packed(network.tokens, network.features, widths) or obstacle_on(network.device):
         return reason
-    if options.precision == "fp8":
-        if network.width_out % _FP8_LOAD:
-            return f"in fp8 the width {network.width_out} of y has to be a multiple of {_FP8_LOAD}"
-        if reason := fp8_obstacle_on(network.device) or kernel_obstacle_on(network.device, _FP8_OPERATORS):
-            return reason
     if method_of(options).kernel == "mvue" and (
         reason := kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
     ):
@@ -284,7 +261,7 @@ PACKED = Form(
     functions=("relu2", "relu"),
     estimators=("masked",),
     backwards=("dense", "split_gemm", "sparse"),
-    precisions=("bfloat16", "fp8"),
+    precisions=("bfloat16",),
     linears=True,
     scales=True,
     operators=("pack_activation", "pack_gradient", "unpack_gradient", "gather_features"),

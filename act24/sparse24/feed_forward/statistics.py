@@ -17,8 +17,9 @@ from act24.options import one_of
 from act24.sparse24.feed_forward.forms import why_never_packed
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.format.packed import Packed24
+from act24.sparse24.kernels import gather_features  # noqa: F401  (an operator, found by name)
 from act24.sparse24.kernels.count_activation import count_activation
-from act24.sparse24.kernels.gather_features import gather_features
+from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise
 from act24.sparse24.pattern.selection import are_densest, top2_of_4
@@ -194,7 +195,12 @@ def feature_wise_statistics(value: Tensor, kept: Tensor, dense: Tensor | None) -
 
 @torch.no_grad()
 def feature_wise_from_some_features(
-    packed: Tensor, counts: Tensor, real: Tensor | None, options: Options24
+    packed: Tensor,
+    counts: Tensor,
+    real: Tensor | None,
+    options: Options24,
+    scale: Tensor | None = None,
+    kernels: bool = True,
 ) -> Tensor:
     """An estimate of `feature_wise_statistics` from some tokens of every 64th feature: the kernel that
     selects along the tokens runs in backward, too late.
@@ -204,12 +210,14 @@ def feature_wise_from_some_features(
             are grouped.
         counts: `[F]`, non-zeros before 2:4 by feature.
         real: boolean `[T]`, the tokens that count; None for all.
+        scale: float32 `[T]`, which an activation in e4m3 is over; None for one in bfloat16.
+        kernels: by a kernel, where the device has it.
     """
     # The first ones: in the order in which tokens are grouped, which is a random one where they are permuted.
     tokens, features = Packed24(packed).shape
     sampled = min(tokens, max(_SAMPLED_TOKENS, tokens // 8 // 4 * 4))
     index = torch.arange(0, features, _FEATURE_SAMPLE, device=counts.device)
-    value = gather_features(packed, index, real, sampled).T
+    value = form("gather_features", kernels)(packed, index, real, sampled, scale).T
     dense = None
     if backward_of(options).dense_features:
         dense = are_densest(counts, index, options.dense_ratio)

@@ -15,6 +15,9 @@ from act24.sparse24.format.packed import pack, unpack
 #: Where the rule for products that nobody tuned was measured: H100 and H200.
 _RULE_CAPABILITY = (9, 0)
 
+#: The least compute capability with e4m3, for which `torch.compile` has no code below.
+_FP8_CAPABILITY = (8, 9)
+
 
 def layout_error(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
     """How far a product with our packing is from one with cuSPARSELt's own compressor, on a small matrix.
@@ -88,3 +91,14 @@ def rule_holds_on(device: torch.device) -> bool:
     """Whether the rule for shapes that nobody tuned was measured on such a device. Elsewhere a tuner has to
     have found the 2:4 products faster."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) == _RULE_CAPABILITY
+
+
+@constant_when_compiled
+def why_no_fp8(device: torch.device) -> str:
+    """Why a device cannot run e4m3, not even plain PyTorch compiled, as an error says it; empty if it can."""
+    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= _FP8_CAPABILITY:
+        return ""
+    return (
+        f"this GPU has compute capability {capability[0]}.{capability[1]}, and e4m3 begins with 8.9: leave "
+        'out the pass fp8, and set precision = "bfloat16" for activation24'
+    )

@@ -46,7 +46,7 @@ def to_bytes(fields: Tensor) -> Tensor:
 
 
 def from_bytes(bytes_: Tensor) -> Tensor:
-    """The inverse of `to_bytes`."""
+    """The inverse of `to_bytes`: uint8 `[..., n]` from uint8 `[..., n / 2]`."""
     return torch.stack((bytes_ % 16, bytes_ // 16), dim=-1).flatten(-2)
 
 

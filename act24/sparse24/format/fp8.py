@@ -18,11 +18,53 @@ from torch import Tensor
 
 from act24.operation import cast
 
+#: The largest number of e4m3, and the smallest above zero.
+LARGEST, SMALLEST = 448.0, 2.0**-9
+
 #: As a factor, for PyTorch divides a tensor by a number in one way on a CPU and in another on a GPU.
-PER_LARGEST = 1 / 448
+PER_LARGEST = 1 / LARGEST
 
 #: What rows are taken to reach at least, so that the scale has an inverse.
 LEAST = 1e-30
+
+
+def largest_of(matrix: Tensor, dimension: int) -> Tensor:
+    """The largest magnitudes of a matrix `[M, N]` along a dimension, float32 `[M]` or `[N]`; NaN where NaN is
+    among them."""
+    return matrix.float().abs().amax(dimension)
+
+
+def scales_of(largest: Tensor) -> Tensor:
+    """The scales that bring the largest magnitudes to the largest number of e4m3.
+
+    Args:
+        largest: float32, any shape.
+
+    Returns:
+        the same shape. NaN for infinity as for NaN: a fault spoils what shares the scale, and is seen.
+    """
+    scale = largest.clamp(min=LEAST) * PER_LARGEST
+    return torch.where(largest.isfinite(), scale, float("nan"))
+
+
+def power_scales(largest: Tensor) -> Tensor:
+    """`scales_of`, elementwise, and the next powers of two above. What was cast over one of them is cast over
+    another without a second rounding, unless it leaves the range of the format."""
+    scale = scales_of(largest)
+    # A fraction that is not zero carries into the exponent.
+    bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return torch.where(scale.isnan(), scale, bits.view(torch.float32))
+
+
+def narrowed(values: Tensor, scale: Tensor) -> Tensor:
+    """Values over their scales in e4m3. What is too large becomes 448: left to the cast it would be NaN in
+    one release of PyTorch, on one device or uncompiled, and 448 in another. NaN stays NaN.
+
+    Args:
+        values: any floating dtype.
+        scale: float32, of a shape that is broadcast to that of the values.
+    """
+    return (values.float() * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def multiply24(packed: Tensor, dense: Tensor, algorithm: int, transposed: bool) 
 
 
 def library_product(packed: Tensor, dense: Tensor, algorithm: int = 0, transposed: bool = False) -> Tensor:
-    """PyTorch's call, with a plan of its own."""
+    """`multiply` by PyTorch's call, which makes a plan of its own: shapes and dtypes as there."""
     out_dtype = torch.bfloat16 if packed.dtype is torch.float8_e4m3fn else None
     return torch.ops.aten._cslt_sparse_mm(
         packed, dense, out_dtype=out_dtype, transpose_result=transposed, alg_id=algorithm

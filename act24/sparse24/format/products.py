@@ -24,6 +24,9 @@ Kind = Literal[
     "grad_weight_in",
     "grad_weight_out",
     "y_fp8",
+    "grad_x_fp8",
+    "grad_weight_in_fp8",
+    "grad_weight_out_fp8",
     "linear_y",
     "linear_grad_x",
     "linear_grad_weight",
@@ -36,6 +39,9 @@ DEFAULT_ALGORITHMS: dict[Kind, int] = {
     "grad_weight_in": 3,
     "grad_weight_out": 0,
     "y_fp8": 21,
+    "grad_x_fp8": 21,
+    "grad_weight_in_fp8": 21,
+    "grad_weight_out_fp8": 8,
     "linear_y": 17,
     "linear_grad_x": 17,
     "linear_grad_weight": 3,
@@ -56,7 +62,8 @@ class Product(NamedTuple):
         linear_grad_weight = Gᵀ x                       along the tokens
 
     Attributes:
-        kind: which of them; y_fp8 for y in e4m3 (`act24.sparse24.format.fp8`).
+        kind: which of them; with _fp8 behind it, in e4m3, where the dense operand always is the transpose of
+            what lies in memory.
         tokens: T.
         features: F, or the outputs of the linear.
         width: the input or output width of the network, on the dense side, or the inputs of the linear.
@@ -68,9 +75,14 @@ class Product(NamedTuple):
     width: int
 
     @property
+    def fp8(self) -> bool:
+        """Whether it is in e4m3."""
+        return self.kind.endswith("_fp8")
+
+    @property
     def along_tokens(self) -> bool:
         """Whether the reduction, and with it 2:4, runs along the tokens."""
-        return self.kind in ("grad_weight_in", "grad_weight_out", "linear_grad_weight")
+        return "grad_weight" in self.kind
 
     @property
     def sparse_shape(self) -> tuple[int, int]:
@@ -91,7 +103,7 @@ class Product(NamedTuple):
     @property
     def dense_transposed(self) -> bool:
         """Whether the dense operand is the transpose of what lies in memory."""
-        return self.kind in ("y", "y_fp8", "linear_y", "linear_grad_x")
+        return self.fp8 or self.kind in ("y", "linear_y", "linear_grad_x")
 
     @property
     def filled_transposed(self) -> bool:
@@ -102,7 +114,7 @@ class Product(NamedTuple):
     def transposed(self) -> bool:
         """Whether the result is wanted transposed: the gradient of W_out `[D_out, F]`, or of a linear with a
         2:4 weight `[T, out]` and `[T, in]`."""
-        return self.kind in ("grad_weight_out", "linear_y", "linear_grad_x")
+        return self.kind in ("grad_weight_out", "grad_weight_out_fp8", "linear_y", "linear_grad_x")
 
 
 class Measured(NamedTuple):
@@ -126,16 +138,13 @@ def feed_forward_products(
     """The products of a feed-forward network that are 2:4: with exact weight gradients only the first two.
 
     Args:
-        fp8: y is multiplied in e4m3.
+        fp8: they are multiplied in e4m3.
     """
-    products: dict[Kind, Product] = {
-        "y": Product("y_fp8" if fp8 else "y", tokens, features, width_out),
-        "grad_x": Product("grad_x", tokens, features, width),
-    }
+    widths: dict[Kind, int] = {"y": width_out, "grad_x": width}
     if not exact_weight_gradients:
-        products["grad_weight_in"] = Product("grad_weight_in", tokens, features, width)
-        products["grad_weight_out"] = Product("grad_weight_out", tokens, features, width_out)
-    return products
+        widths |= {"grad_weight_in": width, "grad_weight_out": width_out}
+    names: dict[Kind, Kind] = {kind: f"{kind}_fp8" if fp8 else kind for kind in widths}  # type: ignore[misc]
+    return {kind: Product(names[kind], tokens, features, size) for kind, size in widths.items()}
 
 
 def linear_products(tokens: int, out_features: int, in_features: int) -> dict[Kind, Product]:

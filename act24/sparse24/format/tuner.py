@@ -33,7 +33,7 @@ class _Operands(NamedTuple):
 
 def _operands(product: Product, generator: torch.Generator) -> _Operands:
     rows, inner = product.sparse_shape
-    dtype = torch.float8_e4m3fn if product.kind == "y_fp8" else torch.bfloat16
+    dtype = torch.float8_e4m3fn if product.fp8 else torch.bfloat16
     packed = random_packed(rows, inner, dtype, generator)
     turned = product.dense_transposed
     shape = (product.columns, inner) if turned else (inner, product.columns)
@@ -58,7 +58,7 @@ def candidates(
     Some ids return wrong numbers without an error (pytorch issue 155333), so each has to agree with the dense
     product on one draw of each generator, all seeded differently, before it is offered.
     """
-    tolerance = FP8_TOLERANCE if product.kind == "y_fp8" else TOLERANCE
+    tolerance = FP8_TOLERANCE if product.fp8 else TOLERANCE
     draws = [_operands(product, generator) for generator in generators]
     expected = [left @ dense for _, _, left, dense in draws]
     for algorithm in range(ALGORITHMS):

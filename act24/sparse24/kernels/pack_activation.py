@@ -15,7 +15,9 @@ from torch import Tensor
 from act24.compiler import jit, tl, triton
 from act24.options import one_of
 from act24.relu2 import check_function
-from act24.sparse24.format.packed import Packed24, empty_packed, pack
+from act24.sparse24.format.fp8 import LARGEST, narrowed
+from act24.sparse24.format.packed import Packed24, empty_packed, pack, with_values
+from act24.sparse24.kernels.shared.e4m3 import e4m3_bits
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
     as_float,
@@ -157,17 +159,19 @@ def _pack_activation(
     sums,
     real,
     order,
+    scales,
     seed,
     features,
     slabs,
     FUNCTION: tl.constexpr,
     METHOD: tl.constexpr,
+    LARGEST: tl.constexpr,
     STRIP: tl.constexpr,
     SLABS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Pointers that are None stand for what is not wanted, or not there; without `metadata` the values are
-    written with their zeros."""
+    written with their zeros, and with `scales` in e4m3."""
     strip = tl.program_id(0) * STRIP
     pair = tl.arange(0, STRIP // 2)[None, :]
     group = tl.arange(0, STRIP // 4)[None, :]
@@ -176,6 +180,9 @@ def _pack_activation(
     shift = metadata_field(0, group * 4, features) % 8 * 4
     word = tl.arange(0, STRIP // 16)[None, :]
     place = metadata_field(row, word // 2 * 32 + word % 2 * 8, features) // 8
+    if scales is not None:
+        shift = group % 2 * 4 + group % 16 // 8 * 16
+        place = (tl.arange(0, 32) * 4)[:, None] + word // 4 * 128 + word % 4
 
     zero = tl.zeros([32, STRIP // 4], tl.float32)
     count0 = zero
@@ -213,12 +220,16 @@ def _pack_activation(
             if values is not None:
                 if metadata is None:
                     tl.store(values + target, _filled(field, value))
+                elif scales is not None:
+                    over = tl.div_rn(1.0, tl.load(scales + slab * 64 + rows))
+                    wide = _side_by_side(value, tl.bfloat16).to(tl.float32)
+                    tl.store(values + target, e4m3_bits(wide * over, LARGEST))
                 else:
                     tl.store(values + target, _side_by_side(value, values.dtype.element_ty))
             if slopes is not None:
                 tl.store(slopes + target, _side_by_side(slope, slopes.dtype.element_ty))
-            # 4 bits of a byte in each of two rows.
-            fields |= field << 4 * half
+            # 4 bits of a byte in each of two rows; in e4m3 a byte for each.
+            fields |= field << (4 * half if scales is None else 8 * half)
             if counts is not None:
                 weight = tl.full([32, 1], 1.0, tl.float32)
                 if real is not None:
@@ -237,8 +248,12 @@ def _pack_activation(
                     lost += lower * weight
         if metadata is not None:
             # A word: the fields of two rows (8 bits), of groups 16 columns apart, of groups 4 columns apart.
-            words = tl.reshape(fields << shift.to(tl.uint32), [32, STRIP // 32, 2, 2, 2])
-            words = tl.sum(tl.sum(words, 4), 2) ^ 0xFFFFFFFF
+            fields = fields << shift.to(tl.uint32)
+            if scales is None:
+                words = tl.sum(tl.sum(tl.reshape(fields, [32, STRIP // 32, 2, 2, 2]), 4), 2)
+            else:  # of two rows, 32 columns apart, 4 columns apart
+                words = tl.sum(tl.sum(tl.reshape(fields, [32, STRIP // 64, 2, 4, 2]), 4), 2)
+            words = words ^ 0xFFFFFFFF
             words = tl.reshape(words, [32, STRIP // 16]).to(tl.int32, bitcast=True)
             tile = slab.to(tl.int64) * (2 * features) + strip * 2
             tl.store(metadata + tile + tl.max_contiguous(place, (1, 2)), words)
@@ -281,12 +296,15 @@ def _reference(
     counts: bool,
     statistics: bool,
     order: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positive = torch.relu(hidden)
     by_token = positive if order is None else positive[torch.argsort(order)]
     sparse = sparsify_token_wise(by_token, seed, function, SPARSIFIERS[method])  # type: ignore[arg-type]
     sparse = sparse if order is None else Sparse24(*(part[order] for part in sparse))
     packed = pack(sparse.value, sparse.mask)
+    if scale is not None:
+        packed = with_values(packed, narrowed(packed.values, scale[:, None]))
     number, sums = activation_counts(positive, sparse, real)
     return (
         sparse.value if dense else packed.buffer,
@@ -307,10 +325,12 @@ def _fake(
     counts: bool,
     statistics: bool,
     order: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, features = hidden.shape
+    like = hidden if scale is None else hidden.new_empty(0, dtype=torch.float8_e4m3fn)
     return (
-        torch.empty_like(hidden) if dense else empty_packed(tokens, features, hidden),
+        torch.empty_like(hidden) if dense else empty_packed(tokens, features, like),
         hidden.new_empty(tokens, features // 2) if slope else hidden.new_empty(0),
         hidden.new_empty(features if counts else 0, dtype=torch.int32),
         hidden.new_empty(SUMS if statistics else 0, dtype=torch.float32),
@@ -329,6 +349,7 @@ def pack_activation(
     counts: bool,
     statistics: bool,
     order: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Activation, selection and packing along the features.
 
@@ -341,6 +362,7 @@ def pack_activation(
         slope, counts, statistics: whether to make the second, third and fourth result.
         dense: return the activation with its zeros, not packed.
         order: int64 `[T]`, the token of every row, which is what mvue draws by; None for the row's number.
+        scale: float32 `[T]`, over which the rows are packed in e4m3; None to pack them in bfloat16.
 
     Returns:
         the activation, the buffer of a packed matrix or `[T, F]`; its slope at the kept places, `[T, F/2]`;
@@ -348,7 +370,7 @@ def pack_activation(
         non-zeros dropped, energy, energy dropped. What was not asked for is empty.
     """
     result, slopes, number, _ = _fake(
-        hidden, seed, real, function, method, slope, dense, counts or statistics, statistics
+        hidden, seed, real, function, method, slope, dense, counts or statistics, statistics, order, scale
     )
     number.zero_()
     sums = launch(
@@ -362,6 +384,7 @@ def pack_activation(
         function,
         method,
         order,
+        scale,
     )
     return result, slopes, number if counts else number[:0].clone(), sums
 
@@ -377,6 +400,7 @@ def launch(
     function: str,
     method: str,
     order: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel for `pack_activation` and `count_activation`: fill `result`, `slope` and `counts`,
     those that are there, and return the sums, float32 `[4]`, or empty without statistics. `counts` begins as
@@ -390,6 +414,7 @@ def launch(
     values = metadata = None
     if isinstance(result, Packed24):
         values, metadata = result.values, result.metadata.view(torch.int32)
+        values = values if scale is None else values.view(torch.uint8)
     elif result is not None:
         values = result.view(torch.int32)
     _pack_activation[grid](
@@ -401,11 +426,13 @@ def launch(
         sums if statistics else None,
         real,
         order,
+        scale,
         seed,
         features,
         tokens // 64,
         FUNCTION=function,
         METHOD=method,
+        LARGEST=LARGEST,
         STRIP=STRIP,
         SLABS=SLABS,
         STAGES=3,

@@ -133,7 +133,7 @@ class _Mvue24(torch.autograd.Function):
 def mvue24(x: Tensor, seed: Tensor | int, dim: int = -1) -> Tensor:
     """An unbiased random estimate of `x` with at most two non-zeros in every four entries along `dim`.
 
-    Arguments and errors as for `mvue_factor`. The gradient is that of multiplying by a constant. Finite for
-    finite `x`: magnitudes beyond the dtype stop at its largest.
+    The shape and dtype of `x` are kept; arguments and errors as for `mvue_factor`. The gradient is that of
+    multiplying by a constant. Finite for finite `x`: magnitudes beyond the dtype stop at its largest.
     """
     return _Mvue24.apply(x, seed, dim)[0]

@@ -35,7 +35,7 @@ def random_bits(index: Tensor, seed: Tensor | int) -> Tensor:
 
 
 def random_uniform(index: Tensor, seed: Tensor | int) -> Tensor:
-    """float32 in [0, 1), multiples of 2^-24; arguments as for `random_bits`."""
+    """float32 in [0, 1), multiples of 2^-24, the shape of `index`; arguments as for `random_bits`."""
     return (random_bits(index, seed) >> 8).float() * 2.0**-24
 
 

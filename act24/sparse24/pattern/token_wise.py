@@ -77,14 +77,14 @@ def dense_activation(positive: Tensor, function: Function) -> Dense:
 
 
 def naive(dense: Dense, seed: Tensor | None = None) -> Selected:
-    """The two largest of four stay as they are."""
+    """The two largest of four stay as they are; all shapes are `[..., F]`, F a multiple of 4."""
     mask = top2_of_4(dense.positive)
     return Selected(mask, torch.where(mask, dense.value, 0), torch.where(mask, dense.derivative, 0))
 
 
 def soft_threshold(dense: Dense, seed: Tensor | None = None) -> Selected:
     """The two largest of four stay, less the third largest, which counts as a constant in the slope
-    (arXiv 2409.09099)."""
+    (arXiv 2409.09099). Shapes as for `naive`."""
     mask = top2_of_4(dense.positive)
     value = dense.value - third_largest(dense.value, mask)
     return Selected(mask, torch.where(mask, value, 0), torch.where(mask, dense.derivative, 0))
@@ -92,7 +92,11 @@ def soft_threshold(dense: Dense, seed: Tensor | None = None) -> Selected:
 
 def mvue(dense: Dense, seed: Tensor | None = None) -> Selected:
     """Two of four are drawn at random and divided by their probability, which is unbiased
-    (`act24.sparse24.pattern.mvue`)."""
+    (`act24.sparse24.pattern.mvue`). Shapes as for `naive`.
+
+    Raises:
+        ValueError: there is no seed.
+    """
     if seed is None:
         raise ValueError("mvue draws at random: give a seed")
     factor = mvue_factor(dense.value, seed)

@@ -119,7 +119,7 @@ def _algorithms(
 
 
 def linear_of(x: Tensor, weight: Tensor, seed: Tensor | None) -> Linear:
-    """The linear of an operation's tensors."""
+    """The linear of an operation's tensors: x `[..., in]`, weight `[out, in]`."""
     tokens, (out_features, in_features) = x.numel() // max(x.shape[-1], 1), weight.shape
     return Linear(tokens, out_features, in_features, x.dtype, x.device, seed is not None)
 
@@ -127,6 +127,7 @@ def linear_of(x: Tensor, weight: Tensor, seed: Tensor | None) -> Linear:
 def packed_linear24(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: LinearState, options: LinearOptions24
 ) -> Tensor:
-    """`act24.sparse24.weight.linear24.linear24` where `forms.why_not_packed` has nothing to say."""
+    """`act24.sparse24.weight.linear24.linear24` where `forms.why_not_packed` has nothing to say: its shapes,
+    all of one dtype."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     return _PackedLinear24.apply(rows, weight, bias, *state, options).view(*x.shape[:-1], len(weight))

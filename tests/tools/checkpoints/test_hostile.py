@@ -101,6 +101,11 @@ def weights(folder, mark):
     return save(tensors)
 
 
+def with_skipped(folder, count):
+    log = json.loads((folder / "state.json").read_text())["log"]
+    return edited(folder / "state.json", log={**log, "skipped": count})
+
+
 def huge_header(folder, mark):
     return struct.pack("<Q", 2**62) + b"{}"
 
@@ -117,6 +122,8 @@ HOSTILE = {
     ),
     ("optimizer/__0_0.distcp", "code"): (lambda f, m: stored_in_a_zip(bomb(f, m)) * 40, ""),
     ("optimizer/__0_0.distcp", "nothing"): (lambda f, m: b"", ""),
+    ("state.json", "a count that is none"): (lambda f, m: with_skipped(f, ""), "state.json"),
+    ("state.json", "nothing for a count"): (lambda f, m: with_skipped(f, None), "state.json"),
     ("optimizer.json", "deep"): (nested, "optimizer.json"),
     ("optimizer.json", "a list"): (lambda f, m: b"[]", "expected an object, found a list"),
     ("optimizer.json", "without groups"): (lambda f, m: b'{"class": "AdamW"}', "KeyError"),

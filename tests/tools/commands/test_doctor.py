@@ -30,8 +30,8 @@ def test_text_has_a_line_for_every_finding() -> None:
 
 def test_what_recipes_can_name_is_listed() -> None:
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
-    assert findings["optimizers of recipes"] == "adamw, loro_adamw, cola_adamw, lost_adamw"
-    assert findings["schedules of recipes"] == "cosine, linear, constant, cosine_restart"
+    assert findings["optimizers of recipes"] == "adamw, loro_adamw, cola_adamw, lost_adamw, muon"
+    assert findings["schedules of recipes"] == "cosine, linear, constant, wsd, cosine_restart"
     assert findings["passes of recipes"].startswith("relu2_ffn, low_rank, cola, lost, ")
 
 
@@ -77,3 +77,20 @@ def test_a_gpu_on_which_nothing_was_run_is_said_so(
     assert findings["2:4 products"] == "no: cuSPARSELt reads another layout"
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     assert all(gpu in readme for gpu in PROVEN)
+
+
+def test_steps_of_generation_are_shown_by_rows() -> None:
+    def told(device: str) -> dict[str, str]:
+        found = {each.subject: each.finding for each in doctor._decoding(torch.device(device))}
+        return {subject.removeprefix("decoding, "): finding for subject, finding in found.items()}
+
+    assert set(told("cpu").values()) == {"dense"}
+    measured = ": the fastest, measured on the batch at hand"
+    everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
+    assert told("cuda") == {
+        "1 rows": everything,
+        "4 rows": "dense, skipping" + measured,
+        "8 rows": "dense, skipping" + measured,
+        "16 rows": "dense",
+        "64 rows": "dense",
+    }

@@ -55,6 +55,12 @@ def test_hostile_recipes(tmp_path):
         load_recipe("\0.toml")
 
 
+def test_a_seed_of_more_than_63_bits(act24, tmp_path):
+    status, _, errors = act24("sample", tmp_path, "--seed", "99999999999999999999")
+    assert status == 2
+    assert "Invalid value for '--seed'" in "".join(errors)
+
+
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/t.json", "~nobody-of-this-name"])
 def test_a_home_of_nobody(name):
     with pytest.raises(Act24Error, match=r"cannot look for tokenizer .*home directory"):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from act24.errors import Act24Error
+from act24.recipes import schema
 from act24.tools.data import Tokenizer, heldout_rows, open_rows
 from act24.tools.data.batches import IGNORED, TokenRows
 from act24.tools.data.documents import Documents
@@ -99,6 +100,17 @@ def test_heldout_rows_do_not_depend_on_batches_or_ranks(sources, tokenizer, sour
         predicting = [row for row in interleaved if any(label != IGNORED for label in row[1])]
         assert predicting == expected
         assert sum(int((b.labels != IGNORED).sum()) for rank in batches for b in rank) == reference.tokens
+
+
+def test_heldout_rows_are_of_the_heldout_files(tokenizer, tmp_path):
+    (tmp_path / "train.txt").write_text("trained on " * 40)
+    (tmp_path / "heldout.txt").write_text("held out " * 40)
+    files = {"train_files": (f"{tmp_path}/train.txt",), "heldout_files": (f"{tmp_path}/heldout.txt",)}
+    data = schema.Data(source="files", max_length=32, **files)
+    held = heldout_rows(data, tokenizer, 10**6, vocab_size=300)
+    ids = [id for batch in held.batches(4) for id in batch.labels.flatten().tolist() if id != IGNORED]
+    assert tokenizer.decode(ids).startswith("held out " * 40)
+    assert "trained" not in tokenizer.decode(ids)
 
 
 def test_batches_are_int64_and_shifted(sources, tokenizer):

@@ -1,7 +1,9 @@
 """The tokenizer object, the trained one and its cache, and the vocabulary check."""
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -207,3 +209,45 @@ def test_a_vocabulary_that_the_tokenizer_does_not_use_is_said(corpora, tokenizer
     with open_rows(corpora["text"].data(), tokenizer, batch_size=1, vocab_size=size) as rows:
         lines = [line for line in rows.remarks() if "are never trained" in line]
     assert bool(lines) == said
+
+
+def test_a_signal_is_heeded_while_a_tokenizer_is_trained(monkeypatch):
+    """Rust's merges take minutes for a large vocabulary, and Python hears of no signal in the meantime."""
+    finished = []
+
+    class Slow:
+        def __init__(self, model):
+            pass
+
+        def train_from_iterator(self, sample, trainer):
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds, of which none can be interrupted
+            finished.append(True)
+
+    class Heeded(Exception):
+        pass
+
+    def heed(*_):
+        raise Heeded
+
+    monkeypatch.setattr(module.tokenizers, "Tokenizer", Slow)
+    before = signal.signal(signal.SIGALRM, heed)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Heeded):
+            module._train(["text"], 300)
+        assert not finished
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_what_goes_wrong_while_a_tokenizer_is_trained_is_raised(monkeypatch):
+    class Failing:
+        def __init__(self, model):
+            pass
+
+        def train_from_iterator(self, sample, trainer):
+            raise MemoryError("no memory for merges")
+
+    monkeypatch.setattr(module.tokenizers, "Tokenizer", Failing)
+    with pytest.raises(MemoryError, match="no memory for merges"):
+        module._train(["text"], 300)

@@ -129,3 +129,48 @@ def test_the_trainer_saves_what_it_goes_on_from_and_nothing_that_opens_as_anothe
     with pipeline.evaluation(), torch.no_grad():
         expected = torch.stack([model(**batch).loss for batch in batches()]).mean()
     assert losses["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def trainer_of(folder: Path, steps: int, with_callback: bool = True) -> tuple[Any, Pipeline]:
+    """The Trainer of `transformers` on a rewritten LLaMA of its own, with AdamW and a falling rate."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, pipeline = rewritten()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        save_steps=2,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ROWS]
+    callbacks = [act24.integrations.TrainerCallback(pipeline)] if with_callback else []
+    return transformers.Trainer(model, arguments, train_dataset=rows, callbacks=callbacks), pipeline
+
+
+def test_the_trainer_goes_on_from_its_own_checkpoint(tmp_path) -> None:
+    """Masks are renewed every 2nd update and scales are kept: both are in the checkpoint, or made anew."""
+    straight, _ = trainer_of(tmp_path / "straight", 5)
+    straight.train()
+    trainer_of(tmp_path / "halves", 2)[0].train()
+    resumed, pipeline = trainer_of(tmp_path / "halves", 5)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+    assert (tmp_path / "halves" / "checkpoint-4").is_dir()
+    assert_same(resumed.model.state_dict(), straight.model.state_dict())
+    act24.save_pretrained(pipeline, tmp_path / "out")
+    with pipeline.evaluation(), torch.no_grad():
+        expected = resumed.model(ROWS).logits
+    torch.testing.assert_close(act24.load(tmp_path / "out").model(ROWS), expected, atol=2e-6, rtol=1e-4)
+
+
+def test_the_trainer_without_the_callback_is_refused(tmp_path) -> None:
+    trainer, pipeline = trainer_of(tmp_path, 2, with_callback=False)
+    with pytest.raises(act24.Act24Error, match="begin_update_"):
+        trainer.train()
+    with pytest.raises(act24.Act24Error, match=r"act24\.integrations\.TrainerCallback\(pipeline\)"):
+        pipeline.model.save_pretrained(tmp_path / "folder")

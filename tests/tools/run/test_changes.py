@@ -70,14 +70,17 @@ def test_a_finished_run_is_lengthened(tiny, short, tmp_path, capsys, schedule, r
     assert state["schedule_steps"] == entry["schedule_steps"]
 
 
-def test_a_lengthened_run_goes_on_bit_for_bit(tiny, short, tmp_path):
+@pytest.mark.parametrize("schedule", ["hold", "stretch"])
+def test_a_lengthened_run_goes_on_bit_for_bit(tiny, short, tmp_path, schedule):
     """Interrupted in its new part, its schedule is neither forgotten nor recomputed."""
     recipe = tiny(*SHORT, "train.steps=14", "checkpoint.keep=9")
-    train(recipe, tmp_path / "straight", resume=str(short), schedule="stretch")
+    train(recipe, tmp_path / "straight", resume=str(short), schedule=schedule)
     middle = checkpoint_folder.folder_of(tmp_path / "straight", 12)
     train(recipe, tmp_path / "resumed", resume=str(middle))
     then, now = weights(tmp_path / "straight", 14), weights(tmp_path / "resumed", 14)
     assert all(torch.equal(then[name], now[name]) for name in then)
+    rates = dict(logged(tmp_path / "straight", "optim/lr"))
+    assert dict(logged(tmp_path / "resumed", "optim/lr")) == {step: rates[step] for step in (13, 14)}
 
 
 def test_a_run_is_shortened_and_not_below_where_it_is(tiny, short, tmp_path, capsys):
@@ -167,8 +170,24 @@ def test_a_run_moves_to_other_processes(tiny_file, tmp_path, before, after, old,
     assert ("processes" in changed, "train.parallel" in changed) == (before != after, old != new)
 
 
-def overflowing(monkeypatch, *bad):
-    """The losses of these steps are infinite, on every try."""
+class InfiniteGradient(torch.autograd.Function):
+    """The identity, but for its gradient."""
+
+    @staticmethod
+    def forward(loss):
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+def overflowing(monkeypatch, *bad, spoiled=lambda loss: loss * torch.inf):
+    """The losses of these steps are infinite, on every try; or are what `spoiled` makes of them."""
     update = step_module.TrainingStep.__call__
     model = step_module.SummedLoss.forward
     current = [0]
@@ -179,7 +198,7 @@ def overflowing(monkeypatch, *bad):
 
     def loss(self, input_ids, labels):
         total, count = model(self, input_ids, labels)
-        return (total * (torch.inf if current[0] in bad and self.training else 1.0)), count
+        return (spoiled(total) if current[0] in bad and self.training else total), count
 
     monkeypatch.setattr(step_module.TrainingStep, "__call__", begin)
     monkeypatch.setattr(step_module.SummedLoss, "forward", loss)
@@ -200,9 +219,13 @@ def test_a_run_that_died_of_one_batch_goes_on_without_it(tiny, tmp_path, monkeyp
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 8).values())
 
 
-def test_a_batch_that_is_left_out_changes_nothing(tiny, tmp_path, monkeypatch):
+SPOILED = {"loss": lambda loss: loss * torch.inf, "gradient alone": InfiniteGradient.apply}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED.values(), ids=SPOILED.keys())
+def test_a_batch_that_is_left_out_changes_nothing(tiny, tmp_path, monkeypatch, spoiled):
     skips = (*SHORT, "train.on_nonfinite=skip", "checkpoint.every=1", "checkpoint.keep=9")
-    overflowing(monkeypatch, 5)
+    overflowing(monkeypatch, 5, spoiled=spoiled)
     train(tiny(*skips), tmp_path)
     before, after = (checkpoint.load(checkpoint_folder.folder_of(tmp_path, step)) for step in (4, 5))
     for name, tensor in before.weights.items():
@@ -228,6 +251,16 @@ def test_too_many_in_a_row_end_the_run_and_are_not_forgotten(tiny, tmp_path, mon
         train(recipe, tmp_path, resume="auto")
 
 
+def test_skips_that_are_not_in_a_row_are_counted_and_end_nothing(tiny, tmp_path, monkeypatch):
+    overflowing(monkeypatch, 2, 3, 6, 7)
+    recipe = tiny(*SHORT, "train.on_nonfinite=skip", "train.max_skips=3", "checkpoint.keep=9")
+    assert train(recipe, tmp_path / "straight").finished
+    counts = [(4, 2), (5, 2), (8, 4)]
+    assert logged(tmp_path / "straight", "optim/skipped_batches") == counts
+    train(recipe, tmp_path / "on", resume=str(checkpoint_folder.folder_of(tmp_path / "straight", 4)))
+    assert logged(tmp_path / "on", "optim/skipped_batches") == counts[1:]
+
+
 def test_what_stays_beside_the_last(tiny, tmp_path):
     """Every fourth, the best two of those that were evaluated, and the last."""
     recipe = tiny(
@@ -247,3 +280,5 @@ def test_what_stays_beside_the_last(tiny, tmp_path):
     for step in best:
         heldout = checkpoint.load(checkpoint_folder.folder_of(tmp_path, step)).manifest["heldout"]
         assert heldout["loss"] == pytest.approx(losses[step], rel=1e-6)
+    for step in kept - set(losses):  # nobody has measured those weights
+        assert checkpoint.load(checkpoint_folder.folder_of(tmp_path, step)).manifest["heldout"] is None

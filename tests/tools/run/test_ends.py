@@ -109,6 +109,18 @@ def test_a_stop_at_a_step_with_an_evaluation_does_not_lose_it(tiny, tmp_path, mo
     assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
 
 
+def test_an_evaluation_at_a_boundary_is_made_up_with_the_passes_that_were_in_force(
+    tiny, tmp_path, monkeypatch
+):
+    """At step 4 the weights are of four dense updates; 2:4 begins with the fifth."""
+    recipe = tiny(*RECIPE, "passes.activation24.from_step=4", "passes.activation24.method=soft_dynamic")
+    train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_before(patch, train_module.TrainingRun, "advance", 4)
+        assert train(recipe, tmp_path / "stopped").stopped == "SIGTERM"
+    assert_goes_on_as(tmp_path / "whole", tmp_path / "stopped", recipe)
+
+
 def fail_at(monkeypatch, row, error):
     """Rows cannot be made from the `row`-th batch on."""
     make, made = TokenRows._make, [0]
@@ -201,6 +213,27 @@ def test_a_stop_before_the_first_step_has_the_status_of_a_stop(tiny, monkeypatch
     kill_before(monkeypatch, train_module, "tune_", 1)
     status, _, error = act24("train", tiny_file, "--run-dir", tmp_path / "run")
     assert (status, error) == (75, ["act24: SIGTERM: stopped before the first step, nothing to save"])
+
+
+def test_a_stop_while_libraries_are_loaded_has_it_too(tiny_file, tmp_path):
+    """Which takes seconds: the process would otherwise end with 143, as one that was killed."""
+    code = f"""
+import builtins, os, signal, sys
+load = builtins.__import__
+def loading(name, *arguments):
+    if name == "torch":
+        builtins.__import__ = load
+        os.kill(os.getpid(), signal.SIGTERM)
+    return load(name, *arguments)
+builtins.__import__ = loading
+from act24.tools.commands.cli import main
+sys.argv = ["act24", "train", {str(tiny_file)!r}, "--run-dir", {str(tmp_path / "run")!r}]
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    stopped = "act24: SIGTERM: stopped before the first step, nothing to save\n"
+    assert (result.returncode, result.stderr) == (75, stopped)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_requeue_loop_comes_to_the_end(tiny_file, tmp_path, straight):

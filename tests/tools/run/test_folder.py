@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.folder import CheckpointError
 from act24.tools.run import build
 from act24.tools.run.evaluate import evaluate_checkpoint
+from act24.tools.run.folder import default_run_dir
 from act24.tools.run.lock import LOCK, RunError
 from act24.tools.run.train import train
 
@@ -90,6 +92,26 @@ def test_auto_goes_on_beside_foreign_files(tiny, copied, name):
     longer = tiny(*OVERRIDES, "checkpoint.every=1")
     outcome = train(longer, copied, resume="auto")
     assert (outcome.step, outcome.finished) == (6, True)
+
+
+@pytest.mark.parametrize("resume", ["auto", "the folder"])
+def test_a_checkpoint_of_before_the_counter_is_read_and_not_gone_on_from(tiny, copied, resume):
+    """The act24 of then kept neither streams of rows nor histories: KeyError was all that it said."""
+    for folder in checkpoint_folder.folders(copied):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["sequence"]
+        (folder / "manifest.json").write_text(
+            checkpoint_folder._render(manifest | {"commit": "0123456789abcdef"})
+        )
+    last = checkpoint_folder.latest(copied)
+    before = content(copied)
+    message = (
+        f"^{last} was written by an older act24.*the act24 that wrote it .commit 0123456789ab., or train"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny(*OVERRIDES), copied, resume="auto" if resume == "auto" else str(last))
+    assert content(copied) == before
+    assert build.load(copied).step == int(last.name[5:])
 
 
 def test_auto_starts_where_there_is_nothing_or_nothing_was_saved(tiny, tmp_path):
@@ -232,3 +254,12 @@ def both_train(path, run_dir, resume):
 
 def test_all_processes_hear_of_a_folder_that_is_taken(tiny_file, a_run):
     run_ranks(2, both_train, tiny_file, a_run, "never")
+
+
+def test_variants_have_folders_of_their_own():
+    assert default_run_dir("c4/130m-dense") == Path("runs/c4-130m-dense")
+    assert default_run_dir("my.toml", ["optimizer.lr=1e-3", "train.seed=2"]) == Path("runs/my,lr=1e-3,seed=2")
+    assert default_run_dir("my.toml", ['data.train_files=["a/*.txt"]']) == Path("runs/my,train_files=a_.txt")
+    long = [default_run_dir("demo", [f"data.train_files={'x' * 300}{i}"]) for i in range(2)]
+    assert long[0] != long[1]
+    assert all(len(path.name) < 120 for path in long)

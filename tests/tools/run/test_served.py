@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from act24.generate import generate
+from act24.inference.sampling import Sampling
 from act24.llama import LlamaForCausalLM
 from act24.passes import Activation24, Relu2FFN, Weight24
-from act24.tools.commands.sample import sample_text
-from act24.tools.data import heldout_rows
+from act24.passes.state import renew_to_read_
+from act24.tools.commands.generate import Request, open_generator, open_model, sample_text
+from act24.tools.data import heldout_rows, open_rows
 from act24.tools.run.build import build, load, model_config
 from act24.tools.run.evaluate import evaluate_checkpoint
 from act24.tools.run.train import train
@@ -196,29 +198,58 @@ def test_load_draws_nothing_under_mvue(tiny, tmp_path):
     assert not torch.allclose(plain, dense)
 
 
-def test_a_scale_that_no_update_has_measured_is_said_to_be_missing(tiny, tmp_path, caplog):
-    for steps, told in ((2, True), (3, False)):
-        recipe = tiny("schedule.warmup_steps=1", f"train.steps={steps}", "eval.every=0")
-        passes = (Relu2FFN(), Activation24(method="soft_dynamic", from_step=2))
-        train(recipe.model_copy(update={"passes": passes}), tmp_path / str(steps))
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "act24"):
-            load(tmp_path / str(steps))
-        assert ("from_step (2)" in caplog.text) == told
+def scales_of(built):
+    return {name: float(b) for name, b in built.model.named_buffers() if name.endswith("activation24_scale")}
 
 
-def test_load_brings_a_tokenizer_and_samples_only_its_tokens(tiny, tmp_path, monkeypatch):
+def test_a_checkpoint_at_from_step_has_a_scale_from_the_rows_before_it(tiny, tmp_path, caplog):
+    """And the run goes on as if there were none; a file without one is said to have none."""
+    recipe = tiny("schedule.warmup_steps=1", "train.steps=4", "eval.every=2", "checkpoint.every=2")
+    soft = Activation24(method="soft_dynamic", from_step=2)
+    recipe = recipe.model_copy(update={"passes": (Relu2FFN(), soft)})
+    train(recipe, tmp_path / "run")
+    other = recipe.model_copy(
+        update={
+            "eval": recipe.eval.model_copy(update={"every": 0}),
+            "checkpoint": recipe.checkpoint.model_copy(update={"every": 0}),
+        }
+    )
+    train(other, tmp_path / "plain")
+    state, plain = (load(tmp_path / name).model.state_dict() for name in ("run", "plain"))
+    assert [name for name, value in state.items() if not torch.equal(value, plain[name])] == []
+
+    saved = tmp_path / "run" / "checkpoints" / "step-000002"
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "act24"):
+        built = load(saved)
+    assert "from_step (2)" not in caplog.text
+    found = scales_of(built)
+    tokenizer = built.open_tokenizer(recipe.data)
+    where = {"batch_size": 4, "vocab_size": 300, "rank": 0, "world_size": 1}
+    with open_rows(recipe.data, tokenizer, **where) as rows:
+        updates = [next(rows).input_ids for _ in range(4)]
+    again = load(saved)
+    again.pipeline.begin_update_(2, torch.cat(updates[2:]))
+    assert found == pytest.approx(scales_of(again), rel=1e-6)
+    assert min(found.values()) > 1
+    measured = json.loads((saved / "manifest.json").read_text())["heldout"]["loss"]
+    assert evaluate_checkpoint(saved)["2:4"].loss == pytest.approx(measured, rel=1e-5)
+
+    with torch.no_grad():
+        for name, buffer in again.model.named_buffers():
+            if name.endswith("activation24_scale"):
+                buffer.fill_(1)
+    assert [p.name for p in renew_to_read_(again.pipeline, 2)] == ["activation24"]
+    assert renew_to_read_(again.pipeline, 3) == ()
+
+
+def test_load_brings_a_tokenizer_and_samples_only_its_tokens(tiny, tmp_path):
     """Of the 400 entries of the model's vocabulary the tokenizer has 300 or fewer."""
     train(tiny("schedule.warmup_steps=1", "train.steps=2", "eval.every=0", "model.vocab_size=400"), tmp_path)
     tokenizer = load(tmp_path).open_tokenizer()
     assert tokenizer.decode(tokenizer.encode("low rank").tolist()) == "low rank"
-    drawn = []
-
-    def kept(*arguments):
-        drawn.append(generate(*arguments))
-        return drawn[-1]
-
-    monkeypatch.setattr("act24.tools.commands.sample.generate", kept)
-    sample_text(tmp_path, "low rank", tokens=200, temperature=3.0, top_k=400, seed=0)
-    assert drawn[0].shape[1] > 200
-    assert int(drawn[0].max()) < tokenizer.vocab_size <= 300
+    text = sample_text(tmp_path, "low rank", Request(200, Sampling(3.0, 400)))
+    assert text.startswith("low rank")
+    generator = open_generator(open_model(tmp_path))
+    (drawn,) = generator.generate_ids([[1, 2, 3]], 200, Sampling(3.0, 400), until_end=False)
+    assert max(drawn) < tokenizer.vocab_size <= 300

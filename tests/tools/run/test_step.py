@@ -211,6 +211,19 @@ def placeholders(graph):
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
+def test_a_step_by_inductor_computes_the_same(tiny):
+    """One step of one block, 2:4 in force, compiled as on a GPU but for the device: weights after it, too."""
+    recipe = tiny("train.compile=on", "passes.activation24.from_step=0", "model.num_hidden_layers=1")
+    states = []
+    for train_section in (recipe.train, recipe.train.model_copy(update={"compile": "off"})):
+        built = build(recipe, ALONE.device)
+        step = TrainingStep(built.model, train_section, ALONE)
+        result = step(batches_of(2, seed=0), torch.optim.SGD(built.model.parameters(), lr=0.1))
+        states.append({"loss": result.loss, "norm": result.grad_norm, **built.model.state_dict()})
+    torch.testing.assert_close(*states)
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_compiled_for_real_it_computes_the_same(tiny):
     recipe = tiny("train.compile=on", "passes.activation24.from_step=0")

@@ -119,13 +119,12 @@ def test_a_run_to_its_end(tiny, straight):
             values = [value for _, value in logged[f"{tag}/{layer}"]]
             assert len(values) == 20
             assert all(0 < value < 1 for value in values)
-    for module in ("attn_q_proj", "mlp_up_proj", "mlp_down_proj"):
-        assert [step for step, _ in logged[f"weight_sparsity/layer_1/{module}"]] == [5, 10, 15, 20]
+    assert not any(tag.startswith(("weight_sparsity", "data/")) for tag in logged)  # all zero, all run long
     assert not any("gate" in tag for tag in logged)
     assert (straight / "recipe.toml").read_text() == (
         straight / "checkpoints" / "step-000020" / "recipe.toml"
     ).read_text()
-    assert "activation24  model.layers.0.mlp" in (straight / "plan.txt").read_text()
+    assert "activation24  model.layers.{0..1}.mlp" in (straight / "plan.txt").read_text()
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(tiny, straight, capsys):
@@ -161,7 +160,7 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
     assert (outcome.step, outcome.finished, outcome.checkpoint, outcome.evaluation) == (1, False, None, None)
     assert outcome.loss == pytest.approx(math.log(300), rel=0.02)
-    assert "activation24  model.layers.0.mlp" in capsys.readouterr().out
+    assert "activation24  model.layers.{0..1}.mlp" in capsys.readouterr().out
 
 
 def test_logged_windows_average_their_steps(tiny, tmp_path, straight):

@@ -83,7 +83,20 @@ def test_the_layout_s_charts_hold_their_tags_and_no_others(tmp_path):
             tag.replace("*", f"{name}_across_layers") for name in ("mean", "min", "max")
         )
         assert {band.value, band.lower, band.upper} <= set(tags)
-    assert len(charts) == 1 + 2 * len(LAYER_TAGS)
+    assert len(charts) == 4 + 2 * len(LAYER_TAGS)
+    categories = [category.title for category in page.category]
+    assert categories[:3] == ["loss", "rates", "sparsity_relu"]
+
+
+def test_what_is_the_same_everywhere_has_no_picture(tmp_path):
+    log = RunLog(tmp_path)
+    for step in range(3):
+        log.layers("sparsity_relu/*", {0: 0.0, 1: 0.0}, step)
+        log.layers("dropped_energy/*", {0: 0.0, 1: float(step == 2)}, step)
+    log.close()
+    events = read(tmp_path)
+    assert events.Tags()["images"] == ["dropped_energy/heatmap"]
+    assert [event.step for event in events.Images("dropped_energy/heatmap")] == [2]
 
 
 def test_hyperparameters_are_in_the_run_itself_and_make_up_no_points(tmp_path):

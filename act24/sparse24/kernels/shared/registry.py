@@ -54,7 +54,7 @@ def operator(
     transposable: tuple[str, ...] = (),
 ) -> Callable[[Launcher], Launcher]:
     """Define an operator by its launcher, whose name it takes; it is also at `torch.ops.act24`. It has no
-    gradient of its own.
+    gradient of its own. Beside it stands its twin `<name>_plain`, the reference on every device (`form`).
 
     `Library.define` and `impl`, not `torch.library.custom_op`, whose wrappers take three times the Python a
     call.
@@ -75,13 +75,21 @@ def operator(
         on_cpu, on_cuda = (_guard(function, launch, ours, transposable) for function in (reference, launch))
         # Packed buffers and rows that run along the tokens mean nothing in other strides.
         _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
-        _LIBRARY.impl(name, on_cpu, "CPU")
-        _LIBRARY.impl(name, on_cuda, "CUDA")
-        torch.library.register_fake(f"act24::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.define(schema.replace(name, f"{name}_plain", 1), tags=(torch.Tag.needs_exact_strides,))
+        for twin, forms in ((name, (on_cpu, on_cuda)), (f"{name}_plain", (on_cpu, on_cpu))):
+            for device, form_there in zip(("CPU", "CUDA"), forms, strict=True):
+                _LIBRARY.impl(twin, form_there, device)
+            torch.library.register_fake(f"act24::{twin}", fake, lib=_LIBRARY)
         OPERATORS[name] = Operator(on_cpu, on_cuda, fake, ours)
         return getattr(torch.ops.act24, name)
 
     return define
+
+
+def form(name: str, kernels: bool) -> Callable[..., Any]:
+    """An operator by its name, or, without kernels, its twin: the reference, which a compiled graph has as
+    one node too."""
+    return getattr(torch.ops.act24, name if kernels else f"{name}_plain")
 
 
 def _guard(

@@ -18,7 +18,7 @@ from torch import Tensor
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.operation import constant_when_compiled
-from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.format.packed import Packed24, unpack, with_values
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.token_wise import SPARSIFIERS
@@ -103,7 +103,8 @@ def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: int, slope: bool) -> float:
-    """Share of the entries in which two results of an operator differ, the worst over its outputs.
+    """Share of the entries in which two results of an operator differ, the worst over its outputs, which
+    have one shape on both sides.
 
     Args:
         packed: so many outputs, the first ones, are packed, and compared by what they stand for: groups with
@@ -114,16 +115,15 @@ def mismatch(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], packed: 
     for side in (outputs, expected):
         side = list(side)
         if slope:
-            metadata = Packed24(side[0]).metadata.view(side[1].dtype)
-            side[1] = unpack(Packed24(torch.cat((side[1].flatten(), metadata)).view_as(side[0])))
+            side[1] = unpack(with_values(Packed24(side[0]), side[1]))
         pairs.append([unpack(Packed24(side[n])) if n < packed else side[n] for n in range(len(side))])
     worst = 0.0
     for a, b in zip(*pairs, strict=True):
         if a.dtype is torch.float32:  # sums, of activations that one side rounds first
             worst = max(worst, 0.0 if torch.allclose(a, b, rtol=1e-2) else 1.0)
         elif a.numel():
-            if a.dtype is torch.float8_e4m3fn:  # compared by their bytes
-                a, b = a.view(torch.uint8), b.view(torch.uint8)
+            if a.dtype is torch.float8_e4m3fn:  # which cannot be compared
+                a, b = a.float(), b.float()
             worst = max(worst, (a != b).float().mean().item())
     return worst
 
@@ -184,13 +184,48 @@ def _gather_features(device: torch.device) -> Iterator[_Case]:
     yield _Case((saved, torch.arange(0, _SHAPE[1], 9, device=device), None, _SHAPE[0] // 2))
 
 
-def _quantise_rows(device: torch.device) -> Iterator[_Case]:
-    yield _Case((_draw(device, *_SHAPE),))
+def _saved_e4m3(device: torch.device) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments of `pack_activation` in e4m3, and what it makes of them."""
+    over = torch.tensor([2.0**-8, 2.0**-6], device=device).repeat(_SHAPE[0] // 2)
+    arguments = (_draw(device, *_SHAPE), None, None, "relu2", "naive", False, False, True, False, None, over)
+    return arguments, OPERATORS["pack_activation"].reference(*arguments)[0]
 
 
-def _quantise_packed(device: torch.device) -> Iterator[_Case]:
-    _, saved = _saved(device)
-    yield _Case((saved,))
+def _pack_activation_e4m3(device: torch.device) -> Iterator[_Case]:
+    yield _Case(_saved_e4m3(device)[0], 1)
+
+
+def _pack_gradient_e4m3(device: torch.device) -> Iterator[_Case]:
+    arguments, saved = _saved_e4m3(device)
+    real = torch.arange(_SHAPE[0], device=device) % 5 != 0
+    index = torch.arange(0, _SHAPE[1], 9, device=device)
+    by_token, by_feature = (torch.linspace(1e-3, 1, n, device=device) for n in _SHAPE)
+    scales = (by_token, by_feature, by_feature.flip(0))
+    given = (_draw(device, *_SHAPE).flip(0), saved, arguments[-1], None, real, index, *scales, "relu2")
+    yield _Case((*given, True), 3)
+    yield _Case((*given, False), 1)
+
+
+def _gather_features_e4m3(device: torch.device) -> Iterator[_Case]:
+    arguments, saved = _saved_e4m3(device)
+    index = torch.arange(0, _SHAPE[1], 9, device=device)
+    yield _Case((saved, index, None, _SHAPE[0] // 2, arguments[-1]))
+
+
+def _largest_magnitudes(device: torch.device) -> Iterator[_Case]:
+    yield _Case((_draw(device, *_SHAPE), True, True))
+
+
+def _cast_e4m3(device: torch.device) -> Iterator[_Case]:
+    rows, columns = (torch.linspace(1e-4, 1, n, device=device) for n in _SHAPE)
+    yield _Case((_draw(device, *_SHAPE), rows, columns))
+    yield _Case((_draw(device, *_SHAPE), rows[5:6], columns[5:6]))
+
+
+def _product_e4m3(device: torch.device) -> Iterator[_Case]:
+    left, right = (_draw(device, *_SHAPE).to(torch.float8_e4m3fn) for _ in range(2))
+    scales = [torch.linspace(0.5, 1, len(left), device=device).bfloat16().float() for _ in range(2)]
+    yield _Case((left, right, scales[0][:1], scales[1][:1]))
 
 
 def _linear_pack(device: torch.device) -> Iterator[_Case]:
@@ -242,8 +277,12 @@ _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "activation_gradient": _activation_gradient,
     "count_activation": _count_activation,
     "gather_features": _gather_features,
-    "quantise_rows": _quantise_rows,
-    "quantise_packed": _quantise_packed,
+    "largest_magnitudes": _largest_magnitudes,
+    "cast_e4m3": _cast_e4m3,
+    "product_e4m3": _product_e4m3,
+    "pack_activation:e4m3": _pack_activation_e4m3,
+    "pack_gradient_e4m3": _pack_gradient_e4m3,
+    "gather_features:e4m3": _gather_features_e4m3,
     "linear_pack": _linear_pack,
     "linear_gradient": _linear_gradient,
     "recompute_gradient": _recompute_gradient,

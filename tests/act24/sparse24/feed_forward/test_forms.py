@@ -22,6 +22,7 @@ from act24.sparse24.feed_forward.methods import ESTIMATORS, METHODS
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8
 from act24.sparse24.format import device
 from act24.sparse24.format.products import feed_forward_products
 
@@ -159,14 +160,16 @@ def test_exact_gradients_that_have_no_other_form_are_packed(method: str) -> None
 def test_fp8_runs_packed_or_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow and naive with exact gradients too, which in bfloat16 have other forms."""
     tensors, options = network(bias=False), Options24(precision="fp8")
-    assert packed.PACKED.why_not(network_of(tensors), options) == ""
+    assert PACKED_FP8.why_not(network_of(tensors), options) == ""
+    assert "do not know fp8" in packed.PACKED.why_not(network_of(tensors), options)
+    assert "do not know bfloat16" in PACKED_FP8.why_not(network_of(tensors), PACKED)
     assert "do not know fp8" in NARROW.why_not(network_of(tensors), options)
     assert "do not know fp8" in MASKED.why_not(network_of(tensors), options)
     assert MASKED.why_not(network_of((*tensors[:3], None, None)), options) == ""  # nothing to do in fp8
     narrower = (*tensors[:3], tensors[3][:24], None)
-    assert "multiple of 16" in packed.PACKED.why_not(network_of(narrower), options)
+    assert "multiples of 16" in PACKED_FP8.why_not(network_of(narrower), options)
     monkeypatch.setattr(device, "fp8_obstacle", lambda _: "another layout")
-    assert packed.PACKED.why_not(network_of(tensors), options) == "another layout"
+    assert PACKED_FP8.why_not(network_of(tensors), options) == "another layout"
     assert packed.PACKED.why_not(network_of(tensors), PACKED) == ""
 
 
@@ -216,7 +219,7 @@ def test_what_no_form_serves_runs_the_reference(monkeypatch: pytest.MonkeyPatch)
             assert backward in form.backwards
             assert precision in form.precisions or shape[3] is None
             assert not METHODS[method].scaled or form.scales
-    assert met == {"narrow", "packed", "masked", "reference"}
+    assert met == {"narrow", "packed", "packed e4m3", "masked", "reference"}
 
 
 def test_elsewhere_than_on_hopper_a_tuner_has_to_find_packed_products_faster(

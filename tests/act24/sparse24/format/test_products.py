@@ -24,7 +24,11 @@ def test_the_products_of_a_network() -> None:
     }
     assert list(feed_forward_products(4096, 512, 2048, 256, exact_weight_gradients=True)) == ["y", "grad_x"]
     narrow = feed_forward_products(4096, 512, 2048, 256, exact_weight_gradients=False, fp8=True)
-    assert narrow == four | {"y": four["y"]._replace(kind="y_fp8")}
+    assert {kind: p._replace(kind=kind) for kind, p in narrow.items()} == four
+    assert [p.kind for p in narrow.values()] == [f"{kind}_fp8" for kind in four]
+    for kind, p in narrow.items():
+        assert (p.sparse_shape, p.transposed) == (four[kind].sparse_shape, four[kind].transposed)
+        assert p.dense_transposed
 
 
 def test_untuned_shapes_go_by_their_width_and_extent() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from act24.sparse24 import kernels
+from act24.sparse24.kernels.packed_decode import packed_for_decode
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.transposable import transposable_mask
@@ -33,6 +34,11 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
     x, weight_in, weight_out = draw(TOKENS, WIDTH), draw(FEATURES, WIDTH), draw(WIDTH, FEATURES)
     grad_y = draw(TOKENS, WIDTH)
     _, values, fields = OPERATORS["linear_pack"].reference(x, weight_in, True)
+    narrow = grad.to(torch.float8_e4m3fn)
+    over = 2.0 ** torch.randint(-8, -4, (TOKENS,))
+    first = (hidden, None, None, "relu2", "naive", False, False, False, False, None, over)
+    saved, *_ = OPERATORS["pack_activation"].reference(*first)
+    scales = (torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01, torch.rand(FEATURES) + 0.01)
     return {
         "pack_activation": drawn,
         "count_activation": (hidden, real, "relu"),
@@ -41,8 +47,11 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "activation_gradient": (grad, hidden.relu(), "relu2"),
         "gather_features": (packed, index, real, 64),
         "product24": (packed, weight_out.T.contiguous(), 0, True, draw(len(index), FEATURES), index),
-        "quantise_rows": (grad,),
-        "quantise_packed": (packed,),
+        "largest_magnitudes": (grad, True, True),
+        "cast_e4m3": (grad, torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01),
+        "product_e4m3": (narrow, narrow.flip(0).contiguous(), torch.rand(TOKENS), torch.rand(TOKENS)),
+        "pack_gradient_e4m3": (grad, saved, over, None, real, index, *scales, "relu2", True),
+        "product24_e4m3": (saved, narrow, 0, True, narrow[: len(index)].clone(), index),
         "token_order": (grad, [2, TOKENS // 2], "sequence"),
         "linear_pack": (x, weight_in, True),
         "linear_gradient": (grad_y, weight_out, values, fields),
@@ -51,4 +60,6 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "pack_weight_rows": (hidden, top2_of_4(hidden)),
         "pack_drawn": (grad, torch.tensor(3)),
         "best_transposable_mask": (hidden,),
+        "skipping_product": (hidden[:3], draw(FEATURES, WIDTH), "relu2"),
+        "packed_decode": (hidden[:1], *packed_for_decode(torch.where(top2_of_4(grad.abs()), grad, 0))),
     }

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.sparse24.feed_forward import forms
 from act24.sparse24.feed_forward import operation as activation
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import linear_fp8, quantise_rows
 
 FP8 = Options24(precision="fp8")
@@ -64,46 +64,11 @@ def test_a_product_is_that_of_the_quantised_rows(dtype: torch.dtype) -> None:
     assert torch.equal(linear_fp8(x, weight), expected)
 
 
-@pytest.mark.parametrize("method", ["naive", "soft_dynamic", "mvue"])
-@pytest.mark.parametrize("backward", ["dense", "sparse", "split_gemm"])
-def test_forward_is_quantised_and_backward_is_not(backward: str, method: str) -> None:
-    options = FP8._replace(method=method, backward=backward, statistics=True)
-    x, grad = torch.randn(4, 16, 24), torch.randn(4, 16, 20)
-    leaves = [t.requires_grad_() for t in (x, torch.randn(32, 24), torch.randn(20, 32) / 32**0.5)]
-    seed, scale = torch.tensor(3), torch.tensor(1.25)
-    outcomes = []
-    for each in (options, options._replace(precision="bfloat16")):
-        y, statistics = activation24(leaves[0], leaves[1], None, leaves[2], None, scale, seed, None, each)
-        outcomes.append((y, statistics, *torch.autograd.grad(y, leaves, grad)))
-    (narrow, *ours), (wide, *expected) = outcomes
-    for a, b in zip(ours, expected, strict=True):
-        assert torch.equal(a, b)
-    assert 0.005 < (narrow - wide).norm() / wide.norm() < 0.05
-    value, _ = activation24(
-        leaves[0] @ leaves[1].T, None, None, None, None, None, seed, None, options._replace(backward="dense")
-    )
-    torch.testing.assert_close(narrow, 1.25 * linear_fp8(value, leaves[2]))
-
-
-def test_samples_and_compiled_graphs_have_it_too() -> None:
-    x, weight_in, weight_out = torch.randn(3, 8, 16), torch.randn(32, 16), torch.randn(12, 32)
-
-    def network(weight_out: Tensor, x: Tensor) -> Tensor:
-        return activation24(x, weight_in, None, weight_out, None, options=FP8)[0].square().sum()
-
-    expected = [torch.func.grad(network)(weight_out, sample) for sample in x]
-    mapped = torch.func.vmap(torch.func.grad(network), in_dims=(None, 0))(weight_out, x)
-    torch.testing.assert_close(mapped, torch.stack(expected))
-    torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(weight_out, x), network(weight_out, x))
-
-
 def test_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     for capability, word in (((8, 0), "capability 8.0"), ((8, 9), ""), ((9, 0), "")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        reason = forms.why_no_fp8(gpu)
+        reason = why_no_fp8(gpu)
         assert (word in reason) if word else not reason
     monkeypatch.setattr(activation, "why_no_fp8", lambda _: "this GPU has none")
     with pytest.raises(Act24Error, match="has none"):

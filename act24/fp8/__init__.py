@@ -1,0 +1,1 @@
+"""Linears whose three products are in e4m3."""

@@ -1,0 +1,63 @@
+"""A matrix in e4m3 for the products that read it: as it lies, and transposed, each over its own scales."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from act24.sparse24.format.fp8 import scales_of
+from act24.sparse24.kernels import cast_e4m3, largest_magnitudes  # noqa: F401  (operators, found by name)
+from act24.sparse24.kernels.shared.registry import form
+
+#: One scale a matrix, or one for each row of an operand, which is what a product does not sum over.
+Scaling = Literal["tensorwise", "rowwise"]
+
+#: What casts and multiplies; whether they are right on a device is looked at on first use (`self_check`).
+OPERATORS_E4M3 = ("largest_magnitudes", "cast_e4m3", "product_e4m3")
+
+
+class CastE4m3(NamedTuple):
+    """A matrix `[M, N]` in e4m3.
+
+    Attributes:
+        narrow, scale: `[M, N]` over `scale`, float32 `[1]` or `[M]`.
+        turned, turned_scale: `[N, M']` over `turned_scale`, float32 `[1]` or `[N]`; M' is M filled up to a
+            multiple of 16. Empty where it was not asked for.
+    """
+
+    narrow: Tensor
+    scale: Tensor
+    turned: Tensor
+    turned_scale: Tensor
+
+
+def cast_both_ways(
+    matrix: Tensor,
+    scaling: Scaling,
+    turned_scaling: Scaling,
+    narrow: bool = True,
+    turned: bool = True,
+    kernels: bool = True,
+) -> CastE4m3:
+    """A matrix in e4m3 over scales that bring the largest magnitudes of now to 448: nothing is too large, and
+    no state is kept.
+
+    Two passes read it, for a scale has to be known before anything is written over it. With scales of the
+    last step one would do; for the tensors that linears read it costs a tenth of the cast's product at most.
+
+    Args:
+        matrix: `[M, N]`, of a floating dtype.
+        scaling, turned_scaling: of the matrix, and of its transpose.
+        narrow, turned: which of the two to make.
+        kernels: by kernels, where the device has them.
+    """
+    find, cast = form("largest_magnitudes", kernels), form("cast_e4m3", kernels)
+    by_row = narrow and scaling == "rowwise"
+    by_column = turned and turned_scaling == "rowwise"
+    rows, columns = find(matrix, by_row, by_column or not by_row)
+    one = scales_of((rows if by_row else columns).amax(0, keepdim=True))
+    scale = scales_of(rows) if by_row else one
+    turned_scale = scales_of(columns) if by_column else one
+    results = cast(matrix, scale if narrow else None, turned_scale if turned else None)
+    return CastE4m3(results[0], scale, results[1], turned_scale)

@@ -1,0 +1,343 @@
+"""A whole model over a static cache: prompts in chunks, then a step a token.
+
+On a CUDA device the blocks are compiled and a step is one CUDA graph, which reads and writes fixed addresses:
+the last tokens, the slot, the cache. Nothing in it waits for the host. What sparsity a step uses is measured
+there, when the step is captured: on the batch that it is for, with the zeros that the model really has.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from act24.errors import Act24Error
+from act24.inference.attention import Place, place_of
+from act24.inference.layer import (
+    DENSE,
+    LayerForm,
+    Sparsity,
+    cached_layers,
+    can_use,
+    pads_prompts,
+    step_choices,
+)
+from act24.inference.sampling import Sampling, next_token
+from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.rotary import rotary_embedding
+
+#: Tokens of a prompt that go through the model at once; attention scores grow with them.
+CHUNK = 2048
+
+#: Replays of a captured step that are timed, twice; the faster turn counts.
+REPLAYS = 8
+
+#: Caches have a multiple of so many slots, so that the next batch often fits the one that is there.
+SLOTS = 128
+
+
+@dataclass
+class Batch:
+    """What a step reads and writes, at fixed addresses.
+
+    Attributes:
+        tokens: int64 `[B]`, the last token of each row.
+        slot: int64 `[1]`, where its keys and values will go.
+        first: int64 `[B]`, the slot of each row's first token.
+        seeds: int64 `[B]`.
+        keys, values: one `[B, H_kv, L, d]` a block. Zeros at first, never whatever lay there: attention
+            multiplies masked slots by 0, and 0 · NaN is NaN.
+    """
+
+    tokens: Tensor
+    slot: Tensor
+    first: Tensor
+    seeds: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Slots of the cache."""
+        return self.keys[0].shape[2]
+
+
+def cache_bytes(config: LlamaConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values for so many rows of so many slots."""
+    slot = 2 * config.num_hidden_layers * config.key_value_heads * config.head_width
+    return slot * rows * length * dtype.itemsize
+
+
+class Decoder:
+    """A model, and the batch that it is generating.
+
+    One batch at a time: a new one reuses the cache, and the CUDA graph, where it has as many rows, no more
+    slots and the same sampling.
+
+    Attributes:
+        times: by rows and sparsity, seconds of a step, where several were tried.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        allowed: Tensor | None = None,
+        compiled: bool | None = None,
+        sparsity: Sparsity | None = None,
+    ) -> None:
+        """
+        Args:
+            model: on its device, in its dtype.
+            allowed: boolean `[V]`, which tokens may be taken; None: all.
+            compiled: compile the blocks, and replay steps from CUDA graphs on a CUDA device. None: on a CUDA
+                device.
+            sparsity: what steps use of it. None: on a CUDA device whatever is fastest for each number of
+                rows, elsewhere nothing.
+
+        Raises:
+            Act24Error: a block is not of `act24.llama`.
+        """
+        self._model = model
+        self._config = model.config
+        self._device, self._dtype = model.head_weight.device, model.model.embed_tokens.weight.dtype
+        self._allowed = None if allowed is None else allowed.to(self._device)
+        self._forms = cached_layers([*model.model.layers])
+        self._compiled = self._device.type == "cuda" if compiled is None else compiled
+        self._captures = self._compiled and self._device.type == "cuda"
+        self._sparsity = sparsity if sparsity is not None or self._captures else DENSE
+        self._multiple = pads_prompts([*model.model.layers])
+        self._there = can_use([*model.model.layers]) if self._sparsity is None else DENSE
+        self._step_forms: dict[Sparsity, list[LayerForm]] = {}
+        self._compiled_forms: dict[tuple[LayerForm, int, int], LayerForm] = {}
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._batch: Batch | None = None
+        self._graph: tuple[Sampling, torch.cuda.CUDAGraph] | None = None
+        self.times: dict[int, dict[Sparsity, float]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @torch.inference_mode()
+    def begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], length: int, sampling: Sampling
+    ) -> Tensor:
+        """Read prompts, and choose the token after each.
+
+        Args:
+            prompts: token ids, at least one in each.
+            seeds: one a row.
+            length: tokens that will be in a row at most, padding, prompt and new ones.
+
+        Returns:
+            int64 `[B]`, to be copied before the next step.
+
+        Raises:
+            Act24Error: the cache does not fit the device's memory.
+        """
+        try:
+            return self._begin(prompts, seeds, length, sampling)
+        except torch.OutOfMemoryError as error:
+            self._batch = self._graph = None
+            raise Act24Error(self._too_large(len(prompts), length)) from error
+
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], length: int, sampling: Sampling
+    ) -> Tensor:
+        longest = max(map(len, prompts))
+        padding = -longest % self._multiple
+        batch = self._renewed(len(prompts), length + padding)
+        longest += padding
+        padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+        batch.first.copy_(torch.tensor([longest - len(p) for p in prompts]))
+        batch.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
+        hidden = self._prefill(batch, padded.to(self._device))
+        batch.slot.fill_(longest)
+        batch.tokens.copy_(self._choose(hidden, batch, sampling))
+        return batch.tokens
+
+    @torch.inference_mode()
+    def step(self, sampling: Sampling) -> Tensor:
+        """The next token of every row.
+
+        Returns:
+            int64 `[B]`, to be copied before the next step.
+        """
+        batch = self._batch
+        assert batch is not None
+        if not self._captures:
+            self._advance(batch, sampling, self._sparsity or DENSE)
+        elif self._graph is not None and self._graph[0] == sampling:
+            self._graph[1].replay()
+        else:
+            self._graph = None
+            self._graph = sampling, self._fastest(batch, sampling)
+            self._graph[1].replay()
+        return batch.tokens
+
+    def _fastest(self, batch: Batch, sampling: Sampling) -> torch.cuda.CUDAGraph:
+        """The step, captured with each choice of sparsity; the fastest one on this batch as it stands."""
+        choices: Sequence[Sparsity] = (
+            step_choices(batch.rows, self._there, self._dtype, self._device)
+            if self._sparsity is None
+            else [self._sparsity]
+        )
+        known = self.times.get(batch.rows)
+        if known:  # another length or sampling
+            choices = [min(known, key=lambda choice: known[choice])]
+        graphs = {choice: self._captured(batch, sampling, choice) for choice in choices}
+        if len(graphs) > 1:
+            self.times[batch.rows] = times = {c: self._seconds(batch, graphs[c]) for c in choices}
+            choices = [min(times, key=lambda choice: times[choice])]
+        return graphs[choices[0]]
+
+    def _captured(self, batch: Batch, sampling: Sampling, choice: Sparsity) -> torch.cuda.CUDAGraph:
+        with _kept(batch):
+            self._advance(batch, sampling, choice)  # compiles, and loads kernels
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.graph(graph):
+            self._advance(batch, sampling, choice)
+        return graph
+
+    def _seconds(self, batch: Batch, graph: torch.cuda.CUDAGraph) -> float:
+        turns = []
+        for _ in range(2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with _kept(batch):
+                graph.replay()
+                start.record()
+                for _ in range(REPLAYS):
+                    batch.slot.sub_(1)
+                    graph.replay()
+                end.record()
+            end.synchronize()
+            turns.append(start.elapsed_time(end) / REPLAYS / 1e3)
+        return min(turns)
+
+    def _forms_for(self, choice: Sparsity, batch: Batch) -> list[LayerForm]:
+        if choice not in self._step_forms:
+            with torch.inference_mode(False):  # weights that are laid out anew stay ordinary tensors
+                self._step_forms[choice] = cached_layers([*self._model.model.layers], choice)
+        forms = self._step_forms[choice]
+        if not self._compiled:
+            return forms
+        keys = [(form, batch.rows, batch.length) for form in forms]
+        for key in keys:
+            if key not in self._compiled_forms:
+                self._compiled_forms[key] = _compiled(key[0])
+        return [self._compiled_forms[key] for key in keys]
+
+    def _advance(self, batch: Batch, sampling: Sampling, choice: Sparsity) -> None:
+        place = place_of(batch.slot, batch.first, batch.length)
+        forms = self._forms_for(choice, batch)
+        hidden = self._layers(forms, batch, batch.tokens[:, None], place, batch.keys, batch.values)
+        batch.slot.add_(1)
+        batch.tokens.copy_(self._choose(hidden, batch, sampling))
+
+    def _prefill(self, batch: Batch, padded: Tensor) -> Tensor:
+        """Prompts through the model, a chunk at a time. Returns the last hidden states, `[B, 1, D]`."""
+        for start in range(0, padded.shape[1], CHUNK):
+            chunk = padded[:, start : start + CHUNK]
+            end = start + chunk.shape[1]
+            place = place_of(torch.arange(start, end, device=self._device), batch.first, end)
+            keys, values = ([each[:, :, :end] for each in cache] for cache in (batch.keys, batch.values))
+            hidden = self._layers(self._forms, batch, chunk, place, keys, values)
+        return hidden[:, -1:]
+
+    def _layers(
+        self,
+        forms: Sequence[LayerForm],
+        batch: Batch,
+        ids: Tensor,
+        place: Place,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        position = (place.slots - batch.first[:, None]).clamp(min=0)
+        cos, sin = (table[position][:, None] for table in self._rotary(batch.length))
+        model = self._model.model
+        hidden = model.embed_tokens(ids)
+        for layer, form, key, value in zip(model.layers, forms, keys, values, strict=True):
+            hidden = form(layer, hidden, cos, sin, key, value, place)
+        return hidden
+
+    def _choose(self, hidden: Tensor, batch: Batch, sampling: Sampling) -> Tensor:
+        """The token that goes into the slot of the batch."""
+        logits = F.linear(self._model.model.norm(hidden[:, -1]), self._model.head_weight)
+        return next_token(logits, sampling, batch.seeds, batch.slot - batch.first, self._allowed)
+
+    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) for every slot. Kept, because a captured step reads them where they lie."""
+        if self._tables is None or len(self._tables[0]) < length:
+            config = self._config
+            scaling = config.rope_scaling
+            self._tables = rotary_embedding(
+                length, config.head_width, config.rope_theta, self._device, scaling
+            )
+        return self._tables
+
+    def _renewed(self, rows: int, length: int) -> Batch:
+        """The batch that is there if its cache is large enough, else a new one."""
+        batch = self._batch
+        if batch is None or batch.rows != rows or batch.length < length:
+            self._batch = self._graph = None
+            self._batch = batch = self._allocated(rows, -(-length // SLOTS) * SLOTS)
+        for cache in (*batch.keys, *batch.values):
+            cache.zero_()
+        return batch
+
+    def _allocated(self, rows: int, length: int) -> Batch:
+        config = self._config
+        shape = (rows, config.key_value_heads, length, config.head_width)
+        like = {"dtype": self._dtype, "device": self._device}
+        try:
+            keys, values = (
+                [torch.zeros(shape, **like) for _ in range(config.num_hidden_layers)] for _ in range(2)
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what a CPU's allocator says
+            raise Act24Error(self._too_large(rows, length)) from error
+        numbers = [torch.zeros(n, dtype=torch.int64, device=self._device) for n in (rows, 1, rows, rows)]
+        tokens, slot, first, seeds = numbers
+        return Batch(tokens, slot, first, seeds, keys, values)
+
+    def _too_large(self, rows: int, length: int) -> str:
+        row = cache_bytes(self._config, 1, length, self._dtype)
+        told = (
+            f"{rows} rows of {length} tokens need {rows * row / 2**30:.2f} GiB of keys and values, and room "
+            f"for their activations, which {self._device} does not have"
+        )
+        if self._device.type != "cuda":
+            return f"{told}: take fewer rows at once, or fewer tokens"
+        fits = torch.cuda.mem_get_info(self._device)[0] * 9 // 10 // row
+        return f"{told}: {fits} rows fit" if fits else f"{told}: not one row fits, take fewer tokens"
+
+
+@contextmanager
+def _kept(batch: Batch) -> Iterator[None]:
+    """Steps in here do not count: what they write into the cache the next one writes again."""
+    tokens, slot = batch.tokens.clone(), batch.slot.clone()
+    yield
+    batch.tokens.copy_(tokens)
+    batch.slot.copy_(slot)
+
+
+def _compiled(form: LayerForm) -> LayerForm:
+    """Compiled for one shape. With code of its own: torch counts how often code is compiled again, and for
+    the ninth shape would refuse."""
+    return torch.compile(
+        types.FunctionType(form.__code__.replace(), form.__globals__, form.__name__),
+        fullgraph=True,
+        dynamic=False,
+    )

@@ -1,0 +1,249 @@
+"""A decoder block over a cache, made from the block's own graph.
+
+    attention(q, k, v, causal)        ==>   attend(q, k, v, keys, values, place)
+    linear(relu2(h), W)               ==>   skipping_linear(h, W, "relu2")             if skipping
+    activation24(x, W_in, W_out, …)   ==>   skipping_linear(activation24(…), W_out)    if skipping
+    linear(x, W), W 2:4               ==>   packed_linear(x, values, codes)            if packed
+
+All else stays as it is, whatever passes made of the block. Blocks with equal code share one function, so that
+torch.compile compiles it once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from act24.errors import Act24Error
+from act24.inference.attention import attend
+from act24.inference.linears import (
+    PACKED_TOKENS,
+    SKIPPING_TOKENS,
+    packed_linear,
+    skipping_linear,
+    store_by_feature_,
+    why_not_packed,
+)
+from act24.relu2 import relu2
+from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.kernels.packed_decode import packed_for_decode
+
+#: (block, hidden [B, S, D], cos, sin [B, 1, S, d / 2], keys, values [B, H_kv, L, d], place) -> [B, S, D]
+LayerForm = Callable[..., Tensor]
+
+_INPUTS = ("hidden_states", "cos", "sin")
+_CACHE = ("act24_keys", "act24_values", "act24_place")
+_FUNCTIONS = {relu2: "relu2", F.relu: "relu", torch.relu: "relu"}
+
+#: Endings of the buffers of a packed weight, beside it in the block.
+VALUES, CODES = "_packed_values", "_packed_codes"
+
+
+class Sparsity(NamedTuple):
+    """What of a model's sparsity a step uses.
+
+    Attributes:
+        skipping: leave out rows of weights behind relu² that zeros would multiply.
+        packed: read 2:4 weights packed.
+    """
+
+    skipping: bool = False
+    packed: bool = False
+
+    def __str__(self) -> str:
+        parts = ("skipping" if self.skipping else "", "2:4 weights" if self.packed else "")
+        return " and ".join(part for part in parts if part) or "dense"
+
+
+DENSE = Sparsity()
+
+#: Tokens in the tiles of 2:4 activations.
+TILE = 64
+
+
+def cached_layers(layers: Sequence[nn.Module], sparsity: Sparsity = DENSE) -> list[LayerForm]:
+    """For each block the function that computes it over a cache.
+
+    Args:
+        sparsity: with `skipping`, weights behind relu² are stored by feature from now on; with `packed`, a
+            packed copy of each 2:4 weight comes into the block.
+
+    Raises:
+        Act24Error: a block is none of act24's, or its attention is not the causal one of `act24.llama`.
+    """
+    forms: dict[tuple[Any, ...], LayerForm] = {}
+    found = []
+    for index, layer in enumerate(layers):
+        graph = _traced(layer, f"block {index}")
+        if sparsity.skipping:
+            _skip(graph, layer)
+        if sparsity.packed:
+            _pack(graph, layer)
+        graph.eliminate_dead_code()
+        graph.lint()
+        code = graph.python_code("self")
+        key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
+        if key not in forms:
+            forms[key] = type(fx.GraphModule(layer, graph)).forward
+        found.append(forms[key])
+    return found
+
+
+def can_use(layers: Sequence[nn.Module]) -> Sparsity:
+    """What of `Sparsity` there is in a model."""
+    skipping = packed = False
+    for index, layer in enumerate(layers):
+        graph = _traced(layer, f"block {index}")
+        skipping = skipping or bool(_activations(graph))
+        packed = packed or any(not why_not_packed(_parameter(layer, n)) for n in _linears(graph))
+    return Sparsity(skipping, packed)
+
+
+def step_choices(
+    rows: int, there: Sparsity, dtype: torch.dtype, device: torch.device
+) -> tuple[Sparsity, ...]:
+    """What a step may use of a model's sparsity, by rows of the batch; the one place that says it. Which of
+    them is fastest is measured when the step is captured.
+
+    Args:
+        there: what of it the model has (`can_use`).
+    """
+    kernels = device.type == "cuda" and dtype is torch.bfloat16
+    skipping = (False, True) if kernels and there.skipping and rows <= SKIPPING_TOKENS else (False,)
+    packed = (False, True) if kernels and there.packed and rows <= PACKED_TOKENS else (False,)
+    return tuple(Sparsity(s, p) for s in skipping for p in packed)
+
+
+def pads_prompts(layers: Sequence[nn.Module]) -> int:
+    """Of what number of tokens a prompt is a multiple when it is read: 2:4 products take no other."""
+    graphs = (_traced(layer, f"block {index}") for index, layer in enumerate(layers))
+    return TILE if any(node.target is activation24 for graph in graphs for node in graph.nodes) else 1
+
+
+def _traced(layer: nn.Module, name: str) -> fx.Graph:
+    graph = _Tracer().trace(layer)
+    graph.owning_module = layer  # type: ignore[assignment]  # in which it looks for modules
+    inputs = tuple(node.target for node in graph.nodes if node.op == "placeholder")
+    cores = [node for node in graph.nodes if node.target is F.scaled_dot_product_attention]
+    causal = [node for node in cores if len(node.args) == 3 and node.kwargs.get("is_causal") is True]
+    if inputs != _INPUTS or len(cores) != 1 or not causal:
+        raise Act24Error(
+            f"{name} is no decoder block of act24.llama: it takes {', '.join(map(str, inputs))} and has "
+            f"{len(causal)} causal attentions of {len(cores)}; generation needs one"
+        )
+    (core,) = causal
+    last = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
+    with graph.inserting_after(last):
+        cache = [graph.placeholder(name) for name in reversed(_CACHE)][::-1]
+    with graph.inserting_before(core):
+        core.replace_all_uses_with(graph.call_function(attend, (*core.args, *cache)))
+    graph.erase_node(core)
+    return graph
+
+
+class _Tracer(fx.Tracer):
+    """Through linears, which a stock block still has as modules; norms stay."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, nn.Linear) and super().is_leaf_module(m, module_qualified_name)
+
+
+def _linears(graph: fx.Graph) -> list[fx.Node]:
+    """Linears whose weight is a parameter."""
+    return [n for n in graph.nodes if n.target is F.linear and _argument(n, 1, "weight").op == "get_attr"]
+
+
+def _argument(node: fx.Node, place: int, name: str) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
+
+
+def _parameter(layer: nn.Module, linear: fx.Node) -> Tensor:
+    return layer.get_parameter(_argument(linear, 1, "weight").target)
+
+
+class _Activation(NamedTuple):
+    """An activation and the one linear behind it.
+
+    Attributes:
+        node: what `skipping_linear` takes the place of.
+        weight, bias: of the linear.
+        before: what makes the argument and the function of `skipping_linear`, put before `node`.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    before: Callable[[fx.Graph], tuple[Any, str]]
+
+
+def _activations(graph: fx.Graph) -> list[_Activation]:
+    found = []
+    for linear in _linears(graph):
+        activation: Any = linear.args[0]
+        if activation.target in _FUNCTIONS and len(activation.users) == 1:
+            weight, bias = _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
+            found.append(_Activation(linear, weight, bias, _before_relu(activation)))
+    for node in graph.nodes:
+        weight = node.args[3] if node.target is activation24 else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and not _is_fp8(node):
+            taken = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+            if len(taken) == len(node.users) == 1:
+                found.append(_Activation(taken[0], weight, node.args[4], _before_24(node)))
+    return found
+
+
+def _is_fp8(node: fx.Node) -> bool:
+    options: Any = node.args[-1]  # a named tuple, which is a node of its own once it is traced again
+    if isinstance(options, fx.Node):
+        kind: Any = options.target
+        options = kind(*options.args)
+    return options.precision == "fp8"
+
+
+def _before_relu(node: fx.Node) -> Callable[[fx.Graph], tuple[Any, str]]:
+    return lambda graph: (node.args[0], _FUNCTIONS[node.target])  # type: ignore[index]
+
+
+def _before_24(node: fx.Node) -> Callable[[fx.Graph], tuple[fx.Node, str]]:
+    """The 2:4 activation alone, of a network that `activation24` computes whole."""
+
+    def before(graph: fx.Graph) -> tuple[fx.Node, str]:
+        arguments: tuple[Any, ...] = node.args
+        x, weight_in, bias_in, _, _, *rest = arguments
+        hidden = x if weight_in is None else graph.call_function(F.linear, (x, weight_in, bias_in))
+        sparse = graph.call_function(activation24, (hidden, None, None, None, None, *rest))
+        return graph.call_function(operator.getitem, (sparse, 0)), "none"
+
+    return before
+
+
+def _skip(graph: fx.Graph, layer: nn.Module) -> None:
+    for found in _activations(graph):
+        weight = layer.get_parameter(str(found.weight.target))
+        store_by_feature_(weight)
+        with graph.inserting_before(found.node):
+            hidden, function = found.before(graph)
+            arguments = (hidden, found.weight, found.bias, function)
+            found.node.replace_all_uses_with(graph.call_function(skipping_linear, arguments))
+
+
+def _pack(graph: fx.Graph, layer: nn.Module) -> None:
+    for linear in _linears(graph):
+        name = str(_argument(linear, 1, "weight").target)
+        weight = layer.get_parameter(name)
+        if why_not_packed(weight):
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = layer.get_submodule(path)
+        if not hasattr(owner, leaf + VALUES):
+            for ending, part in zip((VALUES, CODES), packed_for_decode(weight), strict=True):
+                owner.register_buffer(leaf + ending, part, persistent=False)
+        with graph.inserting_before(linear):
+            parts = [graph.get_attr(name + ending) for ending in (VALUES, CODES)]
+            arguments = (linear.args[0], *parts, _argument(linear, 2, "bias"))
+            linear.replace_all_uses_with(graph.call_function(packed_linear, arguments))

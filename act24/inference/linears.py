@@ -1,0 +1,68 @@
+"""The linears of a decoding step, where bytes of weights are the time: rows that a zero meets are not read,
+and 2:4 weights are read packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from act24.sparse24.kernels.packed_decode import INPUTS, packed_decode
+from act24.sparse24.kernels.skipping_product import skipping_product
+
+#: Most tokens of a step for which 2:4 weights are read packed.
+PACKED_TOKENS = 1
+
+#: Most tokens of a step for which skipping is tried. Each has active features of its own, and all are read.
+SKIPPING_TOKENS = 8
+
+
+def skipping_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, function: str) -> Tensor:
+    """linear(f(h)), reading only what active features multiply.
+
+    Args:
+        hidden: `[..., F]`, in all at most `SKIPPING_TOKENS` tokens; 16-bit.
+        weight: `[D, F]` as a linear has it, stored `[F, D]` (`store_by_feature_`).
+        function: f, "relu2", "relu" or "none".
+
+    Returns:
+        `[..., D]`.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    y = skipping_product(rows, weight.T, function).sum(0)
+    y = y if bias is None else y + bias
+    return y.to(hidden.dtype).view(*hidden.shape[:-1], len(weight))
+
+
+def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear whose weight is 2:4, packed by `act24.sparse24.kernels.packed_decode.packed_for_decode`.
+
+    Args:
+        x: bfloat16 `[..., K]`, one token.
+    """
+    y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes)
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], len(values))
+
+
+@torch.no_grad()
+def store_by_feature_(weight: Tensor) -> None:
+    """Let a weight `[D, F]` lie in memory as `[F, D]`. Its values and its shape stay."""
+    weight.data = weight.data.T.contiguous().T
+
+
+def why_not_packed(weight: Tensor) -> str:
+    """Why a step does not read this weight, `[N, K]`, packed; empty if it may. Looks at its values."""
+    if weight.dtype is not torch.bfloat16:
+        return f"the weight is {weight.dtype}, and the kernel is for bfloat16"
+    if weight.shape[-1] % INPUTS:
+        return f"it has {weight.shape[-1]} inputs, no multiple of {INPUTS}"
+    if not is_2_4(weight):
+        return "it is not 2:4"
+    return ""
+
+
+def is_2_4(weight: Tensor) -> bool:
+    """Whether at most two of every four inputs of a weight, `[N, K]`, are not zero."""
+    if weight.shape[-1] % 4:
+        return False
+    return int((weight != 0).unflatten(-1, (-1, 4)).sum(-1).amax()) <= 2

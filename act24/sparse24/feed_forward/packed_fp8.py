@@ -1,0 +1,348 @@
+"""`activation24` with all six products in e4m3, four of them 2:4, forward and backward.
+
+    h = x W_inᵀ        y  = a W_outᵀ     dW_outᵀ = aᵀ G         a  = T(f(h))
+    dS = G W_out       dX = dZ W_in      dW_in   = dZᵀ x        dZ = f'(h) ∘ dS
+
+Scales are of the values of now, so that nothing is too large and no state is kept. The 2:4 operands a and dZ,
+whose entries differ most in size, have one for each row, which is a token, or along the tokens a feature; the
+library wants one for the dense side, so x, G, W_in and W_out have one where they face a 2:4 operand, and one
+for each row in the two dense products.
+
+The rows of a and dZ are written by the kernels that select, before which their largest entries have to be
+known: bounds do, the largest |h| and f'(h) |dS| of the row and of the feature, which one read of h and one of
+dS find. What a bound is too large by costs numbers below a millionth of it, and no precision of others.
+Scales of a are powers of two: it is saved in e4m3 once, and written along the tokens over other scales
+without a second rounding, and its slope is made of the same numbers.
+
+Saved for backward are xᵀ and a, a byte an entry of x and 0.625 a feature; all but naive relu² save the slope
+as well, 1 byte a feature more.
+
+The reference is the same code with the operators' references, on sizes filled up with zeros to what the
+packed format takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from act24.fp8.casts import OPERATORS_E4M3, cast_both_ways
+from act24.operation import cast
+from act24.sparse24.feed_forward.forms import (
+    Form,
+    Network,
+    State,
+    Tensors,
+    product_algorithms,
+    why_never_packed,
+)
+from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
+from act24.sparse24.feed_forward.packed import Reordered
+from act24.sparse24.feed_forward.scale import times_scale
+from act24.sparse24.feed_forward.statistics import (
+    feature_wise_from_some_features,
+    no_statistics,
+    token_wise_from_counts,
+)
+from act24.sparse24.format.device import fp8_obstacle_on, obstacle_on
+from act24.sparse24.format.fp8 import LARGEST, power_scales, scales_of
+from act24.sparse24.format.packed import Packed24, unpack
+from act24.sparse24.format.products import Kind
+from act24.sparse24.kernels import (  # noqa: F401  (operators, found by name)
+    largest_magnitudes,
+    pack_activation,
+    pack_gradient_e4m3,
+    product24_e4m3,
+    product_e4m3,
+)
+from act24.sparse24.kernels.shared.registry import form
+from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
+from act24.sparse24.kernels.token_order import token_order
+from act24.sparse24.pattern.selection import densest_features
+
+#: What T and F, and the widths, have to be multiples of.
+_TILE, _LOAD = 64, 16
+
+
+class _Settings(NamedTuple):
+    """What is no tensor: the options, whether gradients are wanted, and whether kernels run."""
+
+    options: Options24
+    training: bool
+    kernels: bool
+
+
+class _PackedFp8(torch.autograd.Function):
+    """On rows `[T, D]` that are in order already, all of bfloat16."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        bias_out: Tensor | None,
+        scale: Tensor | None,
+        seed: Tensor | None,
+        real: Tensor | None,
+        order: Tensor | None,
+        settings: _Settings,
+    ) -> tuple[Tensor, ...]:
+        options, training, kernels = settings
+        rows = cast_both_ways(x, "rowwise", "tensorwise", turned=training, kernels=kernels)
+        narrow = cast_both_ways(weight_in, "rowwise", "rowwise", turned=False, kernels=kernels)
+        hidden = form("product_e4m3", kernels)(rows.narrow, narrow.narrow, rows.scale, narrow.scale)
+        hidden = hidden if bias_in is None else hidden + bias_in
+        by_token, by_feature = form("largest_magnitudes", kernels)(hidden, True, training)
+        over, over_features = (_value_scales(largest, options) for largest in (by_token, by_feature))
+        kernel = method_of(options).kernel
+        assert kernel is not None
+        packed, slope, counts, sums = form("pack_activation", kernels)(
+            hidden,
+            seed,
+            real,
+            options.function,
+            kernel,
+            training and kernel != "naive",
+            False,
+            (training and backward_of(options).dense_features) or options.statistics,
+            options.statistics,
+            order,
+            over,
+        )
+        narrow = cast_both_ways(weight_out, "tensorwise", "tensorwise", turned=False, kernels=kernels)
+        algorithm = _algorithms(x, weight_in, weight_out, options)["y"]
+        y = form("product24_e4m3", kernels)(packed, narrow.narrow, algorithm, False, None, None)
+        y = times_scale(_scaled(y, (over * narrow.scale)[:, None]), scale)
+        y = y if bias_out is None else y + bias_out
+        return y, rows.turned, rows.turned_scale, packed, over, over_features, slope, counts, sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, weight_in, _, weight_out, _, scale, _, real, _, settings = inputs
+        _, *kept, _ = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(weight_in, weight_out, scale, real, *kept)
+        ctx.settings = settings
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        weight_in, weight_out, scale, real, turned, turned_scale, *saved = ctx.saved_tensors
+        packed, over, over_features, slope, counts = saved
+        options, _, kernels = ctx.settings
+        need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
+        grad_y = grad_y.contiguous()
+        grad = times_scale(grad_y, scale)
+        grad_rows = cast_both_ways(grad, "rowwise", "tensorwise", turned=need_weight_out, kernels=kernels)
+        weight = cast_both_ways(weight_out, "rowwise", "rowwise", narrow=False, kernels=kernels)
+        grad_activation = form("product_e4m3", kernels)(
+            grad_rows.narrow, weight.turned, grad_rows.scale, weight.turned_scale
+        )
+        bounds = _gradient_scales(grad_activation, slope, over, over_features, options, kernels)
+        along_tokens = backward_of(options).along_tokens
+        index = None
+        if along_tokens and backward_of(options).dense_features:
+            index = densest_features(counts, options.dense_ratio)
+        grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = form("pack_gradient_e4m3", kernels)(
+            grad_activation,
+            packed,
+            over,
+            slope if slope.numel() else None,
+            # Exact weight gradients take a gradient at padding as any other.
+            real if along_tokens else None,
+            index,
+            bounds[0],
+            over_features,
+            bounds[1],
+            options.function,
+            along_tokens,
+        )
+        algorithms = _algorithms(grad_y, weight_in, weight_out, options)
+        grad_x = grad_weight_in = grad_weight_out = grad_bias_in = grad_bias_out = None
+        if need_x:
+            weight = cast_both_ways(weight_in, "tensorwise", "tensorwise", narrow=False, kernels=kernels)
+            grad_x = form("product24_e4m3", kernels)(
+                grad_hidden, weight.turned, algorithms["grad_x"], False, None, None
+            )
+            grad_x = _scaled(grad_x, (bounds[0] * weight.turned_scale)[:, None])
+        if need_weight_in:
+            sides = (hidden_rows, hidden_dense, index, turned, bounds[1] * turned_scale)
+            grad_weight_in = _weight_gradient(*sides, algorithms.get("grad_weight_in"), False, kernels)
+        if need_weight_out:
+            factors = over_features * grad_rows.turned_scale
+            sides = (value_rows, value_dense, index, grad_rows.turned, factors)
+            grad_weight_out = _weight_gradient(*sides, algorithms.get("grad_weight_out"), True, kernels)
+        if need_bias_in:  # a pass of its own over all features; only models with biases pay it
+            grad_bias_in = (unpack(Packed24(grad_hidden)).float() * bounds[0][:, None]).sum(0).bfloat16()
+        if need_bias_out:
+            if real is not None and along_tokens:
+                grad_y = torch.where(real[:, None], grad_y, 0)
+            grad_bias_out = grad_y.sum(0)
+        return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 5
+
+
+def _scaled(product: Tensor, factors: Tensor) -> Tensor:
+    """A product of e4m3 with its scales put back, in bfloat16."""
+    return (product * factors).bfloat16()
+
+
+def _weight_gradient(
+    packed: Tensor,
+    dense: Tensor,
+    index: Tensor | None,
+    right: Tensor,
+    factors: Tensor,
+    algorithm: int | None,
+    transposed: bool,
+    kernels: bool,
+) -> Tensor:
+    """The gradient of W_in `[F, D]`, or of W_out, transposed `[D_out, F]`, from its two sides along the
+    tokens.
+
+    Args:
+        packed: 2:4 `[F, T]`, in e4m3; not looked at without an algorithm.
+        dense: the features `index` of it as they are, `[n, T]`; all of them without an algorithm.
+        right: `[D, T]`, in e4m3.
+        factors: float32 `[F]`, what the scales of both come to.
+        algorithm: of the 2:4 product; None for an exact one.
+    """
+    if algorithm is not None:
+        arguments = (
+            packed,
+            right,
+            algorithm,
+            transposed,
+            *((None, None) if index is None else (dense, index)),
+        )
+        product = form("product24_e4m3", kernels)(*arguments)
+        return _scaled(product, factors if transposed else factors[:, None])
+    one = factors.new_ones(1)
+    multiply = form("product_e4m3", kernels)
+    return multiply(right, dense, one, factors) if transposed else multiply(dense, right, factors, one)
+
+
+def _value_scales(largest: Tensor, options: Options24) -> Tensor:
+    """Scales of the activation, from the largest |h|. A draw of mvue doubles an entry at most."""
+    bound = largest.square() if options.function == "relu2" else largest
+    return power_scales(bound * 2 if method_of(options).kernel == "mvue" else bound)
+
+
+def _gradient_scales(
+    grad: Tensor, slope: Tensor, over: Tensor, over_features: Tensor, options: Options24, kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """Scales of dZ by token and by feature, from the largest |dS| and slopes."""
+    find = form("largest_magnitudes", kernels)
+    by_token, by_feature = find(grad, True, True)
+    if slope.numel():
+        slope_of_token, places = find(slope, True, True)
+        slope_of_feature = places.view(-1, 2).amax(1).repeat_interleave(4)
+        return scales_of(by_token * slope_of_token), scales_of(by_feature * slope_of_feature)
+    if options.function == "relu2":
+        by_token = by_token * (over * LARGEST).sqrt() * 2
+        by_feature = by_feature * (over_features * LARGEST).sqrt() * 2
+    return scales_of(by_token), scales_of(by_feature)
+
+
+def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
+    """Of the products for this many rows; on the reference they mean nothing."""
+    features, width = weight_in.shape
+    network = Network(len(rows), features, width, len(weight_out), rows.dtype, rows.device)
+    exact = not backward_of(options).along_tokens
+    kinds: tuple[Kind, ...] = (
+        ("y", "grad_x") if exact else ("y", "grad_x", "grad_weight_in", "grad_weight_out")
+    )
+    return product_algorithms(network, options) or dict.fromkeys(kinds, 0)
+
+
+def fp8_activation24(
+    tensors: Tensors, state: State, options: Options24, kernels: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`act24.sparse24.feed_forward.operation.activation24` in e4m3.
+
+    Args:
+        tensors: of a floating dtype, of the shapes that the operation has, both linears among them.
+        state, options: as there.
+        kernels: where `PACKED_FP8` can run it; False for the operators' references, on any shape and device.
+    """
+    x, weight_in, bias_in, weight_out, bias_out = tensors
+    assert x is not None
+    assert weight_in is not None
+    assert weight_out is not None
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    shape, kind = x.shape[:-1], options.token_permutation
+    along_tokens, real = backward_of(options).along_tokens, state.real
+    features, width_out = len(weight_in), len(weight_out)
+    permuted = along_tokens and kind != "none" and (training or options.statistics)
+    rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
+    if permuted:
+        order, inverse = token_order(weight_in, list(shape), kind)
+        rows = Reordered.apply(rows, order, inverse)
+        real = None if real is None else real[order]
+    tokens = len(rows)
+    more, wide = -tokens % _TILE, (-features % _TILE, -weight_in.shape[1] % _LOAD, -width_out % _LOAD)
+    if more:
+        counted = rows.new_ones(tokens, dtype=torch.bool) if real is None else real
+        real, rows = F.pad(counted, (0, more)), F.pad(rows, (0, 0, 0, more))
+        order = None if order is None else torch.cat((order, torch.arange(tokens, tokens + more).to(order)))
+    if any(wide):
+        rows, weight_in = F.pad(rows, (0, wide[1])), F.pad(weight_in, (0, wide[1], 0, wide[0]))
+        weight_out = F.pad(weight_out, (0, wide[0], 0, wide[2]))
+        bias_in = None if bias_in is None else F.pad(bias_in, (0, wide[0]))
+        bias_out = None if bias_out is None else F.pad(bias_out, (0, wide[2]))
+    drawn = order if method_of(options).draws else None
+    given = [
+        None if t is None else cast(t, torch.bfloat16)
+        for t in (rows, weight_in, bias_in, weight_out, bias_out)
+    ]
+    settings = _Settings(options, training, kernels)
+    y, _, _, packed, over, _, _, counts, sums = _PackedFp8.apply(
+        *given, state.scale, state.seed, real, drawn, settings
+    )
+    y = y[:tokens, :width_out]
+    y = Reordered.apply(y, inverse, order[:tokens] if order is not None else None) if permuted else y
+    y = cast(y, x.dtype).view(*shape, width_out)
+    if not options.statistics:
+        return y, no_statistics(y)
+    statistics = token_wise_from_counts(tokens, counts[:features], sums, real)
+    if along_tokens:
+        statistics = statistics + feature_wise_from_some_features(
+            packed, counts, real, options, over, kernels
+        )
+    return y, statistics
+
+
+def _condition(network: Network, options: Options24) -> str:
+    """This library has to read our 8-bit layout here."""
+    widths = (network.width, network.width_out)
+    if reason := why_never_packed(network.tokens, network.features, widths) or obstacle_on(network.device):
+        return reason
+    if any(width % _LOAD for width in widths):
+        return f"in fp8 widths {network.width} and {network.width_out} have to be multiples of {_LOAD}"
+    if reason := fp8_obstacle_on(network.device) or kernel_obstacle_on(network.device, OPERATORS_E4M3):
+        return reason
+    if method_of(options).kernel == "mvue" and (
+        reason := kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
+    ):
+        return reason
+    return "" if product_algorithms(network, options) else "cuSPARSELt has no algorithm for these products"
+
+
+PACKED_FP8 = Form(
+    name="packed e4m3",
+    says="packed 2:4 products in e4m3",
+    sparsifiers=("naive", "soft_threshold", "mvue"),
+    functions=("relu2", "relu"),
+    estimators=("masked",),
+    backwards=("dense", "split_gemm", "sparse"),
+    precisions=("fp8",),
+    linears=True,
+    scales=True,
+    operators=("pack_activation:e4m3", "pack_gradient_e4m3", "gather_features:e4m3"),
+    condition=_condition,
+    run=fp8_activation24,
+)

@@ -1,0 +1,125 @@
+# pyright: reportInvalidTypeForm=false
+"""A matrix in e4m3, as it lies and transposed, from one read.
+
+A product in e4m3 wants both operands with the dimension that it sums over innermost, and a linear sums over a
+tensor's rows in one product and over its columns in another. Bytes an element: 2 read, 1 written for each.
+A thread holds four rows, so that four transposed entries are one word on their way through shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from act24.compiler import jit, tl, triton
+from act24.sparse24.format.fp8 import LARGEST, narrowed
+from act24.sparse24.kernels.shared.e4m3 import e4m3_bits
+from act24.sparse24.kernels.shared.registry import operator
+
+#: Rows and columns of a tile.
+ROWS, COLUMNS = 128, 128
+
+#: What the number of columns of a transposed matrix is filled up to, with zeros: products want multiples.
+MULTIPLE = 16
+
+
+@jit
+def _cast_e4m3(
+    matrix,
+    narrow,
+    turned,
+    row_scales,
+    column_scales,
+    rows,
+    columns,
+    turned_words,
+    BY_ROW: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Pointers that are None stand for what is not wanted. Scales are one number, or one for each row of
+    `narrow` (BY_ROW) and for each row of `turned` (BY_COLUMN)."""
+    four = tl.program_id(1) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < columns)[None, :]
+    if turned is not None:
+        if BY_COLUMN:
+            scale = tl.load(column_scales + column, mask=column < columns, other=1.0)[None, :]
+        else:
+            scale = tl.load(column_scales)
+        column_factor = tl.div_rn(1.0, scale)
+        words = tl.zeros([ROWS // 4, COLUMNS], tl.uint32)
+    for nth in tl.static_range(4):
+        row = four * 4 + nth
+        mask = (row < rows)[:, None] & inside
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
+        value = tl.load(matrix + place, mask=mask, other=0.0).to(tl.float32)
+        if narrow is not None:
+            if BY_ROW:
+                scale = tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
+            else:
+                scale = tl.load(row_scales)
+            tl.store(narrow + place, e4m3_bits(value * tl.div_rn(1.0, scale), LARGEST), mask=mask)
+        if turned is not None:
+            words |= e4m3_bits(value * column_factor, LARGEST).to(tl.uint32) << (8 * nth)
+    if turned is not None:
+        target = column.to(tl.int64)[:, None] * turned_words + four[None, :]
+        mask = (column < columns)[:, None] & (four < turned_words)[None, :]
+        tl.store(turned + target, tl.trans(words).to(tl.int32, bitcast=True), mask=mask)
+
+
+def _reference(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    narrow, turned = _fake(matrix, scale, turned_scale)
+    if scale is not None:
+        narrow = narrowed(matrix, scale[:, None])
+    if turned_scale is not None:
+        turned = narrowed(F.pad(matrix.T, (0, -len(matrix) % MULTIPLE)), turned_scale[:, None]).contiguous()
+    return narrow, turned
+
+
+def _fake(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, columns = matrix.shape
+    filled = (rows + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    return (
+        matrix.new_empty((0,) if scale is None else (rows, columns), dtype=torch.float8_e4m3fn),
+        matrix.new_empty((0,) if turned_scale is None else (columns, filled), dtype=torch.float8_e4m3fn),
+    )
+
+
+@operator(_reference, _fake)
+def cast_e4m3(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A matrix over its scales in e4m3, as it lies and transposed.
+
+    Args:
+        matrix: `[M, N]`, bfloat16, float16 or float32.
+        scale: float32 `[1]`, or `[M]`, one for each row; None: the first result is not wanted.
+        turned_scale: float32 `[1]`, or `[N]`, one for each column; None: nor is the second.
+
+    Returns:
+        e4m3 `[M, N]`, and e4m3 `[N, M']`, where M' is M filled up to a multiple of 16 with zeros; what was
+        not asked for is empty. What is above 448 over its scale is 448. Over a scale that is NaN all is NaN.
+    """
+    narrow, turned = _fake(matrix, scale, turned_scale)
+    rows, columns = matrix.shape
+    if matrix.numel():
+        words = None if turned_scale is None else turned.view(torch.int32)
+        _cast_e4m3[(triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))](
+            matrix,
+            None if scale is None else narrow.view(torch.uint8),
+            words,
+            scale,
+            turned_scale,
+            rows,
+            columns,
+            0 if words is None else words.shape[1],
+            BY_ROW=scale is not None and len(scale) > 1,
+            BY_COLUMN=turned_scale is not None and len(turned_scale) > 1,
+            LARGEST=LARGEST,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=4,
+        )
+    return narrow, turned

@@ -1,0 +1,108 @@
+"""`fp8`: linears that no other pass took multiply in e4m3, forward and backward.
+
+    linear(x, W, b)   ==>   linear_fp8(x, W, b, narrow, scale, turned, turned_scale, …)
+
+in attention and MLPs; the factors of low-rank linears count as linears, and a head does where `targets` names
+it. W stays a parameter as it was. In training only: evaluation, samples and what is saved are of the weights
+in their own dtype. Where the loop keeps them, W in e4m3 and its transpose are in buffers beside it, made once
+an update (`act24.passes.state`): `<weight>_e4m3`, `<weight>_e4m3_turned`, and their scales. Scales are of the
+values of now, so there is no state to save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+
+from act24.fp8.casts import Scaling
+from act24.fp8.linear import MULTIPLE, linear_fp8
+from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
+from act24.passes.graph.linear_sites import LinearSite, in_scope, linear_sites
+from act24.passes.graph.normal_form import replace_node
+from act24.passes.graph.region import Region
+
+#: What the names of the buffers add to the weight's, in the order of `act24.fp8.casts.CastE4m3`.
+NARROW, SCALE, TURNED, TURNED_SCALE = "_e4m3", "_e4m3_scale", "_e4m3_turned", "_e4m3_turned_scale"
+PARTS = (NARROW, SCALE, TURNED, TURNED_SCALE)
+
+#: The least in · out / (in + out) at which three products save in e4m3 what the casts of x and G take, by
+#: times of 16384×4096×4096 on an H200: products 2.20 → 1.27 ms, casts 0.26, of which the former goes with
+#: in · out and the latter with in + out (`docs/results/kernels.md`, *fp8*). Linears that share x have one
+#: cast.
+LEAST_SIZE = 512
+
+
+def pays(out_features: int, in_features: int) -> bool:
+    """Whether a linear gains by e4m3, as far as one can tell from its shape."""
+    return out_features * in_features >= LEAST_SIZE * (out_features + in_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(OperationalPass):
+    """Options of `fp8`.
+
+    Attributes:
+        precision: `"fp8"`: every linear whose sides are multiples of 16. `"auto"`: of these the ones that are
+            large enough to gain by it; the plan names the others.
+        scaling: as in `act24.fp8.linear.linear_fp8`.
+        kernels: run on this machine's kernels and products where there are any; False for plain PyTorch.
+        keep_cast: forward and backward read weights in e4m3 from buffers, which `begin_update_` fills for
+            every update; else they cast them, in every micro-batch. For loops that call it without fail, and
+            weights that are not sharded; no key of a recipe.
+    """
+
+    name: ClassVar[str] = "fp8"
+    keeps_function: ClassVar[bool] = True
+    remainder: ClassVar[bool] = True
+
+    precision: Literal["fp8", "auto"] = "fp8"
+    scaling: Scaling = "rowwise"
+    kernels: bool = True
+    keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
+
+    @property
+    def renews(self) -> bool:
+        return True
+
+    def in_evaluation(self) -> None:
+        return None
+
+    def plan(self, region: Region) -> Plan:
+        matches, misses = [], []
+        for site in linear_sites(region, factors=True):
+            if not (in_scope("all", self.targets, site) and self.selects(region, site.path)):
+                continue
+            shape, size = " × ".join(map(str, site.shape)), region.parameters[site.weight].numel()
+            if any(side % MULTIPLE for side in site.shape):
+                misses.append((site.path, f"its weight is {shape}, and e4m3 wants multiples of {MULTIPLE}"))
+            elif self.precision == "auto" and not pays(*site.shape):
+                misses.append((site.path, f"its weight is {shape}: casts would take what products gain"))
+            else:
+                matches.append(
+                    Match(
+                        path=site.path,
+                        before=f"linear {site.shape[1]}→{site.shape[0]}",
+                        after=f"e4m3 in y, dX, dW, {self.scaling}",
+                        nodes=site,
+                        parameters_before=size,
+                        parameters_after=size,
+                    )
+                )
+        return Plan(tuple(matches), tuple(misses), absent="no linear that another pass has left")
+
+    def _rewrite(self, region: Region, match: Match) -> None:
+        site: LinearSite = match.nodes
+        for part in PARTS:
+            dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.float8_e4m3fn
+            # Without elements until they are first made: where nothing is, they cost nothing.
+            region.add_buffer(site.weight + part, (0,), dtype, persistent=False, kind=part, of=site.weight)
+        for node in site.nodes:
+            with region.graph.inserting_before(node):
+                ready = [
+                    region.graph.get_attr(site.weight + part) if self.keep_cast else None for part in PARTS
+                ]
+                arguments = (*node.args, *ready, self.scaling, self.kernels)
+                narrow = region.graph.call_function(linear_fp8, arguments)
+            replace_node(region.graph, node, narrow)

@@ -1,0 +1,402 @@
+"""What tracing and rewriting are checked on: numbers.
+
+The stock model runs once, as a double, on a small input; a region's module and its graph then run on what the
+region was given there, in evaluation mode, in training mode with gradients, and under autocast, and have to
+agree bit for bit (gradients to rounding: some kernels of GPUs add in any order). After a rewrite the model
+runs on the same input again: what passes made is read, and nothing that they replaced is.
+
+That costs two forwards of the model, and of each region eight and two backwards, on the few tokens of the
+probe; of memory, what those tokens need and a copy of the buffers. No module, buffer or generator of the
+model is touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from act24.errors import PassError
+from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.shadow import Shadow, plain_call
+from act24.passes.graph.tracer import Unclean, random_state, set_random_state
+
+#: What a model is called with: a tensor, positional arguments, or keyword arguments.
+Probe = Tensor | Sequence[Any] | Mapping[str, Any]
+
+_ROWS, _TOKENS, _SIDE = 2, 8, 32
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        named = [("", value) for value in self.args] + [(f"{n} ", v) for n, v in self.kwargs.items()]
+        return ", ".join(f"{n}{list(v.shape)}" for n, v in named if isinstance(v, Tensor))
+
+
+class Check:
+    """The numbers that one model is checked on.
+
+    Attributes:
+        not_run: why the whole model is not run, or the empty string.
+        agreeing: how many regions were found to compute what their modules do.
+        unchecked: by class of the module, why a region could not be run.
+    """
+
+    def __init__(self, model: nn.Module, probe: Probe | None = None) -> None:
+        """Run the model.
+
+        Raises:
+            PassError: it cannot be called with the probe that the user gave.
+        """
+        self.agreeing = 0
+        self.unchecked: dict[str, str] = {}
+        self._given: dict[nn.Module, Arguments] = {}
+        self._probe: Arguments | None = None
+        self.not_run = _obstacle(model)
+        if self.not_run:
+            return
+        failures = []
+        for arguments in [_arguments(probe)] if probe is not None else _guesses(model):
+            recorder = _Recorder()
+            try:
+                self._output, self._read = _run(model, arguments, recorder)
+            except Exception as error:  # whatever a foreign model raises
+                failures.append(f"{arguments}: {_line(error)}")
+                continue
+            self._probe, self._given = arguments, recorder.given
+            return
+        if probe is not None:
+            raise PassError(f"the model cannot be called with the probe: {failures[0]}")
+        tried = f" ({failures[0]})" if failures else ""
+        self.not_run = f"no input was found that it takes{tried}: give one, apply_(model, passes, probe=…)"
+
+    def __str__(self) -> str:
+        if self.not_run and not self.agreeing and {*self.unchecked.values()} <= {self.not_run}:
+            return f"nothing was checked: {self.not_run}"
+        lines = []
+        if self._probe is None:
+            lines.append(f"the model as a whole was not checked: {self.not_run}")
+        elif not self.agreeing:
+            lines.append(
+                f"checked on {self._probe}: only single linears are traced, which are what they were"
+            )
+        if self.agreeing:
+            on = "the probe" if self._probe is None else str(self._probe)
+            lines.append(f"checked on {on}: {self.agreeing} regions compute what their modules do")
+        lines += [f"not checked: {kind}: {why}" for kind, why in self.unchecked.items()]
+        return "\n".join(lines)
+
+    def region(self, module: nn.Module, graph: fx.Graph) -> None:
+        """Compare a graph with the module that it was traced from.
+
+        Raises:
+            Unclean: the two do not agree.
+        """
+        if is_linear(module):
+            return  # the function that nn.Linear is
+        kind = type(module).__name__
+        arguments = self._given.get(module) or _features(module, graph)
+        if arguments is None or _obstacle(module):
+            self.unchecked[kind] = (
+                _obstacle(module) or "the probe does not reach it, and its inputs are unknown"
+            )
+            return
+        for mode in ("evaluation", "training", "autocast"):
+            try:
+                expected = _outcome(module, None, arguments, mode)
+            except Exception as error:  # whatever a foreign forward raises
+                self.unchecked[kind] = f"its forward fails in {mode}: {_line(error)}"
+                return
+            try:
+                found = _outcome(module, graph, arguments, mode)
+            except Exception as error:
+                raise Unclean(f"its graph fails where it runs ({mode}): {_line(error)}") from error
+            if difference := _difference(expected, found, mode):
+                raise Unclean(f"its graph {difference} in {mode}")
+        self.agreeing += 1
+
+    def forget_inputs(self) -> None:
+        """Let go of what modules were given, once all regions are compared."""
+        self._given = {}
+
+    def was_read(self, tensor: Tensor) -> bool:
+        """Whether the stock model read a tensor when it ran on the probe."""
+        return self._probe is not None and _storage(tensor) in self._read
+
+    def rewritten(
+        self, model: nn.Module, made: Mapping[str, Tensor], replaced: Mapping[str, Tensor], same: bool
+    ) -> None:
+        """Run the rewritten model.
+
+        Args:
+            made: by full name, what passes made and the model has to read on the probe.
+            replaced: by full name, what it may read no more.
+            same: nothing changes the function yet, so that it has to give the same numbers.
+
+        Raises:
+            PassError: it does not.
+        """
+        if self._probe is None:
+            return
+        try:
+            output, read = _run(model, self._probe, None)
+        except Exception as error:
+            raise PassError(
+                f"the rewritten model fails where the stock one runs: {_line(error)}. Something outside a "
+                "rewritten module reads what stood in it: leave that out with ignore=[…]"
+            ) from error
+        for name, tensor in made.items():
+            if _storage(tensor) not in read:
+                raise PassError(
+                    f"{name} is made by a pass, and the rewritten model does not read it: something holds "
+                    "the module that stood there (a compiled copy, a list). Apply passes before that is made"
+                )
+        for name, tensor in replaced.items():
+            if _storage(tensor) in read:
+                raise PassError(
+                    f"{name} was replaced by a pass, and the model reads it all the same: something holds "
+                    "the old module. Leave it out with ignore=[…], or apply passes before that is made"
+                )
+        if same and (difference := _difference((self._output, ()), (output, ()), "evaluation")):
+            raise PassError(f"no pass is in force, and the rewritten model {difference}: please report this")
+
+
+class _Recorder:
+    """Observes a double: what each module is given when it is first called."""
+
+    def __init__(self) -> None:
+        self.given: dict[nn.Module, Arguments] = {}
+        self.shadow: Shadow | None = None
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.shadow is not None
+        original = self.shadow.originals[module]
+        if original not in self.given:
+            keep = lambda v: v.detach().clone() if isinstance(v, Tensor) else v  # noqa: E731
+            self.given[original] = Arguments(
+                tree_map(keep, args), {k: tree_map(keep, v) for k, v in kwargs.items()}
+            )
+        return plain_call(module, args, kwargs)
+
+    def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
+        return tensor
+
+    def on_training(self, module: nn.Module) -> bool:
+        return vars(module)["training"]
+
+
+class _Reads(TorchDispatchMode):
+    """Notes which storages operations are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(tensor, Tensor):
+                    self.storages.add(_storage(tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> tuple[Any, set[int]]:
+    """What the double of a model returns in evaluation mode, and the storages that it reads."""
+    shadow = Shadow(model, buffers=True)
+    _set_mode(shadow.root, False)
+    if recorder is not None:
+        recorder.shadow = shadow
+        shadow.observer = recorder
+    with _undisturbed(model), torch.no_grad(), _Reads() as reads:
+        output = shadow.root(*arguments.args, **arguments.kwargs)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], reads.storages
+
+
+def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> tuple[Any, Any]:
+    """Outputs, and in training gradients of the inputs, of a module or of its graph."""
+    shadow = Shadow(module, buffers=True)
+    training = mode == "training"
+    _set_mode(shadow.root, training)
+    fresh = lambda v: _leaf(v, training) if isinstance(v, Tensor) else v  # noqa: E731
+    args = tree_map(fresh, arguments.args)
+    kwargs = {name: tree_map(fresh, value) for name, value in arguments.kwargs.items()}
+    inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.requires_grad]
+    device = _device(module).type
+    autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
+    with _undisturbed(module), torch.set_grad_enabled(training), autocast:
+        if graph is None:
+            output = shadow.root(*args, **kwargs)
+        else:
+            names = [node.target for node in graph.nodes if node.op == "placeholder"]
+            given = dict(zip(names, args, strict=False)) | kwargs
+            output = fx.Interpreter(shadow.root, graph=graph).run(*(given[name] for name in names))
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        differentiable = [v for v in outputs if v.requires_grad]
+        gradients: Any = ()
+        if training and inputs and differentiable:
+            total = sum(v.float().sin().sum() for v in differentiable)
+            gradients = torch.autograd.grad(total, inputs, allow_unused=True)  # type: ignore[arg-type]
+    return outputs, gradients
+
+
+def _difference(expected: tuple[Any, Any], found: tuple[Any, Any], mode: str) -> str:
+    """In what two outcomes differ, or the empty string."""
+    (outputs, gradients), (other_outputs, other_gradients) = expected, found
+    if len(outputs) != len(other_outputs):
+        return "returns another number of tensors"
+    for a, b in zip(outputs, other_outputs, strict=True):
+        if a.dtype != b.dtype:
+            return f"returns {b.dtype} where the module returns {a.dtype}"
+        if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
+            return "gives other numbers than the module"
+    if len(gradients) != len(other_gradients):
+        return "has no gradient, or one too many"
+    for a, b in zip(gradients, other_gradients, strict=True):
+        if (a is None) != (b is None):
+            return "gives an input no gradient, or one too many"
+        if a is not None:
+            # Half precision rounds by 1/256; what is dropped or added is off by its whole size.
+            close = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
+            if not torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max()), equal_nan=True):
+                return "gives other gradients than the module"
+    return ""
+
+
+def _leaf(tensor: Tensor, training: bool) -> Tensor:
+    tensor = tensor.detach().clone()
+    return tensor.requires_grad_() if training and tensor.is_floating_point() else tensor
+
+
+def _set_mode(root: nn.Module, training: bool) -> None:
+    for module in root.modules():
+        vars(module)["training"] = training
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Within, random numbers are the same each time; afterwards generators are where they were."""
+    device, drawn = _device(module), random_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # Not torch.manual_seed, which reaches generators of other devices too.
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(0)
+        try:
+            yield
+        finally:
+            set_random_state(drawn)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why a module cannot be run here, or the empty string."""
+    for name, p in module.named_parameters():
+        if p.is_meta:
+            return "its parameters are on the meta device"
+        if type(p) not in (nn.Parameter, Tensor):
+            return f"{name} is a {type(p).__name__}"
+        if p.device.type not in ("cpu", "cuda"):
+            return f"its parameters are on {p.device}"
+    return ""
+
+
+def _arguments(probe: Probe) -> Arguments:
+    if isinstance(probe, Tensor):
+        return Arguments((probe,))
+    return Arguments((), dict(probe)) if isinstance(probe, Mapping) else Arguments(tuple(probe))
+
+
+def _guesses(model: nn.Module) -> Iterator[Arguments]:
+    """Inputs that a model may take, small and random."""
+    generator = torch.Generator().manual_seed(0)
+    device = _device(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    config = getattr(model, "config", None)
+
+    def ids(words: int) -> Tensor:
+        # Neither the first nor the last few: those are the ones with a meaning of their own.
+        return torch.randint(min(5, words - 1), max(words - 5, 6), (_ROWS, _TOKENS), generator=generator).to(
+            device
+        )
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def size(name: str) -> Any:
+        return getattr(config, name, None)
+
+    takes = inspect.signature(type(model).forward).parameters
+    words = size("vocab_size") or next(
+        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 0
+    )
+    kwargs: dict[str, Any] = {}
+    if "pixel_values" in takes and size("num_channels"):
+        side = size("image_size") or _SIDE
+        sides = tuple(side) if isinstance(side, list | tuple) else (side, side)
+        kwargs["pixel_values"] = numbers(_ROWS, size("num_channels"), *sides)
+    if "input_features" in takes and size("num_mel_bins"):
+        kwargs["input_features"] = numbers(
+            _ROWS, size("num_mel_bins"), 2 * (size("max_source_positions") or 50)
+        )
+    for name in ("input_ids", "decoder_input_ids"):
+        if name in takes and words:
+            kwargs[name] = ids(words)
+    if kwargs:
+        yield Arguments((), kwargs)
+        return
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding):
+            yield Arguments((ids(module.num_embeddings),))
+        elif isinstance(module, nn.Conv2d):
+            yield Arguments((numbers(_ROWS, module.in_channels, _SIDE, _SIDE),))
+        elif isinstance(module, nn.Conv1d):
+            yield Arguments((numbers(_ROWS, module.in_channels, _SIDE),))
+        elif weight is not None:
+            width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[-1]
+            yield Arguments((numbers(_ROWS, _TOKENS, width),))
+        else:
+            continue
+        return
+
+
+def _features(module: nn.Module, graph: fx.Graph) -> Arguments | None:
+    """An input for a module that the probe does not reach: features, where it takes one value that ends up,
+    by way of norms and the like, in a linear."""
+    names = [node for node in graph.nodes if node.op == "placeholder"]
+    linear = next((node for node in graph.nodes if node.target is torch.nn.functional.linear), None)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    if len(names) != 1 or linear is None:
+        return None
+    transposed = linear.args[1].op == "call_method"
+    name = linear.args[1].args[0].target if transposed else linear.args[1].target
+    if name not in parameters:
+        return None
+    weight = parameters[name]
+    width = weight.shape[0 if transposed else -1]
+    x = torch.randn(_ROWS, _TOKENS, width, generator=torch.Generator().manual_seed(0))
+    return Arguments((x.to(weight.device, weight.dtype),))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

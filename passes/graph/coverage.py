@@ -1,0 +1,158 @@
+"""What of a model's matrices a pass reaches, and what it leaves, grouped, each with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from act24.passes.graph.region import Region, joined
+from act24.passes.graph.roles import Role, role_by_name
+
+_NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward"}
+
+#: Modules whose weights are no operands of matrix products.
+_OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter of two or more dimensions.
+
+    Attributes:
+        name: fully qualified; the first one.
+        path: of its module.
+        class_name: of its module.
+        numel: elements.
+        role: what it is for.
+        stacked: several matrices in one tensor, as experts are.
+        region: it lies in one, by the fully qualified name of that.
+    """
+
+    name: str
+    path: str
+    class_name: str
+    numel: int
+    role: Role
+    stacked: bool
+    region: str | None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What one pass reaches.
+
+    Attributes:
+        pass_name: of the pass.
+        scope: what its name promises, in words.
+        reached, total: elements of matrices in that scope.
+        left: (names, share, reason) of what it leaves there, the largest group first.
+        promised: the pass means to reach all of it; else the share is for information.
+    """
+
+    pass_name: str
+    scope: str
+    reached: int
+    total: int
+    left: tuple[tuple[str, float, str], ...]
+    promised: bool = True
+
+    def __str__(self) -> str:
+        share = f"{self.reached / self.total:.0%}" if self.total else "none"
+        text = f"{self.pass_name} reaches {share} of the {self.scope} matrices"
+        if self.left:
+            text += "; left: " + "; ".join(
+                f"{names} {share:.0%} ({reason})" for names, share, reason in self.left
+            )
+        return text
+
+
+def matrices_of(model: nn.Module, regions: Sequence[Region]) -> list[Matrix]:
+    """The matrices of a model, tied ones once."""
+    around = dict(model.named_modules(remove_duplicate=False))
+    roles = {joined(r.fqn, name): role for r in regions for name, role in r.roles.items()}
+    inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
+    found = []
+    for name, parameter in model.named_parameters():
+        path = name.rpartition(".")[0]
+        if parameter.ndim < 2 or isinstance(around[path], _OTHERWISE) or min(parameter.shape) < 2:
+            continue
+        role = roles.get(name) or role_by_name(path, around)
+        if "expert" in path and role == "other":
+            role = "mlp"
+        kind = type(around[path]).__name__
+        found.append(Matrix(name, path, kind, parameter.numel(), role, parameter.ndim > 2, inside.get(name)))
+    return found
+
+
+def coverage(
+    pass_name: str,
+    scope: Iterable[str],
+    matrices: Sequence[Matrix],
+    selects: Callable[[str, str], bool],
+    reached: Iterable[str],
+    reasons: Mapping[str, str],
+    promised: bool = True,
+    gone: Collection[str] = (),
+) -> Coverage:
+    """What a pass reaches.
+
+    Args:
+        scope: the roles that its name promises.
+        selects: whether its targets and what it ignores let it act on a module, by name and class.
+        reached: the full names of the places that it rewrites.
+        reasons: by full name of a place or module, why it is left.
+        promised: as in `Coverage`.
+        gone: the names of matrices that passes take away; those that this one does not reach are no concern
+            of its.
+    """
+    roles = tuple(scope)
+    hit = tuple(reached)
+    done, left = 0, dict[tuple[str, str], int]()
+    for matrix in matrices:
+        if matrix.role not in roles or not selects(matrix.path, matrix.class_name):
+            continue
+        if any(_within(matrix, place) for place in hit):
+            done += matrix.numel
+            continue
+        if matrix.name in gone:
+            continue
+        key = (_pattern(matrix.name), _reason(matrix, reasons))
+        left[key] = left.get(key, 0) + matrix.numel
+    total = done + sum(left.values())
+    groups: dict[str, dict[str, int]] = {}
+    for (pattern, reason), numel in sorted(left.items(), key=lambda item: -item[1]):
+        groups.setdefault(reason, {})[pattern] = numel
+    shown = tuple(
+        (_listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
+    )
+    words = " and ".join(_NAMES[role] for role in roles)
+    return Coverage(pass_name, words, done, total, shown, promised)
+
+
+def _within(matrix: Matrix, place: str) -> bool:
+    """Whether a matrix lies in a place; a place that is a whole region has only those of the region."""
+    if matrix.path == place or matrix.path.startswith(f"{place}.") or not place:
+        return matrix.region is not None
+    return False
+
+
+def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> str:
+    if matrix.stacked:
+        return "stacked parameters, which no pass takes apart"
+    parts = matrix.path.split(".")
+    for end in range(len(parts), -1, -1):
+        if reason := reasons.get(".".join(parts[:end])):
+            return reason
+    return "no linear that is traced reads it"
+
+
+def _pattern(name: str) -> str:
+    """A name with its numbers as stars: the same matrix of all layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name).removesuffix(".weight")
+
+
+def _listed(patterns: Sequence[str]) -> str:
+    return ", ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")

@@ -1,0 +1,221 @@
+"""What a linear is for: attention, a feed-forward network, a router, or something else.
+
+Where a graph shows what surrounds a linear, the graph says it: what feeds or follows attention scores is
+attention, what feeds or follows an activation is a feed-forward network, what ends in a choice of the largest
+is a router. A linear that is a region of its own shows nothing, so there the names and classes around it are
+asked, from the inside out.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from act24.passes.graph.normal_form import is_call, is_product, weight_name
+from act24.relu2 import relu2
+
+Role = Literal["attn", "mlp", "router", "lora", "other"]
+
+_PRODUCTS = (
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    operator.matmul,
+    "matmul",
+    "bmm",
+    "__matmul__",
+)
+_SOFTMAX = (F.softmax, torch.softmax, "softmax")
+_CHOICES = (torch.topk, "topk", torch.argmax, "argmax")
+_FUNCTIONS = (F.relu, relu2, F.silu, F.gelu, F.mish, F.leaky_relu, F.elu, F.glu, F.hardswish)
+_FUNCTIONS += (torch.relu, torch.tanh, F.tanh, "relu", "tanh")
+
+_ATTENTION = re.compile(r"attn|attention|Attention")
+_MLP = re.compile(
+    r"mlp|MLP|ffn|FFN|feed_?forward|FeedForward|dense_?relu_?dense|DenseAct|DenseGated|^ff$", re.I
+)
+_ROUTER = re.compile(r"router|Router|TopK\w*Gate|MoEGate|MoeGate")
+_LORA = re.compile(r"(^|\.)lora_[A-Za-z_]+(\.|$)")
+_ATTENTION_LEAVES = {
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "qkv",
+    "query",
+    "key",
+    "value",
+    "c_attn",
+    "Wqkv",
+}
+_ATTENTION_LEAVES |= {"query_key_value", "q", "k", "v", "in_proj_qkv"}
+_BESIDE_QUERIES = {"o_proj", "out_proj", "o", "dense"}
+_MLP_LEAVES = {
+    "fc1",
+    "fc2",
+    "w1",
+    "w2",
+    "w3",
+    "wi",
+    "wi_0",
+    "wi_1",
+    "c_fc",
+    "lin1",
+    "lin2",
+    "linear1",
+    "linear2",
+}
+_MLP_LEAVES |= {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h"}
+_MLP_LEAVES |= {"linear2", "intermediate", "wo", "fc_in", "fc_out"}
+
+
+def roles_of(
+    graph: fx.Graph, module: nn.Module, fqn: str, around: Mapping[str, nn.Module]
+) -> dict[str, Role]:
+    """The roles of the weights of the linears in a region, by the weight's local name.
+
+    Args:
+        module: what was traced.
+        fqn: where it stands.
+        around: the model's modules by name.
+    """
+    shown = roles_in_graph(graph, module)
+    roles: dict[str, Role] = {}
+    for node in graph.nodes:
+        if is_call(node, F.linear) and (name := weight_name(node)):
+            path = ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
+            named = role_by_name(path, around)
+            roles[name] = named if named == "lora" else shown.get(name, named)
+    return roles
+
+
+def roles_in_graph(graph: fx.Graph, module: nn.Module) -> dict[str, Role]:
+    """The roles that a graph shows, by the weight's name."""
+    found: dict[str, Role] = {}
+    calls = {node: name for node in graph.nodes if is_call(node, F.linear) and (name := weight_name(node))}
+    if len(calls) < 2:
+        return found
+    behind = {node: _behind(node, module) for node in calls}
+    for node, name in calls.items():
+        seen, ends = _walk(node, up=False)
+        before, _ = _walk(node, up=True)
+        if any(n.target in _CHOICES for n in seen):
+            found[name] = "router"
+        elif any(map(_is_scores, (*seen, *before))):
+            found[name] = "attn"
+        elif any(_is_activation(n, module) for n in (*seen, *before)) or (
+            any(map(is_product, seen)) and ends
+        ):
+            found.setdefault(name, "mlp")
+    for node, name in calls.items():  # a gate of what attention gives belongs to attention
+        if found.get(name) == "mlp" and any(found.get(calls.get(n, "")) == "attn" for n in behind[node]):
+            found[name] = "attn"
+    return found
+
+
+def _behind(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+    """The linears that read what becomes of a linear by way of an activation or a product."""
+    seen, ends = _walk(node, up=False)
+    return ends if any(_is_activation(n, module) or is_product(n) for n in seen) else []
+
+
+def _walk(node: fx.Node, up: bool) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What lies between a linear and the next ones, without sums, behind which other things begin; and those
+    next ones."""
+    seen, ends, frontier = list[fx.Node](), list[fx.Node](), [node]
+    while frontier:
+        current = frontier.pop()
+        around: Iterable[fx.Node] = current.users
+        if up:
+            first = current.args[0] if current is node else None
+            around = [first] if isinstance(first, fx.Node) else current.all_input_nodes
+        for other in around:
+            if other in seen or other in ends or other.op in ("placeholder", "get_attr", "output"):
+                continue
+            if is_call(other, F.linear):
+                ends.append(other)
+            elif not _is_sum(other):
+                seen.append(other)
+                frontier.append(other)
+    return seen, ends
+
+
+def _is_sum(node: fx.Node) -> bool:
+    both = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    return node.target in (operator.add, torch.add, "add") and len(both) == 2
+
+
+def _is_scores(node: fx.Node) -> bool:
+    if is_call(node, F.scaled_dot_product_attention):
+        return True
+    if node.target in _SOFTMAX:
+        return any(n.target in _PRODUCTS for n in _beyond(node, up=False))
+    return node.target in _PRODUCTS and any(n.target in _SOFTMAX for n in _beyond(node, up=True))
+
+
+def _beyond(node: fx.Node, up: bool) -> Iterator[fx.Node]:
+    """What a node reads, or what reads it, and so on, a few steps on."""
+    frontier = [node]
+    for _ in range(4):
+        frontier = [other for n in frontier for other in (n.all_input_nodes if up else n.users)]
+        yield from frontier
+
+
+def _is_activation(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        kind = type(module.get_submodule(str(node.target))).__name__
+        return re.search(r"[ER]ELU|SiLU|Activation|Mish|Tanh|GLU", kind) is not None
+    return node.target in _FUNCTIONS
+
+
+def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:
+    """What the names and classes around a module say that it is for, from the inside out.
+
+    Args:
+        fqn: of the module.
+        around: the model's modules by name.
+    """
+    if _LORA.search(fqn):
+        return "lora"
+    parts = fqn.split(".")
+    beside = _beside(parts, around)
+    leaf = parts[-1]
+    if (
+        _ROUTER.search(leaf)
+        or _ROUTER.search(_class(fqn, around))
+        or ("gate" in leaf and "experts" in beside)
+    ):
+        return "router"
+    for end in range(len(parts), 0, -1):
+        path = ".".join(parts[:end])
+        for text in (parts[end - 1], _class(path, around)):
+            if _ROUTER.search(text):
+                return "router"
+            if _MLP.search(text) and not _ATTENTION.search(text):
+                return "mlp"
+            if _ATTENTION.search(text):
+                return "attn"
+        if end == len(parts):
+            continue
+        inner = parts[end - 1]
+        if inner == "intermediate" or (inner == "output" and "intermediate" in _beside(parts[:end], around)):
+            return "mlp"
+    if leaf in _ATTENTION_LEAVES or (leaf in _BESIDE_QUERIES and beside & _ATTENTION_LEAVES):
+        return "attn"
+    return "mlp" if leaf in _MLP_LEAVES else "other"
+
+
+def _class(fqn: str, around: Mapping[str, nn.Module]) -> str:
+    return type(around[fqn]).__name__ if fqn in around else ""
+
+
+def _beside(parts: Sequence[str], around: Mapping[str, nn.Module]) -> set[str]:
+    parent = around.get(".".join(parts[:-1]))
+    return set(parent._modules) if parent is not None else set()

@@ -1,0 +1,179 @@
+"""A module's double, to look at in its place: modules of its own over the same parameters.
+
+Tracing runs a module's forward on proxies, and a probe runs it on random numbers; either may write into
+attributes, lists, meters or buffers. The double has copies of all of them, so the module keeps nothing of it,
+and no class or function of the process is changed for it: another thread may train the model meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), type, FunctionType, BuiltinFunctionType)
+_PLAIN += (torch.dtype, torch.device, torch.Size)
+
+#: What nn.Module keeps about hooks: a double has none, so that nothing outside hears of its forwards.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+
+
+class Observer(Protocol):
+    """Who looks at the double, while it does."""
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module is called."""
+
+    def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
+        """A parameter or buffer is read."""
+
+    def on_training(self, module: nn.Module) -> bool:
+        """`training` is read."""
+        ...
+
+
+class Shadow:
+    """The double of a module and of all modules in it.
+
+    Attributes:
+        root: the double.
+        originals: by double, the module that it stands for.
+        uncopied: what a double shares with its module because it cannot be copied, as text; or None.
+        observer: who looks; None: nobody, and the double is a module like others.
+    """
+
+    def __init__(self, module: nn.Module, buffers: bool = False) -> None:
+        """Make it.
+
+        Args:
+            buffers: copy the buffers too, for a forward on numbers, which may write to them.
+        """
+        self.observer: Observer | None = None
+        self.uncopied: str | None = None
+        self._classes: dict[type, type] = {}
+        doubles = {m: self._empty(m) for m in module.modules()}
+        self.root: Any = doubles[module]
+        self.originals: dict[nn.Module, nn.Module] = {double: m for m, double in doubles.items()}
+        memo: dict[int, Any] = {id(m): double for m, double in doubles.items()}
+        for m in doubles:
+            memo |= {id(t): t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        for m in doubles if buffers else ():
+            memo |= {id(b): b.detach().clone() for b in m._buffers.values() if b is not None}
+        for m, double in doubles.items():
+            vars(double).update({name: self._copied(m, name, v, memo) for name, v in vars(m).items()})
+            vars(double)["_shadow"] = self
+
+    def _empty(self, module: nn.Module) -> nn.Module:
+        cls = type(module)
+        if cls not in self._classes:
+            names = ("__module__", "__qualname__", "__doc__")
+            self._classes[cls] = type(cls)(cls.__name__, (_Double, cls), {n: getattr(cls, n) for n in names})
+        return object.__new__(self._classes[cls])
+
+    def _copied(self, module: nn.Module, name: str, value: Any, memo: dict[int, Any]) -> Any:
+        if isinstance(value, _PLAIN):
+            return value
+        if name in _HOOKS:
+            return type(value)()
+        if name == "_compiled_call_impl" or (
+            isinstance(module, fx.GraphModule) and name.startswith("_graph")
+        ):
+            return None if name == "_compiled_call_impl" else value
+        if name == "_parameters":
+            return dict(value)
+        if name in ("_buffers", "_modules"):
+            return {key: None if v is None else memo[id(v)] for key, v in value.items()}
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception as error:  # whatever a foreign object raises
+            self.uncopied = f"{type(module).__name__}.{name} ({type(error).__name__}: {error})"
+            return value
+
+
+class _Double:
+    """What the class of a double does otherwise than the module's own."""
+
+    def __init_subclass__(cls) -> None:
+        """Nothing: the module's class may keep a list of its subclasses, which a double is none of."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self).__mro__[2]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        observer = vars(self)["_shadow"].observer
+        if observer is None:
+            return plain_call(self, args, kwargs)
+        return observer.on_call(self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        observer = vars(self)["_shadow"].observer
+        if observer is None or not isinstance(value, Tensor):
+            return value
+        return observer.on_tensor(self, name, value)
+
+    @property
+    def training(self) -> bool:
+        observer = vars(self)["_shadow"].observer
+        return vars(self)["training"] if observer is None else observer.on_training(self)
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        vars(self)["training"] = value
+
+
+def plain_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A double called as its module is, past the observer."""
+    return super(_Double, module).__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+def contents(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """What the attributes of a module and of all in it are, and what those hold, as data that compares."""
+    return {
+        (child, name): _content(value, 4)
+        for child in module.modules()
+        for name, value in vars(child).items()
+        if name not in ("_modules", "_shadow", *_HOOKS)
+    }
+
+
+def global_contents(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """The same of the lists, dictionaries and numbers outside that methods of the module name."""
+    found, seen = {}, set[type]()
+    for child in module.modules():
+        for cls in type(child).__mro__:
+            if cls in seen or cls.__module__.startswith("torch."):
+                continue
+            seen.add(cls)
+            for function in vars(cls).values():
+                if isinstance(function, FunctionType):
+                    names = function.__globals__.keys() & {*function.__code__.co_names}
+                    values = {n: function.__globals__[n] for n in names if not n.startswith("__")}
+                    found |= {(child, n): _content(v, 4) for n, v in values.items() if _holds(v)}
+    return found
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, int | float | str | list | dict | set | deque)
+
+
+def _content(value: Any, depth: int) -> Any:
+    if isinstance(value, int | float | str | bool | None):
+        return (type(value), value)
+    if isinstance(value, (*_PLAIN, Tensor, nn.Module, fx.Proxy)) or not depth:
+        return id(value)
+    if isinstance(value, dict):
+        own = tuple((key, _content(v, depth - 1)) for key, v in value.items())
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        own = tuple(_content(v, depth - 1) for v in value)
+    else:
+        own = ()
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict):
+        own += tuple((key, _content(v, depth - 1)) for key, v in held.items())
+    return (id(value), own)

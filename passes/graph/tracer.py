@@ -1,0 +1,312 @@
+"""The tracer: runs the double of a module on proxies, and refuses every question that a proxy would answer
+otherwise than a tensor does.
+
+A question that is swallowed by a `try:` of the module counts all the same. The exceptions are answered:
+parameters are tensors, no tensor has an attribute that `torch.Tensor` lacks, and the dtypes of a value and of
+a parameter, where a module asks whether they differ in order to cast, do differ. A cast that was not needed
+changes nothing, which the check on numbers confirms.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.fx.proxy import Attribute
+
+from act24.passes.graph.normal_form import is_linear, linear_arguments
+from act24.passes.graph.shadow import Shadow
+
+_APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+#: What a tensor, a shape or a number has.
+_ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
+
+#: Whose own questions are no branches of the module.
+_INTERNAL = ("torch", "act24")
+
+
+class Unclean(Exception):
+    """Why a module cannot be a region."""
+
+
+class _Proxy(fx.Proxy):
+    """A value. What it is asked goes to the tracer."""
+
+    tracer: Tracer  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """Asked by isinstance() where the answer is not yet yes."""
+        if not self.tracer.asks_kind:
+            return type(self)
+        if self.node.op == "get_attr":
+            return nn.Parameter
+        return self.tracer.refuse(f"asks what kind of value {self.node.name} is")
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _ATTRIBUTES or name.startswith("__"):
+            raise AttributeError(f"no tensor has an attribute '{name}'")
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        return self.tracer.refuse("asks a value for its length")
+
+    def __contains__(self, _: object) -> bool:
+        return self.tracer.refuse("asks what a value contains")
+
+
+_KIND = vars(_Proxy)["__class__"].fget.__code__
+
+
+class _Attribute(Attribute):
+    """An attribute of a value, which may be a method, a number or a shape."""
+
+    def __bool__(self) -> bool:
+        return self.tracer.to_bool(self)
+
+
+class Tracer(fx.Tracer):
+    """Opens everything but modules that `closed` names, and lets linears be functions.
+
+    Attributes:
+        refused: the first question that had no answer, or the empty string.
+        assumes_casts: whether a question about dtypes was answered.
+        asks_kind: whether the module calls isinstance() at this moment.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, shadow: Shadow, closed: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.refused = ""
+        self.assumes_casts = False
+        self.asks_kind = False
+        self._shadow = shadow
+        self._closed = closed
+        self._proxies: dict[int, fx.Proxy] = {}
+        self._questions: list[fx.Node] = []
+        self._before_draw: tuple[Any, ...] | None = None
+
+    def record(self, values: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of the double's forward.
+
+        Args:
+            values: what stands for some arguments instead of a proxy.
+        """
+        root = self._shadow.root
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=RegionTracer)
+        self.tensor_attrs = {}
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self._names = {
+            id(t): name
+            for tensors in (root.named_buffers, root.named_parameters)
+            for name, t in tensors(remove_duplicate=True)
+        }
+        self._modes = _modes()
+        function, args = self.create_args_for_root(type(root).forward, True, values)
+        before = sys.getprofile()
+        self._shadow.observer = self
+        sys.setprofile(self._on_event)
+        try:
+            result = function(*args)
+            sys.setprofile(before)
+            self.create_node("output", "output", (self.create_arg(result),), {})
+        finally:
+            sys.setprofile(before)
+            self._shadow.observer = None
+        if self.refused:
+            raise Unclean(self.refused)
+        for node in reversed(self._questions):
+            if not node.users:
+                inputs = node.all_input_nodes
+                self.graph.erase_node(node)
+                for source in inputs:
+                    if source.target is getattr and not source.users:
+                        self.graph.erase_node(source)
+        return self.graph
+
+    def refuse(self, reason: str) -> NoReturn:
+        """End, also where the module catches what this raises."""
+        self.refused = self.refused or reason
+        raise Unclean(reason)
+
+    def undo_draws(self) -> None:
+        """Put generators back that the module drew from, and refuse if it did."""
+        before, self._before_draw = self._before_draw, None
+        if before is not None and random_state() != before:
+            set_random_state(before)
+            self.refused = self.refused or "draws a random number, which tracing would freeze"
+
+    def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
+        """Of the interpreter's profiling, which is this thread's own: a function is called."""
+        if frame.f_code is _KIND:
+            return
+        # Parsing the arguments of torch's functions asks too, and is no question of the module's.
+        self.asks_kind = event == "c_call" and argument is isinstance and _asks(frame)
+        if event == "c_call":
+            if self._before_draw is None and argument.__name__ in _DRAWS:
+                self._before_draw = random_state()
+            name, caller = _asked(argument), frame
+        elif event == "call":
+            name, caller = _ASKED_CODE.get(frame.f_code), frame.f_back
+        else:
+            return
+        if name and caller is not None and not _is_internal(caller):
+            self.refuse(f"asks {name}, which tracing would freeze")
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        original = self._shadow.originals[module]
+        if is_linear(original):
+            weight, bias, transposed = linear_arguments(original)
+            x = args[0] if args else kwargs["input"]
+            weight, bias = self._proxied(weight), self._proxied(bias)
+            return F.linear(x, weight.t() if transposed else weight, bias)
+        if "forward" in vars(original):
+            self.refuse(f"the forward of {self.path_of_module(module)} was replaced")
+        if self._closed(original):
+            return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
+        return module.forward(*args, **kwargs)
+
+    def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
+        return self._proxied(tensor) if id(tensor) in self._names else tensor
+
+    def _proxied(self, tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        if id(tensor) not in self._proxies:
+            self._proxies[id(tensor)] = self.create_proxy("get_attr", self._names[id(tensor)], (), {})
+        return self._proxies[id(tensor)]
+
+    def on_training(self, module: nn.Module) -> bool:
+        return self.refuse("reads self.training")
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            if id(a) in self._names:
+                return self._proxied(a).node
+            held = [name for m in self.root.modules() for name, value in vars(m).items() if value is a]
+            self.refuse(f"reads {held[0] if held else 'a constant tensor'}, neither parameter nor buffer")
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _APPLY:
+                self.refuse("calls an autograd.Function, whose backward tracing would drop")
+            frame = frame.f_back  # type: ignore[assignment]
+        if _modes() != self._modes:
+            self.refuse("computes under a grad or autocast mode of its own")
+        return super().create_node(*args, **kwargs)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refuse(f"loops over {obj.node.name}")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        self.refuse(f"unpacks {obj.node.name} as keyword arguments")
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        node = obj.node
+        if node.target in (operator.ne, operator.eq) and (answer := self._differ(*node.args)) is not None:
+            self._questions.append(node)
+            return answer is (node.target is operator.ne)
+        self.refuse(f"branches on {node.name}: control flow on a value")
+
+    def _differ(self, a: Any, b: Any) -> bool | None:
+        """Whether two dtypes differ; None: neither is one, or it cannot be said."""
+        a, b = self._dtype(a), self._dtype(b)
+        if a is None or b is None or "value" not in (a, b):
+            if not (isinstance(a, torch.dtype) and isinstance(b, torch.dtype)):
+                return None
+            # Floating-point parameters may become others of them, and never integers.
+            return True if a.is_floating_point != b.is_floating_point else None
+        self.assumes_casts = True
+        return True
+
+    def _dtype(self, value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return value
+        if isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype":
+            source: Any = value.args[0]
+            held = {name: t for name, t in self.root.named_parameters()} if source.op == "get_attr" else {}
+            return held[source.target].dtype if source.target in held else "value"
+        return None
+
+
+def random_state() -> tuple[Any, ...]:
+    """Where the process's generators stand that a forward draws from."""
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Let the generators stand there again."""
+    random.setstate(state[0])
+    torch.set_rng_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
+
+
+class RegionTracer(fx.Tracer):
+    """Whom fx asks to make a graph again, as when it is unpickled: buffers are nodes there too."""
+
+    proxy_buffer_attributes = True
+
+
+def _is_internal(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL
+
+
+def _asks(frame: FrameType) -> bool:
+    """Whether isinstance() is called for the module: by its own code, or by torch.is_tensor."""
+    if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
+        return False
+    return not _is_internal(frame) or frame.f_code is torch.is_tensor.__code__
+
+
+def _asked(function: Any) -> str | None:
+    """The name of a function of torch's C++ side whose answer is another one elsewhere."""
+    name = function.__name__
+    return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
+
+
+def _modes() -> tuple[Any, ...]:
+    autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+#: Functions of torch's C++ side, and Python functions by their code.
+_ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
+_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
+#: Functions that draw where they are given no value to draw for, of torch and of Python.
+_DRAWS = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "bernoulli",
+    "multinomial",
+    "random",
+    "getrandbits",
+}
+_DRAWS |= {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
+_ASKED_CODE = {
+    function.__code__: f"torch.compiler.{function.__name__}()"
+    for function in (
+        torch.compiler.is_compiling,
+        torch.compiler.is_dynamo_compiling,
+        torch.compiler.is_exporting,
+    )
+}

@@ -1,0 +1,248 @@
+"""Cached generation against the model run again for every token, and against prompts on their own."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from reference import greedy
+
+import act24
+from act24.errors import Act24Error
+from act24.inference import decoder as decoder_module
+from act24.inference.generator import Generator
+from act24.inference.layer import Sparsity, can_use
+from act24.inference.sampling import Sampling
+from act24.initialise import build_llama
+from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Pipeline, Recompute, Relu2FFN, Weight24
+from act24.passes.served import lower_to_serve_
+from act24.rotary import RotaryScaling
+from act24.sparse24.pattern.selection import top2_of_4
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
+RANKS = {"attn_rank": 8, "mlp_rank": 8}
+
+PASSES: dict[str, tuple[Pass, ...]] = {
+    "stock": (),
+    "relu2": (Relu2FFN(),),
+    "relu": (Relu2FFN(activation="relu"),),
+    "relu2-act24": (Relu2FFN(), Activation24()),
+    "mvue": (Relu2FFN(), Activation24(method="mvue")),
+    "soft": (Relu2FFN(), Activation24(method="soft_dynamic", backward="split_gemm")),
+    "loro": (LowRank(**RANKS),),
+    "cola-relu2-act24": (Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), Activation24()),
+    "lost": (Lost(**RANKS),),
+    "weight24": (Weight24(),),
+    "weight24-soft": (Weight24(method="soft_threshold"),),
+    "recompute": (LowRank(**RANKS), Recompute()),
+}
+ROTARY = {
+    "plain": None,
+    "linear": RotaryScaling("linear", 2.0),
+    "llama3": RotaryScaling(
+        "llama3", 4.0, original_max_position_embeddings=8, low_freq_factor=1.0, high_freq_factor=4.0
+    ),
+    "yarn": RotaryScaling("yarn", 4.0, original_max_position_embeddings=8),
+}
+
+
+def llama(**overrides) -> LlamaForCausalLM:
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.2,
+    }
+    return build_llama(LlamaConfig(**{**sizes, **overrides}), seed=0).eval()
+
+
+def rewritten(name: str, **overrides) -> LlamaForCausalLM:
+    model = llama(**overrides)
+    pipeline = Pipeline(model, PASSES[name], keep_all=True)
+    pipeline.commit_()
+    lower_to_serve_(pipeline, 0)
+    return model.eval()
+
+
+def on_their_own(model: LlamaForCausalLM, tokens: int) -> list[list[int]]:
+    return [greedy(model, prompt, tokens) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(("name", "heads"), list(itertools.product(PASSES, (4, 2, 1))))
+def test_greedy_is_that_of_the_model_without_a_cache(name, heads):
+    model = rewritten(name, num_key_value_heads=heads)
+    expected = on_their_own(model, 12)
+    assert len({token for row in expected for token in row}) > 4  # and not one token for ever
+    assert Generator(model).generate_ids(PROMPTS, 12, GREEDY) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"]
+)
+@pytest.mark.parametrize("sparsity", [Sparsity(True, False), Sparsity(False, True), Sparsity(True, True)])
+def test_sparse_steps_are_the_dense_step(name, sparsity):
+    """In bfloat16, by the kernels' references: logits after a few tokens, beside those of the dense step."""
+    model = rewritten(name, num_key_value_heads=2, hidden_size=128, intermediate_size=128).bfloat16()
+    if sparsity.packed:
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                if parameter.ndim == 2 and parameter.shape[1] % 4 == 0:
+                    parameter.mul_(top2_of_4(parameter.abs()))
+    expected = Generator(model).generate_ids(PROMPTS, 6, GREEDY)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    there = can_use(model.model.layers)
+    assert there.skipping == (name not in ("stock", "loro", "lost", "weight24"))
+    if sparsity.packed and name not in (
+        "loro",
+        "lost",
+        "cola-relu2-act24",
+    ):  # whose factors may be too narrow
+        assert there.packed == (name != "weight24"), "its linears are not folded here"
+    found = Generator(model, sparsity=sparsity).generate_ids(PROMPTS, 6, GREEDY)
+    same = [
+        a == b for row, other in zip(found, expected, strict=True) for a, b in zip(row, other, strict=True)
+    ]
+    assert sum(same) >= len(same) - 6, "more than a row goes another way: more than rounding"
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
+
+
+@pytest.mark.parametrize(("name", "heads"), list(itertools.product(ROTARY, (4, 2))))
+def test_rotary_scalings_and_odd_heads(name, heads):
+    model = llama(rope_scaling=ROTARY[name], num_key_value_heads=heads, head_dim=24, tie_word_embeddings=True)
+    assert Generator(model).generate_ids(PROMPTS, 20, GREEDY) == on_their_own(model, 20)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 9])
+def test_a_prompt_in_chunks_is_the_same_prompt(chunk, monkeypatch):
+    monkeypatch.setattr(decoder_module, "CHUNK", chunk)
+    model = llama(num_key_value_heads=2)
+    assert Generator(model).generate_ids(PROMPTS, 6, GREEDY) == on_their_own(model, 6)
+
+
+def test_a_batch_after_another_sees_nothing_of_it():
+    model = llama()
+    generator = Generator(model)
+    generator.generate_ids([[7] * 60, [8] * 90, [9] * 30], 20, GREEDY)
+    assert generator.generate_ids(PROMPTS, 12, GREEDY) == on_their_own(model, 12)
+    assert generator.generate_ids(PROMPTS[:1], 200, GREEDY) == [greedy(model, PROMPTS[0], 200)]
+
+
+def test_a_compiled_step_is_the_same_step_and_compiled_once_a_shape(monkeypatch):
+    model = rewritten("relu2-act24", num_hidden_layers=3, num_key_value_heads=2)
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    generator = Generator(model, compiled=True)
+    assert generator.generate_ids(PROMPTS, 12, GREEDY) == on_their_own(model, 12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    generator.generate_ids(PROMPTS, 30, GREEDY)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert generator.generate_ids(PROMPTS[:1], 12, GREEDY) == on_their_own(model, 12)[:1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=5, top_p=0.9), Sampling(temperature=3.0)])
+def test_a_draw_is_of_the_seed_and_of_no_neighbour(sampling):
+    generator = Generator(llama())
+    together = generator.generate_ids(PROMPTS, 20, sampling, seed=5)
+    alone = [
+        generator.generate_ids([prompt], 20, sampling, seed=5 + row)[0] for row, prompt in enumerate(PROMPTS)
+    ]
+    assert together == alone
+    assert together != generator.generate_ids(PROMPTS, 20, sampling, seed=6)
+
+
+def cut(row: list[int], ends: set[int]) -> list[int]:
+    places = [place for place, token in enumerate(row) if token in ends]
+    return row[: places[0] + 1] if places else row
+
+
+def test_rows_end_with_their_own_end_of_text():
+    model = llama()
+    rows = on_their_own(model, 12)
+    end = rows[0][5]
+    ended = llama(eos_token_id=(end, 30))
+    found = Generator(ended).generate_ids(PROMPTS, 12, GREEDY)
+    assert found == [cut(row, {end, 30}) for row in rows]
+    assert len({len(row) for row in found}) > 1
+    assert Generator(ended).generate_ids(PROMPTS, 12, GREEDY, until_end=False) == rows
+
+
+class Letters:
+    """A token a letter; the end of text, 30, is none."""
+
+    eos_id = 30
+
+    def encode(self, text: str) -> list[int]:
+        return ["abcdefghijklmnopqrstuvwxyz0123".index(letter) for letter in text]
+
+    def decode(self, ids) -> str:
+        return "".join("abcdefghijklmnopqrstuvwxyz0123"[id] for id in ids if id != 30)
+
+    def known_ids(self, size: int) -> torch.Tensor:
+        return torch.arange(size) != 29
+
+
+def test_text_streams_and_ends_before_a_stop_string():
+    model = llama()
+    generator = Generator(model, Letters())
+    prompts = ["dab", "zz"]
+    whole = generator(prompts, 16, GREEDY)
+    assert [done.reason for done in whole] == ["length"] * 2 or "end" in {done.reason for done in whole}
+    text = whole[0].text
+    stop = text[4:6]
+    place = text.index(stop)
+    done = {}
+    pieces = list(generator.stream(prompts, 16, GREEDY, (stop, "nothing of this"), done=done))
+    assert "".join(piece.text for piece in pieces if piece.row == 0) == text[:place] == done[0].text
+    assert done[0].reason == "stop"
+    assert "".join(piece.text for piece in pieces if piece.row == 1) == done[1].text
+    assert sorted(piece.row for piece in pieces if piece.reason) == [0, 1]
+    # One piece a token, and the prompts take turns: text is shown as it comes.
+    assert [piece.row for piece in pieces if piece.text][:4] == [0, 1, 0, 1]
+
+
+def test_a_token_that_the_tokenizer_lacks_is_never_taken():
+    model = llama()
+    with torch.no_grad():
+        model.head_weight[29] = 100 * model.head_weight[0]
+    drawn = Generator(model, Letters()).generate_ids(PROMPTS, 200, Sampling(temperature=5.0), until_end=False)
+    assert 29 not in {token for row in drawn for token in row}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "told"),
+    [
+        (["abc", ""], {}, "prompt 1 is empty"),
+        (["a" * 32], {}, "the prompt has 32 tokens, and the model 32 positions, with none left"),
+        (["a" * 20], {"tokens": 20}, "12 tokens can be added, not 20"),
+        (["a"], {"tokens": 0}, "tokens has to be 1 or more, got 0"),
+        (["a"], {"seed": 2**62}, "seed has to be 0 or more and below"),
+        (["a"], {"seed": -1}, "seed has to be 0 or more"),
+        (["a"], {"stop": ("x", "")}, "a stop string is empty"),
+        (["\udcff"], {}, "prompt 0 is no UTF-8"),
+    ],
+)
+def test_bad_input_is_named(prompts, options, told):
+    generator = Generator(llama(max_position_embeddings=32), Letters())
+    with pytest.raises(Act24Error, match=told):
+        generator(prompts, **{"tokens": 4, **options})
+
+
+def test_ids_beyond_the_vocabulary_and_other_models_are_refused():
+    with pytest.raises(Act24Error, match="prompt 1 holds id 31; the model's vocabulary has 31"):
+        Generator(llama()).generate_ids([[1], [2, 31]], 4)
+    with pytest.raises(Act24Error, match="not Linear"):
+        act24.Generator(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_batch_that_does_not_fit_says_what_it_needs():
+    generator = Generator(llama(max_position_embeddings=10**9, num_key_value_heads=4))
+    # 4 heads of 16, 2 blocks, keys and values, float32: 1 KiB a slot.
+    with pytest.raises(Act24Error, match=r"1 rows of 900\d{6} tokens need 858\.\d\d GiB of keys and values"):
+        generator.generate_ids([[1]], 900_000_000)

@@ -1,0 +1,88 @@
+"""The kernels of decoding against products with dense weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from act24.sparse24.kernels.packed_decode import packed_for_decode, unpacked
+from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.kernels.skipping_product import FUNCTIONS, split_number
+from act24.sparse24.pattern.selection import top2_of_4
+
+
+def draw(*shape: int) -> torch.Tensor:
+    """Multiples of 1/4, which add up exactly in any order."""
+    return (torch.randint(-2, 3, shape) / 4).bfloat16()
+
+
+def activated(hidden: torch.Tensor, function: str) -> torch.Tensor:
+    return {"relu2": hidden.relu().square(), "relu": hidden.relu(), "none": hidden}[function].double()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize(("features", "width"), [(256, 64), (1000, 300)])
+def test_skipping_is_the_dense_product(tokens, features, width, function):
+    hidden, weight = draw(tokens, features), draw(features, width)
+    hidden = torch.where(torch.rand(hidden.shape) < 0.8, -hidden.abs() if function != "none" else 0, hidden)
+    hidden[:, :40] = 1  # a cluster
+    hidden[:, -3] = -0.0
+    parts = OPERATORS["skipping_product"].launch(hidden, weight, function)
+    assert parts.shape == (split_number(features), tokens, width)
+    assert torch.equal(parts.sum(0).double(), activated(hidden, function) @ weight.double())
+    assert torch.equal(parts, OPERATORS["skipping_product"].reference(hidden, weight, function))
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_nothing_active_and_what_is_not_finite(tokens, value):
+    """A row of NaN weights is not read where no token is active, and a NaN activation is seen."""
+    hidden, weight = torch.full((tokens, 256), -1.0).bfloat16(), draw(256, 64)
+    weight[7] = torch.nan
+    hidden[0, 9] = value
+    y = OPERATORS["skipping_product"].launch(hidden, weight, "relu2").sum(0)
+    assert bool(y[0].isnan().all()) == (value != value)
+    if value == 0:
+        assert not y.any()
+
+
+def weight24(outputs: int, inputs: int) -> torch.Tensor:
+    weight = draw(outputs, inputs)
+    weight = torch.where(top2_of_4(torch.rand(weight.shape)), weight, 0)
+    weight[0] = 0
+    return weight
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 128), (37, 640), (24, 4224), (9, 8192)])
+def test_packed_is_the_dense_product(outputs, inputs):
+    weight, x = weight24(outputs, inputs), draw(1, inputs)
+    packed = packed_for_decode(weight)
+    assert torch.equal(unpacked(*packed), weight)
+    assert sum(part.numel() * part.itemsize for part in packed) * 16 == weight.numel() * 2 * 9
+    y = OPERATORS["packed_decode"].launch(x, *packed)
+    assert torch.equal(y, (x.double() @ weight.double().T).bfloat16())
+    assert torch.equal(y, OPERATORS["packed_decode"].reference(x, *packed))
+
+
+def test_every_place_of_two_in_four():
+    """All pairs of places, one alone among them, in every eighth of a row."""
+    patterns = [[float(1 + p) * (p in kept) for p in range(4)] for kept in _subsets()]
+    flat = torch.tensor(patterns).flatten().bfloat16()  # 40 entries, ten groups
+    weight = torch.stack([flat.roll(4 * n).repeat(4)[:128] for n in range(10)])
+    x = draw(1, 128)
+    packed = packed_for_decode(weight)
+    assert torch.equal(unpacked(*packed), weight)
+    y = OPERATORS["packed_decode"].launch(x, *packed)
+    assert torch.equal(y.double(), x.double() @ weight.double().T)
+
+
+def _subsets() -> list[set[int]]:
+    return [{a, b} for a in range(4) for b in range(a, 4)]
+
+
+@pytest.mark.parametrize(("tokens", "inputs"), [(2, 128), (1, 64)])
+def test_what_the_kernel_does_not_take_is_refused(tokens, inputs):
+    packed = packed_for_decode(weight24(8, inputs))
+    with pytest.raises(ValueError, match="packed_decode"):
+        OPERATORS["packed_decode"].launch(draw(tokens, inputs), *packed)

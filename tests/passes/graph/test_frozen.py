@@ -1,0 +1,116 @@
+"""What stands in an opened module's place: what can be read of it, and what can no longer be set."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import SwiGLU, features
+
+from act24.passes import LowRank, PassError, Relu2FFN, Weight24, apply_
+from act24.passes.graph.region import RegionModule
+
+MLP_RANK = {"scope": "mlp", "mlp_rank": 2}
+
+
+# Parents that read what stands below them
+
+
+class Reading(nn.Module):
+    """Reads its child past its forward; the default argument keeps it from being traced."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.child = SwiGLU(4, 8)
+        self.child.scale = 0.5
+        self.how = how
+
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        if self.how == "weight":
+            return self.child(F.linear(F.linear(x, self.child.up.weight), self.child.up.weight.T))
+        if self.how == "gate":
+            return self.child(x) + self.child.gate(x).sum()
+        return self.child(x) * self.child.scale
+
+
+def test_a_parent_that_reads_a_weight_of_its_child_is_found() -> None:
+    model = nn.Sequential(Reading("weight"), Reading("weight"))
+    before = {name: id(p) for name, p in model.named_parameters()}
+    with pytest.raises(PassError, match=r"fails where the stock one runs.*ignore"):
+        apply_(model, [LowRank(targets=("*.child.*",), **MLP_RANK)])
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert type(model[0].child) is SwiGLU
+    model = nn.Sequential(Reading("gate"), Reading("gate"))
+    with pytest.raises(PassError, match="fails where the stock one runs"):
+        apply_(model, [Relu2FFN()])
+
+
+def test_plain_values_of_a_child_stay_readable_and_are_not_written() -> None:
+    model = nn.Sequential(Reading("scale"), Reading("scale"))
+    apply_(model, [Relu2FFN()])
+    x = features(3, 4)
+    assert torch.equal(model[0](x), model[0].child(x) * 0.5)
+    assert isinstance(model[0].child, RegionModule)
+    model[0].child.scale = 0.5  # as it is
+    with pytest.raises(PassError, match="scale of a SwiGLU cannot be set any more"):
+        model[0].child.scale = 0.25
+    with pytest.raises(PassError, match="gate of a SwiGLU cannot be set"):
+        model[0].child.gate = nn.Linear(4, 8)
+    twin = copy.deepcopy(model)
+    with pytest.raises(PassError, match="scale of a SwiGLU"):
+        twin[1].child.scale = 0.25
+
+
+def test_a_module_that_is_held_outside_is_found() -> None:
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = SwiGLU(4, 8)
+            self.held = [self.child]
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            return self.held[0](x)
+
+    model = nn.Sequential(Alias(), Alias())
+    with pytest.raises(PassError, match=r"does not read it|reads it all the same"):
+        apply_(model, [Relu2FFN()])
+    assert type(model[0].child) is SwiGLU
+
+
+SWITCH = 2.0
+
+
+class Settings:
+    factor = 1.0
+
+    def __init__(self) -> None:
+        self.factor = 3.0
+        self.other = 1
+
+
+def test_values_outside_are_compared_at_every_lowering(monkeypatch: Any) -> None:
+    class Configured(SwiGLU):
+        def __init__(self) -> None:
+            super().__init__(4, 8)
+            self.settings = Settings()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x)) * self.settings.factor * SWITCH
+
+    model = nn.Sequential(Configured(), Configured())
+    settings = model[0].settings
+    pipeline = apply_(model, [Relu2FFN(), Weight24(scope="mlp", from_step=3)])
+    settings.other = 2  # nobody reads it
+    pipeline.lower_(3)
+    settings.factor = 4.0
+    with pytest.raises(PassError, match=r"settings\.factor was 3\.0 when the model was traced, and is 4\.0"):
+        pipeline.lower_(0)
+    settings.factor = 3.0
+    monkeypatch.setattr(sys.modules[__name__], "SWITCH", 5.0)
+    with pytest.raises(PassError, match=r"SWITCH of .*test_frozen was 2\.0"):
+        pipeline.begin_update_(0)

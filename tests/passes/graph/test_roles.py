@@ -1,0 +1,328 @@
+"""What a linear is for, as the graph shows it and as names hint at it; and what a pass reaches of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import SwiGLU, Trunk, features, regions
+
+from act24.passes import (
+    Activation24,
+    Cola,
+    LowRank,
+    PartialWarning,
+    PassError,
+    Relu2FFN,
+    Weight24,
+    apply_,
+    plan,
+    trace,
+)
+from act24.passes.graph.region import RegionModule
+from act24.passes.graph.roles import role_by_name
+
+
+class Scores(nn.Module):
+    """Attention under names that say nothing, with scores by hand or by torch, and a network beside it."""
+
+    def __init__(self, by_hand: bool = False) -> None:
+        super().__init__()
+        for name in "abcdef":
+            setattr(self, name, nn.Linear(16, 16))
+        self.by_hand = by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.a(x), self.b(x), self.c(x)
+        if self.by_hand:
+            mixed = torch.softmax(q @ k.transpose(-1, -2) / 4, -1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.d(mixed)
+        return x + self.f(F.gelu(self.e(x)))
+
+
+class Choice(nn.Module):
+    """A router beside a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(16, 4), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, _ = torch.topk(torch.softmax(self.first(x), -1), 1)
+        return self.third(F.silu(self.second(x))) * weight
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_graph_tells_attention_from_networks(by_hand: bool) -> None:
+    region = trace(nn.ModuleList([Scores(by_hand)]))[0][0]
+    roles = {name.removesuffix(".weight"): role for name, role in region.roles.items()}
+    assert roles == {"a": "attn", "b": "attn", "c": "attn", "d": "attn", "e": "mlp", "f": "mlp"}
+
+
+def test_factors_have_the_role_of_their_weight() -> None:
+    model = nn.Sequential(Scores(), Scores())
+    apply_(model, [Cola(scope="attn", attn_rank=4), Weight24(scope="mlp")])
+    names = set(model.state_dict())
+    assert {"0.a.weight_in", "0.d.weight_out", "1.e.weight24_mask"} <= names
+    assert not any("_in24_mask" in name for name in names)
+
+
+def test_routers_are_left_alone_unless_named() -> None:
+    model = nn.Sequential(Choice(), Choice())
+    report = plan(model, [LowRank(scope="mlp", mlp_rank=8)])
+    assert {row.fqn.rpartition(".")[2] for row in report.rows} == {"second", "third"}
+    assert {row.fqn for row in plan(model, [Weight24(targets=("*.first",))]).rows} == {"0.first", "1.first"}
+    with pytest.raises(PassError, match=r"mlp_rank = 8 is above 4.*ignore=\['0\.first'\]"):
+        plan(model, [LowRank(scope="mlp", mlp_rank=8, targets=("*.first", "*.second"))])
+
+
+@pytest.mark.parametrize(
+    ("fqn", "role"),
+    [
+        ("attn_layers.0.ffn.w1", "mlp"),
+        ("model.decoder.layers.3.fc1", "mlp"),
+        ("encoder.layer.0.attention.output.dense", "attn"),
+        ("encoder.layer.0.intermediate.dense", "mlp"),
+        ("decoder.block.0.layer.1.DenseReluDense.wi", "mlp"),
+        ("layers.0.w3", "mlp"),
+        ("layers.0.self_attn.q_proj", "attn"),
+        ("h.0.query_key_value", "attn"),
+        ("rwkv.blocks.0.feed_forward.key", "mlp"),
+        ("rwkv.blocks.0.attention.receptance", "attn"),
+        ("layers.0.mlp.router", "router"),
+        ("layers.0.self_attn.q_proj.lora_A.default", "lora"),
+        ("lm_head", "other"),
+    ],
+)
+def test_names_are_read_from_the_inside_out(fqn: str, role: str) -> None:
+    assert role_by_name(fqn, {}) == role
+
+
+# What is reached, and what is left
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stacked = nn.Parameter(torch.randn(3, 16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.stacked:
+            x = x @ weight
+        return x
+
+
+def test_the_report_says_what_is_left_and_why() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.experts, self.ffn = (
+                SwiGLU(),
+                Experts(),
+                nn.Sequential(nn.Linear(16, 16), nn.GELU()),
+            )
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            return self.ffn(self.experts(self.mlp(x)))
+
+    model = nn.ModuleList([Layer(), Layer()])
+    (line,) = plan(model, [Relu2FFN()]).coverage
+    total, reached = 2 * (3 * 16 * 32 + 3 * 16 * 16 + 16 * 16), 2 * 3 * 16 * 32
+    assert (line.reached, line.total) == (reached, total)
+    assert str(line) == (
+        "relu2_ffn reaches 60% of the feed-forward matrices; left: *.experts.stacked 30% (stacked "
+        "parameters, which no pass takes apart); *.ffn.* 10% (a single linear)"
+    )
+    with pytest.warns(PartialWarning, match="relu2_ffn reaches 60%"):
+        apply_(model, [Relu2FFN()])
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_an_earlier_pass_takes_away_is_not_left() -> None:
+    pipeline = apply_(Trunk(SwiGLU), [Relu2FFN(), LowRank(scope="mlp", mlp_rank=2)])
+    assert [str(line) for line in pipeline.report.coverage] == [
+        "relu2_ffn reaches 100% of the feed-forward matrices",
+        "low_rank reaches 100% of the feed-forward matrices",
+    ]
+    assert not pipeline.report.partial
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_ignored_or_optional_is_no_remainder() -> None:
+    model = Trunk(SwiGLU)
+    apply_(model, [Relu2FFN(ignore=("blocks.1.mlp",))])
+    assert isinstance(model.blocks[0], RegionModule)
+    model = Trunk(SwiGLU)
+    model.blocks[1].mlp.requires_grad_(False)
+    assert apply_(model, [Relu2FFN(optional=True)]).report.partial
+
+
+def test_frozen_parameters_stay_unless_targeted() -> None:
+    def frozen() -> Trunk:
+        model = Trunk(SwiGLU)
+        model.blocks[0].requires_grad_(False)
+        return model
+
+    report = plan(frozen(), [LowRank(scope="mlp", mlp_rank=2)])
+    assert {row.fqn.split(".")[1] for row in report.rows} == {"1"}
+    assert {reason for _, _, reason in report.misses} == {
+        "frozen: name it in targets to change it all the same"
+    }
+    assert plan(frozen(), [Weight24(targets=("blocks.0.*",))]).rows
+    with pytest.raises(PassError, match="frozen, and what takes its place would never train: unfreeze it"):
+        plan(frozen(), [Relu2FFN(targets=("blocks.0.*",))])
+
+
+def test_factors_of_lora_are_left_alone() -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(16, 16)
+            self.lora_A, self.lora_B = nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = Adapted(), Adapted()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.up(x)).square())
+
+    report = plan(Trunk(MLP), [LowRank(scope="mlp", mlp_rank=4), Activation24()])
+    factorised = {row.fqn for row in report.rows if row.pass_name == "low_rank"}
+    assert factorised == {f"blocks.{i}.mlp.{name}.base_layer" for i in (0, 1) for name in ("up", "down")}
+    assert sum(row.pass_name == "activation24" for row in report.rows) == 2
+
+
+# What can be a region, and what says why it is none
+
+
+def test_the_model_itself_can_be_a_region() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    x, names = features(64, 16), list(model.state_dict())
+    expected = model(x)
+    kept = model
+    pipeline = apply_(model, [Activation24(from_step=3)])
+    assert pipeline.model is kept
+    assert isinstance(model, RegionModule)
+    assert torch.equal(model(x), expected)
+    assert list(model.state_dict()) == names
+    assert [row.fqn for row in pipeline.report.rows] == ["the model"]
+    pipeline.lower_(3)
+    hidden = F.relu(F.linear(x, model.get_parameter("0.weight"), model.get_parameter("0.bias")))
+    groups = hidden.view(64, 8, 4)
+    top = torch.zeros_like(groups).scatter(-1, groups.topk(2).indices, 1.0)
+    by_hand = F.linear(
+        (groups * top).view(64, 32), model.get_parameter("2.weight"), model.get_parameter("2.bias")
+    )
+    torch.testing.assert_close(model(x), by_hand)
+    gated = SwiGLU()
+    apply_(gated, [Relu2FFN(), LowRank(scope="mlp", mlp_rank=4, targets=("up", "down"))])
+    assert set(gated.state_dict()) == {f"{n}.weight_{part}" for n in ("up", "down") for part in ("in", "out")}
+    gated(features(3, 16)).sum().backward()
+
+
+def test_a_bare_container_is_searched() -> None:
+    model = nn.Module()
+    model.body = nn.Module()
+    model.body.layers = nn.ModuleList([SwiGLU(), SwiGLU()])
+    assert regions(model) == {"body.layers.0": "SwiGLU", "body.layers.1": "SwiGLU"}
+
+
+def test_closed_modules_of_torch_say_why() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), SwiGLU())
+    report = plan(model, [LowRank(attn_rank=4, mlp_rank=4)])
+    text = str(report.coverage[0])
+    assert "torch's own class reads weights past the forward of its linears: write it with nn.Linear" in text
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_with_a_matrix_is_a_linear(transposed: bool) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn((32, 16) if transposed else (16, 32)))
+            self.down = nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x @ self.up.T if transposed else torch.matmul(x, self.up)
+            return self.down(F.relu(h))
+
+    model = nn.Sequential(Product(), Product())
+    x = features(2, 3, 16)
+    expected = model(x)
+    report = apply_(model, [Activation24(from_step=2)]).report
+    assert [row.before for row in report.rows] == ["linear · relu · linear"] * 2
+    assert torch.equal(model(x), expected)
+
+
+def test_a_relu_between_convolutions_is_no_site() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.out = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 4, 1), nn.Linear(6, 6)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.two(self.act(self.one(x))))
+
+    with pytest.raises(PassError, match="no relu"):
+        plan(nn.Sequential(Stem(), Stem()), [Activation24()])
+
+
+# relu2_ffn
+
+
+class Fused(nn.Module):
+    def __init__(self, activation: Any = F.silu) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(16, 64), nn.Linear(32, 16)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(up * self.activation(gate))
+
+
+@pytest.mark.parametrize("width", ["parity", "exact", "keep"])
+def test_gate_and_up_of_one_linear(width: Any) -> None:
+    model = Trunk(Fused)
+    report = apply_(model, [Relu2FFN(width=width)]).report
+    new = {"parity": 128, "exact": 48, "keep": 32}[width]
+    assert report.rows[0].before == "silu(gate)·up, F 32"
+    assert model.blocks[0].mlp.gate_up.weight.shape == (new, 16)
+    assert model.blocks[0].mlp.down.weight.shape == (16, new)
+    x, mlp = features(3, 16), model.blocks[0].mlp
+    hidden = F.linear(model.blocks[0].norm(x), mlp.gate_up.weight, mlp.gate_up.bias).relu().square()
+    torch.testing.assert_close(model.blocks[0](x), x + F.linear(hidden, mlp.down.weight, mlp.down.bias))
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_halves_the_other_way_round_are_not_taken() -> None:
+    class Swapped(Fused):
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(up * F.silu(gate))
+
+    with pytest.raises(PassError, match="relu2_ffn matches nothing"):
+        plan(Trunk(Swapped), [Relu2FFN()])
+
+
+def test_networks_gated_by_gelu_are_named_and_taken_where_that_is_asked_for() -> None:
+    gelu = lambda x: F.gelu(x, approximate="tanh")  # noqa: E731
+    with pytest.raises(PassError, match='gated by gelu: gate = "gelu" takes it'):
+        plan(Trunk(lambda: Fused(gelu)), [Relu2FFN()])
+    for gate in ("gelu", "any"):
+        rows = plan(Trunk(lambda: Fused(gelu)), [Relu2FFN(gate=gate)]).rows
+        assert [row.before for row in rows] == ["gelu(gate)·up, F 32"] * 2
+    assert not plan(Trunk(Fused), [Relu2FFN(gate="gelu", optional=True)]).rows

@@ -1,0 +1,178 @@
+"""Families of transformers × passes: each works, or refuses and says why. `docs/models.md` is the table.
+
+On a difference that is meant: ACT24_GOLDEN=write pytest -m slow tests/passes/test_families.py, and read the
+diff.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, MASKED, SEQ2SEQ, build, inputs
+from torch import Tensor
+
+from act24.passes import (
+    Activation24,
+    Cola,
+    LowRank,
+    PartialWarning,
+    Pass,
+    PassError,
+    Pipeline,
+    Recompute,
+    Relu2FFN,
+    Weight24,
+    apply_,
+    plan,
+)
+from act24.passes.weight24 import MASK
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
+RANKS = {"attn_rank": 4, "mlp_rank": 4}
+LATER = 3
+COLUMNS: dict[str, Callable[[], list[Pass]]] = {
+    "relu2_ffn + activation24": lambda: [Relu2FFN(gate="any"), Activation24(from_step=LATER)],
+    "low_rank": lambda: [LowRank(**RANKS)],
+    "cola": lambda: [Cola(**RANKS, bottleneck="relu2")],
+    "activation24": lambda: [Activation24(from_step=LATER)],
+    "weight24": lambda: [Weight24(from_step=LATER)],
+    "cola + recompute": lambda: [Cola(**RANKS), Recompute()],
+}
+
+
+def outputs(model: Any, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**given).logits
+
+
+def cell(family: str, make: Callable[[], list[Pass]]) -> str:
+    """What the table says of one family and one list of passes; assertions are what "works" means."""
+    model = build(family)
+    given = inputs(family, model)
+    expected = outputs(model, given)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    state = copy.deepcopy(model.state_dict())
+    try:
+        report = plan(model, make(), probe=given)
+    except PassError as error:
+        assert {name: id(p) for name, p in model.named_parameters()} == before
+        assert torch.equal(outputs(model, given), expected)
+        return f"– {_shortened(str(error))}"
+    # The plan touches nothing, and what it says is what is done.
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PartialWarning)
+        pipeline = apply_(model, make(), probe=given)
+    assert pipeline.report.rows == report.rows
+    assert "as a whole was not checked" not in pipeline.report.checked
+    assert sum(p.numel() for p in model.parameters()) == report.parameters_after
+    _same_before(pipeline, given, expected)
+    pipeline.lower_(LATER)
+    _as_by_hand(family, pipeline, given, state)
+    _gradients(pipeline, given)
+    _copies(family, pipeline, make, given)
+    _half(family, make)
+    _generates(family, model)
+    shares = [c.reached / c.total for c in pipeline.report.coverage if c.total]
+    return f"{min(shares):.0%}"
+
+
+def _shortened(text: str) -> str:
+    text = re.sub(r"^\w+ matches nothing\. ", "", text)
+    reasons = [part.split(": ", 1)[-1] for part in re.split(r"; |\. Not traced: ", text)]
+    telling = [reason for reason in reasons if reason not in ("a single linear", "not targeted")] or reasons
+    return telling[0].partition(" (pass relu2_ffn")[0][:100]
+
+
+def _same_before(pipeline: Pipeline, given: dict[str, Tensor], expected: Tensor) -> None:
+    if all(p.kind == "operational" for p in pipeline.passes):
+        assert torch.equal(outputs(pipeline.model, given), expected)
+
+
+def _as_by_hand(family: str, pipeline: Pipeline, given: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """The stock model with the weights that the passes multiply with."""
+    stock = build(family)
+    if isinstance(pipeline.passes[0], LowRank):
+        stock.load_state_dict(pipeline.state_to_stock(pipeline.model.state_dict()))
+    elif isinstance(pipeline.passes[0], Weight24):
+        buffers = dict(pipeline.model.named_buffers())
+        with torch.no_grad():
+            for name, parameter in stock.named_parameters():
+                if name + MASK in buffers:
+                    parameter.mul_(buffers[name + MASK])
+    else:
+        return
+    torch.testing.assert_close(outputs(pipeline.model, given), outputs(stock, given), rtol=1e-3, atol=1e-4)
+
+
+def _gradients(pipeline: Pipeline, given: dict[str, Tensor]) -> None:
+    """All parameters that pass and model share or made have one, where the stock model's had."""
+    model = pipeline.model.train()
+    pipeline.begin_update_(LATER, given)
+    torch.manual_seed(0)
+    model(**given).logits.float().square().mean().backward()
+    missing = {n for module in pipeline.modules for n, p in module.named_parameters() if p.grad is None}
+    assert not missing
+    model.zero_grad()
+    model.eval()
+
+
+def _copies(
+    family: str, pipeline: Pipeline, make: Callable[[], list[Pass]], given: dict[str, Tensor]
+) -> None:
+    model = pipeline.model
+    with pipeline.evaluation():
+        other = copy.deepcopy(model)
+    assert torch.equal(outputs(other, given), outputs(model, given))
+    again = build(family)
+    apply_(again, make(), seed=1, step=LATER, check=False)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(again, given), outputs(model, given))
+
+
+def _half(family: str, make: Callable[[], list[Pass]]) -> None:
+    model = build(family, torch.bfloat16)
+    given = inputs(family, model)
+    apply_(model, make(), step=LATER, probe=given)
+    found = outputs(model, given)
+    assert found.dtype is torch.bfloat16
+    assert found.isfinite().all()
+
+
+def _generates(family: str, model: Any) -> None:
+    if family in MASKED or not model.can_generate():
+        return
+    given = inputs(family, model)
+    given.pop("decoder_input_ids", None)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    if family in SEQ2SEQ:
+        options["decoder_start_token_id"] = 1
+    cached = model.generate(**given, **options, use_cache=True)
+    assert torch.equal(cached, model.generate(**given, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str) -> None:
+    cells = [cell(family, make) for make in COLUMNS.values()]
+    row = f"| {type(build(family)).__name__} | " + " | ".join(cells) + " |"
+    text = TABLE.read_text(encoding="utf-8")
+    if os.environ.get("ACT24_GOLDEN") == "write":
+        head, rows = text.split("|---", 1)
+        rule, *kept = ("|---" + rows).splitlines()
+        name = row.split(" | ")[0]
+        kept = sorted([line for line in kept if not line.startswith(name + " ")] + [row], key=str.casefold)
+        text = "\n".join([head.rstrip("\n"), rule, *kept]) + "\n"
+        TABLE.write_text(text, encoding="utf-8")
+    assert row in text.splitlines()

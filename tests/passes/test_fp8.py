@@ -1,0 +1,177 @@
+"""The pass `fp8`: which linears it takes, what it leaves, and what a training loop owes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from toys import llama, tokens
+
+from act24.errors import PassError
+from act24.fp8.linear import linear_fp8, underflow_counts
+from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.passes import (
+    Activation24,
+    ActivationStatistics,
+    Cola,
+    Fp8,
+    LowRank,
+    Pass,
+    Pipeline,
+    Recompute,
+    Relu2FFN,
+    Weight24,
+    apply_,
+    plan,
+)
+from act24.passes.fp8 import PARTS, pays
+from act24.passes.graph.normal_form import nodes_of
+from act24.sparse24.feed_forward.operation import activation24
+from act24.tools.watch.fp8_watch import take_underflow_
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def taken(*passes: Pass, **sizes: int) -> list[str]:
+    """The names of what fp8 takes in the first block."""
+    report = plan(llama(**sizes), passes)
+    return [r.fqn for r in report.rows if r.pass_name == "fp8" and ".0." in r.fqn]
+
+
+def losses(model: LlamaForCausalLM, pipeline: Pipeline, updates: int = 3) -> list[Tensor]:
+    optimizer, result = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for step in range(updates):
+        pipeline.begin_update_(step)
+        for index in range(2):
+            ids = tokens(seed=2 * step + index)
+            loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+            loss.backward()
+            result.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return result
+
+
+def test_it_takes_every_linear_of_the_blocks() -> None:
+    names = [name.rpartition(".")[2] for name in taken(Fp8())]
+    assert sorted(names) == sorted(LINEARS)
+
+
+def test_it_takes_what_others_leave() -> None:
+    assert [n.rpartition(".")[2] for n in taken(Relu2FFN(), Activation24(), Fp8())] == list(LINEARS[:4])
+    assert not taken(Weight24(method="ste"), Fp8(optional=True))
+    factors = taken(LowRank(attn_rank=16, mlp_rank=16), Fp8())
+    assert len(factors) == 2 * len(LINEARS)
+    with pytest.raises(PassError, match="activation24 stands behind fp8"):
+        taken(Relu2FFN(), Fp8(), Activation24())
+
+
+def test_targets_ignore_and_sizes_are_said() -> None:
+    names = taken(Fp8(targets=("*mlp*",), ignore=("*down_proj",)))
+    assert [n.rpartition(".")[2] for n in names] == ["gate_proj", "up_proj"]
+    report = plan(llama(), [Fp8(precision="auto", optional=True)])
+    assert not [r for r in report.rows if r.pass_name == "fp8"]
+    assert "casts would take what products gain" in str(report)
+    odd = plan(llama(intermediate_size=40), [Fp8()])
+    assert "its weight is 40 × 32, and e4m3 wants multiples of 16" in str(odd)
+
+
+def test_auto_takes_large_linears_only() -> None:
+    assert all(pays(*shape) for shape in ((4096, 4096), (2048, 2048), (16384, 4096)))
+    assert not any(pays(*shape) for shape in ((768, 768), (4096, 256)))
+
+
+def test_it_trains_close_to_the_model_without_it_and_is_gone_in_evaluation() -> None:
+    narrow, plain = llama(), llama()
+    pipeline = apply_(narrow, [Fp8()])
+    ids = tokens()
+    with pipeline.evaluation():
+        assert torch.equal(narrow(ids), plain(ids))
+    assert torch.equal(narrow.eval()(ids), plain(ids))
+    narrow.train()
+    pipeline.begin_update_(0)
+    difference = (narrow(ids) - plain(ids)).norm() / plain(ids).norm()
+    assert 1e-3 < difference < 0.1
+    ours, theirs = losses(narrow, pipeline), losses(plain, apply_(plain, []))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)
+    assert ours != theirs
+
+
+def test_casts_that_are_kept_are_those_of_every_update_at_one_address() -> None:
+    kept, casting = llama().bfloat16(), llama().bfloat16()
+    pipelines = []
+    for model, keep in ((kept, True), (casting, False)):
+        pipeline = apply_(model, [Fp8()])
+        (p,) = pipeline.active
+        assert isinstance(p, Fp8)
+        pipeline.exchange_(p, replace(p, keep_cast=keep))
+        pipelines.append(pipeline)
+    pipelines[0].begin_update_(0)
+    places = {n: b.data_ptr() for n, b in kept.named_buffers() if n.endswith(PARTS)}
+    assert len(places) == 2 * len(LINEARS) * len(PARTS)
+    assert losses(kept, pipelines[0]) == losses(casting, pipelines[1])
+    assert {n: b.data_ptr() for n, b in kept.named_buffers() if n.endswith(PARTS)} == places
+    assert not [n for n in kept.state_dict() if n.endswith(PARTS)]
+
+
+def test_step_ranges_and_recomputation() -> None:
+    model = llama()
+    pipeline = apply_(model, [Fp8(from_step=1, until_step=2)])
+    found = []
+    for step in range(3):
+        pipeline.lower_(step)
+        found.append(sum(len(list(nodes_of(m.graph, linear_fp8))) for m in pipeline.modules))
+    assert found == [0, 2 * len(LINEARS), 0]
+    results = []
+    for extra in ((), (Recompute(),)):
+        model = llama()
+        pipeline = apply_(model, [Cola(attn_rank=16, mlp_rank=16), Fp8(), *extra])
+        results.append(losses(model, pipeline, 1))
+    torch.testing.assert_close(*results)
+
+
+def test_activation24_goes_along_unless_it_says_otherwise() -> None:
+    def options(*passes: Pass) -> str:
+        model = llama(1)
+        apply_(model, [Relu2FFN(), *passes])
+        nodes = [n for m in model.modules() if hasattr(m, "graph") for n in nodes_of(m.graph, activation24)]
+        return nodes[0].args[-1].precision
+
+    assert options(Activation24()) == "bfloat16"
+    assert options(Activation24(), Fp8()) == "fp8"
+    assert options(Activation24(precision="bfloat16"), Fp8()) == "bfloat16"
+    assert options(Activation24(precision="auto")) == "bfloat16"  # 32 wide
+    assert options(Activation24(), Fp8(precision="auto", optional=True)) == "bfloat16"
+    with torch.device("meta"):
+        large = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=97,
+                hidden_size=2048,
+                intermediate_size=5504,
+                num_attention_heads=16,
+                num_hidden_layers=1,
+            )
+        )
+    report = str(plan(large, [Relu2FFN(), Activation24(), Fp8(precision="auto")]))
+    assert "2:4 naive, dense backward, fp8" in report
+
+
+def test_what_becomes_zero_is_counted() -> None:
+    """By hand: of 32 entries of a token 3 are below half of the smallest number beside a 1, and one is
+    zero."""
+    x = torch.ones(2, 16, 32)
+    x[..., 1:4], x[..., 4], x[..., 5] = 2.0**-19, 0, 2.0**-9 * 0.9
+    assert underflow_counts(x, "rowwise").tolist() == [2 * 31, 2 * 3]
+    model = llama()
+    pipeline = apply_(model, [Fp8(), ActivationStatistics(optional=True)])
+    losses(model, pipeline, 1)
+    shares = take_underflow_(pipeline)
+    assert len(shares) == 2 * len(LINEARS) + 2
+    assert all(0 <= share < 0.05 for share in shares.values())
+    assert not take_underflow_(pipeline)
+    with pipeline.evaluation():
+        model(tokens())
+    assert not take_underflow_(pipeline)

@@ -1,0 +1,231 @@
+"""What can be done to a model of transformers can be done to a rewritten one, with any pass in force."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import SwiGLU, Trunk, features, llama, tokens
+
+from act24.errors import Act24Error
+from act24.passes import (
+    Activation24,
+    Cola,
+    Lost,
+    LowRank,
+    Pass,
+    PassError,
+    Pipeline,
+    Recompute,
+    Relu2FFN,
+    Weight24,
+    apply_,
+)
+
+transformers = pytest.importorskip("transformers")
+
+RANKS = {"attn_rank": 8, "mlp_rank": 8}
+PASSES: dict[str, Callable[[], list[Pass]]] = {
+    "relu2_ffn": lambda: [Relu2FFN()],
+    "activation24": lambda: [Relu2FFN(), Activation24()],
+    "activation24 mvue": lambda: [Relu2FFN(), Activation24(method="mvue")],
+    "low_rank": lambda: [LowRank(**RANKS)],
+    "cola activation24": lambda: [Cola(**RANKS, bottleneck="relu2"), Activation24()],
+    "lost": lambda: [Lost(**RANKS)],
+    "weight24": lambda: [Weight24()],
+    "recompute": lambda: [Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), Activation24(), Recompute()],
+}
+
+
+def ids(rows: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(5, 90, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def build(**sizes: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        **sizes,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(params=PASSES)
+def rewritten(request: pytest.FixtureRequest) -> tuple[Any, Pipeline]:
+    model = build()
+    return model, apply_(model, PASSES[request.param]())
+
+
+def _pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved])
+def test_copies_compute_the_same(rewritten: Any, copied: Callable[[Any], Any]) -> None:
+    model, pipeline = rewritten
+    with pipeline.evaluation():
+        other = copied(model)
+    assert torch.equal(other(ids()).logits, model(ids()).logits)
+    assert all(a is not b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_pipeline_is_copied_with_its_model(rewritten: Any) -> None:
+    """As for an average of the weights, which has to follow every lowering and train on."""
+    model, pipeline = rewritten
+    twin, its = copy.deepcopy((model, pipeline))
+    assert its.model is twin
+    assert [its.regions[name] is twin.get_submodule(name) for name in pipeline.regions] == [True] * len(
+        pipeline.regions
+    )
+    assert torch.equal(twin(ids()).logits, model(ids()).logits)
+    classes = [type(module) for module in pipeline.modules]
+    its.lower_(0, without=[p.name for p in its.passes])
+    assert [type(module) for module in pipeline.modules] == classes
+    its.lower_(0)
+    assert [type(module) for module in its.modules] == classes
+    gradients = []
+    for one, of_one in ((model, pipeline), (twin, its)):
+        one.train()
+        of_one.begin_update_(0, ids())
+        one(ids()).logits.square().mean().backward()
+        gradients.append([p.grad for p in one.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        next(its.modules[0].parameters()).zero_()
+    assert not torch.equal(twin.eval()(ids()).logits, model.eval()(ids()).logits)
+
+
+def test_a_pipeline_that_was_copied_before_it_was_committed() -> None:
+    model = llama()
+    planned = Pipeline(model, [Relu2FFN(), Weight24(scope="attn")])
+    twin = copy.deepcopy(planned)
+    twin.commit_()
+    planned.commit_()
+    assert twin.model is not model
+    assert torch.equal(twin.model.eval()(tokens()), model.eval()(tokens()))
+    model.train()
+    with pytest.raises(Act24Error, match="begin_update_"):
+        twin.model.train()(tokens())
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_gradient_checkpointing(rewritten: Any) -> None:
+    model, pipeline = rewritten
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        pipeline.begin_update_(0, ids())
+        model(ids()).logits.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.gradient_checkpointing_enable()
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_generate_with_every_cache(rewritten: Any) -> None:
+    model, _ = rewritten
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    without = model.generate(ids(1, 4), **options, use_cache=False)
+    assert without.shape == (1, 9)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(model.generate(ids(1, 4), **options, cache_implementation=cache), without)
+
+
+def test_export(rewritten: Any) -> None:
+    model, pipeline = rewritten
+    expected = model(ids()).logits
+    with pipeline.evaluation():
+        exported = torch.export.export(model, (ids(),), {"use_cache": False}, strict=False)
+    torch.testing.assert_close(exported.module()(ids(), use_cache=False).logits, expected)
+
+
+def test_from_meta_by_to_empty(rewritten: Any) -> None:
+    """Masks and scales are those of the weights that are loaded, as if the model had never been on meta."""
+    model, pipeline = rewritten
+    with torch.device("meta"):
+        twin = build()
+    other = apply_(twin, pipeline.passes)
+    twin.to_empty(device="cpu")
+    for module in other.modules:
+        for name, (kind, _) in module.buffer_kinds.items():
+            module.get_buffer(name).fill_(1) if "mask" in kind else None  # whatever lay there
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("24_mask")}
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.endswith("24_mask") for name in missing)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("inv_freq",)):
+            twin.get_buffer(name).copy_(buffer)
+    if not any(isinstance(p, Lost) for p in pipeline.passes):  # whose columns came with the state
+        other.reset_buffers_()
+    kept = dict(model.named_buffers())
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in twin.named_buffers() if "24_mask" in name)
+    assert torch.equal(twin.eval()(ids()).logits, model(ids()).logits)
+
+
+def test_resizing_a_head_that_has_become_factors_is_refused_by_name() -> None:
+    model = build()
+    apply_(model, [LowRank(**RANKS, targets=("lm_head",))])
+    with pytest.raises(PassError, match=r"resize_token_embeddings .* resize the stock model"):
+        model.resize_token_embeddings(120)
+    model = build()
+    apply_(model, [LowRank(**RANKS)])
+    model.resize_token_embeddings(120)
+    assert model(ids()).logits.shape == (2, 9, 120)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ddp_and_fsdp_after(tmp_path: Any) -> None:
+    """One process; their wrappers and what they replace."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        gradients = []
+        for kind in ("plain", "ddp", "fsdp"):
+            model = Trunk(SwiGLU)
+            torch.manual_seed(0)
+            for p in model.parameters():
+                nn.init.normal_(p, std=0.1)
+            pipeline = apply_(model, [LowRank(scope="mlp", mlp_rank=4), Weight24(scope="mlp")])
+            run: Any = model
+            if kind == "ddp":
+                run = nn.parallel.DistributedDataParallel(model)
+            if kind == "fsdp":
+                mesh = init_device_mesh("cpu", (1,))
+                for block in model.blocks:
+                    fully_shard(block, mesh=mesh)
+                run = fully_shard(model, mesh=mesh)
+            pipeline.begin_update_(0)
+            run(features(3, 16)).square().sum().backward()
+            whole = [
+                p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in run.parameters()
+            ]
+            gradients.append(whole)
+        for other in gradients[1:]:
+            for a, b in zip(gradients[0], other, strict=True):
+                torch.testing.assert_close(a, b)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,60 @@
+"""docs/reliability.md says what was tried: its tests exist, with as many cases; counts are those of files."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mutate import MUTATIONS, ROOT
+
+TEXT = (ROOT / "docs/reliability.md").read_text()
+SOAK = json.loads((ROOT / "docs/results/soak.json").read_text())
+#: Of each fault, the tests that inject it and how many cases they have.
+FAULTS = {
+    row.split("|")[1].strip(): (re.findall(r"`(test_\w+\.py)::(test_\w+)`", row), int(row.split("|")[-2]))
+    for row in TEXT.splitlines()
+    if "::test_" in row
+}
+
+
+def test_every_fault_has_a_test_and_says_how_many_cases(request):
+    files = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
+    named = {files[name] for tests, _ in FAULTS.values() for name, _ in tests}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, *map(str, sorted(named))], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    cases: Counter[tuple[str, str]] = Counter()
+    for line in result.stdout.splitlines():
+        if found := re.match(r"(\S+\.py)::(test_\w+)", line):
+            cases[Path(found[1]).name, found[2]] += 1
+    assert len(FAULTS) > 40
+    assert {fault: sum(cases[test] for test in tests) for fault, (tests, _) in FAULTS.items()} == {
+        fault: count for fault, (_, count) in FAULTS.items()
+    }
+    assert all(cases[test] for tests, _ in FAULTS.values() for test in tests)
+
+
+def test_the_soak_is_as_it_was_written():
+    struck = SOAK["struck"]
+    row = [SOAK["kills"], SOAK["runs"], struck["before the first checkpoint"], struck["between checkpoints"]]
+    row += [struck["a checkpoint was half written or half deleted"], len(SOAK["differences"])]
+    assert f"| {' | '.join(map(str, row))} |" in TEXT
+    assert sum(struck.values()) == SOAK["kills"] >= 200
+    assert not SOAK["differences"]
+
+
+def test_the_mutations_are_counted():
+    assert f"`make mutate` changes {len(MUTATIONS)} chosen lines" in TEXT
+
+
+@pytest.mark.slow
+def test_the_soak_finds_nothing_in_a_few_kills():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests/soak.py"), "--kills", "4"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout[result.stdout.index("{") :])["kills"] == 4

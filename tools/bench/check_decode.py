@@ -1,0 +1,134 @@
+"""`python -m act24.tools.bench.check_decode`, by hand on a GPU: the kernels of decoding against their
+references, generation in CUDA graphs against generation step by step, and the time of each kernel beside
+cuBLAS with weights that no cache holds.
+
+Prints what failed, and leaves with status 1 then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from act24.inference.generator import Generator
+from act24.inference.layer import DENSE, Sparsity
+from act24.inference.sampling import Sampling
+from act24.initialise import build_llama
+from act24.llama import LlamaConfig
+from act24.passes import Relu2FFN, apply_
+from act24.sparse24.kernels.packed_decode import packed_decode, packed_for_decode, unpacked
+from act24.sparse24.kernels.skipping_product import skipping_product
+from act24.sparse24.pattern.selection import top2_of_4
+from act24.tools.bench.decode import copies_of, microseconds
+from act24.tools.bench.rows import needed_gpu
+
+
+def main() -> None:
+    device = needed_gpu()
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(device), torch.__version__, flush=True)
+    failed = [name for name, found in _checks(device) if not found]
+    for line in _times(device):
+        print(line, flush=True)
+    for name in failed:
+        print(f"FAILED {name}")
+    sys.exit(bool(failed))
+
+
+def _checks(device: torch.device) -> Iterator[tuple[str, bool]]:
+    for tokens in (1, 2, 3, 8, 16):
+        for features, width in ((16512, 4096), (8192, 2048), (3072, 768), (1000, 300)):
+            hidden = _active(tokens, features, 0.1, device)
+            weight = torch.randn(features, width, device=device).bfloat16()
+            y = skipping_product(hidden, weight, "relu2").sum(0)
+            exact = hidden.relu().square().double() @ weight.double()
+            yield f"skipping {tokens} {features} {width}", _close(y, exact, 1e-5)
+    for outputs, inputs in ((4096, 4096), (16512, 4096), (4096, 16512), (768, 3072), (37, 640)):
+        weight = torch.randn(outputs, inputs, device=device).bfloat16()
+        weight = torch.where(top2_of_4(weight.abs()), weight, 0)
+        x, packed = torch.randn(1, inputs, device=device).bfloat16(), packed_for_decode(weight)
+        y, exact = packed_decode(x, *packed), x.double() @ weight.double().T
+        same = torch.equal(unpacked(*packed), weight)
+        yield f"packed {outputs} {inputs}", same and _close(y, exact, 4e-3)
+    yield from _generation(device)
+
+
+def _generation(device: torch.device) -> Iterator[tuple[str, bool]]:
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
+    config = LlamaConfig(
+        256, 256, 512, 3, 8, num_key_value_heads=4, initializer_range=0.08, max_position_embeddings=4096
+    )
+    for sampling in (Sampling(0), Sampling(0.9, 40, 0.9)):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = build_llama(config, 0, device)
+            apply_(model, [Relu2FFN()])
+            model.to(dtype)
+            expected = Generator(model, compiled=False).generate_ids(prompts, 60, sampling)
+            graphed = Generator(model, sparsity=DENSE)
+            same = _share(graphed.generate_ids(prompts, 60, sampling), expected)
+            again = _share(graphed.generate_ids(prompts, 60, sampling), expected)
+            yield (
+                f"graph {dtype} {sampling} {same:.2f} {again:.2f}",
+                same == again and (same == 1 or dtype is torch.bfloat16),
+            )
+            print(f"graph {dtype} temperature {sampling.temperature}: {same:.2f} of the tokens", flush=True)
+    expected = Generator(model, compiled=False).generate_ids(prompts, 60, Sampling(0))
+    for sparsity in (Sparsity(skipping=True), None):
+        generator = Generator(model, sparsity=sparsity)
+        share = _share(generator.generate_ids(prompts, 60, Sampling(0)), expected)
+        times = {str(tried): f"{s * 1e6:.0f} µs" for tried, s in generator.decoder.times.get(3, {}).items()}
+        print(f"{sparsity or 'measured'} in bfloat16: {share:.2f} of the tokens {times}", flush=True)
+
+
+def _share(rows: list[list[int]], others: list[list[int]]) -> float:
+    same = [a == b for row, other in zip(rows, others, strict=True) for a, b in zip(row, other, strict=True)]
+    return sum(same) / len(same)
+
+
+def _active(tokens: int, features: int, density: float, device: torch.device) -> Tensor:
+    """A pre-activation of which that share is positive."""
+    hidden = torch.randn(tokens, features, device=device).abs().bfloat16() + 0.01
+    return torch.where(torch.rand_like(hidden) < density, hidden, -hidden)
+
+
+def _close(found: Tensor, exact: Tensor, tolerance: float) -> bool:
+    error = float((found.double() - exact).norm() / exact.norm())
+    if error >= tolerance:
+        print(f"relative error {error:.2e}", flush=True)
+    return error < tolerance
+
+
+def _skip(hidden: Tensor, weight: Tensor) -> Tensor:
+    return skipping_product(hidden, weight, "relu2")
+
+
+def _times(device: torch.device) -> Iterator[str]:
+    for features, width in ((16512, 4096), (8192, 2048)):
+        weight = torch.randn(features, width, device=device).bfloat16()
+        plain, rows = copies_of(weight.T.contiguous()), copies_of(weight)
+        for tokens in (1, 2, 4, 8, 16):
+            x = _active(tokens, features, 0.1, device).relu()
+            dense = microseconds(F.linear, [(x, w) for w in plain])
+            other = microseconds(torch.mm, [(x, w) for w in rows])
+            told = f"F {features} D {width} tokens {tokens}: dense {dense:.1f} µs, by feature {other:.1f}"
+            for density in (0.05, 0.1, 0.2):
+                hidden = _active(tokens, features, density, device)
+                found = microseconds(_skip, [(hidden, w) for w in rows])
+                told += f"; skipping at {density}: {found:.1f} ({dense / found:.2f})"
+            yield told
+    for outputs, inputs in ((4096, 4096), (16512, 4096), (4096, 16512), (8192, 2048)):
+        weight = torch.randn(outputs, inputs, device=device).bfloat16()
+        plain = copies_of(torch.where(top2_of_4(weight.abs()), weight, 0))
+        packed = [packed_for_decode(w) for w in plain]
+        x = torch.randn(1, inputs, device=device).bfloat16()
+        dense = microseconds(F.linear, [(x, w) for w in plain])
+        found = microseconds(packed_decode, [(x, *parts) for parts in packed])
+        yield f"2:4 {outputs}×{inputs}: dense {dense:.1f} µs, packed {found:.1f} ({dense / found:.2f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""`act24 generate` and `act24 sample`: text from a run, a checkpoint or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from act24.errors import Act24Error, reading
+from act24.inference.generator import Completion, Generator
+from act24.inference.sampling import Sampling
+from act24.options import one_of
+from act24.passes import Activation24
+from act24.passes.served import fold_weights_
+from act24.tools.run.build import Built, load
+
+Activations = Literal["24", "dense"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of each prompt. Fields as for `act24.inference.generator.Generator.stream`."""
+
+    tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def open_model(
+    path: Path,
+    activations: Activations = "24",
+    device: torch.device | str | None = None,
+    dtype: str = "auto",
+) -> Built:
+    """The model at a path, ready to generate: 2:4 weights folded, on its device and in its dtype.
+
+    Args:
+        activations: of a model that was trained with 2:4 activations: `"24"` keeps them, `"dense"` computes
+            plain relu², which is another function; `act24 eval` says what it costs in loss.
+        device: None for the CUDA device where there is one, else the CPU.
+        dtype: "auto": as stored, but bfloat16 on a GPU for what was trained under autocast.
+
+    Raises:
+        Act24Error: nothing there that can be opened, or no tokenizer.
+    """
+    one_of("generate", "dtype", dtype, ("auto", *DTYPES))
+    device = _device(device)
+    built = load(path, device)
+    if built.tokenizer_section is None:
+        raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
+    fold_weights_(built.pipeline)
+    if activations == "dense":
+        kept = [p for p in built.pipeline.active if not isinstance(p, Activation24)]
+        built.pipeline.lower_to_(kept)
+    autocast = built.recipe is not None and built.recipe.train.dtype == "bfloat16_autocast"
+    if dtype == "auto":
+        dtype = "bfloat16" if autocast and device.type == "cuda" else ""
+    if dtype:
+        for parameter in built.model.parameters():  # buffers are scales, which stay float32
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return built
+
+
+def _device(named: torch.device | str | None) -> torch.device:
+    name = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = str(error).partition("\n")[0]
+        raise Act24Error(f"device {str(name)!r}: {told}") from error
+    return device
+
+
+def open_generator(built: Built) -> Generator:
+    """A generator of an opened model."""
+    return Generator(built.model, built.tokenizer)
+
+
+def sample_text(path: Path, prompt: str, request: Request) -> str:
+    """A prompt and its continuation.
+
+    Raises:
+        Act24Error: as `open_model` and `Generator.stream`.
+    """
+    generator = open_generator(open_model(path))
+    done = generator([prompt], request.tokens, request.sampling, request.stop, request.seed)
+    return prompt + done[0].text
+
+
+def print_text(generator: Generator, prompt: str, request: Request) -> None:
+    """Show a prompt and its continuation as it comes."""
+    done: dict[int, Completion] = {}
+    shown = False
+    for piece in generator.stream(
+        [prompt], request.tokens, request.sampling, request.stop, request.seed, done
+    ):
+        print(piece.text if shown else prompt + piece.text, end="", flush=True)
+        shown = True
+    print()
+    _tell_unmet(request.stop, done.values())
+
+
+def print_lines(generator: Generator, prompts: Sequence[str], request: Request, rows: int) -> None:
+    """A line of JSON for each prompt, in their order: prompt, text, number of tokens, reason of its end.
+
+    Args:
+        rows: prompts in one batch.
+    """
+    everything = []
+    for start in range(0, len(prompts), rows):
+        some = prompts[start : start + rows]
+        done = generator(some, request.tokens, request.sampling, request.stop, request.seed + start)
+        for prompt, row in zip(some, done, strict=True):
+            line = {"prompt": prompt, "text": row.text, "tokens": len(row.tokens), "reason": row.reason}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        everything += done
+    _tell_unmet(request.stop, everything)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a file of JSON lines, each `{"prompt": "…"}`.
+
+    Raises:
+        Act24Error: names the line that is none.
+    """
+    with reading(f"cannot read {file}"):
+        text = file.read_text(encoding="utf-8")
+    prompts = list(_prompts(text, file))
+    if not prompts:
+        raise Act24Error(f'{file} has no prompts; each line is {{"prompt": "…"}}')
+    return prompts
+
+
+def _prompts(text: str, file: Path) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise Act24Error(f'{file}, line {number}: expected {{"prompt": "…"}}, got {line.strip()[:60]}')
+        yield prompt
+
+
+def _tell_unmet(stop: Sequence[str], done: Iterable[Completion]) -> None:
+    if stop and not any(row.reason == "stop" for row in done):
+        told = ", ".join(map(repr, stop))
+        print(f"act24: no continuation met a stop string ({told})", file=sys.stderr)
