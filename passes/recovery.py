@@ -94,8 +94,8 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
     """Put masks beside the weights of `sparse_mask` and `masked_lora`, and zeros into what is pruned.
 
     Args:
-        masks: by the weight's name, boolean, in the shape in which it is stored; None: what is not zero stays,
-            where the passes take their masks from zeros.
+        masks: by the weight's name, boolean, in the shape in which it is stored; None: nobody has said any,
+            and passes have to take them from zeros.
 
     Raises:
         PassError: a pass wants masks and there are none, a weight has none or one of another shape, or is not
@@ -108,7 +108,7 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
             mask = torch.ne(weight.parameter, 0)
         elif masks is None:
             raise PassError(
-                f"{weight.name}: there are no masks beside these weights: prune the model first (act24 prune), "
+                f"{weight.name}: there are no masks beside these weights: prune the model first (act24 prune) "
                 'or, where another program pruned it, set masks = "zeros" of sparse_mask'
             )
         elif weight.name not in masks:

@@ -7,8 +7,8 @@ eight to a byte. A training loop clears the gradients of what is pruned before t
 the zeros again behind every step of the optimizer (`act24.passes.recovery`): stale momentum and optimizers
 that mix entries, such as Muon, would bring them back. Zeros are written, not multiplied, so none is -0.
 
-Masks are those of the model that the run starts from (`[model] pretrained`). To choose masks while training is
-what `weight24` does.
+Masks are those of the model that the run starts from (`[model] pretrained`). To choose masks while training
+is what `weight24` does.
 """
 
 from __future__ import annotations
