@@ -30,7 +30,7 @@ TEXTS = ("README.md", *(f"docs/{page}.md" for page in (*PAGES, "own-training-loo
 #: What a page's first commands need of a machine, and what they say where it is missing.
 NEEDS = {
     r"act24 bench ": "GPU",
-    r"act24 (train|probe-decay) c4/": "HF_ENDPOINT|network|offline",
+    r"act24 train c4/": "HF_ENDPOINT|network|offline",
 }
 
 

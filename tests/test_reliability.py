@@ -47,6 +47,17 @@ def test_the_soak_is_as_it_was_written():
     assert not SOAK["differences"]
 
 
+def test_the_tally_of_fuzzing_has_no_traceback():
+    """Each target of `tests/fuzz`: what was neither refused nor taken was a traceback."""
+    tally = re.findall(r"^\| ([a-z ]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", TEXT, re.MULTILINE)
+    counts = {name: [int(count.replace(",", "")) for count in row] for name, *row in tally}
+    text = "".join(path.read_text() for path in (ROOT / "tests/fuzz").glob("test_*.py"))
+    assert counts.keys() == {
+        name.replace("_", " ") for name in re.findall(r"def test_(\w+)\(tried", text)
+    }
+    assert all(tries == refused + taken for tries, refused, taken in counts.values())
+
+
 def test_the_mutations_are_counted():
     assert f"`make mutate` changes {len(MUTATIONS)} chosen lines" in TEXT
 

@@ -144,11 +144,8 @@ class Decoder:
         Raises:
             Act24Error: the cache does not fit the device's memory.
         """
-        try:
+        with self._fits(len(prompts), length):
             return self._begin(prompts, seeds, length, sampling)
-        except torch.OutOfMemoryError as error:
-            self._batch = self._graph = None
-            raise Act24Error(self._too_large(len(prompts), length)) from error
 
     def _begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], length: int, sampling: Sampling
@@ -171,9 +168,16 @@ class Decoder:
 
         Returns:
             int64 `[B]`, to be copied before the next step.
+
+        Raises:
+            Act24Error: the first step of a batch does not fit the device's memory.
         """
         batch = self._batch
         assert batch is not None
+        with self._fits(batch.rows, batch.length):
+            return self._step(batch, sampling)
+
+    def _step(self, batch: Batch, sampling: Sampling) -> Tensor:
         if not self._captures:
             self._advance(batch, sampling, self._sparsity or DENSE)
         elif self._graph is not None and self._graph[0] == sampling:
@@ -311,6 +315,14 @@ class Decoder:
         numbers = [torch.zeros(n, dtype=torch.int64, device=self._device) for n in (rows, 1, rows, rows)]
         tokens, slot, first, seeds = numbers
         return Batch(tokens, slot, first, seeds, keys, values)
+
+    @contextmanager
+    def _fits(self, rows: int, length: int) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self._batch = self._graph = None
+            raise Act24Error(self._too_large(rows, length)) from error
 
     def _too_large(self, rows: int, length: int) -> str:
         row = cache_bytes(self._config, 1, length, self._dtype)

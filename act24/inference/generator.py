@@ -73,6 +73,9 @@ class Generator:
 
     generator = act24.Generator(model, tokenizer)
     print(generator(["def main("], tokens=64, sampling=Sampling(temperature=0))[0].text)
+
+    Attributes:
+        decoder: the model over its cache; its `times` say what sparsity was tried.
     """
 
     def __init__(
@@ -203,6 +206,14 @@ class Generator:
         named = self._config.eos_token_id
         ends = {named} if isinstance(named, int) else set(named or ())
         return ends if self._tokenizer is None else ends | {self._tokenizer.eos_id}
+
+    def check(self, prompts: Sequence[str], tokens: int) -> None:
+        """Refuse prompts that `stream` would refuse, before the first of several batches.
+
+        Raises:
+            Act24Error: as `stream`, but for what does not fit memory; prompts are numbered from 0.
+        """
+        self._check([self._encoded(prompt, row) for row, prompt in enumerate(prompts)], tokens)
 
     def _check(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
         in_range("generation", "tokens", tokens, Range(ge=1))

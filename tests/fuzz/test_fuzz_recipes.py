@@ -61,7 +61,20 @@ def test_recipe_names(tried, name):
     tried(lambda: load.load_recipe(f"{name}.toml"))
 
 
-CONFIG = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "model_type": "llama"}
+CONFIG = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "model_type": "llama",
+}
+
+
+def test_the_undamaged_config_is_taken(tmp_path):
+    """Or whatever is done to it would be refused for the same reason, and nothing be tried."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    recipe_from_flags(["--model_config", str(tmp_path / "config.json"), "--batch_size", "8"])
 
 
 @fuzzing

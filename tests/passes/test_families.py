@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MASKED, SEQ2SEQ, build, inputs
+from families import FAMILIES, MASKED, SEQ2SEQ, WORDS, build, inputs
 from torch import Tensor
 
 from act24.passes import (
@@ -176,3 +177,21 @@ def test_family(family: str) -> None:
         text = "\n".join([head.rstrip("\n"), rule, *kept]) + "\n"
         TABLE.write_text(text, encoding="utf-8")
     assert row in text.splitlines()
+
+
+def test_five_passes_over_64_layers_take_less_than_8_seconds_of_cpu() -> None:
+    """Tracing, checking and applying, whatever else the machine does meanwhile."""
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=WORDS,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    passes = [Relu2FFN(), LowRank(**RANKS), Activation24(), Weight24(scope="attn", from_step=5), Recompute()]
+    begin = time.process_time()
+    report = apply_(model, passes).report
+    assert time.process_time() - begin < 8
+    assert "64 regions compute what their modules do" in report.checked

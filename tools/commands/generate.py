@@ -115,6 +115,7 @@ def print_lines(generator: Generator, prompts: Sequence[str], request: Request, 
     Args:
         rows: prompts in one batch.
     """
+    generator.check(prompts, request.tokens)
     everything = []
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]

@@ -246,3 +246,18 @@ def test_a_batch_that_does_not_fit_says_what_it_needs():
     # 4 heads of 16, 2 blocks, keys and values, float32: 1 KiB a slot.
     with pytest.raises(Act24Error, match=r"1 rows of 900\d{6} tokens need 858\.\d\d GiB of keys and values"):
         generator.generate_ids([[1]], 900_000_000)
+
+
+@pytest.mark.parametrize("where", ["_prefill", "_advance"])
+def test_a_device_that_runs_out_says_so_and_goes_on(monkeypatch, where):
+    model = llama()
+    generator = Generator(model)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_module.Decoder, where, full)
+        with pytest.raises(Act24Error, match=r"3 rows of .* take fewer rows at once"):
+            generator.generate_ids(PROMPTS, 5, GREEDY)
+    assert generator.generate_ids(PROMPTS, 5, GREEDY) == on_their_own(model, 5)

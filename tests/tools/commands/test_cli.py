@@ -121,7 +121,10 @@ def test_plan_counts_what_is_there(act24, tiny_file):
     stock = LlamaForCausalLM(config)
     assert table["parameters_before"] == sum(p.numel() for p in stock.parameters())
     assert table["parameters_after"] == table["parameters_before"] + 2 * (2 - 3) * 32 * 48 + 2 * 2 * 32 * 80
-    assert all(type(table[key]) is int for key in table if key not in ("matches", "misses"))
+    text = ("matches", "misses", "coverage", "checked")
+    assert all(type(table[key]) is int for key in table if key not in text)
+    assert [one["reached"] for one in table["coverage"]] == [one["total"] for one in table["coverage"]]
+    assert table["checked"] == "nothing was checked: its parameters are on the meta device"
     assert all(
         type(row[key]) is int for row in table["matches"] for key in row if key.startswith("parameters")
     )

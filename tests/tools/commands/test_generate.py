@@ -134,6 +134,14 @@ def test_a_line_that_is_no_prompt_is_named(act24, run, tmp_path, line):
     assert errors == [f'act24: {tmp_path / "p.jsonl"}, line 2: expected {{"prompt": "…"}}, got {line}']
 
 
+def test_a_prompt_that_is_too_long_is_named_before_any_other_is_continued(act24, run, tmp_path):
+    lines = [json.dumps({"prompt": prompt}) for prompt in ("low", "rank", "two", "low rank " * 3000)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    status, out, errors = act24("generate", run, "--prompts", tmp_path / "p.jsonl", "--batch", "2")
+    assert (status, out) == (2, "")
+    assert errors[0].startswith("act24: prompt 3 has ")
+
+
 def test_another_architecture_is_refused(act24, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     status, _, errors = act24("generate", tmp_path, "--prompt", "a")
