@@ -170,9 +170,12 @@ class Region:
             if name in self.parameters and name not in replaces:
                 raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
-        role = next((self.roles[name] for name in replaces if name in self.roles), None)
-        if role is not None:
+        for role in [self.roles[name] for name in replaces if name in self.roles][:1]:
             self.roles.update({name: role for name in specs if name not in self.roles})
+        for node in self.graph.nodes:
+            gone = node.op == "get_attr" and node.target in {*replaces} - specs.keys()
+            if gone and all(user.target is getattr for user in node.users):  # who asks for its dtype
+                node.target = next(iter(specs))
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)
