@@ -103,7 +103,7 @@ class Region:
         parameters: by local name. Passes add and remove.
         created: what to build, in order.
         buffers: by local name, those that passes add.
-        classes: class name of every module that stood inside, by local path.
+        classes, modules: class name of every module that stood inside, and what makes those that passes add.
         facts: plain values outside of the module that its graph has in it.
         roles: what its linears are for, by the local name of the weight.
     """
@@ -115,6 +115,7 @@ class Region:
     created: list[NewParameters] = field(default_factory=list)
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
     facts: tuple[Fact, ...] = ()
     roles: dict[str, Role] = field(default_factory=dict)
 
@@ -147,6 +148,7 @@ class Region:
             parameters=dict(self.parameters),
             created=list(self.created),
             buffers=dict(self.buffers),
+            modules=dict(self.modules),
             roles=dict(self.roles),
         )
 
@@ -170,9 +172,12 @@ class Region:
             if name in self.parameters and name not in replaces:
                 raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
-        role = next((self.roles[name] for name in replaces if name in self.roles), None)
-        if role is not None:
+        for role in [self.roles[name] for name in replaces if name in self.roles][:1]:
             self.roles.update({name: role for name in specs if name not in self.roles})
+        for node in self.graph.nodes:
+            gone = node.op == "get_attr" and node.target in {*replaces} - specs.keys()
+            if gone and all(user.target is getattr for user in node.users):  # who asks for its dtype
+                node.target = next(iter(specs))
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)
@@ -281,7 +286,8 @@ def materialise(
     _add_buffers(region, module, values)
     for node in region.graph.nodes:
         if node.op == "call_module":
-            stands = region.module.get_submodule(node.target)
+            added = region.modules.get(node.target)
+            stands = added() if added else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
     remember(module, region.module)
