@@ -56,11 +56,16 @@ class Fp8(OperationalPass):
     name: ClassVar[str] = "fp8"
     keeps_function: ClassVar[bool] = True
     remainder: ClassVar[bool] = True
+    promises: ClassVar[bool] = False  # it takes what others leave
 
     precision: Literal["fp8", "auto"] = "fp8"
     scaling: Scaling = "rowwise"
     kernels: bool = True
     keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("attn", "mlp")
 
     @property
     def renews(self) -> bool:
