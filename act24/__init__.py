@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from act24.recipes.load import load_recipe
     from act24.tools import integrations
     from act24.tools.huggingface.export import save_pretrained
+    from act24.tools.pruning.prune import prune_
     from act24.tools.run.build import load
 
     __version__: str
@@ -55,6 +56,7 @@ _EXPORTS = {
     "load": "act24.tools.run.build",
     "load_recipe": "act24.recipes.load",
     "plan": "act24.passes",
+    "prune_": "act24.tools.pruning.prune",
     "save_pretrained": "act24.tools.huggingface.export",
     "trace": "act24.passes",
 }
@@ -72,6 +74,7 @@ __all__ = [
     "load",
     "load_recipe",
     "plan",
+    "prune_",
     "save_pretrained",
     "trace",
 ]

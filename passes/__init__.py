@@ -11,18 +11,32 @@ from act24.passes.cola import Cola
 from act24.passes.fp8 import Fp8
 from act24.passes.graph.region import Region
 from act24.passes.graph.tracing import trace
+from act24.passes.lora import Lora, MaskedLora
 from act24.passes.lost import Lost
 from act24.passes.low_rank import LowRank
 from act24.passes.pipeline import PartialWarning, Pipeline, apply_, plan
 from act24.passes.recompute import Recompute
 from act24.passes.relu2_ffn import Relu2FFN
+from act24.passes.sparse_mask import SparseMask
 from act24.passes.weight24 import Weight24
 from act24.records import Table
 
 #: The passes that a recipe can name. Listed by hand: what a recipe means must not depend on which files
 #: happen to lie in a folder. A package from outside adds its own with `REGISTRY.add`.
 REGISTRY: Table[type[Pass]] = Table(
-    "pass", Relu2FFN, LowRank, Cola, Lost, Activation24, Weight24, Fp8, Recompute, ActivationStatistics
+    "pass",
+    Relu2FFN,
+    LowRank,
+    Cola,
+    Lost,
+    SparseMask,
+    Lora,
+    MaskedLora,
+    Activation24,
+    Weight24,
+    Fp8,
+    Recompute,
+    ActivationStatistics,
 )
 
 __all__ = [
@@ -31,8 +45,10 @@ __all__ = [
     "ActivationStatistics",
     "Cola",
     "Fp8",
+    "Lora",
     "Lost",
     "LowRank",
+    "MaskedLora",
     "Match",
     "OperationalPass",
     "PartialWarning",

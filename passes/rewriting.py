@@ -23,15 +23,13 @@ from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPas
 from act24.passes.graph.check import Check, Probe
 from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
+from act24.passes.graph.lowering import Lowering, lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import (
-    Lowering,
     Region,
     RegionModule,
-    lower_,
-    lowering,
     materialise,
     reset_buffers_,
 )
@@ -335,13 +333,18 @@ class Rewriting:
         """The same, by the first place where each stands."""
         return {site.traced.fqn: site.module for site in self._sites if site.module is not None}
 
-    def state_from_stock(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def state_from_stock(
+        self, state: Mapping[str, Tensor], keep: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """A stock state dict as the rewritten model's, and the names that it cannot fill.
+
+        Args:
+            keep: names of passes whose parameters the state has already.
 
         Raises:
             PassError: a name that a pass starts from is missing.
         """
-        return from_stock(self._changes(), state)
+        return from_stock([change for change in self.changes if change.pass_name not in keep], state)
 
     def state_to_stock(self, state: Mapping[str, Tensor], keep: Sequence[str] = ()) -> dict[str, Tensor]:
         """The rewritten model's state dict as a stock one of the same function.
@@ -352,9 +355,10 @@ class Rewriting:
         Raises:
             PassError: a pass has no such form, with its reason, or a name is missing.
         """
-        return to_stock([change for change in self._changes() if change.pass_name not in keep], state)
+        return to_stock([change for change in self.changes if change.pass_name not in keep], state)
 
-    def _changes(self) -> list[Change]:
+    @property
+    def changes(self) -> list[Change]:
         """What passes do to parameters, in their order."""
         return [change for site in self._sites for change in site.changes]
 

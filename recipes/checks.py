@@ -60,6 +60,8 @@ def oddities(recipe: Recipe) -> Iterator[str]:
 
 
 def _of_the_model(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.preset is None:
+        return  # what a trained model is, opening it says
     try:
         config = llama_config(recipe.model.preset, **recipe.model.overrides())
     except Act24Error as error:

@@ -2,7 +2,7 @@
 
 Order of precedence, lowest first: defaults of the schema, the recipe named by `extends` (one at most, and so
 on upwards), the file itself, overrides `key.path=value`. Tables merge key by key; a list, `[[passes]]` too,
-replaces the one it overrides.
+replaces the one it overrides, and so does a `[model]` with `pretrained`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,10 @@ def _extended(text: str, origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if parent in (*seen, origin):
         raise RecipeError(f"{origin}: extends goes in a circle: {' → '.join((*seen, origin, parent))}")
     parent_text, parent_origin = recipe_source(parent)
-    return _merged(_extended(parent_text, parent_origin, (*seen, origin)), table)
+    extended = _extended(parent_text, parent_origin, (*seen, origin))
+    if isinstance(model := table.get("model"), dict) and "pretrained" in model:
+        extended.pop("model", None)  # a trained model has its own sizes
+    return _merged(extended, table)
 
 
 def _why_not_toml(error: Exception) -> str:

@@ -41,12 +41,17 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """`[model]`: the stock LLaMA, by preset, with single fields overridden where a value is given.
+    """`[model]`: the stock LLaMA, by preset, with single fields overridden where a value is given; or a
+    trained model to start from.
 
     What the fields take is what `LlamaConfig` says of those of the same name.
     """
 
-    preset: str
+    preset: str | None = None
+    # A run, a checkpoint, a Hugging Face folder or Hub name, a .gguf file: its weights alone.
+    pretrained: str | None = None
+    config: str | None = None  # JSON, and sha256 of the weights: of `pretrained`, when it was first opened
+    sha256: str | None = None
     vocab_size: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -61,14 +66,23 @@ class Model(Section):
     mlp_bias: bool | None = None
 
     @model_validator(mode="after")
+    def _one_beginning(self) -> Model:
+        if (self.preset is None) == (self.pretrained is None):
+            raise ValueError("needs preset, or else pretrained, a trained model")
+        if self.pretrained is not None and (names := [*self.overrides()]):
+            raise ValueError(f"{names[0]} cannot be given beside pretrained, which has its own")
+        return self
+
+    @model_validator(mode="after")
     def _values_are_those_of_a_llama(self) -> Model:
         for error in option_errors(LlamaConfig, self.overrides()):
             raise error
         return self
 
     def overrides(self) -> dict[str, Any]:
-        """The fields given beside `preset`."""
-        return {name: value for name, value in self if name != "preset" and value is not None}
+        """The fields of a LLaMA that are given beside `preset`."""
+        other = ("preset", "pretrained", "config", "sha256")
+        return {name: value for name, value in self if name not in other and value is not None}
 
 
 class Tokenizer(Section):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import PythonCode
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
@@ -103,7 +102,7 @@ class Region:
         parameters: by local name. Passes add and remove.
         created: what to build, in order.
         buffers: by local name, those that passes add.
-        classes: class name of every module that stood inside, by local path.
+        classes, modules: class name of every module that stood inside, and what makes those that passes add.
         facts: plain values outside of the module that its graph has in it.
         roles: what its linears are for, by the local name of the weight.
     """
@@ -115,6 +114,7 @@ class Region:
     created: list[NewParameters] = field(default_factory=list)
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
     facts: tuple[Fact, ...] = ()
     roles: dict[str, Role] = field(default_factory=dict)
 
@@ -147,6 +147,7 @@ class Region:
             parameters=dict(self.parameters),
             created=list(self.created),
             buffers=dict(self.buffers),
+            modules=dict(self.modules),
             roles=dict(self.roles),
         )
 
@@ -284,7 +285,8 @@ def materialise(
     _add_buffers(region, module, values)
     for node in region.graph.nodes:
         if node.op == "call_module":
-            stands = region.module.get_submodule(node.target)
+            added = region.modules.get(node.target)
+            stands = added() if added else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
     remember(module, region.module)
@@ -367,58 +369,6 @@ def buffers_of(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]
         for name, (its_kind, of) in module.buffer_kinds.items()
         if its_kind == kind
     }
-
-
-@dataclass(frozen=True)
-class Lowering:
-    """A graph ready to run: with its code, and the class whose forward that is."""
-
-    graph: fx.Graph
-    code: PythonCode
-    region_class: type
-
-
-def lowering(graph: fx.Graph, classes: dict[tuple[Any, ...], type]) -> Lowering:
-    """Make a graph ready to run.
-
-    Args:
-        classes: the classes by code, filled here: equal code gets the class of the first.
-    """
-    code = graph.python_code("self")
-    key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
-    if key not in classes:
-        prototype = RegionModule(nn.Module(), fx.Graph())
-        prototype.graph = copy_graph(graph)
-        type(prototype)._shared = True  # type: ignore[attr-defined]
-        classes[key] = type(prototype)
-    return Lowering(graph, code, classes[key])
-
-
-def lower_(module: RegionModule, to: Lowering, classes: dict[tuple[Any, ...], type]) -> None:
-    """Give a region's module another graph over the same tensors.
-
-    Args:
-        classes: as for `lowering`.
-    """
-    _set_class(module, to.region_class, classes)
-    module._graph = to.graph
-    module._code = to.code.src
-    module._lineno_map = to.code._lineno_map
-    to.graph.owning_module = module
-
-
-def _set_class(module: RegionModule, region_class: type, classes: dict[tuple[Any, ...], type]) -> None:
-    """Change the class, also where a wrapper derived its own from it: FSDP2 puts a subclass of itself and
-    of the module's class in place, which has to stay on top."""
-    wrapper = type(module)
-    if not vars(wrapper).get("_shared", False) and wrapper.__bases__ != (RegionModule,):
-        key = (wrapper.__bases__[:-1], region_class)
-        if key not in classes:
-            bases = (*wrapper.__bases__[:-1], region_class)
-            members = {name: value for name, value in vars(wrapper).items() if name == "__deepcopy__"}
-            classes[key] = type(wrapper.__name__, bases, members)
-        region_class = classes[key]
-    module.__class__ = region_class
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -1,5 +1,6 @@
 """Recipes from text: order of precedence, words for every mistake, and what the shipped ones come to."""
 
+import json
 import os
 import re
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from act24.errors import Act24Error
-from act24.llama import PRESETS
+from act24.llama import PRESETS, llama_config
 from act24.passes import REGISTRY, Activation24, Relu2FFN
 from act24.recipes.load import (
     RecipeError,
@@ -22,6 +23,7 @@ from act24.recipes.load import (
     recipe_source,
 )
 from act24.recipes.schema import Recipe, Section
+from act24.tools.huggingface.config import config_json
 from act24.tools.run.build import plan_recipe
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -66,10 +68,18 @@ def test_a_shipped_recipe_is_whole(name):
     assert recipe.optimizer.lr == load_recipe(name, ["train.seed=7"]).optimizer.lr
 
 
+def on_a_model(recipe):
+    """What starts from a trained model, from one of the least preset's shape."""
+    if recipe.model.pretrained is None:
+        return recipe
+    config = json.dumps(config_json(llama_config("llama-9m"), "llama", torch.float32))
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+
+
 def figures(name):
     """The resolved recipe, and its plan with one block standing for all: they are equal."""
     recipe = load_recipe(name)
-    pipeline = plan_recipe(recipe)
+    pipeline = plan_recipe(on_a_model(recipe))
     lines = [line for line in str(pipeline).splitlines() if not re.search(r"layers\.[1-9]", line)]
     table = "\n".join(re.sub(r" {2,}", "  ", line) for line in lines)
     return f"{dump_recipe(recipe)}\n{table}\n", pipeline

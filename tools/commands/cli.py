@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from act24.tools.commands import recovery
 from act24.tools.commands.bench import bench_app
 from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
-from act24.tools.commands.options import JsonOption, RecipeArgument, SetOption
+from act24.tools.commands.options import RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -128,28 +129,6 @@ def train(
             raise typer.Exit(STOPPED_STATUS)
 
 
-@app.command(name="eval")
-def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    set_: SetOption = None,
-    legacy_average: Annotated[
-        bool,
-        typer.Option(
-            "--legacy-average", help="Also the sum/(n+1) mean of the public scripts, for their tables."
-        ),
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Held-out loss of a checkpoint, exact over tokens, with and without 2:4."""
-    from act24.tools.commands.show import show_evaluations
-    from act24.tools.run.evaluate import evaluate_checkpoint
-    from act24.tools.run.processes import own_rank
-
-    evaluations = evaluate_checkpoint(path, set_ or ())
-    if own_rank() == 0:
-        show_evaluations(evaluations, legacy_average, as_json)
-
-
 app.command()(generate)
 app.command()(sample)
 
@@ -162,7 +141,8 @@ def export(
         str,
         typer.Option(
             "--as",
-            help="llama, arcee, act24; auto: the first that holds the model; gguf: a file for llama.cpp.",
+            help="llama, arcee, act24; auto: the first that holds the model; gguf: a file for llama.cpp; "
+            "peft: of lora the adapter.",
         ),
     ] = "auto",
     dense_weights: Annotated[
@@ -246,6 +226,11 @@ def doctor() -> None:
     print(examine())
 
 
+app.command(name="eval")(recovery.evaluate)
+for command in (recovery.prune, recovery.recover, recovery.merge, recovery.pack):
+    app.command()(command)
+
+
 @recipe_app.command("ls")
 def recipe_ls() -> None:
     """List the recipes that ship with act24."""
@@ -290,7 +275,7 @@ def recipe_keys(
 def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe: its keys and values, and that every pass finds something to rewrite."""
     from act24.recipes.load import load_recipe
-    from act24.tools.run.build import plan_recipe
+    from act24.tools.run.pretrained import plan as plan_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     plan_recipe(loaded)
@@ -321,12 +306,16 @@ def recipe_cp(
 @recipe_app.command("from-flags", context_settings={"ignore_unknown_options": True})
 def recipe_from_flags(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, as it was called.")
+        list[str], typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, or with the script's name.")
     ],
 ) -> None:
-    """Translate a run_c4.py command: the recipe, with a remark on every option as comments."""
+    """Translate a run_c4.py command: the recipe, with a remark on every option as comments. Of Wanda's
+    scripts (main.py, finetune_lm.py, evaluate_ppl.py): the command of act24, or the recipe."""
     from act24.recipes.from_flags import recipe_from_flags as translate
+    from act24.recipes.wanda_flags import script_of, translated
 
+    if script_of(arguments) is not None:
+        return print(translated(arguments), end="")
     print(translate(arguments).text, end="")
 
 

@@ -13,8 +13,8 @@ from act24.passes.report import Report
 from act24.recipes.schema import Recipe
 from act24.tools.bench.rows import Row
 from act24.tools.bench.rows import table as markdown_table
-from act24.tools.run.build import plan_recipe
 from act24.tools.run.evaluate import Evaluation
+from act24.tools.run.pretrained import plan as plan_recipe
 from act24.tools.run.progress import console
 from act24.tools.run.train import Outcome
 from act24.tools.watch.tensorboard import open_hint

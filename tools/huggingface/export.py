@@ -4,6 +4,7 @@
     llama   no relu², low rank multiplies out        the function that was trained
     arcee   every network is relu² (`relu2_ffn`)     the same; 2:4 activations dense
     act24   everything else, or where asked for      the function that was trained; act24 has to be installed
+    peft    where asked for, of `lora`               the adapter alone, for the model that the run began with
     gguf    a llama or an arcee, where asked for     as these; one file, for llama.cpp
 
 2:4 weights are written as the function has them: masked, exactly 2:4, in every form.
@@ -22,27 +23,30 @@ import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.llama import LlamaConfig
+from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.options import one_of
 from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weight24
+from act24.passes.recovery import has_masks, kept_masks
 from act24.passes.served import served_passes, served_weights
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.data import Tokenizer
+from act24.tools.huggingface.adapter import PEFT, write_adapter
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
 from act24.tools.huggingface.folder import write_pretrained
 from act24.tools.huggingface.gguf_file import write_gguf
 from act24.tools.huggingface.tokenizer_files import write_tokenizer
+from act24.tools.pruning.masks import Masks, check_pruned, write_masks
 from act24.tools.run.build import Built, load
 
 GGUF = "gguf"
-FORMS = ("auto", LLAMA, ARCEE, ACT24, GGUF)
+FORMS = ("auto", LLAMA, ARCEE, ACT24, GGUF, PEFT)
 
 #: Held-out tokens on which the difference between 2:4 and dense activations is measured.
 MEASURED_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
-class _Exported:
+class Exported:
     """A model as it is written."""
 
     kind: str
@@ -50,6 +54,7 @@ class _Exported:
     state: dict[str, Tensor]
     passes: tuple[Pass, ...] = ()
     pattern: str = ""
+    masks: Masks | None = None
 
 
 def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = False) -> str:
@@ -72,8 +77,12 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     if out.exists():
         raise Act24Error(f"{out} exists already")
     built = load(path)
+    if form == PEFT:
+        return write_adapter(built, out)
+    if not isinstance(built.model, LlamaForCausalLM):
+        return _export_foreign(built, out, form)
     tokenizer = built.tokenizer
-    exported = _exported(built, "auto" if form == GGUF else form, dense_weights)
+    exported = exported_form(built, "auto" if form == GGUF else form, dense_weights)
     config = exported.config
     if tokenizer is not None:
         config = dataclasses.replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
@@ -87,6 +96,8 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
         written.mkdir(parents=True)
         content = (config, exported.kind, exported.state)
         write_pretrained(written, *content, passes=exported.passes, pattern=exported.pattern)
+        if exported.masks is not None:
+            write_masks(written, exported.masks)
         if tokenizer is not None:
             write_tokenizer(written, tokenizer, config.max_position_embeddings)
         card = "\n\n".join(remarks)
@@ -99,7 +110,7 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
 
 
-def _write_gguf(out: Path, exported: _Exported, tokenizer: Tokenizer | None) -> None:
+def _write_gguf(out: Path, exported: Exported, tokenizer: Tokenizer | None) -> None:
     if exported.kind == ACT24:
         raise Act24Error('the model has no form "gguf": llama.cpp knows LLaMA and Arcee, and it is neither')
     if tokenizer is None:
@@ -142,10 +153,13 @@ def _stock_config(model: torch.nn.Module) -> LlamaConfig:
     return config_of(config.to_dict(), "this model's config")[0]
 
 
-def _exported(built: Built, form: str, dense_weights: bool) -> _Exported:
+def exported_form(built: Built, form: str = "auto", dense_weights: bool = False) -> Exported:
+    """A model as `export_run` writes it. Raises Act24Error for a form that does not hold it."""
     pipeline, config = built.pipeline, built.model.config
     state = served_weights(pipeline, masked=not dense_weights)
     pattern = "" if dense_weights else _pattern(pipeline)
+    masks = Masks(*kept_masks(pipeline)) if has_masks(pipeline) else None
+    pattern = masks.pattern if masks is not None else pattern
     if form != ACT24:
         try:
             kind, config, stock = _stock(pipeline, config, state)
@@ -159,9 +173,55 @@ def _exported(built: Built, form: str, dense_weights: bool) -> _Exported:
         else:
             if form not in ("auto", kind):
                 raise Act24Error(f'the model has no form "{form}"; export it with --as {kind}')
-            return _Exported(kind, config, stock, pattern=pattern)
+            if masks is not None:
+                check_pruned(stock, masks, "what is exported")
+            return Exported(kind, config, stock, pattern=pattern, masks=masks)
     passes = served_passes(pipeline, without=(Weight24.name,))
-    return _Exported(ACT24, built.model.config, state, passes, pattern)
+    return Exported(ACT24, built.model.config, state, passes, pattern, masks)
+
+
+def foreign_model(built: Built) -> Any:
+    """A model of another class than the stock one, as a plain one of that class.
+
+    Raises:
+        PassError: a pass has no stock form.
+    """
+    import transformers
+
+    state = built.pipeline.state_to_stock(served_weights(built.pipeline))
+    model = transformers.AutoModelForCausalLM.from_config(built.model.config, dtype=_dtype(state))
+    expected = model.state_dict()
+    model.load_state_dict({name: value for name, value in state.items() if name in expected})
+    return model
+
+
+def _dtype(state: dict[str, Tensor]) -> torch.dtype:
+    return next(value.dtype for value in state.values() if value.is_floating_point())
+
+
+def _export_foreign(built: Built, out: Path, form: str) -> str:
+    """Another class than the stock one leaves as itself."""
+    if form != "auto":
+        raise Act24Error(f"a {type(built.model).__name__} is exported as what it is: leave --as {form} out")
+    try:
+        model = foreign_model(built)
+    except PassError as error:
+        raise Act24Error(f"the model has no form that transformers opens: {error}") from error
+    masks = Masks(*kept_masks(built.pipeline)) if has_masks(built.pipeline) else None
+    written = checkpoint_folder.temporary(out)
+    try:
+        model.save_pretrained(written)
+        if masks is not None:
+            check_pruned(model.state_dict(), masks, "what is exported")
+            write_masks(written, masks)
+        if built.tokenizer is not None:
+            write_tokenizer(written, built.tokenizer, model.config.max_position_embeddings)
+        written.rename(out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Act24Error(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+    return f"{out}: a Hugging Face checkpoint ({type(model).__name__}), step {built.step}"
 
 
 def _stock(
@@ -194,7 +254,7 @@ def _pattern(pipeline: Pipeline) -> str:
     return "2:4" if any(isinstance(p, Weight24) for p in pipeline.active) else ""
 
 
-def _remarks(path: Path, built: Built, exported: _Exported, dense_weights: bool) -> list[str]:
+def _remarks(path: Path, built: Built, exported: Exported, dense_weights: bool) -> list[str]:
     """What was written and what its readers compute: the model card, and what the command says."""
     classes = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", ACT24: "the model type act24"}
     remarks = [f"a Hugging Face checkpoint ({classes[exported.kind]}), step {built.step}"]

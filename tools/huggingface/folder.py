@@ -61,7 +61,7 @@ def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
     """
     folder = Path(folder)
     config, passes = read_config(folder)
-    model, pipeline = _unset(config, passes)
+    model, pipeline = unset(config, passes)
     state = read_state(folder)
     # Old checkpoints store this buffer; it follows from rope_theta.
     state = {name: value for name, value in state.items() if not name.endswith(".rotary_emb.inv_freq")}
@@ -74,11 +74,16 @@ def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
             )
     check_state(state, model, str(folder))
     model.load_state_dict(state, assign=True)
-    for module in model.modules():  # what no file holds: the padding of the next forward, and the like
+    fill_buffers_(model)
+    return model, pipeline
+
+
+def fill_buffers_(model: torch.nn.Module) -> None:
+    """Zeros for what no file holds: the padding of the next forward, and the like."""
+    for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    return model, pipeline
 
 
 def save_pretrained(
@@ -91,7 +96,7 @@ def save_pretrained(
         Act24Error: the parameters are no longer those of a stock LLaMA, or writing fails.
     """
     state = model.state_dict()
-    stock, _ = _unset(model.config, ())
+    stock, _ = unset(model.config, ())
     check_state(state, stock, "this model is no stock LLaMA, whose form was asked for")
     write_pretrained(folder, model.config, LLAMA, state, metadata)
 
@@ -118,7 +123,7 @@ def write_pretrained(
     """
     folder = Path(folder)
     state = {name: value.detach().contiguous() for name, value in state.items()}
-    model, _ = _unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
+    model, _ = unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
     check_state(state, model, f"this is no {kind} model")
     dtype = state["model.embed_tokens.weight"].dtype
     content = config_json(config, kind, dtype, passes, pattern)
@@ -162,7 +167,7 @@ def _under_our_name(name: str, value: Tensor) -> tuple[str, Tensor]:
     return (f"{module}.{ours}", value.T.contiguous()) if ours else (name, value)
 
 
-def _unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM, Pipeline]:
+def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM, Pipeline]:
     """The model of a configuration, on the meta device."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -9,15 +9,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, PassError
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, Weight24
+from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, SparseMask, Weight24
 from act24.passes.graph.measurements import Measurement
+from act24.passes.recovery import freeze_base_
 from act24.passes.served import lower_to_serve_
 from act24.passes.state import renew_masks_, renew_to_read_
 from act24.recipes.load import parse_recipe
@@ -32,6 +34,7 @@ from act24.tools.data import tokenizer as data_tokenizer
 from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
 from act24.tools.huggingface.old_folder import is_old, open_old
 from act24.tools.run.folder import last_checkpoint
+from act24.tools.run.language import config_from_json, unset_model
 
 logger = logging.getLogger("act24")
 
@@ -71,9 +74,25 @@ class Built:
             return open_tokenizer(data or Data(), self.tokenizer_section, saved=self.tokenizer_json)
 
 
-def model_config(recipe: Recipe) -> LlamaConfig:
-    """The stock configuration that a recipe starts from."""
+def model_config(recipe: Recipe) -> Any:
+    """The configuration that a recipe starts from: of the stock model, or one of `transformers`."""
+    if recipe.model.preset is None:
+        if recipe.model.config is None:
+            raise Act24Error("a recipe with model.pretrained has to be resolved: act24.tools.run.pretrained")
+        return config_from_json(recipe.model.config, str(recipe.model.pretrained))
     return llama_config(recipe.model.preset, **recipe.model.overrides())
+
+
+class Weights(Protocol):
+    """Weights to start from (`act24.tools.run.pretrained`)."""
+
+    def stock_(self, model: nn.Module) -> bool:
+        """Fill the stock model before passes rewrite it; whether nothing is left."""
+        ...
+
+    def fill_(self, pipeline: Pipeline) -> None:
+        """Fill the rewritten model."""
+        ...
 
 
 def parameter_dtype(recipe: Recipe) -> torch.dtype:
@@ -92,24 +111,54 @@ def build(
     device: torch.device,
     step: int = 0,
     measure: Callable[[Mapping[str, Measurement]], dict[str, Tensor]] | None = None,
+    weights: Weights | None = None,
 ) -> Built:
     """The model at its start, rewritten. All of its regions stand as graph modules, whatever the passes.
 
     Args:
         measure: measures what `Pipeline.measurements` names; called only if a pass wants anything.
+        weights: in the place of initial values.
 
     Raises:
         PassError: the recipe's passes do not fit the model.
         Act24Error: nor the device. Said here and not in the first 2:4 step, hours later.
     """
     _check_device(recipe, device)
-    model = build_llama(model_config(recipe), recipe.train.seed, device, parameter_dtype(recipe))
+    model = _initial(recipe, device, weights)
     pipeline = _pipeline(recipe, model, step)
     wanted = pipeline.measurements
+    if wanted and recipe.model.preset is None:
+        raise PassError(
+            f"{next(iter(wanted))} is measured on initial weights, not on those of a pretrained model"
+        )
     pipeline.commit_(measure(wanted) if wanted and measure else None)
+    if weights is not None:
+        weights.fill_(pipeline)
+    elif recipe.model.preset is not None and any(
+        isinstance(p, SparseMask) and p.masks == "saved" for p in recipe.passes
+    ):
+        raise PassError("sparse_mask keeps the zeros of a pruned model: name one with model.pretrained")
+    freeze_base_(pipeline)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
+
+
+def _initial(recipe: Recipe, device: torch.device, weights: Weights | None) -> Any:
+    """The model before passes."""
+    config, dtype = model_config(recipe), parameter_dtype(recipe)
+    if isinstance(config, LlamaConfig):
+        if weights is None:
+            return build_llama(config, recipe.train.seed, device, dtype)
+        model = unset_model(config, dtype).to_empty(device=device)
+        if not weights.stock_(model):
+            model = build_llama(config, recipe.train.seed, device, dtype)
+            weights.stock_(model)
+        return model
+    model = unset_model(config, dtype).to(device).train()
+    if weights is not None:
+        weights.stock_(model)
+    return model
 
 
 def build_from_old(
@@ -132,7 +181,7 @@ def build_from_old(
 def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(model_config(recipe))
+        model = unset_model(model_config(recipe), torch.float32)
     return _as_strict(recipe, Pipeline(model, recipe.passes))
 
 
@@ -170,10 +219,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
 def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[LlamaForCausalLM, Pipeline]:
     """A recipe's model whose weights are still to be read; what no file holds, statistics, is zero."""
     _check_device(recipe, device)
-    with torch.device("meta"):  # no value is drawn that the checkpoint overwrites
-        model = LlamaForCausalLM(model_config(recipe)).to(parameter_dtype(recipe))
+    # Of the stock model no value is drawn that the checkpoint overwrites.
+    model: Any = unset_model(model_config(recipe), parameter_dtype(recipe))
     pipeline = _pipeline(recipe, model, step)
     pipeline.commit_()
+    if not isinstance(model, LlamaForCausalLM):
+        return model.to(device).eval(), pipeline
     model.to_empty(device=device).eval()
     for name, buffer in model.named_buffers():
         if name not in model.state_dict():

@@ -52,6 +52,9 @@ def changes(then: Recipe, now: Recipe) -> tuple[list[Change], list[Change]]:
     old, new = _flat(then), _flat(now)
     if new["data.revision"] is None:  # a run stays at the commit that it began with
         new["data.revision"] = old["data.revision"]
+    if new["model.sha256"] is None:  # and with the weights that it began with, also where they are gone
+        for key in ("model.sha256", "model.config"):
+            new[key] = old[key]
     different = [
         Change(key, old.get(key), new.get(key))
         for key in sorted({*old, *new})

@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
+from act24.passes.recovery import clear_pruned_gradients_, impose_zeros_
 from act24.passes.state import set_seeds_, without_counting
 from act24.passes.updates import measured_at, rows_to_run
 from act24.recipes.schema import Train
 from act24.tools.data import Batch
 from act24.tools.run.graphs import FixedInputs, GraphedCalls, why_not_captured
+from act24.tools.run.language import block_list, head_weight, hidden_states
 from act24.tools.run.processes import Processes, whole
 from act24.tools.watch.sparsity_watch import gradient_cosines
 
@@ -47,7 +49,7 @@ class SummedLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids, labels `[B, S]`; the summed loss, a float32 scalar, and the number of its tokens."""
-        return self._loss(self.model.model(input_ids), self.model.head_weight, labels)
+        return self._loss(hidden_states(self.model, input_ids), head_weight(self.model), labels)
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ class TrainingStep:
         if train.activation_checkpointing:
             _checkpoint_blocks_(model)
         if compiled:
-            for layer in model.model.layers:
-                layer.compile(fullgraph=True)
+            for layer in block_list(model):
+                layer.compile(fullgraph=isinstance(model, LlamaForCausalLM))
         self.summed_loss = SummedLoss(model, compiled)
         self._loss: nn.Module = self.summed_loss
         # Captured, the bare model is: its gradients are added up over the processes once they are all there.
@@ -182,12 +184,15 @@ class TrainingStep:
             self._processes.sum_all_([p.grad for p in self._parameters if p.grad is not None])
         if self._pipeline is not None:
             self._pipeline.decay_gradients_()
+            clear_pruned_gradients_(self._pipeline)
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
         loss, grad_norm = self._processes.sum_(total) / shares, whole(grad_norm)
         # Whoever asks to skip waits for the device here. Both values are the same on all processes.
         skipped = self._skips and not bool(torch.isfinite(loss + grad_norm))
         if not skipped:
             optimizer.step()
+            if self._pipeline is not None:
+                impose_zeros_(self._pipeline)
         # Graphs add to the gradients that were there when they were captured.
         optimizer.zero_grad(set_to_none=self._graphs is None)
         if self._graphs is not None and self._graphs.problem != self.not_captured:
@@ -354,7 +359,7 @@ def uses_compile(train: Train, device: torch.device) -> bool:
 def _checkpoint_blocks_(model: LlamaForCausalLM) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    layers = model.model.layers
+    layers = block_list(model)
     for index, layer in enumerate(layers):
         # What is drawn at random comes from seeds in buffers, so there is no state of a generator to restore.
         layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
@@ -363,6 +368,6 @@ def _checkpoint_blocks_(model: LlamaForCausalLM) -> None:
 def _shard_(loss: SummedLoss) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    for layer in loss.model.model.layers:
+    for layer in block_list(loss.model):
         fully_shard(layer)
     fully_shard(loss)  # the rest: embedding, last norm and head, gathered for the whole forward

@@ -7,7 +7,6 @@ import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +16,14 @@ from torch.optim import Optimizer
 from act24.errors import Act24Error
 from act24.passes import ActivationStatistics
 from act24.passes.graph.measurements import Measurement
+from act24.passes.recovery import check_zeros
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, open_tokenizer, pinned
-from act24.tools.run.build import Built, build, build_from_old, model_config, saved_tokenizer
+from act24.tools.run.build import Built, build, model_config, saved_tokenizer
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, describe_run, resume_point
@@ -31,6 +31,7 @@ from act24.tools.run.lock import lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.path import path_text
+from act24.tools.run.pretrained import beginning, close_source, resolved
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
 from act24.tools.run.signals import StopRequest, stop_on_signal
@@ -109,7 +110,7 @@ def train(
             if not dry_run:
                 start = resume_point(run_dir, resume, recipe, schedule, processes.world_size)
             recipe = _pinned(recipe, start, processes)
-            make = build if start or weights is None else partial(build_from_old, weights)
+            make = build if start else beginning(recipe, weights)
             run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make)
             try:
                 return run.go(stop)
@@ -175,6 +176,7 @@ class TrainingRun:
         streams = position["fingerprint"]["streams"] if position else None
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, streams=streams, **where)
         self._built: Built = make(recipe, processes.device, self._step, self._measure)
+        close_source()  # its weights are in the model now
         pipeline = self._built.pipeline
         saved = start.state.get("products") if start else None
         self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
@@ -385,6 +387,7 @@ class TrainingRun:
         settings, heldout = self._recipe.checkpoint, None
         if self._measured and self._measured[0] == self._step:
             heldout = {"loss": self._measured[1].loss, "data": self._measured[1].data}
+        check_zeros(self._built.pipeline)
         self._last_checkpoint = checkpoint.save(
             self._run_dir,
             self._step,
@@ -429,11 +432,14 @@ class TrainingRun:
 
 
 def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe:
-    """The recipe with the commit of the Hub's data set, the one that the run began with if there is one."""
+    """The recipe with the Hub's commit and the model that the run begins with, or began with."""
     data = recipe.data
-    if start and data.revision is None:
-        began = parse_recipe(start.checkpoint.recipe_text, f"{start.checkpoint.folder}/recipe.toml").data
-        data = data.model_copy(update={"revision": began.revision})
+    if start:
+        began = parse_recipe(start.checkpoint.recipe_text, f"{start.checkpoint.folder}/recipe.toml")
+        data = data if data.revision else data.model_copy(update={"revision": began.data.revision})
+        recipe = recipe.model_copy(update={"model": began.model})
+    else:
+        recipe = resolved(recipe)
     (data, *_) = processes.gather(pinned(data))  # one answer for all: there may be a push in between
     return recipe.model_copy(update={"data": data})
 

@@ -1,0 +1,184 @@
+"""What a training loop does for a pruned model whose accuracy it wins back: `sparse_mask`, `lora`,
+`masked_lora`.
+
+    backward of all micro-batches
+    clear_pruned_gradients_(pipeline)      before they are clipped: what is pruned has no part in the norm
+    optimizer.step()
+    impose_zeros_(pipeline)                whatever the optimizer did
+
+Masks are packed in buffers beside the weights. Sharded parameters take their part of a mask, which every
+process has whole; nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from act24.errors import PassError
+from act24.passes.lora import LORA_A, LORA_B, Lora
+from act24.passes.pipeline import Pipeline
+from act24.passes.sparse_mask import MASK_BITS, TRANSPOSED, SparseMask
+from act24.pruning.methods import masked
+from act24.pruning.pattern import Pattern
+from act24.pruning.stored import bits_to_mask, fault, packed_bits
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """A weight with a mask.
+
+    Attributes:
+        name: of the weight, fully qualified.
+        bits: the buffer with its mask.
+        transposed: stored `[in, out]`.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    bits: Tensor
+    transposed: bool
+
+    def mask(self) -> Tensor:
+        """Boolean, in the shape in which the whole weight is stored; on the device, without waiting."""
+        shape = self.parameter.shape
+        columns = shape[0] if self.transposed else shape[1]
+        mask = bits_to_mask(self.bits)[:, :columns]
+        return mask.T if self.transposed else mask
+
+
+def pruned_weights(pipeline: Pipeline) -> Iterator[PrunedWeight]:
+    """The weights that have masks."""
+    for fqn, module in pipeline.regions.items():
+        for name, (kind, of) in module.buffer_kinds.items():
+            if kind in (MASK_BITS, TRANSPOSED):
+                yield PrunedWeight(
+                    f"{fqn}.{of}", module.get_parameter(of), module.get_buffer(name), kind == TRANSPOSED
+                )
+
+
+def has_masks(pipeline: Pipeline) -> bool:
+    """Whether a pass keeps zeros."""
+    return next(pruned_weights(pipeline), None) is not None
+
+
+@torch.no_grad()
+def clear_pruned_gradients_(pipeline: Pipeline) -> None:
+    """Write zeros into the gradients of what is pruned."""
+    for weight in pruned_weights(pipeline):
+        if weight.parameter.grad is not None:
+            _clear_(weight.parameter.grad, weight.mask())
+
+
+@torch.no_grad()
+def impose_zeros_(pipeline: Pipeline) -> None:
+    """Write zeros into what is pruned, none of them -0; frozen weights are as they were."""
+    for weight in pruned_weights(pipeline):
+        if weight.parameter.requires_grad:
+            _clear_(weight.parameter, weight.mask())
+
+
+def _clear_(tensor: Tensor, mask: Tensor) -> None:
+    if isinstance(tensor, DTensor):
+        local = distribute_tensor(mask, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor, mask = tensor.to_local(), local.to_local()
+    tensor.masked_fill_(~mask, 0)
+
+
+@torch.no_grad()
+def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
+    """Put masks beside the weights of `sparse_mask` and `masked_lora`, and zeros into what is pruned.
+
+    Args:
+        masks: by the weight's name, boolean, in the shape in which it is stored; None: nobody has said any,
+            and passes have to take them from zeros.
+
+    Raises:
+        PassError: a pass wants masks and there are none, a weight has none or one of another shape, or is not
+            zero where it is pruned.
+    """
+    passes = [p for p in pipeline.passes if isinstance(p, SparseMask)]
+    of_zeros = bool(passes) and all(p.masks == "zeros" for p in passes)
+    for weight in pruned_weights(pipeline):
+        if of_zeros:
+            mask = torch.ne(weight.parameter, 0)
+        elif masks is None:
+            raise PassError(
+                f"{weight.name}: there are no masks beside these weights: prune the model first (act24 prune) "
+                'or, where another program pruned it, set masks = "zeros" of sparse_mask'
+            )
+        elif weight.name not in masks:
+            weight.bits.fill_(255)  # kept dense when the model was pruned
+            weight.bits.copy_(packed_bits(torch.ones(_dense_shape(weight), dtype=torch.bool)))
+            continue
+        else:
+            mask = masks[weight.name].to(weight.parameter.device)
+        if mask.shape != weight.parameter.shape:
+            raise PassError(
+                f"{weight.name}: its mask is {list(mask.shape)}, and it is {list(weight.parameter.shape)}"
+            )
+        if bool((weight.parameter[~mask] != 0).any()):
+            raise PassError(f"{weight.name} is not zero where its mask says so: the mask is of other weights")
+        weight.parameter.copy_(masked(weight.parameter, mask))
+        weight.bits.copy_(packed_bits(mask.T if weight.transposed else mask))
+
+
+def _dense_shape(weight: PrunedWeight) -> tuple[int, int]:
+    rows, columns = weight.parameter.shape
+    return (columns, rows) if weight.transposed else (rows, columns)
+
+
+def freeze_base_(pipeline: Pipeline) -> None:
+    """Freeze whatever is no adapter, where the pipeline has adapters."""
+    if not any(isinstance(p, Lora) for p in pipeline.passes):
+        return
+    for name, parameter in pipeline.model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is a factor of an adapter, by its name."""
+    return name.rpartition(".")[2].endswith((LORA_A, LORA_B))
+
+
+def kept_masks(pipeline: Pipeline) -> tuple[dict[str, Tensor], dict[str, Pattern], frozenset[str]]:
+    """Masks by weight in the shape in which it is stored, the patterns that they have, and which weights are
+    stored `[in, out]`; on the CPU."""
+    masks, patterns, transposed = {}, {}, set()
+    for weight in pruned_weights(pipeline):
+        mask = weight.mask().cpu().contiguous()
+        masks[weight.name] = mask
+        patterns[weight.name] = found_pattern(mask.T if weight.transposed else mask)
+        if weight.transposed:
+            transposed.add(weight.name)
+    return masks, patterns, frozenset(transposed)
+
+
+def found_pattern(mask: Tensor) -> Pattern:
+    """N:M of a mask `[out, in]`, for the least M of 2, 4, 8 and 16 of whose groups each has as many; else its
+    share of zeros."""
+    for of in (2, 4, 8, 16):
+        if mask.shape[1] % of == 0:
+            kept = mask.unflatten(-1, (-1, of)).sum(-1)
+            least = int(kept.min())
+            if 0 < least < of and bool((kept == least).all()):
+                return Pattern(1 - least / of, least, of)
+    return Pattern(1 - float(mask.double().mean()))
+
+
+@torch.no_grad()
+def check_zeros(pipeline: Pipeline) -> None:
+    """What every save verifies, weight by weight; collective where parameters are sharded.
+
+    Raises:
+        PassError: names a weight that is not finite, not zero where it is pruned, or -0.0.
+    """
+    for weight in pruned_weights(pipeline):
+        whole = weight.parameter.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        if why := fault(whole, weight.mask(), None):
+            raise PassError(f"{weight.name}: {why}")

@@ -1,0 +1,206 @@
+"""Merging, adapters in PEFT's format, blockwise recovery: files that were written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from act24.errors import Act24Error
+from act24.tools.commands.recovery import calibration_data
+from act24.tools.huggingface.export import export_run
+from act24.tools.pruning.blockwise import recover_blockwise
+from act24.tools.pruning.folder import prune_model
+from act24.tools.pruning.masks import read_masks
+from act24.tools.pruning.merge import merge
+from act24.tools.run.build import load
+from act24.tools.run.opening import open_any
+from act24.tools.run.train import train
+from tests.tools.run.test_pretrained import DENSE, branch, recipe
+from tests.tools.tiny import write_recipe
+
+MODULES = ["q_proj", "v_proj"]
+TARGETS = [f"*.{name}" for name in MODULES]
+IDS = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recovery")
+    write_recipe(folder)
+    train(recipe(folder, "train.steps=40", DENSE), folder / "warm")
+    data = calibration_data(str(folder / "train-*.txt"), ())
+    prune_model(str(folder / "warm"), folder / "pruned", data=data, samples=16, seqlen=16)
+    for use in ("lora", "masked_lora"):
+        table = {"use": use, "targets": TARGETS}
+        train(branch(folder, folder / "pruned", [table], "train.steps=6", "train.batch_size=8"), folder / use)
+    return folder
+
+
+def logits_of(path):
+    model = open_any(path).model
+    with torch.no_grad():
+        return model(IDS)
+
+
+def theirs(path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        return model, model(IDS).logits
+
+
+def sparsity(model):
+    linears = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    return sum(int((p == 0).sum()) for p in linears) / sum(p.numel() for p in linears)
+
+
+def test_a_masked_adapter_merges_without_losing_a_zero(folder, tmp_path):
+    told = merge(str(folder / "masked_lora"), tmp_path / "merged")
+    model, logits = theirs(tmp_path / "merged")
+    built = load(folder / "masked_lora")
+    with torch.no_grad():
+        torch.testing.assert_close(logits, built.model(IDS), rtol=1e-4, atol=1e-4)
+    assert "0.5000 → 0.5000" in told
+    before, masks = load_file(folder / "pruned" / "model.safetensors"), read_masks(tmp_path / "merged")
+    for name, mask in masks.masks.items():
+        weight = model.state_dict()[name]
+        assert (weight[~mask] == 0).all()
+        assert ((weight == 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
+        assert torch.equal(weight, before[name]) is not any(leaf in name for leaf in MODULES)
+    # An export is the same function.
+    export_run(folder / "masked_lora", tmp_path / "exported")
+    torch.testing.assert_close(theirs(tmp_path / "exported")[1], logits, rtol=1e-5, atol=1e-5)
+    assert read_masks(tmp_path / "exported").pattern == "2:4"
+
+
+def test_a_plain_adapter_is_refused_with_the_sparsity_that_it_would_leave(folder, tmp_path):
+    share = 2 * 32 * 32 / (4 * 32 * 32 + 3 * 32 * 48)  # of q and v among the matrices of a block
+    with pytest.raises(Act24Error, match=rf"would leave sparsity {0.5 * (1 - share):.2f}\d+ of 0.5000"):
+        merge(str(folder / "lora"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merge(str(folder / "lora"), tmp_path / "merged", allow_dense=True)
+    model, logits = theirs(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(logits, load(folder / "lora").model(IDS), rtol=1e-4, atol=1e-4)
+    assert sparsity(model) == pytest.approx(0.5 * (1 - share), abs=1e-3)
+    assert read_masks(tmp_path / "merged") is None
+
+
+def test_peft_opens_the_adapter(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    export_run(folder / "lora", tmp_path / "adapter", "peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, load(folder / "lora").model(IDS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use", ["lora", "masked_lora"])
+def test_an_adapter_in_a_folder_merges_as_the_run_does(use, folder, tmp_path):
+    export_run(folder / use, tmp_path / "adapter", "peft")
+    dense = use == "lora"
+    merge(str(folder / use), tmp_path / "run", allow_dense=dense)
+    merge(str(folder / "pruned"), tmp_path / "folder", tmp_path / "adapter", allow_dense=dense)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "folder"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapters_of_another_base_or_damaged_are_refused(folder, tmp_path):
+    export_run(folder / "lora", tmp_path / "adapter", "peft")
+    shutil.copytree(folder / "pruned", tmp_path / "base")
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] + 1
+    save_file(state, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+
+    def refused(match, *arguments):
+        with pytest.raises(Act24Error, match=match):
+            merge(*arguments)
+        assert not out.exists()
+
+    refused("trained on other weights", str(tmp_path / "base"), out, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file({name: value[..., :3].contiguous() for name, value in whole.items()}, file)
+    refused("the adapter is of another base", str(folder / "pruned"), out, tmp_path / "adapter")
+    file.write_bytes(file.read_bytes()[:-9])
+    refused("cannot read the adapter", str(folder / "pruned"), out, tmp_path / "adapter")
+    refused("has an adapter, and this one has 0", str(folder / "warm"), out)
+    with pytest.raises(Act24Error, match="this one has 0"):
+        export_run(folder / "warm", out, "peft")
+
+
+def test_an_export_of_dense_training_brings_its_masks(folder, tmp_path):
+    made = branch(folder, folder / "pruned", [{"use": "sparse_mask"}], "train.steps=3")
+    train(made, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["act24_weight_pattern"] == "2:4"
+    one, other = read_masks(folder / "pruned"), read_masks(tmp_path / "out")
+    assert all(torch.equal(one.masks[name], other.masks[name]) for name in one.masks)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tmp_path / "out")[1], load(tmp_path / "run").model(IDS))
+
+
+# ------------------------------------------------------------------------------------ blockwise
+
+
+def options(folder, **changes):
+    data = calibration_data(str(folder / "train-*.txt"), ())
+    return {"data": data, "samples": 16, "seqlen": 16, "lr": 3e-3, "epochs": 8} | changes
+
+
+def heldout_loss(path, folder):
+    from act24.tools.run.protocol import perplexity
+
+    return perplexity(open_any(path), [str(folder / "heldout.txt")], seqlen=16).loss
+
+
+def test_blocks_are_fitted_with_their_zeros(folder, tmp_path):
+    lines = []
+    errors = recover_blockwise(str(folder / "pruned"), tmp_path / "out", **options(folder), say=lines.append)
+    assert len(errors) == len(lines) == 2
+    for line in lines:
+        before, after = (float(x) for x in line.split("outputs ")[1].split(",")[0].split(" → "))
+        assert after < 0.8 * before
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(folder / "pruned" / "model.safetensors")
+    for name, mask in read_masks(folder / "pruned").masks.items():
+        assert (state[name][~mask] == 0).all()
+        assert not torch.signbit(state[name][state[name] == 0]).any()
+        assert not torch.equal(state[name], before[name])
+    outside = [name for name in state if ".layers." not in name]
+    assert all(torch.equal(state[name], before[name]) for name in outside)
+    assert heldout_loss(tmp_path / "out", folder) < heldout_loss(folder / "pruned", folder)
+
+
+def test_an_interrupted_recovery_goes_on(folder, tmp_path, monkeypatch):
+    from act24.tools.pruning.kept import BlockFiles
+
+    recover_blockwise(str(folder / "pruned"), tmp_path / "whole", **options(folder))
+    write = BlockFiles.write
+
+    def killed(self, index, tensors, content):
+        if index == 1:
+            raise KeyboardInterrupt
+        write(self, index, tensors, content)
+
+    monkeypatch.setattr(BlockFiles, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recover_blockwise(str(folder / "pruned"), tmp_path / "out", **options(folder))
+    monkeypatch.undo()
+    lines = []
+    recover_blockwise(str(folder / "pruned"), tmp_path / "out", **options(folder), say=lines.append)
+    assert ["found finished" in line for line in lines] == [True, False]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_blockwise_refuses_what_it_cannot_begin_with(folder, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Act24Error, match="has no masks"):
+        recover_blockwise(str(folder / "warm"), out, **options(folder))
+    with pytest.raises(Act24Error, match="expected a run"):
+        recover_blockwise(str(folder / "pruned"), out, **options(folder), dense="nowhere at all")
+    assert not out.exists()

@@ -1,0 +1,1 @@
+"""Pruning a trained model, and recovering its accuracy: what walks over a model and writes files."""

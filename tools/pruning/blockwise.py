@@ -1,0 +1,201 @@
+"""Blockwise recovery: what each block kept is fitted to what the dense block gives, block after block.
+
+Inputs of a pruned block are those that the blocks before it, recovered already, give; its outputs are fitted
+to those of the dense model at the same place, so that a block also makes up for the ones before it. No
+gradient passes more than one block, and one block of each model is on the device. (Reconstruction after
+pruning: EBFT, arXiv 2402.12419; the target of the dense model's own chain is this module's choice.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from act24.errors import Act24Error
+from act24.pruning.methods import masked
+from act24.recipes.schema import Data
+from act24.tools.huggingface.any_model import weights_hash
+from act24.tools.huggingface.config import read_json
+from act24.tools.pruning.blocks import Chain
+from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
+from act24.tools.pruning.folder import REPORT, write_pruned
+from act24.tools.pruning.kept import BlockFiles, clear
+from act24.tools.pruning.masks import Masks, read_masks
+from act24.tools.run.opening import open_any
+
+
+def recover_blockwise(
+    source: str,
+    out: Path,
+    *,
+    data: Data,
+    dense: str | None = None,
+    samples: int = 128,
+    seqlen: int | None = None,
+    epochs: int = 4,
+    lr: float = 2e-4,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Recover a pruned model into a new folder. Interrupted, the same call goes on with the next block.
+
+    Args:
+        source: a folder that `act24 prune` wrote.
+        dense: the model that it was pruned from; None: what its prune.json says.
+        data, samples, seqlen: the rows to fit on, as for `act24.tools.pruning.folder.prune_model`.
+        epochs: how often each block sees all rows.
+        lr: of AdamW, falling linearly to 0 over a block's updates.
+
+    Returns:
+        by block the relative error of its outputs on all rows, after.
+
+    Raises:
+        Act24Error: no masks, no dense model, one of other shapes, or a loss that is not finite.
+    """
+    if out.exists():
+        raise Act24Error(f"{out} exists already")
+    began = time.perf_counter()
+    opened = open_any(source)
+    masks = read_masks(opened.folder) if opened.folder else None
+    if masks is None or opened.folder is None:
+        raise Act24Error(f"{source} has no masks: blockwise recovery begins with a folder of act24 prune")
+    dense = dense or read_json(opened.folder / REPORT).get("source")
+    if not dense:
+        raise Act24Error(f"{source} does not say what it was pruned from: give --dense MODEL")
+    target = open_any(dense)
+    shapes = [{n: tuple(p.shape) for n, p in m.model.named_parameters()} for m in (opened, target)]
+    if shapes[0] != shapes[1]:
+        raise Act24Error(f"{dense} is not what {source} was pruned from: its parameters are others")
+    data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
+    batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size, rows=4)
+    asked: dict[str, Any] = {
+        "source": source,
+        "weights": opened.sha256(),
+        "dense": dense,
+        "dense_weights": weights_hash(target.state()),
+        "calibration": {
+            "data": data.model_dump(mode="json"),
+            "samples": samples,
+            "seqlen": data.max_length,
+            "tokens": tokens_of(batches, pads),
+        },
+        "epochs": epochs,
+        "lr": lr,
+    }
+    partial = out.with_name(f"{out.name}.partial")
+    files = BlockFiles(partial, asked)
+    errors = _recover_(opened.model, target.model, masks, batches, pads, epochs, lr, device, say, files)
+    report = {
+        **asked,
+        "recovered": "blockwise",
+        "block_errors": errors,
+        "seconds": time.perf_counter() - began,
+    }
+    write_pruned(opened, partial, masks, report)
+    partial.rename(out)
+    clear(out)
+    return errors
+
+
+def _recover_(
+    model: nn.Module,
+    target: nn.Module,
+    masks: Masks,
+    batches: Sequence[Tensor],
+    pads: Sequence[Tensor | None],
+    epochs: int,
+    lr: float,
+    device: str,
+    say: Callable[[str], None],
+    files: BlockFiles,
+) -> dict[str, float]:
+    sparse, dense = (Chain(m.eval(), batches, pads, torch.device(device)) for m in (model, target))
+    errors: dict[str, float] = {}
+    for index, name in enumerate(sparse.blocks):
+        began = time.perf_counter()
+        with dense.on_device(index), torch.no_grad():
+            dense.advance(index)  # what goes into the dense block behind is what this one gives
+        with sparse.on_device(index) as block:
+            parameters = dict(block.named_parameters(prefix=name))
+            found = files.read(index)
+            if found:
+                tensors, content = found
+                with torch.no_grad():
+                    for full, value in tensors.items():
+                        parameters[full].copy_(value)
+                before, after = content["before"], content["after"]
+            else:
+                before, after = _fit_(sparse, dense, index, name, masks, epochs, lr)
+                files.write(index, parameters, {"before": before, "after": after})
+            sparse.advance(index)
+        errors[name] = after
+        how = "found finished" if found else f"{time.perf_counter() - began:.1f} s"
+        say(f"{name}: error of the outputs {before:.4f} → {after:.4f}, {how}")
+    return errors
+
+
+def _fit_(
+    sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epochs: int, lr: float
+) -> tuple[float, float]:
+    """Fit what a block kept, in float32; its errors before and after."""
+    block = sparse.blocks[name]
+    dtypes = {local: p.dtype for local, p in block.named_parameters()}
+    block.float()
+    parameters = dict(block.named_parameters())
+    device = next(iter(parameters.values())).device
+    own = {
+        n.removeprefix(f"{name}."): m.to(device) for n, m in masks.masks.items() if n.startswith(f"{name}.")
+    }
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    before = _error(sparse, dense, index)
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = epochs * len(sparse)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        number = step % len(sparse)
+        loss = _difference(sparse, dense, index, number)
+        if not torch.isfinite(loss):
+            raise Act24Error(f"{name}: the loss is not finite: a smaller --lr")
+        loss.backward()
+        for local, mask in own.items():
+            grad = parameters[local].grad
+            if grad is not None:
+                grad.masked_fill_(~mask, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for local, mask in own.items():
+                parameters[local].copy_(masked(parameters[local], mask))
+    with torch.no_grad():
+        for local, parameter in parameters.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[local])
+            if local in own:
+                parameter.copy_(masked(parameter, own[local]))
+    return before, _error(sparse, dense, index)
+
+
+def _difference(sparse: Chain, dense: Chain, index: int, number: int) -> Tensor:
+    """‖f̂(x̂) - f(x)‖² / ‖f(x)‖² of a batch, padding left out."""
+    dtype = next(sparse.blocks[list(sparse.blocks)[index]].parameters()).dtype
+    output = sparse.run(index, sparse.inputs(number).to(dtype)).float()
+    wanted = dense.inputs(number).float()
+    pads = sparse.pads[number]
+    if pads is not None:
+        keep = ~pads.to(output.device)
+        output, wanted = output[keep], wanted[keep]
+    return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
+
+
+@torch.no_grad()
+def _error(sparse: Chain, dense: Chain, index: int) -> float:
+    """‖f̂ - f‖ / ‖f‖, the root of its mean over batches."""
+    losses = [float(_difference(sparse, dense, index, number)) for number in range(len(sparse))]
+    return (sum(losses) / len(losses)) ** 0.5

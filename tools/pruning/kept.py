@@ -1,0 +1,81 @@
+"""Finished blocks in a folder, from which what was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from act24.errors import Act24Error, reading
+from act24.tools.files import whole_file
+
+_JOURNAL = "interrupted.json"
+
+
+class BlockFiles:
+    """A file for each finished block, and what was asked for."""
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            Act24Error: the folder is of something else.
+        """
+        self._folder = folder
+        journal = folder / _JOURNAL
+        if folder.exists():
+            with reading(f"cannot read {journal}"):
+                before = json.loads(journal.read_text(encoding="utf-8"))
+            different = [key for key in asked if before.get(key) != json.loads(json.dumps(asked[key]))]
+            if different:
+                raise Act24Error(
+                    f"{folder} is of an interrupted call with another {', '.join(different)}: give the same "
+                    "options, or remove it"
+                )
+            return
+        try:
+            folder.mkdir(parents=True)
+            with whole_file(journal) as file:
+                file.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise Act24Error(f"cannot write {folder}: {error.strerror}") from error
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.safetensors"
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors of a finished block, and what was said of it; None if it is not finished.
+
+        Raises:
+            Act24Error: the file is damaged.
+        """
+        file = self._file(index)
+        if not file.is_file():
+            return None
+        damaged = f"cannot read {file} (remove it, and the block is made again)"
+        kinds = (safetensors.SafetensorError, KeyError, TypeError)
+        with reading(damaged, *kinds), safetensors.safe_open(file, "pt") as opened:
+            content = json.loads(opened.metadata()["content"])
+            return {name: opened.get_tensor(name) for name in opened.keys()}, content  # noqa: SIM118
+
+    def write(self, index: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            Act24Error: writing fails.
+        """
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        try:
+            with whole_file(self._file(index)) as file:
+                safetensors.torch.save_file(whole, file, {"content": json.dumps(content)})
+        except (OSError, safetensors.SafetensorError) as error:
+            raise Act24Error(f"cannot write {self._file(index)}: {error}") from error
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of blocks from what is whole."""
+    for file in (*folder.glob("block-*.safetensors"), folder / _JOURNAL):
+        file.unlink(missing_ok=True)

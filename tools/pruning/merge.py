@@ -1,0 +1,119 @@
+"""`act24 merge`: an adapter into the weights that it belongs to, where that loses no zero."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from act24.errors import Act24Error
+from act24.pruning.adapters import merged
+from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.huggingface.adapter import Adapter, adapter_of, read_adapter
+from act24.tools.huggingface.any_model import AnyModel, weights_hash
+from act24.tools.pruning.blocks import decoder_blocks
+from act24.tools.pruning.folder import write_pruned
+from act24.tools.pruning.masks import Masks, read_masks
+from act24.tools.run.build import load
+from act24.tools.run.opening import open_any
+
+#: Zeros that a dense model may have by chance, as a share.
+_BY_CHANCE = 0.05
+
+
+def merge(source: str, out: Path, adapter: Path | None = None, allow_dense: bool = False) -> str:
+    """Write a model with its adapter merged into it.
+
+    Args:
+        source: a run of `lora` or `masked_lora`, or a checkpoint of one; with `adapter` the base model.
+        adapter: a folder in PEFT's format.
+        allow_dense: merge a plain adapter into a pruned model, whose zeros it fills.
+
+    Returns:
+        what was written.
+
+    Raises:
+        Act24Error: there is no adapter, it is of another base, or zeros would be lost.
+    """
+    if out.exists():
+        raise Act24Error(f"{out} exists already")
+    base, found, masks = _of_folder(source, adapter) if adapter else _of_run(source)
+    state = dict(base.model.named_parameters())
+    _check_fits(found, state, source)
+    if found.masked and masks is None:
+        raise Act24Error(f"{source} has no masks, under which this adapter was trained")
+    use = masks if found.masked else None
+    before, after = _sparsity(base, {}), _sparsity(base, _merged(found, state, use))
+    if not found.masked and before > _BY_CHANCE and not allow_dense:
+        raise Act24Error(
+            f"merging would leave sparsity {after:.4f} of {before:.4f}: keep the adapter beside the model, "
+            "train masked_lora, which merges without losing a zero, or give --allow-dense"
+        )
+    with torch.no_grad():
+        for name, value in _merged(found, state, use).items():
+            state[name].copy_(value)
+    kept = use or Masks({}, {})
+    written = checkpoint_folder.temporary(out)
+    try:
+        report = {"merged": str(adapter or source), "sparsity_before": before, "sparsity": after}
+        write_pruned(base, written, kept, report)
+        written.rename(out)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+    return f"{out}: {len(found.factors)} adapters merged, sparsity {before:.4f} → {after:.4f}"
+
+
+def _of_folder(source: str, adapter: Path) -> tuple[AnyModel, Adapter, Masks | None]:
+    base, found = open_any(source), read_adapter(adapter)
+    if found.base and found.base != weights_hash(dict(base.model.named_parameters())):
+        raise Act24Error(f"{adapter} was trained on other weights than those of {source}")
+    return base, found, read_masks(base.folder) if base.folder else None
+
+
+def _of_run(source: str) -> tuple[AnyModel, Adapter, Masks | None]:
+    built = load(source)
+    found = adapter_of(built)
+    began = built.recipe.model.pretrained if built.recipe else None
+    if began is None or built.recipe is None:
+        raise Act24Error(f"{source} began with no pretrained model; act24 export merges what it can")
+    opened = open_any(began)
+    if weights_hash(dict(opened.model.named_parameters())) != built.recipe.model.sha256:
+        raise Act24Error(f"{began} has other weights than the run {source} began with")
+    return opened, found, read_masks(opened.folder) if opened.folder else None
+
+
+def _check_fits(adapter: Adapter, state: dict[str, torch.nn.Parameter], source: str) -> None:
+    if not adapter.factors:
+        raise Act24Error("the adapter has no factors")
+    for name, (lora_a, lora_b) in adapter.factors.items():
+        if name not in state or state[name].shape != (lora_b.shape[0], lora_a.shape[1]):
+            shape = list(state[name].shape) if name in state else "not there"
+            raise Act24Error(
+                f"the adapter is of another base: {name} is {shape} in {source}, the adapter's "
+                f"{[lora_b.shape[0], lora_a.shape[1]]}"
+            )
+
+
+def _merged(adapter: Adapter, state: dict[str, torch.nn.Parameter], masks: Masks | None) -> dict[str, Tensor]:
+    def mask(name: str) -> Tensor | None:
+        if masks is None:
+            return None
+        return masks.masks.get(name, torch.ones(state[name].shape, dtype=torch.bool))
+
+    return {
+        name: merged(state[name].detach(), *factors, adapter.scale, mask(name))
+        for name, factors in adapter.factors.items()
+    }
+
+
+def _sparsity(base: AnyModel, changed: dict[str, Tensor]) -> float:
+    """The share of zeros in the matrices of the blocks."""
+    zeros = total = 0
+    for name, block in decoder_blocks(base.model).items():
+        for local, parameter in block.named_parameters():
+            if parameter.ndim == 2:
+                value = changed.get(f"{name}.{local}", parameter.detach())
+                zeros, total = zeros + int((value == 0).sum()), total + value.numel()
+    return zeros / max(total, 1)

@@ -1,0 +1,231 @@
+"""`[model] pretrained`: a run that starts from the weights of another one, of a folder, or of a file.
+
+Weights alone: the optimizer is new, and the first step is step 0. Where both models have the same passes,
+their parameters go over as they are; where the new one has another structural pass, the stock weights go
+through it; what has no such way starts fresh, and is listed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from act24.errors import Act24Error, PassError
+from act24.passes import Lora, Pass, Pipeline, Weight24
+from act24.passes.base import StructuralPass
+from act24.passes.recovery import has_masks, kept_masks, set_masks_
+from act24.recipes.schema import Recipe
+from act24.tools.huggingface.any_model import open_folder, weights_hash
+from act24.tools.huggingface.config import CONFIG, LLAMA, config_json
+from act24.tools.huggingface.old_folder import is_old
+from act24.tools.pruning.masks import read_masks
+from act24.tools.run.build import Built, build, build_from_old, load, plan_recipe
+from act24.tools.run.language import check_loss
+
+logger = logging.getLogger("act24")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a run starts from.
+
+    Attributes:
+        source: as the recipe has it.
+        config: JSON, of the stock model before passes, or of another class.
+        passes: structural ones, that rewrote it.
+        pipeline: they, applied; None for another class.
+        state: parameters, after `passes`.
+        masks: what is pruned, by weight; None: nobody said.
+        sha256: of `state`.
+    """
+
+    source: str
+    config: str
+    passes: tuple[Pass, ...]
+    pipeline: Pipeline | None
+    state: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] | None
+    sha256: str
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with the configuration and the hash of the model that it starts from; others as they are.
+
+    Raises:
+        Act24Error: the model cannot be opened, or is not the one that the recipe was resolved with.
+    """
+    if recipe.model.pretrained is None:
+        return recipe
+    opened = open_source(recipe.model.pretrained)
+    if recipe.model.sha256 not in (None, opened.sha256):
+        raise Act24Error(
+            f"model.pretrained: {opened.source} has other weights than this recipe began with (sha256 "
+            f"{opened.sha256[:12]}, was {recipe.model.sha256[:12]})"  # type: ignore[index]
+        )
+    model = recipe.model.model_copy(update={"config": opened.config, "sha256": opened.sha256})
+    return recipe.model_copy(update={"model": model})
+
+
+def plan(recipe: Recipe) -> Pipeline:
+    """`plan_recipe`, of a recipe that may start from a model; says what starts fresh."""
+    recipe = resolved(recipe)
+    pipeline = plan_recipe(recipe)
+    if recipe.model.pretrained is not None:
+        for line in open_source(recipe.model.pretrained).remarks(pipeline):
+            logger.warning("%s", line)
+    return pipeline
+
+
+@functools.lru_cache(maxsize=1)
+def open_source(source: str) -> Opened:
+    """Open what a recipe starts from; the last one stays open until `close_source`."""
+    return Opened(_open(source))
+
+
+def beginning(recipe: Recipe, old: Path | None) -> Callable[..., Built]:
+    """What makes the model of a run that begins: with weights of its own, of the model that the recipe names,
+    or of a folder that run_c4.py left."""
+    if recipe.model.pretrained is not None:
+        return functools.partial(build, weights=open_source(recipe.model.pretrained))
+    return build if old is None else functools.partial(build_from_old, old)
+
+
+def close_source() -> None:
+    """Let go of the weights that `open_source` holds."""
+    open_source.cache_clear()
+
+
+def _open(source: str) -> Pretrained:
+    path = Path(source).expanduser()
+    if path.is_dir() and (is_old(path) or not (path / CONFIG).is_file()):
+        built = load(path)
+        passes = tuple(p for p in built.pipeline.passes if isinstance(p, StructuralPass))
+        config = json.dumps(config_json(built.model.config, LLAMA, torch.float32))
+        state = _parameters(built.model)
+        masks = kept_masks(built.pipeline)[0] if has_masks(built.pipeline) else None
+        return Pretrained(source, config, passes, built.pipeline, state, masks, weights_hash(state))
+    opened = open_folder(source)
+    state = _parameters(opened.model)
+    beside = read_masks(opened.folder) if opened.folder else None
+    masks = beside.masks if beside else None
+    if opened.config is None:
+        check_loss(opened.model, source)
+        foreign: Any = opened.model
+        config = json.dumps({**foreign.config.to_dict(), "model_type": foreign.config.model_type})
+        return Pretrained(source, config, (), None, state, masks, weights_hash(state))
+    config = json.dumps(config_json(opened.config, LLAMA, torch.float32))
+    passes = tuple(p for p in opened.passes if isinstance(p, StructuralPass))
+    return Pretrained(source, config, passes, opened.pipeline, state, masks, weights_hash(state))
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+class Opened:
+    """A pretrained model, and how it gets into another one."""
+
+    def __init__(self, pretrained: Pretrained) -> None:
+        self._pretrained = pretrained
+        self.source, self.config, self.sha256 = pretrained.source, pretrained.config, pretrained.sha256
+
+    def carried(self, pipeline: Pipeline) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """The state of a rewritten model, and the names that start fresh.
+
+        Raises:
+            Act24Error: the source has a pass that the new model has not, and its weights have no stock form.
+        """
+        own = self._pretrained
+        shared = [p.name for p in pipeline.passes if p in own.passes]
+        try:
+            stock = dict(own.state)
+            if own.pipeline is not None:
+                masks = {n: b for n, b in own.pipeline.model.named_buffers() if n.endswith("_mask_bits")}
+                stock = own.pipeline.state_to_stock({**own.state, **masks}, keep=shared)
+            carried, _ = pipeline.state_from_stock(stock, keep=shared)
+        except PassError as error:
+            raise Act24Error(
+                f"model.pretrained: {own.source} cannot become this model: {error}; give the recipe the same "
+                f"passes ({', '.join(p.name for p in own.passes)})"
+            ) from error
+        parameters = dict(pipeline.model.named_parameters())
+        if not pipeline.modules:  # planned only
+            fresh = [name for _, names in _created(pipeline) for name in names if name not in carried]
+            return carried, tuple(fresh)
+        carried = {name: value for name, value in carried.items() if name in parameters}
+        for name, value in carried.items():
+            if parameters[name].shape != value.shape:
+                raise Act24Error(
+                    f"model.pretrained: {own.source}: {name} is {list(value.shape)}, the model's "
+                    f"{list(parameters[name].shape)}"
+                )
+        return carried, tuple(name for name in parameters if name not in carried)
+
+    def stock_(self, model: nn.Module) -> bool:
+        """Copy what has a stock form into a stock model, before passes rewrite it; whether that was all."""
+        own = self._pretrained
+        try:
+            masks = {} if own.pipeline is None else dict(own.pipeline.model.named_buffers())
+            stock = own.state
+            if own.pipeline is not None:
+                stock = own.pipeline.state_to_stock({**own.state, **masks})
+        except PassError:
+            stock = own.state
+        missing = False
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                value = stock.get(name)
+                if value is None or value.shape != parameter.shape:
+                    missing = True
+                else:
+                    parameter.copy_(value)
+        return not missing
+
+    @torch.no_grad()
+    def fill_(self, pipeline: Pipeline) -> None:
+        """Copy all that goes over into a rewritten model, and its masks."""
+        carried, _ = self.carried(pipeline)
+        parameters = dict(pipeline.model.named_parameters())
+        for name, value in carried.items():
+            parameters[name].copy_(value)
+        if has_masks(pipeline):
+            set_masks_(pipeline, self._pretrained.masks)
+        for line in self.remarks(pipeline):
+            logger.warning("%s", line)
+
+    def remarks(self, pipeline: Pipeline) -> list[str]:
+        """What is worth saying, one line each."""
+        lines = []
+        _, fresh = self.carried(pipeline)
+        if fresh:
+            more = f" and {len(fresh) - 4} more" if len(fresh) > 4 else ""
+            lines.append(f"not of {self.source}, these start fresh: {', '.join(fresh[:4])}{more}")
+        if self._pretrained.masks and any(isinstance(p, Weight24) for p in pipeline.passes):
+            lines.append(
+                f"warning: {self.source} is pruned, and weight24 chooses masks of its own; to keep those "
+                "that there are use sparse_mask"
+            )
+        elif self._pretrained.masks and pipeline.modules and not _keeps_zeros(pipeline):
+            lines.append(f"warning: {self.source} is pruned, and no pass keeps its zeros")
+        return lines
+
+
+def _keeps_zeros(pipeline: Pipeline) -> bool:
+    """Whether weights have masks, or are frozen beside adapters."""
+    return has_masks(pipeline) or any(isinstance(p, Lora) for p in pipeline.passes)
+
+
+def _created(pipeline: Pipeline) -> list[tuple[str, list[str]]]:
+    """What passes create, by pass, of a pipeline that is only planned."""
+    return [
+        (change.pass_name, [f"{fqn}.{name}" for fqn in change.region.fqns for name in change.state.creates])
+        for change in pipeline.changes
+    ]
