@@ -108,7 +108,7 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
             mask = torch.ne(weight.parameter, 0)
         elif masks is None:
             raise PassError(
-                f"{weight.name}: there are no masks beside these weights: prune the model first (act24 prune) "
+                f"{weight.name}: there are no masks beside these weights: prune the model first "
                 'or, where another program pruned it, set masks = "zeros" of sparse_mask'
             )
         elif weight.name not in masks:
