@@ -56,11 +56,16 @@ class Fp8(OperationalPass):
     name: ClassVar[str] = "fp8"
     keeps_function: ClassVar[bool] = True
     remainder: ClassVar[bool] = True
+    promises: ClassVar[bool] = False  # it takes what others leave
 
     precision: Literal["fp8", "auto"] = "fp8"
     scaling: Scaling = "rowwise"
     kernels: bool = True
     keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return ("attn", "mlp")
 
     @property
     def renews(self) -> bool:
@@ -95,7 +100,8 @@ class Fp8(OperationalPass):
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes
         for part in PARTS:
-            dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.float8_e4m3fn
+            # Bytes: DDP sends buffers around when it begins, and process groups know no e4m3.
+            dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.uint8
             # Without elements until they are first made: where nothing is, they cost nothing.
             region.add_buffer(site.weight + part, (0,), dtype, persistent=False, kind=part, of=site.weight)
         for node in site.nodes:

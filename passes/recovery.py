@@ -108,8 +108,8 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
             mask = torch.ne(weight.parameter, 0)
         elif masks is None:
             raise PassError(
-                f"{weight.name}: there are no masks beside these weights: prune the model first "
-                'or, where another program pruned it, set masks = "zeros" of sparse_mask'
+                f"{weight.name}: no masks lie beside these weights: prune the model first (act24 prune), "
+                'or where another program pruned it, set masks = "zeros" of sparse_mask'
             )
         elif weight.name not in masks:
             weight.bits.fill_(255)  # kept dense when the model was pruned

@@ -23,15 +23,13 @@ from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPas
 from act24.passes.graph.check import Check, Probe
 from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
+from act24.passes.graph.lowering import Lowering, lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import (
-    Lowering,
     Region,
     RegionModule,
-    lower_,
-    lowering,
     materialise,
     reset_buffers_,
 )

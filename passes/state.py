@@ -223,7 +223,7 @@ def cast_weights_(pipeline: Rewriting, p: Fp8) -> None:
         # In bfloat16, as forward has them: under autocast parameters are float32.
         cast = cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=p.kernels)
         for kind, value in zip(PARTS, cast, strict=True):
-            weight.fill_buffer_(kind, value)
+            weight.fill_buffer_(kind, value.view(weight.buffer(kind).dtype))
 
 
 def decaying_weights(pipeline: Rewriting, place: DecayPlace) -> Iterator[tuple[SparseWeight, float]]:

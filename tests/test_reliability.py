@@ -52,9 +52,7 @@ def test_the_tally_of_fuzzing_has_no_traceback():
     tally = re.findall(r"^\| ([a-z ]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", TEXT, re.MULTILINE)
     counts = {name: [int(count.replace(",", "")) for count in row] for name, *row in tally}
     text = "".join(path.read_text() for path in (ROOT / "tests/fuzz").glob("test_*.py"))
-    assert counts.keys() == {
-        name.replace("_", " ") for name in re.findall(r"def test_(\w+)\(tried", text)
-    }
+    assert counts.keys() == {name.replace("_", " ") for name in re.findall(r"def test_(\w+)\(tried", text)}
     assert all(tries == refused + taken for tries, refused, taken in counts.values())
 
 

@@ -107,8 +107,8 @@ def linear_fp8(
         x: `[..., in]`, of a floating dtype.
         weight: `[out, in]`, multiples of 16, of the dtype of x (or any under autocast).
         bias: `[out]` or None.
-        narrow, scale, turned, turned_scale: of this very weight (`cast_weight`), which products then read.
-            None, or no elements, and it is cast where it is needed.
+        narrow, scale, turned, turned_scale: of this very weight (`cast_weight`), which products then read; in
+            e4m3 or its bytes. None, or no elements, and it is cast where it is needed.
         scaling: `"rowwise"`: a scale for each row of an operand, that is for each token in y and dX, for each
             feature in dW; `"tensorwise"`: one for each tensor.
         kernels: by kernels and cuBLAS, where the device has them; False for plain PyTorch.
@@ -128,8 +128,9 @@ def linear_fp8(
     cast_x, cast_w, cast_bias = cast_for_autocast(x, weight, bias)
     assert cast_x is not None
     assert cast_w is not None
-    given = (narrow, scale, turned, turned_scale)
-    ready = None if any(part is None or not part.numel() for part in given) else given
+    ready = None
+    if narrow is not None and turned is not None and narrow.numel():
+        ready = (narrow.view(torch.float8_e4m3fn), scale, turned.view(torch.float8_e4m3fn), turned_scale)
     training = torch.is_grad_enabled() and cast_w.requires_grad
     # On a CPU the operators are their references.
     kernels = kernels and (x.device.type != "cuda" or not why_in_plain_pytorch(x.device))

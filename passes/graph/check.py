@@ -5,7 +5,7 @@ region was given there, in evaluation mode, in training mode with gradients, and
 agree bit for bit (gradients to rounding: some kernels of GPUs add in any order). After a rewrite the model
 runs on the same input again: what passes made is read, and nothing that they replaced is.
 
-That costs two forwards of the model, and of each region eight and two backwards, on the few tokens of the
+That costs four forwards of the model, and of each region six and two backwards, on the few tokens of the
 probe; of memory, what those tokens need and a copy of the buffers. No module, buffer or generator of the
 model is touched.
 """
@@ -73,6 +73,11 @@ class Check:
             recorder = _Recorder()
             try:
                 self._output, self._read = _run(model, arguments, recorder)
+            except _Writes as error:
+                raise PassError(
+                    f"the model writes to its parameter {error} in forward, which a rewritten one could not: "
+                    "switch that off (rescale_every = 0 of RWKV), or check=False if it does not matter"
+                ) from error
             except Exception as error:  # whatever a foreign model raises
                 failures.append(f"{arguments}: {_line(error)}")
                 continue
@@ -198,14 +203,24 @@ class _Recorder:
         return vars(module)["training"]
 
 
-class _Reads(TorchDispatchMode):
-    """Notes which storages operations are given."""
+class _Writes(Exception):
+    """A parameter would be written to; its name."""
 
-    def __init__(self) -> None:
+
+class _Reads(TorchDispatchMode):
+    """Notes which storages operations are given, and lets none write to a parameter."""
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.storages: set[int] = set()
+        self._parameters = {_storage(p): name for name, p in module.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, Tensor) and _storage(value) in self._parameters:
+                    raise _Writes(self._parameters[_storage(value)])
         for value in (*args, *(kwargs or {}).values()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(tensor, Tensor):
@@ -214,14 +229,17 @@ class _Reads(TorchDispatchMode):
 
 
 def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> tuple[Any, set[int]]:
-    """What the double of a model returns in evaluation mode, and the storages that it reads."""
+    """What the double of a model returns in evaluation mode, and the storages that it reads; in training mode
+    it runs too, as what happens between the modes shows only there."""
     shadow = Shadow(model, buffers=True)
     _set_mode(shadow.root, False)
     if recorder is not None:
         recorder.shadow = shadow
         shadow.observer = recorder
-    with _undisturbed(model), torch.no_grad(), _Reads() as reads:
+    with _undisturbed(model), torch.no_grad(), _Reads(model) as reads:
         output = shadow.root(*arguments.args, **arguments.kwargs)
+        _set_mode(shadow.root, True)
+        shadow.root(*arguments.args, **arguments.kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], reads.storages
 
 
@@ -236,7 +254,7 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
     inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.requires_grad]
     device = _device(module).type
     autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
-    with _undisturbed(module), torch.set_grad_enabled(training), autocast:
+    with _undisturbed(module), torch.set_grad_enabled(training), autocast, _Reads(module):
         if graph is None:
             output = shadow.root(*args, **kwargs)
         else:

@@ -102,9 +102,13 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
 
 
 def _reads(graph: fx.Graph, name: str) -> int:
-    """How many nodes read a parameter, directly or transposed."""
+    """How many nodes read a parameter's values, directly or transposed; a cast to its dtype reads none."""
     readers = [
-        user for node in graph.nodes if node.op == "get_attr" and node.target == name for user in node.users
+        user
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target == name
+        for user in node.users
+        if user.target is not getattr
     ]
     return sum(len(n.users) if n.op == "call_method" and n.target == "t" else 1 for n in readers)
 

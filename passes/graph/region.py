@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import PythonCode
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
@@ -172,9 +171,12 @@ class Region:
             if name in self.parameters and name not in replaces:
                 raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
-        role = next((self.roles[name] for name in replaces if name in self.roles), None)
-        if role is not None:
+        for role in [self.roles[name] for name in replaces if name in self.roles][:1]:
             self.roles.update({name: role for name in specs if name not in self.roles})
+        for node in self.graph.nodes:
+            gone = node.op == "get_attr" and node.target in {*replaces} - specs.keys()
+            if gone and all(user.target is getattr for user in node.users):  # who asks for its dtype
+                node.target = next(iter(specs))
         for name in replaces:
             del self.parameters[name]
         self.parameters.update(specs)
@@ -367,58 +369,6 @@ def buffers_of(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]
         for name, (its_kind, of) in module.buffer_kinds.items()
         if its_kind == kind
     }
-
-
-@dataclass(frozen=True)
-class Lowering:
-    """A graph ready to run: with its code, and the class whose forward that is."""
-
-    graph: fx.Graph
-    code: PythonCode
-    region_class: type
-
-
-def lowering(graph: fx.Graph, classes: dict[tuple[Any, ...], type]) -> Lowering:
-    """Make a graph ready to run.
-
-    Args:
-        classes: the classes by code, filled here: equal code gets the class of the first.
-    """
-    code = graph.python_code("self")
-    key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
-    if key not in classes:
-        prototype = RegionModule(nn.Module(), fx.Graph())
-        prototype.graph = copy_graph(graph)
-        type(prototype)._shared = True  # type: ignore[attr-defined]
-        classes[key] = type(prototype)
-    return Lowering(graph, code, classes[key])
-
-
-def lower_(module: RegionModule, to: Lowering, classes: dict[tuple[Any, ...], type]) -> None:
-    """Give a region's module another graph over the same tensors.
-
-    Args:
-        classes: as for `lowering`.
-    """
-    _set_class(module, to.region_class, classes)
-    module._graph = to.graph
-    module._code = to.code.src
-    module._lineno_map = to.code._lineno_map
-    to.graph.owning_module = module
-
-
-def _set_class(module: RegionModule, region_class: type, classes: dict[tuple[Any, ...], type]) -> None:
-    """Change the class, also where a wrapper derived its own from it: FSDP2 puts a subclass of itself and
-    of the module's class in place, which has to stay on top."""
-    wrapper = type(module)
-    if not vars(wrapper).get("_shared", False) and wrapper.__bases__ != (RegionModule,):
-        key = (wrapper.__bases__[:-1], region_class)
-        if key not in classes:
-            bases = (*wrapper.__bases__[:-1], region_class)
-            members = {name: value for name, value in vars(wrapper).items() if name == "__deepcopy__"}
-            classes[key] = type(wrapper.__name__, bases, members)
-        region_class = classes[key]
-    module.__class__ = region_class
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -86,7 +86,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mpt": {"expansion_ratio": 2},
     "gptj": {"n_inner": 64},
     "codegen": {"n_inner": 64},
-    "deepseek_v2": {"num_key_value_heads": 4},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {"num_key_value_heads": 4},
     "hunyuan_v1_dense": {"head_dim": 8},
     "ministral": {"head_dim": 8},

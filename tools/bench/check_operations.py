@@ -104,7 +104,8 @@ def main() -> None:
         eager = gradients(function, inputs)
         compiled = gradients(torch.compile(function, fullgraph=True), inputs)
         worst = max(float((a - b).norm() / a.norm()) for a, b in zip(eager, compiled, strict=True))
-        wrong = not worst < 1e-3  # tf32 products differ by some 1e-4
+        # tf32 products differ by some 1e-4. A cast to e4m3 makes 6% of the last bit of a float32.
+        wrong = not worst < (5e-3 if "fp8" in name else 1e-3)
         failed |= wrong
         print(f"{name:64} {worst:.1e} {'WRONG' if wrong else 'ok'}")
     sys.exit(failed)

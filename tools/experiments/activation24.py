@@ -74,7 +74,7 @@ VARIANTS: dict[str, Variant] = {
         _sparse(method="soft_threshold_weights", scale_from="output")
     ),
     "mvue": Variant(_sparse(method="mvue")),
-    "fp8 forward product": Variant(_sparse(precision="fp8")),
+    "fp8 in all products": Variant(_sparse(precision="fp8")),
     "dense backward, masked": Variant(_sparse(backward="dense")),
     "dense backward, straight-through": Variant(_sparse(backward="dense", estimator="ste")),
     "weight24 transposable": Variant(_weights(method="transposable", until_step=1 - DENSE_FINISH_SHARE)),

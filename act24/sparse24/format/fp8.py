@@ -1,4 +1,4 @@
-"""e4m3 with a scale for each row: the product y of `activation24` with `precision = "fp8"`, in plain PyTorch.
+"""e4m3 under scales; and, in plain PyTorch, the product y of an `activation24` in e4m3 that has no other one.
 
     s_t = max_k |a_tk| / 448        a8 = e4m3(a / s)        y_to = s_t u_o Σ_k a8_tk w8_ok
 

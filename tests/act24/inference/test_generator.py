@@ -16,7 +16,20 @@ from act24.inference.layer import Sparsity, can_use
 from act24.inference.sampling import Sampling
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM
-from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Pipeline, Recompute, Relu2FFN, Weight24
+from act24.passes import (
+    REGISTRY,
+    Activation24,
+    ActivationStatistics,
+    Cola,
+    Fp8,
+    Lost,
+    LowRank,
+    Pass,
+    Pipeline,
+    Recompute,
+    Relu2FFN,
+    Weight24,
+)
 from act24.passes.served import lower_to_serve_
 from act24.rotary import RotaryScaling
 from act24.sparse24.pattern.selection import top2_of_4
@@ -38,6 +51,8 @@ PASSES: dict[str, tuple[Pass, ...]] = {
     "weight24": (Weight24(),),
     "weight24-soft": (Weight24(method="soft_threshold"),),
     "recompute": (LowRank(**RANKS), Recompute()),
+    "fp8": (Relu2FFN(), Fp8()),
+    "watched": (Relu2FFN(), ActivationStatistics()),
 }
 ROTARY = {
     "plain": None,
@@ -67,6 +82,10 @@ def rewritten(name: str, **overrides) -> LlamaForCausalLM:
     pipeline.commit_()
     lower_to_serve_(pipeline, 0)
     return model.eval()
+
+
+def test_every_pass_is_here():
+    assert {p.name for passes in PASSES.values() for p in passes} == {*REGISTRY}
 
 
 def on_their_own(model: LlamaForCausalLM, tokens: int) -> list[list[int]]:
@@ -261,3 +280,36 @@ def test_a_device_that_runs_out_says_so_and_goes_on(monkeypatch, where):
         with pytest.raises(Act24Error, match=r"3 rows of .* take fewer rows at once"):
             generator.generate_ids(PROMPTS, 5, GREEDY)
     assert generator.generate_ids(PROMPTS, 5, GREEDY) == on_their_own(model, 5)
+
+
+@pytest.mark.parametrize("fastest", [Sparsity(), Sparsity(skipping=True)])
+def test_the_fastest_step_is_taken_and_remembered(monkeypatch, fastest):
+    """A CUDA device's part played by the CPU: a captured step is one that runs when it is replayed."""
+
+    class Graph:
+        def __init__(self, decoder, batch, sampling, choice):
+            self.replay = lambda: decoder._advance(batch, sampling, choice)
+            self.choice = choice
+
+    def captured(decoder, batch, sampling, choice):
+        with decoder_module._kept(batch):  # as a capture warms up: this step does not count
+            decoder._advance(batch, sampling, choice)
+        tried.append(choice)
+        return Graph(decoder, batch, sampling, choice)
+
+    tried: list[Sparsity] = []
+    seconds = lambda decoder, batch, graph: 1.0 if graph.choice == fastest else 2.0  # noqa: E731
+    monkeypatch.setattr(decoder_module.Decoder, "_captured", captured)
+    monkeypatch.setattr(decoder_module.Decoder, "_seconds", seconds)
+    model = rewritten("relu2", num_key_value_heads=2).bfloat16()
+    expected = Generator(model, sparsity=fastest).generate_ids(PROMPTS, 9, GREEDY)
+    generator = Generator(model, compiled=False)
+    decoder = generator.decoder
+    decoder._captures, decoder._sparsity, decoder._there = True, None, Sparsity(skipping=True)
+    monkeypatch.setattr(decoder_module, "step_choices", lambda *_: (Sparsity(), Sparsity(skipping=True)))
+    assert generator.generate_ids(PROMPTS, 9, GREEDY) == expected
+    assert tried == [Sparsity(), Sparsity(skipping=True)]
+    assert decoder.times == {3: {choice: 1.0 if choice == fastest else 2.0 for choice in tried}}
+    other = Sampling(temperature=0, top_k=5)
+    assert generator.generate_ids(PROMPTS, 9, other) == expected
+    assert tried[2:] == [fastest], "another capture, and not measured again"

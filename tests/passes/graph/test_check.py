@@ -290,6 +290,29 @@ def test_the_check_writes_no_buffer_and_draws_nothing() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_a_forward_that_writes_to_parameters_is_refused_before_it_does() -> None:
+    """As RWKV's, between evaluation and training."""
+
+    class Rescaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.rescaled = SwiGLU(4, 8), True
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            if self.rescaled == self.training:
+                with torch.no_grad():
+                    self.mlp.down.weight.mul_(2)
+                self.rescaled = not self.training
+            return self.mlp(x)
+
+    model = nn.Sequential(Rescaling(), Rescaling()).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PassError, match=r"writes to its parameter 0\.mlp\.down\.weight.*check=False"):
+        plan(model, [Weight24(targets=("*.mlp.*",))])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert plan(model, [Weight24(targets=("*.mlp.*",))], check=False).rows
+
+
 def test_other_threads_train_meanwhile() -> None:
     """Modes, hooks, and autograd functions of another thread work while a model is traced."""
     other, errors, done = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), SwiGLU(4, 8)), [], threading.Event()

@@ -141,6 +141,7 @@ PASSES = {
     "mvue": '{use="activation24",from_step=2,method="mvue"}',
     "soft": '{use="activation24",from_step=2,method="soft_dynamic",dynamic_steps=1,calibration_samples=4}',
     "weight24": '{use="weight24",from_step=2,mask_every=2}',
+    "fp8": '{use="activation24",from_step=2,backward="split_gemm"},{use="fp8",from_step=2}',
 }
 
 

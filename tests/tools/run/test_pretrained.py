@@ -310,7 +310,7 @@ def test_bad_input_is_one_line(folder, warm, pruned, tmp_path):
             train(made(), run)
         assert not (run / "checkpoints").exists()
 
-    refused("there are no masks beside", lambda: branch(folder, warm, [{"use": "sparse_mask"}]))
+    refused("no masks lie beside", lambda: branch(folder, warm, [{"use": "sparse_mask"}]))
     refused("there is no .*nowhere: expected a run", lambda: branch(folder, folder / "nowhere", []))
     with pytest.raises(Act24Error, match="hidden_size cannot be given beside pretrained"):
         load_recipe(str(folder / "branch.toml"), ["model.hidden_size=32"])

@@ -256,6 +256,10 @@ MORE_STATE = {  # buffers that move, exact updates, moments that are reset
         "optimizer.name=loro_adamw",
         "optimizer.exact_every=4",
     ],
+    "fp8": [
+        'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=3}, {use="fp8"}]',
+        "train.dtype=bfloat16_autocast",
+    ],
     "lost": [
         'passes=[{use="relu2_ffn"}, {use="lost", attn_rank=8, mlp_rank=8}]',
         "optimizer.name=lost_adamw",

@@ -70,6 +70,8 @@ def trains(path, run_dir, overrides, resume):
         (run_dir / "outcome.json").write_text(json.dumps(asdict(outcome.evaluation)))
 
 
+_FP8 = 'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=10}, {use="fp8"}]'
+
 RUNS = {
     "ddp": ["train.parallel=ddp"],
     "fsdp": ["train.parallel=fsdp"],
@@ -80,6 +82,8 @@ RUNS = {
     ],
     "ddp, compiled": ["train.compile=on"],
     "fsdp, compiled": ["train.parallel=fsdp", "train.compile=on"],
+    "ddp, fp8": [_FP8],
+    "fsdp, fp8": [_FP8, "train.parallel=fsdp", "train.dtype=bfloat16_autocast"],
 }
 
 
