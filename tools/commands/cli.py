@@ -219,6 +219,22 @@ def demo(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Runs side by side: loss, sparsity, tokens/s, and the keys in which their recipes differ."""
+    from act24.tools.commands.compare import compare_runs, markdown
+    from act24.tools.commands.show import show_table
+
+    table = compare_runs(runs)
+    if as_markdown:
+        print(markdown(table))
+    else:
+        show_table(table)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine can do: GPU, libraries, the self-check of kernels, the path of each operation."""
     from act24.tools.commands.doctor import doctor as examine

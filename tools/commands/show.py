@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,16 @@ def show_evaluations(evaluations: Mapping[str, Evaluation], legacy_average: bool
         row += [f"{e.legacy_loss:.4f}", f"{e.legacy_perplexity:.2f}"] if legacy_average else []
         table.add_row(*row)
     console.print(table, highlight=False)
+
+
+def show_table(rows: Sequence[Sequence[str]]) -> None:
+    """Cells, the head first; the first column is of names, the others of figures."""
+    table = Table(box=None, pad_edge=False)
+    for index, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if index else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table, highlight=False, markup=False)
 
 
 def show_sparsity(outcome: Outcome) -> None:
