@@ -36,7 +36,7 @@ def test_equal_layers_are_one_row_and_others_are_not() -> None:
     model = Trunk(SwiGLU, layers=6)
     model.blocks[4].mlp = SwiGLU(inner=64)
     targets = tuple(f"blocks.{i}.mlp" for i in (0, 1, 2, 4, 5))
-    _, one, other, _ = str(plan(model, [Relu2FFN(targets=targets)])).splitlines()
+    _, one, other, *_ = str(plan(model, [Relu2FFN(targets=targets)])).splitlines()
     cells = re.split(r"\s{2,}", one)
     assert cells[1:3] == ["blocks.{0..2,5}.mlp", "silu(gate)·up, F 32"]
     assert cells[4] == "4 × (1,536 → 4,096)"

@@ -140,7 +140,7 @@ def test_masks_that_do_not_fit_are_refused_by_name():
             set_masks_(pipeline, change(masks))
 
     name = "model.layers.0.self_attn.q_proj.weight"
-    refused("there are no masks", lambda masks: None)
+    refused("no masks lie beside", lambda masks: None)
     refused(f"{name}: its mask is", lambda masks: masks | {name: masks[name][:4]})
     refused(f"{name} is not zero where", lambda masks: masks | {name: ~masks[name]})
 
