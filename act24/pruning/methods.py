@@ -116,6 +116,6 @@ def prune_weight(weight: Tensor, statistic: Tensor | None, method: PruneMethod, 
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weight, of any shape, with +0 where the mask is False; multiplying would leave -0. What is kept and is -0 becomes
-    +0 too: packed products have returned garbage for it (vLLM 13198)."""
+    """The weight, of any shape, with +0 where the mask is False; multiplying would leave -0. What is kept and
+    is -0 becomes +0 too: packed products have returned garbage for it (vLLM 13198)."""
     return torch.where(mask, weight, 0) + 0.0

@@ -102,7 +102,8 @@ def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def mask_by_layer(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Compare within the whole matrix `[out, in]`: of it `dropped(out × in, sparsity)` go. Groups of M as by row."""
+    """Compare within the whole matrix `[out, in]`: of it `dropped(out × in, sparsity)` go. Groups of M as by
+    row."""
     if pattern.of:
         return mask_by_row(scores, pattern)
     count = scores.numel()
@@ -110,8 +111,8 @@ def mask_by_layer(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def mask_cumulative(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Wanda's variant: in each row of `[out, in]` the smallest scores go whose sum is at most α of the row's, with one α for
-    the matrix, found by bisection, so that rows differ and the matrix has the sparsity within 0.001.
+    """Wanda's variant: in each row of `[out, in]` the smallest scores go whose sum is at most α of the row's,
+    with one α for the matrix, found by bisection, so that rows differ and the matrix has the sparsity within 0.001.
 
     Where equal scores keep bisection from that, it ends at its closest.
 
