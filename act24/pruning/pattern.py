@@ -112,7 +112,8 @@ def mask_by_layer(scores: Tensor, pattern: Pattern) -> Tensor:
 
 def mask_cumulative(scores: Tensor, pattern: Pattern) -> Tensor:
     """Wanda's variant: in each row of `[out, in]` the smallest scores go whose sum is at most α of the row's,
-    with one α for the matrix, found by bisection, so that rows differ and the matrix has the sparsity within 0.001.
+    with one α for the matrix, found by bisection, so that rows differ and the matrix has the sparsity within
+    0.001.
 
     Where equal scores keep bisection from that, it ends at its closest.
 
