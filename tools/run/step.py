@@ -361,8 +361,9 @@ def _checkpoint_blocks_(model: LlamaForCausalLM) -> None:
 
     layers = block_list(model)
     for index, layer in enumerate(layers):
-        # What is drawn at random comes from seeds in buffers, so there is no state of a generator to restore.
-        layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
+        # Passes draw from seeds in buffers, which needs no state of a generator; dropout draws from PyTorch's.
+        drops = any(isinstance(module, nn.Dropout) and module.p for module in layer.modules())
+        layers[index] = checkpoint_wrapper(layer, preserve_rng_state=drops)
 
 
 def _shard_(loss: SummedLoss) -> None:

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from act24 import apply_
 from act24.errors import Act24Error
+from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.optim import AdamW, parameter_groups
+from act24.passes import Lora
 from act24.tools.data import Batch
 from act24.tools.run.build import build
 from act24.tools.run.processes import Processes
-from act24.tools.run.step import TrainingStep, accumulation, uses_compile
+from act24.tools.run.step import TrainingStep, _checkpoint_blocks_, accumulation, uses_compile
 from act24.tools.run.train import train
 from act24.tools.watch.monitor import Monitor
 
@@ -259,3 +262,24 @@ def test_gradient_cosines_see_the_padding_of_their_own_batch(tiny):
     assert len(found[0]) == 4
     for name, cosine in found[0].items():
         assert torch.equal(cosine, found[1][name]), name
+
+
+def test_recomputed_dropout_draws_what_the_forward_drew():
+    """An adapter's dropout draws from PyTorch's generator, and recomputation comes after other draws."""
+    gradients = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(64, 32, 64, num_hidden_layers=2, num_attention_heads=2))
+        apply_(model, [Lora(dropout=0.5)])
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.data.fill_(0.1)
+        if recomputed:
+            _checkpoint_blocks_(model)
+        torch.manual_seed(1)
+        model(torch.arange(24).reshape(2, 12)).square().sum().backward()
+        named = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in model.named_parameters()}
+        gradients.append({n: p.grad for n, p in named.items() if p.grad is not None})
+    assert any(name.endswith("lora_A") and gradient.any() for name, gradient in gradients[0].items())
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
