@@ -361,7 +361,7 @@ def _checkpoint_blocks_(model: LlamaForCausalLM) -> None:
 
     layers = block_list(model)
     for index, layer in enumerate(layers):
-        # Passes draw from seeds in buffers, which needs no state of a generator; dropout draws from PyTorch's.
+        # Passes draw from seeds in buffers, which needs no state of a generator; dropout does not.
         drops = any(isinstance(module, nn.Dropout) and module.p for module in layer.modules())
         layers[index] = checkpoint_wrapper(layer, preserve_rng_state=drops)
 
