@@ -105,7 +105,7 @@ class TokenRows(Iterator[Batch]):
 
     @property
     def epoch(self) -> int:
-        """How often this rank had read all of its text before the row after the last batch handed out."""
+        """Of the text with which the last batch handed out ended; the first is 0."""
         return self._state["epoch"]
 
     def remarks(self) -> list[str]:

@@ -48,7 +48,7 @@ class DealtRows(Rows):
 
     @property
     def epoch(self) -> int:
-        """How often all of the text of this process was read."""
+        """Of the stream that is behind the others."""
         return min(stream.epoch for stream in self._streams.values())
 
     def adopt(self, fingerprint: dict[str, Any], position: dict[str, Any], grow: bool) -> list[str]:

@@ -96,7 +96,7 @@ class Documents(Iterator[str]):
 
         Args:
             fingerprint: of that run.
-            epoch: at which it is.
+            epoch: the last that it has begun.
             grow: read files that were added, from the next epoch on.
 
         Returns:
@@ -112,6 +112,17 @@ class Documents(Iterator[str]):
         saved = Listing.from_json(fingerprint.get("files"))
         self._listing, self._places, warnings = matched(saved, self._present, self._names, epoch, grow)
         return warnings
+
+    @property
+    def epoch(self) -> int:
+        """Of the last document."""
+        return self._epoch
+
+    @staticmethod
+    def epochs(state: dict[str, Any]) -> tuple[int, int]:
+        """Of a state: the epoch of the document before it, and the last that was begun. They differ in a
+        buffer."""
+        return state["epoch"], state["epoch"]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next document is looked for: epoch; position in this epoch's order of shards; record in

@@ -85,7 +85,7 @@ def matched(
     Args:
         present: identities of the files that there are now.
         names: theirs, for messages.
-        epoch: at which the saved position is.
+        epoch: the last that is begun at the saved position: its order stays.
         grow: take files that were added, from the epoch after that on; otherwise they are refused.
 
     Returns:

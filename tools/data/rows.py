@@ -6,6 +6,7 @@ first is predicted from those before it. What is shorter is filled up when rows 
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ class Rows(Iterator[np.ndarray], ABC):
     @property
     @abstractmethod
     def epoch(self) -> int:
-        """How often the text was read before the next row."""
+        """Of the text with which the last row ended; the first is 0."""
 
     @abstractmethod
     def adopt(self, fingerprint: dict[str, Any], position: dict[str, Any], grow: bool) -> list[str]:
@@ -82,7 +83,8 @@ class DocumentRows(Rows):
 
     The position is the one before the document in which the next row begins, and how many of its tokens are
     done. Resuming therefore encodes that one document again, and a state stays a few integers however long
-    documents are.
+    documents are. That document may be the first of an epoch after the position's, so `Documents.epochs` of
+    the text that was handed out stand beside it.
     """
 
     layout: str
@@ -98,7 +100,9 @@ class DocumentRows(Rows):
         self._documents = documents
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self.load_state_dict({"document": documents.state_dict(), "offset": 0})
+        beginning = documents.state_dict()
+        epochs = documents.epochs(beginning)
+        self.load_state_dict({"document": beginning, "offset": 0, "epochs": epochs})
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -111,13 +115,15 @@ class DocumentRows(Rows):
 
     @property
     def epoch(self) -> int:
-        return self._before["epoch"]
+        return self._epochs[0]
 
     def adopt(self, fingerprint: dict[str, Any], position: dict[str, Any], grow: bool) -> list[str]:
-        return self._documents.adopt(fingerprint, position["document"]["epoch"], grow)
+        if "epochs" not in position:
+            raise Act24Error("its position is not one that this act24 reads: it does not say its epoch")
+        return self._documents.adopt(fingerprint, position["epochs"][1], grow)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"document": self._before, "offset": self._offset}
+        return {"document": self._before, "offset": self._offset, "epochs": [*self._epochs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._documents.load_state_dict(state["document"])
@@ -125,11 +131,15 @@ class DocumentRows(Rows):
         self._tokens: np.ndarray | None = None  # of the document at hand
         self._before = self._after = state["document"]  # the positions around it
         self._offset: int = state["offset"]
+        last, begun = map(operator.index, state["epochs"])
+        self._epochs: tuple[int, int] = last, begun
 
     def _document(self) -> np.ndarray | None:
         """The tokens of the document at hand, or else of the next; None after the last."""
         if self._tokens is None:
             self._after, self._tokens = next(self._encoded, (self._after, None))
+            if self._tokens is not None:
+                self._epochs = self._documents.epochs(self._after)
         return self._tokens
 
     def _drop_document(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,9 +42,20 @@ class ShuffledDocuments(Iterator[str]):
         """See `Documents.adopt`."""
         return self._documents.adopt(fingerprint, epoch, grow)
 
+    @staticmethod
+    def epochs(state: dict[str, Any]) -> tuple[int, int]:
+        """See `Documents.epochs`. Of the k-th document that is handed out of a buffer, the epoch is that of
+        the k-th that was read into it: so epochs only rise, and as fast as text is read."""
+        last, begun = state["epochs"]
+        return last, begun
+
     def state_dict(self) -> dict[str, Any]:
-        """The position before the buffer at hand, and how many of it are handed out."""
-        return {**self._before, "taken": self._taken}
+        """The position before the buffer at hand, how many of it are handed out, and its `epochs`."""
+        epochs = [self._before["epoch"]]
+        if self._taken:
+            self._filled()
+            epochs = self._epochs
+        return {**self._before, "taken": self._taken, "epochs": [epochs[self._taken - 1], epochs[-1]]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._documents.load_state_dict(state)
@@ -62,7 +74,10 @@ class ShuffledDocuments(Iterator[str]):
     def _filled(self) -> list[str]:
         """The buffer at hand, in its order; empty after the last document."""
         if self._buffer is None:
-            texts = [text for _, text in zip(range(self._size), self._documents, strict=False)]
+            texts, self._epochs = [], []
+            for text in itertools.islice(self._documents, self._size):
+                texts.append(text)
+                self._epochs.append(self._documents.epoch)
             # Drawn by the place of the buffer, so that it does not matter who reads it, and when.
             place = (self._before[key] for key in ("epoch", "shard", "record", "passed"))
             drawn = np.random.SeedSequence([self._seed, *place]).generate_state(1)[0]
@@ -71,6 +86,7 @@ class ShuffledDocuments(Iterator[str]):
         return self._buffer
 
     def _begin(self, before: dict[str, Any], taken: int) -> None:
-        self._before = {key: value for key, value in before.items() if key != "taken"}
+        self._before = {key: value for key, value in before.items() if key not in ("taken", "epochs")}
         self._taken = taken
         self._buffer: list[str] | None = None
+        self._epochs: list[int] = []  # of its documents, as they were read

@@ -128,6 +128,10 @@ def test_a_position_of_an_older_act24_is_refused(folder, opened):
     state["position"]["streams"]["0"]["files"] = "0123456789abcdef"
     with pytest.raises(Act24Error, match="its list of files is not one that this act24 reads"):
         opened(section(folder), 1, state)
+    _, state, _ = opened(section(folder), 1)
+    del state["position"]["streams"]["0"]["position"]["epochs"]
+    with pytest.raises(Act24Error, match="its position is not one that this act24 reads"):
+        opened(section(folder), 1, state)
 
 
 def test_of_a_large_file_pieces_are_compared_and_another_time_is_said(folder, opened, monkeypatch):
@@ -167,6 +171,36 @@ def test_added_files_are_read_from_the_next_epoch_on(folder, opened):
     _, between, _ = opened(section(folder), 6, state, grow=True)  # saved and resumed once more, now as it is
     again, end, warnings = opened(section(folder), 14, between)
     assert (again, end, warnings) == (grown[6:], later, [])
+
+
+@pytest.mark.parametrize("buffer", [0, 4, 40])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_an_epoch_that_was_begun_stays_as_it_was(folder, opened, tokenizer, layout, buffer):
+    """Grown after any number of rows, inside the first document of an epoch or a buffer as well: all text of
+    the epochs that were begun is as without the growth, and then comes each file once an epoch."""
+    keys = {"rows": layout, "max_length": 32 if layout == "padded" else 7, "shuffle_buffer": buffer}
+    data = section(folder).model_copy(update=keys)
+    old = [TEXTS[f"train{i}.txt"] for i in range(6)]
+    size = {text: len(tokenizer.encode(text)) + 1 if layout == "packed" else 1 for text in old}
+    epoch_rows = sum(size.values()) / (7 if layout == "packed" else 1)
+    straight, _, _ = opened(data, 60)
+    states = []
+    for rows in range(1, 32):
+        _, state, _ = opened(data, rows)
+        states.append(state)
+        assert state["epoch"] == -(-rows // epoch_rows) - 1, "the epoch of the last token"
+    new = {"train0a.txt": "a new one", "train99.txt": "another new one"}
+    write(folder, new)
+    for rows, state in enumerate(states, 1):
+        texts, _, (warning,) = opened(data, 60 - rows, state, grow=True)
+        first = int(warning.rpartition("epoch ")[2].removesuffix(" on"))
+        assert first == state["epoch"] + 1 or buffer
+        ends = min(int(first * epoch_rows), 60)  # whole rows of text that was not there to be drawn
+        if buffer:  # one that reaches into the first grown epoch is mixed otherwise
+            ends = max(int(min(first * 6 // buffer * buffer, 60) * epoch_rows / 6) - 1, rows)
+        assert texts[: ends - rows] == straight[rows:ends]
+        if layout == "padded" and not buffer:
+            assert Counter(texts[ends - rows : ends - rows + 8]) == Counter([*old, *new.values()])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

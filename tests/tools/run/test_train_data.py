@@ -1,5 +1,6 @@
 """What a run says of its text: epochs, files that were added, a measure out of reach."""
 
+import re
 import shutil
 
 import pytest
@@ -45,6 +46,27 @@ def test_epochs_are_said_and_drawn(own, tiny, tmp_path, capsys):
     assert "fewer than eval.tokens = 100,000" in out
 
 
+@pytest.mark.parametrize("files", [1, 4])
+def test_an_epoch_is_said_at_the_step_that_begins_it(own, tmp_path, capsys, files):
+    """By the number of tokens: 8 rows of 16 a step."""
+    from act24.recipes.load import load_recipe
+    from act24.tools.data import open_tokenizer
+
+    for index in range(4):
+        (tmp_path / f"train-{index}.txt").write_text(text(400, index))
+        if index >= files:
+            (tmp_path / f"train-{index}.txt").unlink()
+    recipe = load_recipe(str(own), ["train.steps=40", "eval.every=0"])
+    tokenizer = open_tokenizer(recipe.data, recipe.tokenizer)
+    tokens = sum(len(tokenizer.encode(file.read_text())) + 1 for file in tmp_path.glob("train-*.txt"))
+    train(recipe, tmp_path / "run")
+    expected = {e: e * tokens // 128 + 1 for e in range(1, 40 * 128 // tokens + 1)}
+    said = re.findall(r"step (\d+): epoch (\d+) of the training text begins", capsys.readouterr().out)
+    assert {int(epoch): int(step) for step, epoch in said} == expected
+    drawn = scalars(tmp_path / "run", "data/epoch")
+    assert {epoch: min(step for step in drawn if drawn[step] == epoch) for epoch in expected} == expected
+
+
 def test_data_grow(own, act24, tmp_path, capsys):
     arguments = ("train", own, "--run-dir", tmp_path / "run", "--set", "checkpoint.every=2")
     arguments += ("--set", "train.steps=5")
@@ -58,6 +80,37 @@ def test_data_grow(own, act24, tmp_path, capsys):
     status, out, errors = act24(*arguments, "--resume", "auto", "--data", "grow")
     assert (status, errors) == (0, [])
     assert "train-9.txt): they are read from epoch 1 on" in out
+
+
+def test_grow_leaves_an_epoch_that_was_begun_as_it_was(own, act24, tmp_path):
+    """The checkpoint lies in the first document of epoch 1."""
+    for index in range(4):
+        (tmp_path / f"train-{index}.txt").write_text(text(400, index))
+    arguments = (
+        "train",
+        own,
+        "--set",
+        "train.steps=40",
+        "--set",
+        "checkpoint.every=16",
+        "--set",
+        "eval.every=0",
+    )
+    status, out, _ = act24(*arguments, "--run-dir", tmp_path / "straight", "--set", "checkpoint.keep=9")
+    begins = {int(e): int(step) for step, e in re.findall(r"step (\d+): epoch (\d+) of the training", out)}
+    assert status == 0
+    assert begins[1] in (15, 16)
+    shutil.copytree(tmp_path / "straight/checkpoints/step-000016", tmp_path / "step-000016")
+    for index in range(3):
+        (tmp_path / f"train-9{index}.txt").write_text("zebra quilt jigsaw oxen " * 500)
+    grown = ("--resume", tmp_path / "step-000016", "--data", "grow", "--run-dir", tmp_path / "grown")
+    status, out, errors = act24(*arguments, *grown)
+    assert (status, errors) == (0, [])
+    assert "3 files were added" in out
+    assert "they are read from epoch 2 on" in out
+    before, after = (scalars(tmp_path / name, "loss/train") for name in ("straight", "grown"))
+    assert all(after[step] == before[step] for step in range(17, begins[2]))
+    assert after[40] != before[40]  # epoch 2 reads what was added
 
 
 def test_eval_says_what_it_could_not_reach(own, tmp_path, caplog):
