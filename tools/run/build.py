@@ -294,6 +294,23 @@ def saved_tokenizer(opened: checkpoint.Checkpoint) -> Tokenizer:
     return section.model_copy(update={"name": str(opened.folder / checkpoint.TOKENIZER)})
 
 
+def tokenizer_of_run(recipe: Recipe, start: checkpoint.Checkpoint | None) -> data_tokenizer.Tokenizer:
+    """The tokenizer to train with. A run that goes on reads the text as it did, also where it would train
+    another one now.
+
+    Raises:
+        Act24Error: it cannot be opened; or a run that goes on names another one, by content.
+    """
+    if start is None:
+        return open_tokenizer(recipe.data, recipe.tokenizer)
+    saved = open_tokenizer(recipe.data, saved_tokenizer(start), saved=start.tokenizer_json)
+    then = parse_recipe(start.recipe_text, f"{start.folder}/recipe.toml").tokenizer.name
+    name = recipe.tokenizer.name
+    if name != then and open_tokenizer(recipe.data, recipe.tokenizer).fingerprint != saved.fingerprint:
+        raise Act24Error(f"tokenizer.name was {then!r} and is {name!r}, which is another tokenizer")
+    return saved
+
+
 def _check_device(recipe: Recipe, device: torch.device) -> None:
     fp8 = any(
         isinstance(p, Fp8) or (isinstance(p, Activation24) and p.precision in ("fp8", "auto"))

@@ -18,8 +18,14 @@ from act24.tools.run.optimizers import learning_rate
 _WATCHED = ("description", "log", "checkpoint", "eval")
 _ROUNDING = "sums are rounded otherwise, so no longer bit for bit as before"
 
+_ELSEWHERE = "it is compared by content"
+
 #: What else may change, and what that does.
 _EFFECTS = {
+    "data.train_files": _ELSEWHERE,  # in the position of the data (`tools/data/identity.py`)
+    "data.heldout_files": _ELSEWHERE,
+    "data.shards": _ELSEWHERE,
+    "tokenizer.name": _ELSEWHERE,  # in `build.tokenizer_of_run`
     "train.steps": "",  # see `schedule_line`
     "train.batch_size": f"the rows of a step are the same, in other micro-batches: {_ROUNDING}",
     "train.compile": _ROUNDING,

@@ -22,8 +22,8 @@ from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
-from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, open_tokenizer, pinned
-from act24.tools.run.build import Built, build, model_config, saved_tokenizer
+from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, pinned
+from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, describe_run, resume_point
@@ -158,12 +158,7 @@ class TrainingRun:
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
-        # A run that goes on reads the text as it did, also where it would train another tokenizer now.
-        self._tokenizer = open_tokenizer(
-            recipe.data,
-            saved_tokenizer(start) if start else recipe.tokenizer,
-            saved=start.tokenizer_json if start else None,
-        )
+        self._tokenizer = tokenizer_of_run(recipe, start)
         vocabulary = model_config(recipe).vocab_size
         rank, world_size = processes.rank, processes.world_size
         where = {"vocab_size": vocabulary, "rank": rank, "world_size": world_size}

@@ -8,6 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import text, write_recipe
 
 from act24.errors import Act24Error
+from act24.recipes.load import load_recipe
+from act24.recipes.schema import Data, Tokenizer
+from act24.tools.data import open_tokenizer, prepare_shards
 from act24.tools.run.evaluate import evaluate_checkpoint
 from act24.tools.run.train import train
 
@@ -25,8 +28,6 @@ def scalars(run_dir, tag):
 
 
 def test_epochs_are_said_and_drawn(own, tiny, tmp_path, capsys):
-    from act24.recipes.load import load_recipe
-
     (tmp_path / "train-1.txt").unlink()
     (tmp_path / "train-2.txt").unlink()
     (tmp_path / "train-3.txt").unlink()
@@ -49,9 +50,6 @@ def test_epochs_are_said_and_drawn(own, tiny, tmp_path, capsys):
 @pytest.mark.parametrize("files", [1, 4])
 def test_an_epoch_is_said_at_the_step_that_begins_it(own, tmp_path, capsys, files):
     """By the number of tokens: 8 rows of 16 a step."""
-    from act24.recipes.load import load_recipe
-    from act24.tools.data import open_tokenizer
-
     for index in range(4):
         (tmp_path / f"train-{index}.txt").write_text(text(400, index))
         if index >= files:
@@ -113,9 +111,66 @@ def test_grow_leaves_an_epoch_that_was_begun_as_it_was(own, act24, tmp_path):
     assert after[40] != before[40]  # epoch 2 reads what was added
 
 
-def test_eval_says_what_it_could_not_reach(own, tmp_path, caplog):
-    from act24.recipes.load import load_recipe
+def moved_recipe(kind, folder, name):
+    """A recipe whose data, or tokenizer, lie in `folder`, by absolute path."""
+    files = write_recipe(folder)
+    recipe = files.parent / name
+    if kind == "files":
+        files.rename(recipe)
+    elif kind == "shards":
+        data = load_recipe(str(files), []).data
+        prepare_shards(data, open_tokenizer(data, Tokenizer(vocab_size=300)), folder / "shards")
+        source = f'source = "shards"\nshards = "{folder}/shards"\nmax_length'
+        recipe.write_text(re.sub(r'(?s)source = "files".*?max_length', source, files.read_text()))
+    else:
+        path = folder / "tokenizer.json"
+        data = load_recipe(str(files), []).data
+        path.write_text(open_tokenizer(data, Tokenizer(vocab_size=300)).to_json())
+        recipe.write_text(files.read_text().replace("[tokenizer]", f'[tokenizer]\nname = "{path}"'))
+    return recipe
 
+
+CHANGED = {  # the file that is altered after the move, how, and what is said then
+    "files": ("heldout.txt", "low", "LOW", "the content of data.heldout_files is another"),
+    "shards": ("train-0.txt", "low", "LOW", "index was '[0-9a-f]+' and is '[0-9a-f]+'$"),
+    "tokenizer": ("tokenizer.json", "256", "257", "tokenizer.name was .* which is another tokenizer$"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_data_that_moved_as_a_whole_go_on(tiny_file, act24, tmp_path, kind):
+    """The recipe names the new folder. The same content elsewhere is the same data; another is refused."""
+    there = tmp_path / "there"
+    there.mkdir()
+    recipe = moved_recipe(kind, there, "recipe.toml")
+    arguments = ("--set", "train.steps=6", "--set", "checkpoint.every=4", "--set", "eval.every=0")
+    assert act24("train", recipe, "--run-dir", tmp_path / "straight", *arguments)[0] == 0
+    start = shutil.copytree(tmp_path / "straight/checkpoints/step-000004", tmp_path / "step-000004")
+    here = tmp_path / "here"
+    there.rename(here)
+    recipe = here / "recipe.toml"
+    files = Data(source="files", train_files=(f"{here}/train-*.txt",), heldout_files=(f"{here}/heldout.txt",))
+    recipe.write_text(recipe.read_text().replace(str(there), str(here)))
+    go_on = ("train", recipe, *arguments, "--resume", start, "--run-dir")
+    status, out, errors = act24(*go_on, tmp_path / "moved")
+    assert (status, errors) == (0, [])
+    assert re.search(rf"from step 4 on: \S+ was .*{there}.* and is .*{here}.*: it is compared by", out)
+    straight, moved = (scalars(tmp_path / run, "loss/train") for run in ("straight", "moved"))
+    assert moved == {step: straight[step] for step in (5, 6)}
+
+    name, old, new, message = CHANGED[kind]
+    (here / name).write_text((here / name).read_text().replace(old, new, 1))
+    if kind == "shards":
+        shutil.rmtree(here / "shards")
+        tokenizer = open_tokenizer(files, Tokenizer(name=str(start / "tokenizer.json")))
+        prepare_shards(files, tokenizer, here / "shards")
+    status, _, (error,) = act24(*go_on, tmp_path / "changed")
+    assert status == 2
+    assert re.search(message, error)
+    assert not (tmp_path / "changed/checkpoints").exists()
+
+
+def test_eval_says_what_it_could_not_reach(own, tmp_path, caplog):
     train(load_recipe(str(own), ["train.steps=5"]), tmp_path / "run")
     evaluate_checkpoint(tmp_path / "run", ["eval.tokens=100000"])
     assert "the held-out text has " in caplog.text
@@ -126,7 +181,6 @@ def test_eval_says_what_it_could_not_reach(own, tmp_path, caplog):
 
 def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeypatch):
     """A file that cannot be read any more, met in the middle of training; resumed once it can."""
-    from act24.recipes.load import load_recipe
     from act24.tools.data import documents
 
     whole = train(load_recipe(str(own), ["train.steps=100", "eval.every=0"]), tmp_path / "whole")
@@ -166,7 +220,7 @@ def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeyp
 def test_a_run_stays_at_the_commit_that_it_began_with(own, tiny, tmp_path, monkeypatch):
     import datasets
 
-    from act24.recipes.load import load_recipe, parse_recipe
+    from act24.recipes.load import parse_recipe
     from act24.tools.data import hub
 
     texts = {"train": text(400, 1), "validation": text(200, 2)}
