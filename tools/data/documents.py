@@ -19,9 +19,9 @@ from typing import Any
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
 from act24.tools.data.encoding import known_encoding
-from act24.tools.data.files import Reading, find_files, read_documents, resolved
+from act24.tools.data.files import Reading, find_files, known_as, read_documents
 from act24.tools.data.hub import hub_shards
-from act24.tools.data.identity import Listing, combined, identities, matched
+from act24.tools.data.identity import Listing, combined, identities, matched, shared
 from act24.tools.data.shard import Shard, Split, is_heldout, part_by_hash, part_by_position, short_hash
 from act24.tools.data.tally import REMEMBERED, Tally
 
@@ -247,7 +247,9 @@ def open_documents(
         elif not data.heldout_files:
             rule = _rule_for(tuple(paths), tuple(files[0]), how.text_field, how.encoding, how.skip_bad)
         elif split == "train":  # or a run would go on after its held-out text was replaced
-            fingerprint["heldout_files"] = combined(identities(find_files(data.heldout_files)))
+            held_out = identities(find_files(data.heldout_files))
+            fingerprint["heldout_files"] = combined(held_out)
+            how.tally.held_out += [str(paths[place]) for place in shared(files[0], held_out)]
         what = f"{len(paths)} files ({paths[0]}{', …' if len(paths) > 1 else ''})"
     else:
         raise Act24Error(
@@ -300,9 +302,9 @@ def _given_files(data: Data, split: Split, tally: Tally) -> list[Path]:
     if split == "heldout" and heldout:
         return heldout
     # `train_files = ["text/*.md"], heldout_files = ["text/last.md"]` must not train on what it evaluates on.
-    kept_out = {resolved(path) for path in heldout}
+    kept_out = {name for path in heldout for name in known_as(path)}
     unknown: set[str] = set()
-    files = [path for path in find_files(data.train_files, unknown) if resolved(path) not in kept_out]
+    files = [path for path in find_files(data.train_files, unknown) if kept_out.isdisjoint(known_as(path))]
     tally.unknown += sorted(unknown)
     if not files:
         raise Act24Error("every file of data.train_files is also in data.heldout_files")

@@ -99,6 +99,19 @@ def resolved(path: Path) -> Path:
         raise Act24Error(f"cannot read {path}: {error}") from error
 
 
+def known_as(path: Path) -> set[Path | tuple[int, int]]:
+    """By what else a path of the same file is recognised: where links lead, and, as hard links lead nowhere,
+    its number on its device, where the file system has numbers.
+
+    Raises:
+        Act24Error: see `resolved`.
+    """
+    target = resolved(path)
+    with reading(f"cannot read {path}"):
+        facts = target.stat()
+    return {target, (facts.st_dev, facts.st_ino)} if facts.st_ino else {target}
+
+
 def read_documents(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None]:
     """One item a record of `path`, in order: its text where `wanted(index)`, else None without parsing it.
     None stands for a record that was skipped, too.

@@ -42,6 +42,12 @@ def combined(files: Sequence[str]) -> str:
     return hashlib.sha256(" ".join(_content(file) for file in files).encode()).hexdigest()[:16]
 
 
+def shared(files: Sequence[str], others: Sequence[str]) -> list[int]:
+    """The places of those files whose content is that of one of the others, by identities."""
+    contents = {_content(file) for file in others}
+    return [place for place, file in enumerate(files) if _content(file) in contents]
+
+
 @dataclass(frozen=True)
 class Listing:
     """The files of a source in the order by which positions count them, and how many of them each epoch has.

@@ -28,6 +28,7 @@ class Tally:
         retries: of a failing network.
         encodings: what was detected, by file; those in UTF-8 are not among them.
         unknown: files in folders given that are of no known kind.
+        held_out: files to train on with the content of one that is held out.
     """
 
     documents: int = 0
@@ -39,6 +40,7 @@ class Tally:
     retries: int = 0
     encodings: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
 
     @classmethod
     def summed(cls, tallies: Sequence[Tally]) -> Tally:
@@ -48,6 +50,7 @@ class Tally:
         for tally in tallies:
             total.encodings.update(tally.encodings)
             total.unknown += [name for name in tally.unknown if name not in total.unknown]
+            total.held_out += [name for name in tally.held_out if name not in total.held_out]
         return total
 
     def state_dict(self) -> dict[str, int]:
@@ -76,12 +79,20 @@ class Tally:
             for name, count in sorted(Counter(self.encodings.values()).items())
         ]
         if self.unknown:
-            shown = ", ".join(self.unknown[:3]) + (", …" if len(self.unknown) > 3 else "")
-            lines.append(f"{len(self.unknown)} files of unknown kind are left out: {shown}")
+            lines.append(f"{len(self.unknown)} files of unknown kind are left out: {_some(self.unknown)}")
+        if self.held_out:
+            lines.append(
+                f"{len(self.held_out)} files of data.train_files have the content of files in "
+                f"data.heldout_files, and are trained on: {_some(self.held_out)}"
+            )
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.counts().items())
         if counts:
             lines.append(f"of {self.documents:,} documents read so far: {counts}")
         return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 class Records:

@@ -65,14 +65,16 @@ def test_two_spellings_of_one_file_are_one_file(folder, monkeypatch):
     assert sorted(path.resolve().name for path in find_files(patterns)) == sorted(TEXTS)[1:]
 
 
-@pytest.mark.parametrize("spelling", ["relative", "absolute", "link"])
+@pytest.mark.parametrize("spelling", ["relative", "absolute", "link", "hard link"])
 def test_what_is_held_out_is_not_trained_on_however_it_is_spelled(folder, monkeypatch, spelling):
     monkeypatch.chdir(folder.parent)
     os.symlink(folder, "elsewhere")
+    os.link(folder / "train0.txt", "linked.txt")
     heldout = {
         "relative": "data/train0.txt",
         "absolute": f"{folder}/train0.txt",
         "link": "elsewhere/train0.txt",
+        "hard link": "linked.txt",
     }
     data = section("data").model_copy(update={"heldout_files": (heldout[spelling],)})
     assert sorted(open_documents(data, "train")) == sorted(TEXTS[f"train{i}.txt"] for i in range(1, 6))
@@ -80,6 +82,16 @@ def test_what_is_held_out_is_not_trained_on_however_it_is_spelled(folder, monkey
     everything = data.model_copy(update={"heldout_files": (f"{folder}/train*.txt",)})
     with pytest.raises(Act24Error, match=r"every file of data\.train_files is also in data\.heldout_files"):
         open_documents(everything, "train")
+
+
+def test_a_copy_of_what_is_held_out_is_said(folder):
+    assert open_documents(section(folder), "train").tally.lines() == []
+    shutil.copy(folder / "held.txt", folder / "train9.txt")
+    (line,) = open_documents(section(folder), "train").tally.lines()
+    assert line == (
+        "1 files of data.train_files have the content of files in data.heldout_files, and are trained on: "
+        f"{folder}/train9.txt"
+    )
 
 
 # ------------------------------------------------------------------------------------- the same, or not
