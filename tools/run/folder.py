@@ -122,7 +122,8 @@ def _of_commit(manifest: dict[str, Any]) -> str:
 
 def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
     described = run_dir / RECIPE
-    holds_run = described.exists() or (run_dir / "checkpoints").exists()
+    holds_run = os.path.lexists(described) or os.path.lexists(run_dir / "checkpoints")
+    checkpoint_folder.put_back(run_dir)
     if resume == "never":
         if holds_run:
             raise RunError(
