@@ -26,9 +26,10 @@ def test_a_kill_between_the_two_renames_of_a_save_leaves_the_old_checkpoint(tmp_
         if self == after:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
-        write(tmp_path, 4, {"state.json": b"new"})
+        with pytest.raises(Killed):
+            write(tmp_path, 4, {"state.json": b"new"})
     reading = cf.latest(tmp_path)  # of somebody who renames nothing
     assert reading.name.startswith("step-000004.old-")
     verify(reading)
@@ -72,9 +73,10 @@ def test_a_disk_that_fails_at_the_second_rename_has_the_old_checkpoint_again(tmp
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, target)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fails)
-        write(tmp_path, 4, {"state.json": b"new"})
+        with pytest.raises(OSError, match="Input/output error"):
+            write(tmp_path, 4, {"state.json": b"new"})
     verify(folder)
     assert (folder / "state.json").read_bytes() == FILES["state.json"]
 
@@ -87,14 +89,16 @@ def test_a_checkpoint_on_a_disk_that_is_away_is_a_refusal(tmp_path, beside):
         write(tmp_path, 2)
     link = cf.folder_of(tmp_path, 4)
     link.symlink_to(tmp_path / "away")
-    with pytest.raises(cf.CheckpointError, match=f"^{link} is a link to .*away, and nothing is there: bring"):
+    with pytest.raises(
+        cf.CheckpointError, match=rf"^{link} is a link to .*away, and nothing is there: bring"
+    ):
         cf.latest(tmp_path)
     assert [path.name for path in cf.complete(tmp_path)] == ["step-000002"] * beside
 
 
 def test_checkpoints_on_a_disk_that_is_away_are_a_refusal(tmp_path):
     (tmp_path / "checkpoints").symlink_to(tmp_path / "away")
-    with pytest.raises(cf.CheckpointError, match="checkpoints is a link to .*away, and nothing is there"):
+    with pytest.raises(cf.CheckpointError, match=r"checkpoints is a link to .*away, and nothing is there"):
         cf.latest(tmp_path)
 
 
