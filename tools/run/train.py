@@ -300,8 +300,8 @@ class TrainingRun:
             return TrainingError(
                 f"the loss or its gradient was not finite at {limit} steps in a row (train.max_skips)"
             )
-        if progress.reader_is_gone:
-            return TrainingError("nobody reads the output any more")
+        if progress.silenced:
+            return TrainingError(progress.silenced)
         began = time.perf_counter()
         failure = self._rows.failure(self._count)
         self._waited = time.perf_counter() - began
