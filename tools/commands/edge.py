@@ -46,7 +46,7 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def _nowhere() -> TextIO:
-    return open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    return open(os.devnull, "w")
 
 
 def _forget_output() -> None:
