@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -109,7 +110,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), scale_steps: bool
 def _scaled(recipe: Recipe, overrides: Sequence[str]) -> Iterator[str]:
     """What the recipe's own counts of steps become under another `train.steps`, as overrides."""
     steps = [override.partition("=")[2] for override in overrides if override.startswith("train.steps=")]
-    if not steps or not steps[-1].strip().replace("_", "").isdecimal():
+    if not steps or not re.fullmatch(r"\s*[0-9][0-9_]{0,17}\s*", steps[-1]):
         raise RecipeError("--scale-steps scales by train.steps: it needs --set train.steps=N")
     factor = int(steps[-1]) / recipe.train.steps
     owners: dict[str, object] = {"schedule": recipe.schedule, "optimizer": recipe.optimizer}

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 import act24
 from act24.operation import cast_for_autocast, operation
+from act24.pruning.stored import packed_bits
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
 
@@ -127,6 +128,9 @@ INPUTS: dict[str, tuple[Any, ...]] = {
         *(normal(5, 8), normal(3, 8), normal(6, 3), normal(6, 2), torch.tensor([6, 1])),
         *(0.7, "silu"),
     ),
+    "linear_fp8": (normal(5, 16), normal(16, 16), normal(16)),
+    "underflow_counts": (normal(5, 8), "rowwise"),
+    "masked_adapter_weight": (normal(6, 8), normal(3, 8), normal(6, 3), packed_bits(normal(6, 8) > 0), 2.0),
 }
 
 

@@ -265,6 +265,7 @@ def furthest_apart(branch: Branch, schedule: str, recipe: Recipe) -> tuple[float
     for step in range(UPDATES):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
+        built.pipeline.begin_update_(step)
         gradients_(model, step)
         # Each update begins where the recipe's run stands, or Adam would part the two by their rounding.
         for mine, theirs in zip(model.parameters(), old_model.parameters(), strict=True):

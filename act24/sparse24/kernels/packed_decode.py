@@ -135,7 +135,7 @@ def packed_decode(x: Tensor, values: Tensor, codes: Tensor) -> Tensor:
         )
     y = x.new_empty((1, outputs))
     _packed[(triton.cdiv(outputs, ROWS),)](
-        x.view(torch.int64),
+        x.view(-1).view(torch.int64),  # of one row PyTorch takes any stride for contiguous
         values.view(torch.int32),
         codes,
         y,

@@ -22,12 +22,15 @@ from act24.passes import (
     ActivationStatistics,
     Cola,
     Fp8,
+    Lora,
     Lost,
     LowRank,
+    MaskedLora,
     Pass,
     Pipeline,
     Recompute,
     Relu2FFN,
+    SparseMask,
     Weight24,
 )
 from act24.passes.served import lower_to_serve_
@@ -53,6 +56,9 @@ PASSES: dict[str, tuple[Pass, ...]] = {
     "recompute": (LowRank(**RANKS), Recompute()),
     "fp8": (Relu2FFN(), Fp8()),
     "watched": (Relu2FFN(), ActivationStatistics()),
+    "sparse_mask": (SparseMask(masks="zeros"),),
+    "lora": (Lora(),),
+    "masked_lora": (MaskedLora(),),
 }
 ROTARY = {
     "plain": None,
@@ -152,17 +158,17 @@ def test_a_batch_after_another_sees_nothing_of_it():
     assert generator.generate_ids(PROMPTS[:1], 200, GREEDY) == [greedy(model, PROMPTS[0], 200)]
 
 
-def test_a_compiled_step_is_the_same_step_and_compiled_once_a_shape(monkeypatch):
+def test_a_compiled_step_is_the_same_step_and_compiled_once_a_shape():
     model = rewritten("relu2-act24", num_hidden_layers=3, num_key_value_heads=2)
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    generator = Generator(model, compiled=True)
-    assert generator.generate_ids(PROMPTS, 12, GREEDY) == on_their_own(model, 12)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    generator.generate_ids(PROMPTS, 30, GREEDY)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert generator.generate_ids(PROMPTS[:1], 12, GREEDY) == on_their_own(model, 12)[:1]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    with torch._dynamo.config.patch(recompile_limit=1):
+        generator = Generator(model, compiled=True)
+        assert generator.generate_ids(PROMPTS, 12, GREEDY) == on_their_own(model, 12)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        generator.generate_ids(PROMPTS, 30, GREEDY)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert generator.generate_ids(PROMPTS[:1], 12, GREEDY) == on_their_own(model, 12)[:1]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=5, top_p=0.9), Sampling(temperature=3.0)])

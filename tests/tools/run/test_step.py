@@ -160,6 +160,7 @@ def test_the_host_waits_for_nothing_between_logged_steps(tiny, reads):
     step = TrainingStep(built.model, recipe.train, ALONE)
     optimizer = AdamW(parameter_groups(built.model, 0.1), lr=0.01)
     monitor = Monitor(recipe, built, optimizer, ALONE, None, None, None)
+    reads.count = 0  # to build reads the states of generators
     with reads:
         for index in range(1, 4):
             monitor.add(index, step(batches_of(2), optimizer), 0.1, 0.0)
