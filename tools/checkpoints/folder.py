@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-000500/                what is written here is complete
     RUN/checkpoints/step-000500.tmp-3f2a…/      what a save is still writing, or left when it was killed
+    RUN/checkpoints/step-000500.old-8c41…/      what a save of the same step replaces, until that is in place
     RUN/checkpoints/step-000500.aside-71c0…/    what was in the way of a save and not one of ours
 
 A save fills a temporary folder, forces every byte to disk, writes `manifest.json` last and renames the folder
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -31,6 +33,7 @@ from act24.errors import Act24Error
 FORMAT = 1
 MANIFEST = "manifest.json"
 _TEMPORARY = re.compile(r"step-[0-9]{6,}\.tmp-[0-9a-f]{12}")
+_REPLACED = re.compile(r"(step-[0-9]{6,})\.old-[0-9a-f]{12}")
 _LITTER = (".nfs*", ".fuse_hidden*", ".DS_Store", "._*", "Thumbs.db", "desktop.ini")
 
 logger = logging.getLogger("act24")
@@ -47,7 +50,11 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 def temporary(folder: Path) -> Path:
     """A fresh name beside `folder` for what is not yet, or no longer, that checkpoint. Nothing is created."""
-    return folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}")
+    return _beside(folder, "tmp")
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f"{folder.name}.{what}-{uuid.uuid4().hex[:12]}")
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -55,15 +62,47 @@ def folders(run_dir: Path) -> list[Path]:
 
     Raises CheckpointError if the list cannot be read: that is not the same as an empty one.
     """
+    parent, names = run_dir / "checkpoints", _names(run_dir)
+    steps = {int(name.removeprefix("step-")): name for name in names if re.fullmatch(r"step-[0-9]{6,}", name)}
+    return [parent / steps[step] for step in sorted(steps)]
+
+
+def _names(run_dir: Path) -> list[str]:
     parent = run_dir / "checkpoints"
     try:
-        names = [entry.name for entry in os.scandir(parent)]
+        return [entry.name for entry in os.scandir(parent)]
     except FileNotFoundError:
+        if parent.is_symlink():
+            raise CheckpointError(_away(parent)) from None
         return []
     except OSError as error:
         raise CheckpointError(f"{parent} cannot be read: {error.strerror}") from error
-    steps = {int(name.removeprefix("step-")): name for name in names if re.fullmatch(r"step-[0-9]{6,}", name)}
-    return [parent / steps[step] for step in sorted(steps)]
+
+
+def _away(link: Path) -> str:
+    return (
+        f"{link} is a link to {os.readlink(link)}, and nothing is there: bring that back, or delete the link"
+    )
+
+
+def _replaced(run_dir: Path) -> dict[Path, Path]:
+    """What a save that was cut off had taken away and not replaced: a whole checkpoint, by where it was."""
+    parent, names = run_dir / "checkpoints", set(_names(run_dir))
+    found = [(parent / match[1], parent / name) for name in names if (match := _REPLACED.fullmatch(name))]
+    return {folder: old for folder, old in found if folder.name not in names and _manifest_or_none(old)}
+
+
+def put_back(run_dir: Path) -> None:
+    """Puts a checkpoint back that a save of the same step had taken away when it was cut off.
+
+    For who holds the run's folder; others read it where it is. What cannot be put back is a warning, and
+    stays.
+    """
+    for folder, old in _replaced(run_dir).items():
+        try:
+            old.rename(folder)
+        except OSError as error:
+            logger.warning("could not rename %s to %s: %s", old, folder.name, error)
 
 
 def all_of(run_dir: Path) -> list[Path]:
@@ -90,8 +129,12 @@ def latest(run_dir: Path) -> Path | None:
     """The checkpoint written last, or None where there is not even a damaged one.
 
     What was cut off or is damaged is skipped, with a warning. Raises CheckpointError if checkpoints exist and
-    none can be used: whoever started anew there would write over them.
+    none can be used: whoever started anew there would write over them. The same if one is on a disk that is
+    away: it may be the last.
     """
+    for folder in folders(run_dir):
+        if folder.is_symlink() and not folder.exists():
+            raise CheckpointError(_away(folder))
     usable, reasons = _sorted_out(run_dir)
     if reasons and not usable:
         raise CheckpointError(
@@ -106,7 +149,7 @@ def latest(run_dir: Path) -> Path | None:
 def next_sequence(run_dir: Path) -> int:
     """The counter of the checkpoint to be written next: above that of every other one of the run, also of
     those whose other files are damaged."""
-    manifests = [_manifest_or_none(folder) for folder in folders(run_dir)]
+    manifests = [_manifest_or_none(folder) for folder in (*folders(run_dir), *_replaced(run_dir).values())]
     return 1 + max((_order(manifest)[0] for manifest in manifests if manifest), default=0)
 
 
@@ -117,11 +160,11 @@ def _sorted_out(run_dir: Path) -> tuple[list[Path], list[str]]:
     """
     while True:
         found, reasons, deleted = [], [], False
-        for folder in folders(run_dir):
+        for folder in (*folders(run_dir), *_replaced(run_dir).values()):
             try:
                 found.append((_order(read_manifest(folder)), folder))
             except CheckpointError as error:
-                if folder.exists():
+                if os.path.lexists(folder):  # a link stays although nothing is behind it
                     reasons.append(str(error))
                 else:
                     deleted = True
@@ -223,6 +266,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has format {version}; this act24 reads format {FORMAT}")
     if not _is_sound(manifest):
         raise CheckpointError(f"{path} is no manifest of a checkpoint: a field is missing or of another type")
+    if impossible := [name for name in manifest["files"] if not name or "\0" in name]:
+        raise CheckpointError(
+            f"{path} is no manifest of a checkpoint: no file can be called {impossible[0]!r}"
+        )
     return manifest
 
 
@@ -268,22 +315,29 @@ def publish(written: Path, folder: Path, manifest: dict[str, Any]) -> None:
     then on.
 
     A checkpoint of the same step is replaced; anything else of that name is moved aside and stays. Raises
-    OSError.
+    OSError, and then what was there is there again. A folder cannot be renamed over another, so between two
+    renames there is neither: whoever looks then, or after a kill, finds the old one (`put_back`).
     """
     (written / MANIFEST).write_text(_render(manifest), encoding="utf-8")
     sync(written / MANIFEST)
     for inner in (*(path for path in written.rglob("*") if path.is_dir()), written):
         sync(inner)
-    if folder.exists():  # a folder cannot be renamed over another
+    aside = None
+    if os.path.lexists(folder):
         if reason := why_not_ours(folder):
-            aside = folder.with_name(f"{folder.name}.aside-{uuid.uuid4().hex[:12]}")
+            aside = _beside(folder, "aside")
             logger.warning(
                 "%s makes room for a new checkpoint, and is %s now: %s", folder, aside.name, reason
             )
         else:
-            aside = temporary(folder)  # for `prune` to delete
+            aside = _beside(folder, "old")  # for `prune` to delete
         folder.rename(aside)
-    written.rename(folder)
+    try:
+        written.rename(folder)
+    except OSError:
+        if aside:
+            aside.rename(folder)
+        raise
     sync(folder.parent)
 
 
@@ -299,7 +353,9 @@ def prune(
     are warnings. A checkpoint is renamed before it is deleted, so that a deletion cut short leaves no half
     checkpoint.
     """
-    leftovers = [path for path in (run_dir / "checkpoints").glob("step-*") if _TEMPORARY.fullmatch(path.name)]
+    put_back(run_dir)
+    needed = _replaced(run_dir).values()
+    leftovers = [path for path in all_of(run_dir) if _is_leftover(path) and path not in needed]
     all_complete = complete(run_dir)
     kept = {*all_complete[-keep:], *_best(all_complete, keep_best), written}
     kept |= {folder for folder in all_complete if keep_every and _step(folder) % keep_every == 0}
@@ -313,8 +369,14 @@ def prune(
             _delete(folder, rename=True)
 
 
+def _is_leftover(path: Path) -> bool:
+    if _TEMPORARY.fullmatch(path.name):
+        return True
+    return bool(_REPLACED.fullmatch(path.name)) and not why_not_ours(path)
+
+
 def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return int(folder.name.removeprefix("step-").partition(".")[0])
 
 
 def _best(folders: list[Path], count: int) -> list[Path]:
@@ -326,7 +388,7 @@ def _best(folders: list[Path], count: int) -> list[Path]:
     losses = [
         (heldout["loss"], folder)
         for folder, heldout in measured
-        if heldout["data"] == measured[-1][1]["data"]
+        if heldout["data"] == measured[-1][1]["data"] and not math.isnan(heldout["loss"])
     ]
     return [folder for _, folder in sorted(losses)[:count]]
 
@@ -342,14 +404,24 @@ def why_not_ours(folder: Path) -> str:
     """Why something among the checkpoints must not be deleted: it holds what no save wrote; "" if it may."""
     if _TEMPORARY.fullmatch(folder.name):
         return ""
+    if folder.is_symlink():
+        return f"{folder} is a link"
     try:
         manifest, present = _read_manifest(folder), contents(folder)
+        other = _links_and_empty_folders(folder)
     except CheckpointError as error:
         return str(error)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    foreign = [name for name in present if name not in manifest["files"] and not _is_litter(name)]
+    foreign = [name for name in present if name not in manifest["files"] and not _is_litter(name)] + other
     return f"{folder / foreign[0]} is not of this program" if foreign else ""
+
+
+def _links_and_empty_folders(folder: Path) -> list[str]:
+    """What no save writes, and no list of files tells. Raises OSError."""
+    inside = sorted(folder.rglob("*"))
+    odd = [path for path in inside if path.is_symlink() or (path.is_dir() and not any(path.iterdir()))]
+    return [path.relative_to(folder).as_posix() for path in odd]
 
 
 def _is_litter(name: str) -> bool:

@@ -210,10 +210,11 @@ def demo(
     ),
 ) -> None:
     """Train the demo recipe, evaluate it dense and 2:4, print a sample: about three minutes on two cores."""
-    from act24.tools.commands.demo import run_demo
-    from act24.tools.run.signals import STOPPED_STATUS, stopped_status
+    from act24.tools.run.signals import STOPPED_STATUS, stop_on_signal, stopped_status
 
-    with stopped_status():
+    with stopped_status("stopped before its end; the same command begins it anew"), stop_on_signal():
+        from act24.tools.commands.demo import run_demo
+
         if not run_demo(run_dir):
             raise typer.Exit(STOPPED_STATUS)
 
@@ -363,22 +364,25 @@ def data_prepare(
 ) -> None:
     """Tokenise a source once, into memory-mapped shards for later runs (data.source = "shards").
 
-    Interrupted, the same command goes on where it was.
+    Interrupted, the same command goes on where it was; stopped by a signal, it exits with 75.
     """
-    from act24.tools.commands.prepare import prepare_source
+    from act24.tools.run.signals import stop_on_signal, stopped_status
 
-    prepare_source(
-        source,
-        out,
-        tokenizer,
-        vocab_size,
-        max_tokens,
-        max_heldout_tokens,
-        text_field,
-        encoding,
-        skip_bad_records,
-        end_of_text,
-    )
+    with stopped_status("stopped; the same command goes on where it was"), stop_on_signal():
+        from act24.tools.commands.prepare import prepare_source
+
+        prepare_source(
+            source,
+            out,
+            tokenizer,
+            vocab_size,
+            max_tokens,
+            max_heldout_tokens,
+            text_field,
+            encoding,
+            skip_bad_records,
+            end_of_text,
+        )
 
 
 bench_app.command("decode")(bench_decode)

@@ -19,8 +19,8 @@ def run_demo(run_dir: Path) -> bool:
 
     Returns False if a signal stopped it before its end.
     """
-    clear_run(run_dir)
     recipe = load_recipe("demo")
+    clear_run(run_dir, recipe)
     outcome = train(recipe, run_dir)
     print()
     show_outcome(recipe, outcome, None)

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from act24.errors import Act24Error, reason
 
@@ -21,15 +22,20 @@ TRACEBACK = "ACT24_TRACEBACK"
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
     """Run a command in here."""
+    # What was closed (`>&-`) is nobody's wish to read. Without it the next file opened would be the output.
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a latin-1 terminal has no "→", which must not end a run
             stream.reconfigure(errors="replace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a full disk shows here, or when nobody can say so any more
     except Act24Error as error:
         _end(str(error), error)
     except BrokenPipeError:  # `act24 recipe ls | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would say so
+        _forget_output()
         sys.exit(1)
     except (OSError, MemoryError, UnicodeError) as error:
         _end(_named(error), error)
@@ -37,6 +43,15 @@ def ends_in_one_line() -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, known by name: `--help` imports no torch
             raise
         _end(f"{_named(error)}; a smaller train.batch_size takes less", error)
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")
+
+
+def _forget_output() -> None:
+    """Or Python's last flush would fail once more, and say so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _named(error: BaseException) -> str:
@@ -48,6 +63,10 @@ def _named(error: BaseException) -> str:
 def _end(text: str, error: BaseException) -> None:
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _forget_output()
     for line in text.splitlines():
         print(f"act24: {line}", file=sys.stderr)
     sys.exit(2)

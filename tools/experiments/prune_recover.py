@@ -164,7 +164,7 @@ def _train(work: Path, pruned: Path, out: Path, name: str, budget: Budget) -> No
         ],
     )
     run_dir = work / f"run-{name}"
-    clear_run(run_dir)
+    clear_run(run_dir, made)
     train(made, run_dir)
     export_run(run_dir, out)
 

@@ -11,6 +11,7 @@ RUN/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import operator
@@ -34,9 +35,12 @@ from act24.tools.checkpoints.together import on_the_first
 from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
 from act24.tools.run.lock import LOCK, RunError, run_lock
 
+_BEGINNING = '{"step": '  # of a line of the history
 _LONGEST_NAME = 100  # of a folder, in characters
-RECIPE, HISTORY = "recipe.toml", "history.jsonl"
-_OURS = re.compile(r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\..+")
+RECIPE, PLAN, HISTORY = "recipe.toml", "plan.txt", "history.jsonl"
+_OURS = re.compile(
+    r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+"
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def resume_point(
 
     Raises:
         RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
-            the checkpoint is of another recipe, or behind its end.
+            the checkpoint is of another recipe, or behind its end; or files of the user are where a run
+            writes its own.
         CheckpointError: the checkpoint is damaged or of an older act24, or there are some and none can be
             used.
     """
@@ -121,16 +126,26 @@ def _of_commit(manifest: dict[str, Any]) -> str:
 
 
 def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
-    described = run_dir / RECIPE
-    holds_run = described.exists() or (run_dir / "checkpoints").exists()
+    described, inside = run_dir / RECIPE, run_dir / "checkpoints"
+    entries = _history(run_dir)
+    _refuse_others_files(run_dir, entries, dump_recipe(recipe))
+    holds_run = bool(entries) or os.path.lexists(inside)
     if resume == "never":
         if holds_run:
             raise RunError(
                 f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run-dir"
             )
         return None
+    checkpoint_folder.put_back(run_dir)
+    # Where a run went on from that has saved nothing since.
+    origin = Path(entries[-1]["from"]) if entries and "from" in entries[-1] else None
     if resume == "auto":
-        folder = checkpoint_folder.latest(run_dir)
+        folder = checkpoint_folder.latest(run_dir) or origin
+        if folder is not None and not folder.exists():
+            raise RunError(
+                f"{run_dir} went on from {folder}, has no checkpoint of its own, and that one is gone: "
+                "bring it back, or choose another folder with --run-dir"
+            )
         if folder is None and described.exists():  # it ended before its first checkpoint
             _, others = changes(parse_recipe(read_text(described), str(described)), recipe)
             if others:
@@ -140,12 +155,62 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
                 )
         return folder
     folder = last_checkpoint(Path(resume))
-    if holds_run and folder.resolve().parent.parent != run_dir.resolve():
-        raise RunError(
-            f"{run_dir} already holds a run, and {folder} is not of it: go on with --resume auto, or choose "
-            "another folder with --run-dir"
-        )
+    parent = Path(os.path.abspath(folder)).parent.resolve()
+    if holds_run and parent != inside.resolve():
+        branch = origin and Path(os.path.abspath(origin)).parent.resolve()
+        if parent != branch or checkpoint_folder.latest(run_dir):
+            raise RunError(
+                f"{run_dir} already holds a run, and {folder} is not of it: go on with --resume auto, or "
+                "choose another folder with --run-dir"
+            )
     return folder
+
+
+def _history(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of a run's history; none where there is no file.
+
+    Raises:
+        RunError: the file is not one that a run wrote.
+    """
+    path = run_dir / HISTORY
+    if not os.path.lexists(path):
+        return []
+    entries = []
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() and not path.is_symlink() else "?"
+        for line in filter(None, text.splitlines()):
+            with contextlib.suppress(ValueError) if line.startswith(_BEGINNING) else contextlib.nullcontext():
+                entries.append(json.loads(line))  # but for one that a full disk cut off
+        ours = all({"step", "act24", "time"} <= entry.keys() for entry in entries)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise RunError(_in_the_way(path))
+    return entries
+
+
+def _in_the_way(path: Path) -> str:
+    return (
+        f"{path} is not as act24 wrote it, and would be written over: move it to another folder, or choose "
+        "another for the run with --run-dir"
+    )
+
+
+def _refuse_others_files(run_dir: Path, entries: list[dict[str, Any]], recipe: str) -> None:
+    """Raises RunError for a recipe.toml or plan.txt that no run wrote here, or somebody has edited since."""
+    if entries and "sha256" not in entries[-1]:  # of an older act24, which kept no hashes
+        return
+    for name, equal in ((RECIPE, recipe), (PLAN, None)):
+        path = run_dir / name
+        if not os.path.lexists(path):
+            continue
+        if path.is_symlink() or not path.is_file():
+            raise RunError(_in_the_way(path))
+        with contents_of(path):
+            content = path.read_bytes()
+        written = [entry.get("sha256", {}).get(name) for entry in entries]
+        if hashlib.sha256(content).hexdigest() not in written and content != (equal or "").encode():
+            raise RunError(_in_the_way(path))
 
 
 def last_checkpoint(path: Path) -> Path:
@@ -162,17 +227,18 @@ def last_checkpoint(path: Path) -> Path:
     return latest
 
 
-def clear_run(run_dir: Path) -> None:
-    """Delete the run in a folder, if that is all there is in it.
+def clear_run(run_dir: Path, recipe: Recipe) -> None:
+    """Delete the run of a recipe in a folder, if that is all there is in it.
 
     Raises:
-        RunError: it holds anything that no run wrote, and is as it was; or a run is in progress there.
+        RunError: it holds anything that no run wrote, or a run of another recipe, and is as it was; or a run
+            is in progress there.
     """
     if not run_dir.exists():
         return
-    _refuse_foreign(run_dir)  # before a lock is put into what may be no run
+    _refuse_foreign(run_dir, recipe)  # before a lock is put into what may be no run
     with run_lock(run_dir):
-        _refuse_foreign(run_dir)
+        _refuse_foreign(run_dir, recipe)
         for folder in checkpoint_folder.all_of(run_dir):
             shutil.rmtree(folder)
         names = [entry.name for entry in os.scandir(run_dir) if entry.name != LOCK]
@@ -181,7 +247,7 @@ def clear_run(run_dir: Path) -> None:
             path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _refuse_foreign(run_dir: Path) -> None:
+def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
     try:
         entries = sorted(os.scandir(run_dir), key=lambda entry: entry.name)
         foreign = [e.name for e in entries if not _OURS.fullmatch(e.name) or e.is_symlink()]
@@ -195,6 +261,14 @@ def _refuse_foreign(run_dir: Path) -> None:
         raise RunError(
             f"{run_dir} holds something else than a run ({foreign[0]}); choose another with --run-dir"
         )
+    _refuse_others_files(run_dir, _history(run_dir), dump_recipe(recipe))
+    described = run_dir / RECIPE
+    if described.exists():
+        _, others = changes(parse_recipe(read_text(described), str(described)), recipe)
+        if others:
+            raise RunError(
+                f"{run_dir} holds a run of another recipe ({others[0]}); choose another with --run-dir"
+            )
 
 
 def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: Start | None) -> None:
@@ -206,14 +280,18 @@ def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: Start | None) 
     """
     entry: dict[str, Any] = {"step": 0}
     if start:
-        entry = {"step": start.checkpoint.step, "from": str(start.checkpoint.folder)}
+        entry = {"step": start.checkpoint.step, "from": os.path.abspath(start.checkpoint.folder)}
         entry["changes"] = {change.key: [change.old, change.new] for change in start.changes}
         entry["schedule_steps"] = start.schedule_steps
     entry |= {"act24": version(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    files = {RECIPE: dump_recipe(recipe).encode(), PLAN: f"{plan}\n".encode()}
+    entry["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    history = run_dir / HISTORY
     try:
-        (run_dir / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-        (run_dir / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
-        with open(run_dir / HISTORY, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        cut_off = history.exists() and not history.read_bytes().endswith(b"\n")
+        with open(history, "a", encoding="utf-8") as file:  # first: it says that the others are of a run
+            file.write("\n" * cut_off + json.dumps(entry) + "\n")
+        for name, content in files.items():
+            (run_dir / name).write_bytes(content)
     except OSError as error:
         raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None

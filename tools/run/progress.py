@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # A line into a pipe or a file stays whole; rich would break it, and squeeze tables, at 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 10_000)
+console = Console(width=None if sys.stdout and sys.stdout.isatty() else 10_000)
 _PLAIN_SECONDS = 10.0  # between plain lines: a log file has no use for ten a second
 
 
@@ -22,7 +22,7 @@ class RunProgress:
     """Says where the run is. Only the main process has one that speaks.
 
     Attributes:
-        reader_is_gone: what is said reaches nobody: a closed pipe, a terminal that hung up.
+        silenced: why what is said reaches nobody, or "": a closed pipe, a terminal that hung up, a full disk.
     """
 
     def __init__(self, bar: Progress | None, first: int, steps: int, speaks: bool) -> None:
@@ -31,7 +31,7 @@ class RunProgress:
         self._steps = steps
         self._speaks = speaks
         self._spoken = 0.0
-        self.reader_is_gone = False
+        self.silenced = ""
 
     def update(self, step: int, figures: dict[str, str]) -> None:
         """Show the figures of a logged step."""
@@ -45,25 +45,25 @@ class RunProgress:
 
     def say(self, line: str) -> None:
         """Print one line that stays."""
-        if self._speaks and not self.reader_is_gone:
+        if self._speaks and not self.silenced:
             # Rich would colour numbers and break long lines, which a log file should not have.
             with self.watching():
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Notice that the reader is gone, which for rich is a reason to exit."""
+        """Notice that the reader is gone, which for rich is a reason to exit, or the output's disk full."""
+        gone = "nobody reads the output any more"
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            self._hang_up()
+            known = error.errno in (errno.EPIPE, errno.EIO)
+            self._fall_silent(gone if known else f"the output cannot be written: {error.strerror}")
         except SystemExit:
-            self._hang_up()
+            self._fall_silent(gone)
 
-    def _hang_up(self) -> None:
-        self.reader_is_gone = True
+    def _fall_silent(self, why: str) -> None:
+        self.silenced = why
         with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -37,12 +37,12 @@ class StopRequest:
 
 
 @contextmanager
-def stopped_status() -> Iterator[None]:
-    """Around a command: `Stopped` is one line, and the status of a stop."""
+def stopped_status(what: str = "stopped before the first step, nothing to save") -> Iterator[None]:
+    """Around a command: `Stopped` is one line that says what became of the work, and the status of a stop."""
     try:
         yield
     except Stopped as stop:
-        print(f"act24: {stop}: stopped before the first step, nothing to save", file=sys.stderr)
+        print(f"act24: {stop}: {what}", file=sys.stderr)
         sys.exit(STOPPED_STATUS)
 
 

@@ -27,7 +27,7 @@ from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, describe_run, resume_point
-from act24.tools.run.lock import lock_on_the_first
+from act24.tools.run.lock import Lock, check_together, lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.path import path_text
@@ -103,15 +103,14 @@ def train(
             gradient that is not finite.
         Stopped: by a signal, before the first step.
     """
-    with open_processes() as processes, stop_on_signal() as stop:
+    with stop_on_signal() as stop, open_processes() as processes:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
-        with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir):
-            start = None
-            if not dry_run:
-                start = resume_point(run_dir, resume, recipe, schedule, processes.world_size)
+        with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir) as lock:
+            where = (run_dir, resume, recipe, schedule, processes.world_size)
+            start = None if dry_run else resume_point(*where)
             recipe = _pinned(recipe, start, processes)
             make = build if start else beginning(recipe, weights)
-            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make)
+            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make, lock)
             try:
                 return run.go(stop)
             finally:
@@ -135,14 +134,16 @@ class TrainingRun:
         dry_run: bool = False,
         grow: bool = False,
         make: Callable[..., Built] = build,
+        lock: Lock | None = None,
     ) -> None:
         """
         Args:
             resumption: where to go on.
             make: makes the model, as `build` does; weights may come from elsewhere, or not be needed.
+            lock: of the run's folder, by the process that holds it.
         """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
-        start = resumption.checkpoint if resumption else None
+        self._lock, start = lock, resumption.checkpoint if resumption else None
         self._remarks = resumption.remarks if resumption else ()
         self._schedule_steps = resumption.schedule_steps if resumption else recipe.train.steps
         self._step = start.step if start else 0
@@ -189,6 +190,7 @@ class TrainingRun:
         self._count, self._waited = accumulation(recipe.train, world_size), 0.0
         self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
+        check_together(lock)
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline), resumption)
         self.monitor = Monitor(
@@ -233,8 +235,7 @@ class TrainingRun:
                 progress.say(self.training_step.capture_text)
             if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
-            stop.at_once = False  # from here on there is something to save
-            stopped = False
+            stop.at_once = stopped = False  # from here on there is something to save
             if self._evaluation_due:  # it was due when the run was stopped
                 self._built.pipeline.lower_(self._step - 1)  # as it would have been
                 evaluation = self._evaluate(progress, stop)
@@ -294,8 +295,8 @@ class TrainingRun:
             return TrainingError(
                 f"the loss or its gradient was not finite at {limit} steps in a row (train.max_skips)"
             )
-        if progress.reader_is_gone:
-            return TrainingError("nobody reads the output any more")
+        if progress.silenced:
+            return TrainingError(progress.silenced)
         began = time.perf_counter()
         failure = self._rows.failure(self._count)
         self._waited = time.perf_counter() - began
@@ -316,6 +317,7 @@ class TrainingRun:
             step == recipe.train.steps or _due(step, recipe.eval.every)
         )
         if saves or evaluates or ends or _due(step, recipe.log.every):
+            check_together(self._lock)
             self._flush(progress)
         if _due(step, recipe.log.weight_sparsity_every):
             self.monitor.weigh(step)

@@ -82,20 +82,21 @@ def test_a_folder_of_recipes_is_no_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
-def test_a_run_is_deleted_whole(a_run, tmp_path):
+def test_a_run_is_deleted_whole(a_run, tiny, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(a_run, run_dir)
     (run_dir / "checkpoints" / "step-000002" / ".DS_Store").write_text("")
     (run_dir / "checkpoints" / "step-000001.tmp-0123456789ab").mkdir()
-    clear_run(run_dir)
+    recipe = tiny("train.steps=2", "schedule.warmup_steps=0")
+    clear_run(run_dir, recipe)
     assert [path.name for path in run_dir.iterdir()] == [".lock"]
-    clear_run(tmp_path / "nothing")
+    clear_run(tmp_path / "nothing", recipe)
 
 
-def test_a_run_in_progress_is_not_deleted(a_run, tmp_path):
+def test_a_run_in_progress_is_not_deleted(a_run, tiny, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(a_run, run_dir)
     before = sorted(run_dir.rglob("*"))
     with run_lock(run_dir), pytest.raises(Act24Error, match=r"is in use by process \d+ on .* since"):
-        clear_run(run_dir)
+        clear_run(run_dir, tiny("train.steps=2", "schedule.warmup_steps=0"))
     assert sorted(run_dir.rglob("*")) == before

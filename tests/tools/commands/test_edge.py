@@ -158,3 +158,12 @@ def test_a_reader_that_went_away():
         run = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE)
     assert run.returncode == 1
     assert run.stderr == b""
+
+
+def test_an_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "act24", "recipe", "ls"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("act24: failed: No space left on device")

@@ -16,6 +16,7 @@ from tiny import load_tiny
 from act24.errors import Act24Error
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.commands import demo, prepare
 from act24.tools.data import HeldoutRows, TokenRows
 from act24.tools.run import train as train_module
 from act24.tools.run.lock import run_lock
@@ -62,7 +63,9 @@ def kill_before(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("name", ["open_tokenizer", "heldout_rows", "open_rows", "tune_", "build_optimizer"])
+@pytest.mark.parametrize(
+    "name", ["open_processes", "open_tokenizer", "heldout_rows", "open_rows", "tune_", "build_optimizer"]
+)
 def test_a_signal_while_a_run_is_prepared_ends_it_at_once(tiny, tmp_path, monkeypatch, name, number):
     """It used to be heeded after the first step, by when a batch system has killed the process."""
     kill_before(monkeypatch, train_module, name, 1, number)
@@ -177,6 +180,51 @@ def test_a_reader_that_goes_away_is_a_clear_end_with_a_checkpoint(tiny_file, tmp
     )
     assert process.returncode == 2
     assert checkpoint.load(folder).step >= 2
+
+
+def test_an_output_on_a_full_disk_is_a_clear_end_with_a_checkpoint(tiny_file, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [*COMMAND, str(tiny_file), "--run-dir", str(run_dir), *LONG]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    message = "act24: the output cannot be written: No space left on device; saved step 1 in "
+    assert result.stderr == f"{message}{run_dir / 'checkpoints' / 'step-000001'}\n"
+    assert checkpoint.load(checkpoint_folder.latest(run_dir)).step == 1
+
+
+def test_a_closed_output_ends_nothing(tiny_file, tmp_path):
+    """`act24 train … >&-` used to be a traceback."""
+    command = [*COMMAND, str(tiny_file), "--run-dir", str(tmp_path), "--set", "train.steps=6"]
+    result = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert checkpoint.load(checkpoint_folder.latest(tmp_path)).step == 6
+
+
+def test_a_stop_of_the_demo_has_the_status_of_a_stop(tiny, monkeypatch, act24, tmp_path):
+    """In its evaluation, which no handler of training covers."""
+    monkeypatch.setattr(demo, "load_recipe", {"demo": tiny("train.steps=6")}.__getitem__)
+    kill_before(monkeypatch, demo, "evaluate_checkpoint", 1)
+    status, _, error = act24("demo", "--run-dir", tmp_path / "run")
+    assert status == 75
+    assert error[-1] == "act24: SIGTERM: stopped before its end; the same command begins it anew"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_of_data_prepare_has_a_status_of_its_own(monkeypatch, act24, tmp_path, number):
+    (tmp_path / "a.txt").write_text("some words " * 500)
+    out, command = (
+        tmp_path / "out",
+        ("data", "prepare", tmp_path / "a.txt", tmp_path / "out", "--vocab-size", 300),
+    )
+    with monkeypatch.context() as patch:
+        kill_before(patch, prepare, "prepare_shards", 1, number)
+        status, _, error = act24(*command)
+    assert status == 75
+    assert error[-1] == f"act24: {number.name}: stopped; the same command goes on where it was"
+    assert not out.exists()
 
 
 def test_a_terminal_that_lacks_a_character_ends_nothing(tiny_file, tmp_path):

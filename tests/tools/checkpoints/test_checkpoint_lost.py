@@ -1,0 +1,162 @@
+"""No moment without a whole checkpoint, and nothing deleted that is somebody else's or the only copy."""
+
+import errno
+import logging
+import os
+import re
+from pathlib import Path
+
+import pytest
+from test_checkpoint_folder import FILES, verify, write
+
+from act24.tools.checkpoints import folder as cf
+
+
+class Killed(BaseException):
+    """A kill: nothing after it is run."""
+
+
+def test_a_kill_between_the_two_renames_of_a_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    """There used to be two temporary folders, both whole, which `prune` then deleted."""
+    before, after = write(tmp_path, 2), write(tmp_path, 4)
+    rename = Path.rename
+
+    def killed(self, target):
+        rename(self, target)
+        if self == after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(Killed):
+            write(tmp_path, 4, {"state.json": b"new"})
+    reading = cf.latest(tmp_path)  # of somebody who renames nothing
+    assert reading.name.startswith("step-000004.old-")
+    verify(reading)
+    assert cf.next_sequence(tmp_path) == 3
+    cf.put_back(tmp_path)
+    assert cf.latest(tmp_path) == after
+    verify(after)
+    assert cf.complete(tmp_path) == [before, after]
+    cf.prune(tmp_path, keep=1)
+    assert [path.name for path in after.parent.iterdir()] == ["step-000004"]
+
+
+def test_prune_never_deletes_the_only_whole_copy(tmp_path, monkeypatch):
+    folder = write(tmp_path, 4)
+    old = folder.rename(folder.with_name("step-000004.old-0123456789ab"))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+        )
+        cf.prune(tmp_path, keep=1)
+    verify(old)
+    cf.prune(tmp_path, keep=1)
+    verify(folder)
+    assert not old.exists()
+
+
+def test_what_was_replaced_is_deleted_once_the_new_one_is_there(tmp_path):
+    for content in (b"old", b"new"):
+        folder = write(tmp_path, 4, {"state.json": content})
+    assert len(list(folder.parent.iterdir())) == 2
+    cf.prune(tmp_path, keep=1)
+    assert [path.name for path in folder.parent.iterdir()] == ["step-000004"]
+
+
+def test_a_disk_that_fails_at_the_second_rename_has_the_old_checkpoint_again(tmp_path, monkeypatch):
+    folder = write(tmp_path, 4)
+    rename = Path.rename
+
+    def fails(self, target):
+        if ".tmp-" in self.name:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            write(tmp_path, 4, {"state.json": b"new"})
+    verify(folder)
+    assert (folder / "state.json").read_bytes() == FILES["state.json"]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a good one"])
+def test_a_checkpoint_on_a_disk_that_is_away_is_a_refusal(tmp_path, beside):
+    """It used to spin for ever, or to go on from an older one without a word."""
+    (tmp_path / "checkpoints").mkdir()
+    if beside:
+        write(tmp_path, 2)
+    link = cf.folder_of(tmp_path, 4)
+    link.symlink_to(tmp_path / "away")
+    with pytest.raises(
+        cf.CheckpointError, match=rf"^{link} is a link to .*away, and nothing is there: bring"
+    ):
+        cf.latest(tmp_path)
+    assert [path.name for path in cf.complete(tmp_path)] == ["step-000002"] * beside
+
+
+def test_checkpoints_on_a_disk_that_is_away_are_a_refusal(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "away")
+    with pytest.raises(cf.CheckpointError, match=r"checkpoints is a link to .*away, and nothing is there"):
+        cf.latest(tmp_path)
+
+
+def test_a_link_in_the_way_of_a_save_is_moved_aside(tmp_path):
+    link = cf.folder_of(tmp_path, 4)
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "away")
+    verify(write(tmp_path, 4))
+    (aside,) = (path for path in link.parent.iterdir() if path.is_symlink())
+    assert os.readlink(aside) == str(tmp_path / "away")
+
+
+ODD = {
+    "an empty folder": lambda folder: (folder / "notes").mkdir(),
+    "a link to a file": lambda folder: (folder / "notes").symlink_to(folder / "state.json"),
+    "a link to a folder": lambda folder: (folder / "notes").symlink_to(folder / "optimizer"),
+    "a link to nothing": lambda folder: (folder / "notes").symlink_to("/nowhere"),
+}
+
+
+@pytest.mark.parametrize("add", ODD.values(), ids=ODD.keys())
+def test_prune_keeps_a_checkpoint_with_links_and_empty_folders(tmp_path, caplog, add):
+    old = write(tmp_path, 1)
+    add(old)
+    new = write(tmp_path, 2)
+    with caplog.at_level(logging.WARNING, "act24"):
+        cf.prune(tmp_path, keep=1, written=new)
+    assert os.path.lexists(old / "notes")
+    assert "notes is not of this program" in caplog.text
+    verify(old)
+
+
+def test_prune_keeps_a_checkpoint_that_is_a_link(tmp_path, caplog):
+    old = write(tmp_path, 1)
+    there = old.rename(tmp_path / "there")
+    old.symlink_to(there)
+    new = write(tmp_path, 2)
+    with caplog.at_level(logging.WARNING, "act24"):
+        cf.prune(tmp_path, keep=1, written=new)
+    assert os.readlink(old) == str(there)
+    verify(there)
+    assert f"{old} is a link" in caplog.text
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    for step, loss in enumerate([3.0, float("nan"), 1.0, 2.0], start=1):
+        folder = write(tmp_path, step)
+        manifest = cf.read_manifest(folder) | {"heldout": {"loss": loss, "data": "a"}}
+        (folder / cf.MANIFEST).write_text(cf._render(manifest))
+    cf.prune(tmp_path, keep=1, keep_best=1)
+    assert [path.name for path in cf.folders(tmp_path)] == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", ""])
+def test_a_name_that_no_file_can_have_is_named(tmp_path, name):
+    folder = write(tmp_path, 1)
+    manifest = cf.read_manifest(folder)
+    manifest["files"][name] = {"bytes": 0, "sha256": ""}
+    (folder / cf.MANIFEST).write_text(cf._render(manifest))
+    with pytest.raises(cf.CheckpointError, match=f"no file can be called {re.escape(repr(name))}"):
+        cf.read_manifest(folder)

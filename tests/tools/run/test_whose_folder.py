@@ -1,0 +1,200 @@
+"""What somebody else wrote into a run's folder stays; a folder that is another one now is left alone."""
+
+import os
+import re
+import shutil
+
+import pytest
+from tiny import load_tiny
+
+from act24.recipes.load import dump_recipe, load_recipe
+from act24.tools.checkpoints import checkpoint
+from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.commands import demo
+from act24.tools.run import train as train_module
+from act24.tools.run.folder import clear_run
+from act24.tools.run.lock import LOCK, RunError, run_lock
+from act24.tools.run.train import train
+
+OVERRIDES = ("train.steps=6", "checkpoint.every=2", "checkpoint.keep=2", "eval.tokens=100")
+
+
+@pytest.fixture(scope="module")
+def a_run(tiny_file, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whose") / "run"
+    train(load_tiny(tiny_file, *OVERRIDES), run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def copied(a_run, tmp_path):
+    return shutil.copytree(a_run, tmp_path / "run")
+
+
+def content(run_dir):
+    """Every file with its bytes."""
+    return {path.relative_to(run_dir): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+class Killed(BaseException):
+    """Nothing after it is run."""
+
+
+def killed(*_, **__):
+    raise Killed
+
+
+FOREIGN = {
+    "plan.txt": "my plan\n",
+    "history.jsonl": '{"precious": 1}\n',
+    "recipe.toml": "# my comment\n",
+    ".lock": "my diary\n",
+}
+
+
+@pytest.mark.parametrize("resume", ["never", "auto", "a run"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_run_writes_over_nothing_that_is_not_its_own(tiny, a_run, tmp_path, name, resume):
+    run_dir = tmp_path / "mine"
+    run_dir.mkdir()
+    (run_dir / name).write_text(FOREIGN[name])
+    with pytest.raises(RunError, match=rf"mine/{re.escape(name)} is not .*move it .*--run-dir"):
+        train(tiny(*OVERRIDES), run_dir, resume=str(a_run) if resume == "a run" else resume)
+    assert (run_dir / name).read_text() == FOREIGN[name]
+    assert {path.name for path in run_dir.iterdir()} <= {name, LOCK}
+
+
+@pytest.mark.parametrize("name", ["plan.txt", "history.jsonl", "recipe.toml", ".lock"])
+def test_a_run_writes_through_no_link(tiny, copied, tmp_path, name):
+    there = (copied / name).rename(tmp_path / "precious")
+    (copied / name).symlink_to(there)
+    before = there.read_bytes()
+    with pytest.raises(RunError, match=re.escape(name)):
+        train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto")
+    assert there.read_bytes() == before
+
+
+def test_a_recipe_that_was_edited_in_the_runs_folder_is_not_lost(tiny, copied):
+    recipe = copied / "recipe.toml"
+    recipe.write_text("# why: see page 3\n" + recipe.read_text())
+    before = recipe.read_bytes()
+    with pytest.raises(RunError, match=r"recipe.toml is not as act24 wrote it"):
+        train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto")
+    assert recipe.read_bytes() == before
+
+
+def test_a_resolved_recipe_in_the_folder_is_what_would_be_written(tiny, tmp_path):
+    (tmp_path / "recipe.toml").write_text(dump_recipe(tiny(*OVERRIDES)))
+    assert train(tiny(*OVERRIDES), tmp_path).finished
+
+
+def test_a_run_goes_on_after_its_recipe_changed_and_its_history_was_cut_off(tiny, copied):
+    assert train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto").step == 7
+    with open(copied / "history.jsonl", "a") as file:
+        file.write('{"step": 7, "fr')  # the disk was full
+    for steps in (8, 9):
+        assert train(tiny(*OVERRIDES, f"train.steps={steps}"), copied, resume="auto").step == steps
+
+
+def test_the_demo_deletes_no_folder_of_the_names_of_a_run(tiny, tmp_path):
+    for name in ("plan.txt", "history.jsonl", "events.out.tfevents.1.mine"):
+        (tmp_path / name).write_text('{"user": "asked"}\n')
+    before = content(tmp_path)
+    with pytest.raises(RunError):
+        demo.run_demo(tmp_path)
+    (tmp_path / "events.out.tfevents.1.mine").unlink()
+    with pytest.raises(RunError, match=r"history.jsonl is not as act24 wrote it"):
+        demo.run_demo(tmp_path)
+    assert content(tmp_path).items() <= before.items()
+
+
+def test_the_demo_deletes_no_run_of_another_recipe(copied):
+    before = content(copied)
+    with pytest.raises(RunError, match=r"holds a run of another recipe \(.* was .* and is"):
+        clear_run(copied, load_recipe("demo"))
+    assert content(copied) == before
+
+
+def test_a_run_that_was_killed_before_its_first_save_goes_on_from_its_origin(
+    tiny, a_run, tmp_path, monkeypatch
+):
+    """The same command used to be refused, and `auto` began at step 0 without a word."""
+    branch, longer = tmp_path / "branch", tiny(*OVERRIDES, "train.steps=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.TrainingRun, "advance", killed)
+        with pytest.raises(Killed):
+            train(longer, branch, resume=str(a_run))
+    again = shutil.copytree(branch, tmp_path / "again")
+    for run_dir, resume in ((branch, str(a_run)), (again, "auto")):
+        outcome = train(longer, run_dir, resume=resume)
+        assert outcome.step == 8
+        assert outcome.tokens > checkpoint.load(checkpoint_folder.latest(a_run)).state["tokens"]
+        assert '"step": 6' in (run_dir / "history.jsonl").read_text().splitlines()[-1]
+
+
+def test_an_origin_that_is_gone_is_a_refusal(tiny, copied, tmp_path, monkeypatch):
+    longer = tiny(*OVERRIDES, "train.steps=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.TrainingRun, "advance", killed)
+        with pytest.raises(Killed):
+            train(longer, tmp_path / "branch", resume=str(copied))
+    before = content(tmp_path / "branch")
+    shutil.rmtree(copied)
+    with pytest.raises(RunError, match=r"went on from .*step-000006, has no checkpoint of its own, and that"):
+        train(longer, tmp_path / "branch", resume="auto")
+    assert content(tmp_path / "branch").keys() == before.keys()
+
+
+def test_checkpoints_on_another_disk_are_the_runs_own(tiny, copied, tmp_path):
+    there = (copied / "checkpoints").rename(tmp_path / "scratch")
+    (copied / "checkpoints").symlink_to(there)
+    assert train(tiny(*OVERRIDES, "train.steps=7"), copied, resume=str(copied)).step == 7
+    assert train(tiny(*OVERRIDES, "train.steps=8"), copied, resume="auto").step == 8
+    there.rename(tmp_path / "away")
+    for resume in ("auto", str(copied)):
+        with pytest.raises(checkpoint.CheckpointError, match=r"checkpoints is a link to .*nothing is there"):
+            train(tiny(*OVERRIDES, "train.steps=9"), copied, resume=resume)
+    with pytest.raises(RunError, match="already holds a run"):
+        train(tiny(*OVERRIDES, "train.steps=9"), copied)
+
+
+def test_a_checkpoint_that_a_save_had_taken_away_is_gone_on_from(tiny, copied):
+    last = checkpoint_folder.latest(copied)
+    for folder in checkpoint_folder.folders(copied):
+        if folder != last:
+            shutil.rmtree(folder)
+    last.rename(last.with_name(f"{last.name}.old-0123456789ab"))
+    assert train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto").step == 7
+    assert [path.name for path in checkpoint_folder.all_of(copied)] == ["step-000006", "step-000007"]
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["deleted", "and another run started there"])
+def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, anew):
+    """It used to save into the other's checkpoints, or to end in a traceback."""
+    run_dir, original = tmp_path / "run", train_module.TrainingRun.advance
+    other = tiny(*OVERRIDES, "train.seed=5")
+    found = {}
+
+    def advance(self):
+        original(self)
+        if self._step == 3 and not found:
+            shutil.rmtree(run_dir)
+            found["other"] = {}
+            if anew:
+                train(other, run_dir)
+                found["other"] = content(run_dir)
+
+    monkeypatch.setattr(train_module.TrainingRun, "advance", advance)
+    with pytest.raises(
+        RunError, match=r"run was deleted, moved or taken by another run .* writes nothing more"
+    ):
+        train(tiny(*OVERRIDES), run_dir)
+    assert (content(run_dir) if anew else os.listdir(tmp_path)) == (found["other"] if anew else [])
+
+
+def test_a_lock_that_was_swept_away_alone_does_no_harm(tmp_path):
+    with run_lock(tmp_path) as lock:
+        (tmp_path / LOCK).unlink()
+        lock.check()
+        with run_lock(tmp_path), pytest.raises(RunError, match="taken by another run"):
+            lock.check()
