@@ -36,6 +36,9 @@ SHARD_TOKENS = 2**28  # after which a new shard begins: half a gigabyte in uint1
 JOURNAL_TOKENS = 2**24  # lost at most by a kill: well below a minute's work
 JOURNAL = "journal.json"
 LOCK = "lock"
+_WRITTEN = re.compile(
+    r"lock|journal\.json(\.tmp-\w+)?|tokenizer\.json|index\.json|(train|heldout)-(\d{5,}|documents)\.bin|\.nfs.*"
+)
 
 Progress = Callable[[Split, int, int], None]
 """`progress(split, documents, tokens)`: what is written so far."""
@@ -150,8 +153,8 @@ def _partial(folder: Path) -> Iterator[Path]:
     """
     lock = filelock.FileLock(folder / LOCK)
     try:
-        if folder.exists() and any(folder.iterdir()) and not (folder / LOCK).exists():
-            raise Act24Error(f"{folder} is in the way: `act24 data prepare` did not write it")
+        if foreign := _foreign(folder):
+            raise Act24Error(f"{folder} is in the way: `act24 data prepare` did not write {foreign[0]}")
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -161,7 +164,7 @@ def _partial(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     except BaseException as error:
-        if not (folder / JOURNAL).exists():
+        if not (folder / JOURNAL).exists() and not _foreign(folder):
             shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, Act24Error | OSError):
             raise
@@ -171,6 +174,17 @@ def _partial(folder: Path) -> Iterator[Path]:
         raise Act24Error(failed) from error
     finally:
         lock.release()
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What somebody else put there; everything, where no call has left its lock. Raises OSError."""
+    entries = sorted(folder.iterdir()) if folder.exists() else []
+    locked = (folder / LOCK).is_file()
+    return [
+        path.name
+        for path in entries
+        if not (locked and _WRITTEN.fullmatch(path.name)) or path.is_symlink() or path.is_dir()
+    ]
 
 
 class _Journal:

@@ -38,7 +38,7 @@ class StopRequest:
 
 @contextmanager
 def stopped_status(what: str = "stopped before the first step, nothing to save") -> Iterator[None]:
-    """Around a command: `Stopped` is one line that says what became of the work, and the status of a stop."""
+    """Around a command: `Stopped` is one line that says what became of the work, and a stop's status."""
     try:
         yield
     except Stopped as stop:

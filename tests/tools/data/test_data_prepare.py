@@ -189,6 +189,35 @@ def test_a_folder_of_somebody_else_stays(corpora, tokenizer, tmp_path):
     assert os.listdir(tmp_path / "out.partial") == ["precious"]
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", "photos/cat.jpg", "train-00007.bin"])
+def test_a_file_of_somebody_else_beside_what_was_begun_stays(corpora, tokenizer, tmp_path, name):
+    """A folder with a file called `lock` in it used to be enough, and all was deleted or moved along."""
+    path = tmp_path / "out.partial" / name
+    path.parent.mkdir(parents=True)
+    (tmp_path / "out.partial" / "lock").touch()
+    if name.endswith(".bin"):
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.write_text("mine")
+    with pytest.raises(
+        Act24Error, match=rf"partial is in the way: .* did not write {name.partition('/')[0]}"
+    ):
+        prepare_shards(corpora["json"].data(), tokenizer, tmp_path / "out")
+    assert os.path.lexists(path)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_somebody_puts_beside_while_it_is_written_is_not_deleted(corpora, tokenizer, tmp_path):
+    def end(split, documents, tokens):
+        (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+        raise Killed
+
+    with pytest.raises(Killed):
+        prepare_shards(corpora["json"].data(), tokenizer, tmp_path / "out", progress=end)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
 def test_two_at_once(corpora, tokenizer, tmp_path, often):
     data, out = corpora["json"].data(), tmp_path / "out"
     met = []
