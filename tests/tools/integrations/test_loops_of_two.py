@@ -19,6 +19,8 @@ from act24 import Act24Error, Pipeline, apply_
 from act24.passes import Activation24, Pass, Relu2FFN, Weight24
 from act24.tools.run.processes import open_processes, whole
 
+pytestmark = pytest.mark.slow  # two processes each, for ten seconds
+
 SOFT = Activation24(method="soft_dynamic", backward="split_gemm", calibration_samples=4, dynamic_steps=1)
 PASSES: dict[str, list[Pass]] = {
     "sr_ste": [Weight24(method="sr_ste", decay=0.5)],

@@ -12,6 +12,8 @@ from act24.tools.run.train import train
 from tests.tools.run.test_pretrained import DENSE, branch, recipe
 from tests.tools.tiny import write_recipe
 
+pytestmark = pytest.mark.slow  # two processes each, for ten seconds
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -20,6 +20,8 @@ from act24.tools.run import train as train_module
 from act24.tools.run.step import TrainingStep
 from act24.tools.run.train import TrainingError, train
 
+pytestmark = pytest.mark.slow  # two processes each, for ten seconds
+
 SHORT = ["schedule.warmup_steps=2", "eval.every=0", "eval.tokens=100", "train.batch_size=2"]
 
 

@@ -87,7 +87,14 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS.keys())
+#: Ten seconds and more, of what other tests have by itself.
+_SLOW = ("ddp, compiled", "ddp, fp8", "fsdp, fp8")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(run, id=name, marks=[pytest.mark.slow] * (name in _SLOW)) for name, run in RUNS.items()],
+)
 def test_two_processes_train_and_resume(tiny_file, tmp_path, overrides):
     overrides = [*overrides, "checkpoint.every=9", "checkpoint.keep=3"]
     run_ranks(2, trains, tiny_file, tmp_path / "straight", overrides, "never")
