@@ -162,6 +162,7 @@ def trained(tiny_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_an_own_loop_trains_as_act24_train_does(name, trained):
     recipe, theirs = trained(name)
     updates = updates_of(recipe)

@@ -64,7 +64,7 @@ def kill_before(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize(
-    "name", ["open_processes", "open_tokenizer", "heldout_rows", "open_rows", "tune_", "build_optimizer"]
+    "name", ["open_processes", "tokenizer_of_run", "heldout_rows", "open_rows", "tune_", "build_optimizer"]
 )
 def test_a_signal_while_a_run_is_prepared_ends_it_at_once(tiny, tmp_path, monkeypatch, name, number):
     """It used to be heeded after the first step, by when a batch system has killed the process."""
