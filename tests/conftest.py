@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,22 @@ settings.load_profile("act24")
 def _seeded() -> None:
     """No test depends on which tests ran before it in its process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_not_searched_for_garbage() -> None:
+    """`build` collects garbage, which takes as long as there are objects: half a million of them are pytest's
+    items and what was imported, a third of a second each time. What lives between two files lives on."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disks_are_not_waited_for() -> Iterator[None]:
+    """No test cuts the power, and a small run waits a hundred times for the disk to have what it wrote."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
