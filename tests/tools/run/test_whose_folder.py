@@ -158,33 +158,43 @@ def test_checkpoints_on_another_disk_are_the_runs_own(tiny, copied, tmp_path):
         train(tiny(*OVERRIDES, "train.steps=9"), copied)
 
 
-def test_a_checkpoint_that_a_save_had_taken_away_is_gone_on_from(tiny, copied):
+@pytest.mark.parametrize("what", ["old", "tmp"], ids=["taken away", "not yet named"])
+def test_a_checkpoint_that_a_save_had_not_yet_named_is_gone_on_from(tiny, copied, what):
+    """A kill before the rename of a first save was a start at step 0, and `prune` deleted what was there."""
     last = checkpoint_folder.latest(copied)
     for folder in checkpoint_folder.folders(copied):
         if folder != last:
             shutil.rmtree(folder)
-    last.rename(last.with_name(f"{last.name}.old-0123456789ab"))
+    last.rename(last.with_name(f"{last.name}.{what}-0123456789ab"))
     assert train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto").step == 7
     assert [path.name for path in checkpoint_folder.all_of(copied)] == ["step-000006", "step-000007"]
 
 
-@pytest.mark.parametrize("anew", [False, True], ids=["deleted", "and another run started there"])
-def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, anew):
+@pytest.mark.parametrize(
+    ("where", "name", "anew"),
+    [
+        pytest.param(train_module.TrainingRun, "advance", False, id="deleted between two saves"),
+        pytest.param(train_module.TrainingRun, "advance", True, id="replaced between two saves"),
+        pytest.param(checkpoint, "fingerprints", True, id="replaced as files are written"),
+        pytest.param(checkpoint_folder, "next_sequence", True, id="replaced before they are published"),
+    ],
+)
+def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, where, name, anew):
     """It used to save into the other's checkpoints, or to end in a traceback."""
-    run_dir, original = tmp_path / "run", train_module.TrainingRun.advance
-    other = tiny(*OVERRIDES, "train.seed=5")
+    run_dir, original = tmp_path / "run", getattr(where, name)
+    other = tiny(*OVERRIDES, "train.steps=5", "train.seed=5")
     found = {}
 
-    def advance(self):
-        original(self)
-        if self._step == 3 and not found:
+    def taken(*arguments):
+        if not found and (run_dir / "checkpoints").is_dir():
             shutil.rmtree(run_dir)
             found["other"] = {}
             if anew:
                 train(other, run_dir)
                 found["other"] = content(run_dir)
+        return original(*arguments)
 
-    monkeypatch.setattr(train_module.TrainingRun, "advance", advance)
+    monkeypatch.setattr(where, name, taken)
     with pytest.raises(
         RunError, match=r"run was deleted, moved or taken by another run .* writes nothing more"
     ):
