@@ -1,6 +1,5 @@
 """What somebody else wrote into a run's folder stays; a folder that is another one now is left alone."""
 
-import os
 import re
 import shutil
 
@@ -171,27 +170,31 @@ def test_a_checkpoint_that_a_save_had_not_yet_named_is_gone_on_from(tiny, copied
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "anew"),
+    ("where", "name", "how"),
     [
-        pytest.param(train_module.TrainingRun, "advance", False, id="deleted between two saves"),
-        pytest.param(train_module.TrainingRun, "advance", True, id="replaced between two saves"),
-        pytest.param(checkpoint, "fingerprints", True, id="replaced as files are written"),
-        pytest.param(checkpoint_folder, "next_sequence", True, id="replaced before they are published"),
+        pytest.param(train_module.TrainingRun, "advance", "deleted", id="deleted between two saves"),
+        pytest.param(train_module.TrainingRun, "advance", "anew", id="replaced between two saves"),
+        pytest.param(checkpoint, "fingerprints", "anew", id="replaced as files are written"),
+        pytest.param(checkpoint_folder, "next_sequence", "taken", id="taken before they are published"),
     ],
 )
-def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, where, name, anew):
+def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, where, name, how):
     """It used to save into the other's checkpoints, or to end in a traceback."""
     run_dir, original = tmp_path / "run", getattr(where, name)
     other = tiny(*OVERRIDES, "train.steps=5", "train.seed=5")
-    found = {}
+    began, found = [], []
 
     def taken(*arguments):
-        if not found and (run_dir / "checkpoints").is_dir():
-            shutil.rmtree(run_dir)
-            found["other"] = {}
-            if anew:
+        if not began and (checkpoints := checkpoint_folder.complete(run_dir)):
+            began.append(how)
+            if how == "taken":  # .lock was swept away, and another run has one now
+                (run_dir / LOCK).unlink()
+                (run_dir / LOCK).write_text("process 1\n")
+            else:
+                shutil.rmtree(run_dir)
+            if how == "anew":
                 train(other, run_dir)
-                found["other"] = content(run_dir)
+            found.append(checkpoints if how == "taken" else content(tmp_path))
         return original(*arguments)
 
     monkeypatch.setattr(where, name, taken)
@@ -199,7 +202,8 @@ def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch
         RunError, match=r"run was deleted, moved or taken by another run .* writes nothing more"
     ):
         train(tiny(*OVERRIDES), run_dir)
-    assert (content(run_dir) if anew else os.listdir(tmp_path)) == (found["other"] if anew else [])
+    assert found == [checkpoint_folder.all_of(run_dir) if how == "taken" else content(tmp_path)]
+    assert run_dir.exists() == (how != "deleted")
 
 
 def test_a_lock_that_was_swept_away_alone_does_no_harm(tmp_path):
