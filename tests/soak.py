@@ -63,6 +63,8 @@ RUNS = {
 }
 #: Tags of what is measured in time.
 _TIMED = ("perf/", "memory/")
+#: What each process would import for half of its time, loaded once.
+_LOADED = ("act24.tools.commands.cli", "act24.tools.run.train", "torch._dynamo", "torch.utils.tensorboard")
 _LOOKED_INTO = ("optimizer/.metadata", "rank-00000.json")
 
 
@@ -148,6 +150,7 @@ def phase(run_dir: Path) -> str:
 
 def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """So many kills over as many runs as it takes."""
+    CONTEXT.set_forkserver_preload(list(_LOADED))
     draw = random.Random(seed)
     recipe = write_recipe(folder)
     straight, duration = {}, {}

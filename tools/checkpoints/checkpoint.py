@@ -111,7 +111,8 @@ def save(
 
     Raises CheckpointError if it could not be written (disk full, no permission): the unfinished folder is
     gone and the older checkpoints are as they were. The same where a weight or a moment is not finite,
-    because nothing could go on from there; that is found on the device, in one pass over both.
+    because nothing could go on from there; that is found on the device, in one pass over both. Whether their
+    loss is finite is not asked here.
     """
     tensors, table = optimizer_state.capture(_tensors(model), optimizer)
     documents = {  # made before anything is written: what does not fit into JSON is the caller's bug

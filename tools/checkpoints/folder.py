@@ -291,7 +291,7 @@ def _best(folders: list[Path], count: int) -> list[Path]:
     losses = [
         (heldout["loss"], folder)
         for folder, heldout in measured
-        if heldout["data"] == measured[-1][1]["data"] and not math.isnan(heldout["loss"])
+        if heldout["data"] == measured[-1][1]["data"] and math.isfinite(heldout["loss"])
     ]
     return [folder for _, folder in sorted(losses)[:count]]
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -227,13 +228,17 @@ def test_prune_keeps_a_checkpoint_that_is_a_link(tmp_path, caplog):
     assert f"{old} is a link" in caplog.text
 
 
-def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
-    for step, loss in enumerate([3.0, float("nan"), 1.0, 2.0], start=1):
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [([3.0, math.nan, 1.0, 2.0], [3, 4]), ([math.inf, 2.0], [2]), ([math.inf, math.nan], [2])],
+)
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, losses, kept):
+    for step, loss in enumerate(losses, start=1):
         folder = write(tmp_path, step)
         manifest = read_manifest(folder) | {"heldout": {"loss": loss, "data": "a"}}
         (folder / MANIFEST).write_text(render(manifest))
     cf.prune(tmp_path, keep=1, keep_best=1)
-    assert [path.name for path in cf.folders(tmp_path)] == ["step-000003", "step-000004"]
+    assert cf.folders(tmp_path) == [cf.folder_of(tmp_path, step) for step in kept]
 
 
 @pytest.mark.parametrize("name", ["a\0b", ""])
