@@ -28,7 +28,6 @@ from act24.inference.layer import (
     cached_layers,
     can_use,
     lay_out_,
-    pads_prompts,
     step_choices,
     weights_of,
 )
@@ -135,7 +134,6 @@ class Decoder:
         self._captures = self._compiled and self._device.type == "cuda"
         self._choice = choice if choice is not None or self._captures else DENSE
         self._blocks = [*model.model.layers]
-        self._multiple = pads_prompts(self._blocks)
         self._weights = [] if self._choice == DENSE else weights_of(self._blocks)
         self._there = can_use(self._weights)
         self._laid_out: Plan | None = None
@@ -177,9 +175,7 @@ class Decoder:
     ) -> Tensor:
         self._look_at_weights()
         longest = max(map(len, prompts))
-        padding = -longest % self._multiple
-        batch = self._renewed(len(prompts), length + padding)
-        longest += padding
+        batch = self._renewed(len(prompts), length)
         padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
         batch.first.copy_(torch.tensor([longest - len(p) for p in prompts]))
         batch.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))

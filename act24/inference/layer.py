@@ -72,9 +72,6 @@ class Choice(NamedTuple):
 
 DENSE = Choice()
 
-#: Tokens in the tiles of 2:4 activations.
-TILE = 64
-
 
 def cached_layers(layers: Sequence[nn.Module], choice: Choice = DENSE) -> list[LayerForm]:
     """For each block the function that computes it over a cache.
@@ -169,12 +166,6 @@ def step_choices(rows: int, there: Choice, dtype: torch.dtype, device: torch.dev
     skipping = (False, True) if kernels and there.skipping and rows <= SKIPPING_TOKENS else (False,)
     packed = (False, True) if kernels and there.packed and rows <= PACKED_TOKENS else (False,)
     return tuple(Choice(s, p) for s in skipping for p in packed)
-
-
-def pads_prompts(layers: Sequence[nn.Module]) -> int:
-    """Of what number of tokens a prompt is a multiple when it is read: 2:4 products take no other."""
-    graphs = (_traced(layer, f"block {index}") for index, layer in enumerate(layers))
-    return TILE if any(node.target is activation24 for graph in graphs for node in graph.nodes) else 1
 
 
 def _traced(layer: nn.Module, name: str) -> fx.Graph:
