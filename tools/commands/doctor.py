@@ -10,7 +10,7 @@ import torch
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3
-from act24.inference.layer import Sparsity, step_choices
+from act24.inference.layer import Choice, step_choices
 from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.passes import REGISTRY
@@ -201,7 +201,7 @@ def _paths(device: torch.device) -> list[Finding]:
 
 def _decoding(device: torch.device) -> list[Finding]:
     """What steps of generation try, by rows of the batch, for a relu² model with 2:4 weights."""
-    everything = Sparsity(skipping=True, packed=True)
+    everything = Choice(skipping=True, packed=True)
     choices = {rows: step_choices(rows, everything, torch.bfloat16, device) for rows in _BATCHES}
     return [
         Finding(f"decoding, {rows} rows", ", ".join(map(str, tried)) + (_MEASURED if len(tried) > 1 else ""))
