@@ -31,6 +31,7 @@ from act24.passes.fp8 import Fp8, pays
 from act24.passes.graph.activation_sites import (
     ActivationSite,
     activation_sites,
+    adapters_beside,
     add_site_buffer,
     keep_site,
     pads_node,
@@ -171,14 +172,19 @@ class Activation24(OperationalPass):
                     nodes=site,
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
-                    note=self._note(site),
+                    note=self._note(region, site),
                 )
             )
         absent = "no relu² or relu (pass relu2_ffn makes one of SwiGLU)"
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
-    def _note(self, site: ActivationSite) -> str:
+    def _note(self, region: Region, site: ActivationSite) -> str:
         notes = []
+        if adapted := adapters_beside(region, site):
+            notes.append(
+                f"{' and '.join(adapted)} carry LoRA and stay modules, so the products there are dense: "
+                "merge_and_unload() before apply_ to have them in 2:4"
+            )
         if self._backward(site) != self.backward:
             notes.append(
                 f'backward = "{self.backward}" does nothing here: a weight gradient needs a linear that '

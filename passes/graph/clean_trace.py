@@ -5,7 +5,8 @@ flow on values or on an argument being None, no hand-written backward and no gra
 (tracing would drop them), nothing written or drawn at random in forward, no tensor that is neither parameter
 nor buffer, no behaviour of a module besides its forward, and every linear visible. Modules that read
 `self.training` stay leaves, or tracing would freeze the mode; if such a leaf holds linears, what surrounds it
-is not clean. Only a double of the module is run (`act24.passes.graph.shadow`).
+is not clean, layers of PEFT's excepted, in which the linears are regions of their own. Only a double of the
+module is run (`act24.passes.graph.shadow`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
-from act24.passes.graph.normal_form import is_call, is_linear, linear_arguments, normalise
+from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
 from act24.passes.graph.shadow import Shadow, contents, global_contents
 from act24.passes.graph.tracer import RegionTracer, Tracer, Unclean
 
@@ -34,6 +35,7 @@ _BESIDES = (
     "_save_to_state_dict",
     "_load_from_state_dict",
     "_apply",
+    "train",
 )
 
 
@@ -84,7 +86,8 @@ def clean_trace(module: nn.Module) -> Trace:
         if node.op == "get_attr" and node.target not in held:
             raise Unclean(f"reads {node.target}, neither parameter nor buffer")
     normalise(graph, module)
-    if not any(is_call(node, F.linear) for node in graph.nodes):
+    stays = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
+    if not any(is_call(node, F.linear) for node in graph.nodes) and not any(map(is_adapter, stays)):
         raise Unclean("holds no linear")
     return Trace(graph, tracer.assumes_casts)
 
@@ -128,11 +131,14 @@ def is_closed(module: nn.Module) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module stays one call: torch's own other than Linear, and what reads `self.training`.
+    """Whether a module stays one call: torch's own other than Linear, what reads `self.training`, and PEFT's
+    layers, the only ones that may hold linears.
 
     Raises:
         Unclean: it would, and holds linears.
     """
+    if is_adapter(module):
+        return True
     if not (_reads_training(type(module)) or is_closed(module)):
         return False
     if matrices(module) or any(is_linear(child) for child in module.modules()):
