@@ -36,6 +36,7 @@ from act24.passes.graph.activation_sites import (
     keep_site,
     pads_node,
 )
+from act24.passes.graph.linear_sites import RESIZE
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.calibration import CALIBRATION
@@ -161,7 +162,7 @@ class Activation24(OperationalPass):
             if not self.selects(region, site.path):
                 continue
             if site.width is not None and site.width % 4:
-                misses.append((site.path, f"F is {site.width}, not a multiple of 4"))
+                misses.append((site.path, f"F is {site.width}, not a multiple of 4: {RESIZE}"))
                 continue
             parts = ("linear" if site.before else "", site.function, "linear" if site.after else "")
             matches.append(
@@ -175,7 +176,7 @@ class Activation24(OperationalPass):
                     note=self._note(region, site),
                 )
             )
-        absent = "no relu² or relu (pass relu2_ffn makes one of SwiGLU)"
+        absent = "no relu² or relu: put relu2_ffn in front, which makes one of a gated network"
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
     def _note(self, region: Region, site: ActivationSite) -> str:
