@@ -347,7 +347,7 @@ def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
     first = next((t for t in tensors if isinstance(t, Tensor) and t.ndim), None)
     if first is None:
         raise Act24Error(
-            "begin_update_: batch is a tensor, a sequence of them, or a mapping as of keyword arguments"
+            "begin_update_: give batch as a tensor, a sequence of them, or a mapping as of keyword arguments"
         )
     rows = rows_to_run(due, first.shape[1] if first.ndim > 1 else 1)
 
