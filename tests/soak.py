@@ -61,7 +61,7 @@ RUNS = {
     ],
 }
 #: Tags of what is measured in time.
-_TIMED = ("perf/", "memory/")
+_TIMED = ("perf/",)
 _LOOKED_INTO = ("optimizer/.metadata", "rank-00000.json")
 
 

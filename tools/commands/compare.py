@@ -19,8 +19,8 @@ _LAST = (
     ("loss", "loss/train", ".4f"),
     ("held-out loss", "loss/val", ".4f"),
     ("zeros after relu²", "sparsity_relu/mean_across_layers", ".1%"),
-    ("energy 2:4 drops", "dropped_energy/mean_across_layers", ".3%"),
-    ("peak GiB", "memory/max_allocated_gib", ".2f"),
+    ("energy 2:4 drops", "sparsity_dropped_energy/mean_across_layers", ".3%"),
+    ("peak GiB", "perf/max_allocated_gib", ".2f"),
 )
 
 
