@@ -223,16 +223,20 @@ def demo(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves too: a .png to write.")] = None,
 ) -> None:
     """Runs side by side: loss, sparsity, tokens/s, and the keys in which their recipes differ."""
-    from act24.tools.commands.compare import compare_runs, markdown
+    from act24.tools.commands.compare import compare_runs, markdown, open_run, plot_runs
     from act24.tools.commands.show import show_table
 
-    table = compare_runs(runs)
+    opened = [open_run(run) for run in runs]
+    table = compare_runs(opened)
     if as_markdown:
         print(markdown(table))
     else:
         show_table(table)
+    if plot is not None:
+        plot_runs(opened, plot)
 
 
 @app.command()

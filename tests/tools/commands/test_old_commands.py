@@ -130,7 +130,10 @@ def test_trains_five_steps(
         if inner:
             expected |= {f"lowrank_relu2_sparsity/layer_1.{linear}" for linear in ("q_proj", "down_proj")}
             expected.add("lowrank_relu2_sparsity/average")
-            expected |= {f"{tag}/layer_1/q_proj" for tag in ("sparsity_relu", "dropped_energy")}
+            expected |= {
+                f"{tag}/layer_1/q_proj"
+                for tag in ("sparsity_relu", "sparsity_dropped_energy", "sparsity_crowded_groups")
+            }
         assert expected <= tags
 
 
