@@ -2,6 +2,9 @@
 
 import os
 
+# Commands speak the language of the locale, and tests read English.
+os.environ["LC_ALL"] = "C.UTF-8"
+
 import pytest
 import torch
 from hypothesis import settings

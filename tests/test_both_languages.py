@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHINESE = sorted(str(path.relative_to(ROOT)) for path in (ROOT, ROOT / "docs") for path in path.glob("*.zh.md"))
+CHINESE = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT, ROOT / "docs") for path in path.glob("*.zh.md")
+)
 #: Fenced blocks, and runs of indented lines.
 _BLOCKS = re.compile(r"^```\w*\n.*?^```$|(?:^    [^\n]*\n|^\n(?=    ))+", re.S | re.M)
 _SPAN = re.compile(r"`([^`]+)`")
@@ -58,7 +60,9 @@ def figures_of_tables(text: str) -> list[str]:
 
 
 def test_the_pages_that_one_needs_first_are_there_in_chinese() -> None:
-    tasks = re.findall(r"\((docs/[\w-]+\.md)\)", read("README.md").partition("a page a task")[2].partition("## ")[0])
+    tasks = re.findall(
+        r"\((docs/[\w-]+\.md)\)", read("README.md").partition("a page a task")[2].partition("## ")[0]
+    )
     generated = {"docs/recipe-keys.md"}
     assert {page.replace(".md", ".zh.md") for page in {*tasks, "README.md"} - generated} <= set(CHINESE)
 
@@ -86,7 +90,9 @@ def test_each_page_leads_to_the_other_language_and_stays_in_its_own(page: str) -
     assert read(page).splitlines()[2] == f"[English]({english(name)})"
     assert read(english(page)).splitlines()[2] == f"[中文]({name})"
     folder = (ROOT / page).parent
-    others = [target for target in _LINK.findall(read(page)) if target.endswith(".md") and target != english(name)]
+    others = [
+        target for target in _LINK.findall(read(page)) if target.endswith(".md") and target != english(name)
+    ]
     for target in others:
         chinese = target if target.endswith(".zh.md") else target.replace(".md", ".zh.md")
         assert target == chinese or not (folder / chinese).exists(), f"{target}: there is {chinese}"

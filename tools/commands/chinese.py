@@ -1,8 +1,9 @@
 """What `act24 plan`, `doctor`, `recipe from-flags` and `act24.run_c4` say, in Chinese where that is wanted.
 
-A message has one home, in English, where it comes about. `zh.toml` beside this file holds its Chinese by its English
-template. A line is looked up as it stands, then held against the templates, of which the one that says most wins; what
-stands in a template's places is translated in turn. What is in no table, such as a name or the text of an error, stays.
+A message has one home, in English, where it comes about. `zh.toml` beside this file holds its Chinese by its
+English template. A line is looked up as it stands, then held against the templates, those with most words of
+their own first; what stands in a template's places is translated in turn. What is in no table, such as a name
+or the text of an error, stays.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ import typer
 Language = Literal["en", "zh"]
 LangOption = Annotated[
     Language | None,
-    typer.Option("--lang", help="Of remarks and headings; default by the locale. Errors and JSON are English."),
+    typer.Option(
+        "--lang", help="Of remarks and headings; default by the locale. Errors and JSON are English."
+    ),
 ]
 
 #: The environment's variables for the language of messages, the first that is set counts (POSIX).
 _LOCALE = ("LC_ALL", "LC_MESSAGES", "LANG")
 
 _PLACE = re.compile(r"\{(\w+)\}")
-#: What a place of a template holds, by its name: a number; names, which stay as they are; several messages, or one
-#: with a semicolon in it. All others hold one message or value.
+#: What a place of a template holds, by its name: a number; names, which stay as they are; several messages,
+#: or one with a semicolon in it. All others hold one message or value.
 _NUMBERS, _NAMES = ("count",), ("name", "names")
 _SEVERAL = ("change", "oddity", "options", "paths", "places", "reasons", "remark", "summary", "why")
 
@@ -83,7 +86,7 @@ def _translated(text: str) -> str:
 
 
 def _fits(name: str, value: str) -> bool:
-    """Whether a place may hold a value: no half of a pair of parentheses, and no more messages than it is for."""
+    """Whether a place may hold a value: no half of a pair of parentheses, no more messages than it is for."""
     depths = list(itertools.accumulate((c == "(") - (c == ")") for c in value))
     return min(depths) == 0 == depths[-1] and (name in _SEVERAL or len(_split(value, "; ")) == 1)
 

@@ -1,4 +1,4 @@
-"""The page of what becomes of each option of run_c4.py, written from the one table of them (`act24.recipes.flags`)."""
+"""The page of what becomes of each option of run_c4.py, from the one table of them, `act24.recipes.flags`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from act24.recipes.flags import FLAGS, OLD_SPELLINGS, REQUIRED, Flag
 
 _BEGINNING = (
-    "Written by `act24 recipe from-flags --markdown`, and compared by a test. For a whole command, `act24 recipe "
-    "from-flags -- ARGUMENTS…` says what becomes of each of its options and what changes results; `METHOD` is "
-    "`low_rank`, `cola` or `lost`, by `--optimizer`."
+    "Written by `act24 recipe from-flags --markdown`, and compared by a test. For a whole command, `act24 "
+    "recipe from-flags -- ARGUMENTS…` says what becomes of each of its options and what changes results; "
+    "`METHOD` is `low_rank`, `cola` or `lost`, by `--optimizer`."
 )
 
 
