@@ -59,7 +59,9 @@ def comments(text: str, say: Callable[[str], str]) -> str:
 @functools.cache
 def messages() -> dict[str, dict[str, str]]:
     """`zh.toml`: the Chinese of each English template, by section."""
-    return tomllib.loads(resources.files(__package__).joinpath("zh.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(
+        resources.files("act24.tools.commands").joinpath("zh.toml").read_text(encoding="utf-8")
+    )
 
 
 def chinese(text: str) -> str:

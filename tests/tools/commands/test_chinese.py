@@ -26,7 +26,7 @@ from act24.recipes.load import load_recipe, parse_recipe
 from act24.recipes.wanda_flags import translated
 from act24.sparse24.feed_forward.methods import METHODS
 from act24.tools.commands import doctor
-from act24.tools.commands.chinese import chinese, comments, language, messages, speaker
+from act24.tools.commands.chinese import Language, chinese, comments, language, messages, speaker
 from act24.tools.commands.cli import app
 from act24.tools.commands.old_flags import markdown
 from act24.tools.run.pretrained import plan
@@ -104,7 +104,7 @@ def template(node: ast.AST) -> str | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
     return None
 
 
@@ -320,7 +320,7 @@ def test_commands_speak_by_option_and_by_locale(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("page", "lang"), [("old-flags.md", "en"), ("old-flags.zh.md", "zh")])
-def test_the_page_of_old_options_is_the_table_of_the_code(page: str, lang: str) -> None:
+def test_the_page_of_old_options_is_the_table_of_the_code(page: str, lang: Language) -> None:
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert written == markdown(speaker(lang)), (
         f"act24 recipe from-flags --markdown --lang {lang} > docs/{page}"
