@@ -63,7 +63,7 @@ def _summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
 
 def show_plan(recipe: Recipe, as_json: bool, say: Callable[[str], str] = str) -> None:
     """`act24 plan`; `say` takes what is for people to their language."""
-    report = plan_recipe(recipe).report
+    report = plan_recipe(recipe, say).report
     if as_json:
         print(json.dumps(plan_table(report), indent=1))
         return

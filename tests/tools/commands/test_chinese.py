@@ -57,6 +57,7 @@ SOURCES = {
     "passes/relu2_ffn.py": (),
     "passes/sparse_mask.py": ("plan",),
     "passes/weight24.py": ("plan", "_note"),
+    "tools/run/pretrained.py": ("remarks",),
     "tools/commands/doctor.py": (),
     "tools/commands/old_flags.py": (),
     "act24/inference/layer.py": ("Sparsity",),
