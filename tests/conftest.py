@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+# Commands speak the language of the locale, and tests read English.
+os.environ["LC_ALL"] = "C.UTF-8"
+
 import pytest
 import torch
 from hypothesis import settings

@@ -156,8 +156,10 @@ def test_the_same_command_goes_on_where_it_was(
     monkeypatch.chdir(tmp_path)
     words, overrides = toy("usage: LORO", tiny_file)
     behind = ["--", *(f"--set={line}" for line in overrides)]
-    first = run([*words, *behind])
-    capsys.readouterr()
+    first = run([*words, *behind, "--lang", "zh"])
+    assert "会改变结果：更新次数：正好 --num_training_steps 次" in capsys.readouterr().err
+    (written,) = tmp_path.glob("runs/*/" + TRANSLATED)
+    assert written.read_text(encoding="utf-8").startswith("# 由一条 run_c4.py 命令翻译而来。\n")
     again = run([*words, *behind])
     assert (first.step, again.step, again.checkpoint) == (5, 5, first.checkpoint)
     assert "is the end of this run" in capsys.readouterr().out
@@ -171,6 +173,7 @@ def test_the_same_command_goes_on_where_it_was(
         (["--batchsize", "3"], "", "act24: run_c4.py has no option --batchsize"),
         (["--", "train.steps=3"], "", "act24: behind -- stand overrides of the recipe, --set KEY=VALUE"),
         (["--", "--set"], "", "act24: behind -- stand overrides"),
+        (["--", "--lang", "cn"], "", "act24: --lang cn: "),
         ([], 'a="', f"act24: {SET}: No closing quotation"),
         ([], "train.stepz=3", "did you mean 'steps'"),
     ],
