@@ -272,7 +272,8 @@ def test_a_line_of_several_messages_is_taken_apart() -> None:
         "f 10% (not traced: its forward is decorated)"
     )
     assert chinese(line) == (
-        "low_rank 覆盖注意力和前馈矩阵的 60%；未覆盖：a.*.b, c，另外还有 2 个 30%（F 是 6，不是 4 的倍数：用 ignore 排除）；"
+        "low_rank 覆盖注意力和前馈矩阵的 60%；"
+        "未覆盖：a.*.b, c，另外还有 2 个 30%（F 是 6，不是 4 的倍数：用 ignore 排除）；"
         "f 10%（没有追踪：its forward is decorated）"
     )
     resets = (
