@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import Command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from act24.tools.commands.generate import open_generator, open_model
@@ -150,10 +149,8 @@ def test_another_architecture_is_refused(act24, tmp_path):
 
 
 def test_a_reader_that_leaves_ends_it_without_a_word(run):
-    command = [sys.executable, "-m", "act24", "generate", str(run), "--prompt", "low", "--tokens", "2000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(1)
-    process.stdout.close()
-    errors = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 1
-    assert errors == ""
+    with Command("generate", run, "--prompt", "low", "--tokens", "2000") as command:
+        command.stdout.read(1)
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.process.exitcode == 1
