@@ -62,7 +62,7 @@ RUNS = {
     ],
 }
 #: Tags of what is measured in time.
-_TIMED = ("perf/", "memory/")
+_TIMED = ("perf/",)
 #: What each process would import for half of its time, loaded once.
 _LOADED = ("act24.tools.commands.cli", "act24.tools.run.train", "torch._dynamo", "torch.utils.tensorboard")
 _LOOKED_INTO = ("optimizer/.metadata", "rank-00000.json")
