@@ -1,8 +1,8 @@
 """The figures of docs/findings.md, a line a section: `python -m act24.tools.experiments.findings`.
 
 Each is computed with act24's own operations or beside them, from a fixed seed, on the CPU, in seconds. Text
-and output are compared by tests/test_findings.py. The functions that begin with `old_` restate formulas that were
-read in run_c4.py's sources, or in the public repositories it builds on; nothing of that code runs here.
+and output are compared by tests/test_findings.py. The functions that begin with `old_` restate formulas that
+were read in run_c4.py's sources, or in the public repositories it builds on; nothing of that code runs here.
 """
 
 from __future__ import annotations
