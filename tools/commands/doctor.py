@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rich.cells import cell_len
 
 from act24.compiler import triton
 from act24.errors import Act24Error
@@ -15,6 +17,7 @@ from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.passes import REGISTRY
 from act24.passes.relu2_ffn import parity_width
+from act24.passes.report import aligned
 from act24.recipes.plugins import load_plugins
 from act24.schedules import SCHEDULES
 from act24.sparse24.feed_forward.forms import Form, Network, network_of
@@ -66,11 +69,10 @@ def examine(device: torch.device | None = None) -> list[Finding]:
     return [*_versions(), *_machine(device), *_methods(device), *paths, *_records()]
 
 
-def doctor() -> str:
-    """The findings as text, one a line."""
-    findings = examine()
-    width = max(len(finding.subject) for finding in findings)
-    return "\n".join(f"{finding.subject:<{width}}  {finding.finding}" for finding in findings)
+def doctor(say: Callable[[str], str] = str) -> str:
+    """The findings as text, one a line; `say` takes them to the language of the reader."""
+    rows = [(say(finding.subject), say(finding.finding)) for finding in examine()]
+    return "\n".join(aligned(rows, cell_len))
 
 
 def _versions() -> list[Finding]:
