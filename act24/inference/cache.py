@@ -81,10 +81,10 @@ def too_large(config: LlamaConfig, rows: int, length: int, dtype: torch.dtype, d
         f"{rows} rows of {length} tokens need {rows * row / 2**30:.2f} GiB of keys and values, and room "
         f"for their activations, which {device} does not have"
     )
-    if device.type not in ("cuda", "cpu"):
-        return f"{told}: take fewer rows at once, or fewer tokens"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
     fits = free * 9 // 10 // row
+    if fits >= rows:  # it was the activations
+        return f"{told}: take fewer rows at once, or fewer tokens"
     return f"{told}: {fits} rows fit" if fits else f"{told}: not one row fits, take fewer tokens"
 
 

@@ -290,7 +290,9 @@ def test_a_host_that_would_promise_memory_it_lacks_is_not_asked(monkeypatch):
     monkeypatch.setattr(cache, "_host_bytes", lambda: 10 * 2**20)
     generator = Generator(llama())
     # 256 slots of 1 KiB a row: 12 MiB, of 10 less a tenth.
-    with pytest.raises(Act24Error, match="48 rows of 256 tokens need 0.01 GiB .* does not have: 36 rows fit"):
+    with pytest.raises(
+        Act24Error, match=r"48 rows of 256 tokens need 0\.01 GiB .* does not have: 36 rows fit"
+    ):
         generator.generate_ids([[1]] * 48, 200)
     assert len(generator.generate_ids([[1]] * 36, 150)) == 36
 
