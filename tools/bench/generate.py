@@ -36,7 +36,9 @@ SIZES = {"130m": "llama-130m", "1b": "llama-1b", "7b": "llama-7b"}
 SIDES = (
     DENSE,
     Choice(fused=True),
-    *(Choice(*s, True) for s in ((True, False), (False, True), (True, True))),
+    Choice(skipping=True, fused=True),
+    Choice(packed=True, fused=True),
+    Choice(skipping=True, packed=True, fused=True),
     None,
 )
 GREEDY = Sampling(temperature=0)

@@ -161,9 +161,9 @@ def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
     tokens, features, width, width_out, *_ = network
     fp8 = options.precision == "fp8"
     products = feed_forward_products(tokens, width, features, width_out, exact, fp8)
-    forward: dict[Kind, Product] = {"y": products["y"]}
     if network.inference:
-        products = forward
+        only_y: dict[Kind, Product] = {"y": products["y"]}
+        products = only_y
     # Naive and exact has another form than this and the reference: the masked one, in bfloat16.
     masked = exact and method_of(options).kernel == "naive" and not fp8
     untuned = rule_holds_on(network.device)
