@@ -13,7 +13,9 @@ from act24.passes.graph.roles import Role, role_by_name
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward"}
 
-_STACKED = "make linears of them, or leave them out with ignore"
+#: Why a pass leaves experts whose matrices lie in one tensor.
+STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
+
 #: Modules whose weights are no operands of matrix products.
 _OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
 
@@ -142,7 +144,7 @@ def _within(matrix: Matrix, place: str) -> bool:
 
 def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> str:
     if matrix.stacked:
-        return f"stacked parameters, which no pass takes apart: {_STACKED}"
+        return STACKED
     parts = matrix.path.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(".".join(parts[:end])):

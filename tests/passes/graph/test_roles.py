@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from toys import SwiGLU, Trunk, features, regions
 
@@ -231,6 +232,79 @@ def test_the_model_itself_can_be_a_region() -> None:
     gated(features(3, 16)).sum().backward()
 
 
+class Listed(nn.Module):
+    """Weights in a list, without modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(32, 16), torch.randn(16, 32)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = self.weights
+        return F.linear(F.relu(F.linear(x, up)), down)
+
+
+class Loop(nn.Module):
+    """Layers that are containers alone, whose linears the model calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Module(), nn.Module()])
+        for layer in self.layers:
+            layer.up, layer.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer.down(F.relu(layer.up(x)))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [
+        (lambda: nn.Sequential(Listed(), Listed()), ["0.weights", "1.weights"]),
+        (Loop, ["layers.0", "layers.1"]),
+        (lambda: fx.symbolic_trace(Loop()), ["layers.0", "layers.1"]),
+    ],
+    ids=["ParameterList", "containers", "GraphModule"],
+)
+def test_linears_without_modules_that_call_them_are_found(make: Any, rows: list[str]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    x = features(2, 3, 16)
+    expected = model(x)
+    pipeline = apply_(model, [Activation24(from_step=2)], probe=x)
+    assert {row.fqn for row in pipeline.report.rows} == set(rows)
+    assert torch.equal(model(x), expected)
+    pipeline.lower_(2)
+    assert not torch.equal(model(x), expected)
+
+
+def test_what_is_not_traced_says_what_it_hides() -> None:
+    class Open(nn.Module):
+        def __init__(self, activation: Any) -> None:
+            super().__init__()
+            self.up, self.act = nn.Linear(16, 32), activation
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            return self.act(self.up(x))
+
+    class Called(Open):
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            return F.relu(self.up(x))
+
+    for layer, said in (
+        (Open(nn.ReLU()), r"its relu \(act\) is not seen: argument 'again'"),
+        (Open(F.relu), r"its relu \(act\) is not seen: argument 'again'"),
+        (Called(None), r"its relu is not seen: argument 'again'"),
+        (Open(nn.GELU()), r"1 more: argument 'again'"),
+    ):
+        with pytest.raises(PassError, match=said):
+            plan(nn.ModuleList([layer, copy.deepcopy(layer)]), [Activation24()])
+    with pytest.raises(PassError, match=r"\[Experts\] and 1 more: stacked parameters, .*: make linears"):
+        plan(nn.ModuleList([Experts(), Experts(), nn.Linear(4, 4)]), [Relu2FFN()])
+
+
 def test_a_bare_container_is_searched() -> None:
     model = nn.Module()
     model.body = nn.Module()
@@ -276,7 +350,7 @@ def test_a_relu_between_convolutions_is_no_site() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.out(self.two(self.act(self.one(x))))
 
-    with pytest.raises(PassError, match="no relu"):
+    with pytest.raises(PassError, match="its relu stands between convolutions"):
         plan(nn.Sequential(Stem(), Stem()), [Activation24()])
 
 
