@@ -27,12 +27,7 @@ from act24.passes.graph.lowering import Lowering, lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
-from act24.passes.graph.region import (
-    Region,
-    RegionModule,
-    materialise,
-    reset_buffers_,
-)
+from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
@@ -144,8 +139,9 @@ class Rewriting:
 
     def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
         """What passes reach, each once."""
-        matrices = matrices_of(self._model, regions)
-        untraced = {place.rpartition(" [")[0]: f"not traced: {why}" for place, why in self._unclean.items()}
+        unclean = {place.rpartition(" [")[0]: why for place, why in self._unclean.items()}
+        matrices = matrices_of(self._model, regions, unclean)
+        untraced = {place: f"not traced: {why}" for place, why in unclean.items()}
         gone = {
             site.traced.name(name)
             for site in self._sites

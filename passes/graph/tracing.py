@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from act24.errors import PassError
 from act24.passes.graph.check import Check
 from act24.passes.graph.clean_trace import clean_trace, is_closed, matrices
-from act24.passes.graph.coverage import STACKED
+from act24.passes.graph.coverage import HIDES, STACKED
 from act24.passes.graph.frozen import facts
 from act24.passes.graph.hooks import refuse_wrapped
 from act24.passes.graph.normal_form import is_adapter, is_linear
@@ -131,7 +131,7 @@ def _unseen(module: nn.Module) -> str:
     code = getattr(type(module).forward, "__code__", None)
     if not names and (code is None or "relu" not in code.co_names):
         return ""
-    return f"its relu{f' ({names[0]})' if names else ''} is not seen: "
+    return f"{HIDES}{f' ({names[0]})' if names else ''} is not seen: "
 
 
 def _is_relu(value: object) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from toys import SwiGLU, Trunk, features, regions
+from toys import SwiGLU, Trunk, features, llama, regions
 
 from act24.passes import (
     Activation24,
@@ -303,6 +303,48 @@ def test_what_is_not_traced_says_what_it_hides() -> None:
             plan(nn.ModuleList([layer, copy.deepcopy(layer)]), [Activation24()])
     with pytest.raises(PassError, match=r"\[Experts\] and 1 more: stacked parameters, .*: make linears"):
         plan(nn.ModuleList([Experts(), Experts(), nn.Linear(4, 4)]), [Relu2FFN()])
+
+
+class Plain(nn.Module):
+    """Its names say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+class Open(Plain):
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("other", [Plain, Open])
+def test_what_one_of_several_cannot_is_left_and_counted(other: type[Plain]) -> None:
+    """What is not traced has no graph to tell what it is for: its like has, or it has an activation."""
+    model = nn.Sequential(Plain(), last := other())
+    if other is Plain:
+        last.a.forward = lambda x: F.linear(x, last.a.weight)  # as frameworks that offload do
+    (line,) = plan(model, [Activation24()], probe=features(2, 16)).coverage
+    assert (line.reached, line.total) == (2 * 16 * 32, 4 * 16 * 32)
+    (left,) = line.left
+    assert left[0] == "*.a, *.b"
+    assert left[2].startswith("not traced: its relu is not seen")
+
+
+def test_what_is_named_beside_everything_is_named() -> None:
+    model = llama()
+    rows = plan(model, [LowRank(attn_rank=2, mlp_rank=2, targets=("*", "lm_head"))]).rows
+    assert "lm_head" in {row.fqn for row in rows}
+    assert "lm_head" not in {row.fqn for row in plan(model, [LowRank(attn_rank=2, mlp_rank=2)]).rows}
+
+
+def test_inference_mode_is_refused() -> None:
+    """What it would make could not be written to later."""
+    with torch.inference_mode(), pytest.raises(PassError, match=r"torch.inference_mode\(\) .* outside of it"):
+        apply_(llama(), [Weight24()])
 
 
 def test_a_bare_container_is_searched() -> None:
