@@ -30,8 +30,8 @@ from act24.tools.bench.rows import needed_gpu, versions
 from act24.tools.bench.train import commit
 
 SIZES = {"130m": "llama-130m", "1b": "llama-1b", "7b": "llama-7b"}
-#: The sides without sparsity come first, since skipping lays the weights behind relu² out anew. None: what the
-#: decoder measures and takes, block by block.
+#: The sides without sparsity come first, since skipping lays the weights behind relu² out anew. None: what
+#: the decoder measures and takes, block by block.
 SIDES = (
     DENSE,
     Choice(fused=True),

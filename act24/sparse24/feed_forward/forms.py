@@ -16,7 +16,7 @@ from torch import Tensor
 
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.format.device import rule_holds_on
-from act24.sparse24.format.products import Kind, choose, feed_forward_products
+from act24.sparse24.format.products import Kind, Product, choose, feed_forward_products
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
@@ -162,7 +162,8 @@ def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
     fp8 = options.precision == "fp8"
     products = feed_forward_products(tokens, width, features, width_out, exact, fp8)
     if network.inference:
-        products = {kind: product for kind, product in products.items() if kind == "y"}
+        only_y: dict[Kind, Product] = {"y": products["y"]}
+        products = only_y
     # Naive and exact has another form than this and the reference: the masked one, in bfloat16.
     masked = exact and method_of(options).kernel == "naive" and not fp8
     untuned = rule_holds_on(network.device)
