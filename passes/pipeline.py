@@ -14,6 +14,7 @@ from act24.errors import PassError
 from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.graph.check import Probe
+from act24.passes.graph.frozen import watch_
 from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
@@ -109,6 +110,7 @@ class Pipeline(Rewriting):
             )
         super().commit_(measured)
         self._updates.watch_()
+        watch_(self.model, self.facts)
 
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:
