@@ -76,7 +76,8 @@ class Plan:
     Attributes:
         matches: what it rewrites.
         misses: (local path, reason) of what it recognises and leaves alone all the same.
-        absent: what the region has in the pattern's place, for a region without matches and misses.
+        absent: what the region has in the pattern's place, for a region without matches and misses. Both say
+            what to do.
     """
 
     matches: tuple[Match, ...] = ()
