@@ -400,9 +400,9 @@ def test_a_relu_between_convolutions_is_no_site() -> None:
 
 
 class Fused(nn.Module):
-    def __init__(self, activation: Any = F.silu) -> None:
+    def __init__(self, activation: Any = F.silu, inner: int = 32) -> None:
         super().__init__()
-        self.gate_up, self.down = nn.Linear(16, 64), nn.Linear(32, 16)
+        self.gate_up, self.down = nn.Linear(16, 2 * inner), nn.Linear(inner, 16)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -410,12 +410,14 @@ class Fused(nn.Module):
         return self.down(up * self.activation(gate))
 
 
-@pytest.mark.parametrize("width", ["parity", "exact", "keep"])
-def test_gate_and_up_of_one_linear(width: Any) -> None:
-    model = Trunk(Fused)
-    report = apply_(model, [Relu2FFN(width=width)]).report
-    new = {"parity": 128, "exact": 48, "keep": 32}[width]
-    assert report.rows[0].before == "silu(gate)·up, F 32"
+@pytest.mark.parametrize(
+    ("width", "inner", "new"), [("parity", 32, 128), ("exact", 32, 48), ("keep", 32, 32), ("parity", 64, 128)]
+)
+def test_gate_and_up_of_one_linear(width: Any, inner: int, new: int) -> None:
+    model = Trunk(lambda: Fused(inner=inner))
+    row, *_ = apply_(model, [Relu2FFN(width=width)]).report.rows
+    assert row.before == f"silu(gate)·up, F {inner}"
+    assert "gate_up.weight" in row.note  # fresh, also where it has the shape of the two together
     assert model.blocks[0].mlp.gate_up.weight.shape == (new, 16)
     assert model.blocks[0].mlp.down.weight.shape == (16, new)
     x, mlp = features(3, 16), model.blocks[0].mlp
