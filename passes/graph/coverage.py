@@ -54,7 +54,8 @@ class Coverage:
         pass_name: of the pass.
         scope: what its name promises, in words.
         reached, total: elements of matrices in that scope.
-        left: (names, share, reason) of what it leaves there, the largest group first.
+        left: (names, share, reason) of what it leaves there, the largest group first; behind them routers,
+            which are no part of the scope.
         promised: the pass means to reach all of it; else the share is for information.
     """
 
@@ -70,7 +71,7 @@ class Coverage:
         text = f"{self.pass_name} reaches {share} of the {self.scope} matrices"
         if self.left:
             text += "; left: " + "; ".join(
-                f"{names} {share:.0%} ({reason})" for names, share, reason in self.left
+                f"{names} {f'{share:.0%} ' if share else ''}({reason})" for names, share, reason in self.left
             )
         return text
 
@@ -158,6 +159,10 @@ def coverage(
     shown = tuple(
         (_listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
     )
+    routers = (m for m in matrices if m.role == "router" and selects(m.path, m.class_name))
+    stay = dict.fromkeys(_pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
+    if stay and promised:
+        shown += ((_listed(list(stay)), 0.0, "a router"),)
     words = " and ".join(_NAMES[role] for role in roles)
     return Coverage(pass_name, words, done, total, shown, promised)
 
