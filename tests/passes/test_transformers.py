@@ -21,6 +21,7 @@ from act24.passes import (
     Relu2FFN,
     Weight24,
     apply_,
+    plan,
     trace,
 )
 from act24.passes.graph.normal_form import is_transposed, weight_name
@@ -285,6 +286,10 @@ def test_why_relu2_ffn_does_not_match_opt() -> None:
     message = str(error.value)
     assert "self_attn.k_proj [Linear] and 18 more: a single linear" in message
     assert "Not traced: model.decoder.layers.0 [OPTDecoderLayer] and 2 more" in message
+    with pytest.raises(
+        PassError, match=r"\[OPTDecoderLayer\] and 2 more: its relu \(activation_fn\) is not seen: "
+    ):
+        plan(build("OPT"), [Activation24()])
 
 
 def test_dropout_of_gpt2_stays_alive() -> None:
