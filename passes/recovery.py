@@ -6,18 +6,23 @@
     optimizer.step()
     impose_zeros_(pipeline)                whatever the optimizer did
 
+or, in a loop that cannot be written so, `keep_zeros_(pipeline)` once, which hooks gradients and optimizers.
+
 Masks are packed in buffers beside the weights. Sharded parameters take their part of a mask, which every
 process has whole; nothing is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from act24.errors import PassError
 from act24.passes.lora import LORA_A, LORA_B, Lora
@@ -82,6 +87,64 @@ def impose_zeros_(pipeline: Pipeline) -> None:
             _clear_(weight.parameter, weight.mask())
 
 
+def keep_zeros_(pipeline: Pipeline) -> Callable[[], None]:
+    """Keep zeros in somebody else's loop: the gradient of what is pruned is cleared as it is added up, and
+    zeros are imposed behind every step of an optimizer that has the weight, wrapped or made later.
+
+    Returns:
+        what ends that.
+
+    Raises:
+        PassError: by the optimizer's step: of `check_optimizer`.
+    """
+    weights = {id(weight.parameter): weight for weight in pruned_weights(pipeline)}
+
+    def clear(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            _clear_(parameter.grad, weights[id(parameter)].mask())
+
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        check_optimizer(pipeline, optimizer)
+
+    @torch.no_grad()
+    def after(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if weight := weights.get(id(parameter)):
+                    _clear_(parameter, weight.mask())
+
+    trained = [weight.parameter for weight in weights.values() if weight.parameter.requires_grad]
+    handles = [parameter.register_post_accumulate_grad_hook(clear) for parameter in trained]
+    handles += [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return end
+
+
+def check_optimizer(pipeline: Pipeline, optimizer: Optimizer) -> None:
+    """Refuse what makes NaN of zeros: Adam divides by √v̂ + eps, which is 0 / 0 where v̂ is 0 and eps is lost
+    in float16 (as 1e-8 is).
+
+    Raises:
+        PassError: names the weight.
+    """
+    names = {id(weight.parameter): weight.name for weight in pruned_weights(pipeline)}
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or group.get("state_dtype") == "float32":
+            continue
+        for parameter in group["params"]:
+            lost = parameter.dtype == torch.float16 and not torch.tensor(eps, dtype=torch.float16)
+            if lost and id(parameter) in names:
+                raise PassError(
+                    f"{names[id(parameter)]} is float16, in which the optimizer's eps = {eps:g} is 0, and "
+                    "what is pruned would be NaN: train in bfloat16 or float32, or give eps = 1e-7"
+                )
+
+
 def _clear_(tensor: Tensor, mask: Tensor) -> None:
     if isinstance(tensor, DTensor):
         local = distribute_tensor(mask, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -119,10 +182,14 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
             mask = masks[weight.name].to(weight.parameter.device)
         if mask.shape != weight.parameter.shape:
             raise PassError(
-                f"{weight.name}: its mask is {list(mask.shape)}, and it is {list(weight.parameter.shape)}"
+                f"{weight.name}: its mask is {list(mask.shape)}, and it is {list(weight.parameter.shape)}: "
+                "give the masks that were written with these weights"
             )
         if bool((weight.parameter[~mask] != 0).any()):
-            raise PassError(f"{weight.name} is not zero where its mask says so: the mask is of other weights")
+            raise PassError(
+                f"{weight.name} is not zero where its mask says so, and the mask is of other weights: give "
+                "those that were written with these"
+            )
         weight.parameter.copy_(masked(weight.parameter, mask))
         weight.bits.copy_(packed_bits(mask.T if weight.transposed else mask))
 
@@ -181,4 +248,4 @@ def check_zeros(pipeline: Pipeline) -> None:
         whole = weight.parameter.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if why := fault(whole, weight.mask(), None):
-            raise PassError(f"{weight.name}: {why}")
+            raise PassError(f"{weight.name}: {why}. Go back to the last checkpoint before that")

@@ -9,10 +9,12 @@ from act24.errors import PassError
 from act24.initialise import initialise_
 from act24.passes import LowRank, SparseMask
 from act24.passes.recovery import (
+    check_optimizer,
     check_zeros,
     clear_pruned_gradients_,
     found_pattern,
     impose_zeros_,
+    keep_zeros_,
     kept_masks,
     pruned_weights,
     set_masks_,
@@ -93,6 +95,53 @@ def test_zeros_stay_under_any_optimizer(kind, dtype):
             assert (weight[mask] != before[name][mask]).float().mean() > 0.5
     if dtype is torch.float32:
         assert loss_of(model).item() < first
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_zeros_stay_in_a_loop_that_knows_nothing_of_them(kind):
+    model, masks = pruned_llama()
+    pipeline = apply_(model, [SparseMask()])
+    set_masks_(pipeline, masks)
+    end = keep_zeros_(pipeline)
+    optimizer = OPTIMIZERS[kind](list(model.parameters()))
+    for _ in range(3):
+        for _ in range(2):  # accumulated
+            loss_of(model).backward()
+        for name, mask in masks.items():
+            assert (model.get_parameter(name).grad[~mask] == 0).all()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, mask in masks.items():
+            weight = model.get_parameter(name)
+            assert (weight[~mask] == 0).all()
+            assert not torch.signbit(weight[weight == 0]).any()
+    end()
+    loss_of(model).backward()
+    optimizer.step()
+    assert any((model.get_parameter(n)[~m] != 0).any() for n, m in masks.items())
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-7])
+def test_float16_adamw_whose_eps_is_lost_is_refused(eps):
+    """T8: AdamW of PyTorch makes NaN of what is pruned, from 0 / (0 + 0)."""
+    model, masks = pruned_llama()
+    pipeline = apply_(model.half(), [SparseMask()])
+    set_masks_(pipeline, masks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=eps)
+    loss_of(model).backward()
+    clear_pruned_gradients_(pipeline)
+    if eps == 1e-7:
+        check_optimizer(pipeline, optimizer)
+        optimizer.step()
+        impose_zeros_(pipeline)
+        check_zeros(pipeline)
+        return
+    with pytest.raises(
+        PassError, match=r"q_proj\.weight is float16, in which the optimizer.s eps = 1e-08 is 0"
+    ):
+        check_optimizer(pipeline, optimizer)
+    optimizer.step()
+    assert all(model.get_parameter(name)[~mask].isnan().all() for name, mask in masks.items())
 
 
 def test_momentum_from_before_the_mask_does_not_bring_weights_back():

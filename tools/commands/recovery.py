@@ -188,7 +188,9 @@ def recover(
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
     epochs: Annotated[int, typer.Option(min=1, help="How often a block sees all rows.")] = 4,
-    lr: Annotated[float, typer.Option(min=0, help="Of AdamW, falling to 0.")] = 2e-4,
+    lr: Annotated[
+        float, typer.Option(min=0, help="Of AdamW, as a share of the weights' size, falling to 0.")
+    ] = 1e-2,
     device: DeviceOption = None,
 ) -> None:
     """Fit what each block kept to the outputs of the dense block. Training with masks (sparse_mask, lora,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from act24.passes import Pipeline
+from act24.passes.recovery import check_zeros, keep_zeros_
 from act24.passes.updates import measured_at
 
 
 class TrainerCallback(transformers.TrainerCallback):
-    """Begins every update (`Pipeline.begin_update_`), and lets the Trainer save what it goes on from.
+    """Begins every update (`Pipeline.begin_update_`), keeps the zeros of what is pruned, and lets the Trainer
+    save what it goes on from.
 
     A scale that is due is measured on the first rows of the update's first micro-batch: the Trainer shows no
     more of an update than that. The Trainer's checkpoints hold the weights as they are trained and no
@@ -31,16 +34,19 @@ class TrainerCallback(transformers.TrainerCallback):
         """
         self._pipeline = pipeline
         self._refuses = vars(pipeline.model).get("save_pretrained")
+        self._end_zeros: Callable[[], None] = lambda: None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._refuses is not None:
             self._pipeline.model.save_pretrained = self._save_checkpoint  # type: ignore[assignment]
+        self._end_zeros = keep_zeros_(self._pipeline)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._end_zeros()
         if self._refuses is not None:
             self._pipeline.model.save_pretrained = self._refuses
 
@@ -65,6 +71,7 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def _save_checkpoint(self, folder: str, **options: Any) -> None:
         model = self._pipeline.model
+        check_zeros(self._pipeline)
         type(model).save_pretrained(model, folder, **options)  # type: ignore[operator]
         Path(folder, "config.json").unlink(missing_ok=True)
 

@@ -28,6 +28,11 @@ from act24.tools.pruning.kept import BlockFiles, clear
 from act24.tools.pruning.masks import Masks, read_masks
 from act24.tools.run.opening import open_any
 
+#: Tokens of an update, or one row. Small: what a block kept needs many updates more than exact ones.
+_TOKENS = 512
+#: Batches on which the error before is measured.
+_BEFORE = 8
+
 
 def recover_blockwise(
     source: str,
@@ -38,7 +43,7 @@ def recover_blockwise(
     samples: int = 128,
     seqlen: int | None = None,
     epochs: int = 4,
-    lr: float = 2e-4,
+    lr: float = 1e-2,
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
@@ -49,7 +54,8 @@ def recover_blockwise(
         dense: the model that it was pruned from; None: what its prune.json says.
         data, samples, seqlen: the rows to fit on, as for `act24.tools.pruning.folder.prune_model`.
         epochs: how often each block sees all rows.
-        lr: of AdamW, falling linearly to 0 over a block's updates.
+        lr: of AdamW, as a share of the root mean square of each tensor, so that it does not depend on how
+            large a model's weights are; it falls linearly to 0 over a block's updates.
 
     Returns:
         by block the relative error of its outputs on all rows, after.
@@ -72,7 +78,8 @@ def recover_blockwise(
     if shapes[0] != shapes[1]:
         raise Act24Error(f"{dense} is not what {source} was pruned from: its parameters are others")
     data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
-    batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size, rows=4)
+    rows = max(1, _TOKENS // data.max_length)
+    batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size, rows=rows)
     asked: dict[str, Any] = {
         "source": source,
         "weights": opened.sha256(),
@@ -114,35 +121,46 @@ def _recover_(
     say: Callable[[str], None],
     files: BlockFiles,
 ) -> dict[str, float]:
-    sparse, dense = (Chain(m.eval(), batches, pads, torch.device(device)) for m in (model, target))
+    where = torch.device(device)
+    sparse, dense = (Chain(m.eval(), batches, pads, where) for m in (model, target))
     errors: dict[str, float] = {}
-    for index, name in enumerate(sparse.blocks):
-        began = time.perf_counter()
-        with dense.on_device(index), torch.no_grad():
-            dense.advance(index)  # what goes into the dense block behind is what this one gives
-        with sparse.on_device(index) as block:
-            parameters = dict(block.named_parameters(prefix=name))
-            found = files.read(index)
-            if found:
-                tensors, content = found
-                with torch.no_grad():
-                    for full, value in tensors.items():
-                        parameters[full].copy_(value)
-                before, after = content["before"], content["after"]
-            else:
-                before, after = _fit_(sparse, dense, index, name, masks, epochs, lr)
-                files.write(index, parameters, {"before": before, "after": after})
-            sparse.advance(index)
-        errors[name] = after
-        how = "found finished" if found else f"{time.perf_counter() - began:.1f} s"
-        say(f"{name}: error of the outputs {before:.4f} → {after:.4f}, {how}")
+    # No cache: it would hold the weights of before an update.
+    with torch.autocast(where.type, torch.bfloat16, cache_enabled=False):
+        for index, name in enumerate(sparse.blocks):
+            began = time.perf_counter()
+            with dense.on_device(index), torch.no_grad():
+                dense.advance(index)  # what goes into the dense block behind is what this one gives
+            with sparse.on_device(index) as block:
+                parameters = dict(block.named_parameters(prefix=name))
+                found = files.read(index)
+                if found:
+                    tensors, content = found
+                    with torch.no_grad():
+                        for full, value in tensors.items():
+                            parameters[full].copy_(value)
+                    before = content["before"]
+                else:
+                    before = _fit_(sparse, dense, index, name, masks, epochs, lr)
+                    files.write(index, parameters, {"before": before})
+                sparse.advance(index)
+            errors[name] = after = _error(sparse, dense)
+            how = "found finished" if found else f"{time.perf_counter() - began:.1f} s"
+            say(f"{name}: error of the outputs {before:.4f} → {after:.4f}, {how}")
     return errors
 
 
-def _fit_(
-    sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epochs: int, lr: float
-) -> tuple[float, float]:
-    """Fit what a block kept, in float32; its errors before and after."""
+def _error(sparse: Chain, dense: Chain) -> float:
+    """The root of the mean of `_relative` over batches, of what both chains have got to."""
+    each = [
+        _relative(sparse.inputs(number), dense.inputs(number), sparse.pads[number])
+        for number in range(len(sparse))
+    ]
+    return float(torch.stack(each).mean().sqrt())
+
+
+def _fit_(sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epochs: int, lr: float) -> float:
+    """Fit what a block kept, float32 weights under bfloat16 autocast; the error of its outputs before, on the
+    first batches."""
     block = sparse.blocks[name]
     dtypes = {local: p.dtype for local, p in block.named_parameters()}
     block.float()
@@ -151,51 +169,54 @@ def _fit_(
     own = {
         n.removeprefix(f"{name}."): m.to(device) for n, m in masks.masks.items() if n.startswith(f"{name}.")
     }
+    pruned = {local: ~mask for local, mask in own.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    before = _error(sparse, dense, index)
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    with torch.no_grad():
+        before = [_difference(sparse, dense, index, number) for number in range(min(_BEFORE, len(sparse)))]
+    groups = [{"params": [p], "lr": lr * _size(p)} for p in parameters.values()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = epochs * len(sparse)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        number = step % len(sparse)
-        loss = _difference(sparse, dense, index, number)
+        loss = _difference(sparse, dense, index, step % len(sparse))
         if not torch.isfinite(loss):
             raise Act24Error(f"{name}: the loss is not finite: a smaller --lr")
         loss.backward()
-        for local, mask in own.items():
+        for local, gone in pruned.items():
             grad = parameters[local].grad
             if grad is not None:
-                grad.masked_fill_(~mask, 0)
+                grad.masked_fill_(gone, 0)  # without momentum or decay, so the update is zero too
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for local, mask in own.items():
-                parameters[local].copy_(masked(parameters[local], mask))
     with torch.no_grad():
         for local, parameter in parameters.items():
             parameter.grad = None
             parameter.data = parameter.data.to(dtypes[local])
             if local in own:
                 parameter.copy_(masked(parameter, own[local]))
-    return before, _error(sparse, dense, index)
+    return float(torch.stack(before).mean().sqrt())
+
+
+def _size(parameter: Tensor) -> float:
+    """The root mean square of what is not zero; 1 where all is, as biases may begin."""
+    kept = parameter.detach()[parameter.detach() != 0]
+    return float(kept.square().mean().sqrt()) if kept.numel() else 1.0
 
 
 def _difference(sparse: Chain, dense: Chain, index: int, number: int) -> Tensor:
-    """‖f̂(x̂) - f(x)‖² / ‖f(x)‖² of a batch, padding left out."""
+    """The mean over tokens of ‖f̂(x̂) - f(x)‖² / ‖f(x)‖², of a batch, padding left out.
+
+    By token, as the norm in front of the next block has it: the first token of a row is often a hundred times
+    as long as others, and a sum over tokens would fit little else.
+    """
     dtype = next(sparse.blocks[list(sparse.blocks)[index]].parameters()).dtype
-    output = sparse.run(index, sparse.inputs(number).to(dtype)).float()
-    wanted = dense.inputs(number).float()
-    pads = sparse.pads[number]
-    if pads is not None:
-        keep = ~pads.to(output.device)
-        output, wanted = output[keep], wanted[keep]
-    return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
+    output = sparse.run(index, sparse.inputs(number).to(dtype))
+    return _relative(output, dense.inputs(number), sparse.pads[number])
 
 
-@torch.no_grad()
-def _error(sparse: Chain, dense: Chain, index: int) -> float:
-    """‖f̂ - f‖ / ‖f‖, the root of its mean over batches."""
-    losses = [float(_difference(sparse, dense, index, number)) for number in range(len(sparse))]
-    return (sum(losses) / len(losses)) ** 0.5
+def _relative(output: Tensor, wanted: Tensor, pads: Tensor | None) -> Tensor:
+    output, wanted = output.float(), wanted.float()
+    by_token = (output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-30)
+    return by_token.mean() if pads is None else by_token[~pads.to(by_token.device)].mean()

@@ -411,6 +411,7 @@ class TrainingRun:
             keep_every=settings.keep_every,
             keep_best=settings.keep_best,
             heldout=heldout,
+            check_folder=self._lock.check if self._lock else lambda: None,
         )
         self.monitor.saved()
 

@@ -19,7 +19,7 @@ from tiny import load_tiny
 from act24.errors import Act24Error
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.run.build import build, load
 from act24.tools.run.folder import RunError
 from act24.tools.run.optimizers import build_optimizer
