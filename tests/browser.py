@@ -4,8 +4,8 @@
 
 FOLDER gets two runs, where it has none yet: the demo, and twenty steps of it with another learning rate (some
 minutes). TensorBoard serves them, and a Chromium without a window (Debian: `apt-get install chromium`) opens
-them; it is driven over its debugging pipe, so nothing else has to be installed. The status is 1 if anything is
-not on its page. `--pictures` also writes the pages as they look, those that README shows among them.
+them; it is driven over its debugging pipe, so nothing else has to be installed. The status is 1 if anything
+is not on its page. `--pictures` also writes the pages as they look, those that README shows among them.
 """
 
 from __future__ import annotations
