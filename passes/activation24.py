@@ -31,10 +31,12 @@ from act24.passes.fp8 import Fp8, pays
 from act24.passes.graph.activation_sites import (
     ActivationSite,
     activation_sites,
+    adapters_beside,
     add_site_buffer,
     keep_site,
     pads_node,
 )
+from act24.passes.graph.linear_sites import RESIZE
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.calibration import CALIBRATION
@@ -160,7 +162,7 @@ class Activation24(OperationalPass):
             if not self.selects(region, site.path):
                 continue
             if site.width is not None and site.width % 4:
-                misses.append((site.path, f"F is {site.width}, not a multiple of 4"))
+                misses.append((site.path, f"F is {site.width}, not a multiple of 4: {RESIZE}"))
                 continue
             parts = ("linear" if site.before else "", site.function, "linear" if site.after else "")
             matches.append(
@@ -171,14 +173,19 @@ class Activation24(OperationalPass):
                     nodes=site,
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
-                    note=self._note(site),
+                    note=self._note(region, site),
                 )
             )
-        absent = "no relu² or relu (pass relu2_ffn makes one of SwiGLU)"
+        absent = "no relu² or relu: put relu2_ffn in front, which makes one of a gated network"
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
-    def _note(self, site: ActivationSite) -> str:
+    def _note(self, region: Region, site: ActivationSite) -> str:
         notes = []
+        if adapted := adapters_beside(region, site):
+            notes.append(
+                f"{' and '.join(adapted)} carry LoRA and stay modules, so the products there are dense: "
+                "merge_and_unload() before apply_ to have them in 2:4"
+            )
         if self._backward(site) != self.backward:
             notes.append(
                 f'backward = "{self.backward}" does nothing here: a weight gradient needs a linear that '

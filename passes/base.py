@@ -195,7 +195,8 @@ class OperationalPass(Pass):
         super().__post_init__()
         if self.until_step is not None and self.until_step <= self.from_step:
             raise PassError(
-                f"{self.name}: until_step ({self.until_step}) must be above from_step ({self.from_step})"
+                f"{self.name}: until_step ({self.until_step}) is not above from_step ({self.from_step}): "
+                "set a later one"
             )
 
     def active(self, step: int) -> bool:
@@ -235,14 +236,15 @@ def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
         if isinstance(p, type) and issubclass(p, Pass):
             raise PassError(f"{p.__name__} is the class of a pass: write {p.__name__}(...), with its options")
         if not isinstance(p, StructuralPass | OperationalPass):
-            raise PassError(f"{_shown(p)} is no pass: passes derive from StructuralPass or OperationalPass")
+            raise PassError(f"{_shown(p)} is no pass: derive it from StructuralPass or OperationalPass")
         if p in given[:index]:
-            raise PassError(f"{p.name} is given twice with the same options")
+            raise PassError(f"{p.name} is given twice with the same options: leave one out")
     for first, second in pairwise(p for p in given if not p.last):
         if _rank(first) > _rank(second):
             raise PassError(
-                f"{second.name} stands behind {first.name}: the order is passes that change parameters, "
-                "passes that only change operations, fp8, which takes what these leave, passes that only look"
+                f"{second.name} stands behind {first.name}: put first the passes that change parameters, "
+                "then those that only change operations, then fp8, which takes what these leave, then "
+                "those that only look"
             )
     return given
 

@@ -57,7 +57,8 @@ class Cola(FactorisingPass):
         plan = super().plan(region)
         networks = [match for match in plan.matches if match.nodes[0].kind == "mlp"]
         if self.mlp_activation == "drop" and networks and not any(_silus(m.nodes[0]) for m in networks):
-            return replace(plan, misses=(*plan.misses, (networks[0].path, "no SiLU behind it to drop")))
+            reason = 'no SiLU behind it to drop: leave mlp_activation at "keep"'
+            return replace(plan, misses=(*plan.misses, (networks[0].path, reason)))
         return plan
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:

@@ -19,7 +19,7 @@ import torch
 from act24.fp8.casts import Scaling
 from act24.fp8.linear import MULTIPLE, linear_fp8
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
-from act24.passes.graph.linear_sites import LinearSite, in_scope, linear_sites
+from act24.passes.graph.linear_sites import RESIZE, LinearSite, in_scope, linear_sites
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 
@@ -81,9 +81,12 @@ class Fp8(OperationalPass):
                 continue
             shape, size = " × ".join(map(str, site.shape)), region.parameters[site.weight].numel()
             if any(side % MULTIPLE for side in site.shape):
-                misses.append((site.path, f"its weight is {shape}, and e4m3 wants multiples of {MULTIPLE}"))
+                misses.append(
+                    (site.path, f"its weight is {shape}, and e4m3 wants multiples of {MULTIPLE}: {RESIZE}")
+                )
             elif self.precision == "auto" and not pays(*site.shape):
-                misses.append((site.path, f"its weight is {shape}: casts would take what products gain"))
+                reason = f"its weight is {shape}, and casts would take what products gain"
+                misses.append((site.path, f'{reason}: set precision = "fp8" to take it all the same'))
             else:
                 matches.append(
                     Match(
@@ -95,7 +98,11 @@ class Fp8(OperationalPass):
                         parameters_after=size,
                     )
                 )
-        return Plan(tuple(matches), tuple(misses), absent="no linear that another pass has left")
+        return Plan(
+            tuple(matches),
+            tuple(misses),
+            absent="no linear that another pass has left: name linears in targets",
+        )
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes

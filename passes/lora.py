@@ -73,7 +73,10 @@ class Lora(StructuralPass):
                     state=self._state(site),
                 )
             )
-        return Plan(tuple(matches), absent=f"no linear that targets take ({', '.join(self.targets)})")
+        return Plan(
+            tuple(matches),
+            absent=f"no linear among targets ({', '.join(self.targets)}): name linears in targets",
+        )
 
     @property
     def _masked(self) -> bool:

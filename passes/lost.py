@@ -71,7 +71,10 @@ class Lost(FactorisingPass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.svd_rank and self.method != "svd":
-            raise PassError(f"lost: svd_rank has no meaning for method '{self.method}'")
+            raise PassError(
+                f"lost: svd_rank has no meaning for method '{self.method}': leave it out, or set method to "
+                "svd"
+            )
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         dense = region.parameters[site.weight]

@@ -44,6 +44,8 @@ _RANDOM |= {"feature_dropout", "rrelu", "rand", "randn", "randint", "randperm", 
 _RANDOM |= {"randint_like", "bernoulli", "multinomial", "normal", "poisson", "gumbel_softmax"}
 _RANDOM |= {"uniform", "exponential", "geometric", "cauchy", "log_normal", "random"}
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p")
+#: What to do where the pass does nothing.
+_OTHERWISE = "leave it out with ignore, or checkpoint whole blocks (gradient_checkpointing_enable)"
 #: What keeps nothing but its inputs for backward.
 _PLAIN = (F.linear, operator.add, torch.add)
 
@@ -61,18 +63,22 @@ class Recompute(OperationalPass):
 
     def plan(self, region: Region) -> Plan:
         if not self.selects(region, ""):
-            return Plan(absent="not targeted")
+            return Plan(absent="not targeted: name whole regions in targets")
         region = region.copy()
         _open_products(region)
         kept = _bottlenecks(region)
         if not kept:
-            return Plan(absent="no bottleneck of low_rank, cola or lost")
+            return Plan(absent="no bottleneck to keep: put low_rank, cola or lost in front")
         for node in region.graph.nodes:
             if node.op == "call_module" and not _is_norm(module := region.module.get_submodule(node.target)):
                 kind = type(module).__name__
-                return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ"),))
+                return Plan(
+                    misses=(("", f"a second call of {node.target} [{kind}] may differ: {_OTHERWISE}"),)
+                )
         if not _repeats(region):
-            return Plan(misses=(("", "nothing lies between its bottlenecks that could be computed again"),))
+            return Plan(
+                misses=(("", f"nothing lies between its bottlenecks to compute again: {_OTHERWISE}"),)
+            )
         match = Match(
             path="",
             before="all activations kept",

@@ -182,10 +182,14 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
             mask = masks[weight.name].to(weight.parameter.device)
         if mask.shape != weight.parameter.shape:
             raise PassError(
-                f"{weight.name}: its mask is {list(mask.shape)}, and it is {list(weight.parameter.shape)}"
+                f"{weight.name}: its mask is {list(mask.shape)}, and it is {list(weight.parameter.shape)}: "
+                "give the masks that were written with these weights"
             )
         if bool((weight.parameter[~mask] != 0).any()):
-            raise PassError(f"{weight.name} is not zero where its mask says so: the mask is of other weights")
+            raise PassError(
+                f"{weight.name} is not zero where its mask says so, and the mask is of other weights: give "
+                "those that were written with these"
+            )
         weight.parameter.copy_(masked(weight.parameter, mask))
         weight.bits.copy_(packed_bits(mask.T if weight.transposed else mask))
 
@@ -244,4 +248,4 @@ def check_zeros(pipeline: Pipeline) -> None:
         whole = weight.parameter.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if why := fault(whole, weight.mask(), None):
-            raise PassError(f"{weight.name}: {why}")
+            raise PassError(f"{weight.name}: {why}. Go back to the last checkpoint before that")

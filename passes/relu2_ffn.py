@@ -21,9 +21,11 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
+from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import (
     bias_name,
     common_path,
+    is_adapter,
     is_call,
     is_product,
     is_transposed,
@@ -36,6 +38,8 @@ from act24.passes.graph.region import ParameterSpec, Region
 from act24.relu2 import relu2
 
 _MULTIPLE = 128
+_LEAVE = "leave it out with ignore"
+_NOT_GATED = 'give it relu² (transformers: its activation "relu2"), and use activation24 alone'
 _FUNCTIONS = {"relu2": relu2, "relu": F.relu}
 
 
@@ -108,13 +112,15 @@ class Relu2FFN(StructuralPass):
     def _other_gate(self, found: _SwiGLU) -> str:
         """Why a network of this gate is none of those that are taken, or the empty string."""
         taken = self.gate in ("any", found.kind)
-        return "" if taken else f'gated by {found.kind}: gate = "{found.kind}" takes it'
+        return "" if taken else f'gated by {found.kind}: set gate = "{found.kind}" to take it'
 
     def _unfit(self, region: Region, found: _SwiGLU) -> str:
         """Why F cannot become what `width` says, or the empty string."""
         new = self._width(found.width(region))
         unfit = self.width == "exact" and new % 4
-        return f'F would be {new}, not a multiple of 4: width = "parity" rounds it' if unfit else ""
+        return (
+            f'F would be {new}, not a multiple of 4: set width = "parity", which rounds it' if unfit else ""
+        )
 
     def _width(self, width: int) -> int:
         return {"keep": width, "exact": 3 * width // 2, "parity": parity_width(width)}[self.width]
@@ -220,22 +226,22 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
     """Why a gated network that was found cannot be rewritten, or the empty string."""
     linears = (found.gate, found.up, found.down)
     if found.gate.args[0] is not found.up.args[0]:
-        return "gate and up read different inputs"
+        return f"gate and up read different inputs: {_LEAVE}"
     for linear in (found.gate, found.up):
         if len(linear.users) != 1:
-            return f"the output of {weight_name(linear)} is used elsewhere too"
+            return f"the output of {weight_name(linear)} is used elsewhere too: {_LEAVE}"
     for linear in linears:
         name = weight_name(linear)
         if name is None or name not in region.parameters or is_transposed(linear):
-            return "a weight is not a plain parameter"
+            return f"a weight is not a plain parameter stored [out, in]: make it one, or {_LEAVE}"
     names = _parameters(*linears)
     if not any(region.parameters[name].requires_grad for name in names):
         return "frozen, and what takes its place would never train: unfreeze it, or leave it out with ignore"
     for name in names:
         if shared := region.parameters[name].shared:
-            return f"{region.name(name)} is tied to {shared[0]}"
+            return f"{region.name(name)} is {tied(shared[0])}"
         if readers(region.graph, name) > 1:
-            return f"{region.name(name)} is used more than once"
+            return f"{region.name(name)} is used more than once: {_LEAVE}"
     return ""
 
 
@@ -262,4 +268,8 @@ def _describe(region: Region) -> str:
     if any(True for _ in nodes_of(region.graph, relu2)):
         return "already relu²: use activation24 alone"
     linears = len(list(nodes_of(region.graph, F.linear)))
-    return "a single linear" if linears == 1 else f"{linears} linears, but no down(silu(gate(x)) * up(x))"
+    if linears == 1:
+        return "a single linear: leave it to other passes"
+    adapted = any(map(is_adapter, region.module.modules()))
+    todo = "merge its adapters first (merge_and_unload)" if adapted else _NOT_GATED
+    return f"{linears} linears, but no down(silu(gate(x)) * up(x)): {todo}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -56,32 +56,46 @@ class Report:
     coverage: tuple[Coverage, ...] = ()
 
     def __str__(self) -> str:
+        return "\n".join((*aligned(self.table()), *self.remarks()))
+
+    def table(self) -> list[tuple[str, ...]]:
+        """What is rewritten: the headings, then a row for each place, without the columns that are empty."""
         if not self.rows:
-            table = ["nothing to rewrite"]
-        else:
-            head = ("pass", "module", "before", "after", "parameters", "steps", "note")
-            body = [
-                (row.pass_name, fqn, row.before, row.after, parameters, row.steps, row.note)
-                for row, fqn, parameters in _collapsed(self.rows)
-            ]
-            used = [i for i in range(len(head)) if any(line[i] for line in body)]
-            lines = [tuple(line[i] for i in used) for line in (head, *body)]
-            widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
-            table = [
-                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                for line in lines
-            ]
-        table += [f"{name} leaves {fqn} as it is: {reason}" for name, fqn, reason in self.misses]
-        table.append(
+            return [("nothing to rewrite",)]
+        head = ("pass", "module", "before", "after", "parameters", "steps", "note")
+        body = [
+            (row.pass_name, fqn, row.before, row.after, parameters, row.steps, row.note)
+            for row, fqn, parameters in _collapsed(self.rows)
+        ]
+        used = [i for i in range(len(head)) if any(line[i] for line in body)]
+        return [tuple(line[i] for i in used) for line in (head, *body)]
+
+    def remarks(self) -> list[str]:
+        """What stands below the table."""
+        left = [f"{name} leaves {fqn} as it is: {reason}" for name, fqn, reason in self.misses]
+        figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        return "\n".join((*table, *map(str, self.coverage), *self.checked.splitlines()))
+        return [*left, figures, *map(str, self.coverage), *self.checked.splitlines()]
 
     @property
     def partial(self) -> tuple[Coverage, ...]:
         """Of passes that reach less than their scope promises."""
         return tuple(one for one in self.coverage if one.promised and one.reached < one.total)
+
+
+def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) -> list[str]:
+    """Rows of equally many cells as lines, each column as wide as its widest cell.
+
+    Args:
+        width: of a cell on the terminal; a Chinese character takes two places.
+    """
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell + " " * (wide - width(cell)) for cell, wide in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:

@@ -178,7 +178,7 @@ class Rewriting:
             PassError: that was done before, or a measurement is missing or of another shape.
         """
         if self.modules:
-            raise PassError("this pipeline was already committed")
+            raise PassError("this pipeline was already committed: make another one for another model")
         measured = measured or {}
         if not any(p.is_meta for p in self._model.parameters()):
             check_measured(self.measurements, measured)
@@ -256,7 +256,8 @@ class Rewriting:
         return self._lower_to(self.in_force(step, without))
 
     def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
-        """The operational passes in force once `step` updates are made, those named in `without` left out."""
+        """The operational passes in force once `step` updates are made, those named in `without` left "
+        "out."""
         return [p for p in self._operational if p.active(step) and p.name not in without]
 
     def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
@@ -409,7 +410,10 @@ class Rewriting:
         for match in matches:
             other = site.claims.setdefault(match.path, p)
             if other is not p:
-                raise PassError(f"{other.name} and {p.name} both rewrite {region.name(match.path)}")
+                raise PassError(
+                    f"{other.name} and {p.name} both rewrite {region.name(match.path)}: leave it out of "
+                    "one of them, with ignore or scope"
+                )
             if match.state is not None:
                 site.changes.append(Change(site.traced, p.name, match.path, match.state))
 

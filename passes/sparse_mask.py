@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites
+from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites, no_linear, tied
 from act24.passes.graph.region import Region
 from act24.pruning.stored import packed_bits
 
@@ -55,7 +55,7 @@ class SparseMask(StructuralPass):
                 continue
             spec = region.parameters[site.weight]
             if spec.shared:
-                misses.append((site.path, f"tied to {spec.shared[0]}"))
+                misses.append((site.path, tied(spec.shared[0])))
                 continue
             matches.append(
                 Match(
@@ -68,7 +68,7 @@ class SparseMask(StructuralPass):
                     state=kept_weight(site),
                 )
             )
-        return Plan(tuple(matches), tuple(misses), absent=f"no linear in scope '{self.scope}'")
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self.scope))
 
     def _rewrite(self, region: Region, match: Match) -> None:
         add_mask(region, match.nodes)

@@ -73,6 +73,7 @@ class Updates:
         self._held = False
         self._served: list[tuple[SparseWeight, Tensor]] = []  # masks of weights, as a forward in evaluation
         self._served_state: list[Any] = []  # mode read them last, and what tells those weights from others
+        self._cache: weakref.ref[Any] | None = None  # keys and values of that forward
         self._entered: ExitStack | None = None  # by a forward in evaluation mode
         self._masked = False  # the padding is that of an attention mask
         self._decaying: dict[int, tuple[SparseWeight, float]] = {}  # in whose gradient decay is, by id
@@ -207,18 +208,18 @@ class Updates:
             self._held = before
 
     @contextmanager
-    def _as_served(self) -> Iterator[None]:
+    def _as_served(self, goes_on: bool) -> Iterator[None]:
         """`Pipeline.evaluation` for one forward: masks are made anew only if a weight was written to
         since."""
-        with self.pipeline.lowered(as_evaluated(self.pipeline.active)), self._masks_of_weights():
+        with self.pipeline.lowered(as_evaluated(self.pipeline.active)), self._masks_of_weights(goes_on):
             yield
 
     @contextmanager
-    def _masks_of_weights(self) -> Iterator[None]:
+    def _masks_of_weights(self, goes_on: bool) -> Iterator[None]:
         """Masks of the weights as they are, in buffers of their own in the place of the update's."""
         exchanged: list[tuple[nn.Module, str, Tensor]] = []
         try:
-            for weight, fresh in self._masks():
+            for weight, fresh in self._masks(goes_on):
                 owner, leaf = weight.place(MASK)
                 exchanged.append((owner, leaf, owner._buffers[leaf]))  # type: ignore[arg-type]
                 owner._buffers[leaf] = fresh
@@ -229,9 +230,10 @@ class Updates:
 
     @torch.inference_mode(False)  # what is made here is read elsewhere too
     @torch.no_grad()
-    def _masks(self) -> list[tuple[SparseWeight, Tensor]]:
+    def _masks(self, goes_on: bool) -> list[tuple[SparseWeight, Tensor]]:
         """Made anew where a weight is not what it was. Its norm says so too: whoever writes to `.data`, as
-        averages of weights do, leaves no trace in its version."""
+        averages of weights do, leaves no trace in its version. Norms make the host wait for the device, so
+        that a forward that goes on from a cache is spared them: its beginning has looked."""
         weights = [
             (weight, p.method)
             for p in self.pipeline.active
@@ -241,9 +243,11 @@ class Updates:
         if not weights:
             return []
         parameters = [weight.parameter for weight, _ in weights]
-        state = [(id(p), None if p.is_inference() else p._version) for p in parameters]
         # A shard's version and norm say nothing of the others.
         sharded = any(isinstance(p, DTensor) for p in parameters)
+        state: list[Any] = [(id(p), None if p.is_inference() else p._version) for p in parameters]
+        if goes_on and not sharded and state == self._served_state[: len(state)]:
+            return self._served
         state += [] if sharded else _norms(parameters)
         if sharded or state != self._served_state:
             self._served_state = state
@@ -259,7 +263,7 @@ class Updates:
             return
         if not module.training:
             self._entered = ExitStack()
-            self._entered.enter_context(self._as_served())
+            self._entered.enter_context(self._as_served(self._goes_on(kwargs.get("past_key_values"))))
         elif torch.is_grad_enabled():
             renewing = [p for p in self.pipeline.passes if self._trains(p)]
             if renewing and not self._begun:
@@ -269,6 +273,17 @@ class Updates:
                 )
             self._refuse_scaled_gradients()
             next_seeds_(self.pipeline, self._seeds)
+
+    def _goes_on(self, cache: Any) -> bool:
+        """Whether a forward continues one whose keys and values are in the cache, as `generate` of
+        `transformers` does for every token but the first."""
+        if not hasattr(cache, "get_seq_length"):
+            self._cache = None
+            return False
+        known = self._cache is not None and self._cache() is cache
+        self._cache = weakref.ref(cache)
+        length = cache.get_seq_length() if known else 0
+        return isinstance(length, int) and length > 0  # a tensor is on the device: to read it is to wait too
 
     def _refuse_scaled_gradients(self) -> None:
         """Decay cannot enter gradients at their beginning that a GradScaler has scaled."""
@@ -332,7 +347,7 @@ def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
     first = next((t for t in tensors if isinstance(t, Tensor) and t.ndim), None)
     if first is None:
         raise Act24Error(
-            "begin_update_: batch is a tensor, a sequence of them, or a mapping as of keyword arguments"
+            "begin_update_: give batch as a tensor, a sequence of them, or a mapping as of keyword arguments"
         )
     rows = rows_to_run(due, first.shape[1] if first.ndim > 1 else 1)
 

@@ -24,7 +24,17 @@ from torch import Tensor, fx
 
 from act24.options import Range, check_options
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
-from act24.passes.graph.linear_sites import FROZEN, LinearSite, Scope, frozen, in_scope, linear_sites
+from act24.passes.graph.linear_sites import (
+    FROZEN,
+    RESIZE,
+    LinearSite,
+    Scope,
+    frozen,
+    in_scope,
+    linear_sites,
+    no_linear,
+    tied,
+)
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 from act24.sparse24.format.products import Measured, Product, Table
@@ -158,11 +168,11 @@ class Weight24(OperationalPass):
             spec = region.parameters[site.weight]
             if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))
-                misses.append((site.path, f"its weight is {shown}, {wrong}"))
+                misses.append((site.path, f"its weight is {shown}, {wrong}: {RESIZE}"))
             elif frozen(region, site, self.targets):
                 misses.append((site.path, FROZEN))
             elif spec.shared:
-                misses.append((site.path, f"tied to {spec.shared[0]}"))
+                misses.append((site.path, tied(spec.shared[0])))
             else:
                 matches.append(
                     Match(
@@ -175,7 +185,7 @@ class Weight24(OperationalPass):
                         note=self._note(site),
                     )
                 )
-        return Plan(tuple(matches), tuple(misses), absent=f"no linear in scope '{self.scope}'")
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self.scope))
 
     def _note(self, site: LinearSite) -> str:
         if self.kernels and not tunable_products(_ANY_TOKENS, *site.shape, self.sparse_products):

@@ -169,6 +169,7 @@ class Log(Section):
     """`[log]`: terminal and TensorBoard."""
 
     every: PositiveSteps = 10  # optimizer steps
+    wandb: bool = False  # to Weights & Biases too, what TensorBoard gets; needs the package wandb
     activation_statistics: bool = True  # zeros after relu², and what 2:4 drops, by layer
     activation_statistics_every: PositiveSteps = 1  # optimizer steps; those in between count nothing
     weight_sparsity_every: Steps = 1000  # optimizer steps; 0: never

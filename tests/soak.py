@@ -34,6 +34,7 @@ from tiny import write_recipe  # noqa: E402
 from act24.errors import Act24Error  # noqa: E402
 from act24.tools.checkpoints import checkpoint  # noqa: E402
 from act24.tools.checkpoints import folder as checkpoint_folder  # noqa: E402
+from act24.tools.checkpoints.manifest import contents, fingerprints  # noqa: E402
 from act24.tools.checkpoints.reading import TensorReader  # noqa: E402
 
 STEPS = 24
@@ -61,7 +62,9 @@ RUNS = {
     ],
 }
 #: Tags of what is measured in time.
-_TIMED = ("perf/", "memory/")
+_TIMED = ("perf/",)
+#: What each process would import for half of its time, loaded once.
+_LOADED = ("act24.tools.commands.cli", "act24.tools.run.train", "torch._dynamo", "torch.utils.tensorboard")
 _LOOKED_INTO = ("optimizer/.metadata", "rank-00000.json")
 
 
@@ -99,8 +102,8 @@ def files_of(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint, but for what is another each time that a run is made: of the manifest the
     times, of the optimizer's table an id, and the states of Python's and numpy's generators, which no run
     seeds or draws from."""
-    names = [name for name in checkpoint_folder.contents(folder) if name not in _LOOKED_INTO]
-    files: dict[str, Any] = dict(checkpoint_folder.fingerprints(folder, names))
+    names = [name for name in contents(folder) if name not in _LOOKED_INTO]
+    files: dict[str, Any] = dict(fingerprints(folder, names))
     table = TensorReader(folder / "optimizer").read_metadata()
     files["optimizer/.metadata"] = repr((table.state_dict_metadata, table.storage_data))
     of_rank = json.loads((folder / "rank-00000.json").read_text())
@@ -140,13 +143,14 @@ def facts(run_dir: Path) -> dict[str, Any]:
 def phase(run_dir: Path) -> str:
     """Where a kill struck, as its folder shows."""
     names = [path.name for path in checkpoint_folder.all_of(run_dir)]
-    if any(".tmp-" in name for name in names):
+    if any(".tmp-" in name or ".gone-" in name for name in names):
         return "a checkpoint was half written or half deleted"
     return "between checkpoints" if names else "before the first checkpoint"
 
 
 def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """So many kills over as many runs as it takes."""
+    CONTEXT.set_forkserver_preload(list(_LOADED))
     draw = random.Random(seed)
     recipe = write_recipe(folder)
     straight, duration = {}, {}

@@ -27,6 +27,7 @@ from act24.recipes.load import parse_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("own-text", "trainer", "export", "many-gpus", "write-a-pass", "trouble")
 TEXTS = ("README.md", "README.zh.md", *(f"docs/{page}.md" for page in (*PAGES, "own-training-loop")))
+CHINESE = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.zh.md")))
 #: What a page's first commands need of a machine, and what they say where it is missing.
 NEEDS = {
     r"act24 bench ": "GPU",
@@ -172,7 +173,7 @@ def test_every_recipe_of_a_page_is_one(path):
             assert parse_recipe(block, path).passes
 
 
-@pytest.mark.parametrize("path", [*TEXTS, "CONTRIBUTING.md", "ARCHITECTURE.md"])
+@pytest.mark.parametrize("path", [*TEXTS, *CHINESE, "CONTRIBUTING.md", "ARCHITECTURE.md"])
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", read(path)):
         assert ((ROOT / path).parent / target).exists(), target
@@ -207,39 +208,6 @@ def test_figures_of_the_first_table_are_those_that_were_measured():
     expected += [f"{losses[name, 0, 3051]:.4f}" for name in ("dense relu2", "dense SwiGLU", "full recipe")]
     table = read("README.md").partition("**What one gains**")[2].partition("**On which hardware**")[0]
     assert [figure for figure in expected if figure not in table] == []
-
-
-def test_both_languages_have_the_same_blocks_and_figures():
-    """Code blocks word for word, and the figures of the tables in their order."""
-    english, chinese = read("README.md"), read("README.zh.md")
-    assert blocks(english) == blocks(chinese)
-    for begin, end in (("**What one gains**", "**On which"), ("**On which", "A run says")):
-        here = english.partition(begin)[2].partition(end)[0]
-        names = {"**What one gains**": "**收益**", "**On which": "**硬件支持**", "A run says": "每次训练"}
-        there = chinese.partition(names[begin])[2].partition(names[end])[0]
-        assert numbers(here) == numbers(there) != []
-
-
-def numbers(text: str) -> list[str]:
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    return re.findall(r"\d[\d,.]*\d|\d", "\n".join(rows))
-
-
-def test_the_flags_of_the_chinese_table_become_the_keys_beside_them():
-    from act24.recipes.flags import FLAGS
-    from act24.recipes.keys import recipe_keys
-
-    table = read("README.zh.md").partition("| run_c4.py | 配方 |")[2]
-    becomes = {flag.name: flag.key for flag in FLAGS}
-    known = {key.path for key in recipe_keys()}
-    rows = [line for line in table.splitlines() if line.startswith("| `--")]
-    assert len(rows) == 10
-    for row in rows:
-        flags, keys = (re.findall(pattern, row) for pattern in (r"`--(\w+)", r"`(\w+\.\w+)"))
-        assert set(flags) <= set(becomes), row
-        assert {key for key in keys if not key.endswith(".name")} <= known, row
-        if len(flags) == len(keys) and "optimizer.name" not in keys:
-            assert [becomes[flag] for flag in flags] == keys, row
 
 
 def test_the_changelog_has_the_version():

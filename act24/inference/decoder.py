@@ -1,16 +1,19 @@
 """A whole model over a static cache: prompts in chunks, then a step a token.
 
 On a CUDA device the blocks are compiled and a step is one CUDA graph, which reads and writes fixed addresses:
-the last tokens, the slot, the cache. Nothing in it waits for the host. What sparsity a step uses is measured
+the last tokens, the slot, the cache. Nothing in it waits for the host. How each block multiplies is measured
 there, when the step is captured: on the batch that it is for, with the zeros that the model really has.
+Layers differ: one that is half active loses by skipping, the next one at a tenth gains.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +23,13 @@ from act24.errors import Act24Error
 from act24.inference.attention import Place, place_of
 from act24.inference.layer import (
     DENSE,
+    Choice,
     LayerForm,
-    Sparsity,
     cached_layers,
     can_use,
-    pads_prompts,
+    lay_out_,
     step_choices,
+    weights_of,
 )
 from act24.inference.sampling import Sampling, next_token
 from act24.llama import LlamaConfig, LlamaForCausalLM
@@ -37,8 +41,21 @@ CHUNK = 2048
 #: Replays of a captured step that are timed, twice; the faster turn counts.
 REPLAYS = 8
 
+#: Times that each block is timed by itself; the fastest counts.
+TURNS = 6
+
+#: How each block of a step multiplies.
+Plan = tuple[Choice, ...]
+
 #: Caches have a multiple of so many slots, so that the next batch often fits the one that is there.
 SLOTS = 128
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan in words: `2 blocks fused products, 1 block dense`."""
+    return ", ".join(
+        f"{blocks} block{'s' * (blocks > 1)} {choice}" for choice, blocks in Counter(plan).most_common()
+    )
 
 
 @dataclass
@@ -84,7 +101,8 @@ class Decoder:
     slots and the same sampling.
 
     Attributes:
-        times: by rows and sparsity, seconds of a step, where several were tried.
+        plans: by rows, how each block of a step multiplies.
+        times: by rows and plan, seconds of a step, where several were tried.
     """
 
     def __init__(
@@ -92,7 +110,7 @@ class Decoder:
         model: LlamaForCausalLM,
         allowed: Tensor | None = None,
         compiled: bool | None = None,
-        sparsity: Sparsity | None = None,
+        choice: Choice | None = None,
     ) -> None:
         """
         Args:
@@ -100,8 +118,9 @@ class Decoder:
             allowed: boolean `[V]`, which tokens may be taken; None: all.
             compiled: compile the blocks, and replay steps from CUDA graphs on a CUDA device. None: on a CUDA
                 device.
-            sparsity: what steps use of it. None: on a CUDA device whatever is fastest for each number of
-                rows, elsewhere nothing.
+            choice: how every block of a step multiplies. None: on a CUDA device, for each number of rows and
+                each block, what is fastest; elsewhere `DENSE`. Measuring costs a compilation of each kind of
+                block for each choice that is tried, five at most, and two more captures of a step.
 
         Raises:
             Act24Error: a block is not of `act24.llama`.
@@ -113,15 +132,19 @@ class Decoder:
         self._forms = cached_layers([*model.model.layers])
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         self._captures = self._compiled and self._device.type == "cuda"
-        self._sparsity = sparsity if sparsity is not None or self._captures else DENSE
-        self._multiple = pads_prompts([*model.model.layers])
-        self._there = can_use([*model.model.layers]) if self._sparsity is None else DENSE
-        self._step_forms: dict[Sparsity, list[LayerForm]] = {}
+        self._choice = choice if choice is not None or self._captures else DENSE
+        self._blocks = [*model.model.layers]
+        self._weights = [] if self._choice == DENSE else weights_of(self._blocks)
+        self._there = can_use(self._weights)
+        self._laid_out: Plan | None = None
+        self._addresses, self._versions = self._addresses_and_versions()
+        self._step_forms: dict[Choice, list[LayerForm]] = {}
         self._compiled_forms: dict[tuple[LayerForm, int, int], LayerForm] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
         self._batch: Batch | None = None
         self._graph: tuple[Sampling, torch.cuda.CUDAGraph] | None = None
-        self.times: dict[int, dict[Sparsity, float]] = {}
+        self.plans: dict[int, Plan] = {}
+        self.times: dict[int, dict[Plan, float]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -150,10 +173,9 @@ class Decoder:
     def _begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], length: int, sampling: Sampling
     ) -> Tensor:
+        self._look_at_weights()
         longest = max(map(len, prompts))
-        padding = -longest % self._multiple
-        batch = self._renewed(len(prompts), length + padding)
-        longest += padding
+        batch = self._renewed(len(prompts), length)
         padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
         batch.first.copy_(torch.tensor([longest - len(p) for p in prompts]))
         batch.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
@@ -178,39 +200,59 @@ class Decoder:
             return self._step(batch, sampling)
 
     def _step(self, batch: Batch, sampling: Sampling) -> Tensor:
-        if not self._captures:
-            self._advance(batch, sampling, self._sparsity or DENSE)
-        elif self._graph is not None and self._graph[0] == sampling:
+        if self._graph is not None and self._graph[0] == sampling:
+            self._graph[1].replay()
+            return batch.tokens
+        self._graph = None
+        plan = self._plan(batch, sampling)
+        if self._captures:
+            self._graph = sampling, self._captured(batch, sampling, plan)
             self._graph[1].replay()
         else:
-            self._graph = None
-            self._graph = sampling, self._fastest(batch, sampling)
-            self._graph[1].replay()
+            self._advance(batch, sampling, plan)
         return batch.tokens
 
-    def _fastest(self, batch: Batch, sampling: Sampling) -> torch.cuda.CUDAGraph:
-        """The step, captured with each choice of sparsity; the fastest one on this batch as it stands."""
-        choices: Sequence[Sparsity] = (
-            step_choices(batch.rows, self._there, self._dtype, self._device)
-            if self._sparsity is None
-            else [self._sparsity]
-        )
-        known = self.times.get(batch.rows)
-        if known:  # another length or sampling
-            choices = [min(known, key=lambda choice: known[choice])]
-        graphs = {choice: self._captured(batch, sampling, choice) for choice in choices}
-        if len(graphs) > 1:
-            self.times[batch.rows] = times = {c: self._seconds(batch, graphs[c]) for c in choices}
-            choices = [min(times, key=lambda choice: times[choice])]
-        return graphs[choices[0]]
+    def _plan(self, batch: Batch, sampling: Sampling) -> Plan:
+        """For so many rows; measured on the first such batch, as it stands."""
+        if batch.rows not in self.plans:
+            choice = self._choice
+            self.plans[batch.rows] = (
+                self._fastest(batch, sampling) if choice is None else (choice,) * len(self._blocks)
+            )
+        return self.plans[batch.rows]
 
-    def _captured(self, batch: Batch, sampling: Sampling, choice: Sparsity) -> torch.cuda.CUDAGraph:
+    def _fastest(self, batch: Batch, sampling: Sampling) -> Plan:
+        """Each block as it is fastest by itself, or all of them dense, whichever step is faster."""
+        dense = (DENSE,) * len(self._blocks)
+        tried = {DENSE: self._block_seconds(batch, DENSE)}
+        fused = False
+        if self._there.fused:
+            # Blocks read the same weights either way, so one answer does for all, and for the other choices.
+            tried[Choice(fused=True)] = seconds = self._block_seconds(batch, Choice(fused=True))
+            fused = sum(seconds) < sum(tried[DENSE])
+        for choice in step_choices(batch.rows, self._there, self._dtype, self._device):
+            choice = choice._replace(fused=fused)
+            if choice not in tried:
+                tried[choice] = self._block_seconds(batch, choice)
+        mixed = tuple(min(tried, key=lambda c: tried[c][block]) for block in range(len(dense)))
+        if mixed == dense:
+            return dense
+        self.times[batch.rows] = times = {
+            plan: self._seconds(batch, self._captured(batch, sampling, plan)) for plan in (dense, mixed)
+        }
+        return min(times, key=lambda plan: times[plan])
+
+    def _captured(self, batch: Batch, sampling: Sampling, plan: Plan) -> torch.cuda.CUDAGraph:
+        """A graph of a step, good until the weights are laid out for another plan."""
         with _kept(batch):
-            self._advance(batch, sampling, choice)  # compiles, and loads kernels
+            self._advance(batch, sampling, plan)  # compiles, and loads kernels
+        return self._graph_of(lambda: self._advance(batch, sampling, plan))
+
+    def _graph_of(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         with torch.cuda.graph(graph):
-            self._advance(batch, sampling, choice)
+            run()
         return graph
 
     def _seconds(self, batch: Batch, graph: torch.cuda.CUDAGraph) -> float:
@@ -228,11 +270,61 @@ class Decoder:
             turns.append(start.elapsed_time(end) / REPLAYS / 1e3)
         return min(turns)
 
-    def _forms_for(self, choice: Sparsity, batch: Batch) -> list[LayerForm]:
-        if choice not in self._step_forms:
-            with torch.inference_mode(False):  # weights that are laid out anew stay ordinary tensors
-                self._step_forms[choice] = cached_layers([*self._model.model.layers], choice)
-        forms = self._step_forms[choice]
+    def _block_seconds(self, batch: Batch, choice: Choice) -> list[float]:
+        """Seconds of each block with a choice, on the batch as it stands. The blocks take turns, so that none
+        finds its weights in the device's cache."""
+        calls: list[Callable[[], Tensor]] = []
+        for _ in range(2):  # the first compiles, and loads kernels
+            calls.clear()
+            self._through_blocks(batch, (choice,) * len(self._blocks), calls)
+        graphs = [self._graph_of(call) for call in calls]
+        turns = [[torch.cuda.Event(enable_timing=True) for _ in (*graphs, None)] for _ in range(TURNS)]
+        for marks in turns:
+            for graph, mark in zip(graphs, marks, strict=False):
+                mark.record()
+                graph.replay()
+            marks[-1].record()
+        torch.cuda.synchronize(self._device)
+        return [
+            min(marks[block].elapsed_time(marks[block + 1]) for marks in turns) / 1e3
+            for block in range(len(graphs))
+        ]
+
+    def _look_at_weights(self) -> None:
+        """Forget a graph whose weights lie elsewhere now: moved, or laid out by another decoder.
+
+        Raises:
+            Act24Error: packed weights are not the model's any more.
+        """
+        addresses, versions = self._addresses_and_versions()
+        if addresses != self._addresses:
+            self._graph = self._laid_out = None
+            self._addresses = addresses
+        if versions != self._versions and any(choice.packed for choice in self._step_forms):
+            raise Act24Error("weights changed after they were packed: make a new Generator of this model")
+        self._versions = versions
+
+    def _addresses_and_versions(self) -> tuple[list[int], list[int]]:
+        parameters = [*self._model.parameters()]
+        counted = [parameter for parameter in parameters if not parameter.is_inference()]
+        return [p.data_ptr() for p in parameters], [p._version for p in counted]
+
+    def _lay_out_(self, plan: Plan) -> None:
+        if plan == self._laid_out or not self._weights:
+            return
+        with torch.inference_mode(False):  # parameters stay ordinary tensors
+            for block, weights, choice in zip(self._blocks, self._weights, plan, strict=True):
+                lay_out_(block, weights, choice)
+        self._laid_out = plan
+        self._addresses, self._versions = self._addresses_and_versions()
+
+    def _forms_for(self, plan: Plan, batch: Batch) -> list[LayerForm]:
+        for choice in {*plan} - {*self._step_forms}:
+            self._lay_out_((choice,) * len(plan))
+            with torch.inference_mode(False):  # packed weights are ordinary tensors
+                self._step_forms[choice] = cached_layers(self._blocks, choice)
+        self._lay_out_(plan)
+        forms = [self._step_forms[choice][block] for block, choice in enumerate(plan)]
         if not self._compiled:
             return forms
         keys = [(form, batch.rows, batch.length) for form in forms]
@@ -241,12 +333,17 @@ class Decoder:
                 self._compiled_forms[key] = _compiled(key[0])
         return [self._compiled_forms[key] for key in keys]
 
-    def _advance(self, batch: Batch, sampling: Sampling, choice: Sparsity) -> None:
-        place = place_of(batch.slot, batch.first, batch.length)
-        forms = self._forms_for(choice, batch)
-        hidden = self._layers(forms, batch, batch.tokens[:, None], place, batch.keys, batch.values)
+    def _advance(self, batch: Batch, sampling: Sampling, plan: Plan) -> None:
+        hidden = self._through_blocks(batch, plan)
         batch.slot.add_(1)
         batch.tokens.copy_(self._choose(hidden, batch, sampling))
+
+    def _through_blocks(
+        self, batch: Batch, plan: Plan, calls: list[Callable[[], Tensor]] | None = None
+    ) -> Tensor:
+        place = place_of(batch.slot, batch.first, batch.length)
+        forms = self._forms_for(plan, batch)
+        return self._layers(forms, batch, batch.tokens[:, None], place, batch.keys, batch.values, calls)
 
     def _prefill(self, batch: Batch, padded: Tensor) -> Tensor:
         """Prompts through the model, a chunk at a time. Returns the last hidden states, `[B, 1, D]`."""
@@ -266,13 +363,18 @@ class Decoder:
         place: Place,
         keys: list[Tensor],
         values: list[Tensor],
+        calls: list[Callable[[], Tensor]] | None = None,
     ) -> Tensor:
+        """Hidden states behind the blocks. `calls` gets each block's, with its arguments."""
         position = (place.slots - batch.first[:, None]).clamp(min=0)
         cos, sin = (table[position][:, None] for table in self._rotary(batch.length))
         model = self._model.model
         hidden = model.embed_tokens(ids)
         for layer, form, key, value in zip(model.layers, forms, keys, values, strict=True):
-            hidden = form(layer, hidden, cos, sin, key, value, place)
+            call = partial(form, layer, hidden, cos, sin, key, value, place)
+            if calls is not None:
+                calls.append(call)
+            hidden = call()
         return hidden
 
     def _choose(self, hidden: Tensor, batch: Batch, sampling: Sampling) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.inference.decoder import Decoder
-from act24.inference.layer import Sparsity
+from act24.inference.layer import Choice
 from act24.inference.sampling import Sampling
 from act24.inference.text import RowText
 from act24.llama import LlamaForCausalLM
@@ -75,7 +75,7 @@ class Generator:
     print(generator(["def main("], tokens=64, sampling=Sampling(temperature=0))[0].text)
 
     Attributes:
-        decoder: the model over its cache; its `times` say what sparsity was tried.
+        decoder: the model over its cache; its `plans` and `times` say how its blocks multiply.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         *,
         compiled: bool | None = None,
-        sparsity: Sparsity | None = None,
+        choice: Choice | None = None,
     ) -> None:
         """
         Args:
             model: act24's LLaMA, rewritten by passes or not; put into evaluation.
             tokenizer: None where prompts and continuations are ids (`generate_ids`).
-            compiled, sparsity: as for `act24.inference.decoder.Decoder`.
+            compiled, choice: as for `act24.inference.decoder.Decoder`.
 
         Raises:
             Act24Error: another model.
@@ -107,7 +107,7 @@ class Generator:
             allowed = torch.as_tensor(tokenizer.known_ids(self._config.vocab_size))
             if not allowed.any():
                 raise Act24Error("the tokenizer has no token that the model knows")
-        self.decoder = Decoder(model, allowed, compiled, sparsity)
+        self.decoder = Decoder(model, allowed, compiled, choice)
 
     def __call__(
         self,

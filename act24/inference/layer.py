@@ -3,6 +3,7 @@
     attention(q, k, v, causal)        ==>   attend(q, k, v, keys, values, place)
     linear(relu2(h), W)               ==>   skipping_linear(h, W, "relu2")             if skipping
     activation24(x, W_in, W_out, …)   ==>   skipping_linear(activation24(…), W_out)    if skipping
+    linear(x, W), linear(x, V)        ==>   split(linear(x, rows of W and V))          if fused
     linear(x, W), W 2:4               ==>   packed_linear(x, values, codes)            if packed
 
 All else stays as it is, whatever passes made of the block. Blocks with equal code share one function, so that
@@ -24,6 +25,7 @@ from act24.inference.attention import attend
 from act24.inference.linears import (
     PACKED_TOKENS,
     SKIPPING_TOKENS,
+    fuse_,
     packed_linear,
     skipping_linear,
     store_by_feature_,
@@ -43,35 +45,40 @@ _FUNCTIONS = {relu2: "relu2", F.relu: "relu", torch.relu: "relu"}
 #: Endings of the buffers of a packed weight, beside it in the block.
 VALUES, CODES = "_packed_values", "_packed_codes"
 
+#: Beginning of the name of a buffer of several weights, and the ending of one of their biases.
+FUSED, BIAS = "act24_fused_", "_bias"
 
-class Sparsity(NamedTuple):
-    """What of a model's sparsity a step uses.
+#: Elements of what kernels load at once.
+_LOAD = 8
+
+
+class Choice(NamedTuple):
+    """How a block multiplies in a step.
 
     Attributes:
         skipping: leave out rows of weights behind relu² that zeros would multiply.
         packed: read 2:4 weights packed.
+        fused: multiply one input with several weights, as those of q, k and v, in one product.
     """
 
     skipping: bool = False
     packed: bool = False
+    fused: bool = False
 
     def __str__(self) -> str:
-        parts = ("skipping" if self.skipping else "", "2:4 weights" if self.packed else "")
-        return " and ".join(part for part in parts if part) or "dense"
+        told = {"skipping": self.skipping, "2:4 weights": self.packed, "fused products": self.fused}
+        return " and ".join(part for part, used in told.items() if used) or "dense"
 
 
-DENSE = Sparsity()
-
-#: Tokens in the tiles of 2:4 activations.
-TILE = 64
+DENSE = Choice()
 
 
-def cached_layers(layers: Sequence[nn.Module], sparsity: Sparsity = DENSE) -> list[LayerForm]:
+def cached_layers(layers: Sequence[nn.Module], choice: Choice = DENSE) -> list[LayerForm]:
     """For each block the function that computes it over a cache.
 
     Args:
-        sparsity: with `skipping`, weights behind relu² are stored by feature from now on; with `packed`, a
-            packed copy of each 2:4 weight comes into the block.
+        choice: for which the blocks are laid out (`lay_out_`); with `packed`, a packed copy of each 2:4
+            weight comes into the block.
 
     Raises:
         Act24Error: a block is none of act24's, or its attention is not the causal one of `act24.llama`.
@@ -80,9 +87,12 @@ def cached_layers(layers: Sequence[nn.Module], sparsity: Sparsity = DENSE) -> li
     found = []
     for index, layer in enumerate(layers):
         graph = _traced(layer, f"block {index}")
-        if sparsity.skipping:
-            _skip(graph, layer)
-        if sparsity.packed:
+        if choice.fused:
+            _fuse(graph, layer)
+        if choice.skipping:
+            _skip(graph)
+        graph.eliminate_dead_code()
+        if choice.packed:
             _pack(graph, layer)
         graph.eliminate_dead_code()
         graph.lint()
@@ -94,21 +104,60 @@ def cached_layers(layers: Sequence[nn.Module], sparsity: Sparsity = DENSE) -> li
     return found
 
 
-def can_use(layers: Sequence[nn.Module]) -> Sparsity:
-    """What of `Sparsity` there is in a model."""
-    skipping = packed = False
+class Weights(NamedTuple):
+    """Of a block, the parameters that a choice lays out anew, or reads in another form.
+
+    Attributes:
+        behind: weights behind an activation, of which zeros need no rows.
+        together: by the name of a buffer, parameters that can be one tensor, behind each other: weights that
+            multiply the same input, and their biases.
+        packable: some linear's weight is 2:4, and the kernel can read it packed.
+    """
+
+    behind: tuple[Tensor, ...]
+    together: dict[str, tuple[Tensor, ...]]
+    packable: bool
+
+
+def weights_of(layers: Sequence[nn.Module]) -> list[Weights]:
+    """What there is in each block. Looks at the values of its weights."""
+    found = []
     for index, layer in enumerate(layers):
         graph = _traced(layer, f"block {index}")
-        skipping = skipping or bool(_activations(graph))
-        packed = packed or any(not why_not_packed(_parameter(layer, n)) for n in _linears(graph))
-    return Sparsity(skipping, packed)
+        behind = tuple(_tensor(layer, each.weight) for each in _activations(graph))
+        together = {}
+        for group in _groups(graph, layer):
+            weights, biases = group.parameters(layer)
+            together[group.name] = weights
+            if biases:
+                together[group.name + BIAS] = biases
+        packable = any(not why_not_packed(_weight(layer, linear)) for linear in _linears(graph))
+        found.append(Weights(behind, together, packable))
+    return found
 
 
-def step_choices(
-    rows: int, there: Sparsity, dtype: torch.dtype, device: torch.device
-) -> tuple[Sparsity, ...]:
+def can_use(weights: Sequence[Weights]) -> Choice:
+    """What of `Choice` there is in a model."""
+    return Choice(
+        any(each.behind for each in weights),
+        any(each.packable for each in weights),
+        any(each.together for each in weights),
+    )
+
+
+def lay_out_(layer: nn.Module, weights: Weights, choice: Choice) -> None:
+    """Let a block's parameters lie in memory as a choice reads them. Their values and shapes stay, and
+    nothing is kept twice: those that are fused become views of one tensor, a buffer of the block."""
+    for weight in weights.behind:
+        store_by_feature_(weight, choice.skipping)
+    if choice.fused:
+        for name, parameters in weights.together.items():
+            fuse_(layer, name, parameters)
+
+
+def step_choices(rows: int, there: Choice, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
     """What a step may use of a model's sparsity, by rows of the batch; the one place that says it. Which of
-    them is fastest is measured when the step is captured.
+    them is fastest is measured, block by block, when the step is captured.
 
     Args:
         there: what of it the model has (`can_use`).
@@ -116,13 +165,7 @@ def step_choices(
     kernels = device.type == "cuda" and dtype is torch.bfloat16
     skipping = (False, True) if kernels and there.skipping and rows <= SKIPPING_TOKENS else (False,)
     packed = (False, True) if kernels and there.packed and rows <= PACKED_TOKENS else (False,)
-    return tuple(Sparsity(s, p) for s in skipping for p in packed)
-
-
-def pads_prompts(layers: Sequence[nn.Module]) -> int:
-    """Of what number of tokens a prompt is a multiple when it is read: 2:4 products take no other."""
-    graphs = (_traced(layer, f"block {index}") for index, layer in enumerate(layers))
-    return TILE if any(node.target is activation24 for graph in graphs for node in graph.nodes) else 1
+    return tuple(Choice(s, p) for s in skipping for p in packed)
 
 
 def _traced(layer: nn.Module, name: str) -> fx.Graph:
@@ -162,8 +205,48 @@ def _argument(node: fx.Node, place: int, name: str) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 
-def _parameter(layer: nn.Module, linear: fx.Node) -> Tensor:
-    return layer.get_parameter(_argument(linear, 1, "weight").target)
+def _tensor(layer: nn.Module, node: fx.Node) -> Tensor:
+    """The parameter or buffer that a node reads."""
+    path, _, name = str(node.target).rpartition(".")
+    return getattr(layer.get_submodule(path), name)
+
+
+def _weight(layer: nn.Module, linear: fx.Node) -> Tensor:
+    return _tensor(layer, _argument(linear, 1, "weight"))
+
+
+class _Group(NamedTuple):
+    """Linears of the same input, whose weights can be one.
+
+    Attributes:
+        name: of the buffer that holds the weights; with `BIAS` behind it, the biases.
+        linears: in the order of the graph.
+        biased: they have biases, all of them.
+    """
+
+    name: str
+    linears: list[fx.Node]
+    biased: bool
+
+    def parameters(self, layer: nn.Module) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Weights, and biases where there are some."""
+        weights = tuple(_weight(layer, linear) for linear in self.linears)
+        if not self.biased:
+            return weights, ()
+        return weights, tuple(_tensor(layer, _argument(linear, 2, "bias")) for linear in self.linears)
+
+
+def _groups(graph: fx.Graph, layer: nn.Module) -> list[_Group]:
+    """Each weight is in one group at most. Weights that can be packed and others are not mixed, since the one
+    weight of a group is packed or is not; a part begins where kernels load 16 bytes at once."""
+    found: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for linear in _linears(graph):
+        weight, bias = _weight(layer, linear), _argument(linear, 2, "bias")
+        if len(weight) % _LOAD == 0 and (bias is None or bias.op == "get_attr"):
+            kind = (bias is not None, weight.dtype, bool(why_not_packed(weight)))
+            found.setdefault((linear.args[0], *kind), []).append(linear)
+    groups = [(linears, biased) for (_, biased, *_), linears in found.items() if len(linears) > 1]
+    return [_Group(f"{FUSED}{n}", linears, biased) for n, (linears, biased) in enumerate(groups)]
 
 
 class _Activation(NamedTuple):
@@ -222,26 +305,41 @@ def _before_24(node: fx.Node) -> Callable[[fx.Graph], tuple[fx.Node, str]]:
     return before
 
 
-def _skip(graph: fx.Graph, layer: nn.Module) -> None:
+def _skip(graph: fx.Graph) -> None:
     for found in _activations(graph):
-        weight = layer.get_parameter(str(found.weight.target))
-        store_by_feature_(weight)
         with graph.inserting_before(found.node):
             hidden, function = found.before(graph)
             arguments = (hidden, found.weight, found.bias, function)
             found.node.replace_all_uses_with(graph.call_function(skipping_linear, arguments))
 
 
+def _fuse(graph: fx.Graph, layer: nn.Module) -> None:
+    for group in _groups(graph, layer):
+        first = group.linears[0]
+        with graph.inserting_before(first):
+            weight = graph.get_attr(group.name)
+            bias = graph.get_attr(group.name + BIAS) if group.biased else None
+            whole = graph.call_function(F.linear, (first.args[0], weight, bias))
+            sizes = [len(_weight(layer, linear)) for linear in group.linears]
+            parts = graph.call_function(torch.split, (whole, sizes, -1))
+            for n, linear in enumerate(group.linears):
+                linear.replace_all_uses_with(graph.call_function(operator.getitem, (parts, n)))
+        for linear in group.linears:
+            graph.erase_node(linear)
+
+
 def _pack(graph: fx.Graph, layer: nn.Module) -> None:
     for linear in _linears(graph):
         name = str(_argument(linear, 1, "weight").target)
-        weight = layer.get_parameter(name)
+        weight = _weight(layer, linear)
         if why_not_packed(weight):
             continue
         path, _, leaf = name.rpartition(".")
         owner = layer.get_submodule(path)
-        if not hasattr(owner, leaf + VALUES):
-            for ending, part in zip((VALUES, CODES), packed_for_decode(weight), strict=True):
+        for ending, part in zip((VALUES, CODES), packed_for_decode(weight), strict=True):
+            if hasattr(owner, leaf + ending):  # of an earlier generator, with weights that may have changed
+                getattr(owner, leaf + ending).copy_(part)
+            else:
                 owner.register_buffer(leaf + ending, part, persistent=False)
         with graph.inserting_before(linear):
             parts = [graph.get_attr(name + ending) for ending in (VALUES, CODES)]

@@ -1,10 +1,12 @@
 """The linears of a decoding step, where bytes of weights are the time: rows that a zero meets are not read,
-and 2:4 weights are read packed."""
+2:4 weights are read packed, and weights of the same input are read as one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from act24.sparse24.kernels.packed_decode import INPUTS, packed_decode
 from act24.sparse24.kernels.skipping_product import skipping_product
@@ -27,7 +29,7 @@ def skipping_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, functio
     Returns:
         `[..., D]`.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     y = skipping_product(rows, weight.T, function).sum(0)
     y = y if bias is None else y + bias
     return y.to(hidden.dtype).view(*hidden.shape[:-1], len(weight))
@@ -45,9 +47,31 @@ def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None)
 
 
 @torch.no_grad()
-def store_by_feature_(weight: Tensor) -> None:
-    """Let a weight `[D, F]` lie in memory as `[F, D]`. Its values and its shape stay."""
-    weight.data = weight.data.T.contiguous().T
+def store_by_feature_(weight: Tensor, by_feature: bool = True) -> None:
+    """Let a weight `[D, F]` lie in memory as `[F, D]`, or as `[D, F]` again. Values and shape stay."""
+    stored = weight.data.T if by_feature else weight.data
+    if not stored.is_contiguous():
+        weight.data = stored.contiguous().T if by_feature else stored.contiguous()
+
+
+@torch.no_grad()
+def fuse_(module: nn.Module, name: str, parameters: Sequence[Tensor]) -> None:
+    """Let parameters of a module lie behind each other in one tensor, its buffer `name`, of which they become
+    views. Their values and shapes stay. Nothing is done where they lie there already.
+
+    Args:
+        parameters: `[N_i, …]`, of one dtype.
+    """
+    sizes = [len(parameter) for parameter in parameters]
+    whole = getattr(module, name, None)
+    if whole is None or any(
+        part.data_ptr() != parameter.data_ptr()
+        for part, parameter in zip(whole.split(sizes), parameters, strict=True)
+    ):
+        whole = torch.cat([parameter.data for parameter in parameters])
+        for part, parameter in zip(whole.split(sizes), parameters, strict=True):
+            parameter.data = part
+        module.register_buffer(name, whole, persistent=False)
 
 
 def why_not_packed(weight: Tensor) -> str:

@@ -123,7 +123,7 @@ class LOROAdamWOptions(AdamWOptions):
 
     def diagnostics_(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         assert isinstance(optimizer, LOROAdamW)
-        return {f"loro/{name}": value for name, value in optimizer.diagnostics_().items()}
+        return {f"optim/loro_{name}": value for name, value in optimizer.diagnostics_().items()}
 
 
 def loro_parameter_groups(

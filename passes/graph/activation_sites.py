@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from act24.errors import PassError
 from act24.passes.graph.normal_form import (
     common_path,
+    is_adapter,
     is_call,
     is_transposed,
     parameter_name,
@@ -90,7 +92,7 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
         after = users[0] if len(users) == 1 and is_call(users[0], F.linear) else None
         if after is not None and after.args[0] is not node:
             after = None
-        width = _features(region, source, 0) if is_call(source, F.linear) else None
+        width = _features(region, source, 0) if is_call(source, F.linear) else _adapted(region, source)
         if width is None and after is not None:
             width = _features(region, after, 1)
         if before in taken:
@@ -162,7 +164,8 @@ def name_sites(region: Region) -> None:
     for same in _of_one_name(names):
         raise PassError(
             f"{region.name(names[same[0]])} would be the name of {len(same)} activations, whose scales, "
-            "seeds and statistics could not be told apart: give the linears around them modules of their own"
+            "seeds and statistics could not be told apart: give the linears around them modules of their "
+            "own"
         )
     for node, name in names.items():
         node.meta[_SITE] = name
@@ -210,7 +213,8 @@ def pads_node(region: Region) -> fx.Node:
 
 
 def _between_convolutions(region: Region, node: fx.Node) -> bool:
-    """Whether a convolution is what comes first on either side: its features lie along another dimension."""
+    """Whether a convolution is what comes first on either side: its features lie along another "
+    "dimension."""
     for up in (True, False):
         frontier, seen = [node], {node}
         while frontier:
@@ -251,6 +255,20 @@ def _reach(node: fx.Node, up: bool) -> list[str]:
             else:
                 frontier.append(neighbour)
     return found
+
+
+def adapters_beside(region: Region, site: ActivationSite) -> list[str]:
+    """The layers of PEFT's that feed an activation or read it, by local name."""
+    around = [node for node in (site.hidden, *site.node.users) if _adapted(region, node) is not None]
+    return [str(node.target) for node in around]
+
+
+def _adapted(region: Region, node: fx.Node) -> int | None:
+    """The features that a layer of PEFT's gives, if a node calls one."""
+    if node.op != "call_module":
+        return None
+    module: Any = region.module.get_submodule(str(node.target))
+    return module.out_features if is_adapter(module) else None
 
 
 def _features(region: Region, linear: fx.Node, dimension: int) -> int | None:

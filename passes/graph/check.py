@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from act24.errors import PassError
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.shadow import Shadow, plain_call
-from act24.passes.graph.tracer import Unclean, random_state, set_random_state
+from act24.passes.graph.tracer import PLAIN, Unclean, random_state, set_random_state
 
 #: What a model is called with: a tensor, positional arguments, or keyword arguments.
 Probe = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -75,8 +75,8 @@ class Check:
                 self._output, self._read = _run(model, arguments, recorder)
             except _Writes as error:
                 raise PassError(
-                    f"the model writes to its parameter {error} in forward, which a rewritten one could not: "
-                    "switch that off (rescale_every = 0 of RWKV), or check=False if it does not matter"
+                    f"the model writes to its parameter {error} in forward, which a rewritten one could "
+                    "not: switch that off (rescale_every = 0 of RWKV), or check=False if it does not matter"
                 ) from error
             except Exception as error:  # whatever a foreign model raises
                 failures.append(f"{arguments}: {_line(error)}")
@@ -84,7 +84,10 @@ class Check:
             self._probe, self._given = arguments, recorder.given
             return
         if probe is not None:
-            raise PassError(f"the model cannot be called with the probe: {failures[0]}")
+            raise PassError(
+                f"the model cannot be called with the probe: {failures[0]}. Give what model(…) takes: a "
+                "tensor, positional arguments, or a mapping of keyword arguments"
+            )
         tried = f" ({failures[0]})" if failures else ""
         self.not_run = f"no input was found that it takes{tried}: give one, apply_(model, passes, probe=…)"
 
@@ -128,9 +131,9 @@ class Check:
             try:
                 found = _outcome(module, graph, arguments, mode)
             except Exception as error:
-                raise Unclean(f"its graph fails where it runs ({mode}): {_line(error)}") from error
+                raise Unclean(f"its graph fails where it runs ({mode}): {_line(error)}: {PLAIN}") from error
             if difference := _difference(expected, found, mode):
-                raise Unclean(f"its graph {difference} in {mode}")
+                raise Unclean(f"its graph {difference} in {mode}: {PLAIN}")
         self.agreeing += 1
 
     def forget_inputs(self) -> None:
@@ -167,7 +170,8 @@ class Check:
             if _storage(tensor) not in read:
                 raise PassError(
                     f"{name} is made by a pass, and the rewritten model does not read it: something holds "
-                    "the module that stood there (a compiled copy, a list). Apply passes before that is made"
+                    "the module that stood there (a compiled copy, a list). Apply passes before that is "
+                    "made"
                 )
         for name, tensor in replaced.items():
             if _storage(tensor) in read:

@@ -5,7 +5,8 @@ flow on values or on an argument being None, no hand-written backward and no gra
 (tracing would drop them), nothing written or drawn at random in forward, no tensor that is neither parameter
 nor buffer, no behaviour of a module besides its forward, and every linear visible. Modules that read
 `self.training` stay leaves, or tracing would freeze the mode; if such a leaf holds linears, what surrounds it
-is not clean. Only a double of the module is run (`act24.passes.graph.shadow`).
+is not clean, layers of PEFT's excepted, in which the linears are regions of their own. Only a double of the
+module is run (`act24.passes.graph.shadow`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
-from act24.passes.graph.normal_form import is_call, is_linear, linear_arguments, normalise
+from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
 from act24.passes.graph.shadow import Shadow, contents, global_contents
-from act24.passes.graph.tracer import RegionTracer, Tracer, Unclean
+from act24.passes.graph.tracer import OWN, PLAIN, REGISTER, RegionTracer, Tracer, Unclean
 
 #: What a module may do besides its forward, and a region does not.
 _BESIDES = (
@@ -34,6 +35,7 @@ _BESIDES = (
     "_save_to_state_dict",
     "_load_from_state_dict",
     "_apply",
+    "train",
 )
 
 
@@ -62,7 +64,10 @@ def clean_trace(module: nn.Module) -> Trace:
     _check_signature(module)
     shadow = Shadow(module)
     if shadow.uncopied:
-        raise Unclean(f"holds {shadow.uncopied}, which cannot be copied, and tracing might write to it")
+        raise Unclean(
+            f"holds {shadow.uncopied}, which cannot be copied, and tracing might write to it: keep it "
+            "outside of the module"
+        )
     before, outside = contents(shadow.root), global_contents(module)
     tracer = Tracer(shadow, _is_leaf)
     try:
@@ -71,21 +76,22 @@ def clean_trace(module: nn.Module) -> Trace:
     except Unclean:
         raise
     except Exception as error:  # whatever a forward may raise when it is given a proxy
-        raise Unclean(f"{tracer.refused or f'{type(error).__name__}: {error}'}") from error
+        raise Unclean(tracer.refused or f"{type(error).__name__}: {error}: {PLAIN}") from error
     finally:
         tracer.undo_draws()
     if written := _changed(before, contents(shadow.root)) or _changed(outside, global_contents(module)):
-        raise Unclean(f"forward writes {written}")
+        raise Unclean(f"forward writes {written}: write it in a forward hook, or {OWN}")
     if tracer.refused:
         raise Unclean(tracer.refused)
     held = {*dict(module.named_parameters(remove_duplicate=False))}
     held |= {*dict(module.named_buffers(remove_duplicate=False))}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in held:
-            raise Unclean(f"reads {node.target}, neither parameter nor buffer")
+            raise Unclean(f"reads {node.target}, neither parameter nor buffer: {REGISTER}")
     normalise(graph, module)
-    if not any(is_call(node, F.linear) for node in graph.nodes):
-        raise Unclean("holds no linear")
+    stays = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
+    if not any(is_call(node, F.linear) for node in graph.nodes) and not any(map(is_adapter, stays)):
+        raise Unclean("calls no linear: write its products as F.linear(x, weight), or leave it")
     return Trace(graph, tracer.assumes_casts)
 
 
@@ -104,7 +110,8 @@ def _check_besides(module: nn.Module) -> None:
             continue
         for name in _BESIDES:
             if getattr(type(child), name, None) is not getattr(nn.Module, name, None):
-                raise Unclean(f"{path or 'it'} [{type(child).__name__}] has a {name} of its own")
+                where = f"{path or 'it'} [{type(child).__name__}]"
+                raise Unclean(f"{where} has a {name} of its own, which a graph has not: {OWN}")
 
 
 def matrices(module: nn.Module) -> int:
@@ -128,15 +135,22 @@ def is_closed(module: nn.Module) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module stays one call: torch's own other than Linear, and what reads `self.training`.
+    """Whether a module stays one call: torch's own other than Linear, what reads `self.training`, and PEFT's
+    layers, the only ones that may hold linears.
 
     Raises:
         Unclean: it would, and holds linears.
     """
+    if is_adapter(module):
+        return True
     if not (_reads_training(type(module)) or is_closed(module)):
         return False
     if matrices(module) or any(is_linear(child) for child in module.modules()):
-        raise Unclean(f"holds linears in a {type(module).__name__}, which cannot be opened")
+        kind = type(module).__name__
+        raise Unclean(
+            f"holds linears in a {kind}, which reads self.training or is torch's own: draw in an "
+            "nn.Dropout, and write nn.Linear"
+        )
     return True
 
 
@@ -155,13 +169,15 @@ def _trace_linear(module: nn.Module) -> fx.Graph:
 def _check_signature(module: nn.Module) -> None:
     forward = type(module).forward
     if hasattr(forward, "__wrapped__") or "forward" in vars(module):
-        raise Unclean("its forward is decorated")
+        raise Unclean(f"its forward is decorated: {OWN}")
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise Unclean("its forward takes open arguments")
+            raise Unclean("its forward takes open arguments: name them, or " + OWN)
         if parameter.default is not parameter.empty:
             # A proxy is never None, so a branch on a missing argument would be frozen the wrong way.
-            raise Unclean(f"argument '{parameter.name}' of its forward has a default")
+            raise Unclean(
+                f"argument '{parameter.name}' of its forward has a default: take the default away, or {OWN}"
+            )
 
 
 def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
@@ -178,7 +194,10 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
         except Exception:  # None is no value that it takes
             continue
         if _said(other) != _said(graph, absent=argument):
-            raise Unclean(f"does something else where its argument '{argument.target}' is None")
+            raise Unclean(
+                f"does something else where its argument '{argument.target}' is None: make two modules of "
+                f"it, or {OWN}"
+            )
 
 
 def _said(graph: fx.Graph, absent: fx.Node | None = None) -> list[Any]:

@@ -13,6 +13,7 @@ from act24.passes.graph.roles import Role, role_by_name
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward"}
 
+_STACKED = "make linears of them, or leave them out with ignore"
 #: Modules whose weights are no operands of matrix products.
 _OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
 
@@ -141,12 +142,12 @@ def _within(matrix: Matrix, place: str) -> bool:
 
 def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> str:
     if matrix.stacked:
-        return "stacked parameters, which no pass takes apart"
+        return f"stacked parameters, which no pass takes apart: {_STACKED}"
     parts = matrix.path.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(".".join(parts[:end])):
             return reason
-    return "no linear that is traced reads it"
+    return "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
 
 
 def _pattern(name: str) -> str:

@@ -102,6 +102,14 @@ class Remains(nn.Module):
     values, which can be read, not written."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        stood = vars(self).get("_modules", {}).get(name)
+        if isinstance(stood, Remains) and isinstance(value, nn.Module) and value is not stood:
+            kind = vars(self).get("_kind", "module")
+            raise PassError(
+                f"a {type(value).__name__} in the place of {name} would not be called: a pass has made one "
+                f"graph of the {kind} around it, which reads the tensors of {name}. Put it "
+                "there first, and apply the passes then"
+            )
         if name in vars(self).get("_opened", ()) and not _unchanged(self, name, value):
             kind = vars(self)["_kind"]
             raise PassError(

@@ -60,8 +60,8 @@ def refuse_parameter_hooks(region: Region, replaced: tuple[str, ...]) -> None:
             parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
         ):
             raise PassError(
-                f"{region.name(name)} has a hook, and a pass replaces the parameter: remove the hook, apply "
-                "the passes, and register it on what stands there then"
+                f"{region.name(name)} has a hook, and a pass replaces the parameter: remove the hook, "
+                "apply the passes, and register it on what stands there then"
             )
 
 
@@ -101,12 +101,12 @@ def refuse_hooks(region: Region) -> None:
             continue  # stays the module that it is, hooks and all
         if path and module._compiled_call_impl is not None:
             raise PassError(
-                f"{region.name(path)} is compiled in place, and lies in a module that is traced as a whole: "
-                "apply the passes first, and compile then"
+                f"{region.name(path)} is compiled in place, and lies in a module that is traced as a "
+                "whole: apply the passes first, and compile then"
             )
         for kind in _HOOKS:
             if getattr(module, kind):
                 raise PassError(
-                    f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would lose: "
-                    "remove it, apply the passes, and register it again"
+                    f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would "
+                    "lose: remove it, apply the passes, and register it again"
                 )

@@ -121,6 +121,20 @@ def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
     return scope in ("all", site.kind)
 
 
+#: What to do about a size that is no multiple of what is wanted.
+RESIZE = "make it one, or leave it out with ignore"
+
+
+def no_linear(scope: str) -> str:
+    """Why a pass found nothing in its scope."""
+    return f"no linear in scope '{scope}': name linears in targets, or widen the scope"
+
+
+def tied(name: str) -> str:
+    """Why a pass leaves a linear whose weight is another parameter too."""
+    return f"tied to {name}: untie them, or leave it out with ignore"
+
+
 #: Why a pass leaves a linear that does not train.
 FROZEN = "frozen: name it in targets to change it all the same"
 
@@ -148,7 +162,9 @@ class FactorisingPass(StructuralPass):
         super().__post_init__()
         for key, kind in (("attn_rank", "attn"), ("mlp_rank", "mlp")):
             if getattr(self, key) is None and self.scope in ("all", kind):
-                raise PassError(f"{self.name}: {key} is missing, which scope '{self.scope}' needs")
+                raise PassError(
+                    f"{self.name}: {key} is missing, which scope '{self.scope}' needs: give a rank, {key}=…"
+                )
 
     @property
     def covers(self) -> tuple[str, ...]:
@@ -161,16 +177,17 @@ class FactorisingPass(StructuralPass):
             if shared := region.parameters[site.weight].shared:
                 if site.kind in _BY_NAME_ONLY:  # asked for by name
                     raise PassError(
-                        f"{self.name}: {region.name(site.weight)} is tied to {shared[0]}, and factors would "
-                        "part the two"
+                        f"{self.name}: {region.name(site.weight)} is tied to {shared[0]}, and factors "
+                        "would part the two: untie them (tie_word_embeddings = False), or take it out of "
+                        "targets"
                     )
-                misses.append((site.path, f"tied to {shared[0]}"))
+                misses.append((site.path, tied(shared[0])))
             elif frozen(region, site, self.targets):
                 misses.append((site.path, FROZEN))
         left = {path for path, _ in misses}
         free = [site for site in sites if site.path not in left]
         matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
-        return Plan(matches, tuple(misses), absent=f"no linear in scope '{self.scope}'")
+        return Plan(matches, tuple(misses), absent=no_linear(self.scope))
 
     def _takes(self, region: Region, site: LinearSite) -> bool:
         return in_scope(self.scope, self.targets, site) and self.selects(region, site.path)
@@ -179,7 +196,9 @@ class FactorisingPass(StructuralPass):
         key = "attn_rank" if site.kind == "attn" else "mlp_rank"
         rank = getattr(self, key)
         if rank is None:
-            raise PassError(f"{self.name}: {key} is missing, which {region.name(site.path)} needs")
+            raise PassError(
+                f"{self.name}: {key} is missing, which {region.name(site.path)} needs: give a rank, {key}=…"
+            )
         if rank > min(site.shape):
             raise PassError(
                 f"{self.name}: {key} = {rank} is above {min(site.shape)}, the smaller side of "

@@ -34,12 +34,12 @@ def check_measured(wanted: Mapping[str, Measurement], measured: Mapping[str, Ten
     if missing := [name for name in wanted if name not in measured]:
         first = wanted[missing[0]]
         raise PassError(
-            f"{len(missing)} measurements are missing, {first.what} of {first.parameter} the first: measure "
-            "what Pipeline.measurements names, and give it to Pipeline.commit_(measured=...)"
+            f"{len(missing)} measurements are missing, {first.what} of {first.parameter} the first: "
+            "measure what Pipeline.measurements names, and give it to Pipeline.commit_(measured=...)"
         )
     for name, one in wanted.items():
         if measured[name].shape != one.shape:
             raise PassError(
                 f"{one.what} of {one.parameter} has to have shape {list(one.shape)}, got "
-                f"{list(measured[name].shape)}"
+                f"{list(measured[name].shape)}: measure what Pipeline.measurements names"
             )

@@ -30,6 +30,15 @@ def is_linear(module: nn.Module) -> bool:
     return plain and stored and "forward" not in vars(module)  # as frameworks that offload replace it
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Whether the module is a layer of PEFT's: a linear with what was added to it, which PEFT switches and
+    merges as long as the module stands."""
+    return any(
+        cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.")
+        for cls in type(module).__mro__
+    )
+
+
 def linear_arguments(module: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
     """The weight, the bias, and whether the weight is stored `[in, out]`."""
     return module.weight, module.bias, _is_conv1d(module)  # type: ignore[return-value]

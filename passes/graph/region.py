@@ -169,7 +169,10 @@ class Region:
         """
         for name in specs:
             if name in self.parameters and name not in replaces:
-                raise PassError(f"{self.name(name)} is there already: a pass needs a parameter of this name")
+                raise PassError(
+                    f"{self.name(name)} is there already, and a pass needs a parameter of this name: "
+                    "rename it"
+                )
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
         for role in [self.roles[name] for name in replaces if name in self.roles][:1]:
             self.roles.update({name: role for name in specs if name not in self.roles})
@@ -207,7 +210,9 @@ class Region:
         """
         taken = name in self.parameters or name in dict(self.module.named_buffers(remove_duplicate=False))
         if taken and name not in self.buffers:
-            raise PassError(f"{self.name(name)} is there already: a pass needs a buffer of this name")
+            raise PassError(
+                f"{self.name(name)} is there already, and a pass needs a buffer of this name: rename it"
+            )
         self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 

@@ -72,7 +72,10 @@ def to_stock(changes: Sequence[Change], state: Mapping[str, Tensor]) -> dict[str
     result = dict(state)
     for change in reversed(changes):
         if change.state.to_stock is None:
-            raise PassError(f"{change.region.name(change.path)} has no stock form: {change.state.why}")
+            raise PassError(
+                f"{change.region.name(change.path)} has no stock form: {change.state.why}. Save it as "
+                "act24's own"
+            )
         for fqn in change.region.fqns:
             created = _take(result, {name: joined(fqn, name) for name in change.state.creates})
             made = change.state.to_stock(created)
@@ -83,5 +86,5 @@ def to_stock(changes: Sequence[Change], state: Mapping[str, Tensor]) -> dict[str
 def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Take tensors out of a state dict, by the keys of `names`."""
     if missing := [fqn for fqn in names.values() if fqn not in state]:
-        raise PassError(f"the state dict has no {missing[0]}")
+        raise PassError(f"the state dict has no {missing[0]}: give one of the whole model")
     return {name: state.pop(fqn) for name, fqn in names.items()}

@@ -34,8 +34,15 @@ _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
 _INTERNAL = ("torch", "act24")
 
 
+#: What to do about modules that cannot be traced.
+OWN = "give its linears a module of their own"
+PLAIN = f"compute in forward with tensors alone, or {OWN}"
+REGISTER = "make it one, register_buffer(name, tensor, persistent=False)"
+_OUTSIDE = f"decide that where the module is made, or {OWN}"
+
+
 class Unclean(Exception):
-    """Why a module cannot be a region."""
+    """Why a module cannot be a region, and what to do."""
 
 
 class _Proxy(fx.Proxy):
@@ -50,7 +57,7 @@ class _Proxy(fx.Proxy):
             return type(self)
         if self.node.op == "get_attr":
             return nn.Parameter
-        return self.tracer.refuse(f"asks what kind of value {self.node.name} is")
+        return self.tracer.refuse(f"asks what kind of value {self.node.name} is: {_OUTSIDE}")
 
     def __getattr__(self, name: str) -> Any:
         if name not in _ATTRIBUTES or name.startswith("__"):
@@ -58,10 +65,10 @@ class _Proxy(fx.Proxy):
         return _Attribute(self, name)
 
     def __len__(self) -> int:
-        return self.tracer.refuse("asks a value for its length")
+        return self.tracer.refuse("asks a value for its length: write x.shape[0], and do not branch on it")
 
     def __contains__(self, _: object) -> bool:
-        return self.tracer.refuse("asks what a value contains")
+        return self.tracer.refuse(f"asks what a value contains: {_OUTSIDE}")
 
 
 _KIND = vars(_Proxy)["__class__"].fget.__code__
@@ -145,7 +152,9 @@ class Tracer(fx.Tracer):
         before, self._before_draw = self._before_draw, None
         if before is not None and random_state() != before:
             set_random_state(before)
-            self.refused = self.refused or "draws a random number, which tracing would freeze"
+            self.refused = self.refused or (
+                "draws a random number, which tracing would freeze: draw for a value (torch.rand_like(x))"
+            )
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
@@ -162,7 +171,7 @@ class Tracer(fx.Tracer):
         else:
             return
         if name and caller is not None and not _is_internal(caller):
-            self.refuse(f"asks {name}, which tracing would freeze")
+            self.refuse(f"asks {name}, which tracing would freeze: {_OUTSIDE}")
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = self._shadow.originals[module]
@@ -172,7 +181,10 @@ class Tracer(fx.Tracer):
             weight, bias = self._proxied(weight), self._proxied(bias)
             return F.linear(x, weight.t() if transposed else weight, bias)
         if "forward" in vars(original):
-            self.refuse(f"the forward of {self.path_of_module(module)} was replaced")
+            self.refuse(
+                f"the forward of {self.path_of_module(module)} was replaced, as accelerate's hooks do: put "
+                "back its own (accelerate.hooks.remove_hook_from_module), and replace it after apply_"
+            )
         if self._closed(original):
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
         return module.forward(*args, **kwargs)
@@ -188,7 +200,7 @@ class Tracer(fx.Tracer):
         return self._proxies[id(tensor)]
 
     def on_training(self, module: nn.Module) -> bool:
-        return self.refuse("reads self.training")
+        return self.refuse(f"reads self.training: draw in an nn.Dropout, or {OWN}")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -200,31 +212,37 @@ class Tracer(fx.Tracer):
             if id(a) in self._names:
                 return self._proxied(a).node
             held = [name for m in self.root.modules() for name, value in vars(m).items() if value is a]
-            self.refuse(f"reads {held[0] if held else 'a constant tensor'}, neither parameter nor buffer")
+            what = held[0] if held else "a constant tensor"
+            self.refuse(f"reads {what}, neither parameter nor buffer: {REGISTER}")
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code is _APPLY:
-                self.refuse("calls an autograd.Function, whose backward tracing would drop")
+                self.refuse(
+                    "calls an autograd.Function, whose backward tracing would drop: make a function "
+                    "with it one node (act24.operation.operation)"
+                )
             frame = frame.f_back  # type: ignore[assignment]
         if _modes() != self._modes:
-            self.refuse("computes under a grad or autocast mode of its own")
+            self.refuse(
+                f"computes under a grad or autocast mode of its own: set it around the model, or {OWN}"
+            )
         return super().create_node(*args, **kwargs)
 
     def iter(self, obj: fx.Proxy) -> Any:
-        self.refuse(f"loops over {obj.node.name}")
+        self.refuse(f"loops over {obj.node.name}: loop over a fixed number, and index it")
 
     def keys(self, obj: fx.Proxy) -> Any:
-        self.refuse(f"unpacks {obj.node.name} as keyword arguments")
+        self.refuse(f"unpacks {obj.node.name} as keyword arguments: write them out")
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         node = obj.node
         if node.target in (operator.ne, operator.eq) and (answer := self._differ(*node.args)) is not None:
             self._questions.append(node)
             return answer is (node.target is operator.ne)
-        self.refuse(f"branches on {node.name}: control flow on a value")
+        self.refuse(f"branches on {node.name}, control flow on a value: write torch.where, or {OWN}")
 
     def _differ(self, a: Any, b: Any) -> bool | None:
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""

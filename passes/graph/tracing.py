@@ -19,7 +19,7 @@ from act24.passes.graph.check import Check
 from act24.passes.graph.clean_trace import clean_trace, is_closed, matrices
 from act24.passes.graph.frozen import facts
 from act24.passes.graph.hooks import refuse_wrapped
-from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.normal_form import is_adapter, is_linear
 from act24.passes.graph.region import ParameterSpec, Region, RegionModule, joined
 from act24.passes.graph.roles import roles_of
 from act24.passes.graph.tracer import Unclean
@@ -43,8 +43,8 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
     for fqn, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RegionModule):
             raise PassError(
-                f"{fqn or 'this model'} was already rewritten: give all passes in one call of apply_, which "
-                "plans them together"
+                f"{fqn or 'this model'} was already rewritten: give all passes in one call of apply_, "
+                "which plans them together"
             )
         places.setdefault(module, []).append(fqn)
     owners, around = _owners(model), dict(model.named_modules(remove_duplicate=False))
@@ -53,10 +53,12 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
     # A module that is shared may be a region in one place and a part of a larger one in another, where
     # nothing must take its place.
     taken = tuple(f"{fqn}." for module, _ in found for fqn in places[module] if fqn)
-    regions = [
-        _region(module, graph, [fqn for fqn in places[module] if not fqn.startswith(taken)], owners, around)
-        for module, graph in found
-    ]
+    stays = tuple(f"{fqn}." for fqn, module in around.items() if is_adapter(module))
+    free = {
+        module: [fqn for fqn in places[module] if not fqn.startswith(taken) or fqn.startswith(stays)]
+        for module, _ in found
+    }
+    regions = [_region(module, graph, free[module], owners, around) for module, graph in found]
     named = {f"{places[m][0] or 'the model'} [{type(m).__name__}]": why for m, why in unclean.items()}
     return regions, named
 
@@ -94,13 +96,17 @@ def _search(
             closed = (child for child in below if is_closed(child))
             unclean.update({c: _CLOSED for c in closed if any(map(is_linear, c.modules()))})
             return
-        contains = type(module).forward is nn.Module.forward  # a list, or something whose parts are called
+        # A list, or something whose parts are called.
+        contains = type(module).forward is nn.Module.forward or is_adapter(module)
         if not contains and ((module is not model and module in repeating) or not composite):
             try:
                 graph = clean_trace(module).graph
                 if check is not None:
                     check.region(module, graph)
                 yield module, graph
+                for node in graph.nodes:  # a layer of PEFT's stays, and the linears in it are regions too
+                    if node.op == "call_module" and is_adapter(stays := module.get_submodule(node.target)):
+                        yield from visit(stays)
                 return
             except Unclean as reason:
                 unclean[module] = str(reason)
@@ -126,7 +132,10 @@ def _region(
     around: dict[str, nn.Module],
 ) -> Region:
     parameters = {}
+    inside = tuple(f"{path}." for path, child in module.named_modules() if is_adapter(child))
     for name, tensor in module.named_parameters(remove_duplicate=False):
+        if name.startswith(inside):
+            continue  # of the regions there
         own = {joined(fqn, name) for fqn in fqns}
         shared = tuple(other for other in owners[id(tensor)] if other not in own)
         parameters[name] = ParameterSpec(

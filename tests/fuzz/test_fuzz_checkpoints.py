@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from act24.recipes.load import load_recipe
-from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.checkpoints.manifest import fingerprints, render
 from act24.tools.run.build import load
 from act24.tools.run.train import train
 
@@ -40,8 +40,8 @@ def run_dir(tmp_path_factory, recipe):
 def reseal(folder: Path) -> None:
     """A manifest that fits the files as they are."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = checkpoint_folder.fingerprints(folder, manifest["files"])
-    (folder / "manifest.json").write_text(checkpoint_folder._render(manifest))
+    manifest["files"] = fingerprints(folder, manifest["files"])
+    (folder / "manifest.json").write_text(render(manifest))
 
 
 @fuzzing

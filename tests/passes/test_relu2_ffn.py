@@ -158,7 +158,7 @@ class Computed(SwiGLU):
 def test_near_misses_say_why(make: type[nn.Module], reason: str) -> None:
     report = plan(Trunk(make), [Relu2FFN(optional=True)])
     assert not report.rows
-    assert reason in {why for _, _, why in report.misses}
+    assert any(why.startswith(f"{reason}") and "leave it out" in why for _, _, why in report.misses)
     assert f"relu2_ffn leaves blocks.0.mlp as it is: {reason}" in str(report)
     with pytest.raises(PassError, match=reason):
         plan(Trunk(make), [Relu2FFN()])
@@ -218,12 +218,13 @@ def test_a_shared_block_is_rewritten_once() -> None:
 
 
 def test_a_shared_mlp_is_left_alone() -> None:
+    todo = "untie them, or leave it out with ignore"
     mlp = SwiGLU()
     model = Trunk(lambda: mlp)
     report = plan(model, [Relu2FFN(optional=True)])
     assert [(fqn, why) for _, fqn, why in report.misses] == [
-        ("blocks.0.mlp", "blocks.0.mlp.gate.weight is tied to blocks.1.mlp.gate.weight"),
-        ("blocks.1.mlp", "blocks.1.mlp.gate.weight is tied to blocks.0.mlp.gate.weight"),
+        (f"blocks.{i}.mlp", f"blocks.{i}.mlp.gate.weight is tied to blocks.{1 - i}.mlp.gate.weight: {todo}")
+        for i in (0, 1)
     ]
 
 

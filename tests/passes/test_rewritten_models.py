@@ -17,8 +17,11 @@ from act24.errors import Act24Error
 from act24.passes import (
     Activation24,
     Cola,
+    Fp8,
+    Lora,
     Lost,
     LowRank,
+    MaskedLora,
     Pass,
     PassError,
     Pipeline,
@@ -27,6 +30,7 @@ from act24.passes import (
     Weight24,
     apply_,
 )
+from act24.passes.sparse_mask import SparseMask
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,7 +44,13 @@ PASSES: dict[str, Callable[[], list[Pass]]] = {
     "lost": lambda: [Lost(**RANKS)],
     "weight24": lambda: [Weight24()],
     "recompute": lambda: [Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), Activation24(), Recompute()],
+    "fp8": lambda: [Fp8()],
+    "sparse_mask": lambda: [SparseMask()],
+    "lora": lambda: [Lora(targets=("*",), dropout=0.0)],
+    "masked_lora": lambda: [MaskedLora()],
 }
+#: In the fast tests are those that change a graph most.
+FAST = ("activation24", "cola activation24", "lost", "weight24", "recompute")
 
 
 def ids(rows: int = 2, length: int = 9) -> Tensor:
@@ -61,7 +71,9 @@ def build(**sizes: Any) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(params=PASSES)
+@pytest.fixture(
+    params=[name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PASSES]
+)
 def rewritten(request: pytest.FixtureRequest) -> tuple[Any, Pipeline]:
     model = build()
     return model, apply_(model, PASSES[request.param]())

@@ -132,6 +132,48 @@ def test_rewritten_models_generate_with_a_cache(family: str) -> None:
     assert torch.equal(cached, tokens)
 
 
+def test_the_host_waits_for_a_generation_once(reads: Any) -> None:
+    """At its beginning, to see whether anybody wrote to 2:4 weights; also where that leaves no trace."""
+    from transformers import DynamicCache
+
+    model = build("Llama")
+    apply_(model, [Weight24()])
+    tokens, seen = ids(1, 6), []
+    with torch.no_grad():
+        for _ in range(2):
+            cache = DynamicCache()
+            reads.count = 0
+            with reads:
+                model(tokens[:, :2], past_key_values=cache)
+                assert reads.count == 1
+                for i in range(2, 6):
+                    logits = model(tokens[:, i : i + 1], past_key_values=cache).logits
+            assert reads.count == 1
+            seen.append(model(tokens).logits[:, -1])
+            torch.testing.assert_close(logits[:, -1], seen[-1])
+            for parameter in model.parameters():
+                parameter.data.copy_(torch.randn(parameter.shape) * 0.1)
+    assert not torch.allclose(*seen)
+
+
+def test_weights_that_are_written_within_a_generation_are_seen() -> None:
+    from transformers import DynamicCache
+
+    model = build("Llama")
+    pipeline = apply_(model, [Weight24()])
+    cache, token = DynamicCache(), torch.tensor([[5]])
+    with torch.no_grad():
+        for _ in range(2):
+            model(token, past_key_values=cache)
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+        twin = copy.deepcopy(cache)
+        seen = model(token, past_key_values=cache).logits
+        with pipeline.evaluation():
+            expected = model(token, past_key_values=twin).logits
+    assert torch.equal(seen, expected)
+
+
 def test_state_dict_saves_and_loads(family: str, tmp_path: Any) -> None:
     model = build(family)
     apply_(model, [Relu2FFN(), Activation24()])

@@ -248,7 +248,7 @@ MISTAKES = {
     ),
     "an empty step range": (
         SMALL + '[[passes]]\nuse = "activation24"\nfrom_step = 4\nuntil_step = 4',
-        ["passes.0: activation24: until_step (4) must be above from_step (4)"],
+        ["passes.0: activation24: until_step (4) is not above from_step (4): set a later one"],
     ),
     "no name": (
         SMALL + "[[passes]]\nfrom_step = 4",

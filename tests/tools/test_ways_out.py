@@ -107,7 +107,7 @@ class Seen:
 
     Attributes:
         logits, dense: of IDS, and without 2:4 activations.
-        text: PROMPT and what it most likely is followed by.
+        text: PROMPT and what it most likely is followed by, to the end of the text.
         loss: on the held-out rows.
     """
 
@@ -164,14 +164,18 @@ def follow(recipe: Any, name: str, folder: Path) -> dict[int, Seen]:
         with torch.no_grad():
             with pipeline.evaluation(step=step):
                 logits = lm(IDS)
-                told = [int(token) for token in tokenizer_of(recipe).encode(PROMPT)]
+                tokenizer = tokenizer_of(recipe)
+                told = [int(token) for token in tokenizer.encode(PROMPT)]
                 for _ in range(6):
-                    told.append(int(lm(torch.tensor([told]))[0, -1].argmax()))
+                    likeliest = int(lm(torch.tensor([told]))[0, -1].argmax())
+                    if likeliest == tokenizer.eos_id:
+                        break
+                    told.append(likeliest)
             with pipeline.evaluation(("activation24",), step=step):
                 dense = lm(IDS)
         lm.train()
         assert all(torch.equal(t, before[n]) for n, t in lm.state_dict().items()), "evaluation moves no state"
-        text = tokenizer_of(recipe).decode(told)
+        text = tokenizer.decode(told)
         seen[step] = Seen(logits, dense, text, evaluation.loss)
         return evaluation
 

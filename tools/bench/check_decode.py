@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from act24.inference.decoder import plan_text
 from act24.inference.generator import Generator
-from act24.inference.layer import DENSE, Sparsity
+from act24.inference.layer import DENSE, Choice
 from act24.inference.sampling import Sampling
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig
@@ -68,7 +69,7 @@ def _generation(device: torch.device) -> Iterator[tuple[str, bool]]:
             apply_(model, [Relu2FFN()])
             model.to(dtype)
             expected = Generator(model, compiled=False).generate_ids(prompts, 60, sampling)
-            graphed = Generator(model, sparsity=DENSE)
+            graphed = Generator(model, choice=DENSE)
             same = _share(graphed.generate_ids(prompts, 60, sampling), expected)
             again = _share(graphed.generate_ids(prompts, 60, sampling), expected)
             yield (
@@ -77,11 +78,20 @@ def _generation(device: torch.device) -> Iterator[tuple[str, bool]]:
             )
             print(f"graph {dtype} temperature {sampling.temperature}: {same:.2f} of the tokens", flush=True)
     expected = Generator(model, compiled=False).generate_ids(prompts, 60, Sampling(0))
-    for sparsity in (Sparsity(skipping=True), None):
-        generator = Generator(model, sparsity=sparsity)
+    for choice in (Choice(fused=True), Choice(skipping=True), Choice(skipping=True, fused=True), None):
+        generator = Generator(model, choice=choice)
         share = _share(generator.generate_ids(prompts, 60, Sampling(0)), expected)
-        times = {str(tried): f"{s * 1e6:.0f} µs" for tried, s in generator.decoder.times.get(3, {}).items()}
-        print(f"{sparsity or 'measured'} in bfloat16: {share:.2f} of the tokens {times}", flush=True)
+        plan = plan_text(generator.decoder.plans[3])
+        times = {
+            plan_text(tried): f"{s * 1e6:.0f} µs" for tried, s in generator.decoder.times.get(3, {}).items()
+        }
+        print(f"{choice or 'measured'} in bfloat16: {plan}: {share:.2f} of the tokens {times}", flush=True)
+    # In float32 rounding leaves every token what it is, whatever was measured and laid out before.
+    model.float()
+    expected = Generator(model, compiled=False).generate_ids(prompts, 60, Sampling(0))
+    for choice in (Choice(fused=True), None):
+        found = Generator(model, choice=choice).generate_ids(prompts, 60, Sampling(0))
+        yield f"float32, {choice or 'measured'}", found == expected
 
 
 def _share(rows: list[list[int]], others: list[list[int]]) -> float:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from act24.errors import Act24Error
-from act24.inference.decoder import Decoder, cache_bytes
-from act24.inference.layer import DENSE, Sparsity
+from act24.inference.decoder import Decoder, cache_bytes, plan_text
+from act24.inference.layer import DENSE, Choice
 from act24.inference.linears import PACKED_TOKENS, SKIPPING_TOKENS
 from act24.inference.sampling import Sampling
 from act24.llama import PRESETS, LlamaConfig, LlamaForCausalLM
@@ -30,7 +30,16 @@ from act24.tools.bench.rows import needed_gpu, versions
 from act24.tools.bench.train import commit
 
 SIZES = {"130m": "llama-130m", "1b": "llama-1b", "7b": "llama-7b"}
-SIDES = (DENSE, Sparsity(skipping=True), Sparsity(packed=True), Sparsity(True, True))
+#: The sides without sparsity come first, since skipping lays the weights behind relu² out anew. None: what
+#: the decoder measures and takes, block by block.
+SIDES = (
+    DENSE,
+    Choice(fused=True),
+    Choice(skipping=True, fused=True),
+    Choice(packed=True, fused=True),
+    Choice(skipping=True, packed=True, fused=True),
+    None,
+)
 GREEDY = Sampling(temperature=0)
 
 #: Tokens of the prompts, and steps that are timed, three times.
@@ -115,18 +124,22 @@ def _size(
     weights = sum(p.numel() * p.itemsize for p in model.model.layers.parameters())
     weights += model.head_weight.numel() * model.head_weight.itemsize
     dense: dict[int, float] = {}
-    # Dense first: skipping lays the weights behind relu² out anew.
     for side in SIDES:
-        decoder = Decoder(model, sparsity=side)
+        decoder = Decoder(model, choice=side)
+        sparse = side is None or side.skipping or side.packed
         for batch in batches:
-            if (side.skipping and batch > SKIPPING_TOKENS) or (side.packed and batch > PACKED_TOKENS):
+            if side is not None and batch > (PACKED_TOKENS if side.packed else SKIPPING_TOKENS) and sparse:
                 continue
             seconds = _step_seconds(decoder, batch)
-            dense.setdefault(batch, seconds)
-            row = {"model": size, "what": str(side), "rows": batch, "tokens/s": batch / seconds}
-            row |= {"seconds": seconds, "to dense": dense[batch] / seconds}
+            told = "measured, block by block" if side is None else str(side)
+            row = {"model": size, "what": told, "rows": batch, "tokens/s": batch / seconds}
+            row |= {"seconds": seconds, "to dense": dense.get(batch, seconds) / seconds}
+            if side is None:
+                row["plan"] = plan_text(decoder.plans[batch])
             if side == DENSE:
                 row["bytes"] = weights + cache_bytes(model.config, batch, PROMPT + STEPS, torch.bfloat16)
+            if not sparse:  # what sparsity has to beat is the faster of the two
+                dense[batch] = min(seconds, dense.get(batch, seconds))
             yield row
         if side == DENSE:
             for length in prefills:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -46,7 +45,15 @@ from torch.optim import Optimizer
 from act24.optim.adamw import local
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints import optimizer_state
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import (
+    FORMAT,
+    CheckpointError,
+    contents,
+    fingerprints,
+    read_manifest,
+    sync,
+    verify_files,
+)
 from act24.tools.checkpoints.random_states import random_states, set_random_states_
 from act24.tools.checkpoints.reading import TensorReader, contents_of, read_json, read_text, read_weights
 from act24.tools.checkpoints.together import on_every_rank, on_the_first, rank, reason, world_size
@@ -91,17 +98,21 @@ def save(
     keep_every: int = 0,
     keep_best: int = 0,
     heldout: dict[str, Any] | None = None,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the checkpoint after `step` optimizer steps, then deletes older ones (`folder.prune`).
 
     `model` is the bare module (under DistributedDataParallel its `.module`) and may be sharded by FSDP2; its
     buffers are taken to be equal on all ranks. `state`, `plan` and each process's own `rank_state` are JSON
     values. The process's random states are added. `heldout` is the loss of these weights, `{"loss": …,
-    "data": …}`, where it was measured. Returns the folder.
+    "data": …}`, where it was measured. `check_folder` raises an Act24Error where `run_dir` may not be written
+    any more; the first process asks before the first byte and before the folder gets its name. Returns the
+    folder.
 
     Raises CheckpointError if it could not be written (disk full, no permission): the unfinished folder is
     gone and the older checkpoints are as they were. The same where a weight or a moment is not finite,
-    because nothing could go on from there; that is found on the device, in one pass over both.
+    because nothing could go on from there; that is found on the device, in one pass over both. Whether their
+    loss is finite is not asked here.
     """
     tensors, table = optimizer_state.capture(_tensors(model), optimizer)
     documents = {  # made before anything is written: what does not fit into JSON is the caller's bug
@@ -117,6 +128,8 @@ def save(
     written = on_every_rank(lambda: checkpoint_folder.temporary(folder))[0]
 
     def write() -> None:
+        if rank() == 0:
+            check_folder()
         written.mkdir(parents=True, exist_ok=True)
         for name, text in documents.items():
             (written / name).write_text(text, encoding="utf-8")
@@ -124,14 +137,15 @@ def save(
             save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
 
     def fingerprint() -> dict[str, Any]:
-        names = checkpoint_folder.contents(written)[rank() :: world_size()]
+        names = contents(written)[rank() :: world_size()]
         for name in names:
-            checkpoint_folder.sync(written / name)
-        return checkpoint_folder.fingerprints(written, names)
+            sync(written / name)
+        return fingerprints(written, names)
 
     def publish() -> None:
         if rank() == 0:
             sequence = checkpoint_folder.next_sequence(run_dir)
+            check_folder()
             manifest = {**_origin(), "step": step, "sequence": sequence, "heldout": heldout, "files": files}
             checkpoint_folder.publish(written, folder, manifest)
 
@@ -144,9 +158,11 @@ def save(
         on_every_rank(publish)
     except BaseException as error:
         if rank() == 0:
-            shutil.rmtree(written, ignore_errors=True)
+            checkpoint_folder.abandon(written)
         if not isinstance(error, CheckpointError):
             raise
+        if rank() == 0:
+            check_folder()  # a folder that is another one now has no file of this save
         last = _last_good(run_dir)
         raise CheckpointError(
             f"step {step} could not be saved in {folder.parent}: {error}; "
@@ -164,11 +180,11 @@ def load(folder: Path) -> Checkpoint:
     """
 
     def verify() -> Checkpoint:
-        manifest = checkpoint_folder.read_manifest(folder)
+        manifest = read_manifest(folder)
         missing = [name for name in MODEL_FILES if name not in manifest["files"]]
         if missing:
             raise CheckpointError(f"{folder} is no checkpoint of a run: it has no {missing[0]}")
-        checkpoint_folder.verify_files(folder, manifest, sorted(manifest["files"])[rank() :: world_size()])
+        verify_files(folder, manifest, sorted(manifest["files"])[rank() :: world_size()])
         return Checkpoint(
             folder=folder,
             step=manifest["step"],
@@ -331,7 +347,7 @@ def _copy_(targets: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
 def _origin() -> dict[str, Any]:
     """What wrote the checkpoint, and when: the manifest's head."""
     return {
-        "format": checkpoint_folder.FORMAT,
+        "format": FORMAT,
         "written": datetime.now(UTC).isoformat(),
         "world_size": world_size(),
         "versions": {

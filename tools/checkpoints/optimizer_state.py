@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 
 
 def capture(parameters: dict[str, Tensor], optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

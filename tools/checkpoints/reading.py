@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from act24.errors import Act24Error
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 
 METADATA = ".metadata"
 

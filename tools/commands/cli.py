@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,6 +12,7 @@ import typer
 
 from act24.tools.commands import recovery
 from act24.tools.commands.bench import bench_app
+from act24.tools.commands.chinese import LangOption, comments, speaker
 from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
 from act24.tools.commands.options import RecipeArgument, SetOption
@@ -44,12 +46,12 @@ def main() -> None:
         app(prog_name="act24")  # also where it runs as `python -m act24`
 
 
-def _warn_of_oddities(recipe: Recipe) -> None:
+def _warn_of_oddities(recipe: Recipe, say: Callable[[str], str] = str) -> None:
     """Say on stderr what training would say when it starts."""
     from act24.recipes.checks import oddities
 
     for line in oddities(recipe):
-        print(f"warning: {line}", file=sys.stderr)
+        print(say(f"warning: {line}"), file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:
@@ -161,14 +163,15 @@ def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, counts as whole integers.")] = False,
+    lang: LangOption = None,
 ) -> None:
     """What each pass would rewrite, with parameters and FLOPs before and after. Allocates no weights."""
     from act24.recipes.load import load_recipe
     from act24.tools.commands.show import show_plan
 
-    loaded = load_recipe(recipe, set_ or ())
-    show_plan(loaded, as_json)
-    _warn_of_oddities(loaded)
+    loaded, say = load_recipe(recipe, set_ or ()), speaker(lang)
+    show_plan(loaded, as_json, say)
+    _warn_of_oddities(loaded, say)
 
 
 @app.command("probe-decay")
@@ -223,24 +226,28 @@ def demo(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves too: a .png to write.")] = None,
 ) -> None:
     """Runs side by side: loss, sparsity, tokens/s, and the keys in which their recipes differ."""
-    from act24.tools.commands.compare import compare_runs, markdown
+    from act24.tools.commands.compare import compare_runs, markdown, open_run, plot_runs
     from act24.tools.commands.show import show_table
 
-    table = compare_runs(runs)
+    opened = [open_run(run) for run in runs]
+    table = compare_runs(opened)
     if as_markdown:
         print(markdown(table))
     else:
         show_table(table)
+    if plot is not None:
+        plot_runs(opened, plot)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(lang: LangOption = None) -> None:
     """What this machine can do: GPU, libraries, the self-check of kernels, the path of each operation."""
     from act24.tools.commands.doctor import doctor as examine
 
-    print(examine())
+    print(examine(speaker(lang)))
 
 
 app.command(name="eval")(recovery.evaluate)
@@ -323,17 +330,25 @@ def recipe_cp(
 @recipe_app.command("from-flags", context_settings={"ignore_unknown_options": True})
 def recipe_from_flags(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, or with the script's name.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="-- ARGUMENTS…", help="Of run_c4.py, or with the script's name."),
+    ] = None,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print what becomes of every option, docs/old-flags.md.")
+    ] = False,
+    lang: LangOption = None,
 ) -> None:
     """Translate a run_c4.py command: the recipe, with a remark on every option as comments. Of Wanda's
     scripts (main.py, finetune_lm.py, evaluate_ppl.py): the command of act24, or the recipe."""
     from act24.recipes.from_flags import recipe_from_flags as translate
     from act24.recipes.wanda_flags import script_of, translated
+    from act24.tools.commands.old_flags import markdown as old_flags
 
-    if script_of(arguments) is not None:
-        return print(translated(arguments), end="")
-    print(translate(arguments).text, end="")
+    say, given = speaker(lang), arguments or ()
+    if as_markdown:
+        return print(old_flags(say), end="")
+    text = translated(given) if script_of(given) is not None else translate(given).text
+    print(comments(text, say), end="")
 
 
 @data_app.command("prepare")

@@ -2,46 +2,111 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, reason
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints.reading import read_text
+from act24.tools.files import whole_file
 from act24.tools.run.folder import RECIPE
+from act24.tools.watch.charts import COLOURS, Curve, Panel, chart
 from act24.tools.watch.monitor import hyperparameters
 
+_LOSS, _HELDOUT, _RATE = "loss/train", "loss/val", "perf/tokens_per_s"
+_ZEROS, _DROPPED = "sparsity_relu/mean_across_layers", "sparsity_dropped_energy/mean_across_layers"
 #: Columns of what was logged: heading, tag, how it is shown. Rates are medians: the first window compiles.
 _LAST = (
-    ("loss", "loss/train", ".4f"),
-    ("held-out loss", "loss/val", ".4f"),
-    ("zeros after relu²", "sparsity_relu/mean_across_layers", ".1%"),
-    ("energy 2:4 drops", "dropped_energy/mean_across_layers", ".3%"),
-    ("peak GiB", "memory/max_allocated_gib", ".2f"),
+    ("loss", _LOSS, ".4f"),
+    ("held-out loss", _HELDOUT, ".4f"),
+    ("zeros after relu²", _ZEROS, ".1%"),
+    ("energy 2:4 drops", _DROPPED, ".3%"),
+    ("peak GiB", "perf/max_allocated_gib", ".2f"),
+)
+#: What the plot shows beside the losses: title (Pillow's font has no ²), tag, factor.
+_PANELS = (
+    ("zeros after relu2, %", _ZEROS, 100.0),
+    ("energy that 2:4 drops, %", _DROPPED, 100.0),
+    ("tokens/s", _RATE, 1.0),
 )
 
 
-def compare_runs(run_dirs: list[Path]) -> list[list[str]]:
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, its recipe, and the points (step, value) of what it logged, by tag."""
+
+    path: Path
+    recipe: Recipe
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+
+
+def open_run(run_dir: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        Act24Error: it is no run.
+    """
+    recipe = run_dir / RECIPE
+    if not recipe.is_file():
+        raise Act24Error(f"{run_dir} is no run: there is no {RECIPE} in it")
+    events = EventAccumulator(str(run_dir), {"scalars": 0, "images": 1}).Reload()
+    curves = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    return Run(run_dir, parse_recipe(read_text(recipe), str(recipe)), curves)
+
+
+def compare_runs(runs: Sequence[Run]) -> list[list[str]]:
     """A table of cells, its head first: a row a run, a column for each figure and each key that differs.
 
     What a run did not log is a dash.
-
-    Raises:
-        Act24Error: a folder is no run.
     """
-    recipes = [_recipe(run_dir) for run_dir in run_dirs]
-    keys = differing_keys(recipes)
+    keys = differing_keys([run.recipe for run in runs])
     head = ["run", "step", *(name for name, _, _ in _LAST), "tokens/s", *keys]
-    values = [hyperparameters(recipe) for recipe in recipes]
     rows = []
-    for run_dir, own in zip(run_dirs, values, strict=True):
-        figures = _figures(run_dir)
-        rows.append([str(run_dir), *figures, *(str(own.get(key, "–")) for key in keys)])
+    for run in runs:
+        own = hyperparameters(run.recipe)
+        rows.append([str(run.path), *_figures(run), *(str(own.get(key, "–")) for key in keys)])
     used = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
     return [[line[i] for i in used] for line in (head, *rows)]
+
+
+def plot_runs(runs: Sequence[Run], path: Path) -> None:
+    """Draw the same runs as curves: losses, sparsity, tokens/s, and under them the keys that differ.
+
+    The loss axis ends where the curves are after a tenth of the steps: before, all runs fall alike.
+
+    Raises:
+        Act24Error: there are more runs than colours, none logged anything, or the file is no .png to write.
+    """
+    if len(runs) > len(COLOURS):
+        raise Act24Error(f"a plot tells {len(COLOURS)} runs apart, not {len(runs)}: leave some out")
+    panels = _panels(runs)
+    if not panels:
+        raise Act24Error("none of these runs has logged anything yet: there is nothing to plot")
+    keys = differing_keys([run.recipe for run in runs])
+    legend = []
+    for run in runs:
+        own = hyperparameters(run.recipe)
+        values = ", ".join(f"{key} = {own[key]}" for key in keys if key in own)
+        legend.append(f"{run.path}: {values}" if values else str(run.path))
+    if path.suffix != ".png":
+        raise Act24Error(f"--plot writes a .png, not {path}")
+    if path.is_file() and path.read_bytes()[:4] != b"\x89PNG":
+        raise Act24Error(f"{path} exists already and is no picture: give --plot another name")
+    picture: Image.Image = chart(panels, legend)
+    try:
+        with whole_file(path) as partial:
+            picture.quantize(128).save(partial, "PNG", optimize=True)
+    except OSError as error:
+        raise Act24Error(f"cannot write {path}: {reason(error)}") from None
 
 
 def differing_keys(recipes: list[Recipe]) -> list[str]:
@@ -57,18 +122,29 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(table[0]), *rows])
 
 
-def _recipe(run_dir: Path) -> Recipe:
-    path = run_dir / RECIPE
-    if not path.is_file():
-        raise Act24Error(f"{run_dir} is no run: there is no {RECIPE} in it")
-    return parse_recipe(read_text(path), str(path))
-
-
-def _figures(run_dir: Path) -> list[str]:
+def _figures(run: Run) -> list[str]:
     """Of a run, the step of its last training loss and the columns of `_LAST`, and the median rate."""
-    events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
-    tags = set(events.Tags()["scalars"])
-    cells = [f"{events.Scalars('loss/train')[-1].step:,}" if "loss/train" in tags else "–"]
-    cells += [format(events.Scalars(tag)[-1].value, form) if tag in tags else "–" for _, tag, form in _LAST]
-    rate = "perf/tokens_per_s"
-    return [*cells, f"{median(e.value for e in events.Scalars(rate)):,.0f}" if rate in tags else "–"]
+    curves = run.curves
+    cells = [f"{curves[_LOSS][-1][0]:,}" if _LOSS in curves else "–"]
+    cells += [format(curves[tag][-1][1], form) if tag in curves else "–" for _, tag, form in _LAST]
+    return [*cells, f"{median(value for _, value in curves[_RATE]):,.0f}" if _RATE in curves else "–"]
+
+
+def _panels(runs: Sequence[Run]) -> list[Panel]:
+    """Those for which any run has points."""
+    losses = _curves(runs, _LOSS, 1.0)
+    begun = max((curve.points[-1][0] for curve in losses), default=0) / 10
+    settled = [y for curve in losses for x, y in curve.points if x >= begun]
+    held_out = [Curve(curve.run, curve.points, dots=True) for curve in _curves(runs, _HELDOUT, 1.0)]
+    panels = [Panel("loss by step; dots: held out", [*losses, *held_out], max(settled, default=None))]
+    panels += [Panel(title, _curves(runs, tag, factor)) for title, tag, factor in _PANELS]
+    return [panel for panel in panels if panel.curves]
+
+
+def _curves(runs: Sequence[Run], tag: str, factor: float) -> list[Curve]:
+    found = []
+    for index, run in enumerate(runs):
+        points = [(x, y * factor) for x, y in run.curves.get(tag, ()) if math.isfinite(y)]
+        if points:
+            found.append(Curve(index, points))
+    return found

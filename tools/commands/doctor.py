@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rich.cells import cell_len
 
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3
-from act24.inference.layer import Sparsity, step_choices
+from act24.inference.layer import Choice, step_choices
 from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.passes import REGISTRY
 from act24.passes.relu2_ffn import parity_width
+from act24.passes.report import aligned
 from act24.recipes.plugins import load_plugins
 from act24.schedules import SCHEDULES
 from act24.sparse24.feed_forward.forms import Form, Network
@@ -64,11 +67,10 @@ def examine(device: torch.device | None = None) -> list[Finding]:
     return [*_versions(), *_machine(device), *_methods(device), *paths, *_records()]
 
 
-def doctor() -> str:
-    """The findings as text, one a line."""
-    findings = examine()
-    width = max(len(finding.subject) for finding in findings)
-    return "\n".join(f"{finding.subject:<{width}}  {finding.finding}" for finding in findings)
+def doctor(say: Callable[[str], str] = str) -> str:
+    """The findings as text, one a line; `say` takes them to the language of the reader."""
+    rows = [(say(finding.subject), say(finding.finding)) for finding in examine()]
+    return "\n".join(aligned(rows, cell_len))
 
 
 def _versions() -> list[Finding]:
@@ -201,7 +203,7 @@ def _paths(device: torch.device) -> list[Finding]:
 
 def _decoding(device: torch.device) -> list[Finding]:
     """What steps of generation try, by rows of the batch, for a relu² model with 2:4 weights."""
-    everything = Sparsity(skipping=True, packed=True)
+    everything = Choice(skipping=True, packed=True)
     choices = {rows: step_choices(rows, everything, torch.bfloat16, device) for rows in _BATCHES}
     return [
         Finding(f"decoding, {rows} rows", ", ".join(map(str, tried)) + (_MEASURED if len(tried) > 1 else ""))

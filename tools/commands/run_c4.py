@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 1 -m act24.run_c4 --model_config … --optimizer cola_adamw …
     ACT24_SET="data.source=builtin train.steps=100" torchrun … -m act24.run_c4 …
-    torchrun … -m act24.run_c4 … -- --set data.source=builtin
+    torchrun … -m act24.run_c4 … -- --set data.source=builtin --lang zh
 
 The same command goes on where its run was interrupted. `--save_dir` is the run's folder, and
 `--continue_from` a folder that the old code left, with whose weights the run begins, as it did there: the
@@ -17,9 +17,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, nearest
+from act24.tools.commands.chinese import Language, comments, speaker
 from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def run(arguments: Sequence[str]) -> Outcome:
     """Train by the arguments of a run_c4.py command.
 
     Args:
-        arguments: its options; behind `--`, overrides of the recipe as `--set KEY=VALUE`.
+        arguments: its options; behind `--`, overrides of the recipe as `--set KEY=VALUE`, and `--lang`.
 
     Raises:
         Act24Error: whatever is wrong with the command, the overrides or the run.
@@ -58,19 +59,20 @@ def run(arguments: Sequence[str]) -> Outcome:
     from act24.tools.run.train import train
 
     split = list(arguments).index("--") if "--" in arguments else len(arguments)
-    overrides = [*_words(os.environ.get(SET, "")), *_set_options(arguments[split + 1 :])]
+    given, chosen = _options(arguments[split + 1 :])
+    overrides, say = [*_words(os.environ.get(SET, "")), *given], speaker(chosen)
     translation = recipe_from_flags(arguments[:split])
     recipe = parse_recipe(translation.text, "the recipe of this command", overrides)
     folder = Path(translation.save_dir) if translation.save_dir else _default_folder(recipe)
     if own_rank() == 0:
         for line in translation.changes:
-            print(f"changes results: {line}", file=sys.stderr)
+            print(say(f"changes results: {line}"), file=sys.stderr)
         for line in overrides:
-            print(f"set: {line}", file=sys.stderr)
+            print(say(f"set: {line}"), file=sys.stderr)
     weights = Path(translation.continue_from) if translation.continue_from else None
     outcome = train(recipe, folder, resume="auto", weights=weights)
     if outcome.is_main:
-        (folder / TRANSLATED).write_text(translation.text, encoding="utf-8")
+        (folder / TRANSLATED).write_text(comments(translation.text, say), encoding="utf-8")
     show_outcome(recipe, outcome, folder)
     return outcome
 
@@ -90,13 +92,21 @@ def _words(text: str) -> list[str]:
         raise Act24Error(f"{SET}: {error}: {text}") from None
 
 
-def _set_options(words: Sequence[str]) -> list[str]:
-    """The overrides behind `--`."""
-    overrides, rest = [], list(words)
+def _options(words: Sequence[str]) -> tuple[list[str], Language | None]:
+    """What stands behind `--`: the overrides, and the language of remarks."""
+    overrides, chosen, rest = [], None, list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if name not in ("--set", "-s") or not (equals or rest):
-            raise Act24Error(f"behind -- stand overrides of the recipe, --set KEY=VALUE, and not '{word}'")
-        overrides.append(value if equals else rest.pop(0))
-    return overrides
+        if name not in ("--set", "-s", "--lang") or not (equals or rest):
+            raise Act24Error(
+                f"behind -- stand overrides of the recipe, --set KEY=VALUE, or --lang zh, and not '{word}'"
+            )
+        value = value if equals else rest.pop(0)
+        if name != "--lang":
+            overrides.append(value)
+        elif value in get_args(Language):
+            chosen = cast(Language, value)
+        else:
+            raise Act24Error(f"--lang {value}: {nearest(value, get_args(Language))}")
+    return overrides, chosen

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 
-from act24.passes.report import Report
+from act24.passes.report import Report, aligned
 from act24.recipes.schema import Recipe
 from act24.tools.bench.rows import Row
 from act24.tools.bench.rows import table as markdown_table
@@ -60,10 +61,14 @@ def _summary_rows(recipe: Recipe, outcome: Outcome) -> list[tuple[str, Any]]:
     return rows
 
 
-def show_plan(recipe: Recipe, as_json: bool) -> None:
-    """`act24 plan`."""
-    report = plan_recipe(recipe).report
-    print(json.dumps(plan_table(report), indent=1) if as_json else report)
+def show_plan(recipe: Recipe, as_json: bool, say: Callable[[str], str] = str) -> None:
+    """`act24 plan`; `say` takes what is for people to their language."""
+    report = plan_recipe(recipe, say).report
+    if as_json:
+        print(json.dumps(plan_table(report), indent=1))
+        return
+    cells = [tuple(map(say, row)) for row in report.table()]
+    print("\n".join((*aligned(cells, cell_len), *map(say, report.remarks()))))
 
 
 def plan_table(report: Report) -> dict[str, object]:

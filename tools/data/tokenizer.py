@@ -248,7 +248,8 @@ def _named(name: str, end_of_text: str | None = None) -> Tokenizer:
         reason = " ".join(str(error).split())
         raise Act24Error(
             f"cannot load tokenizer {name!r} from the Hub, and there is no such file: {reason} "
-            f"Without a network give the path of a tokenizer.json, or tokenizer.name = {TRAINED!r}"
+            "HF_ENDPOINT names a mirror of the Hub; "
+            f"without a network give the path of a tokenizer.json, or tokenizer.name = {TRAINED!r}"
         ) from error
     return Tokenizer(backend, name, end_of_text)
 

@@ -167,7 +167,7 @@ def _curves(run: Path) -> Iterator[tuple[str, list[tuple[int, float]]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    groups = "loss|sparsity_relu|dropped_energy|feature_dropped_energy|activation24_scale|gradient_cosine"
+    groups = r"loss|sparsity_(relu|dropped_energy|feature_dropped_energy|scale|gradient_cosine)"
     for tag in events.Tags()["scalars"]:
         if re.match(rf"({groups}|flip_rate)/", tag) and "max_across" not in tag and "min_across" not in tag:
             yield tag, [(point.step, round(point.value, 6)) for point in events.Scalars(tag)]

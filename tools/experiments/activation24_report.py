@@ -80,7 +80,10 @@ def _table(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
         difference = f"{loss / bar - 1:+.2%}" if loss and bar else ""
         dense = [run["forms"]["dense"] for run in runs if "forms" in run and "2:4" in run["forms"]]
         rates = [run["tokens_per_second"] for run in runs if "tokens_per_second" in run]
-        dropped = (_last(runs, "dropped_energy/mean"), _last(runs, "feature_dropped_energy/mean"))
+        dropped = (
+            _last(runs, "sparsity_dropped_energy/mean"),
+            _last(runs, "sparsity_feature_dropped_energy/mean"),
+        )
         cells = (
             name,
             ", ".join(map(_outcome, runs)),
@@ -88,7 +91,7 @@ def _table(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"{fmean(dense):.4f}" if dense else "",
             _shown(_last(runs, "sparsity_relu/mean"), "{:.1%}"),
             " / ".join(_shown(value, "{:.3%}") or "—" for value in dropped) if dropped[0] is not None else "",
-            _shown(_last(runs, "gradient_cosine/"), "{:.4f}"),
+            _shown(_last(runs, "sparsity_gradient_cosine/"), "{:.4f}"),
             f"{fmean(rates):,.0f}" if rates else "",
             f"{PAPER[name]:.3f}" if name in PAPER else "",
         )
@@ -133,8 +136,8 @@ def _draw(out: Path, by_name: dict[str, list[dict[str, Any]]]) -> None:
     figure.savefig(out / "loss.png", dpi=80)
     groups = {
         "sparsity_relu": "zeros after relu²",
-        "dropped_energy": "energy that 2:4 drops",
-        "feature_dropped_energy": "energy dropped in weight gradients",
+        "sparsity_dropped_energy": "energy that 2:4 drops",
+        "sparsity_feature_dropped_energy": "energy dropped in weight gradients",
     }
     name = next((name for name in ("full recipe", *by_name) if name in by_name), "")
     figure, panels = plt.subplots(1, len(groups), figsize=(15, 4), layout="constrained")

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-_PANELS = (("sparsity_relu", "zeros after relu²"), ("dropped_energy", "share of energy that 2:4 drops"))
+_PANELS = (
+    ("sparsity_relu", "zeros after relu²"),
+    ("sparsity_dropped_energy", "share of energy that 2:4 drops"),
+)
 
 
 def main() -> None:

@@ -230,7 +230,8 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    with reading(f"{name} is no folder here, and the Hub does not give it", Exception):
+    failure = f"{name} is no folder here, and the Hub (HF_ENDPOINT names a mirror) does not give it"
+    with reading(failure, Exception):
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 

@@ -1,6 +1,6 @@
 """Checkpoints in Hugging Face's layout, config.json beside model.safetensors or beside shards and their
 index, in and out: of LLaMA, of Arcee (relu² networks), and of our own type "act24"; in only, of the code that
-was published with CoLA.
+was published with CoLA, CoLA-M's names included.
 
 Every parameter that is missing, left over or of another shape is refused by name.
 """
@@ -8,6 +8,7 @@ Every parameter that is missing, left over or of another shape is refused by nam
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +39,9 @@ INDEX = "model.safetensors.index.json"
 
 #: Bytes of a file of weights; what does not fit goes into more of them.
 SHARD = 5 * 10**9
+
+#: The name of a factor or a bias in CoLA-M: layer, part of it that is computed anew in backward, linear.
+_OF_COLA_M = re.compile(r"model\.layers\.(\d+)\.(\w+)\.(?:pre|post)_(\w+_proj)\.(cola_a|cola_b|bias)")
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -161,7 +165,12 @@ def write_weights(
 
 
 def _under_our_name(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """CoLA's A is `[in, R]` and its B `[R, out]` in files of its authors; ours are `[R, in]`, `[out, R]`."""
+    """CoLA's A is `[in, R]` and its B `[R, out]` in files of its authors; ours are `[R, in]`, `[out, R]`.
+    Those of CoLA-M keep A and B in two modules, and some B in the next layer."""
+    if (split := _OF_COLA_M.fullmatch(name)) is not None:
+        layer, part, linear, leaf = split.groups()
+        block = "self_attn" if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        name = f"model.layers.{int(layer) - (part == 'last_layer_post_mlp')}.{block}.{linear}.{leaf}"
     module, _, leaf = name.rpartition(".")
     ours = {"cola_a": "weight_in", "cola_b": "weight_out"}.get(leaf)
     return (f"{module}.{ours}", value.T.contiguous()) if ours else (name, value)

@@ -26,7 +26,7 @@ from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.format.device import why_no_fp8
 from act24.tools.checkpoints import checkpoint
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import MANIFEST, CheckpointError
 from act24.tools.checkpoints.reading import contents_of
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.data import open_tokenizer
@@ -268,18 +268,28 @@ def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> N
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     """The checkpoint at a path, or the last one of the run there, verified.
 
-    A run that goes on may delete a checkpoint while it is read here. Then a newer one is there and taken.
+    A run that goes on may delete, rename or replace a checkpoint while it is read here. Then it is looked for
+    again.
 
     Raises:
         Act24Error: neither is there.
     """
     while True:
-        folder = on_the_first(lambda: last_checkpoint(path))
+        folder, manifest = on_the_first(lambda: _with_manifest(last_checkpoint(path)))
         try:
             return checkpoint.load(folder)
         except CheckpointError:
-            if folder == path or on_the_first(folder.exists):
+            _, now = on_the_first(lambda folder=folder: _with_manifest(folder))
+            if now == manifest and (now or folder == path):
                 raise
+
+
+def _with_manifest(folder: Path) -> tuple[Path, bytes | None]:
+    """The folder, and what tells which checkpoint of that name it is; None where there is none."""
+    try:
+        return folder, (folder / MANIFEST).read_bytes()
+    except OSError:
+        return folder, None
 
 
 def _beside(folder: Path) -> Tokenizer | None:

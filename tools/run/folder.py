@@ -29,7 +29,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.checkpoint import version
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line

@@ -74,13 +74,13 @@ def resolved(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def plan(recipe: Recipe) -> Pipeline:
-    """`plan_recipe`, of a recipe that may start from a model; says what starts fresh."""
+def plan(recipe: Recipe, say: Callable[[str], str] = str) -> Pipeline:
+    """`plan_recipe`, of a recipe that may start from a model; says what starts fresh, by `say`."""
     recipe = resolved(recipe)
     pipeline = plan_recipe(recipe)
     if recipe.model.pretrained is not None:
         for line in open_source(recipe.model.pretrained).remarks(pipeline):
-            logger.warning("%s", line)
+            logger.warning("%s", say(line))
     return pipeline
 
 

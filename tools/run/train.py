@@ -40,6 +40,7 @@ from act24.tools.run.tuning import tune_
 from act24.tools.watch.monitor import Monitor
 from act24.tools.watch.statistics import SiteStatistics
 from act24.tools.watch.tensorboard import histories
+from act24.tools.watch.wandb_sync import close_wandb, open_wandb, require_wandb
 
 
 class TrainingError(Act24Error):
@@ -103,6 +104,7 @@ def train(
             gradient that is not finite.
         Stopped: by a signal, before the first step.
     """
+    require_wandb(recipe)
     with stop_on_signal() as stop, open_processes() as processes:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir) as lock:
@@ -191,6 +193,7 @@ class TrainingRun:
         self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
         check_together(lock)
+        self._wandb = open_wandb(recipe, None if dry_run else run_dir, start and start.state.get("wandb"))
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline), resumption)
         self.monitor = Monitor(
@@ -214,6 +217,7 @@ class TrainingRun:
     def close(self) -> None:
         self._rows.close()
         self.monitor.close()
+        close_wandb(self._wandb)
         # Data parallelism has to end before its processes part. The other way round its destructor is the one
         # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
         del self.training_step
@@ -397,6 +401,7 @@ class TrainingRun:
                 "skips": self._skips,
                 "log": self.monitor.state(),
                 "products": self._products,
+                "wandb": self._wandb,
             },
             rank_state={"data": self._rows.state_dict()},
             recipe_text=dump_recipe(self._recipe),
@@ -406,6 +411,7 @@ class TrainingRun:
             keep_every=settings.keep_every,
             keep_best=settings.keep_best,
             heldout=heldout,
+            check_folder=self._lock.check if self._lock else lambda: None,
         )
         self.monitor.saved()
 

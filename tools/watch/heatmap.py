@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-# Pixels: the picture, a layer, layer numbers, a line of text. About the width of TensorBoard's cards, which
-# would make a wider picture's text small.
-WIDTH, ROW, LEFT, LINE = 384, 14, 30, 16
+# Pixels: the picture, layer numbers, a line of text and its letters. TensorBoard's cards show a picture about
+# 360 wide, and drop whole rows and columns of pixels to get there: letters are large enough to bear it.
+WIDTH, LEFT, LINE, FONT = 660, 60, 30, 22
+ROW, LEAST_ROW, HEIGHT = 28, 8, 448  # of one layer, and of all, which many layers share
 MAX_COLUMNS = 128
 
 # Anchors of matplotlib's inferno (CC0), of high contrast because TensorBoard's page dulls colours.
@@ -77,26 +78,35 @@ class History:
     def picture(self) -> numpy.ndarray:
         """The history as uint8 [height, width, 3]: a row a layer, layer 0 at the top, time to the right.
 
-        Colours span the smallest to the largest value shown; the scale is printed under the picture.
+        Colours span the smallest to the largest value shown; the scale is printed under the picture. Where
+        rows are lower than a line of text, not each has its number.
         """
         values = numpy.array(self.columns).T
         low, high = values.min(), values.max()
         layers = len(values)
+        row = row_height(layers)
         cells = Image.fromarray(colours((values - low) / (high - low) if high > low else values * 0))
-        canvas = Image.new("RGB", (LEFT + WIDTH, layers * ROW + 2 * LINE), "white")
-        canvas.paste(cells.resize((WIDTH, layers * ROW), Image.Resampling.NEAREST), (LEFT, 0))
+        canvas = Image.new("RGB", (LEFT + WIDTH, layers * row + 2 * LINE), "white")
+        canvas.paste(cells.resize((WIDTH, layers * row), Image.Resampling.NEAREST), (LEFT, 0))
         scale = Image.fromarray(colours(numpy.linspace(0, 1, WIDTH // 4)[None, :]))
         draw = ImageDraw.Draw(canvas)
-        for layer in range(layers):
-            draw.text((2, layer * ROW), str(self.layers[layer] if self.layers else layer), fill="black")
-        below = layers * ROW + 2
+        draw.font = ImageFont.load_default(FONT)
+        for layer in range(0, layers, -(-FONT // row)):
+            name = str(self.layers[layer] if self.layers else layer)
+            draw.text((LEFT - 8, layer * row), name, fill="black", anchor="ra")
+        below = layers * row
         draw.text((LEFT, below), f"step {self.first_step}", fill="black")
         draw.text((LEFT + WIDTH, below), f"step {self.last_step}", fill="black", anchor="ra")
         middle = LEFT + (WIDTH - scale.width) // 2
-        canvas.paste(scale.resize((scale.width, LINE - 4)), (middle, below + LINE))
-        draw.text((middle - 4, below + LINE), f"{low:.4g}", fill="black", anchor="ra")
-        draw.text((middle + scale.width + 4, below + LINE), f"{high:.4g}", fill="black")
+        canvas.paste(scale.resize((scale.width, LINE - 8)), (middle, below + LINE + 4))
+        draw.text((middle - 8, below + LINE), f"{low:.4g}", fill="black", anchor="ra")
+        draw.text((middle + scale.width + 8, below + LINE), f"{high:.4g}", fill="black")
         return numpy.asarray(canvas)
+
+
+def row_height(layers: int) -> int:
+    """Pixels of each of so many layers."""
+    return max(LEAST_ROW, min(ROW, HEIGHT // layers))
 
 
 def colours(fractions: numpy.ndarray) -> numpy.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,22 @@ from act24.tools.watch.statistics import (
 )
 from act24.tools.watch.tensorboard import RunLog, flat
 
-#: Tags of values by layer of the feed-forward networks, and the statistic that each shows.
-FFN_TAGS = {
+#: Tags of values by layer, and the statistic that each shows: of the feed-forward networks as they stand, of
+#: the activations inside low-rank linears (CoLA's, LoST's) with the linear's name behind,
+#: `sparsity_relu/*/q_proj`. TensorBoard sorts groups by name: these come behind `loss`, `optim` and `perf`.
+SITE_TAGS = {
     "sparsity_relu/*": "sparsity",
-    "crowded_groups/*": "crowded_groups",
-    "dropped_nonzeros/*": "dropped_nonzeros",
-    "dropped_energy/*": "dropped_energy",
+    "sparsity_crowded_groups/*": "crowded_groups",
+    "sparsity_dropped_nonzeros/*": "dropped_nonzeros",
+    "sparsity_dropped_energy/*": "dropped_energy",
 }
-#: The same of the activations inside low-rank linears (CoLA's, LoST's), by linear: `sparsity_relu/*/q_proj`.
-BOTTLENECK_TAGS = {name: FFN_TAGS[name] for name in ("sparsity_relu/*", "dropped_energy/*")}
 #: The same of 2:4 along the tokens, which only some backwards have, and of scales, for some methods.
 _ALONG_TOKENS_TAGS = {
-    "feature_dropped_nonzeros/*": "feature_dropped_nonzeros",
-    "feature_dropped_energy/*": "feature_dropped_energy",
-    "dense_feature_energy/*": "dense_feature_energy",
+    "sparsity_feature_dropped_nonzeros/*": "feature_dropped_nonzeros",
+    "sparsity_feature_dropped_energy/*": "feature_dropped_energy",
+    "sparsity_dense_feature_energy/*": "dense_feature_energy",
 }
-_SCALE_TAGS = {"activation24_scale/*": "scale"}
+_SCALE_TAGS = {"sparsity_scale/*": "scale"}
 
 #: The keys that only one source of data reads; the others are of all.
 _DATA_KEYS: dict[str, tuple[str, ...]] = {
@@ -111,11 +111,12 @@ class Monitor:
         self._alarmed, self.skipped = bool((state or {}).get("alarmed")), int((state or {}).get("skipped", 0))
         self.seconds, self.tokens, self.loss = 0.0, 0, float("nan")
         self.sites: list[SiteStatistics] = []
+        self._groups = _site_groups(built)
         self._log: RunLog | None = None
         if run_dir is not None and processes.is_main:
             self._log = RunLog(
                 run_dir,
-                layer_tags=_layer_tags(recipe, built),
+                layer_tags=_layer_tags(recipe, built, self._groups.values()),
                 resumed_from=resumed_at,
                 state=(state or {}).get("histories"),
             )
@@ -234,17 +235,18 @@ class Monitor:
             "optim/lr": window.rate,
             "optim/grad_norm": window.grad_norm,
             "perf/tokens_per_s": window.tokens_per_second,
-            "perf/tokens_per_s_per_device": window.tokens_per_second / world_size,
             "perf/data_wait_share": self._waited / elapsed,
             "perf/step_ms": 1000 * elapsed / self._steps,
             # Counts of what is wrong, and of epochs: there is nothing to see before the first.
-            **{f"data/{name}": value for name, value in self._data.items() if value},
+            **{f"text/{name}": value for name, value in self._data.items() if value},
         }
+        if world_size > 1:
+            scalars["perf/tokens_per_s_per_device"] = window.tokens_per_second / world_size
         if self.skipped:
             scalars["optim/skipped_batches"] = self.skipped
         if self._processes.device.type == "cuda":
-            scalars["memory/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            scalars["memory/max_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            scalars["perf/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            scalars["perf/max_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         return scalars
 
     def _occasional(self, steps: int) -> dict[str, float]:
@@ -252,8 +254,8 @@ class Monitor:
         rates = take_flip_rates_(self._built.pipeline, steps)
         scalars = {f"flip_rate/{name}": rate for name, rate in rates.items()}
         lost = take_underflow_(self._built.pipeline)
-        scalars |= {f"fp8/underflow/{name}": share for name, share in lost.items()}
-        tensors = {f"gradient_cosine/{name}": value for name, value in self._cosines.items()}
+        scalars |= {f"underflow_fp8/{name}": share for name, share in lost.items()}
+        tensors = {f"sparsity_gradient_cosine/{name}": value for name, value in self._cosines.items()}
         tensors |= self._recipe.optimizer.diagnostics_(self._optimizer)
         self._cosines = {}
         if tensors:
@@ -270,23 +272,23 @@ class Monitor:
         return new
 
     def _write_sites(self, log: RunLog, sites: Sequence[SiteStatistics], step: int) -> None:
-        networks = sorted((s for s in sites if s.site == "mlp"), key=lambda s: s.layer or 0)
-        scaled = any(isinstance(p, Activation24) and p.record.scaled for p in self._recipe.passes)
-        for tag, field in (FFN_TAGS | _ALONG_TOKENS_TAGS | (_SCALE_TAGS if scaled else {})).items():
-            values = {site.layer or 0: getattr(site, field) for site in networks}
-            if values and None not in values.values():
-                log.layers(tag, values, step)
-        others = [s for s in sites if s.site != "mlp"]
-        if others:
-            scalars = {
-                f"lowrank_relu2_sparsity/layer_{s.layer}.{_short(s, others)}": s.sparsity for s in others
-            }
-            scalars["lowrank_relu2_sparsity/average"] = sum(scalars.values()) / len(scalars)
-            log.scalars(scalars, step)
-        for name in dict.fromkeys(_short(s, others) for s in others):
-            for tag, field in BOTTLENECK_TAGS.items():
-                layers = {s.layer or 0: getattr(s, field) for s in others if _short(s, others) == name}
-                log.layers(f"{tag}/{name}", layers, step)
+        groups: dict[str, list[SiteStatistics]] = {}
+        for site in sorted(sites, key=lambda site: site.layer or 0):
+            groups.setdefault(self._groups[site.layer, site.site], []).append(site)
+        for group, among in groups.items():
+            for tag, field in _site_tags(self._recipe).items():
+                values = {site.layer or 0: getattr(site, field) for site in among}
+                if None not in values.values():
+                    log.layers(tag + group, values, step)
+        named = {
+            f"layer_{site.layer}.{group[1:]}": site.sparsity
+            for group, among in groups.items()
+            for site in among
+            if group
+        }
+        if named:  # as run_c4.py calls them
+            named["average"] = sum(named.values()) / len(named)
+            log.scalars({f"lowrank_relu2_sparsity/{name}": value for name, value in named.items()}, step)
 
     def _write_weights(self, log: RunLog, weights: Mapping[str, float], step: int) -> None:
         by_module: dict[str, dict[int, float]] = {}
@@ -301,7 +303,7 @@ class Monitor:
     def _describe(self, log: RunLog) -> None:
         log.text("recipe", f"```toml\n{dump_recipe(self._recipe)}```")
         log.text("plan", "\n".join(f"    {line}" for line in str(self._built.pipeline).splitlines()))
-        log.hparams(hyperparameters(self._recipe), ["loss/train", "loss/val"])
+        log.hparams(hyperparameters(self._recipe))
 
 
 def hyperparameters(recipe: Recipe) -> dict[str, Any]:
@@ -321,25 +323,33 @@ def hyperparameters(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not name.endswith((".use", ".optional"))}
 
 
-def _short(site: SiteStatistics, among: Sequence[SiteStatistics]) -> str:
-    """The last part of a site's name, where that tells it from the others of its layer."""
-    name = site.site.rpartition(".")[2]
-    same = [s for s in among if s.layer == site.layer and s.site.rpartition(".")[2] == name]
-    return name if len(same) == 1 else site.site
+def _site_groups(built: Built) -> dict[tuple[int | None, str], str]:
+    """What stands behind the tags of each watched activation, by layer and site: nothing for the networks,
+    `/q_proj` for what is inside a linear, with more of its name where two of a layer end alike."""
+    sites = [split_layer(name) for name in buffers_of(dict(built.model.named_modules()), BUFFER)]
+    ends = Counter((layer, site.rpartition(".")[2]) for layer, site in sites if site != "mlp")
+    return {
+        (layer, site): ""
+        if site == "mlp"
+        else "/" + (end if ends[layer, end := site.rpartition(".")[2]] == 1 else site)
+        for layer, site in sites
+    }
 
 
-def _layer_tags(recipe: Recipe, built: Built) -> list[str]:
-    """Those that will have values: each gets its charts."""
-    names = [split_layer(name) for name in buffers_of(dict(built.model.named_modules()), BUFFER)]
-    watched = any(site == "mlp" for _, site in names)
-    tags = list(FFN_TAGS) if watched else []
-    for p in recipe.passes:
-        if watched and isinstance(p, Activation24):
-            tags += list(_ALONG_TOKENS_TAGS) if p.backward != "dense" else []
-            tags += list(_SCALE_TAGS) if p.record.scaled else []
-    bottlenecks = dict.fromkeys(site.rpartition(".")[2] for _, site in names if site != "mlp")
-    tags += [f"{tag}/{name}" for name in bottlenecks for tag in BOTTLENECK_TAGS]
+def _site_tags(recipe: Recipe) -> dict[str, str]:
+    """Tags by layer of every watched activation, and the statistic of each."""
+    sparse = [p for p in recipe.passes if isinstance(p, Activation24)]
+    along_tokens = any(p.backward != "dense" for p in sparse)
+    scaled = any(p.record.scaled for p in sparse)
+    return SITE_TAGS | (_ALONG_TOKENS_TAGS if along_tokens else {}) | (_SCALE_TAGS if scaled else {})
+
+
+def _layer_tags(recipe: Recipe, built: Built, groups: Iterable[str]) -> list[str]:
+    """Those that will have values: each gets its charts, the networks' first."""
+    tags = [
+        tag + group for group in sorted(set(groups), key=lambda g: (g != "", g)) for tag in _site_tags(recipe)
+    ]
     if recipe.log.weight_sparsity_every and any(isinstance(p, Weight24) for p in recipe.passes):
         modules = dict.fromkeys(name.partition("/")[2] for name in block_weights(built.model))
         tags += [f"weight_sparsity/*/{module}" for module in modules]
-    return list(dict.fromkeys(tags))
+    return tags

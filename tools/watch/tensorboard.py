@@ -100,12 +100,15 @@ class RunLog:
         self._writer.add_text(tag, markdown, step)
 
     @_never_fatal
-    def hparams(self, recipe: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """The recipe's values by dotted name (`passes.0.mlp_rank`), beside the scalars tagged `metrics`.
+    def hparams(self, recipe: Mapping[str, Any]) -> None:
+        """The recipe's values by dotted name (`passes.0.mlp_rank`).
 
-        Not by `SummaryWriter.add_hparams`: it adds a run to the list, and to each metric a made-up point.
+        Not by `SummaryWriter.add_hparams`: it adds a run to the list, and to each metric a made-up point. Nor
+        is its table of names and metrics written: TensorBoard would take one run's for all, sorted by name.
+        Without it names are gathered from all runs, and those in which they differ come first.
         """
-        for summary in hparams_summaries(flat(recipe), dict.fromkeys(metrics, 0.0)):
+        _names, *values = hparams_summaries(flat(recipe), {})
+        for summary in values:
             self._writer._get_file_writer().add_summary(summary)
 
     def shown(self, layer_tag: str) -> bool:

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.format.device import rule_holds_on
-from act24.sparse24.format.products import Kind, choose, feed_forward_products
+from act24.sparse24.format.products import Kind, Product, choose, feed_forward_products
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 
 #: T and F are multiples of a metadata tile along either side, and widths of what a 16-byte load holds.
 _TILE, _LOAD = 64, 8
+
+#: Tokens of which inference takes a multiple, once it has more than one tile: every form's kernels do.
+WHOLE_TOKENS = 128
 
 #: x, weight_in, bias_in, weight_out, bias_out of `act24.sparse24.feed_forward.operation.activation24`.
 Tensors = tuple[Tensor | None, ...]
@@ -49,6 +52,8 @@ class Network(NamedTuple):
         dtype, device: of the input.
         biased: the first linear has a bias.
         scaled: the result is multiplied by β.
+        inference: y is all that is asked for, without a gradient or statistics. The tokens are then those
+            that kernels run on: beyond one tile, rounded up to `WHOLE_TOKENS`.
     """
 
     tokens: int
@@ -59,16 +64,26 @@ class Network(NamedTuple):
     device: torch.device
     biased: bool = False
     scaled: bool = False
+    inference: bool = False
 
 
-def network_of(tensors: Tensors, scaled: bool = False) -> Network:
+def network_of(tensors: Tensors, scaled: bool = False, inference: bool = False) -> Network:
     """The network of an operation's tensors."""
     x, weight_in, bias_in, weight_out, _ = tensors
     assert x is not None
     features, width = (x.shape[-1], 0) if weight_in is None else weight_in.shape
     width_out = 0 if weight_out is None else weight_out.shape[0]
     tokens = x.numel() // max(x.shape[-1], 1)
-    return Network(tokens, features, width, width_out, x.dtype, x.device, bias_in is not None, scaled)
+    if inference and tokens > _TILE:
+        tokens += -tokens % WHOLE_TOKENS
+    biased = bias_in is not None
+    return Network(tokens, features, width, width_out, x.dtype, x.device, biased, scaled, inference)
+
+
+def is_inference(tensors: Tensors, options: Options24) -> bool:
+    """Whether y is all that is asked for."""
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return not training and not options.statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +155,19 @@ class Form:
 
 
 def product_algorithms(network: Network, options: Options24) -> dict[Kind, int]:
-    """The algorithm of each 2:4 product; empty where the products are dense."""
+    """The algorithm of each 2:4 product; empty where the products are dense. For inference y alone counts,
+    and a product that was tuned for fewer tokens answers too: more of them only help 2:4."""
     exact = not backward_of(options).along_tokens
     tokens, features, width, width_out, *_ = network
     fp8 = options.precision == "fp8"
     products = feed_forward_products(tokens, width, features, width_out, exact, fp8)
+    if network.inference:
+        only_y: dict[Kind, Product] = {"y": products["y"]}
+        products = only_y
     # Naive and exact has another form than this and the reference: the masked one, in bfloat16.
     masked = exact and method_of(options).kernel == "naive" and not fp8
     untuned = rule_holds_on(network.device)
-    return choose(products, options.algorithms, always=not masked, untuned=untuned)
+    return choose(products, options.algorithms, not masked, untuned, fewer_tokens=network.inference)
 
 
 def why_never_packed(tokens: int, features: int, widths: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.operation import cast_for_autocast, is_mapped, operation
-from act24.sparse24.feed_forward.forms import Form, Network, State, network_of
+from act24.sparse24.feed_forward.forms import Form, Network, State, Tensors, is_inference, network_of
 from act24.sparse24.feed_forward.masked import MASKED
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.options import PLAIN, Options24, backward_of, estimator_of, method_of
@@ -173,6 +173,19 @@ class _Activation24(torch.autograd.Function):
         )
 
 
+def _whole_tiles(
+    form: Form, tensors: Tensors, state: State, options: Options24, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """A form run on so many tokens, the last of them zeros that nobody reads."""
+    x, *others = tensors
+    assert x is not None
+    rows = _rows(x)
+    if tokens == len(rows):
+        return form.run(tensors, state, options)
+    y, statistics = form.run((F.pad(rows, (0, 0, 0, tokens - len(rows))), *others), state, options)
+    return y[: len(rows)].view(*x.shape[:-1], y.shape[-1]), statistics
+
+
 @operation
 def activation24(
     x: Tensor,
@@ -221,8 +234,14 @@ def activation24(
     if options.precision == "fp8" and weight_out is not None and (reason := why_no_fp8(x.device)):
         raise Act24Error(reason)
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
-    network = network_of(tensors, scale is not None)
-    if not is_mapped() and (form := form_of(network, options)):
+    inference = is_inference(tensors, options)
+    network = network_of(tensors, scale is not None, inference)
+    if inference and not is_mapped():
+        # y is the same whatever the backward, and more forms know this one.
+        forward = options._replace(backward="dense")
+        if form := form_of(network, forward):
+            return _whole_tiles(form, tensors, State(scale, seed), forward, network.tokens)
+    elif not is_mapped() and (form := form_of(network, options)):
         return form.run(tensors, State(scale, seed, real_tokens(pads)), options)
     if options.precision == "fp8" and not PACKED_FP8.why_never(network, options):
         if is_mapped():

@@ -97,7 +97,8 @@ class _PackedActivation24(torch.autograd.Function):
             options.statistics,
             order,
         )
-        algorithm = _algorithms(hidden, weight_in, weight_out, options)["y"]
+        inference = not training and not options.statistics
+        algorithm = _algorithms(hidden, weight_in, weight_out, options, inference)["y"]
         y = times_scale(product24(packed, weight_out.T, algorithm, False, None, None), scale)
         y = y if bias_out is None else y + bias_out
         return y, packed, slope, counts, sums
@@ -118,7 +119,7 @@ class _PackedActivation24(torch.autograd.Function):
         grad_product = times_scale(grad_y, scale)
         grad_activation = grad_product @ weight_out
         saved = _Saved(packed, slope if slope.numel() else None, counts, real)
-        algorithms = _algorithms(x, weight_in, weight_out, ctx.options)
+        algorithms = _algorithms(x, weight_in, weight_out, ctx.options, inference=False)
         sides = x if need_weight_in else None, grad_product if need_weight_out else None
         gradients = _sparse_gradients if backward_of(ctx.options).along_tokens else _exact_gradients
         grad_hidden, grad_weight_in, grad_weight_out = gradients(
@@ -196,10 +197,14 @@ def _sparse_gradients(
     return grad_hidden, grad_weight_in, grad_weight_out
 
 
-def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
+def _algorithms(
+    rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24, inference: bool
+) -> dict[Kind, int]:
     """Of the products for this many rows."""
     features, width = weight_in.shape
-    network = Network(len(rows), features, width, len(weight_out), rows.dtype, rows.device)
+    network = Network(
+        len(rows), features, width, len(weight_out), rows.dtype, rows.device, inference=inference
+    )
     return product_algorithms(network, options)
 
 

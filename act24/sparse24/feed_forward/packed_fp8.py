@@ -115,7 +115,8 @@ class _PackedFp8(torch.autograd.Function):
             over,
         )
         narrow = cast_both_ways(weight_out, "tensorwise", "tensorwise", turned=False, kernels=kernels)
-        algorithm = _algorithms(x, weight_in, weight_out, options)["y"]
+        inference = not training and not options.statistics
+        algorithm = _algorithms(x, weight_in, weight_out, options, inference)["y"]
         y = form("product24_e4m3", kernels)(packed, narrow.narrow, algorithm, False, None, None)
         y = times_scale(_scaled(y, (over * narrow.scale)[:, None]), scale)
         y = y if bias_out is None else y + bias_out
@@ -162,7 +163,7 @@ class _PackedFp8(torch.autograd.Function):
             options.function,
             along_tokens,
         )
-        algorithms = _algorithms(grad_y, weight_in, weight_out, options)
+        algorithms = _algorithms(grad_y, weight_in, weight_out, options, inference=False)
         grad_x = grad_weight_in = grad_weight_out = grad_bias_in = grad_bias_out = None
         if need_x:
             weight = cast_both_ways(weight_in, "tensorwise", "tensorwise", narrow=False, kernels=kernels)
@@ -248,10 +249,14 @@ def _gradient_scales(
     return scales_of(by_token), scales_of(by_feature)
 
 
-def _algorithms(rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24) -> dict[Kind, int]:
+def _algorithms(
+    rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24, inference: bool
+) -> dict[Kind, int]:
     """Of the products for this many rows; on the reference they mean nothing."""
     features, width = weight_in.shape
-    network = Network(len(rows), features, width, len(weight_out), rows.dtype, rows.device)
+    network = Network(
+        len(rows), features, width, len(weight_out), rows.dtype, rows.device, inference=inference
+    )
     exact = not backward_of(options).along_tokens
     kinds: tuple[Kind, ...] = (
         ("y", "grad_x") if exact else ("y", "grad_x", "grad_weight_in", "grad_weight_out")

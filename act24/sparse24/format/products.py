@@ -9,7 +9,8 @@ rule decides, `choose`. Everything else in act24 asks there.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, NamedTuple
 
 from act24.options import Range
 
@@ -155,7 +156,11 @@ def linear_products(tokens: int, out_features: int, in_features: int) -> dict[Ki
 
 
 def choose(
-    products: dict[Kind, Product], table: Table = (), always: bool = False, untuned: bool = True
+    products: dict[Kind, Product],
+    table: Table = (),
+    always: bool = False,
+    untuned: bool = True,
+    fewer_tokens: bool = False,
 ) -> dict[Kind, int]:
     """The one rule between 2:4 and dense: all of these products, or none. A feed-forward network asks for all
     of its products together, a linear for each of its own.
@@ -167,6 +172,7 @@ def choose(
         always: for a network whose only other form is the reference, which costs more than
             any slow product: none only where an algorithm is missing.
         untuned: the rule for shapes that nobody tuned may answer; it was measured on Hopper.
+        fewer_tokens: where a product is not in the table, the same for the most tokens below it answers.
 
     Returns:
         the algorithm of each; empty where the dense ones are faster, as measured, or, where they are not all
@@ -174,7 +180,8 @@ def choose(
     """
     # As plain tuples: to torch.compile a named tuple is another key than the tuple it equals.
     known = {tuple(product): measured for product, measured in table}
-    measured = {kind: Measured(*known[tuple(p)]) for kind, p in products.items() if tuple(p) in known}
+    found = {kind: _with_fewer_tokens(p, known) if fewer_tokens else p for kind, p in products.items()}
+    measured = {kind: Measured(*known[tuple(p)]) for kind, p in found.items() if tuple(p) in known}
     if len(measured) == len(products):
         chosen: dict[Kind, int] = {kind: measured[kind].algorithm for kind in products}
         sparse = sum(m.sparse for m in measured.values())
@@ -188,3 +195,10 @@ def choose(
     ):
         return {kind: DEFAULT_ALGORITHMS[product.kind] for kind, product in products.items()}
     return dict.fromkeys(products, 0) if always else {}  # every shape has the first one
+
+
+def _with_fewer_tokens(product: Product, known: Iterable[tuple[Any, ...]]) -> Product:
+    """The product for as many tokens, or the most below them that are known; itself where none are."""
+    kind, tokens, *shape = product
+    fewer = [t for k, t, *s in known if k == kind and s == shape and t <= tokens]
+    return product._replace(tokens=max(fewer)) if fewer else product

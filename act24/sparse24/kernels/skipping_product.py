@@ -145,11 +145,13 @@ def skipping_product(hidden: Tensor, weight: Tensor, function: str) -> Tensor:
         float32 `[S, T, D]`, whose sum over S is the product.
 
     Raises:
-        ValueError: more tokens, or another function.
+        ValueError: more tokens, another function, or a weight that lies otherwise in memory.
     """
     (tokens, features), width = hidden.shape, weight.shape[1]
     if tokens > TOKENS or function not in FUNCTIONS:
         raise ValueError(f"skipping_product: {tokens} tokens, {function!r}: at most {TOKENS}, of {FUNCTIONS}")
+    if not (hidden.is_contiguous() and weight.is_contiguous()):
+        raise ValueError("skipping_product: activation and weight have to be contiguous")
     partial = hidden.new_empty((split_number(features), tokens, width), dtype=torch.float32)
     launch(hidden, weight, partial, function, *TILES[1 if tokens == 1 else 16])
     return partial

@@ -136,7 +136,8 @@ def test_the_report_says_what_is_left_and_why() -> None:
     assert (line.reached, line.total) == (reached, total)
     assert str(line) == (
         "relu2_ffn reaches 60% of the feed-forward matrices; left: *.experts.stacked 30% (stacked "
-        "parameters, which no pass takes apart); *.ffn.* 10% (a single linear)"
+        "parameters, which no pass takes apart: make linears of them, or leave them out with ignore); "
+        "*.ffn.* 10% (a single linear: leave it to other passes)"
     )
     with pytest.warns(PartialWarning, match="relu2_ffn reaches 60%"):
         apply_(model, [Relu2FFN()])
@@ -320,7 +321,7 @@ def test_halves_the_other_way_round_are_not_taken() -> None:
 
 def test_networks_gated_by_gelu_are_named_and_taken_where_that_is_asked_for() -> None:
     gelu = lambda x: F.gelu(x, approximate="tanh")  # noqa: E731
-    with pytest.raises(PassError, match='gated by gelu: gate = "gelu" takes it'):
+    with pytest.raises(PassError, match='gated by gelu: set gate = "gelu" to take it'):
         plan(Trunk(lambda: Fused(gelu)), [Relu2FFN()])
     for gate in ("gelu", "any"):
         rows = plan(Trunk(lambda: Fused(gelu)), [Relu2FFN(gate=gate)]).rows

@@ -198,7 +198,8 @@ def test_matrices_without_a_linear_are_no_region() -> None:
 
     found, unclean = trace(nn.ModuleList([Table(), Table()]))
     assert not found
-    assert unclean == {f"{i} [Table]": "holds no linear" for i in (0, 1)}
+    why = "calls no linear: write its products as F.linear(x, weight), or leave it"
+    assert unclean == {f"{i} [Table]": why for i in (0, 1)}
 
 
 # Sharing

@@ -1,8 +1,10 @@
 """A run goes on from a checkpoint bit for bit, and no kill and no full disk costs the checkpoint before."""
 
 import errno
+import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from torch import nn
 
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -274,8 +276,8 @@ def test_what_does_not_fit_into_json_is_a_bug_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-KILLED_AT_EVERY_STEP = """
-import json, os, pathlib, signal, sys
+AT_EVERY_MOMENT = """
+import json, os, pathlib, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
@@ -283,56 +285,83 @@ from test_checkpoint import Tiny, adamw, save, train
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 
-run = pathlib.Path(sys.argv[2])
+folder, before, what = pathlib.Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 model = Tiny(0); optimizer = adamw(model); train(model, optimizer, 1)
-first = save(run, 1, model, optimizer)
-train(model, optimizer, 1)
+(folder / "as it was").mkdir()
+if before:
+    save(folder / "as it was", before, model, optimizer, state={"tokens": 32})
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate")
-outcomes = []
-for fatal in range(1, 1000):  # the first child is killed at its first touch of the file system, and so on
+
+def read(run):
+    # The last checkpoint, as it is found, and what it says.
+    latest = checkpoint_folder.latest(run)
+    return latest and latest.name, latest and checkpoint.load(latest).state["tokens"]
+
+def save_in_a_child(run, at_each_touch):
+    # A save that calls a function at each of its touches of the file system.
     child = os.fork()
     if child == 0:
-        seen = 0
-        def kill_at(event, arguments):
-            global seen
-            if event in EVENTS and str(run) in str(arguments[0]):
-                seen += 1
-                if seen == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(kill_at)
-        save(run, 2, model, optimizer, keep=1)
+        within = False
+        def hook(event, arguments):
+            nonlocal within
+            if event in EVENTS and str(run) in str(arguments[0]) and not within:
+                within = True
+                at_each_touch()
+                within = False
+        sys.addaudithook(hook)
+        save(run, 2, model, optimizer, keep=1, state={"tokens": 64})
         os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+seen = []
+if what == "read":
+    run = folder / "as it was"
+    def look():
+        with open(folder / "seen", "a") as file:
+            print(json.dumps(read(run)), file=file)
+    assert save_in_a_child(run, look) == 0
+    seen = [json.loads(line) for line in (folder / "seen").read_text().splitlines()]
+for fatal in range(1, 1000) if what == "kill" else ():  # the first child at its first touch, and so on
+    run = folder / str(fatal)
+    shutil.copytree(folder / "as it was", run)
+    touches = iter(range(1, 1000))
+    status = save_in_a_child(run, lambda: next(touches) == fatal and os.kill(os.getpid(), signal.SIGKILL))
     assert status in (0, -signal.SIGKILL), status
-    killed = status != 0
-    latest = checkpoint_folder.latest(run)
-    other = Tiny(1)
-    checkpoint.restore_(checkpoint.load(latest), other, adamw(other))
-    names = sorted(path.name for path in latest.parent.iterdir())
-    outcomes.append({"killed": killed, "latest": latest.name, "names": names})
-    if latest.name == "step-000002":  # back to where this began; the next save has leftovers to clear up
-        os.rename(latest, latest.with_name("aside"))
-        if not first.exists():
-            save(run, 1, model, optimizer)
-        os.system(f"rm -r {latest.with_name('aside')}")
-    if not killed:
+    seen.append(read(run))
+    checkpoint_folder.put_back(run)
+    if latest := checkpoint_folder.latest(run):
+        assert (latest.name, seen[-1][1]) == (seen[-1][0].partition(".")[0], read(run)[1])
+        other = Tiny(1)
+        checkpoint.restore_(checkpoint.load(latest), other, adamw(other))
+    checkpoint_folder.prune(run, keep=1)
+    assert checkpoint_folder.all_of(run) == ([latest] if latest else [])
+    if status == 0:
         break
-print(json.dumps(outcomes))
+    shutil.rmtree(run)
+print(json.dumps(seen))
 """
 
 
-def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_latest_checkpoint(tmp_path):
-    """A child is killed at its first touch of the file system, another at its second, until one survives."""
-    script = [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(Path(__file__).parents[1]), str(tmp_path)]
+@pytest.mark.parametrize(
+    ("before", "what"),
+    [
+        pytest.param(before, what, marks=[pytest.mark.slow] * (before > 0 or what == "read"))
+        for before in (0, 1, 2)  # a first save, the next, and one of a step that has been saved
+        for what in ("kill", "read")
+    ],
+)
+def test_at_any_moment_of_a_save_there_is_a_whole_checkpoint(tmp_path, before, what):
+    """A child is killed at its first touch of the file system, another at its second, until one survives; or
+    somebody else looks at each: it is the checkpoint of before up to some moment, and then the new one."""
+    script = [sys.executable, "-c", AT_EVERY_MOMENT, str(Path(__file__).parents[1])]
     # Without a GPU: torch.distributed.checkpoint would start CUDA, which no fork survives.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+    arguments = [*script, str(tmp_path), str(before), what]
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    outcomes = json.loads(result.stdout)
-    assert not outcomes[-1]["killed"]
-    assert outcomes[-1]["names"] == ["step-000002"]
-    latest = [outcome["latest"] for outcome in outcomes]
-    assert latest == sorted(latest)  # the old one up to some moment, the new one from then on
-    assert latest.count("step-000001") > 20
-    assert latest.count("step-000002") > 2
-    assert any(".tmp-" in name for outcome in outcomes for name in outcome["names"])
+    seen = [(name and re.sub("tmp-.*", "tmp", name), tokens) for name, tokens in json.loads(result.stdout)]
+    old = (f"step-{before:06d}", 32) if before else (None, None)
+    new = ("step-000002.tmp", 64), ("step-000002", 64)
+    assert [found for found, _ in itertools.groupby(seen)] == [old, *new]
+    assert seen.count(old) > 20
+    assert all(seen.count(found) > 2 for found in new)

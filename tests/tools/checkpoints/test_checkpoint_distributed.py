@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.run.processes import leave_process_group
 
 

@@ -10,6 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from act24.tools.checkpoints import folder as cf
+from act24.tools.checkpoints.manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    contents,
+    fingerprints,
+    read_manifest,
+    render,
+    verify_files,
+)
 
 FILES = {
     "state.json": b'{"tokens": 7}',
@@ -25,16 +35,14 @@ def write(run: Path, step: int, files: dict[str, bytes] = FILES) -> Path:
     for name, content in files.items():
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (unfinished / name).write_bytes(content)
-    manifest = {"format": cf.FORMAT, "step": step, "sequence": cf.next_sequence(run)}
-    cf.publish(
-        unfinished, folder, {**manifest, "files": cf.fingerprints(unfinished, cf.contents(unfinished))}
-    )
+    manifest = {"format": FORMAT, "step": step, "sequence": cf.next_sequence(run)}
+    cf.publish(unfinished, folder, {**manifest, "files": fingerprints(unfinished, contents(unfinished))})
     return folder
 
 
 def verify(folder: Path) -> None:
-    manifest = cf.read_manifest(folder)
-    cf.verify_files(folder, manifest, manifest["files"])
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest, manifest["files"])
 
 
 def test_a_whole_folder_is_a_checkpoint(tmp_path):
@@ -42,7 +50,7 @@ def test_a_whole_folder_is_a_checkpoint(tmp_path):
     verify(folder)
     assert folder == tmp_path / "checkpoints" / "step-000500"
     assert cf.latest(tmp_path) == folder
-    assert sorted(cf.read_manifest(folder)["files"]) == sorted(FILES)
+    assert sorted(read_manifest(folder)["files"]) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == ["step-000500"]
 
 
@@ -54,7 +62,7 @@ def published(tmp_path_factory):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_and_its_file_named(published, data):
-    name = data.draw(st.sampled_from([*FILES, cf.MANIFEST]))
+    name = data.draw(st.sampled_from([*FILES, MANIFEST]))
     path = published / name
     whole = path.read_bytes()
     position = data.draw(st.integers(0, len(whole) - 1))
@@ -62,7 +70,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(published, data):
     flipped[position] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(flipped)
     try:
-        with pytest.raises(cf.CheckpointError) as error:
+        with pytest.raises(CheckpointError) as error:
             verify(published)
         assert str(path) in str(error.value)
     finally:
@@ -70,7 +78,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(published, data):
     verify(published)
 
 
-@pytest.mark.parametrize("name", [*FILES, cf.MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("damage", ["missing", "shorter", "longer", "empty"])
 def test_files_missing_or_of_another_length_are_named_and_not_latest(tmp_path, caplog, name, damage):
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
@@ -79,8 +87,8 @@ def test_files_missing_or_of_another_length_are_named_and_not_latest(tmp_path, c
     path.unlink()
     if damage != "missing":
         path.write_bytes({"shorter": whole[:-1], "longer": whole + b"\n", "empty": b""}[damage])
-    with pytest.raises(cf.CheckpointError) as error:
-        cf.read_manifest(bad)
+    with pytest.raises(CheckpointError) as error:
+        read_manifest(bad)
     assert name in str(error.value)
     with caplog.at_level(logging.WARNING, "act24"):
         assert cf.latest(tmp_path) == good
@@ -140,8 +148,8 @@ def test_no_clock_decides_which_checkpoint_is_last(tmp_path, monkeypatch, clock)
     for step in (10, 20):
         write(tmp_path, step)
     for folder in cf.complete(tmp_path):  # as if another machine had written them, at another time
-        manifest = {**cf.read_manifest(folder), "written": clock}
-        (folder / cf.MANIFEST).write_text(cf._render(manifest))
+        manifest = {**read_manifest(folder), "written": clock}
+        (folder / MANIFEST).write_text(render(manifest))
     for step in (30, 40):
         folder = write(tmp_path, step)
         cf.prune(tmp_path, keep=2, written=folder)
@@ -153,8 +161,8 @@ def test_what_was_just_written_stays_whatever_the_counters_say(tmp_path):
     for step in (1, 2):
         write(tmp_path, step)
     written = write(tmp_path, 3)
-    manifest = {**cf.read_manifest(written), "sequence": 0}
-    (written / cf.MANIFEST).write_text(cf._render(manifest))
+    manifest = {**read_manifest(written), "sequence": 0}
+    (written / MANIFEST).write_text(render(manifest))
     cf.prune(tmp_path, keep=1, written=written)
     verify(written)
 
@@ -162,15 +170,15 @@ def test_what_was_just_written_stays_whatever_the_counters_say(tmp_path):
 def test_the_counter_is_above_that_of_a_damaged_checkpoint(tmp_path):
     damaged = write(tmp_path, 9)
     (damaged / "state.json").unlink()
-    assert cf.read_manifest(write(tmp_path, 3))["sequence"] == 2
+    assert read_manifest(write(tmp_path, 3))["sequence"] == 2
 
 
 def test_checkpoints_without_a_counter_are_in_the_order_of_steps_and_before_all_others(tmp_path):
     for step in (5, 7):
         folder = write(tmp_path, step)
-        manifest = cf.read_manifest(folder)
+        manifest = read_manifest(folder)
         del manifest["sequence"]
-        (folder / cf.MANIFEST).write_text(cf._render(manifest))
+        (folder / MANIFEST).write_text(render(manifest))
     assert cf.latest(tmp_path) == cf.folder_of(tmp_path, 7)
     assert cf.latest(tmp_path) != write(tmp_path, 6)
     assert cf.latest(tmp_path) == cf.folder_of(tmp_path, 6)
@@ -181,7 +189,7 @@ def test_checkpoints_of_which_none_can_be_used_are_not_nothing(tmp_path, monkeyp
     for step in (1, 2):
         (write(tmp_path, step) / "state.json").write_bytes(b"{")
     with pytest.raises(
-        cf.CheckpointError, match=r"can be used \(2 there\): .*step-000002/state.json is damaged"
+        CheckpointError, match=r"can be used \(2 there\): .*step-000002/state.json is damaged"
     ):
         cf.latest(tmp_path)
 
@@ -189,32 +197,32 @@ def test_checkpoints_of_which_none_can_be_used_are_not_nothing(tmp_path, monkeyp
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(cf.CheckpointError, match="checkpoints cannot be read: Permission denied"):
+    with pytest.raises(CheckpointError, match="checkpoints cannot be read: Permission denied"):
         cf.latest(tmp_path)
 
 
 def test_a_manifest_of_a_later_format_says_so(tmp_path):
     folder = write(tmp_path, 1)
-    manifest = cf.read_manifest(folder)
+    manifest = read_manifest(folder)
     later = cf.folder_of(tmp_path, 2)
-    cf.publish(folder, later, {**manifest, "format": cf.FORMAT + 1})
-    with pytest.raises(cf.CheckpointError, match=f"has format {cf.FORMAT + 1}"):
-        cf.read_manifest(later)
+    cf.publish(folder, later, {**manifest, "format": FORMAT + 1})
+    with pytest.raises(CheckpointError, match=f"has format {FORMAT + 1}"):
+        read_manifest(later)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"format": 1}', "\x00"])
 def test_a_manifest_of_something_else_is_damaged(tmp_path, content):
-    (tmp_path / cf.MANIFEST).write_text(content)
-    with pytest.raises(cf.CheckpointError, match=r"manifest\.json is damaged"):
-        cf.read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        read_manifest(tmp_path)
 
 
 def test_what_is_no_folder_is_no_checkpoint(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(cf.CheckpointError, match="is not a checkpoint"):
-        cf.read_manifest(tmp_path / "nothing")
-    with pytest.raises(cf.CheckpointError, match="cannot be read"):
-        cf.read_manifest(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        read_manifest(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_manifest(tmp_path / "file")
     assert cf.latest(tmp_path / "nothing") is None
 
 
@@ -293,12 +301,12 @@ def test_all_names_and_the_manifest_are_on_disk_before_the_rename(tmp_path, monk
     assert len(renamed) == 1
     unfinished = events[renamed[0]][1]
     before = [path.removeprefix(unfinished) for _, path in events[: renamed[0]]]
-    assert before == [f"/{cf.MANIFEST}", "/optimizer", ""]
+    assert before == [f"/{MANIFEST}", "/optimizer", ""]
     assert events[renamed[0] + 1 :] == [("sync", str(folder.parent))]
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_not_damaged(tmp_path, monkeypatch):
-    old, read = write(tmp_path, 1), cf.read_manifest
+    old, read = write(tmp_path, 1), read_manifest
 
     def pruned_meanwhile(folder):
         if old.exists():

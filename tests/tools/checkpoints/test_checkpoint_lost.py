@@ -2,21 +2,32 @@
 
 import errno
 import logging
+import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from test_checkpoint_folder import FILES, verify, write
 
 from act24.tools.checkpoints import folder as cf
+from act24.tools.checkpoints.manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    contents,
+    fingerprints,
+    read_manifest,
+    render,
+)
 
 
 class Killed(BaseException):
     """A kill: nothing after it is run."""
 
 
-def test_a_kill_between_the_two_renames_of_a_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_a_kill_between_the_two_renames_of_a_save_leaves_the_new_checkpoint(tmp_path, monkeypatch):
     """There used to be two temporary folders, both whole, which `prune` then deleted."""
     before, after = write(tmp_path, 2), write(tmp_path, 4)
     rename = Path.rename
@@ -31,15 +42,91 @@ def test_a_kill_between_the_two_renames_of_a_save_leaves_the_old_checkpoint(tmp_
         with pytest.raises(Killed):
             write(tmp_path, 4, {"state.json": b"new"})
     reading = cf.latest(tmp_path)  # of somebody who renames nothing
-    assert reading.name.startswith("step-000004.old-")
+    assert reading.name.startswith("step-000004.tmp-")
     verify(reading)
-    assert cf.next_sequence(tmp_path) == 3
+    assert cf.next_sequence(tmp_path) == 4
     cf.put_back(tmp_path)
     assert cf.latest(tmp_path) == after
+    assert (after / "state.json").read_bytes() == b"new"
     verify(after)
     assert cf.complete(tmp_path) == [before, after]
     cf.prune(tmp_path, keep=1)
     assert [path.name for path in after.parent.iterdir()] == ["step-000004"]
+
+
+COUNTERS = {"absent": (), "older": (1, 2, 3), "newer": (6, 5, 4)}  # of two that are newer the first is
+
+
+@pytest.mark.parametrize("named", ["absent", "older", "newer"])
+@pytest.mark.parametrize("old", ["absent", "older", "newer"])
+@pytest.mark.parametrize("tmp", ["absent", "older", "newer", "without a file", "of another step"])
+def test_of_all_that_kills_leave_of_a_step_the_counter_decides(tmp_path, named, old, tmp):
+    folder = cf.folder_of(tmp_path, 4)
+    folder.parent.mkdir()
+    whole = {}
+    for index, (suffix, state) in enumerate({"": named, ".old-": old, ".tmp-": tmp}.items()):
+        if state == "absent":
+            continue
+        path = folder.with_name(f"step-000004{suffix and suffix + '0123456789ab'}")
+        path.mkdir()
+        (path / "state.json").write_text(f"{suffix} {state}")
+        (path / "other").write_text("")
+        sequence = COUNTERS[state][index] if state in COUNTERS else 9
+        manifest = {"format": FORMAT, "step": 6 if state == "of another step" else 4, "sequence": sequence}
+        manifest["files"] = fingerprints(path, contents(path))
+        (path / MANIFEST).write_text(render(manifest))
+        if state == "without a file":
+            (path / "other").unlink()
+        if state in COUNTERS:
+            whole[sequence] = f"{suffix} {state}"
+    assert cf.next_sequence(tmp_path) > max(whole, default=0)
+    if not whole:
+        assert cf.latest(tmp_path) is None
+        return
+    last = whole[max(whole)]
+    assert (cf.latest(tmp_path) / "state.json").read_text() == last
+    cf.put_back(tmp_path)
+    assert cf.latest(tmp_path) == folder
+    cf.prune(tmp_path, keep=1)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "state.json").read_text() == last
+
+
+def test_a_list_that_is_read_while_names_change_is_read_again(tmp_path, monkeypatch):
+    """A folder's entries may miss one that is renamed meanwhile, under both of its names."""
+    folder = write(tmp_path, 4)
+    scandir, looks = os.scandir, []
+
+    def misses_one(path):
+        looks.append(path)
+        with scandir(path) as entries:
+            return [entry for entry in entries if len(looks) > 1 or entry.name != folder.name]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", misses_one)
+        assert cf._sorted_out(tmp_path) == ([folder], [])
+
+
+def test_what_a_failed_save_cannot_delete_is_no_checkpoint(tmp_path, monkeypatch):
+    """It said that it failed, and its bytes may be nowhere but in memory."""
+    rename = Path.rename
+
+    def fails(self, target):
+        if ".tmp-" in self.name:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            write(tmp_path, 4)
+    (left,) = (tmp_path / "checkpoints").iterdir()
+    assert cf.latest(tmp_path) == left
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        cf.abandon(left)
+    assert sorted(path.name for path in left.iterdir()) == ["optimizer", "state.json"]
+    assert cf.latest(tmp_path) is None
 
 
 def test_prune_never_deletes_the_only_whole_copy(tmp_path, monkeypatch):
@@ -89,16 +176,14 @@ def test_a_checkpoint_on_a_disk_that_is_away_is_a_refusal(tmp_path, beside):
         write(tmp_path, 2)
     link = cf.folder_of(tmp_path, 4)
     link.symlink_to(tmp_path / "away")
-    with pytest.raises(
-        cf.CheckpointError, match=rf"^{link} is a link to .*away, and nothing is there: bring"
-    ):
+    with pytest.raises(CheckpointError, match=rf"^{link} is a link to .*away, and nothing is there: bring"):
         cf.latest(tmp_path)
     assert [path.name for path in cf.complete(tmp_path)] == ["step-000002"] * beside
 
 
 def test_checkpoints_on_a_disk_that_is_away_are_a_refusal(tmp_path):
     (tmp_path / "checkpoints").symlink_to(tmp_path / "away")
-    with pytest.raises(cf.CheckpointError, match=r"checkpoints is a link to .*away, and nothing is there"):
+    with pytest.raises(CheckpointError, match=r"checkpoints is a link to .*away, and nothing is there"):
         cf.latest(tmp_path)
 
 
@@ -143,20 +228,24 @@ def test_prune_keeps_a_checkpoint_that_is_a_link(tmp_path, caplog):
     assert f"{old} is a link" in caplog.text
 
 
-def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
-    for step, loss in enumerate([3.0, float("nan"), 1.0, 2.0], start=1):
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [([3.0, math.nan, 1.0, 2.0], [3, 4]), ([math.inf, 2.0], [2]), ([math.inf, math.nan], [2])],
+)
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, losses, kept):
+    for step, loss in enumerate(losses, start=1):
         folder = write(tmp_path, step)
-        manifest = cf.read_manifest(folder) | {"heldout": {"loss": loss, "data": "a"}}
-        (folder / cf.MANIFEST).write_text(cf._render(manifest))
+        manifest = read_manifest(folder) | {"heldout": {"loss": loss, "data": "a"}}
+        (folder / MANIFEST).write_text(render(manifest))
     cf.prune(tmp_path, keep=1, keep_best=1)
-    assert [path.name for path in cf.folders(tmp_path)] == ["step-000003", "step-000004"]
+    assert cf.folders(tmp_path) == [cf.folder_of(tmp_path, step) for step in kept]
 
 
 @pytest.mark.parametrize("name", ["a\0b", ""])
 def test_a_name_that_no_file_can_have_is_named(tmp_path, name):
     folder = write(tmp_path, 1)
-    manifest = cf.read_manifest(folder)
+    manifest = read_manifest(folder)
     manifest["files"][name] = {"bytes": 0, "sha256": ""}
-    (folder / cf.MANIFEST).write_text(cf._render(manifest))
-    with pytest.raises(cf.CheckpointError, match=f"no file can be called {re.escape(repr(name))}"):
-        cf.read_manifest(folder)
+    (folder / MANIFEST).write_text(render(manifest))
+    with pytest.raises(CheckpointError, match=f"no file can be called {re.escape(repr(name))}"):
+        read_manifest(folder)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from act24.errors import Act24Error
 from act24.tools.checkpoints import checkpoint
-from act24.tools.checkpoints import folder as cf
+from act24.tools.checkpoints.manifest import MANIFEST, CheckpointError, contents, fingerprints, render
 from act24.tools.run.build import load
 from act24.tools.run.evaluate import evaluate_checkpoint
 from act24.tools.run.train import train
@@ -52,9 +52,9 @@ def copied(a_run, tmp_path):
 def replace(folder, name, content):
     """Put other bytes into a checkpoint, with a manifest that fits them."""
     (folder / name).write_bytes(content)
-    manifest = json.loads((folder / cf.MANIFEST).read_text())
-    files = cf.fingerprints(folder, manifest["files"])
-    (folder / cf.MANIFEST).write_text(cf._render({**manifest, "files": files}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    files = fingerprints(folder, manifest["files"])
+    (folder / MANIFEST).write_text(render({**manifest, "files": files}))
 
 
 def edited(path, **changes):
@@ -191,15 +191,15 @@ MANIFESTS = {
 
 @pytest.mark.parametrize("changes", MANIFESTS.values(), ids=MANIFESTS.keys())
 def test_a_hostile_manifest_is_refused(copied, changes):
-    manifest = json.loads((copied / cf.MANIFEST).read_text())
-    (copied / cf.MANIFEST).write_text(cf._render({**manifest, **changes}))
-    with pytest.raises(cf.CheckpointError, match=r"manifest|is no checkpoint of a run"):
+    manifest = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(render({**manifest, **changes}))
+    with pytest.raises(CheckpointError, match=r"manifest|is no checkpoint of a run"):
         load(copied)
 
 
 def test_every_file_of_a_checkpoint_has_a_hostile_one(a_run):
     folder = a_run / "checkpoints" / "step-000002"
-    assert {name for name, _ in HOSTILE} == set(cf.contents(folder))
+    assert {name for name, _ in HOSTILE} == set(contents(folder))
 
 
 def test_the_untouched_copy_goes_on(tiny, copied, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from act24.tools.checkpoints import optimizer_state
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 
 
 class Float32Momentum(torch.optim.Optimizer):

@@ -1,6 +1,15 @@
 """`act24 compare` shows what event files hold and in what recipes differ."""
 
+import itertools
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
 from act24.recipes.load import dump_recipe
+from act24.tools.watch import charts
 from act24.tools.watch.tensorboard import RunLog
 
 
@@ -33,6 +42,65 @@ def test_figures_are_those_in_the_files_and_keys_those_that_differ(tiny, tmp_pat
     status, out, _ = act24("compare", tmp_path / "a", tmp_path / "b")
     assert status == 0
     assert all(cell in out for row in rows for cell in row[1:])
+
+
+def test_the_plot_has_each_run_at_the_height_of_its_values(tiny, tmp_path, act24):
+    """Read back from the picture: rates of 100, 200 and 400 lie at distances of 1 : 2, higher is up."""
+    for name, rate, lr in (("a", 100.0, 0.1), ("b", 200.0, 0.2), ("c", 400.0, 0.3)):
+        a_run(tmp_path / name, tiny(f"optimizer.lr={lr}"), [3.0 + lr] * 3, [rate] * 3, zeros=lr)
+    runs = [tmp_path / name for name in "abc"]
+    status, out, _ = act24("compare", *runs, "--plot", tmp_path / "curves.png")
+    assert (status, len(out.splitlines())) == (0, 4)
+    picture = numpy.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+
+    def height(part, colour):  # the picture has few colours; 60 is far less than these are apart
+        return numpy.nonzero((abs(part - colour).sum(-1) < 60).any(1))[0].mean()
+
+    panels = range(0, picture.shape[1], charts.WIDTH)
+    assert len(panels) == 3  # loss, zeros, tokens/s; nothing was dropped by 2:4
+    axes = [picture[: charts.HEIGHT, left + charts.LEFT : left + charts.WIDTH] for left in panels]
+    heights = [[height(part, colour) for colour in charts.COLOURS[:3]] for part in axes]
+    assert all(low > middle > high for low, middle, high in heights)
+    low, middle, high = heights[2]
+    assert (middle - high) / (low - middle) == pytest.approx(2, rel=0.03)
+    legend = [height(picture[charts.HEIGHT :], colour) for colour in charts.COLOURS[:3]]
+    assert legend == sorted(legend)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("curves.jpg", None, "--plot writes a .png, not"),
+        ("mine.png", b"my notes", "exists already and is no picture: give --plot another name"),
+        ("nowhere/curves.png", None, "No such file or directory"),
+    ],
+)
+def test_what_is_no_plot_s_file_is_left_alone(tiny, tmp_path, act24, name, content, message):
+    a_run(tmp_path / "a", tiny(), [3.0], [1.0])
+    if content:
+        (tmp_path / name).write_bytes(content)
+    status, _, lines = act24("compare", tmp_path / "a", "--plot", tmp_path / name)
+    assert status == 2
+    assert message in lines[-1]
+    assert not content or (tmp_path / name).read_bytes() == content
+
+
+def test_nothing_to_plot_and_too_many_runs_are_said(tiny, tmp_path, act24):
+    a_run(tmp_path / "a", tiny(), [], [])
+    status, _, lines = act24("compare", tmp_path / "a", "--plot", tmp_path / "p.png")
+    assert (status, lines[-1].endswith("has logged anything yet: there is nothing to plot")) == (2, True)
+    status, _, lines = act24("compare", *[tmp_path / "a"] * 11, "--plot", tmp_path / "p.png")
+    assert (status, "a plot tells 10 runs apart, not 11: leave some out" in lines[-1]) == (2, True)
+
+
+@given(low=st.floats(-1e6, 1e6), width=st.floats(1e-3, 1e6))
+def test_ticks_are_few_round_and_inside(low, width):
+    found = charts.ticks(low, low + width)
+    assert 1 <= len(found) <= 6
+    assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in found)
+    steps = {f"{b - a:.3e}" for a, b in itertools.pairwise(found)}
+    assert len(steps) <= 1 or width < 1e-6 * abs(low)
+    assert all(step[0] in "125" for step in steps)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, act24):

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections import Counter
 
+import huggingface_hub
 import pytest
 
 from act24.errors import Act24Error
@@ -195,6 +196,7 @@ for attempt in (
     assert data.startswith("cannot open split 'train' of data set 'allenai/c4 en': ")
     assert data.endswith("without a network use data.source = 'builtin', 'files' or 'shards'")
     assert "HF_ENDPOINT names a mirror" in data
+    assert "HF_ENDPOINT names a mirror" in tokenizer
     assert tokenizer.startswith("cannot load tokenizer 't5-base' from the Hub, and there is no such file: ")
     assert "NEWLINE" not in run.stdout
 
@@ -268,3 +270,15 @@ def test_a_hub_that_cannot_be_asked_for_its_commit_is_one_line(local, monkeypatc
         Act24Error, match=r"cannot open data set 'allenai/c4': no route to host\. HF_ENDPOINT names"
     ):
         hub.pinned(local)
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line_that_names_mirrors(monkeypatch):
+    from act24.tools.huggingface.any_model import open_folder
+
+    def unreachable(name, **_):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    line = r"^a/b is no folder here, .*HF_ENDPOINT names a mirror.*: no route to host$"
+    with pytest.raises(Act24Error, match=line):
+        open_folder("a/b")

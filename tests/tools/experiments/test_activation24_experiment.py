@@ -51,8 +51,8 @@ def test_every_variant_trains(name: str, shards: Path) -> None:
     if name == "full recipe":
         assert result["forms"].keys() == {"dense", "2:4"}
         assert {tag.partition("/")[0] for tag in result["curves"]} >= {
-            "feature_dropped_energy",
-            "gradient_cosine",
+            "sparsity_feature_dropped_energy",
+            "sparsity_gradient_cosine",
         }
 
 

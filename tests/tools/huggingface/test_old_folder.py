@@ -297,8 +297,34 @@ class OfficialColaMLP(nn.Module):
         return self.down_proj((F.silu(gate) if self.silu else gate) * self.up_proj(x))
 
 
+def named_by_cola_m(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What CoLA-M's modules call it: each is a part that is computed anew in backward, and reaches from the
+    second factors of some linears to the first ones of others."""
+    places = {
+        **{f"self_attn.{x}_proj": (f"pre_attn.pre_{x}_proj", f"self_attn.post_{x}_proj") for x in "qkv"},
+        "self_attn.o_proj": ("self_attn.pre_o_proj", "post_attn.post_o_proj"),
+        "mlp.gate_proj": ("pre_mlp.pre_gate_proj", "self_mlp.post_gate_proj"),
+        "mlp.up_proj": ("pre_mlp.pre_up_proj", "self_mlp.post_up_proj"),
+    }
+    named = {}
+    for name, value in state.items():
+        head, _, leaf = name.rpartition(".")
+        _, _, layer, *inside = head.split(".") if ".layers." in head else ("", "", "")
+        linear = ".".join(inside)
+        if linear in places:
+            head = f"model.layers.{layer}.{places[linear][leaf != 'cola_a']}"
+        elif linear == "mlp.down_proj" and leaf == "cola_a":
+            head = f"model.layers.{layer}.self_mlp.pre_down_proj"
+        elif linear == "mlp.down_proj":  # of the first of two layers
+            head = "model.layers.1." + ("post_mlp" if layer == "1" else "last_layer_post_mlp")
+            head += ".post_down_proj"
+        named[f"{head}.{leaf}"] = value
+    return named
+
+
+@pytest.mark.parametrize("colam", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-def test_a_folder_of_the_code_published_with_cola(silu: bool, tmp_path: Path) -> None:
+def test_a_folder_of_the_code_published_with_cola(silu: bool, colam: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = LlamaForCausalLM(CONFIG)
     for layer in model.model.layers:
@@ -308,6 +334,10 @@ def test_a_folder_of_the_code_published_with_cola(silu: bool, tmp_path: Path) ->
     told = {"only_lr_act": False, "rank": RANK} if silu else {}  # 32 / 4 is the rank that is meant
     options = {"model_type": "cola", "attention_bias": True, "mlp_bias": True, **told}
     folder = write(tmp_path / "model_40", model, None, "safetensors", **options)
+    if colam:
+        named = named_by_cola_m(safetensors.torch.load_file(folder / "model.safetensors"))
+        assert len(named) == len(model.state_dict()) + 1
+        safetensors.torch.save_file(named, folder / "model.safetensors")
     torch.testing.assert_close(act24.load(folder).model(IDS), model(IDS), rtol=1e-4, atol=1e-5)
     export_run(folder, tmp_path / "out", "act24")
     from act24.tools.huggingface import model_type  # noqa: F401  (registers it)

@@ -119,7 +119,7 @@ def test_masked_decay_that_is_a_part_of_the_gradient_is_clipped_with_it(tiny, tm
 def test_2_4_is_in_force_from_its_first_step_on(tiny, tmp_path):
     """from_step = 3: the first three updates are dense, and what is dropped shows from the fourth on."""
     train(tiny(*SHORT, "passes.activation24.from_step=3"), tmp_path)
-    dropped = dict(logged(tmp_path, "dropped_energy/mean_across_layers"))
+    dropped = dict(logged(tmp_path, "sparsity_dropped_energy/mean_across_layers"))
     dense = tiny(*SHORT, "passes.activation24.from_step=8")
     train(dense, tmp_path / "dense")
     losses, without = (dict(logged(run, "loss/train")) for run in (tmp_path, tmp_path / "dense"))

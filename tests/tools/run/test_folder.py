@@ -16,7 +16,7 @@ from tiny import load_tiny
 from act24.errors import Act24Error
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError, fingerprints, read_manifest, render
 from act24.tools.run import build
 from act24.tools.run.evaluate import evaluate_checkpoint
 from act24.tools.run.folder import default_run_dir
@@ -100,9 +100,7 @@ def test_a_checkpoint_of_before_the_counter_is_read_and_not_gone_on_from(tiny, c
     for folder in checkpoint_folder.folders(copied):
         manifest = json.loads((folder / "manifest.json").read_text())
         del manifest["sequence"]
-        (folder / "manifest.json").write_text(
-            checkpoint_folder._render(manifest | {"commit": "0123456789abcdef"})
-        )
+        (folder / "manifest.json").write_text(render(manifest | {"commit": "0123456789abcdef"}))
     last = checkpoint_folder.latest(copied)
     before = content(copied)
     message = (
@@ -214,37 +212,53 @@ def test_one_value_that_is_not_finite_is_found(value, dtype):
         checkpoint._check_finite(tensors)
 
 
-def test_a_reader_survives_the_checkpoint_that_is_deleted_under_it(copied, monkeypatch, caplog):
-    """At each moment of reading: the newest checkpoint goes, and a newer one is there."""
+@pytest.mark.parametrize("what", ["deleted", "named", "written again"])
+def test_a_reader_survives_what_a_run_does_to_the_checkpoint_under_it(copied, monkeypatch, caplog, what):
+    """At each moment of reading: the newest checkpoint goes and a newer one is there; it gets its name; or
+    its step is saved once more."""
     last = checkpoint_folder.latest(copied)
-    newer = checkpoint_folder.folder_of(copied, 8)
+    then, now = {
+        "deleted": (last, checkpoint_folder.folder_of(copied, 8)),
+        "named": (last.with_name(f"{last.name}.tmp-0123456789ab"), last),
+        "written again": (last, last),
+    }[what]
     expected = evaluate_checkpoint(last)["dense"]
+    saved = shutil.copytree(last, copied.with_name("saved"))
 
-    def vanish():
-        if last.exists():
-            manifest = checkpoint_folder.read_manifest(last)
-            last.rename(newer)
-            manifest |= {"sequence": manifest["sequence"] + 1}
-            (newer / "manifest.json").write_text(checkpoint_folder._render(manifest))
+    def change():
+        if changed:
+            return
+        changed.append(what)
+        manifest = read_manifest(then)
+        if then == now:
+            (now / "plan.json").write_text(json.dumps(json.loads((now / "plan.json").read_text())))
+            manifest["files"] = fingerprints(now, manifest["files"])
+        else:
+            then.rename(now)
+        manifest["sequence"] += 1
+        (now / "manifest.json").write_text(render(manifest))
 
     moments = [
-        (checkpoint_folder, "verify_files"),
+        (checkpoint, "verify_files"),
         (checkpoint, "read_text"),
         (checkpoint, "read_weights"),
         (build, "parse_recipe"),
     ]
     for owner, name in moments:
-        original = getattr(owner, name)
+        original, changed = getattr(owner, name), []
+        shutil.rmtree(now, ignore_errors=True)
+        shutil.rmtree(last, ignore_errors=True)
+        shutil.copytree(saved, then)
 
-        def then(*arguments, original=original, **options):
-            vanish()
+        def and_then(*arguments, original=original, **options):
+            change()
             return original(*arguments, **options)
 
         with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-            patch.setattr(owner, name, then)
+            patch.setattr(owner, name, and_then)
             assert evaluate_checkpoint(copied)["dense"] == expected, name
-        assert newer.exists()
-        newer.rename(last)
+        assert changed
+        assert now.exists()
 
 
 def both_train(path, run_dir, resume):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.data import Batch, open_rows, open_tokenizer
@@ -62,6 +63,33 @@ def test_each_layer_has_its_own_values(tiny, tmp_path):
     for layer, share in shares.items():
         ((_, value),) = logged(tmp_path, f"weight_sparsity/layer_{layer}/mlp_up_proj")
         assert value == pytest.approx(share, abs=0.01)
+
+
+def test_bottlenecks_have_what_the_networks_have(tiny, tmp_path):
+    """CoLA's: every tag, in the charts, the pictures and the events; an alarm can name nothing else. And
+    TensorBoard, which sorts groups by name, opens on the loss: then come rates, then sparsity."""
+    passes = (
+        'passes=[{use="relu2_ffn"}, {use="cola", attn_rank=8, mlp_rank=8, bottleneck="relu2"}, '
+        '{use="activation24", from_step=1, backward="split_gemm", method="soft_dynamic"}]'
+    )
+    short = ("train.steps=2", "schedule.warmup_steps=1")
+    train(tiny(*RECIPE, *short, passes), tmp_path)
+    events = events_of(tmp_path)
+    tags, charts = events.Tags()["scalars"], layout_pb2.Layout()
+    charts.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charted = {series.value for c in charts.category for chart in c.chart for series in chart.margin.series}
+    linears = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
+    of_networks = {t.partition("/")[0] for t in tags if t.endswith("/mean_across_layers") and t[:2] == "sp"}
+    assert of_networks >= {"sparsity_relu", "sparsity_dropped_energy", "sparsity_feature_dropped_energy"}
+    assert "sparsity_scale" in of_networks
+    for group in of_networks:
+        assert {f"{group}/mean_across_layers/{linear}" for linear in linears} <= {*tags} & charted
+    for group in ("sparsity_relu", "sparsity_dropped_energy"):
+        assert {f"{group}/heatmap/{linear}" for linear in linears} <= {*events.Tags()["images"]}
+    assert charted <= {*tags}  # no chart stays empty
+    groups = sorted({tag.partition("/")[0] for tag in tags} - {"lowrank_relu2_sparsity"})
+    assert groups[:3] == ["loss", "optim", "perf"]
+    assert all(group.startswith("sparsity_") for group in groups[3:])
 
 
 def test_weight_sparsity_is_written_when_it_is_due(tiny, tmp_path):

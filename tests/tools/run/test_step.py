@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from act24 import apply_
 from act24.errors import Act24Error
@@ -127,31 +126,6 @@ def test_recomputed_activations_change_nothing(tiny):
     states = [built.model.state_dict() for built in models]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-class Reads(TorchDispatchMode):
-    """Counts values that the host reads."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """A mode that counts reads, those that never reach the dispatcher included."""
-    mode = Reads()
-    for name in ("tolist", "numpy", "cpu"):
-        method = getattr(torch.Tensor, name)
-
-        def counted(self, *args, _method=method, **options):
-            mode.count += 1
-            return _method(self, *args, **options)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    return mode
 
 
 def test_the_host_waits_for_nothing_between_logged_steps(tiny, reads):

@@ -19,7 +19,7 @@ from tiny import load_tiny
 from act24.errors import Act24Error
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.checkpoints.folder import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.run.build import build, load
 from act24.tools.run.folder import RunError
 from act24.tools.run.optimizers import build_optimizer
@@ -114,12 +114,12 @@ def test_a_run_to_its_end(tiny, straight):
     assert losses[0] == pytest.approx(math.log(300), rel=0.02)  # it starts knowing nothing
     assert losses[-1] < losses[0] - 2
     assert checkpoint.load(straight / "checkpoints" / "step-000020").state["tokens"] == 20 * 8 * 16
-    for tag in ("sparsity_relu", "dropped_energy", "dropped_nonzeros"):
+    for tag in ("sparsity_relu", "sparsity_dropped_energy", "sparsity_dropped_nonzeros"):
         for layer in ("layer_0", "layer_1", "mean_across_layers"):
             values = [value for _, value in logged[f"{tag}/{layer}"]]
             assert len(values) == 20
             assert all(0 < value < 1 for value in values)
-    assert not any(tag.startswith(("weight_sparsity", "data/")) for tag in logged)  # all zero, all run long
+    assert not any(tag.startswith(("weight_sparsity", "text/")) for tag in logged)  # all zero, all run long
     assert not any("gate" in tag for tag in logged)
     assert (straight / "recipe.toml").read_text() == (
         straight / "checkpoints" / "step-000020" / "recipe.toml"

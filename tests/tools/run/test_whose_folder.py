@@ -1,6 +1,5 @@
 """What somebody else wrote into a run's folder stays; a folder that is another one now is left alone."""
 
-import os
 import re
 import shutil
 
@@ -158,38 +157,53 @@ def test_checkpoints_on_another_disk_are_the_runs_own(tiny, copied, tmp_path):
         train(tiny(*OVERRIDES, "train.steps=9"), copied)
 
 
-def test_a_checkpoint_that_a_save_had_taken_away_is_gone_on_from(tiny, copied):
+@pytest.mark.parametrize("what", ["old", "tmp"], ids=["taken away", "not yet named"])
+def test_a_checkpoint_that_a_save_had_not_yet_named_is_gone_on_from(tiny, copied, what):
+    """A kill before the rename of a first save was a start at step 0, and `prune` deleted what was there."""
     last = checkpoint_folder.latest(copied)
     for folder in checkpoint_folder.folders(copied):
         if folder != last:
             shutil.rmtree(folder)
-    last.rename(last.with_name(f"{last.name}.old-0123456789ab"))
+    last.rename(last.with_name(f"{last.name}.{what}-0123456789ab"))
     assert train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto").step == 7
     assert [path.name for path in checkpoint_folder.all_of(copied)] == ["step-000006", "step-000007"]
 
 
-@pytest.mark.parametrize("anew", [False, True], ids=["deleted", "and another run started there"])
-def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, anew):
+@pytest.mark.parametrize(
+    ("where", "name", "how"),
+    [
+        pytest.param(train_module.TrainingRun, "advance", "deleted", id="deleted between two saves"),
+        pytest.param(train_module.TrainingRun, "advance", "anew", id="replaced between two saves"),
+        pytest.param(checkpoint, "fingerprints", "anew", id="replaced as files are written"),
+        pytest.param(checkpoint_folder, "next_sequence", "taken", id="taken before they are published"),
+    ],
+)
+def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, where, name, how):
     """It used to save into the other's checkpoints, or to end in a traceback."""
-    run_dir, original = tmp_path / "run", train_module.TrainingRun.advance
-    other = tiny(*OVERRIDES, "train.seed=5")
-    found = {}
+    run_dir, original = tmp_path / "run", getattr(where, name)
+    other = tiny(*OVERRIDES, "train.steps=5", "train.seed=5")
+    began, found = [], []
 
-    def advance(self):
-        original(self)
-        if self._step == 3 and not found:
-            shutil.rmtree(run_dir)
-            found["other"] = {}
-            if anew:
+    def taken(*arguments):
+        if not began and (checkpoints := checkpoint_folder.complete(run_dir)):
+            began.append(how)
+            if how == "taken":  # .lock was swept away, and another run has one now
+                (run_dir / LOCK).unlink()
+                (run_dir / LOCK).write_text("process 1\n")
+            else:
+                shutil.rmtree(run_dir)
+            if how == "anew":
                 train(other, run_dir)
-                found["other"] = content(run_dir)
+            found.append(checkpoints if how == "taken" else content(tmp_path))
+        return original(*arguments)
 
-    monkeypatch.setattr(train_module.TrainingRun, "advance", advance)
+    monkeypatch.setattr(where, name, taken)
     with pytest.raises(
         RunError, match=r"run was deleted, moved or taken by another run .* writes nothing more"
     ):
         train(tiny(*OVERRIDES), run_dir)
-    assert (content(run_dir) if anew else os.listdir(tmp_path)) == (found["other"] if anew else [])
+    assert found == [checkpoint_folder.all_of(run_dir) if how == "taken" else content(tmp_path)]
+    assert run_dir.exists() == (how != "deleted")
 
 
 def test_a_lock_that_was_swept_away_alone_does_no_harm(tmp_path):

@@ -78,6 +78,19 @@ def test_every_layer_has_a_number_beside_it():
     assert all((rows[i] != rows[j]).any() for i in range(12) for j in range(i))
 
 
+@pytest.mark.parametrize("layers", [1, 16, 17, 32, 48, 80])
+def test_many_layers_share_the_height_and_numbers_do_not_touch(layers):
+    history = History()
+    history.add([0.0] * layers, 0)
+    picture = history.picture()
+    row = heatmap.row_height(layers)
+    assert picture.shape[0] == layers * row + 2 * heatmap.LINE
+    assert picture.shape[0] <= max(heatmap.HEIGHT, layers * heatmap.LEAST_ROW) + 2 * heatmap.LINE
+    inked = (picture[: layers * row, : heatmap.LEFT].min(axis=(1, 2)) < 128).astype(int)
+    numbers = (numpy.diff(inked, prepend=0) == 1).sum()  # bands of ink with white between
+    assert numbers == -(-layers // -(-heatmap.FONT // row))
+
+
 def test_colours_get_brighter_all_along_the_scale():
     scale = colours(numpy.linspace(0, 1, 64)).astype(float)
     brightness = scale @ [0.2126, 0.7152, 0.0722]

@@ -10,12 +10,18 @@ from pathlib import Path
 import numpy
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing import plugin_event_accumulator, plugin_event_multiplexer
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.context import RequestContext
+from tensorboard.plugins import base_plugin
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import backend_context
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 
+from act24.tools.watch import heatmap
 from act24.tools.watch.tensorboard import RunLog, flat, open_hint
 
 MODULES = ("attn_q_proj", "attn_k_proj", "attn_v_proj", "attn_o_proj", "mlp_up_proj", "mlp_down_proj")
@@ -92,11 +98,11 @@ def test_what_is_the_same_everywhere_has_no_picture(tmp_path):
     log = RunLog(tmp_path)
     for step in range(3):
         log.layers("sparsity_relu/*", {0: 0.0, 1: 0.0}, step)
-        log.layers("dropped_energy/*", {0: 0.0, 1: float(step == 2)}, step)
+        log.layers("sparsity_dropped_energy/*", {0: 0.0, 1: float(step == 2)}, step)
     log.close()
     events = read(tmp_path)
-    assert events.Tags()["images"] == ["dropped_energy/heatmap"]
-    assert [event.step for event in events.Images("dropped_energy/heatmap")] == [2]
+    assert events.Tags()["images"] == ["sparsity_dropped_energy/heatmap"]
+    assert [event.step for event in events.Images("sparsity_dropped_energy/heatmap")] == [2]
 
 
 def test_hyperparameters_are_in_the_run_itself_and_make_up_no_points(tmp_path):
@@ -105,7 +111,7 @@ def test_hyperparameters_are_in_the_run_itself_and_make_up_no_points(tmp_path):
         "passes": [{"use": "cola", "rank": 8}, {"use": "relu2_ffn"}],
     }
     log = RunLog(tmp_path)
-    log.hparams(recipe | {"optimizer": {"betas": (0.9, 0.95)}, "missing": None, "on": True}, ["loss/val"])
+    log.hparams(recipe | {"optimizer": {"betas": (0.9, 0.95)}, "missing": None, "on": True})
     log.scalars({"loss/val": 3.0}, 5)
     log.close()
     events = read(tmp_path)
@@ -126,11 +132,27 @@ def test_hyperparameters_are_in_the_run_itself_and_make_up_no_points(tmp_path):
         "optimizer.betas.1": 0.95,
         "on": True,
     }
-    experiment = HParamsPluginData()
-    experiment.ParseFromString(metadata[hparams_metadata.EXPERIMENT_TAG].plugin_data.content)
-    assert [info.name.tag for info in experiment.experiment.metric_infos] == ["loss/val"]
     assert points(events, "loss/val") == {5: 3.0}
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # no run of its own
+
+
+def test_hparams_opens_on_what_differs(tmp_path):
+    """As TensorBoard's own server orders it; the first run has no CoLA."""
+    for run, passes in (("a", {}), ("b", {"cola": {"mlp_rank": 8}}), ("c", {"cola": {"mlp_rank": 16}})):
+        log = RunLog(tmp_path / run)
+        log.hparams({"checkpoint": {"every": 5}, "passes": passes, "optimizer": {"lr": 1.0 + (run == "a")}})
+        log.scalars({"loss/train": 1.0, "perf/step_ms": 1.0, "sparsity_relu/layer_0": 0.5}, 1)
+        log.close()
+    runs = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    provider = MultiplexerDataProvider(runs.Reload(), str(tmp_path))
+    page = backend_context.Context(base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path)))
+    context = RequestContext()
+    experiment = page.experiment_from_metadata(
+        context, "", True, page.hparams_metadata(context, ""), page.hparams_from_data_provider(context, "", 0)
+    )
+    names = [info.name for info in experiment.hparam_infos]
+    assert names == ["optimizer.lr", "passes.cola.mlp_rank", "checkpoint.every"]
+    assert experiment.metric_infos[0].name.tag == "loss/train"
 
 
 def test_what_lies_after_the_checkpoint_is_hidden_on_resume(tmp_path):
@@ -159,7 +181,9 @@ def test_what_lies_after_the_checkpoint_is_hidden_on_resume(tmp_path):
     ]
 
 
-def test_a_new_run_in_an_old_folder_hides_the_old_one(tmp_path):
+def test_a_new_run_in_an_old_folder_hides_the_old_one(tmp_path, monkeypatch):
+    # Files of one second are told apart by a count of the process, in whose names 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for value in (1.0, 2.0):
         log = RunLog(tmp_path)
         log.scalars({"loss/train": value}, 0)
@@ -174,8 +198,8 @@ def test_the_heatmap_in_the_file_is_the_picture(tmp_path):
     (event,) = read(tmp_path).Images("sparsity_relu/heatmap")
     (tmp_path / "picture.png").write_bytes(event.encoded_image_string)
     pixels = numpy.asarray(Image.open(tmp_path / "picture.png"))
-    assert pixels[5, 400].tolist() == [0, 0, 4]  # layer 0, the smallest: darkest
-    assert pixels[20, 400].tolist() == [252, 255, 164]  # layer 1, the largest: brightest
+    assert pixels[heatmap.ROW // 2, 400].tolist() == [0, 0, 4]  # layer 0, the smallest: darkest
+    assert pixels[heatmap.ROW + 5, 400].tolist() == [252, 255, 164]  # layer 1, the largest: brightest
 
 
 def test_closing_twice_is_closing_once(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -236,3 +237,69 @@ def test_elsewhere_than_on_hopper_a_tuner_has_to_find_packed_products_faster(
     for sparse_time, runs in ((1.0, True), (float("inf"), False)):
         table = tuple((tuple(product), (3, sparse_time, 2.0)) for product in products)
         assert (packed.PACKED.why_not(wide, sparse._replace(algorithms=table)) == "") is runs
+
+
+#: Options, whether the network has a bias before its activation, the form from 64 tokens on with and without
+#: a table in which y is faster from 128 tokens on.
+INFERENCE = {
+    "naive": (Options24(), True, "masked", "packed"),
+    "trained with split_gemm": (Options24(backward="split_gemm"), True, "masked", "packed"),
+    "narrow": (Options24(), False, "narrow", "narrow"),
+    "relu": (Options24(function="relu"), True, "masked", "packed"),
+    "soft": (Options24(method="soft_dynamic"), True, "packed", "packed"),
+    "fp8": (Options24(precision="fp8", backward="split_gemm"), True, "packed e4m3", "packed e4m3"),
+    "straight through": (Options24(estimator="ste"), True, "reference", "reference"),
+    "off": (Options24(kernels=False), True, "reference", "reference"),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 130, 200])
+@pytest.mark.parametrize("kind", INFERENCE)
+def test_inference_pads_any_number_of_tokens_to_whole_tiles(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, biased, untuned, tuned = INFERENCE[kind]
+    _, weight_in, bias, weight_out, bias_out = network(bias=biased, exact=True)
+    x = (torch.randint(-2, 3, (tokens, WIDTH)) / 4).bfloat16()[None]
+    scale = torch.tensor(1.5) if METHODS[options.method].scaled else None
+    ran: list[tuple[str, int]] = []
+    noted = tuple(
+        dataclasses.replace(
+            form,
+            run=lambda tensors, state, options, form=form: (
+                ran.append((form.name, tensors[0].shape[:-1].numel())),
+                form.run(tensors, state, options),
+            )[1],
+        )
+        for form in operation.FORMS
+    )
+    monkeypatch.setattr(operation, "FORMS", noted)
+    arguments = (x, weight_in, bias, weight_out, bias_out, scale)
+    plain = options._replace(kernels=False)
+    expected, _ = activation24(*(None if t is None else t.detach() for t in arguments), options=plain)
+    key = feed_forward_products(128, WIDTH, FEATURES, WIDTH_OUT, True)["y"]
+    for table, form in (((), untuned), ((((*key,), (3, 1.0, 2.0)),), tuned)):
+        ran.clear()
+        with torch.no_grad():
+            y, statistics = activation24(*arguments, options=options._replace(algorithms=table))
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+        assert not statistics.any()
+        if tokens == 64:  # below those of the table, and half a tile of the narrow form
+            form = "masked" if untuned == "narrow" else untuned
+        whole = -(-tokens // 128) * 128 if tokens > 64 else 64
+        assert ran == ([] if tokens < 64 or form == "reference" else [(form, whole)])
+    # Training has the tokens that it has.
+    ran.clear()
+    activation24(*arguments, options=options)
+    assert not ran or tokens == 64
+
+
+def test_inference_compiles_without_a_break_for_any_number_of_tokens() -> None:
+    _, *weights = network(exact=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(activation24, fullgraph=True, backend="aot_eager")
+    for options in (Options24(backward="split_gemm"), Options24(precision="fp8")):
+        x = torch.randn(1, 100, WIDTH).bfloat16()
+        with torch.no_grad():
+            y, expected = (run(x, *weights, options=options)[0] for run in (compiled, activation24))
+        torch.testing.assert_close(y, expected)

@@ -53,3 +53,21 @@ def test_measured_shapes_go_by_the_sum_of_their_times() -> None:
     impossible = tuple((product, Measured(0, float("inf"), 1.0)) for product in WIDE.values())
     assert choose(WIDE, impossible, always=True) == {}
     assert choose(WIDE, table[:3]) == DEFAULTS  # not all measured: as if none were
+
+
+def test_for_inference_a_product_tuned_for_fewer_tokens_answers() -> None:
+    y = feed_forward_products(4096, 512, 2048, 256, exact_weight_gradients=True)["y"]
+    table = tuple(
+        (y._replace(tokens=tokens), Measured(tokens // 1024, sparse, 2.0))
+        for tokens, sparse in ((1024, 3.0), (2048, 1.0), (8192, 1.5))
+    )
+    found = {
+        tokens: choose({"y": y._replace(tokens=tokens)}, table, fewer_tokens=True)
+        for tokens in (512, 1024, 2047, 2048, 4096, 8192, 65536)
+    }
+    assert found == {
+        512: {}, 1024: {}, 2047: {}, 2048: {"y": 2}, 4096: {"y": 2}, 8192: {"y": 8}, 65536: {"y": 8}
+    }  # fmt: skip
+    assert choose({"y": y}, table) == {}, "in training every number of tokens is tuned"
+    other = y._replace(features=4096)
+    assert choose({"y": other}, table, fewer_tokens=True) == {}

@@ -1,0 +1,117 @@
+"""Every refusal of a pass says what to do. The table of refusals is the source itself: what is raised, what
+is missed, and why a module is not traced."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from act24.passes.graph import linear_sites, tracer
+
+PASSES = Path(linear_sites.__file__).parents[1]
+
+#: What a user is told to do: an imperative at the beginning of the text or of a part of it.
+VERBS = (
+    "apply call compile compute decide derive draw give go hand keep leave loop make measure merge multiply "
+    "name please put register rename remove resize run save set switch take train unfreeze untie use widen "
+    "wrap write"
+)
+REMEDY = re.compile(rf"(^|[:;,.(] ?|\bor |\band )({'|'.join(VERBS.split())})\b", re.IGNORECASE)
+
+RAISED = {"PassError", "Act24Error", "OptionError", "Unclean", "refuse"}
+
+
+def refusals() -> Iterator[tuple[str, str]]:
+    """(where, text), what is not written in the text as `…`."""
+    for file in sorted((*PASSES.glob("*.py"), *(PASSES / "graph").glob("*.py"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            for value in _refused(node):
+                for text in _texts(value, tree):
+                    yield f"{file.name}:{value.lineno}", text
+
+
+def _refused(node: ast.AST) -> Iterator[ast.expr]:
+    """The expressions whose value is the text of a refusal."""
+    if not isinstance(node, ast.Call):
+        return
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name in RAISED and node.args:
+        yield node.args[0]
+    if name == "Plan":
+        yield from (keyword.value for keyword in node.keywords if keyword.arg == "absent")
+        for keyword in node.keywords:
+            if keyword.arg == "misses" and isinstance(keyword.value, ast.Tuple):
+                yield from (pair.elts[1] for pair in keyword.value.elts if isinstance(pair, ast.Tuple))
+    listed = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "misses"
+    if name == "append" and listed and isinstance(node.args[0], ast.Tuple):
+        yield node.args[0].elts[1]
+
+
+SHARED = ast.parse(Path(linear_sites.__file__).read_text(encoding="utf-8"))
+CONSTANTS = {n: v for module in (linear_sites, tracer) for n, v in vars(module).items() if isinstance(v, str)}
+
+
+def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
+    """What an expression may be, as far as the file says it."""
+    if isinstance(value, ast.Constant):
+        return [value.value] if value.value else []
+    if isinstance(value, ast.JoinedStr):
+        texts = [""]
+        for part in value.values:
+            inner = part.value if isinstance(part, ast.FormattedValue) else part
+            plain = isinstance(inner, ast.Constant | ast.Name | ast.Call | ast.Subscript)
+            found = (_texts(inner, tree) if plain else []) or ["…"]
+            texts = [text + more for text in texts for more in found]
+        return texts
+    if isinstance(value, ast.BinOp):
+        ends = _texts(value.right, tree) or ["…"]
+        return [text + end for text in _texts(value.left, tree) or ["…"] for end in ends]
+    if isinstance(value, ast.BoolOp):
+        return [text for part in value.values for text in _texts(part, tree)]
+    if isinstance(value, ast.IfExp):
+        return _texts(value.body, tree) + _texts(value.orelse, tree)
+    if isinstance(value, ast.Call):
+        name = getattr(value.func, "attr", getattr(value.func, "id", ""))
+        nodes = (*ast.walk(tree), *ast.walk(SHARED))
+        made = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
+        returned = [node.value for f in made for node in ast.walk(f) if isinstance(node, ast.Return)]
+        return [text for r in returned if r is not None for text in _texts(r, tree)]
+    if isinstance(value, ast.Name):
+        if value.id in CONSTANTS:
+            return [CONSTANTS[value.id]]
+        set_here = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == value.id for t in node.targets)
+        ]
+        return [text for v in set_here if not isinstance(v, ast.Name) for text in _texts(v, tree)]
+    if isinstance(value, ast.Dict):
+        return [text for v in value.values for text in _texts(v, tree)]
+    if (
+        isinstance(value, ast.Subscript) and getattr(value.value, "id", "").isupper()
+    ):  # of a table in the file
+        tables = [n for n in ast.walk(tree) if isinstance(n, ast.Assign) and isinstance(n.value, ast.Dict)]
+        here = [n for n in tables if getattr(n.targets[0], "id", "") == value.value.id]  # type: ignore[attr-defined]
+        return [text for n in here for text in _texts(n.value, tree)]
+    return []
+
+
+def test_the_table_holds_what_it_should() -> None:
+    texts = [text for _, text in refusals()]
+    assert len(texts) > 90
+    for known in (
+        "its forward is decorated",
+        "F is …",
+        "both rewrite",
+        "gated by",
+        "tied to",
+        "no bottleneck",
+    ):
+        assert any(known in text for text in texts), known
+
+
+def test_each_says_what_to_do() -> None:
+    assert [(where, text) for where, text in refusals() if not REMEDY.search(text)] == []

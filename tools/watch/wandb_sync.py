@@ -1,0 +1,72 @@
+"""`log.wandb`: what a run writes for TensorBoard goes to Weights & Biases too, by its `sync_tensorboard`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from act24.errors import Act24Error, reason
+from act24.recipes.schema import Recipe
+from act24.tools.checkpoints.together import on_the_first, rank
+from act24.tools.watch.monitor import hyperparameters
+
+
+def require_wandb(recipe: Recipe) -> None:
+    """Say before anything is built that the package is missing.
+
+    Raises:
+        Act24Error: the recipe wants it, and it is not installed.
+    """
+    if recipe.log.wandb:
+        try:
+            import wandb  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError:
+            raise Act24Error(
+                "log.wandb = true needs the package wandb, which is not installed: pip install wandb, or set "
+                "log.wandb = false"
+            ) from None
+
+
+def open_wandb(recipe: Recipe, run_dir: Path | None, run_id: str | None) -> str | None:
+    """Begin a run there, or go on with one, and return its id; None where the recipe wants none. Collective,
+    and to be called before event files are opened, whose writer it watches.
+
+    The project is that of WANDB_PROJECT, or `act24`; its files lie in the run's folder, or in WANDB_DIR.
+
+    Args:
+        run_dir: None for a dry run, which has none.
+        run_id: what this returned when the run began; None for a new one.
+
+    Raises:
+        Act24Error: it refuses; nobody is logged in, for instance.
+    """
+    if not recipe.log.wandb or run_dir is None:
+        return None
+    return on_the_first(lambda: _begun(recipe, run_dir, run_id))
+
+
+def close_wandb(run_id: str | None) -> None:
+    """End the run there, if there is one. To be called by every process, when event files are closed."""
+    if run_id and rank() == 0:
+        import wandb  # type: ignore[import-not-found]
+
+        wandb.finish()
+
+
+def _begun(recipe: Recipe, run_dir: Path, run_id: str | None) -> str:
+    import wandb  # type: ignore[import-not-found]
+
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "act24"),
+            name=run_dir.name,
+            dir=os.environ.get("WANDB_DIR", str(run_dir)),
+            id=run_id,
+            resume="allow",
+            config=hyperparameters(recipe),
+            sync_tensorboard=True,
+        )
+    except wandb.Error as error:
+        refused = reason(error).rstrip(".")
+        raise Act24Error(f"log.wandb: {refused}; WANDB_MODE=offline keeps it on this disk") from error
+    return run.id
