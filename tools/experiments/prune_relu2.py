@@ -146,7 +146,7 @@ def _text(model: str, tokenizer: str, passes: tuple[str, ...], steps: int, lr: f
 def _branch(
     source: Path, folder: Path, passes: tuple[str, ...], steps: int, lr: float, budget: Budget
 ) -> str:
-    """What goes on from the dense run, or from a pruned folder, whose MLPs keep the width that they have; with
+    """What goes on from the dense run, or from a pruned folder, whose MLPs keep the width they have; with
     the tokenizer of such a folder."""
     relu2 = "relu2_ffn" if source.name == "dense" else 'relu2_ffn"\nwidth = "keep'
     passes = (relu2, *passes)
