@@ -168,6 +168,7 @@ def test_a_reader_that_goes_away_is_a_clear_end_with_a_checkpoint(tiny_file, tmp
     code = "from act24.tools.run import progress; progress._PLAIN_SECONDS = 0.0\n"
     code += "from act24.tools.commands.cli import main; main()"
     command = [sys.executable, "-c", code, "train", str(tiny_file), "--run-dir", str(tmp_path), *LONG]
+    command += ["--set", "train.steps=1000"]  # one that does not notice comes to its end
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
