@@ -162,9 +162,8 @@ class TrainingRun:
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
         self._tokenizer = tokenizer_of_run(recipe, start)
-        vocabulary = model_config(recipe).vocab_size
         rank, world_size = processes.rank, processes.world_size
-        where = {"vocab_size": vocabulary, "rank": rank, "world_size": world_size}
+        where = {"vocab_size": model_config(recipe).vocab_size, "rank": rank, "world_size": world_size}
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
         position = None
