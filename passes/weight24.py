@@ -199,7 +199,7 @@ class Weight24(OperationalPass):
                     Match(
                         path=site.path,
                         before=f"linear {site.shape[1]}→{site.shape[0]}",
-                        after=f"2:4 weight, {self.method}; {self._products_text(site)}",
+                        after=self._products_text(site),
                         nodes=site,
                         parameters_before=spec.numel(),
                         parameters_after=spec.numel(),
@@ -211,16 +211,17 @@ class Weight24(OperationalPass):
     def _products_text(self, site: LinearSite) -> str:
         sparse = ", ".join(_SYMBOLS[product] for product in self._sparse_in(site.shape))
         if not self.in_fp8(site.shape):
-            return f"2:4 in {sparse}"
-        return f"e4m3 in y, dX; 2:4 in {sparse}" if sparse else "e4m3 in y, dX, dW"
+            return f"2:4 weight, {self.method}; 2:4 in {sparse}"
+        if sparse:
+            return f"2:4 weight, {self.method}; e4m3 in y, dX; 2:4 in {sparse}"
+        return f"2:4 weight, {self.method}; e4m3 in y, dX, dW"
 
     def _note(self, site: LinearSite) -> str:
         notes, sparse = [], self._sparse_in(site.shape)
         if self.precision == "fp8" and not self.in_fp8(site.shape):
             notes.append(f"in bfloat16: e4m3 wants sides that are multiples of {MULTIPLE}")
         if self.kernels and sparse and not tunable_products(_ANY_TOKENS, *site.shape, sparse):
-            where = "dW in" if sparse == ("grad_weight",) else "in"
-            notes.append(f"{where} plain PyTorch: 2:4 products want sizes that are multiples of 64")
+            notes.append("in plain PyTorch: 2:4 products want sizes that are multiples of 64")
         return "; ".join(notes)
 
     def _rewrite(self, region: Region, match: Match) -> None:
