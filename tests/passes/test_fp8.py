@@ -190,12 +190,26 @@ def test_weight24_goes_along_unless_it_says_otherwise(kind: str) -> None:
         pipeline = apply_(model, passes)
         assert {row.after for row in pipeline.report.rows if row.pass_name == "weight24"} == {told}
         nodes = [n for m in pipeline.modules for n in nodes_of(m.graph, linear24)]
+        report = pipeline.report
+        halved = 0 if told == narrow else sum(row.parameters_before for row in report.rows)
+        assert report.flops_before - report.flops_after == halved
         wanted = "fp8" if told == narrow else "bfloat16"
         assert {n.args[-1].precision for n in nodes} == {wanted}
         assert all(torch.isfinite(loss) for loss in losses(model, pipeline, 2))
         with pipeline.evaluation():  # is of the weights in their own dtype
             nodes = [n for m in pipeline.modules for n in nodes_of(m.graph, linear24)]
             assert {n.args[-1].precision for n in nodes} == {"bfloat16"}
+
+
+def test_what_weight24_makes_zero_in_e4m3_is_counted() -> None:
+    for precision in ("fp8", "bfloat16"):
+        model = llama()
+        passes = [Weight24(method="ste", precision=precision), ActivationStatistics(optional=True)]
+        pipeline = apply_(model, passes)
+        losses(model, pipeline, 1)
+        shares = take_underflow_(pipeline)
+        assert len(shares) == (2 * len(LINEARS) + 2 if precision == "fp8" else 0)
+        assert all(0 <= share < 0.05 for share in shares.values())
 
 
 def test_weight24_in_fp8_learns_as_in_bfloat16_and_says_what_it_leaves() -> None:
