@@ -41,7 +41,8 @@ _TOKENS = 32768
 #: Rows of a micro-batch, and their length, for which it is said what waits for launches.
 _ROWS, _LENGTH = (32, 64, 128, 256), 256
 #: Rows of generation, and what is said where several ways are tried.
-_BATCHES, _MEASURED = (1, 4, 8, 16, 64), ": each block its fastest, measured on the batch at hand"
+_BATCHES = (1, 4, 8, 16, 64)
+_MEASURED = "with products of one input fused or not, each block its fastest, measured on the batch at hand"
 #: Tokens of prompts that go through a model at once, and the presets.
 _PROMPTS, _WIDE = (63, 2048, 16384), ("llama-1b", "llama-7b")
 _SHOWN = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b")
@@ -207,11 +208,10 @@ def _decoding(device: torch.device) -> list[Finding]:
     """What steps of generation try, by rows of the batch, for a relu² model with 2:4 weights."""
     everything = Choice(skipping=True, packed=True)
     choices = {rows: step_choices(rows, everything, torch.bfloat16, device) for rows in _BATCHES}
-    fused = ", each with products of one input fused or not" if device.type == "cuda" else ""
-    return [
-        Finding(f"decoding, {rows} rows", ", ".join(map(str, tried)) + fused + (_MEASURED if fused else ""))
-        for rows, tried in choices.items()
-    ]
+    told = {rows: ", ".join(map(str, tried)) for rows, tried in choices.items()}
+    if device.type == "cuda":
+        told = {rows: f"{tried}; {_MEASURED}" for rows, tried in told.items()}
+    return [Finding(f"decoding, {rows} rows", tried) for rows, tried in told.items()]
 
 
 def _prefill(device: torch.device) -> list[Finding]:

@@ -85,8 +85,9 @@ def test_steps_of_generation_are_shown_by_rows() -> None:
         return {subject.removeprefix("decoding, "): finding for subject, finding in found.items()}
 
     assert set(told("cpu").values()) == {"dense"}
-    measured = ", each with products of one input fused or not"
-    measured += ": each block its fastest, measured on the batch at hand"
+    measured = (
+        "; with products of one input fused or not, each block its fastest, measured on the batch at hand"
+    )
     everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
     assert told("cuda") == {
         "1 rows": everything,
