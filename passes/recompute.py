@@ -70,7 +70,7 @@ class Recompute(OperationalPass):
         if not kept:
             return Plan(absent="no bottleneck to keep: put low_rank, cola or lost in front")
         for node in region.graph.nodes:
-            if node.op == "call_module" and not _is_norm(module := region.module.get_submodule(node.target)):
+            if node.op == "call_module" and not _is_norm(module := _module(region, node.target)):
                 kind = type(module).__name__
                 return Plan(
                     misses=(("", f"a second call of {node.target} [{kind}] may differ: {_OTHERWISE}"),)
@@ -129,6 +129,11 @@ def _repeats(region: Region) -> bool:
     opened = region.copy()
     _open_norms(opened)
     return any(node.target not in _PLAIN for node in _levels(opened))
+
+
+def _module(region: Region, name: str) -> nn.Module:
+    """The module of a name, or what a pass has put there and is not made yet."""
+    return region.modules[name]() if name in region.modules else region.module.get_submodule(name)
 
 
 def _is_norm(module: nn.Module) -> bool:

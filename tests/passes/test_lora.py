@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from act24 import apply_
-from act24.passes import Lora, MaskedLora
+from act24.errors import PassError
+from act24.passes import Lora, LowRank, MaskedLora, Recompute
 from act24.passes.recovery import freeze_base_, set_masks_
-from tests.passes.test_sparse_mask import IDS, loss_of, pruned_llama
+from tests.passes.test_sparse_mask import IDS, dense_llama, loss_of, pruned_llama
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -84,6 +85,30 @@ def test_dropout_is_of_training_alone():
     assert not torch.equal(model(IDS), model(IDS))
     model.eval()
     assert torch.equal(model(IDS), model(IDS))
+
+
+def gradients_of(*passes):
+    model = dense_llama()
+    pipeline = apply_(model, passes)
+    drawn_factors_(model)
+    freeze_base_(pipeline)
+    pipeline.begin_update_(0)
+    loss_of(model).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_adapters_under_recompute():
+    """Beside bottlenecks they get the gradients that they get without it; what draws is refused."""
+    low_rank, adapters = LowRank(scope="mlp", mlp_rank=8), Lora(dropout=0.0)
+    plain, again = gradients_of(low_rank, adapters), gradients_of(low_rank, adapters, Recompute())
+    assert plain.keys() == again.keys()
+    assert len(plain) == 8  # A and B of q and v in two layers
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
+    with pytest.raises(PassError, match=r"lora_dropout \[Dropout\] may differ"):
+        apply_(dense_llama(), [low_rank, Lora(), Recompute()])
+    with pytest.raises(PassError, match="no bottleneck to keep"):
+        apply_(dense_llama(), [Lora(), Recompute()])
 
 
 def test_the_logits_are_those_of_peft():

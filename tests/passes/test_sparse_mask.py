@@ -25,12 +25,17 @@ from act24.pruning.stored import unpacked_bits
 IDS = torch.arange(24).reshape(2, 12)
 
 
-def pruned_llama(pattern="2:4"):
-    """A model with the larger magnitudes kept, and its masks."""
+def dense_llama():
     model = LlamaForCausalLM(
         llama_config("llama-9m", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     )
     initialise_(model, 0)
+    return model
+
+
+def pruned_llama(pattern="2:4"):
+    """A model with the larger magnitudes kept, and its masks."""
+    model = dense_llama()
     masks = {}
     for name, parameter in model.named_parameters():
         if ".layers." in name and parameter.ndim == 2:

@@ -35,7 +35,6 @@ from act24.tools.experiments.debian_text import documents
 from act24.tools.huggingface.export import export_run
 from act24.tools.pruning.blockwise import recover_blockwise
 from act24.tools.pruning.folder import prune_model
-from act24.tools.run.folder import clear_run
 from act24.tools.run.opening import open_any
 from act24.tools.run.protocol import perplexity
 from act24.tools.run.train import train
@@ -72,9 +71,9 @@ STEPS = (
     "sparsegpt 2of4",
     "magnitude 2of4",
     "wanda 0.5",
-    "masked_lora",
-    "sparsegpt 0.5",
     "magnitude 0.5",
+    "sparsegpt 0.5",
+    "masked_lora",
 )
 
 
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--fitted", type=int, default=48)
+    parser.add_argument("--fitted", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=1)
     given = parser.parse_args()
     numbers = (
@@ -213,8 +212,7 @@ def _train(recipe: str, pruned: Path, run_dir: Path, out: Path, data: Data, budg
             "log.every=1",
         ],
     )
-    clear_run(run_dir, made)
-    train(made, run_dir)
+    train(made, run_dir, resume="auto")
     export_run(run_dir, out)
 
 

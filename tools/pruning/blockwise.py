@@ -30,8 +30,8 @@ from act24.tools.run.opening import open_any
 
 #: Tokens of an update, or one row. Small: what a block kept needs many updates more than exact ones.
 _TOKENS = 512
-#: Batches on which the error before is measured.
-_BEFORE = 8
+#: Batches, the first ones, on which errors before and after are measured.
+_MEASURED = 8
 
 
 def recover_blockwise(
@@ -58,7 +58,7 @@ def recover_blockwise(
             large a model's weights are; it falls linearly to 0 over a block's updates.
 
     Returns:
-        by block the relative error of its outputs on all rows, after.
+        by block the relative error of its outputs on the first rows, after.
 
     Raises:
         Act24Error: no masks, no dense model, one of other shapes, or a loss that is not finite.
@@ -150,10 +150,10 @@ def _recover_(
 
 
 def _error(sparse: Chain, dense: Chain) -> float:
-    """The root of the mean of `_relative` over batches, of what both chains have got to."""
+    """The root of the mean of `_relative` over the first batches, of what both chains have got to."""
     each = [
         _relative(sparse.inputs(number), dense.inputs(number), sparse.pads[number])
-        for number in range(len(sparse))
+        for number in range(min(_MEASURED, len(sparse)))
     ]
     return float(torch.stack(each).mean().sqrt())
 
@@ -173,7 +173,7 @@ def _fit_(sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epoc
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     with torch.no_grad():
-        before = [_difference(sparse, dense, index, number) for number in range(min(_BEFORE, len(sparse)))]
+        before = [_difference(sparse, dense, index, number) for number in range(min(_MEASURED, len(sparse)))]
     groups = [{"params": [p], "lr": lr * _size(p)} for p in parameters.values()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = epochs * len(sparse)

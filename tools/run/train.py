@@ -377,9 +377,8 @@ class TrainingRun:
         self._evaluation_due, self._measured = False, (self._step, evaluation)
         self.monitor.evaluated(self._step, evaluation)
         progress.say(
-            f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity "
-            f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte over "
-            f"{evaluation.extent}"
+            f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
+            f", {evaluation.bits_per_byte:.3f} bits per byte over {evaluation.extent}"
         )
         return evaluation
 

@@ -45,22 +45,22 @@ SOURCES = {
     "recipes/checks.py": ("oddities",),
     "passes/report.py": ("Report", "row"),
     "passes/rewriting.py": ("__init__", "_coverage"),
-    "passes/graph/coverage.py": ("Coverage", "_NAMES", "_reason", "_listed"),
+    "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_reason", "_listed"),
     "passes/graph/check.py": ("Check", "_obstacle"),
-    "passes/graph/linear_sites.py": ("FROZEN", "plan"),
+    "passes/graph/linear_sites.py": ("RESIZE", "FROZEN", "no_linear", "tied", "plan"),
     "passes/activation24.py": ("plan", "_note"),
     "passes/activation_statistics.py": ("plan",),
     "passes/cola.py": (),
     "passes/fp8.py": ("plan",),
     "passes/lora.py": ("plan",),
-    "passes/recompute.py": ("plan",),
+    "passes/recompute.py": ("_OTHERWISE", "plan"),
     "passes/relu2_ffn.py": (),
     "passes/sparse_mask.py": ("plan",),
     "passes/weight24.py": ("plan", "_note"),
     "tools/run/pretrained.py": ("remarks",),
     "tools/commands/doctor.py": (),
     "tools/commands/old_flags.py": (),
-    "act24/inference/layer.py": ("Sparsity",),
+    "act24/inference/layer.py": ("Choice",),
     "act24/sparse24/feed_forward/forms.py": ("why_not", "why_never", "why_never_packed"),
     "act24/sparse24/feed_forward/narrow.py": (),
     "act24/sparse24/feed_forward/masked.py": (),
@@ -87,6 +87,7 @@ OTHER = {
     "its zeros stay",
     "2:4 weight, {}; 2:4 in {}",
     "{} is a {}",
+    "{} is {}",
     "packed e4m3",
     "the recipe of this command",
     "method of activation24",
@@ -267,10 +268,12 @@ def test_a_plan_is_chinese(recipe: str, overrides: list[str]) -> None:
 def test_a_line_of_several_messages_is_taken_apart() -> None:
     line = (
         "low_rank reaches 60% of the attention and feed-forward matrices; "
-        "left: a.*.b, c and 2 more 30% (tied to d.e); f 10% (not traced: its forward is decorated)"
+        "left: a.*.b, c and 2 more 30% (F is 6, not a multiple of 4: leave it out with ignore); "
+        "f 10% (not traced: its forward is decorated)"
     )
     assert chinese(line) == (
-        "low_rank 覆盖注意力和前馈矩阵的 60%；未覆盖：a.*.b, c，另外还有 2 个 30%（与 d.e 共享）；"
+        "low_rank 覆盖注意力和前馈矩阵的 60%；"
+        "未覆盖：a.*.b, c，另外还有 2 个 30%（F 是 6，不是 4 的倍数：用 ignore 排除）；"
         "f 10%（没有追踪：its forward is decorated）"
     )
     resets = (

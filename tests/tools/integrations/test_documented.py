@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import act24
-from act24.passes import Activation24, Pipeline, Relu2FFN, Weight24
+from act24.passes import Activation24, Pipeline, Relu2FFN, SparseMask, Weight24
 
 
 def blocks(path: str) -> list[str]:
@@ -166,6 +166,36 @@ def test_the_trainer_goes_on_from_its_own_checkpoint(tmp_path) -> None:
     with pipeline.evaluation(), torch.no_grad():
         expected = resumed.model(ROWS).logits
     torch.testing.assert_close(act24.load(tmp_path / "out").model(ROWS), expected, atol=2e-6, rtol=1e-4)
+
+
+def test_the_trainer_keeps_the_zeros_of_a_pruned_model(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2))
+    before = {}
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and parameter.ndim == 2:
+            parameter.data[:, ::2] = 0
+            before[name] = parameter.detach().clone()
+    pipeline = act24.apply_(model, [SparseMask(masks="zeros")])
+    optimizer = torch.optim.Muon([model.get_parameter(name) for name in before], lr=1e-2)
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="no",
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ROWS],
+        callbacks=[act24.integrations.TrainerCallback(pipeline)],
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    trainer.train()
+    for name, value in before.items():
+        weight = model.get_parameter(name)
+        assert (weight[:, ::2] == 0).all()
+        assert not torch.equal(weight, value)
 
 
 def test_the_trainer_without_the_callback_is_refused(tmp_path) -> None:

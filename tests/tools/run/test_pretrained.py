@@ -1,6 +1,7 @@
 """Runs that start from weights: of a run, a folder, another class; and those that keep zeros."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def branch(folder, source, passes, *overrides, **model) -> Recipe:
     )
     tokenizer = (
         f'[tokenizer]\nname = "{source}/tokenizer.json"\n'
-        if (source / "tokenizer.json").exists()
+        if Path(source, "tokenizer.json").exists()
         else "[tokenizer]"
     )
     body = body.replace("\nvocab_size = 300\n", "\n", 1) if "name" in tokenizer else body
