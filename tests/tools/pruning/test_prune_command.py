@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from act24.errors import Act24Error
+from act24.tools.pruning.calibration import window
 from act24.tools.pruning.folder import prune_model
 from act24.tools.pruning.masks import check_pruned, read_masks
 from act24.tools.run.opening import open_any
@@ -159,6 +160,20 @@ def test_killed_and_called_again(method, model_folder, words, tmp_path, monkeypa
     assert all(torch.equal(one[name], other[name]) for name in one)
     masks = read_masks(tmp_path / "out")
     assert all(torch.equal(masks.masks[name], mask) for name, mask in whole.masks.items())
+
+
+def test_long_windows_are_cut_where_nothing_is_said():
+    """T12: models of today know 131,072 positions, and no document is as long."""
+    assert [window(None, known) for known in (512, 2048, 131_072)] == [512, 2048, 2048]
+    assert window(4096, 131_072) == 4096
+
+
+def test_one_file_is_said_to_give_its_first_rows(model_folder, words, tmp_path, caplog):
+    from act24.tools.commands.recovery import calibration_data
+
+    data = calibration_data(str(words / "train-0.txt"), ())
+    prune_model(str(model_folder()), tmp_path / "out", **options(words, data=data, method="magnitude"))
+    assert "one file cannot be shuffled" in caplog.text
 
 
 def test_padded_rows_are_excluded(model_folder, words, tmp_path):
