@@ -15,7 +15,7 @@ recover-demo: .venv/installed
 	test -d $(RECOVER)/debian || (cd $(RECOVER) && apt-get download anarchism && dpkg-deb -x anarchism_*.deb debian)
 	$(BIN)/python -m act24.tools.experiments.prune_recover $(RECOVER)/debian $(RECOVER)/work docs/results/prune-recover.md
 
-.PHONY: demo recover-demo test test-slow test-torch fuzz soak mutate lint clean
+.PHONY: demo recover-demo browser-check test test-slow test-torch fuzz soak mutate lint clean
 
 # Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
 # or worse, and on an idle one gains nothing.
@@ -50,6 +50,11 @@ fuzz: .venv/installed
 SOAK ?= 200
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(SOAK)
+
+# TensorBoard in a real browser, tab by tab, on a run of the demo (some minutes, once). Needs a Chromium: Debian's
+# `apt-get install chromium`. The pictures are those of README.
+browser-check: .venv/installed
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/browser.py runs/browser --pictures docs/images
 
 # Changes chosen lines, one at a time; the tests named beside each have to notice. Half an hour.
 mutate: .venv/installed

@@ -37,7 +37,7 @@ from act24.passes.graph.activation_sites import (
     pads_node,
 )
 from act24.passes.graph.linear_sites import RESIZE
-from act24.passes.graph.normal_form import replace_node
+from act24.passes.graph.normal_form import nodes_of, replace_node
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
@@ -177,6 +177,8 @@ class Activation24(OperationalPass):
                 )
             )
         absent = "no relu² or relu: put relu2_ffn in front, which makes one of a gated network"
+        if any(True for _ in nodes_of(region.graph, F.relu)):
+            absent = "its relu stands between convolutions, whose features lie elsewhere: leave it"
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
     def _note(self, region: Region, site: ActivationSite) -> str:

@@ -76,7 +76,8 @@ class Plan:
     Attributes:
         matches: what it rewrites.
         misses: (local path, reason) of what it recognises and leaves alone all the same.
-        absent: what the region has in the pattern's place, for a region without matches and misses.
+        absent: what the region has in the pattern's place, for a region without matches and misses. Both say
+            what to do.
     """
 
     matches: tuple[Match, ...] = ()
@@ -155,6 +156,11 @@ class Pass:
         if any(selected(self.ignore, (), name, class_name) for name in names):
             return False
         return any(selected(self.targets, (), name, class_name) for name in names)
+
+    def names(self, region: Region, path: str) -> bool:
+        """Whether a target that is not everything takes this path of the region."""
+        named = tuple(target for target in self.targets if target != "*")
+        return any(selected(named, (), fqn, region.class_name(path)) for fqn in region.names(path))
 
     def finish(self, region: Region) -> None:
         """Simplify, in place, what is left of this pass's work at the end of every lowering.

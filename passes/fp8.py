@@ -19,7 +19,7 @@ import torch
 from act24.fp8.casts import Scaling
 from act24.fp8.linear import MULTIPLE, linear_fp8
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
-from act24.passes.graph.linear_sites import RESIZE, LinearSite, in_scope, linear_sites
+from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, takes
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 
@@ -77,7 +77,7 @@ class Fp8(OperationalPass):
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
         for site in linear_sites(region, factors=True):
-            if not (in_scope("all", self.targets, site) and self.selects(region, site.path)):
+            if not takes(self, "all", region, site):
                 continue
             shape, size = " × ".join(map(str, site.shape)), region.parameters[site.weight].numel()
             if any(side % MULTIPLE for side in site.shape):

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, in_scope, linear_sites
+from act24.passes.graph.linear_sites import LinearSite, linear_sites, takes
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.sparse_mask import MASK_BITS, add_mask
@@ -58,7 +58,7 @@ class Lora(StructuralPass):
     def plan(self, region: Region) -> Plan:
         matches = []
         for site in linear_sites(region):
-            if not (in_scope("all", self.targets, site) and self.selects(region, site.path)):
+            if not takes(self, "all", region, site):
                 continue
             spec = region.parameters[site.weight]
             size = self.rank * sum(site.shape)

@@ -20,6 +20,7 @@ def refuse_to_save_(model: nn.Module, passes: Sequence[Pass]) -> None:
     Args:
         passes: those that change the function or its parameters; without any nothing is refused.
     """
+    model = getattr(model, "get_base_model", lambda: model)()  # PEFT's own writes adapters alone
     if passes and hasattr(model, _NAME):
         setattr(model, _NAME, _Refusal(tuple(p.name for p in passes)))
 

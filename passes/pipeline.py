@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
+from act24.errors import PassError
 from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.graph.check import Probe
+from act24.passes.graph.frozen import watch_
 from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
@@ -100,8 +103,14 @@ class Pipeline(Rewriting):
 
     def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
         """As `Rewriting.commit_`; from then on it is watched that updates are begun."""
+        if torch.is_inference_mode_enabled():
+            raise PassError(
+                "what passes make under torch.inference_mode() could not be renewed or trained: apply them "
+                "outside of it"
+            )
         super().commit_(measured)
         self._updates.watch_()
+        watch_(self.model, self.facts)
 
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:

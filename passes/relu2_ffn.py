@@ -132,7 +132,9 @@ class Relu2FFN(StructuralPass):
         kept = _parameters(found.up, found.down)
         before = sum(region.parameters[name].numel() for name in removed)
         specs = _resized(region, found, new)
-        fresh = tuple(name for name in kept if specs[name].shape != region.parameters[name].shape)
+        # Half of what a fused linear held was the gate, also where the new shape happens to be the old one.
+        stale = _parameters(found.up) if found.fused else ()
+        fresh = tuple(n for n in kept if n in stale or specs[n].shape != region.parameters[n].shape)
         after = sum(spec.numel() for spec in specs.values())
         carried = tuple(name for name in kept if name not in fresh)
         return Match(

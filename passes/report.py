@@ -195,4 +195,4 @@ def _by_reason(entries: list[tuple[str, str]]) -> str:
         f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
         for reason, (first, *others) in places.items()
     ]
-    return "; ".join(groups[:3] + ([f"and {len(groups) - 3} more reasons"] if len(groups) > 3 else []))
+    return "; ".join(groups[:4] + ([f"and {len(groups) - 4} more reasons"] if len(groups) > 4 else []))

@@ -22,17 +22,13 @@ from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
 from act24.passes.graph.coverage import Coverage, coverage, matrices_of
+from act24.passes.graph.frozen import Fact
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
 from act24.passes.graph.lowering import Lowering, lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
-from act24.passes.graph.region import (
-    Region,
-    RegionModule,
-    materialise,
-    reset_buffers_,
-)
+from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
@@ -144,8 +140,9 @@ class Rewriting:
 
     def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
         """What passes reach, each once."""
-        matrices = matrices_of(self._model, regions)
-        untraced = {place.rpartition(" [")[0]: f"not traced: {why}" for place, why in self._unclean.items()}
+        unclean = {place.rpartition(" [")[0]: why for place, why in self._unclean.items()}
+        matrices = matrices_of(self._model, regions, unclean)
+        untraced = {place: f"not traced: {why}" for place, why in unclean.items()}
         gone = {
             site.traced.name(name)
             for site in self._sites
@@ -212,16 +209,10 @@ class Rewriting:
         refuse_to_resize_(self._model)
         self._check = None
 
-    def check_facts(self) -> None:
-        """Check that what tracing has read outside of the modules is as it was.
-
-        Raises:
-            PassError: names what is not.
-        """
-        for site in self._sites:
-            if site.module is not None:
-                for fact in site.traced.facts:
-                    fact.check()
+    @property
+    def facts(self) -> list[Fact]:
+        """What tracing has read outside of the modules."""
+        return [fact for site in self._sites if site.module is not None for fact in site.traced.facts]
 
     def _check_rewritten(self, built: Sequence[tuple[_Site, RegionModule]]) -> None:
         """Run the model on what the stock one ran on, if it did.
@@ -418,7 +409,8 @@ class Rewriting:
                 site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
-        self.check_facts()
+        for fact in self.facts:
+            fact.check()
         changed = active != self._active
         self._active = active
         if changed:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, Scope, in_scope, linear_sites, no_linear, tied
+from act24.passes.graph.linear_sites import LinearSite, Scope, linear_sites, no_linear, takes, tied
 from act24.passes.graph.region import Region
 from act24.pruning.stored import packed_bits
 
@@ -51,7 +51,7 @@ class SparseMask(StructuralPass):
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
         for site in linear_sites(region, factors=True):
-            if not (in_scope(self.scope, self.targets, site) and self.selects(region, site.path)):
+            if not takes(self, self.scope, region, site):
                 continue
             spec = region.parameters[site.weight]
             if spec.shared:

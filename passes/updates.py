@@ -108,7 +108,7 @@ class Updates:
 
         def after(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None and updates._updated_by(optimizer):
-                updates._begun = False
+                updates._begun, updates._cache = False, None  # fused ones leave no trace in versions
 
         for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
             weakref.finalize(self, hook.remove)
@@ -193,6 +193,7 @@ class Updates:
             note = calibration_text(*measured) if first else None
         set_seeds_(pipeline, step, rank or 0)
         self._seeds = own_seeds(pipeline, self._seeds)
+        self._cache = None
         self._decayed.clear()
         self._decaying = {} if loop_decays else self._watch_gradients()
         self._begun = True

@@ -30,9 +30,9 @@ from act24.passes.graph.linear_sites import (
     LinearSite,
     Scope,
     frozen,
-    in_scope,
     linear_sites,
     no_linear,
+    takes,
     tied,
 )
 from act24.passes.graph.normal_form import replace_node
@@ -163,13 +163,13 @@ class Weight24(OperationalPass):
         matches, misses = [], []
         symbols = ", ".join(_SYMBOLS[product] for product in self.sparse_products)
         for site in linear_sites(region, factors=True):
-            if not (in_scope(self.scope, self.targets, site) and self.selects(region, site.path)):
+            if not takes(self, self.scope, region, site):
                 continue
             spec = region.parameters[site.weight]
             if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))
                 misses.append((site.path, f"its weight is {shown}, {wrong}: {RESIZE}"))
-            elif frozen(region, site, self.targets):
+            elif frozen(self, region, site):
                 misses.append((site.path, FROZEN))
             elif spec.shared:
                 misses.append((site.path, tied(spec.shared[0])))

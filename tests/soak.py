@@ -170,7 +170,7 @@ def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         name, overrides = list(RUNS.items())[runs % len(RUNS)]
         run_dir = folder / f"killed-{runs}"
         runs += 1
-        limit = duration[name]
+        limit = duration[name] / 2  # most attempts are to be killed
         while True:
             saved = checkpoint_folder.folders(run_dir)[-1:]
             process = start(recipe, run_dir, overrides)

@@ -198,7 +198,8 @@ def test_figures_of_the_first_table_are_those_that_were_measured():
         "step, 7b width relu2, 2:4, fp8 / 7b width dense",
         "step, 1b cola-relu2, 2:4 / 1b dense",
     ):
-        time, memory = (row for row in json.loads(read("docs/results/kernels.json")) if row["name"] == name)
+        rows = json.loads(read("docs/results/kernels.json"))
+        time, memory = (row for row in rows if row["name"] == name and not row["superseded"])
         assert (time["unit"], memory["unit"]) == ("ms", "bytes")
         expected += [f"{row[side]:.1f} ms" for row in (time,) for side in ("ours", "other")]
         expected += [f"{memory[side] / 1e9:.1f} GB" for side in ("ours", "other")]

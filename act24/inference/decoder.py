@@ -12,7 +12,6 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.inference.attention import Place, place_of
+from act24.inference.cache import Batch, kept, new_batch, too_large
 from act24.inference.layer import (
     DENSE,
     Choice,
@@ -32,7 +32,7 @@ from act24.inference.layer import (
     weights_of,
 )
 from act24.inference.sampling import Sampling, next_token
-from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.llama import LlamaForCausalLM
 from act24.rotary import rotary_embedding
 
 #: Tokens of a prompt that go through the model at once; attention scores grow with them.
@@ -56,42 +56,6 @@ def plan_text(plan: Plan) -> str:
     return ", ".join(
         f"{blocks} block{'s' * (blocks > 1)} {choice}" for choice, blocks in Counter(plan).most_common()
     )
-
-
-@dataclass
-class Batch:
-    """What a step reads and writes, at fixed addresses.
-
-    Attributes:
-        tokens: int64 `[B]`, the last token of each row.
-        slot: int64 `[1]`, where its keys and values will go.
-        first: int64 `[B]`, the slot of each row's first token.
-        seeds: int64 `[B]`.
-        keys, values: one `[B, H_kv, L, d]` a block. Zeros at first, never whatever lay there: attention
-            multiplies masked slots by 0, and 0 · NaN is NaN.
-    """
-
-    tokens: Tensor
-    slot: Tensor
-    first: Tensor
-    seeds: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-
-    @property
-    def rows(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def length(self) -> int:
-        """Slots of the cache."""
-        return self.keys[0].shape[2]
-
-
-def cache_bytes(config: LlamaConfig, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values for so many rows of so many slots."""
-    slot = 2 * config.num_hidden_layers * config.key_value_heads * config.head_width
-    return slot * rows * length * dtype.itemsize
 
 
 class Decoder:
@@ -244,7 +208,7 @@ class Decoder:
 
     def _captured(self, batch: Batch, sampling: Sampling, plan: Plan) -> torch.cuda.CUDAGraph:
         """A graph of a step, good until the weights are laid out for another plan."""
-        with _kept(batch):
+        with kept(batch):
             self._advance(batch, sampling, plan)  # compiles, and loads kernels
         return self._graph_of(lambda: self._advance(batch, sampling, plan))
 
@@ -259,7 +223,7 @@ class Decoder:
         turns = []
         for _ in range(2):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with _kept(batch):
+            with kept(batch):
                 graph.replay()
                 start.record()
                 for _ in range(REPLAYS):
@@ -397,26 +361,11 @@ class Decoder:
         batch = self._batch
         if batch is None or batch.rows != rows or batch.length < length:
             self._batch = self._graph = None
-            self._batch = batch = self._allocated(rows, -(-length // SLOTS) * SLOTS)
+            slots = -(-length // SLOTS) * SLOTS
+            self._batch = batch = new_batch(self._config, rows, slots, self._dtype, self._device)
         for cache in (*batch.keys, *batch.values):
             cache.zero_()
         return batch
-
-    def _allocated(self, rows: int, length: int) -> Batch:
-        config = self._config
-        shape = (rows, config.key_value_heads, length, config.head_width)
-        like = {"dtype": self._dtype, "device": self._device}
-        try:
-            keys, values = (
-                [torch.zeros(shape, **like) for _ in range(config.num_hidden_layers)] for _ in range(2)
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what a CPU's allocator says
-            raise Act24Error(self._too_large(rows, length)) from error
-        numbers = [torch.zeros(n, dtype=torch.int64, device=self._device) for n in (rows, 1, rows, rows)]
-        tokens, slot, first, seeds = numbers
-        return Batch(tokens, slot, first, seeds, keys, values)
 
     @contextmanager
     def _fits(self, rows: int, length: int) -> Iterator[None]:
@@ -424,27 +373,8 @@ class Decoder:
             yield
         except torch.OutOfMemoryError as error:
             self._batch = self._graph = None
-            raise Act24Error(self._too_large(rows, length)) from error
-
-    def _too_large(self, rows: int, length: int) -> str:
-        row = cache_bytes(self._config, 1, length, self._dtype)
-        told = (
-            f"{rows} rows of {length} tokens need {rows * row / 2**30:.2f} GiB of keys and values, and room "
-            f"for their activations, which {self._device} does not have"
-        )
-        if self._device.type != "cuda":
-            return f"{told}: take fewer rows at once, or fewer tokens"
-        fits = torch.cuda.mem_get_info(self._device)[0] * 9 // 10 // row
-        return f"{told}: {fits} rows fit" if fits else f"{told}: not one row fits, take fewer tokens"
-
-
-@contextmanager
-def _kept(batch: Batch) -> Iterator[None]:
-    """Steps in here do not count: what they write into the cache the next one writes again."""
-    tokens, slot = batch.tokens.clone(), batch.slot.clone()
-    yield
-    batch.tokens.copy_(tokens)
-    batch.slot.copy_(slot)
+            told = too_large(self._config, rows, length, self._dtype, self._device)
+            raise Act24Error(told) from error
 
 
 def _compiled(form: LayerForm) -> LayerForm:

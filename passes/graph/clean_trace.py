@@ -128,7 +128,7 @@ def matrices(module: nn.Module) -> int:
 def is_closed(module: nn.Module) -> bool:
     """Whether a module is torch's own and neither linear nor container: norms are best left whole, and
     attention reads its children's weights past their forward."""
-    containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     return type(module).__module__.startswith("torch.nn.") and not (
         type(module) in containers or is_linear(module)
     )

@@ -13,7 +13,12 @@ from act24.passes.graph.roles import Role, role_by_name
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward"}
 
-_STACKED = "make linears of them, or leave them out with ignore"
+#: How the reason begins why a module is not traced that has an activation.
+HIDES = "its relu"
+
+#: Why a pass leaves experts whose matrices lie in one tensor.
+STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
+
 #: Modules whose weights are no operands of matrix products.
 _OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
 
@@ -49,7 +54,8 @@ class Coverage:
         pass_name: of the pass.
         scope: what its name promises, in words.
         reached, total: elements of matrices in that scope.
-        left: (names, share, reason) of what it leaves there, the largest group first.
+        left: (names, share, reason) of what it leaves there, the largest group first; behind them routers,
+            which are no part of the scope.
         promised: the pass means to reach all of it; else the share is for information.
     """
 
@@ -65,27 +71,51 @@ class Coverage:
         text = f"{self.pass_name} reaches {share} of the {self.scope} matrices"
         if self.left:
             text += "; left: " + "; ".join(
-                f"{names} {share:.0%} ({reason})" for names, share, reason in self.left
+                f"{names} {f'{share:.0%} ' if share else ''}({reason})" for names, share, reason in self.left
             )
         return text
 
 
-def matrices_of(model: nn.Module, regions: Sequence[Region]) -> list[Matrix]:
-    """The matrices of a model, tied ones once."""
+def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[str, str]) -> list[Matrix]:
+    """The matrices of a model, tied ones once.
+
+    Args:
+        untraced: by full name, why a module is no region.
+    """
     around = dict(model.named_modules(remove_duplicate=False))
-    roles = {joined(r.fqn, name): role for r in regions for name, role in r.roles.items()}
+    roles: dict[str, Role] = {joined(r.fqn, name): role for r in regions for name, role in r.roles.items()}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
     found = []
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
         if parameter.ndim < 2 or isinstance(around[path], _OTHERWISE) or min(parameter.shape) < 2:
             continue
-        role = roles.get(name) or role_by_name(path, around)
+        role: Role = roles.get(name) or role_by_name(path, around)
+        if role == "other":
+            role = _role_beside(path, around, regions, untraced)
         if "expert" in path and role == "other":
             role = "mlp"
         kind = type(around[path]).__name__
         found.append(Matrix(name, path, kind, parameter.numel(), role, parameter.ndim > 2, inside.get(name)))
     return found
+
+
+def _role_beside(
+    path: str, around: Mapping[str, nn.Module], regions: Sequence[Region], untraced: Mapping[str, str]
+) -> Role:
+    """What a matrix is for whose names do not say it: what its like is for in a region of the same class, or
+    a part of what has an activation."""
+    parts = path.split(".")
+    for end in range(len(parts)):
+        owner, local = ".".join(parts[:end]), ".".join(parts[end:])
+        cls = type(around[owner])
+        ours = not cls.__module__.startswith("torch.")
+        alike = (region for region in regions if ours and region.class_name("") == cls.__name__)
+        for region in alike:
+            for name, role in region.roles.items():
+                if f"{local}.".startswith(f"{name.rpartition('.')[0]}."):
+                    return role
+    return "mlp" if untraced.get(".".join(parts[:-1]), "").startswith(HIDES) else "other"
 
 
 def coverage(
@@ -129,6 +159,10 @@ def coverage(
     shown = tuple(
         (_listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
     )
+    routers = (m for m in matrices if m.role == "router" and selects(m.path, m.class_name))
+    stay = dict.fromkeys(_pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
+    if stay and promised:
+        shown += ((_listed(list(stay)), 0.0, "a router"),)
     words = " and ".join(_NAMES[role] for role in roles)
     return Coverage(pass_name, words, done, total, shown, promised)
 
@@ -142,7 +176,7 @@ def _within(matrix: Matrix, place: str) -> bool:
 
 def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> str:
     if matrix.stacked:
-        return f"stacked parameters, which no pass takes apart: {_STACKED}"
+        return STACKED
     parts = matrix.path.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(".".join(parts[:end])):

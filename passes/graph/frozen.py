@@ -2,12 +2,12 @@
 
 Plain values of a module stay readable where the module stood. To write them raises, since nothing would come
 of it; those that lie elsewhere, in an object that a module holds or in a global of its file, are compared
-whenever the model is lowered or an update begins.
+whenever the model is called or lowered or an update begins. A copy of the model compares nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -74,6 +74,38 @@ def facts(module: nn.Module) -> tuple[Fact, ...]:
                     text = ".".join(part for part in (path, attribute, name) if part)
                     found[id(held), name] = Fact(text, held, name, held[name])
     return tuple(found.values())
+
+
+def watch_(model: nn.Module, watched: Iterable[Fact]) -> None:
+    """Compare facts whenever a model is called."""
+    once = {(id(fact.held), fact.name): fact for fact in watched}
+    if once:
+        _Compares.hide()
+        model.register_forward_pre_hook(_Compares(tuple(once.values())))
+
+
+class _Compares:
+    """A hook of a model. Where a copy's values lie nobody knows."""
+
+    def __init__(self, watched: tuple[Fact, ...] = ()) -> None:
+        self._watched = watched
+
+    def __call__(self, *_: Any) -> None:
+        for fact in self._watched:
+            fact.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compares:
+        return _Compares()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Compares, ()
+
+    @classmethod
+    def hide(cls) -> None:
+        """From torch.compile, of the whole model. Not at import, which would not be fast."""
+        if not hasattr(cls, "_hidden"):
+            cls._hidden = True
+            cls.__call__ = torch.compiler.disable(cls.__call__)  # type: ignore[method-assign]
 
 
 def _methods(cls: type) -> Iterator[FunctionType]:

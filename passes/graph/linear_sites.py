@@ -17,7 +17,7 @@ from torch.fx.node import Target
 
 from act24.errors import PassError
 from act24.options import Range
-from act24.passes.base import Match, Plan, StructuralPass
+from act24.passes.base import Match, Pass, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
     bias_name,
     is_transposed,
@@ -113,12 +113,11 @@ def _reads(graph: fx.Graph, name: str) -> int:
     return sum(len(n.users) if n.op == "call_method" and n.target == "t" else 1 for n in readers)
 
 
-def in_scope(scope: Scope, targets: tuple[str, ...], site: LinearSite) -> bool:
-    """Whether a linear stands where `scope` says. A linear outside attention and MLPs is in scope only if
-    `targets` are given, and not everything."""
-    if site.kind in _BY_NAME_ONLY:
-        return "*" not in targets
-    return scope in ("all", site.kind)
+def takes(p: Pass, scope: Scope, region: Region, site: LinearSite) -> bool:
+    """Whether a pass takes a linear: its targets do, and it stands where `scope` says. A linear outside
+    attention and MLPs is taken only by a target that is not everything."""
+    inside = p.names(region, site.path) if site.kind in _BY_NAME_ONLY else scope in ("all", site.kind)
+    return inside and p.selects(region, site.path)
 
 
 #: What to do about a size that is no multiple of what is wanted.
@@ -139,9 +138,9 @@ def tied(name: str) -> str:
 FROZEN = "frozen: name it in targets to change it all the same"
 
 
-def frozen(region: Region, site: LinearSite, targets: tuple[str, ...]) -> bool:
+def frozen(p: Pass, region: Region, site: LinearSite) -> bool:
     """Whether a linear's weight does not train, and nobody has asked for it by name."""
-    return not region.parameters[site.weight].requires_grad and "*" in targets
+    return not region.parameters[site.weight].requires_grad and not p.names(region, site.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +170,7 @@ class FactorisingPass(StructuralPass):
         return ("attn", "mlp") if self.scope == "all" else (self.scope,)
 
     def plan(self, region: Region) -> Plan:
-        sites = [site for site in linear_sites(region) if self._takes(region, site)]
+        sites = [site for site in linear_sites(region) if takes(self, self.scope, region, site)]
         misses = []
         for site in sites:
             if shared := region.parameters[site.weight].shared:
@@ -182,15 +181,12 @@ class FactorisingPass(StructuralPass):
                         "targets"
                     )
                 misses.append((site.path, tied(shared[0])))
-            elif frozen(region, site, self.targets):
+            elif frozen(self, region, site):
                 misses.append((site.path, FROZEN))
         left = {path for path, _ in misses}
         free = [site for site in sites if site.path not in left]
         matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
         return Plan(matches, tuple(misses), absent=no_linear(self.scope))
-
-    def _takes(self, region: Region, site: LinearSite) -> bool:
-        return in_scope(self.scope, self.targets, site) and self.selects(region, site.path)
 
     def _rank(self, region: Region, site: LinearSite) -> int:
         key = "attn_rank" if site.kind == "attn" else "mlp_rank"

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from act24.errors import PassError
 from act24.passes.graph.check import Check
 from act24.passes.graph.clean_trace import clean_trace, is_closed, matrices
+from act24.passes.graph.coverage import HIDES, STACKED
 from act24.passes.graph.frozen import facts
 from act24.passes.graph.hooks import refuse_wrapped
 from act24.passes.graph.normal_form import is_adapter, is_linear
@@ -92,12 +95,13 @@ def _search(
         composite = [child for child in below if child in repeating and matrices(child) > 1]
         if module is model:  # a region only if there are but linears and what has none
             composite = [c for c in below if c in repeating and matrices(c) and not is_linear(c)]
+        composite = [c for c in composite if not _holds(c)]
         if not matrices(module):
             closed = (child for child in below if is_closed(child))
             unclean.update({c: _CLOSED for c in closed if any(map(is_linear, c.modules()))})
+            unclean.update({m: STACKED for m in module.modules() if not is_closed(m) and _stacks(m)})
             return
-        # A list, or something whose parts are called.
-        contains = type(module).forward is nn.Module.forward or is_adapter(module)
+        contains = _holds(module) or is_adapter(module)
         if not contains and ((module is not model and module in repeating) or not composite):
             try:
                 graph = clean_trace(module).graph
@@ -109,11 +113,35 @@ def _search(
                         yield from visit(stays)
                 return
             except Unclean as reason:
-                unclean[module] = str(reason)
+                unclean[module] = f"{_unseen(module)}{reason}"
         for child in module.children():
             yield from visit(child)
 
     yield from visit(model)
+
+
+def _stacks(module: nn.Module) -> bool:
+    return any(p is not None and p.ndim == 3 for p in module._parameters.values())
+
+
+def _unseen(module: nn.Module) -> str:
+    """What a module that is not traced has and activation24 would take, as the beginning of a reason."""
+    held = {**vars(module), **module._modules}
+    names = [name for name, value in held.items() if _is_relu(value)]
+    code = getattr(type(module).forward, "__code__", None)
+    if not names and (code is None or "relu" not in code.co_names):
+        return ""
+    return f"{HIDES}{f' ({names[0]})' if names else ''} is not seen: "
+
+
+def _is_relu(value: object) -> bool:
+    squared = type(value).__name__ == "ReLUSquaredActivation"  # transformers' own
+    return squared or isinstance(value, nn.ReLU) or value is F.relu or value is torch.relu
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether a module only holds others, which are called past it."""
+    return type(module).forward is nn.Module.forward
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -21,6 +21,7 @@ from act24.passes import (
     Relu2FFN,
     Weight24,
     apply_,
+    plan,
     trace,
 )
 from act24.passes.graph.normal_form import is_transposed, weight_name
@@ -156,7 +157,9 @@ def test_the_host_waits_for_a_generation_once(reads: Any) -> None:
     assert not torch.allclose(*seen)
 
 
-def test_weights_that_are_written_within_a_generation_are_seen() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_are_written_within_a_generation_are_seen(fused: bool) -> None:
+    """By hand, and by an optimizer that leaves no trace in their versions."""
     from transformers import DynamicCache
 
     model = build("Llama")
@@ -166,7 +169,11 @@ def test_weights_that_are_written_within_a_generation_are_seen() -> None:
         for _ in range(2):
             model(token, past_key_values=cache)
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+            parameter.grad = torch.randn(parameter.shape)
+            if not fused:
+                parameter.copy_(parameter.grad * 0.1)
+        if fused:
+            torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
         twin = copy.deepcopy(cache)
         seen = model(token, past_key_values=cache).logits
         with pipeline.evaluation():
@@ -279,6 +286,10 @@ def test_why_relu2_ffn_does_not_match_opt() -> None:
     message = str(error.value)
     assert "self_attn.k_proj [Linear] and 18 more: a single linear" in message
     assert "Not traced: model.decoder.layers.0 [OPTDecoderLayer] and 2 more" in message
+    with pytest.raises(
+        PassError, match=r"\[OPTDecoderLayer\] and 2 more: its relu \(activation_fn\) is not seen: "
+    ):
+        plan(build("OPT"), [Activation24()])
 
 
 def test_dropout_of_gpt2_stays_alive() -> None:

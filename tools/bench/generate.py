@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from act24.errors import Act24Error
-from act24.inference.decoder import Decoder, cache_bytes, plan_text
+from act24.inference.cache import cache_bytes
+from act24.inference.decoder import Decoder, plan_text
 from act24.inference.layer import DENSE, Choice
 from act24.inference.linears import PACKED_TOKENS, SKIPPING_TOKENS
 from act24.inference.sampling import Sampling
@@ -30,8 +31,8 @@ from act24.tools.bench.rows import needed_gpu, versions
 from act24.tools.bench.train import commit
 
 SIZES = {"130m": "llama-130m", "1b": "llama-1b", "7b": "llama-7b"}
-#: The sides without sparsity come first, since skipping lays the weights behind relu² out anew. None: what
-#: the decoder measures and takes, block by block.
+#: Those without sparsity come first: the others are beside the faster of them. None: what the decoder
+#: measures and takes, block by block.
 SIDES = (
     DENSE,
     Choice(fused=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -46,13 +47,27 @@ class Row:
         return self.ratio <= self.bar if self.unit == "bytes" else self.ratio >= self.bar
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, with the machine they were measured on."""
+        """Plain values, with the batch and the machine they were measured on."""
         return asdict(self) | {
             "ratio": self.ratio,
+            "batch": tokens_of(self.name),
             "gpu": torch.cuda.get_device_name(),
             "versions": versions(),
             "commit": commit(),
         }
+
+
+#: Rows whose shape is that of a weight.
+_OF_WEIGHTS = ("pack a weight", "best transposable mask")
+
+
+def tokens_of(name: str) -> int | None:
+    """The tokens of a batch as a row's name has them: `16384×4096×16384`, or `8 rows of 2048`; None where its
+    shape is that of a weight, or there is none."""
+    if of_rows := re.search(r"(\d+) rows of (\d+)", name):
+        return int(of_rows[1]) * int(of_rows[2])
+    shape = re.search(r"(\d+)×\d", name)
+    return int(shape[1]) if shape and not name.startswith(_OF_WEIGHTS) else None
 
 
 def commit() -> str | None:

@@ -11,8 +11,8 @@ TokensOption = Annotated[int, typer.Option(min=1, help="Tokens to add at most.")
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
 TopKOption = Annotated[int | None, typer.Option(min=1, help="Draw among the k most likely.")]
 ActivationsOption = Annotated[
-    Literal["24", "dense"],
-    typer.Option(help="Where trained with 2:4 activations: keep them, or plain relu² (eval: at what loss)."),
+    Literal["24", "dense"] | None,
+    typer.Option(help="Of what has 2:4 activations: 24 keeps them, as no option does; dense: plain relu²."),
 ]
 
 
@@ -33,7 +33,7 @@ def generate(
         int, typer.Option(min=0, max=2**62 - 1, help="Of the draws; prompt i draws from seed + i.")
     ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
-    activations: ActivationsOption = "24",
+    activations: ActivationsOption = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
 ) -> None:

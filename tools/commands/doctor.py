@@ -20,7 +20,7 @@ from act24.passes.relu2_ffn import parity_width
 from act24.passes.report import aligned
 from act24.recipes.plugins import load_plugins
 from act24.schedules import SCHEDULES
-from act24.sparse24.feed_forward.forms import Form, Network
+from act24.sparse24.feed_forward.forms import Form, Network, network_of
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.operation import FORMS, form_of
@@ -41,7 +41,10 @@ _TOKENS = 32768
 #: Rows of a micro-batch, and their length, for which it is said what waits for launches.
 _ROWS, _LENGTH = (32, 64, 128, 256), 256
 #: Rows of generation, and what is said where several ways are tried.
-_BATCHES, _MEASURED = (1, 4, 8, 16, 64), ": the fastest, measured on the batch at hand"
+_BATCHES = (1, 4, 8, 16, 64)
+_MEASURED = "with products of one input fused or not, each block its fastest, measured on the batch at hand"
+#: Tokens of prompts that go through a model at once, and the presets.
+_PROMPTS, _WIDE = (63, 2048, 16384), ("llama-1b", "llama-7b")
 _SHOWN = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b")
 _RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512, "llama-7b": 1024}
 
@@ -63,7 +66,7 @@ def examine(device: torch.device | None = None) -> list[Finding]:
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     device = device or torch.device("cpu")
-    paths = [*_paths(device), *_decoding(device)]
+    paths = [*_paths(device), *_decoding(device), *_prefill(device)]
     return [*_versions(), *_machine(device), *_methods(device), *paths, *_records()]
 
 
@@ -205,10 +208,34 @@ def _decoding(device: torch.device) -> list[Finding]:
     """What steps of generation try, by rows of the batch, for a relu² model with 2:4 weights."""
     everything = Choice(skipping=True, packed=True)
     choices = {rows: step_choices(rows, everything, torch.bfloat16, device) for rows in _BATCHES}
-    return [
-        Finding(f"decoding, {rows} rows", ", ".join(map(str, tried)) + (_MEASURED if len(tried) > 1 else ""))
-        for rows, tried in choices.items()
-    ]
+    told = {rows: ", ".join(map(str, tried)) for rows, tried in choices.items()}
+    if device.type == "cuda":
+        told = {rows: f"{tried}; {_MEASURED}" for rows, tried in told.items()}
+    return [Finding(f"decoding, {rows} rows", tried) for rows, tried in told.items()]
+
+
+def _prefill(device: torch.device) -> list[Finding]:
+    """How prompts go through networks with 2:4 activations, by their tokens in all."""
+    findings = []
+    for name in _WIDE:
+        width, features = PRESETS[name].hidden_size, parity_width(PRESETS[name].intermediate_size)
+        tensors = [
+            torch.empty(s, dtype=torch.bfloat16, device="meta")
+            for s in ((features, width), (width, features))
+        ]
+        for tokens in _PROMPTS:
+            x = torch.empty((tokens, width), dtype=torch.bfloat16, device="meta")
+            network = network_of((x, tensors[0], None, tensors[1], None), inference=True)._replace(
+                device=device
+            )
+            paths = {}
+            for precision in ("bfloat16", "fp8"):
+                options = Options24(precision=precision, algorithms=_table(device))
+                form = form_of(network, options)
+                paths[precision] = form.says if form else _why_reference(network, options)
+            told = "; ".join(f"{precision}: {path}" for precision, path in paths.items())
+            findings.append(Finding(f"prefill, {tokens} tokens, {name}, 2:4 activations", told))
+    return findings
 
 
 def _weights(name: str, device: torch.device, table: Table) -> list[Finding]:

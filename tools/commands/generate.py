@@ -18,6 +18,7 @@ from act24.options import one_of
 from act24.passes import Activation24
 from act24.passes.served import fold_weights_
 from act24.tools.run.build import Built, load
+from act24.tools.run.tuning import use_table_
 
 Activations = Literal["24", "dense"]
 
@@ -36,20 +37,20 @@ class Request:
 
 def open_model(
     path: Path,
-    activations: Activations = "24",
+    activations: Activations | None = None,
     device: torch.device | str | None = None,
     dtype: str = "auto",
 ) -> Built:
     """The model at a path, ready to generate: 2:4 weights folded, on its device and in its dtype.
 
     Args:
-        activations: of a model that was trained with 2:4 activations: `"24"` keeps them, `"dense"` computes
-            plain relu², which is another function; `act24 eval` says what it costs in loss.
+        activations: of a model that was trained with 2:4 activations: `"24"`, and None, keep them, `"dense"`
+            computes plain relu², which is another function; `act24 eval` says what it costs in loss.
         device: None for the CUDA device where there is one, else the CPU.
         dtype: "auto": as stored, but bfloat16 on a GPU for what was trained under autocast.
 
     Raises:
-        Act24Error: nothing there that can be opened, or no tokenizer.
+        Act24Error: nothing there that can be opened, no tokenizer, or no 2:4 activations that `"24"` keeps.
     """
     one_of("generate", "dtype", dtype, ("auto", *DTYPES))
     device = _device(device)
@@ -57,9 +58,15 @@ def open_model(
     if built.tokenizer_section is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
     fold_weights_(built.pipeline)
+    kept = [p for p in built.pipeline.active if not isinstance(p, Activation24)]
+    if activations == "24" and len(kept) == len(built.pipeline.active):
+        raise Act24Error(
+            f"--activations 24: {path} has no 2:4 activations in force at step {built.step}, and what they "
+            "would cost in loss nobody measured: leave the option out"
+        )
     if activations == "dense":
-        kept = [p for p in built.pipeline.active if not isinstance(p, Activation24)]
         built.pipeline.lower_to_(kept)
+    use_table_(built.pipeline, device)
     autocast = built.recipe is not None and built.recipe.train.dtype == "bfloat16_autocast"
     if dtype == "auto":
         dtype = "bfloat16" if autocast and device.type == "cuda" else ""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import peft  # pyright: ignore[reportMissingImports]
-from peft.tuners.lora.layer import Linear  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from act24.errors import PassError
 from act24.passes.graph.frozen import Remains
 from act24.passes.graph.region import RegionModule
 
+if TYPE_CHECKING:
+    from peft import LoraConfig  # pyright: ignore[reportMissingImports]
+
 #: First values of adapters that are not made from the weight beside them.
 _INITS = (True, False, "gaussian")
+#: What remains of an nn.Linear and of transformers' Conv1D says how wide it was: in, out.
+_SIZES = (("in_features", "nx"), ("out_features", "nf"))
 
 
-def lora_config(config: peft.LoraConfig) -> peft.LoraConfig:
+def lora_config(config: LoraConfig) -> LoraConfig:
     """The same configuration, with which PEFT adapts linears that passes have rewritten too: whatever such a
     linear computes now, LoRA's product is added to it. PEFT does not save this: read a configuration of a
     folder through here again.
@@ -36,44 +40,47 @@ def lora_config(config: peft.LoraConfig) -> peft.LoraConfig:
             'target_modules = "all-linear" finds the linears that no pass has rewritten, and no others: name '
             'them, as in ["q_proj", "v_proj"]'
         )
-    config._register_custom_module({RegionModule: _Adapted, Remains: _Refused})
+    config._register_custom_module({RegionModule: _adapted(), Remains: _refused})
     return config
 
 
-class _Adapted(Linear):
-    """A rewritten linear, and LoRA beside it."""
+@cache
+def _adapted() -> type[nn.Module]:
+    """The class of a rewritten linear with LoRA beside it."""
+    from peft.tuners.lora.layer import Linear  # pyright: ignore[reportMissingImports]
 
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """None but LoRA itself: the others read the weight."""
-        return {(): None}
+    class Adapted(Linear):
+        @property
+        def lora_variants(self) -> dict[tuple[str, ...], Any]:
+            """None but LoRA itself: the others read the weight."""
+            return {(): None}
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        # What remains of an nn.Linear, or of transformers' Conv1D.
-        sizes = [getattr(module, names[0], None) or getattr(module, names[1], None) for names in _SIZES]
-        if not all(isinstance(size, int) for size in sizes):
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            sizes = [getattr(module, names[0], None) or getattr(module, names[1], None) for names in _SIZES]
+            if not all(isinstance(size, int) for size in sizes):
+                raise PassError(
+                    f"a {_kind(module)} that passes have rewritten is no linear, beside which LoRA could "
+                    "be: name linears in target_modules"
+                )
+            return sizes[0], sizes[1]  # type: ignore[return-value]
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
             raise PassError(
-                f"a {vars(module).get('_kind', 'module')} that passes have rewritten is no linear, beside "
-                "which LoRA could be: name linears in target_modules"
+                "an adapter beside a rewritten linear has no weight to be merged into: keep it beside "
+                "(PEFT's save_pretrained writes it), or merge first and apply the passes then"
             )
-        return sizes[0], sizes[1]  # type: ignore[return-value]
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        raise PassError(
-            "an adapter beside a rewritten linear has no weight to be merged into: keep it beside (PEFT's "
-            "save_pretrained writes it), or merge first and apply the passes then"
-        )
+    return Adapted
 
 
-_SIZES = (("in_features", "nx"), ("out_features", "nf"))
-
-
-class _Refused:
+def _refused(target: nn.Module, *_: Any, **__: Any) -> NoReturn:
     """What PEFT makes of a linear inside of a larger graph."""
+    raise PassError(
+        f"a {_kind(target)} in target_modules lies inside of a larger graph that a pass has rewritten, "
+        "where it is not called: give the model to PEFT first, and apply the passes then (their targets "
+        "name the linear as …base_layer)"
+    )
 
-    def __init__(self, target: nn.Module, *_: Any, **__: Any) -> None:
-        raise PassError(
-            f"a {vars(target).get('_kind', 'module')} in target_modules lies inside of a larger graph that a "
-            "pass has rewritten, where it is not called: give the model to PEFT first, and apply the passes "
-            "then (their targets name the linear as …base_layer)"
-        )
+
+def _kind(module: nn.Module) -> str:
+    return vars(module).get("_kind", "module")

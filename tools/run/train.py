@@ -162,9 +162,8 @@ class TrainingRun:
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
         self._tokenizer = tokenizer_of_run(recipe, start)
-        vocabulary = model_config(recipe).vocab_size
         rank, world_size = processes.rank, processes.world_size
-        where = {"vocab_size": vocabulary, "rank": rank, "world_size": world_size}
+        where = {"vocab_size": model_config(recipe).vocab_size, "rank": rank, "world_size": world_size}
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
         position = None
@@ -378,9 +377,8 @@ class TrainingRun:
         self._evaluation_due, self._measured = False, (self._step, evaluation)
         self.monitor.evaluated(self._step, evaluation)
         progress.say(
-            f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity "
-            f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte over "
-            f"{evaluation.extent}"
+            f"step {self._step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
+            f", {evaluation.bits_per_byte:.3f} bits per byte over {evaluation.extent}"
         )
         return evaluation
 

@@ -10,7 +10,9 @@ from reference import greedy
 
 import act24
 from act24.errors import Act24Error
+from act24.inference import cache
 from act24.inference import decoder as decoder_module
+from act24.inference.cache import kept
 from act24.inference.generator import Generator
 from act24.inference.layer import DENSE, Choice, can_use, weights_of
 from act24.inference.sampling import Sampling
@@ -284,6 +286,17 @@ def test_a_batch_that_does_not_fit_says_what_it_needs():
         generator.generate_ids([[1]], 900_000_000)
 
 
+def test_a_host_that_would_promise_memory_it_lacks_is_not_asked(monkeypatch):
+    monkeypatch.setattr(cache, "_host_bytes", lambda: 10 * 2**20)
+    generator = Generator(llama())
+    # 256 slots of 1 KiB a row: 12 MiB, of 10 less a tenth.
+    with pytest.raises(
+        Act24Error, match=r"48 rows of 256 tokens need 0\.01 GiB .* does not have: 36 rows fit"
+    ):
+        generator.generate_ids([[1]] * 48, 200)
+    assert len(generator.generate_ids([[1]] * 36, 150)) == 36
+
+
 @pytest.mark.parametrize("where", ["_prefill", "_advance"])
 def test_a_device_that_runs_out_says_so_and_goes_on(monkeypatch, where):
     model = llama()
@@ -394,7 +407,7 @@ def test_each_block_takes_its_fastest_choice_and_it_is_remembered(monkeypatch, c
 
     def capture(decoder, batch, sampling, plan):
         captured.append(plan)
-        with decoder_module._kept(batch):  # as a capture warms up: this step does not count
+        with kept(batch):  # as a capture warms up: this step does not count
             decoder._advance(batch, sampling, plan)
         return Graph(lambda: decoder._advance(batch, sampling, plan))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Net, SwiGLU, Trunk, features, llama, regions, tokens
 
 from act24.passes import LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_, plan, trace
@@ -20,6 +21,27 @@ from act24.passes.graph.region import RegionModule
 from act24.passes.graph.tracer import Unclean
 
 MLP_RANK = {"scope": "mlp", "mlp_rank": 2}
+
+
+def test_the_cost_is_what_is_documented() -> None:
+    """Four forwards of the model, and of each region six and two backwards."""
+
+    class Counts(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = collections.Counter[str]()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls[func.__name__.partition(".")[0]] += 1
+            return func(*args, **(kwargs or {}))
+
+    model = Trunk(SwiGLU, layers=3)
+    model.blocks.append(nn.Tanh())
+    with Counts() as counted:
+        apply_(model, [LowRank(**MLP_RANK)], probe=features(2, 16))
+    assert counted.calls["tanh"] == 4
+    assert counted.calls["silu"] == 3 * (4 + 6)
+    assert counted.calls["silu_backward"] == 3 * 2
 
 
 def why(forward: Any) -> str:

@@ -93,7 +93,7 @@ class Settings:
         self.other = 1
 
 
-def test_values_outside_are_compared_at_every_lowering(monkeypatch: Any) -> None:
+def test_values_outside_are_compared_at_every_call_and_lowering(monkeypatch: Any) -> None:
     class Configured(SwiGLU):
         def __init__(self) -> None:
             super().__init__(4, 8)
@@ -106,11 +106,18 @@ def test_values_outside_are_compared_at_every_lowering(monkeypatch: Any) -> None
     settings = model[0].settings
     pipeline = apply_(model, [Relu2FFN(), Weight24(scope="mlp", from_step=3)])
     settings.other = 2  # nobody reads it
+    with pipeline.evaluation():
+        twin = copy.deepcopy(model.eval())
     pipeline.lower_(3)
     settings.factor = 4.0
     with pytest.raises(PassError, match=r"settings\.factor was 3\.0 when the model was traced, and is 4\.0"):
         pipeline.lower_(0)
+    x = torch.randn(2, 4)
+    with pytest.raises(PassError, match=r"settings\.factor was 3\.0 when the model was traced, and is 4\.0"):
+        model(x)
+    assert twin(x).shape == x.shape  # whose values nobody knows
     settings.factor = 3.0
+    assert model(x).shape == x.shape
     monkeypatch.setattr(sys.modules[__name__], "SWITCH", 5.0)
     with pytest.raises(PassError, match=r"SWITCH of .*test_frozen was 2\.0"):
         pipeline.begin_update_(0)

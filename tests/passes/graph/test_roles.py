@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from toys import SwiGLU, Trunk, features, regions
+from toys import SwiGLU, Trunk, features, llama, regions
 
 from act24.passes import (
     Activation24,
@@ -76,6 +77,7 @@ def test_routers_are_left_alone_unless_named() -> None:
     model = nn.Sequential(Choice(), Choice())
     report = plan(model, [LowRank(scope="mlp", mlp_rank=8)])
     assert {row.fqn.rpartition(".")[2] for row in report.rows} == {"second", "third"}
+    assert str(report.coverage[0]).endswith("100% of the feed-forward matrices; left: *.first (a router)")
     assert {row.fqn for row in plan(model, [Weight24(targets=("*.first",))]).rows} == {"0.first", "1.first"}
     with pytest.raises(PassError, match=r"mlp_rank = 8 is above 4.*ignore=\['0\.first'\]"):
         plan(model, [LowRank(scope="mlp", mlp_rank=8, targets=("*.first", "*.second"))])
@@ -231,6 +233,121 @@ def test_the_model_itself_can_be_a_region() -> None:
     gated(features(3, 16)).sum().backward()
 
 
+class Listed(nn.Module):
+    """Weights in a list, without modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(32, 16), torch.randn(16, 32)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = self.weights
+        return F.linear(F.relu(F.linear(x, up)), down)
+
+
+class Loop(nn.Module):
+    """Layers that are containers alone, whose linears the model calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Module(), nn.Module()])
+        for layer in self.layers:
+            layer.up, layer.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer.down(F.relu(layer.up(x)))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [
+        (lambda: nn.Sequential(Listed(), Listed()), ["0.weights", "1.weights"]),
+        (Loop, ["layers.0", "layers.1"]),
+        (lambda: fx.symbolic_trace(Loop()), ["layers.0", "layers.1"]),
+    ],
+    ids=["ParameterList", "containers", "GraphModule"],
+)
+def test_linears_without_modules_that_call_them_are_found(make: Any, rows: list[str]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    x = features(2, 3, 16)
+    expected = model(x)
+    pipeline = apply_(model, [Activation24(from_step=2)], probe=x)
+    assert {row.fqn for row in pipeline.report.rows} == set(rows)
+    assert torch.equal(model(x), expected)
+    pipeline.lower_(2)
+    assert not torch.equal(model(x), expected)
+
+
+def test_what_is_not_traced_says_what_it_hides() -> None:
+    class Open(nn.Module):
+        def __init__(self, activation: Any) -> None:
+            super().__init__()
+            self.up, self.act = nn.Linear(16, 32), activation
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            return self.act(self.up(x))
+
+    class Called(Open):
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            return F.relu(self.up(x))
+
+    for layer, said in (
+        (Open(nn.ReLU()), r"its relu \(act\) is not seen: argument 'again'"),
+        (Open(F.relu), r"its relu \(act\) is not seen: argument 'again'"),
+        (Called(None), r"its relu is not seen: argument 'again'"),
+        (Open(nn.GELU()), r"1 more: argument 'again'"),
+    ):
+        with pytest.raises(PassError, match=said):
+            plan(nn.ModuleList([layer, copy.deepcopy(layer)]), [Activation24()])
+    with pytest.raises(PassError, match=r"\[Experts\] and 1 more: stacked parameters, .*: make linears"):
+        plan(nn.ModuleList([Experts(), Experts(), nn.Linear(4, 4)]), [Relu2FFN()])
+
+
+class Plain(nn.Module):
+    """Its names say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+class Open(Plain):
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("other", [Plain, Open])
+def test_what_one_of_several_cannot_is_left_and_counted(other: type[Plain]) -> None:
+    """What is not traced has no graph to tell what it is for: its like has, or it has an activation."""
+    model = nn.Sequential(Plain(), last := other())
+    if other is Plain:
+        last.a.forward = lambda x: F.linear(x, last.a.weight)  # as frameworks that offload do
+    (line,) = plan(model, [Activation24()], probe=features(2, 16)).coverage
+    assert (line.reached, line.total) == (2 * 16 * 32, 4 * 16 * 32)
+    (left,) = line.left
+    assert left[0] == "*.a, *.b"
+    assert left[2].startswith("not traced: its relu is not seen")
+
+
+def test_what_is_named_beside_everything_is_named() -> None:
+    model = llama()
+    rows = plan(model, [LowRank(attn_rank=2, mlp_rank=2, targets=("*", "lm_head"))]).rows
+    assert "lm_head" in {row.fqn for row in rows}
+    assert "lm_head" not in {row.fqn for row in plan(model, [LowRank(attn_rank=2, mlp_rank=2)]).rows}
+
+
+def test_inference_mode_is_refused() -> None:
+    """What it would make could not be written to later."""
+    with torch.inference_mode(), pytest.raises(PassError, match=r"torch.inference_mode\(\) .* outside of it"):
+        apply_(llama(), [Weight24()])
+
+
 def test_a_bare_container_is_searched() -> None:
     model = nn.Module()
     model.body = nn.Module()
@@ -276,7 +393,7 @@ def test_a_relu_between_convolutions_is_no_site() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.out(self.two(self.act(self.one(x))))
 
-    with pytest.raises(PassError, match="no relu"):
+    with pytest.raises(PassError, match="its relu stands between convolutions"):
         plan(nn.Sequential(Stem(), Stem()), [Activation24()])
 
 
@@ -284,9 +401,9 @@ def test_a_relu_between_convolutions_is_no_site() -> None:
 
 
 class Fused(nn.Module):
-    def __init__(self, activation: Any = F.silu) -> None:
+    def __init__(self, activation: Any = F.silu, inner: int = 32) -> None:
         super().__init__()
-        self.gate_up, self.down = nn.Linear(16, 64), nn.Linear(32, 16)
+        self.gate_up, self.down = nn.Linear(16, 2 * inner), nn.Linear(inner, 16)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -294,12 +411,14 @@ class Fused(nn.Module):
         return self.down(up * self.activation(gate))
 
 
-@pytest.mark.parametrize("width", ["parity", "exact", "keep"])
-def test_gate_and_up_of_one_linear(width: Any) -> None:
-    model = Trunk(Fused)
-    report = apply_(model, [Relu2FFN(width=width)]).report
-    new = {"parity": 128, "exact": 48, "keep": 32}[width]
-    assert report.rows[0].before == "silu(gate)·up, F 32"
+@pytest.mark.parametrize(
+    ("width", "inner", "new"), [("parity", 32, 128), ("exact", 32, 48), ("keep", 32, 32), ("parity", 64, 128)]
+)
+def test_gate_and_up_of_one_linear(width: Any, inner: int, new: int) -> None:
+    model = Trunk(lambda: Fused(inner=inner))
+    row, *_ = apply_(model, [Relu2FFN(width=width)]).report.rows
+    assert row.before == f"silu(gate)·up, F {inner}"
+    assert "gate_up.weight" in row.note  # fresh, also where it has the shape of the two together
     assert model.blocks[0].mlp.gate_up.weight.shape == (new, 16)
     assert model.blocks[0].mlp.down.weight.shape == (16, new)
     x, mlp = features(3, 16), model.blocks[0].mlp

@@ -45,7 +45,7 @@ SOURCES = {
     "recipes/checks.py": ("oddities",),
     "passes/report.py": ("Report", "row"),
     "passes/rewriting.py": ("__init__", "_coverage"),
-    "passes/graph/coverage.py": ("Coverage", "_NAMES", "_STACKED", "_reason", "_listed"),
+    "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_reason", "_listed"),
     "passes/graph/check.py": ("Check", "_obstacle"),
     "passes/graph/linear_sites.py": ("RESIZE", "FROZEN", "no_linear", "tied", "plan"),
     "passes/activation24.py": ("plan", "_note"),

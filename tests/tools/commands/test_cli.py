@@ -15,6 +15,7 @@ import tomllib
 
 import pytest
 import torch
+from children import Command
 
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.recipes.load import load_recipe, recipe_names
@@ -24,12 +25,20 @@ from act24.tools.checkpoints import checkpoint
 @pytest.fixture(scope="module")
 def run_dir(tiny_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    command = [sys.executable, "-m", "act24", "train", str(tiny_file), "--run-dir", str(folder)]
-    result = subprocess.run(
-        [*command, "--set", "train.steps=12", "--set", "checkpoint.every=6"], capture_output=True, text=True
+    words = (
+        "train",
+        tiny_file,
+        "--run-dir",
+        folder,
+        "--set",
+        "train.steps=12",
+        "--set",
+        "checkpoint.every=6",
     )
-    assert (result.returncode, result.stderr) == (0, "")
-    (folder / "stdout.txt").write_text(result.stdout)
+    with Command(*words) as command:
+        status, out, error = command.end()
+    assert (status, error) == (0, "")
+    (folder / "stdout.txt").write_text(out)
     return folder
 
 

@@ -85,12 +85,27 @@ def test_steps_of_generation_are_shown_by_rows() -> None:
         return {subject.removeprefix("decoding, "): finding for subject, finding in found.items()}
 
     assert set(told("cpu").values()) == {"dense"}
-    measured = ": the fastest, measured on the batch at hand"
+    measured = (
+        "; with products of one input fused or not, each block its fastest, measured on the batch at hand"
+    )
     everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
     assert told("cuda") == {
         "1 rows": everything,
         "4 rows": "dense, skipping" + measured,
         "8 rows": "dense, skipping" + measured,
-        "16 rows": "dense",
-        "64 rows": "dense",
+        "16 rows": "dense" + measured,
+        "64 rows": "dense" + measured,
     }
+
+
+@pytest.mark.usefixtures("capable_machine")
+def test_prompts_are_shown_by_tokens() -> None:
+    found = {each.subject: each.finding for each in doctor._prefill(torch.device("cpu"))}
+    told = {
+        tokens: found[f"prefill, {tokens} tokens, llama-7b, 2:4 activations"] for tokens in (63, 2048, 16384)
+    }
+    masked, packed = "2:4 by kernels around dense products", "packed 2:4 products"
+    assert told[63].startswith("bfloat16: plain PyTorch (")
+    assert "T 63" in told[63]
+    assert told[2048] == f"bfloat16: {masked}; fp8: {packed} in e4m3"
+    assert told[16384] == f"bfloat16: {packed}; fp8: {packed} in e4m3"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import Command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from act24.tools.commands.generate import open_generator, open_model
@@ -57,6 +56,28 @@ def test_2_4_activations_stay_by_default(run):
     ]
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2])
+
+
+def test_2_4_activations_that_are_not_there_are_refused(act24, exported):
+    status, out, errors = act24("generate", exported, "--prompt", "low", "--activations", "24")
+    assert (status, out) == (2, "")
+    assert errors == [
+        f"act24: --activations 24: {exported} has no 2:4 activations in force at step 0, and what they "
+        "would cost in loss nobody measured: leave the option out"
+    ]
+
+
+def test_what_was_tuned_on_this_machine_is_used(run, tmp_path, monkeypatch):
+    from act24.sparse24.format.products import Measured, Product
+    from act24.tools.run import tuning
+
+    table = ((Product("y", 2048, 128, 32), Measured(4, 1.0, 2.0)),)
+    monkeypatch.setattr(tuning, "cache_path", lambda: tmp_path / "products.json")
+    monkeypatch.setattr(tuning, "machine", lambda _: "gpu")
+    tuning.write_table(tmp_path / "products.json", "gpu", table)
+    assert [p.algorithms for p in open_model(run).pipeline.active] == [()], "a CPU has no such products"
+    monkeypatch.setattr(tuning, "obstacle", lambda _: "")
+    assert [p.algorithms for p in open_model(run).pipeline.active] == [table]
 
 
 def test_lines_come_in_order_whatever_the_batch(act24, run, tmp_path):
@@ -150,10 +171,8 @@ def test_another_architecture_is_refused(act24, tmp_path):
 
 
 def test_a_reader_that_leaves_ends_it_without_a_word(run):
-    command = [sys.executable, "-m", "act24", "generate", str(run), "--prompt", "low", "--tokens", "2000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(1)
-    process.stdout.close()
-    errors = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 1
-    assert errors == ""
+    with Command("generate", run, "--prompt", "low", "--tokens", "2000") as command:
+        command.stdout.read(1)
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.process.exitcode == 1

@@ -322,8 +322,7 @@ def named_by_cola_m(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-@pytest.mark.parametrize("colam", [False, True])
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("silu", "colam"), [(False, False), (True, False), (True, True)])
 def test_a_folder_of_the_code_published_with_cola(silu: bool, colam: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = LlamaForCausalLM(CONFIG)

@@ -91,7 +91,7 @@ def test_what_cannot_be_adapted_is_said() -> None:
         peft.get_peft_model(model, adapted([], target_parameters=["up_proj.weight_in"]))
 
 
-def test_activation24_on_linears_that_carry_lora() -> None:
+def test_activation24_on_linears_that_carry_lora(tmp_path: Path) -> None:
     """Against the model whose weights have the adapters in them."""
     targets = ["up_proj", "down_proj", "q_proj"]
     model = peft.get_peft_model(stock("Arcee"), adapted(targets)).eval()
@@ -110,7 +110,11 @@ def test_activation24_on_linears_that_carry_lora() -> None:
     model.train()
     model(IDS).logits.square().mean().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
+    model.save_pretrained(tmp_path)  # the adapters alone, as PEFT does
+    assert (tmp_path / "adapter_model.safetensors").is_file()
     back = model.eval().merge_and_unload()  # PEFT's layers stand where they stood
+    with pytest.raises(PassError, match="save_pretrained would leave out activation24"):
+        back.save_pretrained(tmp_path / "whole")
     torch.testing.assert_close(logits(back), logits(merged), rtol=1e-3, atol=1e-4)
 
 

@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from children import Command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import load_tiny
@@ -18,6 +18,7 @@ from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.commands import demo, prepare
 from act24.tools.data import HeldoutRows, TokenRows
+from act24.tools.run import progress
 from act24.tools.run import train as train_module
 from act24.tools.run.lock import run_lock
 from act24.tools.run.signals import Stopped, stop_on_signal
@@ -159,47 +160,53 @@ def test_data_that_fail_where_an_evaluation_is_due_put_it_off(tiny, tmp_path, mo
     assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
 
 
-COMMAND = [sys.executable, "-m", "act24", "train"]
-LONG = ["--set", "train.steps=1_000_000", "--set", "log.every=1", "--set", "eval.tokens=100"]
+LONG = ("--set", "train.steps=1_000_000", "--set", "log.every=1", "--set", "eval.tokens=100")
+
+
+def every_step_is_a_line():
+    progress._PLAIN_SECONDS = 0.0
 
 
 def test_a_reader_that_goes_away_is_a_clear_end_with_a_checkpoint(tiny_file, tmp_path):
     """`act24 train … | head -1`."""
-    code = "from act24.tools.run import progress; progress._PLAIN_SECONDS = 0.0\n"
-    code += "from act24.tools.commands.cli import main; main()"
-    command = [sys.executable, "-c", code, "train", str(tiny_file), "--run-dir", str(tmp_path), *LONG]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert any(line.startswith("step 2/") for line in iter(process.stdout.readline, ""))
-        process.stdout.close()
-        error = process.stderr.read()
+    words = ("train", tiny_file, "--run-dir", tmp_path, *LONG)
+    with Command(*words, before=every_step_is_a_line) as command:
+        assert any(line.startswith("step 2/") for line in iter(command.stdout.readline, ""))
+        command.stdout.close()
+        error = command.stderr.read()
     (folder,) = checkpoint_folder.complete(tmp_path)
     assert (
         error == f"act24: nobody reads the output any more; saved step {int(folder.name[5:])} in {folder}\n"
     )
-    assert process.returncode == 2
+    assert command.process.exitcode == 2
     assert checkpoint.load(folder).step >= 2
+
+
+def full_disk():
+    sys.stdout = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
 
 
 def test_an_output_on_a_full_disk_is_a_clear_end_with_a_checkpoint(tiny_file, tmp_path):
     run_dir = tmp_path / "run"
-    command = [*COMMAND, str(tiny_file), "--run-dir", str(run_dir), *LONG]
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert result.returncode == 2
+    with Command("train", tiny_file, "--run-dir", run_dir, *LONG, before=full_disk) as command:
+        status, _, error = command.end()
+    assert status == 2
     message = "act24: the output cannot be written: No space left on device; saved step 1 in "
-    assert result.stderr == f"{message}{run_dir / 'checkpoints' / 'step-000001'}\n"
+    assert error == f"{message}{run_dir / 'checkpoints' / 'step-000001'}\n"
     assert checkpoint.load(checkpoint_folder.latest(run_dir)).step == 1
+
+
+def closed_output():
+    """What Python begins with under `>&-`: the next file that is opened has the output's number."""
+    os.close(1)
+    sys.stdout = None
 
 
 def test_a_closed_output_ends_nothing(tiny_file, tmp_path):
     """`act24 train … >&-` used to be a traceback."""
-    command = [*COMMAND, str(tiny_file), "--run-dir", str(tmp_path), "--set", "train.steps=6"]
-    result = subprocess.run(
-        ["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
-    )
-    assert (result.returncode, result.stderr) == (0, "")
+    words = ("train", tiny_file, "--run-dir", tmp_path, "--set", "train.steps=6")
+    with Command(*words, before=closed_output) as command:
+        assert command.end() == (0, "", "")
     assert checkpoint.load(checkpoint_folder.latest(tmp_path)).step == 6
 
 
@@ -227,33 +234,36 @@ def test_a_stop_of_data_prepare_has_a_status_of_its_own(monkeypatch, act24, tmp_
     assert not out.exists()
 
 
+def latin_terminal():
+    sys.stdout = os.fdopen(1, "w", encoding="latin-1", closefd=False)
+
+
 def test_a_terminal_that_lacks_a_character_ends_nothing(tiny_file, tmp_path):
     recipe = tmp_path / "recept-β.toml"
     recipe.write_text(tiny_file.read_text())
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
-    run_dir = tmp_path / "run-β"
-    command = [*COMMAND, str(recipe), "--run-dir", str(run_dir), "--set", "train.steps=6"]
-    result = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert b"/checkpoints/step-000006" in result.stdout
+    words = ("train", recipe, "--run-dir", tmp_path / "run-β", "--set", "train.steps=6")
+    with Command(*words, before=latin_terminal) as command:
+        status, out, error = command.end()
+    assert status == 0, error
+    assert "/checkpoints/step-000006" in out
+    assert "run-?/checkpoints" in out
+
+
+def ignored_hangup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def test_nohup_is_heeded(tiny_file, tmp_path):
     """A hangup that was ignored when the run began stays ignored."""
-    command = [*COMMAND, str(tiny_file), "--run-dir", str(tmp_path), *LONG]
+    words = ("train", tiny_file, "--run-dir", tmp_path, *LONG)
 
-    def nohup():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=nohup) as process:
-        assert process.stdout is not None
-        assert any(line.startswith("step 1/") for line in iter(process.stdout.readline, ""))
-        process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.terminate()
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
+    with Command(*words, before=ignored_hangup) as command:
+        assert any(line.startswith("step 1/") for line in iter(command.stdout.readline, ""))
+        os.kill(command.process.pid, signal.SIGHUP)
+        assert any(line.startswith("step ") for line in iter(command.stdout.readline, ""))
+        command.process.terminate()
+        status, out, _ = command.end()
+    assert status == 75
     assert "SIGTERM: saved step " in out
 
 
@@ -284,31 +294,28 @@ main()
     assert list(tmp_path.iterdir()) == []
 
 
+def stop_after_three_steps():
+    advance, made = train_module.TrainingRun.advance, [0]
+
+    def stopping(self):
+        advance(self)
+        made[0] += 1
+        if made[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train_module.TrainingRun.advance = stopping
+
+
 def test_a_requeue_loop_comes_to_the_end(tiny_file, tmp_path, straight):
     """`until act24 train …; do [ $? = 75 ] || exit; done` against a scheduler that stops it now and then."""
     statuses = []
-    command = [*COMMAND, str(tiny_file), "--run-dir", str(tmp_path), "--resume", "auto"]
-    command += [word for override in RECIPE for word in ("--set", override)]
+    words = ["train", tiny_file, "--run-dir", tmp_path, "--resume", "auto"]
+    words += [word for override in RECIPE for word in ("--set", override)]
     while not statuses or statuses[-1] == 75:
-        code = f"""
-import os, signal
-from act24.tools.run.train import TrainingRun
-advance, made = TrainingRun.advance, 0
-def stopping(self):
-    global made
-    advance(self)
-    made += 1
-    if made == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-TrainingRun.advance = stopping
-from act24.tools.commands.cli import main
-import sys
-sys.argv = {["act24", *map(str, command[3:])]!r}
-main()
-"""
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        statuses.append(result.returncode)
-        assert len(statuses) < 9, result.stderr
+        with Command(*words, before=stop_after_three_steps) as command:
+            status, _, error = command.end()
+        statuses.append(status)
+        assert len(statuses) < 9, error
     assert statuses == [75, 75, 0]
     assert logged(tmp_path, "loss/train") == logged(straight, "loss/train")
     assert logged(tmp_path, "loss/val") == logged(straight, "loss/val")

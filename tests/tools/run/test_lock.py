@@ -5,11 +5,9 @@ import fcntl
 import logging
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from children import CONTEXT, run_ranks
+from children import CONTEXT, Command, run_ranks
 
 from act24.errors import Act24Error
 from act24.tools.checkpoints.folder import complete
@@ -110,13 +108,12 @@ def test_all_processes_of_a_run_are_refused(tmp_path):
 
 def test_a_second_start_waits_outside_and_readers_do_not(tiny, tiny_file, tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "act24", "train", str(tiny_file), "--run-dir", str(run_dir)]
-    command += ["--set", "train.steps=1_000_000", "--set", "checkpoint.every=3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert any(line.startswith("step ") for line in iter(process.stdout.readline, ""))
+    words = ("train", tiny_file, "--run-dir", run_dir, "--set", "train.steps=1_000_000")
+    with Command(*words, "--set", "checkpoint.every=3") as command:
+        process = command.process
+        assert any(line.startswith("step ") for line in iter(command.stdout.readline, ""))
         while not complete(run_dir):  # by name alone a folder that is still written may look whole
-            assert process.poll() is None
+            assert process.is_alive()
         for resume in ("never", "auto"):
             with pytest.raises(RunError, match=f"is in use by process {process.pid} on "):
                 train(tiny("train.steps=1_000_000"), run_dir, resume=resume)

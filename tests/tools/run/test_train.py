@@ -6,12 +6,10 @@ import math
 import os
 import pkgutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from children import exit_code
+from children import Command, exit_code
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import load_tiny
@@ -138,14 +136,21 @@ def test_a_finished_run_has_nothing_to_go_on_with(tiny, straight, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_exits(tiny, tiny_file, tmp_path, number):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "act24", "train", str(tiny_file), "--run-dir", str(run_dir)]
-    command += ["--set", "train.steps=1_000_000", "--set", "log.every=3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert any(line.startswith("step 3/1000000") for line in iter(process.stdout.readline, ""))
-        process.send_signal(number)
-        out, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (75, "")
+    words = (
+        "train",
+        tiny_file,
+        "--run-dir",
+        run_dir,
+        "--set",
+        "train.steps=1_000_000",
+        "--set",
+        "log.every=3",
+    )
+    with Command(*words) as command:
+        assert any(line.startswith("step 3/1000000") for line in iter(command.stdout.readline, ""))
+        os.kill(command.process.pid, number)
+        status, out, error = command.end()
+    assert (status, error) == (75, "")
     (step,) = steps_saved(run_dir)
     assert f"{number.name}: saved step {step} in {run_dir}/checkpoints/step-{step:06d}\n" in out
     assert f"steps              {step:,} of 1,000,000" in out

@@ -1,0 +1,178 @@
+"""Figures of the pages against docs/results/kernels.json, which keeps every run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from act24.errors import Act24Error
+from act24.tools.bench.keep import NEEDED, keep
+
+ROOT = Path(__file__).parents[1]
+ROWS = json.loads((ROOT / "docs/results/kernels.json").read_text(encoding="utf-8"))
+WIDE, HALF = "16384×4096×16384", "32768×2048×8192"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def ratios(name: str, unit: str = "ms") -> list[float]:
+    found = [r["ratio"] for r in ROWS if r["name"] == name and r["unit"] == unit and not r["superseded"]]
+    assert found, f"no run of {name!r}"
+    return found
+
+
+def told(*names: str, unit: str = "ms", digits: int = 3) -> str:
+    """The range over all runs of some rows, as pages write it."""
+    found = [f"{ratio:.{digits}f}" for name in names for ratio in ratios(name, unit)]
+    low, high = min(found), max(found)
+    return low if low == high else f"{low} to {high}"
+
+
+def test_every_run_says_what_it_is_of():
+    for row in ROWS:
+        assert {*NEEDED, "superseded"} <= {*row}, row["name"]
+        assert row["commit"] or row["recorded"], row["name"]
+        assert row["gpu"]
+        assert row["versions"]["torch"]
+        ours, other = row["ours"], row["other"]
+        expected = other / ours if row["unit"] == "ms" else ours / other
+        # Those of the fp8 errors and of a launch have no better side.
+        assert row["ratio"] == pytest.approx(expected, rel=2e-3) or row["unit"] == "relative error", row[
+            "name"
+        ]
+    runs = [(r["name"], r["unit"], r["ours"], r["other"], r["commit"]) for r in ROWS]
+    assert len({*runs}) == len(runs)
+    assert {r["batch"] for r in ROWS if r["name"].endswith(WIDE)} == {16384}
+
+
+#: Rows of the table of bars by how they begin, and what stands in their last cells.
+BARS = {
+    "packing along features": [told("pack along features, 16384×16384", unit="GB/s")],
+    "packing both ways": [told("pack both ways (dZ and the activation), 16384×16384", unit="GB/s")],
+    "FFN forward for inference": [
+        told(f"FFN inference, {WIDE}"),
+        told(f"FFN inference, fp8, {WIDE}") + " with fp8",
+    ],
+    "FFN forward + backward, the same": [
+        told(f"FFN forward + backward, all sparse, {WIDE}"),
+        told(f"FFN forward + backward, all sparse, fp8, {WIDE}") + " with fp8",
+    ],
+    "the same with the 95/5": [
+        told(f"FFN forward + backward, 95/5 split, {WIDE}"),
+        told(f"FFN forward + backward, 95/5 split, fp8, {WIDE}") + " with fp8",
+    ],
+    "FFN forward + backward, 32768": [
+        told(f"FFN forward + backward, all sparse, {HALF}"),
+        told(f"FFN forward + backward, all sparse, fp8, {HALF}") + " with fp8",
+        told(f"FFN forward + backward, 95/5 split, {HALF}") + " with the split",
+        told(f"FFN forward + backward, dense weight gradients, {HALF}") + " with exact ones",
+    ],
+    "bytes saved for backward by the FFN": [told(f"FFN bytes saved, of dense, {WIDE}", unit="bytes")],
+    "LORO FFN at 350m": [
+        told("low-rank FFN forward + backward, fast, 65536×1024×256×4096"),
+        told("low-rank FFN forward + backward, packed, all sparse, 65536×1024×256×4096") + " with all-sparse",
+    ],
+    "bytes saved by the LORO FFN": [
+        " / ".join(
+            told(f"low-rank FFN bytes saved, {form}, 65536×1024×256×4096", unit="bytes")
+            for form in ("fast", "recompute")
+        )
+    ],
+    "whole step, 7b width, against": [
+        told("step, 7b width in bfloat16 relu2, 2:4 / 7b width in bfloat16 dense"),
+        told("step, 7b width in bfloat16 relu2, 2:4, fp8 / 7b width in bfloat16 dense") + " with fp8",
+        "under autocast " + told("step, 7b width relu2, 2:4 / 7b width dense"),
+        told("step, 7b width relu2, 2:4, fp8 / 7b width dense") + " with fp8",
+    ],
+    "whole step, 1b, CoLA": [
+        told("step, 1b in bfloat16 cola-relu2, 2:4 / 1b in bfloat16 dense"),
+        told("step, 1b cola-relu2, 2:4 / 1b dense") + " under autocast",
+    ],
+    "peak memory of that step": [
+        told("step, 1b in bfloat16 cola-relu2, 2:4 / 1b in bfloat16 dense", unit="bytes"),
+        told("step, 1b cola-relu2, 2:4 / 1b dense", unit="bytes") + " under autocast",
+    ],
+    "SwiGLU with 2:4 weights": [
+        told("SwiGLU, transposable, y, grad_x, grad_weight in 2:4, packed in every call, 16384×4096×11008")
+    ],
+    "whole step, 7b width, 2:4 weights": [
+        told("whole step, 7b width, 4 layers, 8 rows of 2048, bfloat16, weight24 in attention and MLPs")
+    ],
+}
+
+
+def test_the_table_of_bars_quotes_the_ranges_of_all_runs():
+    table = read("docs/results/kernels.md").partition("## Bars")[2].partition("\n\nThe dense network")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| what")]
+    assert len(lines) == len(BARS) + 1  # that of the presets is the next table
+    for begins, figures in BARS.items():
+        (line,) = [line for line in lines if line.startswith(f"| {begins}")]
+        assert [figure for figure in figures if figure not in line.split("|", 3)[3]] == [], begins
+
+
+STEP = re.compile(r"\| ([^|]*) \| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|")
+
+
+def test_the_table_of_whole_steps_is_of_the_runs():
+    table = (
+        read("docs/results/kernels.md").partition("## Whole steps")[2].partition("Against dense SwiGLU")[0]
+    )
+    title, count = "", 0
+    for cells in STEP.findall(table):
+        given, backward, *figures = cells
+        if given.startswith("the same in pure bf16"):
+            title = title.replace("7b width", "7b width in bfloat16")
+        elif given.strip():
+            size, _, method = given.replace(", 4 layers,", "").rpartition(" ")
+            size, method = (size, method) if method == "relu2" else (given, method)
+            words = size.split()
+            kind = {"LORO": "loro-", "CoLA": "cola-", "LoST": "lost-"}.get(words[-1], "")
+            title = f"{' '.join(words[:-1] if kind else words)} {kind}relu2"
+        exact = ", exact backward" if "exact" in backward else ""
+        name = f"step, {title}, 2:4{exact} / {title}"
+        time, memory = (
+            [r for r in ROWS if r["name"] == name and r["unit"] == unit and not r["superseded"]]
+            for unit in ("ms", "bytes")
+        )
+        assert len(time) == len(memory) == 1, name
+        (time,), (memory,) = time, memory
+        wanted = (time["other"], time["ours"], time["ratio"], memory["ratio"])
+        for figure, value, half in zip(figures, wanted, (0.05, 0.05, 5e-4, 5e-3), strict=True):
+            assert float(figure) == pytest.approx(value, abs=1.001 * half), name
+        count += 1
+    assert count == 20
+
+
+@pytest.mark.parametrize(("page", "to"), [("README.md", " to "), ("README.zh.md", " 到 ")])
+def test_readme_quotes_the_range_of_the_network(page, to):
+    names = [f"FFN forward + backward, {kind}" for kind in ("all sparse", "95/5 split")]
+    text = re.sub(r"\s+", " ", read(page))
+    for precision in ("", ", fp8"):
+        figure = told(*(f"{name}{precision}, {WIDE}" for name in names), digits=2)
+        assert figure.replace(" to ", to) in text
+
+
+def test_rows_are_added_with_what_they_are_of(tmp_path):
+    file, new = tmp_path / "kernels.json", tmp_path / "rows.json"
+    row = {key: value for key, value in ROWS[0].items() if key in NEEDED} | {"commit": "abc1234"}
+    file.write_text("[]")
+    new.write_text(json.dumps([row]))
+    assert keep(new, file) == 1
+    assert json.loads(file.read_text()) == [row | {"superseded": False}]
+    with pytest.raises(Act24Error, match=r"of abc1234 is kept already"):
+        keep(new, file)
+    for key in NEEDED[1:]:
+        new.write_text(json.dumps([{k: v for k, v in row.items() if k != key}]))
+        with pytest.raises(Act24Error, match=f"lacks {key}"):
+            keep(new, file)
+    new.write_text(json.dumps([row | {"commit": None}]))
+    with pytest.raises(Act24Error, match="lacks its commit"):
+        keep(new, file)
+    new.write_text("{}")
+    with pytest.raises(Act24Error, match="expected a list of rows"):
+        keep(new, file)
