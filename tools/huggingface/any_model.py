@@ -24,7 +24,13 @@ from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.data.tokenizer import Tokenizer as OpenTokenizer
 from act24.tools.huggingface.config import ACT24, ARCEE, CONFIG, LLAMA, config_of, read_json
-from act24.tools.huggingface.folder import check_state, open_pretrained, unset, write_pretrained
+from act24.tools.huggingface.folder import (
+    check_state,
+    open_pretrained,
+    refuse_packed,
+    unset,
+    write_pretrained,
+)
 from act24.tools.huggingface.tokenizer_files import TOKENIZER, write_tokenizer
 
 #: The kind of a model that is `transformers`' own class.
@@ -189,6 +195,7 @@ def stock_model(
 
 def _foreign(source: str, folder: Path) -> AnyModel:
     transformers = _transformers(source)
+    refuse_packed(folder)
     with reading(f"transformers cannot open {source}", Exception):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return AnyModel(source, folder, FOREIGN, model.eval(), None, (), None, _read_tokenizer(folder))

@@ -36,6 +36,7 @@ from act24.tools.huggingface.config import (
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PACKED = "packed.safetensors"  # of `act24 pack` (tools/pruning/packed.py)
 
 #: Bytes of a file of weights; what does not fit goes into more of them.
 SHARD = 5 * 10**9
@@ -187,6 +188,7 @@ def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM
 
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
+    refuse_packed(folder)
     if (folder / INDEX).exists():
         names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
     else:
@@ -198,6 +200,15 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         except (OSError, safetensors.SafetensorError) as error:
             raise Act24Error(f"cannot read {folder / name}: {error}") from error
     return state
+
+
+def refuse_packed(folder: Path) -> None:
+    """
+    Raises:
+        Act24Error: the folder's weights are packed.
+    """
+    if (folder / PACKED).is_file():
+        raise Act24Error(f"{folder} holds packed weights: act24 pack {folder} OUT makes them dense again")
 
 
 def check_state(state: Mapping[str, Tensor], model: LlamaForCausalLM, subject: str) -> None:

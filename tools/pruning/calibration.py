@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
 from act24.tools.data import Tokenizer, open_rows
+
+logger = logging.getLogger("act24")
 
 #: Tokens of a forward.
 _TOKENS = 4096
@@ -49,6 +52,8 @@ def calibration_rows(
             batches.append(ids)
             pads.append(None if own is None else own[:left])
             left -= len(ids)
+        for line in read.remarks():
+            logger.warning("%s", line)
     return batches, pads
 
 

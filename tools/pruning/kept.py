@@ -25,9 +25,9 @@ class BlockFiles:
         Raises:
             Act24Error: the folder is of something else.
         """
-        self._folder = folder
+        self._folder, self._asked = folder, asked
         journal = folder / _JOURNAL
-        if folder.exists():
+        if journal.exists():
             with reading(f"cannot read {journal}"):
                 before = json.loads(journal.read_text(encoding="utf-8"))
             different = [key for key in asked if before.get(key) != json.loads(json.dumps(asked[key]))]
@@ -36,13 +36,8 @@ class BlockFiles:
                     f"{folder} is of an interrupted call with another {', '.join(different)}: give the same "
                     "options, or remove it"
                 )
-            return
-        try:
-            folder.mkdir(parents=True)
-            with whole_file(journal) as file:
-                file.write_text(json.dumps(asked, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise Act24Error(f"cannot write {folder}: {error.strerror}") from error
+        elif folder.exists() and any(folder.iterdir()):
+            raise Act24Error(f"{folder} exists, and is of no interrupted call: remove it")
 
     def _file(self, index: int) -> Path:
         return self._folder / f"block-{index:05d}.safetensors"
@@ -67,8 +62,13 @@ class BlockFiles:
         Raises:
             Act24Error: writing fails.
         """
+        journal = self._folder / _JOURNAL
         whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
+            if not journal.exists():  # with the first block: what is refused before leaves nothing
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with whole_file(journal) as file:
+                    file.write_text(json.dumps(self._asked, indent=1), encoding="utf-8")
             with whole_file(self._file(index)) as file:
                 safetensors.torch.save_file(whole, file, {"content": json.dumps(content)})
         except (OSError, safetensors.SafetensorError) as error:

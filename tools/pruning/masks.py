@@ -15,6 +15,7 @@ from act24.errors import Act24Error, reading
 from act24.pruning.pattern import Pattern, follows, parse_pattern
 from act24.pruning.stored import fault, packed_bits, unpacked_bits
 from act24.tools.files import whole_file
+from act24.tools.huggingface.any_model import weights_hash
 
 MASKS = "masks.safetensors"
 FORMAT = "act24-masks-1"
@@ -82,8 +83,18 @@ def write_masks(folder: Path, masks: Masks) -> None:
     }
     tensors = {name + _BITS: packed_bits(masks.dense(name, mask)) for name, mask in masks.masks.items()}
     with whole_file(folder / MASKS) as partial:
-        metadata = {"format": FORMAT, "masks": json.dumps(table)}
+        metadata = {"format": FORMAT, "masks": json.dumps(table), "sha256": weights_hash(tensors)}
         safetensors.torch.save_file(tensors, partial, metadata)
+
+
+def check_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> None:
+    """A flipped bit of a share's mask, or of a value, would be another one of its kind.
+
+    Raises:
+        Act24Error: the tensors are not those of which the file has the hash; one without is an older file.
+    """
+    if metadata.get("sha256") not in (None, weights_hash(tensors)):
+        raise Act24Error(f"{file} is damaged: its tensors are not those that were written")
 
 
 def read_masks(folder: Path) -> Masks | None:
@@ -102,6 +113,7 @@ def read_masks(folder: Path) -> Masks | None:
                 raise Act24Error(f"{file} is no file of masks: its format is {metadata.get('format')!r}")
             table = json.loads(metadata["masks"])
             bits = {name: opened.get_tensor(name + _BITS) for name in table}
+        check_hash({name + _BITS: value for name, value in bits.items()}, metadata, file)
         masks, patterns, transposed = {}, {}, set()
         for name, entry in table.items():
             mask = unpacked_bits(bits[name], int(entry["columns"]))

@@ -24,10 +24,10 @@ from act24.pruning.pattern import follows, parse_pattern
 from act24.pruning.stored import compressed, expanded
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.files import whole_file
-from act24.tools.huggingface.folder import INDEX, WEIGHTS, read_state, write_weights
-from act24.tools.pruning.masks import MASKS, Masks, check_pruned, read_masks, write_masks
+from act24.tools.huggingface.any_model import weights_hash
+from act24.tools.huggingface.folder import INDEX, PACKED, WEIGHTS, read_state, write_weights
+from act24.tools.pruning.masks import MASKS, Masks, check_hash, check_pruned, read_masks, write_masks
 
-PACKED = "packed.safetensors"
 FORMAT = "act24-packed-1"
 _VALUES, _POSITIONS = ".values", ".positions"
 
@@ -52,7 +52,8 @@ def write_packed(folder: Path, state: dict[str, Tensor], masks: Masks) -> None:
             "transposed": name in masks.transposed,
         }
     with whole_file(folder / PACKED) as partial:
-        safetensors.torch.save_file(tensors, partial, {"format": FORMAT, "packed": json.dumps(table)})
+        metadata = {"format": FORMAT, "packed": json.dumps(table), "sha256": weights_hash(tensors)}
+        safetensors.torch.save_file(tensors, partial, metadata)
 
 
 def read_packed(folder: Path) -> tuple[dict[str, Tensor], Masks]:
@@ -68,6 +69,7 @@ def read_packed(folder: Path) -> tuple[dict[str, Tensor], Masks]:
         if metadata.get("format") != FORMAT:
             raise Act24Error(f"{file} is no packed model: its format is {metadata.get('format')!r}")
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        check_hash(tensors, metadata, file)
         masks, patterns, transposed = {}, {}, set()
         for name, entry in json.loads(metadata["packed"]).items():
             values, bits = tensors.pop(name + _VALUES), tensors.pop(name + _POSITIONS)

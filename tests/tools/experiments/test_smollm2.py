@@ -1,4 +1,4 @@
-"""A real model in the order in which pruning costs it perplexity (all of it: `make recover-demo`)."""
+"""A real model, in the order in which pruning costs it perplexity (`make recover-demo` has the table)."""
 
 import copy
 import math

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from act24.errors import Act24Error
 from act24.tools.pruning.folder import prune_model
 from act24.tools.pruning.packed import pack, read_packed
+from act24.tools.run.opening import open_any
 from tests.tools.pruning.test_prune_command import (  # noqa: F401
     CONFIGS,
     model_folder,
@@ -59,12 +60,15 @@ def test_damage_is_refused(model_folder, words, tmp_path):  # noqa: F811
     file.write_bytes(whole[:-7])
     with pytest.raises(Act24Error, match=r"cannot read .*packed.safetensors"):
         read_packed(file.parent)
-    positions = next(n for n in load_file_offsets(whole) if n[0].endswith(".positions"))
-    flipped = bytearray(whole)
-    flipped[positions[1]] ^= 1
-    file.write_bytes(flipped)
-    with pytest.raises(Act24Error, match=r"values for|is not the 2:4 weight"):
-        read_packed(file.parent)
+    for kind in (".positions", ".values", "norm.weight"):
+        place = next(n for n in load_file_offsets(whole) if n[0].endswith(kind))
+        flipped = bytearray(whole)
+        flipped[place[1]] ^= 1
+        file.write_bytes(flipped)
+        with pytest.raises(Act24Error, match=r"packed\.safetensors is damaged"):
+            read_packed(file.parent)
+    with pytest.raises(Act24Error, match=r"packed holds packed weights: act24 pack"):
+        open_any(file.parent)
     with pytest.raises(Act24Error, match=r"has no masks.safetensors"):
         pack(source, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from act24.errors import Act24Error
+from act24.tools.pruning.calibration import window
 from act24.tools.pruning.folder import prune_model
 from act24.tools.pruning.masks import check_pruned, read_masks
 from act24.tools.run.opening import open_any
@@ -161,6 +162,20 @@ def test_killed_and_called_again(method, model_folder, words, tmp_path, monkeypa
     assert all(torch.equal(masks.masks[name], mask) for name, mask in whole.masks.items())
 
 
+def test_long_windows_are_cut_where_nothing_is_said():
+    """T12: models of today know 131,072 positions, and no document is as long."""
+    assert [window(None, known) for known in (512, 2048, 131_072)] == [512, 2048, 2048]
+    assert window(4096, 131_072) == 4096
+
+
+def test_one_file_is_said_to_give_its_first_rows(model_folder, words, tmp_path, caplog):
+    from act24.tools.commands.recovery import calibration_data
+
+    data = calibration_data(str(words / "train-0.txt"), ())
+    prune_model(str(model_folder()), tmp_path / "out", **options(words, data=data, method="magnitude"))
+    assert "one file cannot be shuffled" in caplog.text
+
+
 def test_padded_rows_are_excluded(model_folder, words, tmp_path):
     """Short documents, one a row: the tokens counted are those of the text."""
     lines = tmp_path / "short.jsonl"
@@ -184,6 +199,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(model_folder, words, tmp_path)
     refused("no pruning method named 'search'", prune_model, source, out, **options(words, method="search"))
     refused("write the share that goes", prune_model, source, out, **options(words, pattern="2:4:8"))
     refused("knows 64 positions", prune_model, source, out, **options(words, seqlen=65))
+    refused("multiple of 7, not 32", prune_model, source, out, **options(words, pattern="3:7"))
     refused("there is no nowhere", prune_model, "nowhere", out, **options(words))
     refused("neither a checkpoint nor", prune_model, str(tmp_path), out, **options(words))
     refused("calibration text has", prune_model, source, out, **options(words, samples=10**6))
@@ -212,7 +228,7 @@ def test_a_damaged_file_of_masks_is_refused(model_folder, words, tmp_path):
     flipped = bytearray(whole)
     flipped[size + 3] ^= 4
     file.write_bytes(flipped)
-    refused("does not follow 2:4: it is damaged", read_masks, file.parent)
+    refused(r"masks\.safetensors is damaged", read_masks, file.parent)
     file.write_bytes(whole)
     opened = open_any(file.parent)
     masks = read_masks(file.parent)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from act24.errors import Act24Error
 from act24.tools.commands.recovery import calibration_data
 from act24.tools.huggingface.export import export_run
-from act24.tools.pruning.blockwise import recover_blockwise
+from act24.tools.pruning.blockwise import _relative, recover_blockwise
 from act24.tools.pruning.folder import prune_model
 from act24.tools.pruning.masks import read_masks
 from act24.tools.pruning.merge import merge
@@ -204,3 +204,21 @@ def test_blockwise_refuses_what_it_cannot_begin_with(folder, tmp_path):
     with pytest.raises(Act24Error, match="expected a run"):
         recover_blockwise(str(folder / "pruned"), out, **options(folder), dense="nowhere at all")
     assert not out.exists()
+
+
+def test_errors_are_of_tokens_and_not_of_the_longest_one():
+    """By hand: a first token a thousand times as long as the others has one vote; padding has none."""
+    generator = torch.Generator().manual_seed(0)
+    wanted, noise = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
+    wanted[:, 0] *= 1000
+    pads = torch.tensor([[False, False, False], [False, False, True]])
+    output = wanted + noise
+    output[1, 2] = 1e6
+    each = [
+        sum((float(a) - float(b)) ** 2 for a, b in zip(output[i, t], wanted[i, t], strict=True))
+        / sum(float(b) ** 2 for b in wanted[i, t])
+        for i in range(2)
+        for t in range(3)
+        if not pads[i, t]
+    ]
+    assert float(_relative(output, wanted, pads)) == pytest.approx(sum(each) / 5, rel=1e-4)

@@ -224,6 +224,7 @@ OPTIMIZERS = {
     "bf16": ("train.dtype=bfloat16", "optimizer.weight_decay=0.1"),
     "accumulation": ("train.batch_size=2",),
     "autocast": ("train.dtype=bfloat16_autocast",),
+    "muon": ("optimizer.name=muon",),  # mixes entries, so zeros have to be imposed again
 }
 
 
