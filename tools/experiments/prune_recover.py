@@ -259,6 +259,9 @@ def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
         "Seconds are processor time of pruning or recovery, reading and writing included, evaluation not.",
         "",
     ]
+    if missing := [name for name in STEPS if name not in rows]:
+        named = ", ".join(_TITLES.get(name, name.replace("of", ":")) for name in missing)
+        lines += [f"Not run yet: {named}.", ""]
     return "\n".join(lines)
 
 
