@@ -33,12 +33,17 @@ test-slow: .venv/installed
 	$(PYTEST) -m slow
 
 # The tests against another torch, in an environment of its own: `make test-torch TORCH=2.11.0`; without a version,
-# the newest there is. No constraints: what it finds is what a user would get today.
+# the newest there is. No constraints: what it finds is what a user would get today. Without an NVIDIA driver torch
+# comes first, as a CPU build, or not at all. TESTS=tests/passes runs some.
+TESTS ?= tests
 test-torch:
 	$(PYTHON) -m venv .venv-torch$(TORCH)
-	.venv-torch$(TORCH)/bin/python -m pip install --upgrade --extra-index-url $(CPU_BUILDS) \
+	command -v nvidia-smi >/dev/null \
+		|| .venv-torch$(TORCH)/bin/python -m pip install --upgrade --no-deps --index-url $(CPU_BUILDS) \
+			torch$(if $(TORCH),==$(TORCH))
+	.venv-torch$(TORCH)/bin/python -m pip install --upgrade --upgrade-strategy only-if-needed \
 		torch$(if $(TORCH),==$(TORCH)) --editable '.[hf,test]'
-	OMP_NUM_THREADS=1 .venv-torch$(TORCH)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 .venv-torch$(TORCH)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(TESTS)
 
 # Bad input of every kind, thousands of tries of each; `make test` makes few. Ends in the table of
 # docs/reliability.md. A quarter of an hour; FUZZ=100000 for a night.

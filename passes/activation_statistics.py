@@ -1,7 +1,7 @@
 """`activation_statistics`: count zeros after relu² or relu, and what 2:4 drops, without a host sync.
 
     relu2(h), activation24(...)   ==>   the same, and <site>.activation_statistics += counts
-    linear_fp8(x, W, ...)         ==>   the same, and <weight>_e4m3_counts += counts
+    linear_fp8(x, W, ...)         ==>   the same, and <weight>_e4m3_counts += counts; linear24 in fp8 too
 
 The 2:4 operation counts when asked to; for a dense activation the counts are made beside it, and say what 2:4
 would drop. Of linears in e4m3 it is what becomes zero of their inputs. Buffers add up until the shell reads
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from act24.fp8.linear import linear_fp8, underflow_counts
 from act24.passes.base import Match, OperationalPass, Plan
@@ -27,10 +28,12 @@ from act24.passes.graph.activation_sites import (
     pads_node,
     site_path,
 )
-from act24.passes.graph.normal_form import nodes_of, parameter_name
+from act24.passes.graph.flops import in_fp8
+from act24.passes.graph.normal_form import parameter_name
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
+from act24.sparse24.weight.linear24 import linear24
 
 #: The kind of every statistics buffer, and the last part of its name; and of counts of linears in e4m3.
 BUFFER, UNDERFLOW = "activation_statistics", "_e4m3_counts"
@@ -59,18 +62,20 @@ class ActivationStatistics(OperationalPass):
         )
         linears = tuple(
             Match(str(name), node.name, f"{node.name}, counted", node, 0, 0)
-            for node in nodes_of(region.graph, linear_fp8)
+            for node in region.graph.nodes
+            if _reads_e4m3(node)
             if self.selects(region, str(name := parameter_name(node.args[1])).rpartition(".")[0])
         )
         return Plan((*matches, *linears), absent="no relu² or relu: leave the pass out")
 
     def _rewrite(self, region: Region, match: Match) -> None:
         node, graph = match.nodes, region.graph
-        if node.target is linear_fp8:
+        if _reads_e4m3(node):
             buffer, counter = match.path + UNDERFLOW, underflow_counts
             region.add_buffer(buffer, (2,), torch.float32, False, kind=UNDERFLOW, of=match.path)
             with graph.inserting_before(node.next):
-                counts = graph.call_function(counter, (node.args[0], node.args[_SCALING]))
+                scaling = node.args[_SCALING] if node.target is linear_fp8 else "rowwise"
+                counts = graph.call_function(counter, (node.args[0], scaling))
                 graph.call_method("add_", (graph.get_attr(buffer), counts))
             return
         buffer = add_site_buffer(region, match.path, BUFFER, (len(STATISTICS),), torch.float32)
@@ -83,3 +88,8 @@ class ActivationStatistics(OperationalPass):
                 arguments = (node.args[0], pads_node(region), function_of(node))
                 counts = graph.call_function(dense_statistics, arguments)
             graph.call_method("add_", (graph.get_attr(buffer), counts))
+
+
+def _reads_e4m3(node: fx.Node) -> bool:
+    """Whether it is a linear whose input is cast to e4m3."""
+    return node.target is linear_fp8 or (node.target is linear24 and in_fp8(node))

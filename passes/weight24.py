@@ -15,15 +15,16 @@ behind this pass `activation24` finds only activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
 from act24.options import Range, check_options
-from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
+from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
+from act24.passes.fp8 import Fp8, pays
 from act24.passes.graph.linear_sites import (
     FROZEN,
     RESIZE,
@@ -39,6 +40,7 @@ from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 from act24.sparse24.format.products import Measured, Product, Table
 from act24.sparse24.weight.forms import LinearOptions24, tunable_products
+from act24.sparse24.weight.fp8 import MULTIPLE
 from act24.sparse24.weight.linear24 import linear24
 from act24.sparse24.weight.methods import (
     METHODS,
@@ -78,6 +80,10 @@ class Weight24(OperationalPass):
             None: as published with the method.
         mask_every: optimizer updates between two masks; None: as published with the method.
         decay: λ of the masked decay; None: as published with the method.
+        precision: `"fp8"`: y and dX, and dW where its gradient is not drawn, in e4m3, as dense products of
+            the 2:4 weight; `"auto"`: of linears that are large enough to gain by it. In training only. None:
+            what the pass `fp8` says, for all steps, where it stands in the list, and `"bfloat16"` where it
+            does not.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
         keep_packed: forward and backward read packed weights from buffers, which `begin_update_` fills for
             every update; else they pack them, in every micro-batch. For loops that call it without fail, and
@@ -93,6 +99,7 @@ class Weight24(OperationalPass):
     weight_gradient: WeightGradient | None = None
     mask_every: Annotated[int, Range(ge=1)] | None = None
     decay: Annotated[float, Range(ge=0)] | None = None
+    precision: Literal["bfloat16", "fp8", "auto"] | None = None
     kernels: bool = True
     keep_packed: bool = field(default=False, metadata=PYTHON_ONLY)
     algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
@@ -102,6 +109,11 @@ class Weight24(OperationalPass):
         check_options(self)
         renewed_every(self.record, self.mask_every)
         decays(self.record, self.decay)
+
+    def beside(self, passes: tuple[Pass, ...]) -> Weight24:
+        if self.precision is not None:
+            return self
+        return replace(self, precision=next((p.precision for p in passes if isinstance(p, Fp8)), "bfloat16"))
 
     @property
     def covers(self) -> tuple[str, ...]:
@@ -142,17 +154,27 @@ class Weight24(OperationalPass):
 
     def in_evaluation(self) -> Weight24:
         """Packed weights are those of an update's beginning, and evaluation is of the weights as they are."""
-        return replace(self, keep_packed=False)
+        return replace(self, keep_packed=False, precision="bfloat16")
+
+    def in_fp8(self, shape: Sequence[int]) -> bool:
+        """Whether the products of a linear `[out, in]` are in e4m3."""
+        wanted = self.precision == "fp8" or (self.precision == "auto" and pays(*shape))
+        return wanted and not any(side % MULTIPLE for side in shape)
 
     def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
         many tokens."""
         site: LinearSite = match.nodes
-        return tunable_products(tokens, *site.shape, self.sparse_products)
+        return tunable_products(tokens, *site.shape, self._sparse_in(site.shape))
+
+    def _sparse_in(self, shape: Sequence[int]) -> tuple[LinearProduct, ...]:
+        """The products of such a linear that may have a 2:4 operand; in fp8 a drawn gradient's alone."""
+        drawn: tuple[LinearProduct, ...] = ("grad_weight",) if self.draws else ()
+        return drawn if self.in_fp8(shape) else self.sparse_products
 
     def packs(self, out_features: int, in_features: int) -> bool:
         """Whether some product of such a linear reads its packed weight, as the tuner found."""
-        return any(
+        return not self.in_fp8((out_features, in_features)) and any(
             kind in ("linear_y", "linear_grad_x")
             and sizes == [out_features, in_features]
             and Measured(*measured).sparse < Measured(*measured).dense
@@ -161,7 +183,6 @@ class Weight24(OperationalPass):
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        symbols = ", ".join(_SYMBOLS[product] for product in self.sparse_products)
         for site in linear_sites(region, factors=True):
             if not takes(self, self.scope, region, site):
                 continue
@@ -178,7 +199,7 @@ class Weight24(OperationalPass):
                     Match(
                         path=site.path,
                         before=f"linear {site.shape[1]}→{site.shape[0]}",
-                        after=f"2:4 weight, {self.method}; 2:4 in {symbols}",
+                        after=self._products_text(site),
                         nodes=site,
                         parameters_before=spec.numel(),
                         parameters_after=spec.numel(),
@@ -187,10 +208,21 @@ class Weight24(OperationalPass):
                 )
         return Plan(tuple(matches), tuple(misses), absent=no_linear(self.scope))
 
+    def _products_text(self, site: LinearSite) -> str:
+        sparse = ", ".join(_SYMBOLS[product] for product in self._sparse_in(site.shape))
+        if not self.in_fp8(site.shape):
+            return f"2:4 weight, {self.method}; 2:4 in {sparse}"
+        if sparse:
+            return f"2:4 weight, {self.method}; e4m3 in y, dX; 2:4 in {sparse}"
+        return f"2:4 weight, {self.method}; e4m3 in y, dX, dW"
+
     def _note(self, site: LinearSite) -> str:
-        if self.kernels and not tunable_products(_ANY_TOKENS, *site.shape, self.sparse_products):
-            return "in plain PyTorch: 2:4 products want sizes that are multiples of 64"
-        return ""
+        notes, sparse = [], self._sparse_in(site.shape)
+        if self.precision == "fp8" and not self.in_fp8(site.shape):
+            notes.append(f"in bfloat16: e4m3 wants sides that are multiples of {MULTIPLE}")
+        if self.kernels and sparse and not tunable_products(_ANY_TOKENS, *site.shape, sparse):
+            notes.append("in plain PyTorch: 2:4 products want sizes that are multiples of 64")
+        return "; ".join(notes)
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes
@@ -209,6 +241,7 @@ class Weight24(OperationalPass):
                         self.record.both_ways,
                         self.kernels,
                         tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[arg-type]
+                        "fp8" if self.in_fp8(site.shape) else "bfloat16",
                     ),
                 )
                 sparse = region.graph.call_function(linear24, (*node.args, *state))

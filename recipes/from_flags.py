@@ -20,7 +20,7 @@ from act24.recipes.flag_values import parse_flags
 from act24.recipes.flags import FLAGS, REQUIRED
 from act24.recipes.load import RecipeError, parse_recipe
 from act24.recipes.old_command import OPTIMIZERS, Command
-from act24.recipes.records import toml_value
+from act24.recipes.records import toml_text
 from act24.recipes.schema import Recipe
 
 _BACKWARDS = {1: "split_gemm", 2: "sparse", 3: "dense"}
@@ -81,7 +81,7 @@ def recipe_from_flags(arguments: Sequence[str]) -> Translation:
     if missing := [f"--{f.name}" for f in FLAGS if f.default is REQUIRED and f.name not in given]:
         raise RecipeError(f"run_c4.py needs {' and '.join(missing)}")
     command = Command({flag.name: flag.default for flag in FLAGS} | given, tuple(given))
-    text = _to_toml(_table(command))
+    text = toml_text(_table(command))
     recipe = parse_recipe(text, "the recipe of this command")
     changed, warned, told = changes(command), tuple(oddities(recipe)), remarks(command)
     comments = _comments(changed, warned, told, spellings)
@@ -305,12 +305,3 @@ def _activation24(command: Command) -> dict[str, Any]:
     if method == "soft_dynamic":
         table["dynamic_steps"] = command.dynamic_activation_steps
     return table | {"token_permutation": "batch" if command.permute_2by4 else "none"}
-
-
-def _to_toml(table: dict[str, Any]) -> str:
-    lines: list[str] = []
-    for section, values in table.items():
-        for entry in values if isinstance(values, list) else [values]:
-            lines += ["", f"[[{section}]]" if isinstance(values, list) else f"[{section}]"]
-            lines += [f"{key} = {toml_value(value)}" for key, value in entry.items()]
-    return "\n".join(lines).lstrip() + "\n"

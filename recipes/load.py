@@ -26,7 +26,7 @@ from act24.passes.base import OperationalPass, Pass
 from act24.recipes.checks import contradictions
 from act24.recipes.keys import meant
 from act24.recipes.plugins import load_plugins
-from act24.recipes.records import Named, as_table, made, toml_value
+from act24.recipes.records import Named, as_table, made, toml_text
 from act24.recipes.schema import Recipe
 from act24.records import Table
 from act24.schedules import SCHEDULES
@@ -135,14 +135,8 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as TOML: every value, defaults included, and nothing to extend."""
     table = recipe.model_dump(exclude={"passes"}, exclude_none=True)
-    lines = [f"{key} = {toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    for section, values in table.items():
-        if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
-    for p in recipe.passes:
-        lines += ["", "[[passes]]"]
-        lines += [f"{key} = {toml_value(value)}" for key, value in as_table(p, "use").items()]
-    return "\n".join(lines).lstrip() + "\n"
+    passes = [as_table(p, "use") for p in recipe.passes]
+    return toml_text(table | ({"passes": passes} if passes else {}))
 
 
 def passes_of_tables(tables: Sequence[Any], origin: str) -> tuple[Pass, ...]:

@@ -7,9 +7,10 @@ recipe says nothing is all read off it; `act24.options` checks it, here as in Py
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
+
+import tomli_w
 
 from act24.errors import Act24Error, nearest
 from act24.options import option_errors
@@ -97,12 +98,17 @@ def _has_no_default(field: dataclasses.Field[Any]) -> bool:
 
 
 def toml_value(value: Any) -> str:
-    """A string, number, truth value or list of them, as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's strings are TOML's, but that TOML wants one more control character escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(toml_value(entry) for entry in value)}]"
-    return repr(value)
+    """A string, number, truth value or list of them, as TOML writes it on one line."""
+    if isinstance(value, tuple | list):  # which tomli-w puts on several
+        return f"[{', '.join(map(toml_value, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").removesuffix("\n")
+
+
+def toml_text(table: Mapping[str, Any]) -> str:
+    """A recipe as TOML, each entry of a list of tables under a heading of its own, `[[passes]]`: tomli-w puts
+    short ones on one line, behind which nobody can write another heading."""
+    lists = {name: value for name, value in table.items() if value and isinstance(value, list)}
+    text = tomli_w.dumps({name: value for name, value in table.items() if name not in lists})
+    for name, entries in lists.items():
+        text += "".join(f"\n[[{name}]]\n{tomli_w.dumps(entry)}" for entry in entries)
+    return text.lstrip()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from act24.errors import nearest
-from act24.recipes.load import RecipeError, parse_recipe, toml_value
+from act24.recipes.load import RecipeError, parse_recipe
+from act24.recipes.records import toml_text
 
 
 @dataclass(frozen=True)
@@ -203,18 +204,17 @@ def _finetune(given: Mapping[str, str]) -> str:
         "eval": {"every": 0, "tokens": max(int(_number(given, "max_eval_samples", 128)) * length, 1)},
         "checkpoint": {"every": 50, "keep": 15},
         "log": {"every": 10, "activation_statistics": False},
-        "[passes]": {
-            "use": "lora",
-            "targets": ("*.q_proj", "*.v_proj"),
-            "rank": 8,
-            "alpha": 16.0,
-            "dropout": 0.05,
-        },
+        "passes": [
+            {
+                "use": "lora",
+                "targets": ("*.q_proj", "*.v_proj"),
+                "rank": 8,
+                "alpha": 16.0,
+                "dropout": 0.05,
+            }
+        ],
     }
-    lines: list[str] = []
-    for section, values in sections.items():
-        lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items()), ""]
-    text = "\n".join(lines)
+    text = toml_text(sections)
     parse_recipe(text, "the recipe of this command")
     remarks = [
         f"act24 train THIS.toml --run-dir {shlex.quote(given['output_dir'])}, then act24 export … --as peft",

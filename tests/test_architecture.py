@@ -23,9 +23,6 @@ DOORS = ("act24/__init__.py", "act24/__main__.py", "act24/run_c4.py")
 BINDING = "act24/sparse24/format/cusparselt.py"
 TRACER = "passes/graph/tracer.py"
 
-#: Reads how much memory the machine has (os.sysconf), a constant that PyTorch does not tell.
-MEMORY = "act24/inference/cache.py"
-
 #: What touches files, the network, processes or the terminal; in the core and the passes these have no place.
 WORLD = """
     asyncio concurrent ctypes fcntl fileinput getpass glob http importlib io logging mmap multiprocessing os
@@ -151,8 +148,6 @@ def test_core_and_passes_import_nothing_of_the_world():
                 continue  # the tracer sees what a forward calls, and takes back what it draws
             known = head in ("act24", "torch", "triton") or head in sys.stdlib_module_names
             process_groups = module.startswith(("torch.distributed", "torch.multiprocessing"))
-            if (source, module) == (MEMORY, "os"):
-                continue
             if not known or head in WORLD or (process_groups and module != "torch.distributed.tensor"):
                 wrong.append(f"{source} imports {module}")
     assert not wrong

@@ -131,7 +131,7 @@ def test_wheel_has_one_import_root_and_the_version(root, wheel):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert metadata["Version"] == project["version"]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"gguf", "hf", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"gguf", "hf", "test", "wandb"}
     assert metadata["License-Expression"] == "Apache-2.0"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,15 +49,20 @@ def cache_bytes(config: LlamaConfig, rows: int, length: int, dtype: torch.dtype)
     return slot * rows * length * dtype.itemsize
 
 
-def new_batch(config: LlamaConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Batch:
+def new_batch(
+    config: LlamaConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device, memory: int | None
+) -> Batch:
     """A batch of so many rows of so many slots, empty.
+
+    Args:
+        memory: bytes of a CPU's machine. Its allocator promises pages that are not there, and the system ends
+            who then writes to them. None: not known.
 
     Raises:
         Act24Error: the device's memory does not hold it.
     """
-    # A CPU's allocator promises pages that are not there, and the system ends who then writes to them.
-    if device.type == "cpu" and cache_bytes(config, rows, length, dtype) > _host_bytes():
-        raise Act24Error(too_large(config, rows, length, dtype, device))
+    if device.type == "cpu" and memory and cache_bytes(config, rows, length, dtype) > memory:
+        raise Act24Error(too_large(config, rows, length, dtype, device, memory))
     shape = (rows, config.key_value_heads, length, config.head_width)
     try:
         keys, values = (
@@ -68,29 +72,26 @@ def new_batch(config: LlamaConfig, rows: int, length: int, dtype: torch.dtype, d
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what a CPU's allocator says
-        raise Act24Error(too_large(config, rows, length, dtype, device)) from error
+        raise Act24Error(too_large(config, rows, length, dtype, device, memory)) from error
     numbers = [torch.zeros(n, dtype=torch.int64, device=device) for n in (rows, 1, rows, rows)]
     tokens, slot, first, seeds = numbers
     return Batch(tokens, slot, first, seeds, keys, values)
 
 
-def too_large(config: LlamaConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> str:
+def too_large(
+    config: LlamaConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device, memory: int | None
+) -> str:
     """What is said of a batch that does not fit: what it needs, and how many rows would."""
     row = cache_bytes(config, 1, length, dtype)
     told = (
         f"{rows} rows of {length} tokens need {rows * row / 2**30:.2f} GiB of keys and values, and room "
         f"for their activations, which {device} does not have"
     )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
-    fits = free * 9 // 10 // row
-    if fits >= rows:  # it was the activations
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+    fits = rows if free is None else free * 9 // 10 // row
+    if fits >= rows:  # it was the activations, or nobody knows
         return f"{told}: take fewer rows at once, or fewer tokens"
     return f"{told}: {fits} rows fit" if fits else f"{told}: not one row fits, take fewer tokens"
-
-
-def _host_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

@@ -75,6 +75,7 @@ class Decoder:
         allowed: Tensor | None = None,
         compiled: bool | None = None,
         choice: Choice | None = None,
+        memory: int | None = None,
     ) -> None:
         """
         Args:
@@ -85,6 +86,7 @@ class Decoder:
             choice: how every block of a step multiplies. None: on a CUDA device, for each number of rows and
                 each block, what is fastest; elsewhere `DENSE`. Measuring costs a compilation of each kind of
                 block for each choice that is tried, five at most, and two more captures of a step.
+            memory: bytes of a CPU's machine, beyond which a batch is refused; None: not looked at.
 
         Raises:
             Act24Error: a block is not of `act24.llama`.
@@ -96,6 +98,7 @@ class Decoder:
         self._forms = cached_layers([*model.model.layers])
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         self._captures = self._compiled and self._device.type == "cuda"
+        self._memory = memory
         self._choice = choice if choice is not None or self._captures else DENSE
         self._blocks = [*model.model.layers]
         self._weights = [] if self._choice == DENSE else weights_of(self._blocks)
@@ -362,7 +365,9 @@ class Decoder:
         if batch is None or batch.rows != rows or batch.length < length:
             self._batch = self._graph = None
             slots = -(-length // SLOTS) * SLOTS
-            self._batch = batch = new_batch(self._config, rows, slots, self._dtype, self._device)
+            self._batch = batch = new_batch(
+                self._config, rows, slots, self._dtype, self._device, self._memory
+            )
         for cache in (*batch.keys, *batch.values):
             cache.zero_()
         return batch
@@ -373,7 +378,7 @@ class Decoder:
             yield
         except torch.OutOfMemoryError as error:
             self._batch = self._graph = None
-            told = too_large(self._config, rows, length, self._dtype, self._device)
+            told = too_large(self._config, rows, length, self._dtype, self._device, self._memory)
             raise Act24Error(told) from error
 
 

@@ -85,12 +85,13 @@ class Generator:
         *,
         compiled: bool | None = None,
         choice: Choice | None = None,
+        memory: int | None = None,
     ) -> None:
         """
         Args:
             model: act24's LLaMA, rewritten by passes or not; put into evaluation.
             tokenizer: None where prompts and continuations are ids (`generate_ids`).
-            compiled, choice: as for `act24.inference.decoder.Decoder`.
+            compiled, choice, memory: as for `act24.inference.decoder.Decoder`.
 
         Raises:
             Act24Error: another model.
@@ -107,7 +108,7 @@ class Generator:
             allowed = torch.as_tensor(tokenizer.known_ids(self._config.vocab_size))
             if not allowed.any():
                 raise Act24Error("the tokenizer has no token that the model knows")
-        self.decoder = Decoder(model, allowed, compiled, choice)
+        self.decoder = Decoder(model, allowed, compiled, choice, memory)
 
     def __call__(
         self,

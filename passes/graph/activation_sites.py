@@ -164,8 +164,7 @@ def name_sites(region: Region) -> None:
     for same in _of_one_name(names):
         raise PassError(
             f"{region.name(names[same[0]])} would be the name of {len(same)} activations, whose scales, "
-            "seeds and statistics could not be told apart: give the linears around them modules of their "
-            "own"
+            "seeds and statistics could not be told apart: give the linears around them modules of their own"
         )
     for node, name in names.items():
         node.meta[_SITE] = name
@@ -213,8 +212,7 @@ def pads_node(region: Region) -> fx.Node:
 
 
 def _between_convolutions(region: Region, node: fx.Node) -> bool:
-    """Whether a convolution is what comes first on either side: its features lie along another "
-    "dimension."""
+    """Whether a convolution is what comes first on either side: its features lie along another dimension."""
     for up in (True, False):
         frontier, seen = [node], {node}
         while frontier:

@@ -46,8 +46,8 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
     for fqn, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RegionModule):
             raise PassError(
-                f"{fqn or 'this model'} was already rewritten: give all passes in one call of apply_, "
-                "which plans them together"
+                f"{fqn or 'this model'} was already rewritten: give all passes in one call of apply_, which "
+                "plans them together"
             )
         places.setdefault(module, []).append(fqn)
     owners, around = _owners(model), dict(model.named_modules(remove_duplicate=False))

@@ -30,6 +30,7 @@ from act24.passes import (
 from act24.passes.fp8 import PARTS, pays
 from act24.passes.graph.normal_form import nodes_of
 from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.weight.linear24 import linear24
 from act24.tools.watch.fp8_watch import take_underflow_
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -157,6 +158,76 @@ def test_activation24_goes_along_unless_it_says_otherwise() -> None:
         )
     report = str(plan(large, [Relu2FFN(), Activation24(), Fp8(precision="auto")]))
     assert "2:4 naive, dense backward, fp8" in report
+
+
+WEIGHT24 = {
+    "dense gradient": (
+        Weight24(method="ste"),
+        "2:4 weight, ste; 2:4 in y",
+        "2:4 weight, ste; e4m3 in y, dX, dW",
+    ),
+    "drawn": (
+        Weight24(),
+        "2:4 weight, transposable; 2:4 in y, dX, dW",
+        "2:4 weight, transposable; e4m3 in y, dX; 2:4 in dW",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHT24)
+def test_weight24_goes_along_unless_it_says_otherwise(kind: str) -> None:
+    pass_, plain, narrow = WEIGHT24[kind]
+    rest = Fp8(optional=True)
+    for passes, told in (
+        ((pass_,), plain),
+        ((pass_, rest), narrow),
+        ((replace(pass_, precision="bfloat16"), rest), plain),
+        ((replace(pass_, precision="fp8"),), narrow),
+        ((replace(pass_, precision="auto"),), plain),  # 32 wide
+        ((pass_, Fp8(precision="auto", optional=True)), plain),
+    ):
+        model = llama(1)
+        pipeline = apply_(model, passes)
+        assert {row.after for row in pipeline.report.rows if row.pass_name == "weight24"} == {told}
+        nodes = [n for m in pipeline.modules for n in nodes_of(m.graph, linear24)]
+        report = pipeline.report
+        halved = 0 if told == narrow else sum(row.parameters_before for row in report.rows)
+        assert report.flops_before - report.flops_after == halved
+        wanted = "fp8" if told == narrow else "bfloat16"
+        assert {n.args[-1].precision for n in nodes} == {wanted}
+        assert all(torch.isfinite(loss) for loss in losses(model, pipeline, 2))
+        with pipeline.evaluation():  # is of the weights in their own dtype
+            nodes = [n for m in pipeline.modules for n in nodes_of(m.graph, linear24)]
+            assert {n.args[-1].precision for n in nodes} == {"bfloat16"}
+
+
+def test_what_weight24_makes_zero_in_e4m3_is_counted() -> None:
+    for precision in ("fp8", "bfloat16"):
+        model = llama()
+        passes = [Weight24(method="ste", precision=precision), ActivationStatistics(optional=True)]
+        pipeline = apply_(model, passes)
+        losses(model, pipeline, 1)
+        shares = take_underflow_(pipeline)
+        assert len(shares) == (2 * len(LINEARS) + 2 if precision == "fp8" else 0)
+        assert all(0 <= share < 0.05 for share in shares.values())
+
+
+def test_weight24_in_fp8_learns_as_in_bfloat16_and_says_what_it_leaves() -> None:
+    results = []
+    for precision in ("bfloat16", "fp8"):
+        model = llama(1)
+        pipeline = apply_(model, [Weight24(method="ste", precision=precision)])
+        results.append(torch.stack(losses(model, pipeline, 6)))
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=3e-2, atol=0)
+    odd = LlamaForCausalLM(
+        LlamaConfig(97, 32, 72, 1, 2)  # 72 is no multiple of 16
+    )
+    rows = plan(odd, [Weight24(method="ste", precision="fp8")]).rows
+    notes = {row.fqn.rpartition(".")[2]: (row.after, row.note) for row in rows}
+    assert notes["q_proj"][0].endswith("e4m3 in y, dX, dW")
+    assert notes["up_proj"][0].endswith("2:4 in y")
+    assert "in bfloat16: e4m3 wants sides that are multiples of 16" in notes["up_proj"][1]
 
 
 def test_what_becomes_zero_is_counted() -> None:

@@ -95,8 +95,8 @@ FAST = ("activation24-mvue", "weight24-transposable", "relu2-cola-activation24")
 
 #: Ways out that are no cell here, and why.
 ELSEWHERE = {
-    "own loop": "a loop is a way to train and not to read: tests/tools/integrations/test_loops.py",
-    "Trainer": "the same",
+    "own loop": "a way to train and not to read: every pass in tests/tools/integrations/test_loops.py",
+    "Trainer": "the same, there",
     "transformers' save_pretrained": "the stock LLaMA has none: tests/tools/huggingface/test_export.py",
 }
 

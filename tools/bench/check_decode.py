@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from act24.inference.sampling import Sampling
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig
 from act24.passes import Relu2FFN, apply_
+from act24.sparse24.feed_forward.forms import network_of
+from act24.sparse24.feed_forward.operation import activation24, form_of
+from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.format.products import feed_forward_products
 from act24.sparse24.kernels.packed_decode import packed_decode, packed_for_decode, unpacked
 from act24.sparse24.kernels.skipping_product import skipping_product
 from act24.sparse24.pattern.selection import top2_of_4
@@ -55,7 +60,27 @@ def _checks(device: torch.device) -> Iterator[tuple[str, bool]]:
         y, exact = packed_decode(x, *packed), x.double() @ weight.double().T
         same = torch.equal(unpacked(*packed), weight)
         yield f"packed {outputs} {inputs}", same and _close(y, exact, 4e-3)
+    yield from _prompts(device)
     yield from _generation(device)
+
+
+def _prompts(device: torch.device) -> Iterator[tuple[str, bool]]:
+    """2:4 activations on tokens that are no multiple of a tile: each form beside plain PyTorch."""
+    key = feed_forward_products(128, 768, 3072, 768, True)["y"]
+    table: Any = (((*key,), (1, 1.0, 2.0)),)  # as if y were tuned to be faster from 128 tokens on
+    up, down = (torch.randn(s, device=device).bfloat16() / 30 for s in ((3072, 768), (768, 3072)))
+    for tokens in (1, 65, 130, 2047):
+        x = torch.randn(2, tokens, 768, device=device).bfloat16()
+        for options in (Options24(), Options24(algorithms=table), Options24(precision="fp8")):
+            arguments = (x, up, None, down, None)
+            network = network_of(arguments, inference=True)
+            form = form_of(network, options)
+            y, plain = (
+                activation24(*arguments, options=options._replace(kernels=k))[0] for k in (True, False)
+            )
+            told = f"{options.precision}, {2 * tokens} tokens: {form.name if form else 'plain PyTorch'}"
+            print(f"prompt, {told}", flush=True)
+            yield f"prompt, {told}", _close(y, plain.double(), 5e-2 if options.precision == "fp8" else 4e-3)
 
 
 def _generation(device: torch.device) -> Iterator[tuple[str, bool]]:

@@ -25,6 +25,9 @@ from act24.low_rank.columns import select_columns
 from act24.sparse24.feed_forward.methods import ESTIMATORS, METHODS
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24, Precision
+from act24.sparse24.pattern.selection import top2_of_4
+from act24.sparse24.weight.forms import LinearOptions24
+from act24.sparse24.weight.linear24 import linear24
 
 Case = tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]
 
@@ -75,6 +78,18 @@ def cases(device: str) -> Iterator[Case]:
             name = f"linear_fp8, {scaling}, {dtype}{', autocast' if autocast else ''}"
             leaves = (coarse(64, 48), coarse(32, 48), coarse(32))
             yield name, linear, tuple(t.detach().to(dtype).requires_grad_() for t in leaves)
+
+    for draws, narrow in itertools.product((False, True), repeat=2):
+        given = LinearOptions24(precision="fp8" if narrow else "bfloat16")
+
+        def sparse(x: Tensor, weight: Tensor, draws: bool = draws, given: LinearOptions24 = given) -> Tensor:
+            mask = top2_of_4(weight.detach().abs())
+            return (
+                linear24(x, weight, None, mask, None, seed if draws else None, options=given) * probe
+            ).sum()
+
+        name = f"linear24, {given.precision}{', drawn gradient' if draws else ''}"
+        yield name, sparse, (coarse(64, 48), coarse(32, 48))
 
     def bottleneck(hidden: Tensor) -> Tensor:
         return activation24(hidden, None, None, None, None)[0].sin().sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,8 @@ def _device(named: torch.device | str | None) -> torch.device:
 
 def open_generator(built: Built) -> Generator:
     """A generator of an opened model."""
-    return Generator(built.model, built.tokenizer)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Generator(built.model, built.tokenizer, memory=memory)
 
 
 def sample_text(path: Path, prompt: str, request: Request) -> str:

@@ -26,7 +26,7 @@ from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.options import one_of
 from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weight24
-from act24.passes.recovery import has_masks, kept_masks
+from act24.passes.recovery import check_zeros, has_masks, kept_masks
 from act24.passes.served import served_passes, served_weights
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.data import Tokenizer
@@ -127,11 +127,13 @@ def save_pretrained(pipeline: Pipeline, folder: str | Path) -> None:
         folder: must not exist.
 
     Raises:
-        Act24Error: another model, or `folder` exists or cannot be written.
+        Act24Error: another model, what was pruned is not zero any more, or `folder` exists or cannot be
+            written.
     """
     folder = Path(folder)
     if folder.exists():
         raise Act24Error(f"{folder} exists already")
+    check_zeros(pipeline)
     config = _stock_config(pipeline.model)
     state = served_weights(pipeline)
     passes = served_passes(pipeline, without=(Weight24.name,))

@@ -240,7 +240,6 @@ class TrainingRun:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
             stop.at_once = stopped = False  # from here on there is something to save
             if self._evaluation_due:  # it was due when the run was stopped
-                self._built.pipeline.lower_(self._step - 1)  # as it would have been
                 evaluation = self._evaluate(progress, stop)
                 stopped = evaluation is None
                 if evaluation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ _KINDS: dict[LinearProduct, Kind] = {
 
 
 class LinearOptions24(NamedTuple):
-    """How `linear24` is computed; of no meaning to the mathematics.
+    """How `linear24` is computed; but for the precision, of no meaning to the mathematics.
 
     A named tuple, because it is a constant of an fx graph and of a compiled one.
 
@@ -41,11 +41,14 @@ class LinearOptions24(NamedTuple):
         kernels: run in the first form that serves the linear; False for the plain-PyTorch reference.
         algorithms: what a tuner found for the products on this GPU; empty for the rule of
             `act24.sparse24.format.products.choose`.
+        precision: of the products. `"fp8"`: those whose gradient is not drawn in e4m3, as dense products
+            (`act24.sparse24.weight.fp8`).
     """
 
     both_ways: bool = False
     kernels: bool = True
     algorithms: Table = ()
+    precision: Literal["bfloat16", "fp8"] = "bfloat16"
 
 
 #: A mask that is 2:4 along `in` alone.

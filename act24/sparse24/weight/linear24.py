@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from act24.errors import Act24Error
 from act24.operation import cast_for_autocast, is_mapped, operation
+from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.weight.forms import PLAIN, Form, LinearOptions24, LinearState, why_not_packed
+from act24.sparse24.weight.fp8 import linear24_fp8
 from act24.sparse24.weight.methods import sparse_weight
 from act24.sparse24.weight.packed import linear_of, packed_linear24
 
@@ -99,7 +102,8 @@ def linear24(
         `[..., out]`. It can be differentiated once.
 
     Raises:
-        ValueError: neither mask nor scale, or `in` is not a multiple of 4.
+        ValueError: neither mask nor scale, `in` is not a multiple of 4, or in fp8 a side not one of 16.
+        Act24Error: fp8 on a GPU that has none.
 
     Sources: those of `act24.sparse24.weight.methods`.
     """
@@ -110,6 +114,12 @@ def linear24(
     cast_x, cast_weight, cast_bias = cast_for_autocast(x, weight, bias)
     assert cast_x is not None
     assert cast_weight is not None
+    if options.precision == "fp8":
+        if reason := why_no_fp8(cast_x.device):
+            raise Act24Error(reason)
+        if is_mapped():
+            raise Act24Error('weight24: its fp8 has no rule for torch.func.vmap: set precision = "bfloat16"')
+        return linear24_fp8(cast_x, cast_weight, cast_bias, LinearState(mask, scale, seed), options)
     if not is_mapped():
         linear = linear_of(cast_x, cast_weight, seed)
         for form in FORMS:

@@ -10,7 +10,6 @@ from reference import greedy
 
 import act24
 from act24.errors import Act24Error
-from act24.inference import cache
 from act24.inference import decoder as decoder_module
 from act24.inference.cache import kept
 from act24.inference.generator import Generator
@@ -286,13 +285,11 @@ def test_a_batch_that_does_not_fit_says_what_it_needs():
         generator.generate_ids([[1]], 900_000_000)
 
 
-def test_a_host_that_would_promise_memory_it_lacks_is_not_asked(monkeypatch):
-    monkeypatch.setattr(cache, "_host_bytes", lambda: 10 * 2**20)
-    generator = Generator(llama())
+def test_a_host_that_would_promise_memory_it_lacks_is_not_asked():
+    generator = Generator(llama(), memory=10 * 2**20)
     # 256 slots of 1 KiB a row: 12 MiB, of 10 less a tenth.
-    with pytest.raises(
-        Act24Error, match=r"48 rows of 256 tokens need 0\.01 GiB .* does not have: 36 rows fit"
-    ):
+    told = r"48 rows of 256 tokens need 0\.01 GiB .* does not have: 36 rows fit"
+    with pytest.raises(Act24Error, match=told):
         generator.generate_ids([[1]] * 48, 200)
     assert len(generator.generate_ids([[1]] * 36, 150)) == 36
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import act24
 from act24.errors import Act24Error
-from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN, Weight24
+from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN, SparseMask, Weight24
+from act24.passes.recovery import keep_zeros_, set_masks_
 from act24.tools.huggingface import model_type  # noqa: F401  (registers it)
 from act24.tools.huggingface.export import export_run, save_pretrained
 from act24.tools.run.build import load
@@ -233,3 +234,24 @@ def test_an_opened_folder_is_trained_by_its_pipeline(tmp_path):
         opened(IDS)
     opened.pipeline.begin_update_(0, {"input_ids": IDS})
     opened(IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_loop_that_lost_the_zeros_of_a_pruned_model_does_not_save_it(kept, tmp_path):
+    model = act24.LlamaForCausalLM(act24.llama_config("llama-9m", vocab_size=97, num_hidden_layers=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[..., ::2] = 0
+    pipeline = act24.apply_(model, [SparseMask(masks="zeros")])
+    set_masks_(pipeline, None)
+    end = keep_zeros_(pipeline) if kept else lambda: None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(IDS).square().mean().backward()
+    optimizer.step()
+    end()
+    if kept:
+        save_pretrained(pipeline, tmp_path / "out")
+        torch.testing.assert_close(load(tmp_path / "out").model(IDS), model(IDS))
+    else:
+        with pytest.raises(Act24Error, match=r"o_proj\.weight: .* pruned are not zero"):
+            save_pretrained(pipeline, tmp_path / "out")

@@ -116,7 +116,7 @@ def test_a_stop_at_a_step_with_an_evaluation_does_not_lose_it(tiny, tmp_path, mo
 def test_an_evaluation_at_a_boundary_is_made_up_with_the_passes_that_were_in_force(
     tiny, tmp_path, monkeypatch
 ):
-    """At step 4 the weights are of four dense updates; 2:4 begins with the fifth."""
+    """The weights of step 4 are of four dense updates, measured with the 2:4 with which the fifth begins."""
     recipe = tiny(*RECIPE, "passes.activation24.from_step=4", "passes.activation24.method=soft_dynamic")
     train(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -170,7 +170,8 @@ def every_step_is_a_line():
 def test_a_reader_that_goes_away_is_a_clear_end_with_a_checkpoint(tiny_file, tmp_path):
     """`act24 train … | head -1`."""
     words = ("train", tiny_file, "--run-dir", tmp_path, *LONG)
-    with Command(*words, before=every_step_is_a_line) as command:
+    ends = ("--set", "train.steps=1000")  # also if nobody notices
+    with Command(*words, *ends, before=every_step_is_a_line) as command:
         assert any(line.startswith("step 2/") for line in iter(command.stdout.readline, ""))
         command.stdout.close()
         error = command.stderr.read()

@@ -1,17 +1,16 @@
 """Optimizers and schedules that act24 does not have: registered in Python, and by an installed package."""
 
+import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import toy_records
+from children import Command
 from safetensors.torch import load_file
-from tiny import write_recipe
 
 from act24.optim import OPTIMIZERS
 from act24.recipes.load import RecipeError, dump_recipe, parse_recipe
@@ -22,7 +21,6 @@ from act24.tools.run.evaluate import evaluate_checkpoint
 from act24.tools.run.optimizers import learning_rate
 from act24.tools.run.train import train
 
-ROOT = Path(__file__).resolve().parents[3]
 TOY = [
     "optimizer={name='toy_momentum', lr=0.1, momentum=0.25}",
     "schedule={name='toy_stairs', stairs=4}",
@@ -85,9 +83,14 @@ def test_without_being_registered_it_is_unknown(tiny):
         tiny(*TOY)
 
 
+def as_installed(site, folder):
+    sys.path.insert(0, str(site))
+    os.chdir(folder)
+
+
 @pytest.fixture
 def installed(tmp_path):
-    """A folder of packages, as pip makes one, and how to run act24 beside it."""
+    """A folder of packages, as pip makes one, and how to run act24 beside it: status, and both outputs."""
     site = tmp_path / "site"
     metadata = site / "toy_act24-1.2.dist-info"
     metadata.mkdir(parents=True)
@@ -96,41 +99,32 @@ def installed(tmp_path):
 
     def run(*arguments, entry="toy_act24:register"):
         (metadata / "entry_points.txt").write_text(f"[act24.plugins]\ntoys = {entry}\n")
-        path = os.pathsep.join([str(site), str(ROOT)])
-        return subprocess.run(
-            [sys.executable, "-m", "act24", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        with Command(*arguments, before=functools.partial(as_installed, site, tmp_path)) as command:
+            return command.end()
 
     return run
 
 
-def test_an_installed_package_is_found_by_every_command(installed, tmp_path):
-    recipe = write_recipe(tmp_path)
+def test_an_installed_package_is_found_by_every_command(installed, tiny_file, tmp_path):
     overrides = [word for override in TOY for word in ("--set", override)]
-    trained = installed("train", recipe, *overrides, "--run-dir", tmp_path / "run")
-    assert trained.returncode == 0, trained.stderr
-    evaluated = installed("eval", tmp_path / "run", "--json")
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "loss" in evaluated.stdout
-    shown = installed("doctor")
-    assert "toys of toy-act24 1.2" in shown.stdout
-    assert "toy_momentum" in shown.stdout
+    status, _, error = installed("train", tiny_file, *overrides, "--run-dir", tmp_path / "run")
+    assert status == 0, error
+    status, out, error = installed("eval", tmp_path / "run", "--json")
+    assert status == 0, error
+    assert "loss" in out
+    _, out, _ = installed("doctor")
+    assert "toys of toy-act24 1.2" in out
+    assert "toy_momentum" in out
 
 
-def test_a_plugin_that_fails_says_so_in_one_line(installed, tmp_path):
-    recipe = write_recipe(tmp_path)
-    failed = installed("recipe", "validate", recipe, entry="toy_act24_gone:register")
-    assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.count("\n") == 1
-    assert "plugin 'toys' of toy-act24 1.2" in failed.stderr
-    assert "No module named 'toy_act24_gone'" in failed.stderr
-    helped = installed("--help", entry="toy_act24_gone:register")
-    assert helped.returncode == 0, "plugins are not loaded before a recipe is read"
-    shown = installed("doctor", entry="toy_act24:nothing")
-    assert shown.returncode == 0
-    assert "plugin 'toys'" in shown.stdout
+def test_a_plugin_that_fails_says_so_in_one_line(installed, tiny_file):
+    status, out, error = installed("recipe", "validate", tiny_file, entry="toy_act24_gone:register")
+    assert (status, out) == (2, "")
+    assert error.count("\n") == 1
+    assert "plugin 'toys' of toy-act24 1.2" in error
+    assert "No module named 'toy_act24_gone'" in error
+    status, _, error = installed("--help", entry="toy_act24_gone:register")
+    assert status == 0, "plugins are not loaded before a recipe is read"
+    status, out, _ = installed("doctor", entry="toy_act24:nothing")
+    assert status == 0
+    assert "plugin 'toys'" in out

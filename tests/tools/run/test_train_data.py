@@ -183,7 +183,8 @@ def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeyp
     """A file that cannot be read any more, met in the middle of training; resumed once it can."""
     from act24.tools.data import documents
 
-    whole = train(load_recipe(str(own), ["train.steps=100", "eval.every=0"]), tmp_path / "whole")
+    overrides = ("train.steps=100", "eval.every=0", "log.every=9")  # the last window is of step 100
+    whole = train(load_recipe(str(own), overrides), tmp_path / "whole")
     read, reads = documents.read_documents, []
 
     def failing(path, how, wanted):
@@ -199,10 +200,7 @@ def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeyp
         own,
         "--run-dir",
         tmp_path / "run",
-        "--set",
-        "train.steps=100",
-        "--set",
-        "eval.every=0",
+        *(word for override in overrides for word in ("--set", override)),
     )
     status, _, errors = act24(*arguments)
     (saved,) = (tmp_path / "run/checkpoints").iterdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,32 +41,32 @@ def filled(like: Tensor, *shape: int) -> Tensor:
     return garbage % 2 == 0 if like.dtype is torch.bool else garbage.view(like.dtype)
 
 
-def each_layout(arguments: tuple, names: tuple[str, ...]) -> Iterator[tuple[str, str, tuple]]:
-    """Every tensor among the arguments in every layout, one at a time: its name, the layout, all
-    arguments."""
-    for place, (name, argument) in enumerate(zip(names, arguments, strict=False)):
-        for layout in LAYOUTS if isinstance(argument, Tensor) else ():
-            yield name, layout, (*arguments[:place], laid_out(argument, layout), *arguments[place + 1 :])
-
-
 def check_layouts(name: str, function: Callable[..., Any]) -> None:
-    """The outputs are those of plain tensors, bit for bit; what only our operators write is refused."""
+    """The outputs are those of plain tensors, bit for bit; what only our operators write is refused.
+
+    As many calls as there are layouts: in each of them every tensor is in another one than in the others.
+    """
     arguments, ours = operator_cases()[name], OPERATORS[name].ours
     parameters = tuple(inspect.signature(function).parameters)
+    tensors = [place for place, argument in enumerate(arguments) if isinstance(argument, Tensor)]
     expected = as_bytes(function(*arguments))
-    tried = 0
-    for parameter, layout, others in each_layout(arguments, parameters):
-        tried += 1
-        changed = others[parameters.index(parameter)]
-        if parameter in ours and (
-            layout in ("strided", "transposed") or (layout == "misaligned" and changed.is_floating_point())
-        ):
-            with pytest.raises(ValueError, match=f"{name}: {parameter} has to be as an operator returned it"):
-                function(*others)
-            continue
+    assert tensors
+    for turn in range(len(LAYOUTS)):
+        others, told = list(arguments), {}
+        for place in tensors:
+            layout = LAYOUTS[(place + turn) % len(LAYOUTS)]
+            changed = laid_out(arguments[place], layout)
+            if parameters[place] in ours and (
+                layout in ("strided", "transposed")
+                or (layout == "misaligned" and changed.is_floating_point())
+            ):
+                message = f"{name}: {parameters[place]} has to be as an operator returned it"
+                with pytest.raises(ValueError, match=message):
+                    function(*arguments[:place], changed, *arguments[place + 1 :])
+                continue
+            others[place], told[parameters[place]] = changed, layout
         for a, b in zip(as_bytes(function(*others)), expected, strict=True):
-            assert torch.equal(a, b), f"{name} reads {parameter} wrong when it is {layout}"
-    assert tried >= len(LAYOUTS)
+            assert torch.equal(a, b), f"{name} reads wrong what is laid out so: {told}"
 
 
 def as_bytes(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

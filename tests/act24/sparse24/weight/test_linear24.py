@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from act24.errors import Act24Error
+from act24.fp8.linear import linear_fp8
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.sparse24.pattern.transposable import patterns, transposable_mask
+from act24.sparse24.weight import linear24 as linear24_module
+from act24.sparse24.weight.forms import LinearOptions24
 from act24.sparse24.weight.linear24 import flip_rate, linear24, masked_decay_
 from act24.sparse24.weight.methods import weight_mask, weight_scale
 from act24.sparse24.weight.semi_structured import prune24, to_semi_structured
@@ -251,3 +254,65 @@ def test_semi_structured_multiplies_like_the_dense_form() -> None:
     packed = to_semi_structured(x, transposable_mask(x))
     expected = prune24(x, transposable_mask(x)) @ other
     torch.testing.assert_close(packed @ other, expected, rtol=2e-2, atol=1e-1)
+
+
+FP8 = LinearOptions24(precision="fp8")
+
+
+def fp8_network(soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    x, weight, bias = torch.randn(3, 10, 32), torch.randn(48, 32), torch.randn(48)
+    mask = None if soft else weight_mask(weight, "ste")
+    scale = weight_scale(weight) if soft else None
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), mask, scale
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("draws", [False, True])
+def test_in_fp8_it_is_the_linear_in_e4m3_of_the_sparse_weight(soft: bool, draws: bool) -> None:
+    """Straight through to the dense one; a drawn gradient stays as it is without fp8."""
+    x, weight, bias, mask, scale = fp8_network(soft)
+    seed = torch.tensor(7) if draws else None
+    dense = soft_threshold24(weight.detach()) * scale if soft else weight.detach() * mask
+    sparse = dense.requires_grad_()
+    y, expected = linear24(x, weight, bias, mask, scale, seed, options=FP8), linear_fp8(x, sparse, bias)
+    assert torch.equal(y, expected)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, weight, bias), grad)
+    theirs = list(torch.autograd.grad(expected, (x, sparse, bias), grad))
+    if draws:
+        drawn = mvue24(F.pad(grad.flatten(0, 1), (0, 0, 0, 2)), seed, 0)[:30]
+        theirs[1] = drawn.T @ x.detach().flatten(0, 1)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    exact = linear24(x, weight, bias, mask, scale, seed)
+    assert not torch.equal(y, exact)
+    assert float((y - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_fp8_compiles_in_one_graph(draws: bool) -> None:
+    x, weight, bias, mask, scale = fp8_network(False)
+    seed = torch.tensor(7) if draws else None
+    torch._dynamo.reset()
+    compiled = torch.compile(linear24, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (linear24, compiled):
+        y = run(x, weight, bias, mask, scale, seed, options=FP8)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_fp8_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(4, 20), torch.randn(16, 20)
+    mask = weight_mask(weight, "ste")
+    with pytest.raises(ValueError, match=r"multiples of 16, got \(16, 20\)"):
+        linear24(x, weight, None, mask, options=FP8)
+    monkeypatch.setattr(linear24_module, "why_no_fp8", lambda _: "this GPU has none")
+    with pytest.raises(Act24Error, match="this GPU has none"):
+        linear24(x, weight, None, mask, options=FP8)
+    monkeypatch.undo()
+    wide = torch.randn(16, 32)
+    one = lambda row: linear24(row, wide, None, weight_mask(wide, "ste"), options=FP8)  # noqa: E731
+    with pytest.raises(Act24Error, match=r"its fp8 has no rule for torch\.func\.vmap"):
+        torch.func.vmap(one)(torch.randn(2, 32))

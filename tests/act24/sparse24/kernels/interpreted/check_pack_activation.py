@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -53,9 +54,20 @@ def dense_slope(slope: Tensor, packed: Packed24) -> Tensor:
 reference = functools.partial(run, form="reference")
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (64 * 9, 64), (128, 192)])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("function", FUNCTIONS)
+#: What is computed of a group is one thing and how far a program walks another: every method in the smallest
+#: shape, and larger ones so that every method and function has a turn.
+LARGER = [
+    ("relu2", "mvue", (64 * 9, 64)),
+    ("relu", "naive", (64 * 9, 64)),
+    ("relu2", "soft_threshold", (128, 192)),
+    ("relu", "mvue", (128, 192)),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "method", "shape"),
+    [*((f, m, (64, 64)) for f, m in itertools.product(FUNCTIONS, METHODS)), *LARGER],
+)
 def test_equals_the_reference(function: str, method: str, shape: tuple[int, int]) -> None:
     """Several slabs, more than a program walks, several strips; with and without padding."""
     hidden = awkward(*shape)
@@ -92,10 +104,16 @@ def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_with_its_zeros_it_is_the_same_activation(function: str, method: str) -> None:
-    hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
+@pytest.mark.parametrize(
+    ("function", "method", "shape"),
+    [
+        *((f, m, (64, 64)) for f, m in itertools.product(FUNCTIONS, METHODS)),
+        ("relu2", "soft_threshold", (64 * 9, 128)),
+        ("relu", "mvue", (64 * 9, 128)),
+    ],
+)
+def test_with_its_zeros_it_is_the_same_activation(function: str, method: str, shape: tuple[int, int]) -> None:
+    hidden, real = awkward(*shape), torch.rand(shape[0]) < 0.8
     filled, _, counts, sums = OPERATORS["pack_activation"].launch(
         hidden, torch.tensor(SEED), real, function, method, False, True, True, True
     )

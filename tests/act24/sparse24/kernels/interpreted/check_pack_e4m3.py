@@ -53,10 +53,21 @@ def test_activations(shape: tuple[int, int], method: str) -> None:
         assert mismatch(ours, expected, 1, method != "naive") <= (0.01 if method == "mvue" else 0)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["naive", "soft_threshold"])
-@pytest.mark.parametrize("pads", [False, True])
-def test_gradients(shape: tuple[int, int], method: str, pads: bool) -> None:
+#: Function of the network, and whether the gradient is packed too.
+FORMS = tuple(itertools.product(("relu2", "relu"), (True, False)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "pads", "forms"),
+    [
+        *((SHAPES[0], m, p, FORMS) for m in ("naive", "soft_threshold") for p in (False, True)),
+        (SHAPES[1], "naive", True, (FORMS[0], FORMS[3])),
+        (SHAPES[1], "soft_threshold", False, (FORMS[1], FORMS[2])),
+    ],
+)
+def test_gradients(
+    shape: tuple[int, int], method: str, pads: bool, forms: tuple[tuple[str, bool], ...]
+) -> None:
     tokens, features = shape
     rows, grad = hidden(*shape), hidden(features, tokens).T.contiguous()
     scale = power_scales(rows.float().square().amax(1))
@@ -67,7 +78,7 @@ def test_gradients(shape: tuple[int, int], method: str, pads: bool) -> None:
         torch.logspace(-6, 0, features),
         torch.logspace(-4, -1, features),
     )
-    for function, sparse in itertools.product(("relu2", "relu"), (True, False)):
+    for function, sparse in forms:
         first = (rows, None, None, function, method, method != "naive", False, False, False, None, scale)
         saved, slope, *_ = OPERATORS["pack_activation"].reference(*first)
         arguments = (

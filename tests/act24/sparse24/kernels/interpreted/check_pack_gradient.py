@@ -32,16 +32,29 @@ def saved(tokens: int, features: int, function: str, method: str) -> tuple[Tenso
     return packed, None if method == "naive" else slope
 
 
-@pytest.mark.parametrize("shape", [(64 * 9, 64), (64, 128)])
+WALKED, STRIPS = (64 * 9, 64), (64, 128)
+#: Whether tokens are padded, and whether there are dense features.
+EXTRAS = ((False, False), (True, True), (False, True))
+
+
 @pytest.mark.parametrize(
-    ("function", "method"),
-    [("relu2", "naive"), ("relu", "naive"), ("relu2", "mvue"), ("relu", "soft_threshold")],
+    ("function", "method", "shape", "extras"),
+    [
+        ("relu2", "naive", STRIPS, EXTRAS),
+        ("relu", "naive", STRIPS, EXTRAS),
+        ("relu2", "mvue", STRIPS, EXTRAS),
+        ("relu", "soft_threshold", STRIPS, EXTRAS),
+        ("relu2", "naive", WALKED, EXTRAS[1:2]),
+        ("relu", "soft_threshold", WALKED, EXTRAS[1:2]),
+    ],
 )
-def test_pack_gradient_equals_the_reference(shape: tuple[int, int], function: str, method: str) -> None:
+def test_pack_gradient_equals_the_reference(
+    function: str, method: str, shape: tuple[int, int], extras: tuple[tuple[bool, bool], ...]
+) -> None:
     """More tiles than a program walks, several strips; padding, dense features."""
     tokens, features = shape
     value, slope = saved(tokens, features, function, method)
-    for padded, dense in ((False, False), (True, True), (False, True)):
+    for padded, dense in extras:
         real = torch.rand(tokens) < 0.8 if padded else None
         grad = awkward(tokens, features, seed=1)
         index = torch.randperm(features)[: features // 10] if dense else None
