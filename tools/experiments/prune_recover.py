@@ -212,7 +212,9 @@ def _train(recipe: str, pruned: Path, run_dir: Path, out: Path, data: Data, budg
             "log.every=1",
         ],
     )
-    train(made, run_dir, resume="auto")
+    outcome = train(made, run_dir, resume="auto")
+    if outcome.stopped:
+        raise Act24Error(f"{recipe} was stopped by {outcome.stopped}: the same command goes on with it")
     export_run(run_dir, out)
 
 
