@@ -30,7 +30,7 @@ _APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
 #: What a tensor, a shape or a number has.
 _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
 
-#: Whose own questions are no branches of the module.
+#: Packages that may ask a value anything: their questions are not the module's branches.
 _INTERNAL = ("torch", "act24")
 
 
