@@ -12,8 +12,8 @@ from __future__ import annotations
 import operator
 import random
 import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -24,8 +24,6 @@ from torch.fx.proxy import Attribute
 
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.shadow import Shadow
-
-_APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 #: What a tensor, a shape or a number has.
 _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
@@ -217,9 +215,9 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        frame = sys._getframe(1)
+        frame, forwards = sys._getframe(1), set(_forwards(Function))
         while frame is not None:
-            if frame.f_code is _APPLY:
+            if frame.f_code in forwards:
                 self.refuse(
                     "calls an autograd.Function, whose backward tracing would drop: make a function "
                     "with it one node (act24.operation.operation)"
@@ -297,6 +295,15 @@ def _asked(function: Any) -> str | None:
     """The name of a function of torch's C++ side whose answer is another one elsewhere."""
     name = function.__name__
     return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
+
+
+def _forwards(of: type) -> Iterator[CodeType]:
+    """The code of the forwards of all autograd.Functions there are: torch 2.14 calls them from C, where there
+    is no frame of `apply` to be recognised by."""
+    for function in of.__subclasses__():
+        if code := getattr(function.forward, "__code__", None):
+            yield code
+        yield from _forwards(function)
 
 
 def _modes() -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
     python -m act24.tools.experiments.low_rank train SHARDS OUT [--tokens 60000000] [--tuning-tokens 10000000]
     python -m act24.tools.experiments.low_rank speed OUT [--sizes 130m 350m 1b]
 
-`train` takes the 60m recipes of six methods, their schedules shortened in proportion, to token shards written
+`train` takes the 60m recipes of the methods, their schedules shortened in proportion, to token shards written
 by `act24 data prepare`. Each method gets the same tuning: short runs at half, once and twice the learning
 rate of its recipe, and one long run at the best of the three. `speed` times training steps. Both write
 OUT.json after every run, skip what it holds already, and write OUT.md beside it; with `--only` and
@@ -31,13 +31,17 @@ from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.tools.bench.step import bench_step
 from act24.tools.run.train import train
 
-METHODS = {
-    "dense": "c4/60m-dense",
-    "LORO": "c4/60m-loro",
-    "LORO without exact updates": "c4/60m-loro-eucl",
-    "low-rank, restarts": "c4/60m-low-rank-restarts",
-    "CoLA": "c4/60m-cola",
-    "LoST": "c4/60m-lost",
+#: Recipes, each with what is set in it.
+METHODS: dict[str, tuple[str, ...]] = {
+    "dense": ("c4/60m-dense",),
+    "dense, wsd": ("c4/60m-dense", "schedule.name=wsd", "schedule.min_lr_ratio=0.0"),
+    "dense, muon": ("c4/60m-dense", "optimizer.name=muon"),
+    "dense, muon and wsd": ("c4/60m-muon",),
+    "LORO": ("c4/60m-loro",),
+    "LORO without exact updates": ("c4/60m-loro-eucl",),
+    "low-rank, restarts": ("c4/60m-low-rank-restarts",),
+    "CoLA": ("c4/60m-cola",),
+    "LoST": ("c4/60m-lost",),
 }
 FACTORS = (0.5, 1.0, 2.0)  # on the recipe's learning rate
 ROWS_A_STEP = 128  # a quarter of the published batch, so that few tokens still make many updates
@@ -138,8 +142,8 @@ def compare(
         "|---|---|---|---|---|---|",
     ]
     for name in only or METHODS:
-        reference = METHODS[name]
-        recipe = load_recipe(reference, ["log.activation_statistics=false"])
+        reference, *overrides = METHODS[name]
+        recipe = load_recipe(reference, [*overrides, "log.activation_statistics=false"])
         tuned = {}
         for factor in FACTORS:
             short = shortened(recipe, shards, tuning_tokens, factor, seed=0)

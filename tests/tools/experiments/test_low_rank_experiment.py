@@ -62,14 +62,14 @@ def test_every_length_shrinks_in_proportion(shards):
     assert (recipe.optimizer.lr, recipe.train.seed) == (0.02, 3)
     assert recipe.optimizer.exact_every == recipe.schedule.restart_every == round(500 * steps / 10_000)
     assert recipe.schedule.warmup_steps == round(1000 * steps / 10_000) == -recipe.schedule.lr_adjust_steps
-    for name in low_rank.METHODS.values():
-        recipe = low_rank.shortened(load_recipe(name), shards, 10_000_000, 1.0, seed=0)
+    for name, *overrides in low_rank.METHODS.values():
+        recipe = low_rank.shortened(load_recipe(name, overrides), shards, 10_000_000, 1.0, seed=0)
         assert recipe.lr_multiplier(recipe.train.steps - 1) > 0
 
 
 @pytest.mark.slow
 def test_a_comparison_goes_on_where_it_stopped(shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(low_rank, "METHODS", {"LORO": "tiny"})
+    monkeypatch.setattr(low_rank, "METHODS", {"LORO": ("tiny",)})
     monkeypatch.setattr(low_rank, "load_recipe", lambda name, overrides: parse_recipe(TINY, name))
     monkeypatch.setattr(low_rank, "ROWS_A_STEP", 8)
     monkeypatch.setattr(low_rank, "HELDOUT_TOKENS", 1000)
