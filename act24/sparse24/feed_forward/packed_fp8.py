@@ -156,7 +156,8 @@ class _PackedFp8(torch.autograd.Function):
             sides = (*hidden.gradient_rows, hidden.index, turned, hidden.by_feature * turned_scale)
             grad_weight_in = _weight_gradient(*sides, algorithms.get("grad_weight_in"), False, kernels)
         if need_weight_out:
-            factors = saved[2] * grad_rows.turned_scale
+            over_features = saved[2]
+            factors = over_features * grad_rows.turned_scale
             sides = (*hidden.value_rows, hidden.index, grad_rows.turned, factors)
             grad_weight_out = _weight_gradient(*sides, algorithms.get("grad_weight_out"), True, kernels)
         if need_bias_in:  # a pass of its own over all features; only models with biases pay it
