@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from act24.errors import Act24Error, nearest
-from act24.options import Range, check_options
+from act24.options import Range, Width, check_options
 from act24.rotary import RotaryScaling, rotary_embedding, rotate
 
-#: A width, of anything. The largest models have some 10^5, and more than a hundred million is a typing error.
-Width = Annotated[int, Range(ge=1, le=10**8)]
 #: How many layers, or heads in one.
 Count = Annotated[int, Range(ge=1, le=10_000)]
 Positive = Annotated[float, Range(gt=0)]

@@ -87,7 +87,10 @@ MOST_STEPS = 10**9
 Steps = Annotated[int, Range(ge=0, le=MOST_STEPS)]
 
 #: A number of optimizer steps that cannot be none.
-PositiveSteps = Annotated[int, Range(gt=0, le=MOST_STEPS)]
+PositiveSteps = Annotated[int, Range(ge=1, le=MOST_STEPS)]
+
+#: A width or a rank. The largest models have some 10^5, and more than a hundred million is a typing error.
+Width = Annotated[int, Range(ge=1, le=10**8)]
 
 
 def one_of(owner: str, name: str, value: object, choices: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ class RotaryScaling:
 
     rope_type: Literal["linear", "llama3", "yarn"]
     factor: Annotated[float, Range(ge=1)]
-    original_max_position_embeddings: Annotated[int | None, Range(gt=0)] = None
+    original_max_position_embeddings: Annotated[int | None, Range(gt=0, le=10**9)] = None
     low_freq_factor: Positive | None = None
     high_freq_factor: Positive | None = None
     beta_fast: Positive | None = None

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from act24.options import OneOf, OptionError, Range
+from act24.options import OneOf, OptionError, Range, Steps
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
 from act24.passes.fp8 import Fp8, pays
 from act24.passes.graph.activation_sites import (
@@ -85,8 +85,8 @@ class Activation24(OperationalPass):
 
     method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"
-    dynamic_steps: Annotated[int, Range(ge=0)] = 10
-    calibration_samples: Annotated[int, Range(ge=1)] = 100
+    dynamic_steps: Steps = 10
+    calibration_samples: Annotated[int, Range(ge=1, le=10**8)] = 100
     backward: Annotated[str, OneOf(BACKWARDS)] = "dense"
     estimator: Annotated[str, OneOf(ESTIMATORS)] = "masked"
     precision: Precision | Literal["auto"] | None = None

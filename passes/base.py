@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from act24.errors import PassError
-from act24.options import Range, check_options
+from act24.options import PositiveSteps, Steps, check_options
 from act24.passes.graph.selectors import check_selectors, selected
 
 if TYPE_CHECKING:
@@ -194,8 +194,8 @@ class OperationalPass(Pass):
 
     kind: ClassVar[Literal["structural", "operational"]] = "operational"
 
-    from_step: Annotated[int, Range(ge=0)] = 0
-    until_step: Annotated[int, Range(ge=1)] | None = None
+    from_step: Steps = 0
+    until_step: PositiveSteps | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +226,7 @@ class Start:
 
     model: nn.Module
     seed: int
-    step: Annotated[int, Range(ge=0)]
+    step: Steps
 
 
 def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from act24.options import Range
+from act24.options import Range, Width
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
 from act24.passes.graph.linear_sites import LinearSite, linear_sites, takes
 from act24.passes.graph.normal_form import replace_node
@@ -46,7 +46,7 @@ class Lora(StructuralPass):
     keeps_function: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ("*.q_proj", "*.v_proj")
-    rank: Annotated[int, Range(ge=1)] = 8
+    rank: Width = 8
     alpha: Annotated[float, Range(gt=0)] = 16.0
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.05
 

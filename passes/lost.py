@@ -65,7 +65,7 @@ class Lost(FactorisingPass):
     sparsity: Annotated[float, Range(gt=0, le=1)] = 0.01
     gamma: Annotated[float, Range(ge=0, le=1)] = 0.5
     method: Literal["svd", "gradient", "random"] = "svd"
-    svd_rank: Annotated[int, Range(ge=0)] = 0
+    svd_rank: Annotated[int, Range(ge=0, le=10**8)] = 0
     bottleneck: Literal["silu", "relu2", "none"] = "silu"
 
     def __post_init__(self) -> None:

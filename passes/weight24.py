@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from act24.options import Range, check_options
+from act24.options import PositiveSteps, Range, check_options
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
 from act24.passes.fp8 import Fp8, pays
 from act24.passes.graph.linear_sites import (
@@ -97,7 +97,7 @@ class Weight24(OperationalPass):
     scope: Scope = "all"
     method: MethodName = "transposable"
     weight_gradient: WeightGradient | None = None
-    mask_every: Annotated[int, Range(ge=1)] | None = None
+    mask_every: PositiveSteps | None = None
     decay: Annotated[float, Range(ge=0)] | None = None
     precision: Literal["bfloat16", "fp8", "auto"] | None = None
     kernels: bool = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import Target
 
 from act24.errors import PassError
-from act24.options import Range
+from act24.options import Width
 from act24.passes.base import Match, Pass, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
     bias_name,
@@ -154,8 +154,8 @@ class FactorisingPass(StructuralPass):
     """
 
     scope: Scope = "all"
-    attn_rank: Annotated[int, Range(ge=1)] | None = None
-    mlp_rank: Annotated[int, Range(ge=1)] | None = None
+    attn_rank: Width | None = None
+    mlp_rank: Width | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

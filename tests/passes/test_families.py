@@ -36,6 +36,7 @@ from act24.passes import (
     apply_,
     plan,
 )
+from act24.passes.graph.coverage import HIDES
 from act24.passes.weight24 import MASK
 from act24.relu2 import relu2
 
@@ -104,7 +105,8 @@ def _shortened(text: str) -> str:
     reasons = [re.sub(r"^\S+( \[\w+\])?( and \d+ more)?: ", "", part).partition(": ")[0] for part in parts]
     telling = [reason for reason in reasons if not _COMMON.match(reason)]
     others = [reason for reason in reasons if reason != "a single linear"]
-    return (telling or others or reasons)[0]
+    hidden = [reason for reason in reasons if reason.startswith(HIDES)]
+    return (hidden or telling or others or reasons)[0]
 
 
 def _same_before(pipeline: Pipeline, given: dict[str, Tensor], expected: Tensor) -> None:

@@ -210,7 +210,7 @@ def test_a_named_head_is_factorised_and_a_tied_one_refused():
     ("options", "message"),
     [
         ({"attn_rank": 4}, "mlp_rank is missing"),
-        ({"attn_rank": 0, "mlp_rank": 4}, "low_rank: attn_rank has to be 1 or more, got 0"),
+        ({"attn_rank": 0, "mlp_rank": 4}, "low_rank: attn_rank has to be 1 or more and .* at most, got 0"),
         (
             {"attn_rank": 4, "mlp_rank": 4, "init": "xavir"},
             "low_rank: init .* did you mean 'xavier'",

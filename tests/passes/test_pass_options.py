@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from act24.errors import Act24Error
+from act24.options import OptionError
 from act24.passes import REGISTRY
 from act24.recipes.load import parse_recipe
 
@@ -35,6 +36,7 @@ WORDS = st.text(max_size=12).map(lambda text: f"no-{text}")  # no choice of any 
 NOT_FINITE = st.sampled_from([math.inf, -math.inf, math.nan])
 NEGATIVE = st.integers(max_value=-1) | st.floats(max_value=-1e-9, allow_infinity=False)
 HUGE = st.sampled_from([10**400, -(10**400)])
+BEYOND_USE = st.integers(min_value=10**10)  # no rank, step or count of anything
 LISTS = st.lists(st.integers(), min_size=1, max_size=2).map(tuple)
 SELECTORS = st.sampled_from(["re:(", "re:[z-a]", "class:", "klass:LlamaMLP", ""]).map(
     lambda text: ("*", text)
@@ -47,7 +49,7 @@ def wrong_values(name: str, field: str) -> st.SearchStrategy[Any]:
     if bool in kinds:
         return st.integers() | WORDS | LISTS | NOT_FINITE
     if int in kinds:
-        return NOT_FINITE | NEGATIVE | HUGE | WORDS | LISTS | st.booleans() | st.just(2.5)
+        return NOT_FINITE | NEGATIVE | HUGE | BEYOND_USE | WORDS | LISTS | st.booleans() | st.just(2.5)
     if float in kinds:
         return NOT_FINITE | NEGATIVE | HUGE | WORDS | LISTS | st.booleans()
     if tuple in kinds:
@@ -103,6 +105,15 @@ def test_wrong_values_are_refused_from_a_recipe(name: str, field: str, data: st.
     for said in refusal(lambda: parse_recipe(text, "here.toml")):  # one for each entry of a list
         assert said.startswith("here.toml: passes.0")
         assert field in said
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(n, f) for n, f in FIELDS if int in kinds_of(get_type_hints(REGISTRY[n])[f])]
+)
+def test_no_number_of_anything_is_without_bound(name: str, field: str) -> None:
+    for value in (10**18, 10**10):
+        with pytest.raises(OptionError, match=rf"{field} has to be .*\d at most, got {value}"):
+            REGISTRY[name](**{**NEEDED.get(name, {}), field: value})
 
 
 @pytest.mark.parametrize("name", REGISTRY)

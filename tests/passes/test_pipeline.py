@@ -90,7 +90,7 @@ def test_what_is_no_model_no_seed_and_no_step() -> None:
         apply_([Relu2FFN()], llama())  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="seed has to be an integer, got "):
         apply_(llama(), [Relu2FFN()], seed=1.5)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="step has to be 0 or more, got -1"):
+    with pytest.raises(OptionError, match=r"step has to be 0 or more and .* at most, got -1"):
         apply_(llama(), [Relu2FFN()], step=-1)
 
 
@@ -326,7 +326,7 @@ def test_leaving_a_pass_out() -> None:
 
 
 def test_step_ranges_that_make_no_sense() -> None:
-    with pytest.raises(OptionError, match="activation24: from_step has to be 0 or more, got -1"):
+    with pytest.raises(OptionError, match=r"activation24: from_step has to be 0 or more and .*, got -1"):
         Activation24(from_step=-1)
     with pytest.raises(PassError, match=r"until_step \(5\)"):
         Activation24(from_step=5, until_step=5)

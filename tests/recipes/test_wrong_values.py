@@ -44,8 +44,8 @@ def plain(annotation: Any) -> list[Any]:
     return [] if annotation is type(None) else [annotation]
 
 
-def wrong(name: str, annotation: Any, huge: bool) -> st.SearchStrategy[str]:
-    """TOML that no value of this annotation is written as; `huge`: integers beyond every use, too."""
+def wrong(name: str, annotation: Any) -> st.SearchStrategy[str]:
+    """TOML that no value of this annotation is written as, or is beyond every use."""
     kinds = plain(annotation)
     texts = st.text("abcxyz", min_size=1, max_size=5).map(lambda text: f'"no{text}"')
     numbers = st.integers(-9, 9).map(str) | st.floats(0.1, 9).map(repr)
@@ -64,7 +64,7 @@ def wrong(name: str, annotation: Any, huge: bool) -> st.SearchStrategy[str]:
             drawn.append(st.floats(0.1, 0.9).map(repr))
         if name not in BELOW_ZERO:
             drawn.append(st.integers(-(10**6), -1).map(str))
-        if huge and int in kinds and name not in LONG:
+        if int in kinds and name not in LONG:
             drawn.append(st.just(str(10**18)))
         return st.one_of(*drawn)
     (kind,) = kinds
@@ -75,43 +75,41 @@ def wrong(name: str, annotation: Any, huge: bool) -> st.SearchStrategy[str]:
     return st.one_of(numbers, truths, texts, st.sampled_from(entries), st.just(HUGE))
 
 
-def keys() -> list[tuple[str, list[str], str, Any, bool]]:
-    """(id, overrides that choose the table, path of the key, its annotation, whether it has a bound)."""
+def keys() -> list[tuple[str, list[str], str, Any]]:
+    """(id, overrides that choose the table, path of the key, its annotation)."""
     found = []
     for section, field in Recipe.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             for name, hint in get_type_hints(kind, include_extras=True).items():
                 if name in kind.model_fields:
-                    found.append((f"{section}.{name}", [], f"{section}.{name}", hint, True))
+                    found.append((f"{section}.{name}", [], f"{section}.{name}", hint))
     for section, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         for record in table.values():
             given = {"name": record.name} | ({"lr": 0.01} if section == "optimizer" else {})
-            found += of_record(record, section, given, f"{section}={{%s}}", True)
+            found += of_record(record, section, given, f"{section}={{%s}}")
     for record in REGISTRY.values():
-        found += of_record(record, "passes.0", {"use": record.name}, "passes=[{%s}]", False)
+        found += of_record(record, "passes.0", {"use": record.name}, "passes=[{%s}]")
     return found
 
 
-def of_record(record, path, given, override, huge):
+def of_record(record, path, given, override):
     hints = get_type_hints(record, include_extras=True)
     names = [field.name for field in recipe_fields(record)]
     given |= {name: REQUIRED[name] for name in names if name in REQUIRED}
     text = override % ", ".join(f"{key} = {value!r}" for key, value in given.items())
-    return [(f"{path}.{record.name}.{n}", [text], f"{path}.{n}", hints[n], huge) for n in names]
+    return [(f"{path}.{record.name}.{n}", [text], f"{path}.{n}", hints[n]) for n in names]
 
 
 KEYS = keys()
 
 
-@pytest.mark.parametrize(
-    ("table", "path", "annotation", "huge"), [k[1:] for k in KEYS], ids=[k[0] for k in KEYS]
-)
+@pytest.mark.parametrize(("table", "path", "annotation"), [k[1:] for k in KEYS], ids=[k[0] for k in KEYS])
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_a_wrong_value_is_refused_by_its_key(table, path, annotation, huge, data):
+def test_a_wrong_value_is_refused_by_its_key(table, path, annotation, data):
     name = path.rpartition(".")[2]
-    value = data.draw(wrong(name, annotation, huge))
+    value = data.draw(wrong(name, annotation))
     with pytest.raises(RecipeError) as error:
         parse_recipe(BASE, "test", [*table, f"{path}={value}"])
     assert name in str(error.value)

@@ -9,6 +9,7 @@ import pytest
 import tiny as tiny_recipe
 
 from act24.tools.commands.cli import main
+from act24.tools.data import documents
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +17,15 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield tiny_recipe.write_recipe(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def smaller_modules() -> Iterator[None]:
+    """`data.source = "builtin"` without the large modules, four fifths of what is hashed and encoded."""
+    files = [path for path in documents._builtin_files() if path.stat().st_size < 16_000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_builtin_files", lambda: files)
+        yield
 
 
 @pytest.fixture

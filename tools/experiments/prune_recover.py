@@ -212,7 +212,9 @@ def _train(recipe: str, pruned: Path, run_dir: Path, out: Path, data: Data, budg
             "log.every=1",
         ],
     )
-    train(made, run_dir, resume="auto")
+    outcome = train(made, run_dir, resume="auto")
+    if outcome.stopped:
+        raise Act24Error(f"{recipe} was stopped by {outcome.stopped}: the same command goes on with it")
     export_run(run_dir, out)
 
 
@@ -259,6 +261,9 @@ def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
         "Seconds are processor time of pruning or recovery, reading and writing included, evaluation not.",
         "",
     ]
+    if missing := [name for name in STEPS if name not in rows]:
+        named = ", ".join(_TITLES.get(name, name.replace("of", ":")) for name in missing)
+        lines += [f"Not run yet: {named}.", ""]
     return "\n".join(lines)
 
 

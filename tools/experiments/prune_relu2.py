@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data
 from act24.tools.commands.recovery import calibration_data
@@ -158,7 +159,8 @@ def _trained(recipe: str, out: Path) -> dict[str, float]:
     file.write_text(recipe, encoding="utf-8")
     made = load_recipe(str(file))
     outcome = train(made, out, resume="auto")
-    assert outcome.evaluation is not None
+    if outcome.evaluation is None:
+        raise Act24Error(f"{out} was stopped by {outcome.stopped}: the same command goes on with it")
     tokens = made.train.total_batch_size * made.data.max_length
     speed = outcome.tokens_per_second / tokens
     return {

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from act24.options import OneOf, OptionError, Range, check_options
+from act24.options import OneOf, OptionError, PositiveSteps, Range, check_options
 from act24.records import Table
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle
 from act24.sparse24.kernels.transposable_mask import best_transposable_mask
@@ -59,7 +59,7 @@ class WeightMethod:
     mask: Callable[[Tensor], Tensor]
     both_ways: bool = False
     soft: bool = False
-    mask_every: Annotated[int, Range(ge=1)] | None = None
+    mask_every: PositiveSteps | None = None
     decay_place: DecayPlace = "none"
     decay: Annotated[float, Range(ge=0)] = 0.0
     weight_gradient: WeightGradient = "dense"

@@ -12,21 +12,12 @@ from hypothesis import strategies as st
 
 from act24.errors import Act24Error
 from act24.recipes import schema
-from act24.tools.data import Tokenizer, documents, heldout_rows, open_rows
+from act24.tools.data import Tokenizer, heldout_rows, open_rows
 from act24.tools.data.batches import IGNORED, TokenRows
 from act24.tools.data.documents import Documents
 from act24.tools.data.rows import PackedRows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _a_part_of_the_standard_library():
-    """Its larger modules are four fifths of the text that is hashed and encoded here a hundred times."""
-    files = [path for path in documents._builtin_files() if path.stat().st_size < 16_000]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_builtin_files", lambda: files)
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("smaller_modules")
 SOURCES = ["text", "json", "parquet", "builtin", "shards"]
 
 

@@ -30,11 +30,11 @@ TOY = [
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory, smaller_modules: None) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "shards"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        prepare_source("builtin", folder, "bpe", 300, None, None)
+        prepare_source("builtin", folder, "bpe", 300, 100_000, 20_000)
     return folder
 
 

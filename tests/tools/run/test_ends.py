@@ -170,7 +170,7 @@ def every_step_is_a_line():
 def test_a_reader_that_goes_away_is_a_clear_end_with_a_checkpoint(tiny_file, tmp_path):
     """`act24 train … | head -1`."""
     words = ("train", tiny_file, "--run-dir", tmp_path, *LONG)
-    ends = ("--set", "train.steps=1000")  # also if nobody notices
+    ends = ("--set", "train.steps=200")  # also if nobody notices
     with Command(*words, *ends, before=every_step_is_a_line) as command:
         assert any(line.startswith("step 2/") for line in iter(command.stdout.readline, ""))
         command.stdout.close()
