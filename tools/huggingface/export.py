@@ -32,7 +32,7 @@ from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.data import Tokenizer
 from act24.tools.huggingface.adapter import PEFT, write_adapter
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
-from act24.tools.huggingface.folder import write_pretrained
+from act24.tools.huggingface.folder import without_tied_head, write_pretrained
 from act24.tools.huggingface.gguf_file import write_gguf
 from act24.tools.huggingface.tokenizer_files import write_tokenizer
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
@@ -135,7 +135,7 @@ def save_pretrained(pipeline: Pipeline, folder: str | Path) -> None:
         raise Act24Error(f"{folder} exists already")
     check_zeros(pipeline)
     config = _stock_config(pipeline.model)
-    state = served_weights(pipeline)
+    state = without_tied_head(served_weights(pipeline), config, "this model")
     passes = served_passes(pipeline, without=(Weight24.name,))
     write_pretrained(folder, config, ACT24, state, passes=passes, pattern=_pattern(pipeline))
 

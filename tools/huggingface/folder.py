@@ -71,16 +71,27 @@ def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
     # Old checkpoints store this buffer; it follows from rope_theta.
     state = {name: value for name, value in state.items() if not name.endswith(".rotary_emb.inv_freq")}
     state = dict(_under_our_name(*item) for item in state.items())
-    if config.tie_word_embeddings and "lm_head.weight" in state:
-        head = state.pop("lm_head.weight")
-        if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
-            raise Act24Error(
-                f"{folder}: tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight"
-            )
+    state = without_tied_head(state, config, str(folder))
     check_state(state, model, str(folder))
     model.load_state_dict(state, assign=True)
     fill_buffers_(model)
     return model, pipeline
+
+
+def without_tied_head(state: Mapping[str, Tensor], config: LlamaConfig, subject: str) -> dict[str, Tensor]:
+    """A state dict, that of `subject`, without the head that is the embedding: `transformers` lists it twice.
+
+    Raises:
+        Act24Error: the configuration ties the two, and their weights differ.
+    """
+    state = dict(state)
+    if config.tie_word_embeddings and "lm_head.weight" in state:
+        head = state.pop("lm_head.weight")
+        if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
+            raise Act24Error(
+                f"{subject}: tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight"
+            )
+    return state
 
 
 def fill_buffers_(model: torch.nn.Module) -> None:

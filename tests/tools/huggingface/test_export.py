@@ -201,8 +201,11 @@ def test_nothing_is_overwritten(runs, tmp_path):
         export_run(runs("dense"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["relu2-act24", "cola-relu2-act24", "weight24", "lost"])
-def test_a_rewritten_transformers_model_leaves_by_our_writer_as_the_same_function(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [("relu2-act24", False), ("cola-relu2-act24", False), ("weight24", False), ("lost", True)],
+)
+def test_a_rewritten_transformers_model_leaves_by_our_writer_as_the_same_function(name, tied, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -213,6 +216,7 @@ def test_a_rewritten_transformers_model_leaves_by_our_writer_as_the_same_functio
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
     pipeline = act24.apply_(model, RUNS[name], step=5)
