@@ -146,7 +146,7 @@ class TokenRows(Iterator[Batch]):
                 raise Act24Error("; ".join(changed))
             self.warnings += self._rows.adopt(was, position, grow)
         except Act24Error as error:
-            raise Act24Error(f"the data are not those of the saved position: {error}") from error
+            raise type(error)(f"the data are not those of the saved position: {error}") from error
         self._rows.load_state_dict(position)
         return self._state_of_rows()
 

@@ -16,6 +16,7 @@ import numpy as np
 from act24.errors import Act24Error
 from act24.tools.data.documents import Documents
 from act24.tools.data.permutation import permuted
+from act24.tools.data.position import PositionError
 from act24.tools.data.shards import TokenShards
 from act24.tools.data.shuffled import ShuffledDocuments
 from act24.tools.data.tally import Tally
@@ -139,6 +140,10 @@ class DocumentRows(Rows):
         if self._tokens is None:
             self._after, self._tokens = next(self._encoded, (self._after, None))
             if self._tokens is not None:
+                if (size := len(self._tokens)) <= self._offset:
+                    raise PositionError(
+                        f"offset {self._offset} in a document of {size} tokens is no saved position"
+                    )
                 self._epochs = self._documents.epochs(self._after)
         return self._tokens
 
@@ -263,6 +268,8 @@ class ShardRows(Rows):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch, self._row = state["epoch"], state["row"]
+        if self._row > max(0, -(-(self._count - self._rank) // self._world_size)):
+            raise PositionError(f"row {self._row} of {self._count} rows an epoch is no saved position")
         self._block, self._places = -1, np.empty(0, dtype=np.int64)
 
     def __next__(self) -> np.ndarray:
