@@ -62,21 +62,36 @@ class Rows(Iterator[np.ndarray], ABC):
         """Go there. The state must come from rows of the same fingerprint."""
 
 
-def encoded(documents: Texts, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Each document's tokens, end-of-text added, with the position of `documents` after it."""
-    while True:
+def encoded(
+    documents: Texts, tokenizer: Tokenizer, late: bool = False
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Each document's tokens, end-of-text added, with the position of `documents` after it.
+
+    Args:
+        late: raise what is wrong with the text behind all documents that stand before it. Otherwise it shows
+            a group ahead, at the start of a run rather than soon after.
+    """
+    failure: Act24Error | None = None
+    while failure is None:
         positions, texts, characters = [], [], 0
         while len(texts) < GROUP_DOCUMENTS and characters < GROUP_CHARACTERS:
-            text = next(documents, None)
+            try:
+                text = next(documents, None)
+            except Act24Error as error:
+                if not late:
+                    raise
+                failure = error
+                break
             if text is None:
                 break
             positions.append(documents.state_dict())
             texts.append(text)
             characters += len(text)
-        if not texts:
+        if not texts and failure is None:
             return
         for position, tokens in zip(positions, tokenizer.encode_batch(texts), strict=True):
             yield position, np.append(tokens, np.int32(tokenizer.eos_id))
+    raise failure
 
 
 class DocumentRows(Rows):
