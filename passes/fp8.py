@@ -107,9 +107,9 @@ class Fp8(OperationalPass):
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes
         for part in PARTS:
-            # Bytes: DDP sends buffers around when it begins, and process groups know no e4m3.
+            # As bytes: DDP broadcasts buffers when it begins, and process groups cannot send e4m3.
             dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.uint8
-            # Without elements until they are first made: where nothing is, they cost nothing.
+            # Empty until the first cast, so that a model that never casts pays nothing for them.
             region.add_buffer(site.weight + part, (0,), dtype, persistent=False, kind=part, of=site.weight)
         for node in site.nodes:
             with region.graph.inserting_before(node):

@@ -129,7 +129,7 @@ class Lost(FactorisingPass):
             if self.method == "gradient"
             else {},
         )
-        # Values come from `initialise` or a checkpoint. Until then the buffer holds channels that can be.
+        # `initialise` or a checkpoint brings the values. Until then the buffer holds valid channel numbers.
         (_, count), (_, width) = columns.shape, site.shape
         region.add_buffer(
             site.beside(COLUMN_INDICES),

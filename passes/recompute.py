@@ -237,7 +237,8 @@ def _recomputed(segment: fx.Graph) -> Callable[..., Any]:
     try:
         imports = _format_import_block(code.globals, sys_importer)
     except (ObjNotFoundError, ObjMismatchError):
-        # Something has no name of its own: good for this process, and told apart by what it is.
+        # A constant of the graph cannot be imported by name. The code then runs in this process only, and the
+        # identities of its constants keep it apart from code that reads the same.
         imports = f"# {sorted((name, id(value)) for name, value in code.globals.items())}"
         importable = False
     else:

@@ -201,7 +201,7 @@ class Rewriting:
             raise
         for site, module in built:
             recompile_(site.traced.module, module)
-            # The stock tensors that a pass replaced must not live on through the plan.
+            # Or the plan would keep the stock tensors alive that a pass replaced.
             site.traced.module = site.base.module = site.module  # type: ignore[assignment]
         matched = {row.pass_name for row in self.report.rows}
         changed = [p for p in self._passes if p.name in matched and not p.keeps_function]

@@ -67,14 +67,15 @@ def calibrate_(
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=p) for p in due]
-    # As in evaluation: the seeds are still those of another micro-batch, and of none where a run resumes.
+    # Other sites run as in evaluation, which draws nothing: seeds are those of the micro-batch before, and a
+    # run that resumes has none yet.
     with torch.no_grad(), pipeline.lowered([*measuring, *as_evaluated(pipeline.active)]):
         forward()
     table = (reduce or _alone)(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
     scales = buffers_of(pipeline.regions, SCALE)
     for name, row, new in zip(sums, table, measured, strict=True):
-        # A site of a pass that is not due has summed up nothing.
+        # The sums of a site stay zero if its pass is not due.
         scales[name].copy_(torch.where(row[-1] > 0, new, scales[name]))
     return list(sums), table
 
@@ -84,7 +85,12 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def calibration_text(names: Sequence[str], table: Tensor) -> str:
-    """What a first measurement found, and what naive 2:4 would cost."""
+    """What a first measurement found, and what naive 2:4 would cost, as lines to print.
+
+    Args:
+        names: of the sites.
+        table: their sums, `[sites, len(CALIBRATION)]`, floating-point.
+    """
     rows = [
         (name, dict(zip(CALIBRATION, row, strict=True)))
         for name, row in zip(names, table.tolist(), strict=True)
@@ -389,7 +395,7 @@ def evaluation(
             renew_to_read_(pipeline, step, forward, pads, reduce)
             yield
         finally:
-            # In place, and not by exchange: CUDA graphs read these addresses.
+            # Copied back in place, because CUDA graphs read these addresses.
             for buffer, value in zip(state, before, strict=True):
                 buffer.copy_(value)
 

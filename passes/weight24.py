@@ -9,8 +9,9 @@ persistent; `<weight>24_seed`, another for every micro-batch; `<weight>24_packed
 `<weight>24_flips`, what the mask's changes add up to between two readings. `Pipeline.begin_update_` writes
 them; masked decay enters the gradient as it is published with the method (`act24.passes.updates`).
 
-A product has one 2:4 operand: linears that `activation24` took, standing earlier, are none any more, and
-behind this pass `activation24` finds only activations.
+A product has one 2:4 operand. If `activation24` stands earlier in the list, the linears that it fused are no
+longer linears of the graph, and this pass leaves them alone. If it stands later, it finds no linear beside an
+activation, and makes the activation alone 2:4.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ class Weight24(OperationalPass):
 
         add(MASK, tuple(region.parameters[site.weight].shape), torch.bool, persistent=True, initial=mask)
         add(FLIPS, (), torch.float32, persistent=False)
-        # Without elements until they are first packed: where nothing is, they cost nothing.
+        # Empty until they are first packed, so that a run that never packs pays nothing for them.
         add(PACKED, (0,), torch.bfloat16, persistent=False)
         if self.record.both_ways:
             add(TRANSPOSED, (0,), torch.bfloat16, persistent=False)

@@ -169,7 +169,9 @@ for name in recipe_names():
     load_recipe(name)
     print("act24/recipes/" + name + ".toml")
 """
-    assert set(run(python, "-c", code, cwd=elsewhere).splitlines()) == shipped(root, "*.toml")
+    assert set(run(python, "-c", code, cwd=elsewhere).splitlines()) == {
+        file for file in shipped(root, "*.toml") if file.startswith("act24/recipes/")
+    }
 
 
 @pytest.mark.parametrize("command", ["act24", "python -m act24"])

@@ -38,6 +38,9 @@ def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, mask: T
     """The weight with its adapter in it, computed in float32 and rounded once.
 
     Args:
+        weight: `[out, in]`, any floating dtype.
+        lora_a, lora_b: `[r, in]` and `[out, r]`.
+        scale: of their product.
         mask: boolean `[out, in]`, that of `masked_adapter_weight`, for an adapter that was trained under it;
             None: a plain one, which fills the zeros.
     """

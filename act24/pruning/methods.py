@@ -40,7 +40,8 @@ class PruneMethod:
 
 
 def magnitude_score(weight: Tensor, statistic: Tensor | None) -> Tensor:
-    """|W|, elementwise, `[out, in]`."""
+    """|W|, elementwise: float32 `[out, in]` of a weight of that shape and any floating dtype; `statistic` is
+    not read. Source: Han et al., 2015 (arXiv 1506.02626)."""
     return weight.float().abs()
 
 

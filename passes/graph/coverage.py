@@ -13,7 +13,7 @@ from act24.passes.graph.roles import Role, role_by_name
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward"}
 
-#: How the reason begins why a module is not traced that has an activation.
+#: The beginning of the reason why a module that has an activation is not traced.
 HIDES = "its relu"
 
 #: Why a pass leaves experts whose matrices lie in one tensor.

@@ -28,7 +28,7 @@ from act24.passes.graph.shadow import Shadow
 #: What a tensor, a shape or a number has.
 _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
 
-#: Whose own questions are no branches of the module.
+#: Packages that may ask a value anything: their questions are not the module's branches.
 _INTERNAL = ("torch", "act24")
 
 

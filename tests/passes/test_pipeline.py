@@ -326,7 +326,7 @@ def test_leaving_a_pass_out() -> None:
 
 
 def test_step_ranges_that_make_no_sense() -> None:
-    with pytest.raises(OptionError, match=r"activation24: from_step has to be 0 or more and .*, got -1"):
+    with pytest.raises(OptionError, match=r"activation24: from_step has to be 0 or more and .* most, got -1"):
         Activation24(from_step=-1)
     with pytest.raises(PassError, match=r"until_step \(5\)"):
         Activation24(from_step=5, until_step=5)

@@ -134,7 +134,6 @@ class _PackedFp8(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         weight_in, weight_out, scale, real, turned, turned_scale, *saved = ctx.saved_tensors
-        packed, over, over_features, slope, counts = saved
         options, _, kernels = ctx.settings
         need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
         grad_y = grad_y.contiguous()
@@ -144,47 +143,83 @@ class _PackedFp8(torch.autograd.Function):
         grad_activation = form("product_e4m3", kernels)(
             grad_rows.narrow, weight.turned, grad_rows.scale, weight.turned_scale
         )
-        bounds = _gradient_scales(grad_activation, slope, over, over_features, options, kernels)
-        along_tokens = backward_of(options).along_tokens
-        index = None
-        if along_tokens and backward_of(options).dense_features:
-            index = densest_features(counts, options.dense_ratio)
-        grad_hidden, value_rows, hidden_rows, value_dense, hidden_dense = form("pack_gradient_e4m3", kernels)(
-            grad_activation,
-            packed,
-            over,
-            slope if slope.numel() else None,
-            # Exact weight gradients take a gradient at padding as any other.
-            real if along_tokens else None,
-            index,
-            bounds[0],
-            over_features,
-            bounds[1],
-            options.function,
-            along_tokens,
-        )
+        hidden = _hidden_gradient(grad_activation, saved, real, ctx.settings)
         algorithms = _algorithms(grad_y, weight_in, weight_out, options, inference=False)
         grad_x = grad_weight_in = grad_weight_out = grad_bias_in = grad_bias_out = None
         if need_x:
             weight = cast_both_ways(weight_in, "tensorwise", "tensorwise", narrow=False, kernels=kernels)
             grad_x = form("product24_e4m3", kernels)(
-                grad_hidden, weight.turned, algorithms["grad_x"], False, None, None
+                hidden.packed, weight.turned, algorithms["grad_x"], False, None, None
             )
-            grad_x = _scaled(grad_x, (bounds[0] * weight.turned_scale)[:, None])
+            grad_x = _scaled(grad_x, (hidden.by_token * weight.turned_scale)[:, None])
         if need_weight_in:
-            sides = (hidden_rows, hidden_dense, index, turned, bounds[1] * turned_scale)
+            sides = (*hidden.gradient_rows, hidden.index, turned, hidden.by_feature * turned_scale)
             grad_weight_in = _weight_gradient(*sides, algorithms.get("grad_weight_in"), False, kernels)
         if need_weight_out:
+            over_features = saved[2]
             factors = over_features * grad_rows.turned_scale
-            sides = (value_rows, value_dense, index, grad_rows.turned, factors)
+            sides = (*hidden.value_rows, hidden.index, grad_rows.turned, factors)
             grad_weight_out = _weight_gradient(*sides, algorithms.get("grad_weight_out"), True, kernels)
         if need_bias_in:  # a pass of its own over all features; only models with biases pay it
-            grad_bias_in = (unpack(Packed24(grad_hidden)).float() * bounds[0][:, None]).sum(0).bfloat16()
+            values = unpack(Packed24(hidden.packed)).float()
+            grad_bias_in = (values * hidden.by_token[:, None]).sum(0).bfloat16()
         if need_bias_out:
-            if real is not None and along_tokens:
+            if real is not None and backward_of(options).along_tokens:
                 grad_y = torch.where(real[:, None], grad_y, 0)
             grad_bias_out = grad_y.sum(0)
         return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 5
+
+
+class _Hidden(NamedTuple):
+    """dZ, and what else the weight gradients read, all in e4m3.
+
+    Attributes:
+        packed: dZ `[T, F]`, 2:4 along the features, over `by_token`.
+        by_token, by_feature: float32 scales `[T]` and `[F]` of dZ.
+        index: int64, the features that stay dense; None for none.
+        value_rows, gradient_rows: the activation and dZ along the tokens, each as `_weight_gradient` takes
+            it: packed `[F, T]`, and the features `index` as they are.
+    """
+
+    packed: Tensor
+    by_token: Tensor
+    by_feature: Tensor
+    index: Tensor | None
+    value_rows: tuple[Tensor, Tensor]
+    gradient_rows: tuple[Tensor, Tensor]
+
+
+def _hidden_gradient(grad: Tensor, saved: list[Tensor], real: Tensor | None, settings: _Settings) -> _Hidden:
+    """From dS, the gradient of the activation `[T, F]`, to the operands of the products that follow.
+
+    Args:
+        saved: by forward: the packed activation, its scales by token and by feature, the slope (empty where
+            it follows from the activation) and the counts of non-zeros by feature.
+    """
+    packed, over, over_features, slope, counts = saved
+    options, _, kernels = settings
+    by_token, by_feature = _gradient_scales(grad, slope, over, over_features, options, kernels)
+    backward = backward_of(options)
+    index = None
+    if backward.along_tokens and backward.dense_features:
+        index = densest_features(counts, options.dense_ratio)
+    hidden, value_rows, hidden_rows, value_dense, hidden_dense = form("pack_gradient_e4m3", kernels)(
+        grad,
+        packed,
+        over,
+        slope if slope.numel() else None,
+        # Exact weight gradients take a gradient at padding as any other.
+        real if backward.along_tokens else None,
+        index,
+        by_token,
+        over_features,
+        by_feature,
+        options.function,
+        backward.along_tokens,
+    )
+    return _Hidden(
+        hidden, by_token, by_feature, index, (value_rows, value_dense), (hidden_rows, hidden_dense)
+    )
 
 
 def _scaled(product: Tensor, factors: Tensor) -> Tensor:

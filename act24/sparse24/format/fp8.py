@@ -48,8 +48,15 @@ def scales_of(largest: Tensor) -> Tensor:
 
 
 def power_scales(largest: Tensor) -> Tensor:
-    """`scales_of`, elementwise, and the next powers of two above. What was cast over one of them is cast over
-    another without a second rounding, unless it leaves the range of the format."""
+    """`scales_of`, rounded up to powers of two. What was cast with one such scale can be cast to another
+    without a second rounding, unless it leaves the range of the format.
+
+    Args:
+        largest: float32, any shape.
+
+    Returns:
+        float32, the same shape; NaN where `scales_of` has it.
+    """
     scale = scales_of(largest)
     # A fraction that is not zero carries into the exponent.
     bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000

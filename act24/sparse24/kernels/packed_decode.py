@@ -51,7 +51,7 @@ def packed_for_decode(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(values: Tensor, codes: Tensor) -> Tensor:
-    """The dense weight `[N, K]` of a packed one."""
+    """The dense weight `[N, K]`, of the dtype of `values`, from what `packed_for_decode` returns."""
     shifts = 4 * torch.arange(8, device=codes.device)
     code = ((codes.long()[:, None] >> shifts[:, None]) & 15).flatten(1)
     places = torch.stack((code & 3, (code >> 2) + 1), dim=-1)
