@@ -304,7 +304,7 @@ def _change(key: str, was: Any, now: Any) -> str:
         return "the content of data.heldout_files is another"
     if key == "heldout_by":
         return (
-            f"it held out {_HELD_OUT.get(was, was)}, and would hold out {_HELD_OUT.get(now, now)} now, and so "
+            f"it held out {_HELD_OUT.get(was, was)}, and would hold out {_HELD_OUT.get(now, now)} now, and "
             "train on what it was evaluated on: go on with data.train_files and data.heldout_files as they "
             "were, or begin another run with model.pretrained = the checkpoint"
         )
