@@ -116,7 +116,7 @@ def save(
     """
     tensors, table = optimizer_state.capture(_tensors(model), optimizer)
     documents = {  # made before anything is written: what does not fit into JSON is the caller's bug
-        _rank_file(rank()): json.dumps({"random": random_states(), "state": rank_state})
+        rank_file(rank()): json.dumps({"random": random_states(), "state": rank_state})
     }
     if rank() == 0:
         documents["state.json"] = json.dumps(state, indent=1)
@@ -223,15 +223,15 @@ def restore_(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> 
     with contents_of(table_file):
         optimizer_state.check(targets, optimizer, table)
         tensors = optimizer_state.allocate(targets, table)
-    rank_file = checkpoint.folder / _rank_file(rank() % _writers(checkpoint))
-    of_rank = read_json(rank_file)
+    of_rank_file = checkpoint.folder / rank_file(rank() % _writers(checkpoint))
+    of_rank = read_json(of_rank_file)
     folder = checkpoint.folder / "optimizer"
     _dcp(state_dict_loader.load, tensors, folder, storage_reader=TensorReader(folder))
 
     _copy_(targets, checkpoint.weights)
     with contents_of(table_file):
         optimizer_state.assign_(targets, optimizer, tensors, table)
-    with contents_of(rank_file):
+    with contents_of(of_rank_file):
         set_random_states_(of_rank["random"])
         return of_rank["state"]
 
@@ -245,7 +245,7 @@ def rank_states(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     def read() -> list[dict[str, Any]]:
         states = []
         for writer in range(_writers(checkpoint)):
-            path = checkpoint.folder / _rank_file(writer)
+            path = checkpoint.folder / rank_file(writer)
             of_rank = read_json(path)
             with contents_of(path):
                 states.append(of_rank["state"])
@@ -259,7 +259,8 @@ def _writers(checkpoint: Checkpoint) -> int:
     return max(checkpoint.manifest["world_size"], 1)
 
 
-def _rank_file(writer: int) -> str:
+def rank_file(writer: int) -> str:
+    """The name of the file of one process."""
     return f"rank-{writer:05d}.json"
 
 

@@ -26,6 +26,11 @@ from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary, u
 
 IGNORED = -100  # a label that is no token; `torch.nn.functional.cross_entropy` skips it by default
 PREFETCHED = 4  # batches
+_HELD_OUT = {
+    "position": "the end of each document, as there was too little text for whole ones",
+    "hash": "whole documents",
+    "given": "what the recipe names",
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ class TokenRows(Iterator[Batch]):
                 raise Act24Error("; ".join(changed))
             self.warnings += self._rows.adopt(was, position, grow)
         except Act24Error as error:
-            raise Act24Error(f"the data are not those of the saved position: {error}") from error
+            raise type(error)(f"the data are not those of the saved position: {error}") from error
         self._rows.load_state_dict(position)
         return self._state_of_rows()
 
@@ -297,6 +302,12 @@ def collate(
 def _change(key: str, was: Any, now: Any) -> str:
     if key == "heldout_files":
         return "the content of data.heldout_files is another"
+    if key == "heldout_by":
+        return (
+            f"it held out {_HELD_OUT.get(was, was)}, and would hold out {_HELD_OUT.get(now, now)} now, and "
+            "train on what it was evaluated on: go on with data.train_files and data.heldout_files as they "
+            "were, or begin another run with model.pretrained = the checkpoint"
+        )
     return f"{key} was {was!r} and is {now!r}"
 
 

@@ -100,7 +100,7 @@ class DealtRows(Rows):
 
 
 def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The position of a run, from the states of all its processes at one step.
+    """The position of a run, from the states of all its processes at one step, each as `check_position` says.
 
     Raises:
         ValueError: they are no such states, or of different steps.
@@ -113,9 +113,17 @@ def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 if index not in streams or streams[index]["rows"] < stream["rows"]:
                     streams[index] = stream
         fingerprint = states[0]["fingerprint"]
-        complete = set(streams) == {str(index) for index in range(fingerprint["streams"])}
+        count = len(streams)
+        complete = fingerprint["streams"] == count and set(streams) == {str(v) for v in range(count)}
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"it holds no position that this act24 reads ({error!r})") from error
     if len(rows) != 1 or not complete:
         raise ValueError(f"its processes stand at different rows, or some are missing: {sorted(rows)}")
-    return {"fingerprint": fingerprint, "position": {"row": rows.pop(), "streams": streams}}
+    row = rows.pop()
+    for index, stream in streams.items():
+        due = len(range(int(index), row, count))
+        if stream["rows"] != due:
+            raise ValueError(
+                f"position.streams.{index}.rows: {stream['rows']}, and {due} of {row} rows are of it"
+            )
+    return {"fingerprint": fingerprint, "position": {"row": row, "streams": streams}}

@@ -22,6 +22,7 @@ from act24.tools.data.encoding import known_encoding
 from act24.tools.data.files import Reading, find_files, known_as, read_documents
 from act24.tools.data.hub import hub_shards
 from act24.tools.data.identity import Listing, combined, identities, matched, shared
+from act24.tools.data.position import PositionError
 from act24.tools.data.shard import Shard, Split, is_heldout, part_by_hash, part_by_position, short_hash
 from act24.tools.data.tally import REMEMBERED, Tally
 
@@ -136,6 +137,8 @@ class Documents(Iterator[str]):
         self._shard, self._record = state["shard"], state["record"]
         self._found = self._record > 0 or self._passed > 0  # anything in this epoch, or it counts as empty
         self._order = self._order_of(self._epoch)
+        if self._shard > len(self._order):
+            raise PositionError(f"shard {self._shard} of {len(self._order)} is no saved position")
         self._records = self._open()
 
     def __next__(self) -> str:
@@ -198,7 +201,7 @@ class Documents(Iterator[str]):
             return mine and index >= start
 
         shard = self._shards[self._places[self._order[self._shard]]]
-        return itertools.islice(enumerate(shard(wanted)), start, None)
+        return _from_record(start, shard(wanted))
 
     def _order_of(self, epoch: int) -> list[int]:
         count = self._listing.count(epoch)
@@ -275,6 +278,16 @@ def open_documents(
         empty=empty,
         tally=how.tally,
     )
+
+
+def _from_record(start: int, records: Iterator[str | None]) -> Iterator[tuple[int, str | None]]:
+    """Records from `start` on, with their index."""
+    index = -1
+    for index, text in enumerate(records):
+        if index >= start:
+            yield index, text
+    if index + 1 < start:
+        raise PositionError(f"record {start} in a shard of {index + 1} is no saved position")
 
 
 @cache

@@ -44,9 +44,10 @@ class HashedFile:
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
     def sync(self) -> None:
-        """Force what was written to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Force what was written to the disk; a closed file has been."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if not self._file.closed:

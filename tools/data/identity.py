@@ -9,6 +9,7 @@ reading these bytes takes, at about 1 GB/s a core: 1 GB for C4's 1,024 files, on
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from act24.errors import Act24Error
+from act24.tools.data.position import PositionError
 
 WHOLE = 64 * 2**20  # bytes; larger files are sampled
 PIECES, PIECE = 16, 64 * 2**10
@@ -68,12 +70,22 @@ class Listing:
     def from_json(cls, saved: Any) -> Listing:
         """
         Raises:
-            Act24Error: it is no listing, or of an older act24.
+            PositionError: it is no listing, or of an older act24.
         """
         try:
-            return cls(tuple(saved["files"]), tuple((first, count) for first, count in saved["epochs"]))
+            listing = cls(tuple(saved["files"]), tuple((first, count) for first, count in saved["epochs"]))
+            firsts, counts = zip(*listing.epochs, strict=True)
+            known = all(isinstance(file, str) for file in listing.files)
+            whole = all(type(number) is int for number in (*firsts, *counts))
+            ascends = firsts[0] == 0 and all(a < b for a, b in itertools.pairwise(firsts))
+            good = known and whole and ascends and min(counts) > 0 and max(counts) <= len(listing.files)
         except (TypeError, ValueError, KeyError) as error:
-            raise Act24Error("its list of files is not one that this act24 reads") from error
+            raise PositionError("its list of files is not one that this act24 reads") from error
+        if not good:
+            raise PositionError(
+                f"its list of files is not one that this act24 writes: epochs {saved['epochs']}"
+            )
+        return listing
 
     def as_json(self) -> dict[str, Any]:
         return {"files": list(self.files), "epochs": [list(entry) for entry in self.epochs]}

@@ -1,8 +1,9 @@
 """Text to token shards (`act24 data prepare`): tokenise once, train many times, shuffle the whole corpus.
 
-What is written grows in `OUT.partial` and is renamed when it is whole. A journal in there says every
-`JOURNAL_TOKENS` up to where everything is on the disk; the same command goes on from there after a kill, a
-full disk or a bad record. A failure before the first such point leaves nothing.
+What is written grows in `OUT.partial` and is renamed when it is whole. A journal in there says up to where
+everything is on the disk: every `JOURNAL_TOKENS`, behind each split, and where the source fails or the user
+interrupts. The same command goes on from there, after a kill or a full disk as well. A failure before the
+first such point leaves nothing.
 """
 
 from __future__ import annotations
@@ -254,6 +255,7 @@ class _Writing:
         self._request = json.loads(
             json.dumps({**self._documents.fingerprint, "tokenizer": tokenizer.fingerprint, "limit": limit})
         )
+        self._place: dict[str, Any] | None = None  # behind the last document that this call wrote
         place = journal.place(split, self._request)
         self._done: dict[str, Any] = place["shards"] if place else {}  # shards that are full
         self._tokens, self._count = (place["tokens"], place["documents"]) if place else (1, 0)
@@ -271,13 +273,12 @@ class _Writing:
         """Write what is left of the split; what `index.json` says of it."""
         with self._boundaries, self._shard_at_hand():
             if not self._full():
-                for position, document in encoded(self._documents, self._tokenizer):
-                    self._add(document)
-                    progress(self._split, self._count, self._tokens)
-                    if self._journal.due(len(document)):
-                        self._save(position)
-                    if self._full():
-                        break
+                try:
+                    self._write_on(progress)
+                except (Act24Error, KeyboardInterrupt):  # not of this disk: what is written so far is good
+                    self._save()
+                    raise
+                self._save()
         return {
             "documents_written_from": self._documents.fingerprint,
             "tokens": self._tokens,
@@ -287,30 +288,42 @@ class _Writing:
             "remarks": self._documents.tally.lines(),
         }
 
+    def _write_on(self, progress: Progress) -> None:
+        for position, document in encoded(self._documents, self._tokenizer, late=True):
+            self._add(document)
+            self._place = {
+                "position": position,
+                "tokens": self._tokens,
+                "documents": self._count,
+                "shards": self._done,
+                "shard_bytes": self._shard.bytes,
+                "boundary_bytes": self._boundaries.bytes,
+            }
+            progress(self._split, self._count, self._tokens)
+            if self._journal.due(len(document)):
+                self._save()
+            if self._full():
+                break
+
     def _full(self) -> bool:
         return self._limit is not None and self._tokens > self._limit
 
     def _add(self, document: np.ndarray) -> None:
         if self._shard.bytes >= SHARD_TOKENS * self._dtype.itemsize:
             self._shard.close()
-            self._done[self._shard.path.name] = self._shard.facts()
+            self._done = {**self._done, self._shard.path.name: self._shard.facts()}
             self._shard = HashedFile(self._path())
         self._shard.write(document.astype(self._dtype).tobytes())
         self._tokens, self._count = self._tokens + len(document), self._count + 1
         self._boundaries.write(np.uint64(self._tokens).astype("<u8").tobytes())
 
-    def _save(self, position: dict[str, int]) -> None:
+    def _save(self) -> None:
+        """Note the place behind the last document, if there is one."""
+        if self._place is None:
+            return
         self._shard.sync()
         self._boundaries.sync()
-        place = {
-            "position": position,
-            "tokens": self._tokens,
-            "documents": self._count,
-            "shards": self._done,
-            "shard_bytes": self._shard.bytes,
-            "boundary_bytes": self._boundaries.bytes,
-        }
-        self._journal.write(self._split, self._request, place)
+        self._journal.write(self._split, self._request, self._place)
 
     def _path(self) -> Path:
         return self._folder / f"{self._split}-{len(self._done):05d}.bin"

@@ -16,6 +16,7 @@ import numpy as np
 from act24.errors import Act24Error
 from act24.tools.data.documents import Documents
 from act24.tools.data.permutation import permuted
+from act24.tools.data.position import PositionError
 from act24.tools.data.shards import TokenShards
 from act24.tools.data.shuffled import ShuffledDocuments
 from act24.tools.data.tally import Tally
@@ -61,21 +62,36 @@ class Rows(Iterator[np.ndarray], ABC):
         """Go there. The state must come from rows of the same fingerprint."""
 
 
-def encoded(documents: Texts, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Each document's tokens, end-of-text added, with the position of `documents` after it."""
-    while True:
+def encoded(
+    documents: Texts, tokenizer: Tokenizer, late: bool = False
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Each document's tokens, end-of-text added, with the position of `documents` after it.
+
+    Args:
+        late: raise what is wrong with the text behind all documents that stand before it. Otherwise it shows
+            a group ahead, at the start of a run rather than soon after.
+    """
+    failure: Act24Error | None = None
+    while failure is None:
         positions, texts, characters = [], [], 0
         while len(texts) < GROUP_DOCUMENTS and characters < GROUP_CHARACTERS:
-            text = next(documents, None)
+            try:
+                text = next(documents, None)
+            except Act24Error as error:
+                if not late:
+                    raise
+                failure = error
+                break
             if text is None:
                 break
             positions.append(documents.state_dict())
             texts.append(text)
             characters += len(text)
-        if not texts:
+        if not texts and failure is None:
             return
         for position, tokens in zip(positions, tokenizer.encode_batch(texts), strict=True):
             yield position, np.append(tokens, np.int32(tokenizer.eos_id))
+    raise failure
 
 
 class DocumentRows(Rows):
@@ -139,6 +155,10 @@ class DocumentRows(Rows):
         if self._tokens is None:
             self._after, self._tokens = next(self._encoded, (self._after, None))
             if self._tokens is not None:
+                if (size := len(self._tokens)) <= self._offset:
+                    raise PositionError(
+                        f"offset {self._offset} in a document of {size} tokens is no saved position"
+                    )
                 self._epochs = self._documents.epochs(self._after)
         return self._tokens
 
@@ -263,6 +283,8 @@ class ShardRows(Rows):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch, self._row = state["epoch"], state["row"]
+        if self._row > max(0, -(-(self._count - self._rank) // self._world_size)):
+            raise PositionError(f"row {self._row} of {self._count} rows an epoch is no saved position")
         self._block, self._places = -1, np.empty(0, dtype=np.int64)
 
     def __next__(self) -> np.ndarray:

@@ -26,6 +26,7 @@ from act24.errors import Act24Error, reading
 
 FORMAT = "act24 token shards 1"
 BOUNDARY_BYTES = 8
+PIECE = 2**20  # boundaries compared at once
 
 
 class _Part(BaseModel):
@@ -130,7 +131,8 @@ class TokenShards:
         self.remarks = [f"the text of {folder}: {line}" for line in part.remarks]
         self.tokens = int(self._ends[-1])
         self.documents = len(self._documents) - 1
-        if (self._documents[0], self._documents[-1]) != (1, self.tokens):
+        ends = (self._documents[0], self._documents[-1])
+        if ends != (1, self.tokens) or not _ascends(self._documents):
             raise Act24Error(f"{folder / name} does not fit the tokens beside it; prepare the data again")
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -147,6 +149,16 @@ class TokenShards:
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, end-of-text included."""
         return self.read(int(self._documents[index]), int(self._documents[index + 1]))
+
+
+def _ascends(boundaries: np.ndarray) -> bool:
+    """Whether each document has a token; then, with the ends right, all of them lie within the stream. C4's
+    365 million take some tenths of a second."""
+    return all(
+        bool((piece[1:] > piece[:-1]).all())
+        for start in range(0, len(boundaries), PIECE)
+        if len(piece := boundaries[start : start + PIECE + 1]) > 1
+    )
 
 
 def read_index(folder: Path) -> Index:

@@ -10,6 +10,7 @@ import numpy as np
 
 from act24.tools.data.documents import Documents
 from act24.tools.data.permutation import permuted
+from act24.tools.data.position import PositionError
 from act24.tools.data.tally import Tally
 
 
@@ -78,6 +79,8 @@ class ShuffledDocuments(Iterator[str]):
             for text in itertools.islice(self._documents, self._size):
                 texts.append(text)
                 self._epochs.append(self._documents.epoch)
+            if self._taken > len(texts):
+                raise PositionError(f"taken {self._taken} of {len(texts)} documents is no saved position")
             # Drawn by the place of the buffer, so that it does not matter who reads it, and when.
             place = (self._before[key] for key in ("epoch", "shard", "record", "passed"))
             drawn = np.random.SeedSequence([self._seed, *place]).generate_state(1)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
-from act24.tools.data import TokenRows, heldout_rows, merged_state, open_rows, pinned
+from act24.tools.data import TokenRows, heldout_rows, open_rows, pinned
 from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
@@ -34,12 +33,12 @@ from act24.tools.run.path import path_text
 from act24.tools.run.pretrained import beginning, close_source, resolved
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
+from act24.tools.run.saved import position_of, saved_position, saved_state
 from act24.tools.run.signals import StopRequest, stop_on_signal
 from act24.tools.run.step import StepResult, TrainingStep, accumulation
 from act24.tools.run.tuning import tune_
 from act24.tools.watch.monitor import Monitor
 from act24.tools.watch.statistics import SiteStatistics
-from act24.tools.watch.tensorboard import histories
 from act24.tools.watch.wandb_sync import close_wandb, open_wandb, require_wandb
 
 
@@ -150,14 +149,10 @@ class TrainingRun:
         self._schedule_steps = resumption.schedule_steps if resumption else recipe.train.steps
         self._step = start.step if start else 0
         self._tokens, self._skips, self._evaluation_due, log_state = 0, 0, False, None
+        saved = saved_state(start) if start else {}
         if start:
-            with contents_of(start.folder / "state.json"):
-                self._tokens, log_state = operator.index(start.state["tokens"]), start.state["log"]
-                self._skips = operator.index(start.state.get("skips", 0))
-                self._evaluation_due = bool(start.state.get("evaluation_due"))
-                # As the log will, when the run's folder is already written.
-                histories(log_state["histories"])
-                operator.index(log_state.get("skipped", 0))
+            self._tokens, log_state = saved["tokens"], saved["log"]
+            self._skips, self._evaluation_due = saved["skips"], saved["evaluation_due"]
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
@@ -166,17 +161,13 @@ class TrainingRun:
         where = {"vocab_size": model_config(recipe).vocab_size, "rank": rank, "world_size": world_size}
         read = (recipe.data, self._tokenizer)
         self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
-        position = None
-        if start:
-            with contents_of(start.folder / "rank-00000.json"):
-                position = merged_state([state["data"] for state in checkpoint.rank_states(start)])
+        position = saved_position(start) if start else None
         streams = position["fingerprint"]["streams"] if position else None
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, streams=streams, **where)
         self._built: Built = make(recipe, processes.device, self._step, self._measure)
         close_source()  # its weights are in the model now
         pipeline = self._built.pipeline
-        saved = start.state.get("products") if start else None
-        self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved)
+        self._products = {} if dry_run else tune_(pipeline, recipe, processes, saved.get("products"))
         if processes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of training; the tuner's operands are gone
         self.training_step = TrainingStep(self._built.model, recipe.train, processes, pipeline)
@@ -185,14 +176,15 @@ class TrainingRun:
         )
         if start and position:
             checkpoint.restore_(start, self._built.model, self._optimizer)
-            with contents_of(start.folder / "rank-00000.json"):
+            with position_of(start), contents_of(start.folder / checkpoint.rank_file(0)):
                 self._rows.load_state_dict(position, grow)
-        self._rows.start()
+        with position_of(start):
+            self._rows.start()
         self._count, self._waited = accumulation(recipe.train, world_size), 0.0
         self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
         check_together(lock)
-        self._wandb = open_wandb(recipe, None if dry_run else run_dir, start and start.state.get("wandb"))
+        self._wandb = open_wandb(recipe, None if dry_run else run_dir, saved.get("wandb"))
         if processes.is_main and not dry_run:
             describe_run(run_dir, recipe, str(self._built.pipeline), resumption)
         self.monitor = Monitor(

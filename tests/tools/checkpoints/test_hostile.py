@@ -14,10 +14,14 @@ from tiny import load_tiny
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from act24.errors import Act24Error
+from act24.recipes.load import parse_recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.manifest import MANIFEST, CheckpointError, contents, fingerprints, render
-from act24.tools.run.build import load
+from act24.tools.checkpoints.reading import contents_of
+from act24.tools.data import open_rows
+from act24.tools.run.build import load, tokenizer_of_run
 from act24.tools.run.evaluate import evaluate_checkpoint
+from act24.tools.run.saved import position_of, saved_position, saved_state
 from act24.tools.run.train import train
 
 OVERRIDES = ("train.steps=4", "schedule.warmup_steps=0", "checkpoint.every=2")
@@ -104,6 +108,84 @@ def weights(folder, mark):
 def with_skipped(folder, count):
     log = json.loads((folder / "state.json").read_text())["log"]
     return edited(folder / "state.json", log={**log, "skipped": count})
+
+
+def put(document, where, value):
+    """A copy of `document` with the value at a path of keys."""
+    if not where:
+        return value
+    return {**document, where[0]: put(document.get(where[0], {}), where[1:], value)}
+
+
+TEXT = ("data", "position", "streams", "0", "position")
+#: Positions and counters out of range, and the field that the refusal has to name. A position that only the
+#: text shows to be wrong is named by what it counts.
+OUT_OF_RANGE = [
+    ("rank-00000.json", (*TEXT, "offset"), -5, "position.offset: "),
+    ("rank-00000.json", (*TEXT, "offset"), 10**9, "offset 1000000000 in a document of"),
+    ("rank-00000.json", (*TEXT, "epochs"), ["a", "b"], "epochs.0: "),
+    ("rank-00000.json", (*TEXT, "epochs"), [5, 4], "epochs [5, 4]"),
+    ("rank-00000.json", (*TEXT, "document", "epoch"), -7, "document.epoch: "),
+    ("rank-00000.json", (*TEXT, "document", "shard"), 99, "shard 99 of"),
+    ("rank-00000.json", (*TEXT, "document", "shard"), 1.5, "document.shard: "),
+    ("rank-00000.json", (*TEXT, "document", "record"), -3, "document.record: "),
+    ("rank-00000.json", (*TEXT, "document", "record"), 77, "record 77 in a shard of"),
+    ("rank-00000.json", (*TEXT, "document", "passed"), "x", "document.passed: "),
+    ("rank-00000.json", (*TEXT, "document", "tally", "documents"), 10**400, "tally.documents: "),
+    ("rank-00000.json", (*TEXT[:3], "0", "files", "epochs"), [[0, 99]], "epochs [[0, 99]]"),
+    ("rank-00000.json", (*TEXT[:3], "0", "rows"), 1, "position.streams.0.rows: "),
+    ("rank-00000.json", ("data", "position", "row"), -1, "position.row: "),
+    ("rank-00000.json", ("data", "position", "row"), 10**30, "position.row: "),
+    ("rank-00000.json", ("data", "position", "row"), 10**15, "rows are of it"),
+    ("rank-00000.json", ("data", "fingerprint", "streams"), 2**30, "some are missing"),
+    ("state.json", ("tokens",), -1, "tokens: "),
+    ("state.json", ("tokens",), True, "tokens: "),
+    ("state.json", ("skips",), -(10**30), "skips: "),
+    ("state.json", ("schedule_steps",), 0, "schedule_steps: "),
+    ("state.json", ("evaluation_due",), "x", "evaluation_due: "),
+    ("state.json", ("wandb",), 5, "wandb: "),
+    ("state.json", ("products",), 5, "products: "),
+    ("state.json", ("products",), {"a": 1}, "products.machine: "),
+    ("state.json", ("log", "skipped"), 10**400, "log.skipped: "),
+    ("state.json", ("log", "alarmed"), 3, "log.alarmed: "),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "value", "said"),
+    OUT_OF_RANGE,
+    ids=[f"{name} {where[-1]} {index}" for index, (name, where, *_) in enumerate(OUT_OF_RANGE)],
+)
+def test_a_position_or_a_counter_out_of_range_is_named(copied, name, where, value, said):
+    """Read as a run does that goes on, without the model."""
+    content = json.loads((copied / name).read_text())
+    content = put(content, ("state", *where) if name.startswith("rank") else where, value)
+    replace(copied, name, json.dumps(content).encode())
+    start = checkpoint.load(copied)
+    recipe = parse_recipe(start.recipe_text, "recipe.toml")
+    with pytest.raises(CheckpointError) as caught:
+        go_on(start, recipe)
+    message = str(caught.value)
+    assert message.startswith(f"{copied / name}")
+    assert said in message
+    assert "\n" not in message
+    assert len(message) < 450
+
+
+def go_on(start, recipe):
+    saved_state(start)
+    position = saved_position(start)
+    tokenizer = tokenizer_of_run(recipe, start)
+    with open_rows(recipe.data, tokenizer, batch_size=4, vocab_size=300, streams=1) as rows:
+        with position_of(start), contents_of(start.folder / "rank-00000.json"):
+            rows.load_state_dict(position)
+        with position_of(start):
+            rows.start()
+
+
+def test_what_was_written_is_in_range(copied):
+    start = checkpoint.load(copied)
+    go_on(start, parse_recipe(start.recipe_text, "recipe.toml"))
 
 
 def huge_header(folder, mark):

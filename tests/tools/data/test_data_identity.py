@@ -215,6 +215,22 @@ def test_an_epoch_that_was_begun_stays_as_it_was(folder, opened, tokenizer, layo
             assert Counter(texts[ends - rows : ends - rows + 8]) == Counter([*old, *new.values()])
 
 
+@pytest.mark.parametrize("grow", [False, True])
+def test_text_that_was_split_by_position_does_not_grow(tmp_path, opened, grow):
+    """One text, its end held out; with forty more, whole documents would be. The way out is named."""
+    write(tmp_path, {"train.txt": "low rank two of four tokens\n" * 40})
+    data = section(tmp_path).model_copy(update={"heldout_files": ()})
+    _, state, _ = opened(data, 1)
+    write(tmp_path, {f"train{i}.txt": f"sparse graph {i}" for i in range(40)})
+    with pytest.raises(Act24Error, match="it held out the end of each document") as caught:
+        opened(data, 1, state, grow=grow)
+    assert "would hold out whole documents now" in str(caught.value)
+    assert str(caught.value).endswith("or begin another run with model.pretrained = the checkpoint")
+    for i in range(40):
+        (tmp_path / f"train{i}.txt").unlink()
+    opened(data, 1, state)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_what_was_added(folder, opened, world_size):
     ranks = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]

@@ -140,6 +140,36 @@ def test_a_bad_record_costs_nothing_that_was_written(tokenizer, tmp_path, often)
     assert said.endswith("1 dropped records")
 
 
+@pytest.mark.parametrize("failure", ["a bad line", "the user"])
+def test_a_small_corpus_is_kept_as_well(tokenizer, tmp_path, failure):
+    """Far below the tokens behind which an entry is due."""
+    lines = [json.dumps({"text": f"low rank {index}"}) for index in range(300)]
+    lines += ["{bad"] if failure == "a bad line" else []
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = data_from_argument(str(tmp_path / "a.jsonl"))
+
+    def end(split, documents, tokens):
+        if failure == "the user" and (split, documents) == ("train", 200):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises((Act24Error, KeyboardInterrupt)) as caught:
+        prepare_shards(data, tokenizer, out, progress=end)
+    if failure == "a bad line":
+        assert str(caught.value).endswith("out.partial: the same command goes on from there")
+    written = []
+    skipping = data.model_copy(update={"on_bad_record": "skip"})
+    index = prepare_shards(skipping, tokenizer, out, progress=lambda *where: written.append(where))
+    first = {split: next((n for s, n, _ in written if s == split), None) for split in ("heldout", "train")}
+    if failure == "a bad line":  # met while the held-out split is written; that goes on
+        assert first["heldout"] is None, "all of it was before that line"
+    else:
+        assert first == {"heldout": None, "train": 201}
+    prepare_shards(skipping, tokenizer, tmp_path / "straight")
+    assert content(out) == content(tmp_path / "straight")
+    assert index["splits"]["train"]["documents"] + index["splits"]["heldout"]["documents"] == 300
+
+
 @pytest.mark.parametrize(("bad", "enough"), [(10, True), (11, False)])
 def test_too_many_bad_records_are_refused(tokenizer, tmp_path, bad, enough):
     lines = [json.dumps({"text": f"low rank {index}"}) for index in range(300)]

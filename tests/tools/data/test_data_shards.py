@@ -1,9 +1,11 @@
 """Token shards: what is written is what packing gives, shuffled as a whole, and damage is found."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -153,6 +155,43 @@ def test_a_damaged_file_is_named(prepared, tokenizer):
         open_tokenizer(schema.Data(source="shards", shards=str(folder)), schema.Tokenizer())
 
 
+def _swapped(boundaries):
+    boundaries[1:-1] = boundaries[-2:0:-1]
+
+
+def _repeated(boundaries):
+    boundaries[2] = boundaries[1]
+
+
+def _far(boundaries):
+    boundaries[1:-1] = 2**63
+
+
+def _zero(boundaries):
+    boundaries[-2] = 0
+
+
+@pytest.mark.parametrize("change", [_swapped, _repeated, _far, _zero])
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_boundaries_that_do_not_ascend_are_refused_behind_valid_hashes(
+    sources, tmp_path, monkeypatch, change, piece
+):
+    monkeypatch.setattr("act24.tools.data.shards.PIECE", piece)
+    folder = tmp_path / "shards"
+    shutil.copytree(str(sources["shards"].shards), folder)
+    TokenShards(folder, "train")
+    path = folder / "train-documents.bin"
+    boundaries = np.fromfile(path, "<u8")
+    change(boundaries)
+    boundaries.tofile(path)
+    index = json.loads((folder / "index.json").read_text())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    index["splits"]["train"]["boundaries"][path.name]["sha256"] = sha256
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(Act24Error, match=r"train-documents\.bin does not fit the tokens beside it"):
+        TokenShards(folder, "train")
+
+
 def test_a_folder_that_was_not_prepared_is_named(tmp_path):
     with pytest.raises(Act24Error, match="is not a folder written by `act24 data prepare`"):
         TokenShards(tmp_path, "train")
@@ -196,9 +235,9 @@ def test_nothing_is_overwritten(corpora, tokenizer, tmp_path):
 
 def test_a_failure_leaves_nothing_behind(corpora, tokenizer, tmp_path, monkeypatch):
     data = corpora["text"].data()
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
-    bad = data.model_copy(update={"train_files": (str(tmp_path / "bad.jsonl"),)})
-    with pytest.raises(Act24Error, match="line 2"):
+    (tmp_path / "bad.jsonl").write_text("not JSON\n")
+    bad = data.model_copy(update={"heldout_files": (str(tmp_path / "bad.jsonl"),)})
+    with pytest.raises(Act24Error, match="line 1"):
         prepare_shards(bad, tokenizer, tmp_path / "out")
 
     def full(descriptor):
