@@ -40,7 +40,7 @@ _BEGINNING = '{"step": '  # of a line of the history
 _LONGEST_NAME = 100  # of a folder, in characters
 RECIPE, PLAN, HISTORY = "recipe.toml", "plan.txt", "history.jsonl"
 _OURS = re.compile(
-    r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+"
+    r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
 )
 
 
