@@ -17,6 +17,7 @@ import json
 import operator
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.files import whole_file
-from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
+from act24.tools.run.changes import Change, ScheduleChoice, are_scaled, changes, effects, schedule_line
 from act24.tools.run.lock import LOCK, RunError, run_lock
 
 _BEGINNING = '{"step": '  # of a line of the history
@@ -107,7 +108,11 @@ def resume_point(
         then = parse_recipe(opened.recipe_text, f"{folder}/recipe.toml")
     different, others = changes(then, recipe)
     if others:
-        raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}")
+        own = folder.parent.parent / RECIPE
+        raise RunError(
+            f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}"
+            + _way_on(then, recipe, others, own if own.exists() else folder / RECIPE, run_dir, resume)
+        )
     if recipe.train.steps < opened.step:
         raise RunError(f"train.steps is {recipe.train.steps}, and {folder} is behind that already")
     before = opened.manifest["world_size"]
@@ -120,6 +125,16 @@ def resume_point(
     if then.train.steps != recipe.train.steps or steps != computed_for:
         remarks.append(schedule_line(recipe, opened.step, computed_for, steps, then.train.steps))
     return Start(opened, steps, tuple(different), tuple(remarks))
+
+
+def _way_on(then: Recipe, now: Recipe, others: list[Change], own: Path, run_dir: Path, resume: str) -> str:
+    """What to do where only counts of steps differ: the command goes on with the run's `own` recipe."""
+    if not are_scaled(then, now, others):
+        return ""
+    command = ["act24", "train", str(own), "--set", f"train.steps={now.train.steps}"]
+    command += ["--run-dir", str(run_dir), "--resume", resume]
+    said = "; --scale-steps scales these: go on with the run's own recipe, and without it"
+    return f"{said}: {shlex.join(command)}"
 
 
 def _of_commit(manifest: dict[str, Any]) -> str:
@@ -149,11 +164,13 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
             )
         # One that ended before its first checkpoint.
         if folder is None and described.exists() and (text := read_text(described)):
-            _, others = changes(parse_recipe(text, str(described)), recipe)
+            then = parse_recipe(text, str(described))
+            _, others = changes(then, recipe)
             if others:
                 raise RunError(
                     f"{run_dir} holds a run of another recipe ({'; '.join(map(str, others[:4]))}): choose "
                     "another folder with --run-dir"
+                    + _way_on(then, recipe, others, described, run_dir, resume)
                 )
         return folder
     folder = last_checkpoint(Path(resume))
