@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import uuid
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +35,12 @@ from act24.tools.checkpoints.manifest import (
 )
 
 _NAMED = re.compile(r"(step-([0-9]{6,}))(?:\.(tmp|old|gone)-[0-9a-f]{12})?")
-_LITTER = (".nfs*", ".fuse_hidden*", ".DS_Store", "._*", "Thumbs.db", "desktop.ini")
+_LITTER = re.compile(r"\.nfs[0-9a-f]+|\.fuse_hidden[0-9a-f]+|\.DS_Store|Thumbs\.db|desktop\.ini")
+#: What a save writes (`checkpoint.py`), torch.distributed.checkpoint's own files among it.
+_WRITTEN = re.compile(
+    r"(model\.safetensors|(state|optimizer|plan|tokenizer|manifest|rank-[0-9]{5,})\.json|recipe\.toml"
+    r"|optimizer/(\.metadata(\.tmp)?|__[0-9]+_[0-9]+\.distcp))"
+)
 
 logger = logging.getLogger("act24")
 
@@ -253,7 +257,8 @@ def prune(
     Those whose step is a multiple of `keep_every` stay too, and the `keep_best` of least held-out loss, among
     those that have one, measured on the rows that the last such one was measured on. `written`, the one that
     was just published, stays whatever the others say. So does what is damaged, for
-    whoever wants to look at it, and what holds somebody else's files; the latter and what cannot be deleted
+    whoever wants to look at it, and what holds somebody else's files, also among what is left behind; the
+    latter and what cannot be deleted
     are warnings. A checkpoint is renamed before it is deleted, so that a deletion cut short leaves no half
     checkpoint.
     """
@@ -264,18 +269,16 @@ def prune(
     kept = {*all_complete[-keep:], *_best(all_complete, keep_best), written}
     kept |= {folder for folder in all_complete if keep_every and _step(folder) % keep_every == 0}
     old = [folder for folder in all_complete if folder not in kept]
-    for folder in leftovers:
-        _delete(folder)
-    for folder in old:
+    for folder in (*leftovers, *old):
         if reason := why_not_ours(folder):
-            logger.warning("the old checkpoint %s is kept: %s", folder, reason)
+            logger.warning("%s is kept: %s", folder, reason)
         else:
             _delete(folder)
 
 
 def _is_leftover(path: Path) -> bool:
     match = _NAMED.fullmatch(path.name)
-    return bool(match and match[3]) and not why_not_ours(path)
+    return bool(match and match[3])
 
 
 def _step(folder: Path) -> int:
@@ -305,19 +308,22 @@ def _delete(folder: Path) -> None:
 
 def why_not_ours(folder: Path) -> str:
     """Why something among the checkpoints must not be deleted: it holds what no save wrote; "" if it may."""
-    match = _NAMED.fullmatch(folder.name)
-    if match and match[3] in ("tmp", "gone"):
-        return ""
     if folder.is_symlink():
         return f"{folder} is a link"
+    match = _NAMED.fullmatch(folder.name)
+    unfinished = match and match[3] in ("tmp", "gone")  # and so maybe without a manifest
     try:
-        manifest, present = read_manifest_alone(folder), contents(folder)
-        other = _links_and_empty_folders(folder)
+        present, other = contents(folder), _links_and_empty_folders(folder)
+        if unfinished:
+            named = [name for name in present if _WRITTEN.fullmatch(name)]
+            other = [name for name in other if name != "optimizer" or (folder / name).is_symlink()]
+        else:
+            named = list(read_manifest_alone(folder)["files"])
     except CheckpointError as error:
         return str(error)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    foreign = [name for name in present if name not in manifest["files"] and not _is_litter(name)] + other
+    foreign = [name for name in present if name not in named and not _is_litter(name, present)] + other
     return f"{folder / foreign[0]} is not of this program" if foreign else ""
 
 
@@ -328,6 +334,8 @@ def _links_and_empty_folders(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in odd]
 
 
-def _is_litter(name: str) -> bool:
+def _is_litter(name: str, present: list[str]) -> bool:
     """Whether a file is what network disks and file managers leave, for as long as its folder exists."""
-    return any(fnmatch(PurePosixPath(name).name, pattern) for pattern in _LITTER)
+    path = PurePosixPath(name)
+    beside = path.name.startswith("._") and str(path.with_name(path.name[2:])) in present  # of a Mac
+    return beside or bool(_LITTER.fullmatch(path.name))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from act24.recipes.load import SCALED
+from act24.recipes.records import as_table
 from act24.recipes.schema import Recipe
 from act24.tools.run.optimizers import learning_rate
 
@@ -67,6 +69,17 @@ def changes(then: Recipe, now: Recipe) -> tuple[list[Change], list[Change]]:
         if old.get(key) != new.get(key)
     ]
     return [c for c in different if c.key in _EFFECTS], [c for c in different if c.key not in _EFFECTS]
+
+
+def are_scaled(then: Recipe, now: Recipe, others: Sequence[Change]) -> bool:
+    """Whether differences that make another run are only such as `--scale-steps` makes."""
+    keys = {f"{table}.{key}" for table in ("schedule", "optimizer") for key in SCALED[table]}
+
+    def fixed(recipe: Recipe) -> list[dict[str, Any]]:
+        tables = [as_table(p, "use") for p in recipe.passes]
+        return [{k: v for k, v in table.items() if k not in SCALED["passes"]} for table in tables]
+
+    return fixed(then) == fixed(now) and all(c.key in keys or c.key.startswith("passes.") for c in others)
 
 
 def effects(different: Sequence[Change]) -> list[str]:

@@ -17,6 +17,7 @@ import json
 import operator
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,14 +33,15 @@ from act24.tools.checkpoints.checkpoint import version
 from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
-from act24.tools.run.changes import Change, ScheduleChoice, changes, effects, schedule_line
+from act24.tools.files import whole_file
+from act24.tools.run.changes import Change, ScheduleChoice, are_scaled, changes, effects, schedule_line
 from act24.tools.run.lock import LOCK, RunError, run_lock
 
 _BEGINNING = '{"step": '  # of a line of the history
 _LONGEST_NAME = 100  # of a folder, in characters
 RECIPE, PLAN, HISTORY = "recipe.toml", "plan.txt", "history.jsonl"
 _OURS = re.compile(
-    r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+"
+    r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
 )
 
 
@@ -106,7 +108,11 @@ def resume_point(
         then = parse_recipe(opened.recipe_text, f"{folder}/recipe.toml")
     different, others = changes(then, recipe)
     if others:
-        raise RunError(f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}")
+        own = folder.parent.parent / RECIPE
+        raise RunError(
+            f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}"
+            + _way_on(then, recipe, others, own if own.exists() else folder / RECIPE, run_dir, resume)
+        )
     if recipe.train.steps < opened.step:
         raise RunError(f"train.steps is {recipe.train.steps}, and {folder} is behind that already")
     before = opened.manifest["world_size"]
@@ -119,6 +125,16 @@ def resume_point(
     if then.train.steps != recipe.train.steps or steps != computed_for:
         remarks.append(schedule_line(recipe, opened.step, computed_for, steps, then.train.steps))
     return Start(opened, steps, tuple(different), tuple(remarks))
+
+
+def _way_on(then: Recipe, now: Recipe, others: list[Change], own: Path, run_dir: Path, resume: str) -> str:
+    """What to do where only counts of steps differ: the command goes on with the run's `own` recipe."""
+    if not are_scaled(then, now, others):
+        return ""
+    command = ["act24", "train", str(own), "--set", f"train.steps={now.train.steps}"]
+    command += ["--run-dir", str(run_dir), "--resume", resume]
+    said = "; --scale-steps scales these: go on with the run's own recipe, and without it"
+    return f"{said}: {shlex.join(command)}"
 
 
 def _of_commit(manifest: dict[str, Any]) -> str:
@@ -146,12 +162,15 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
                 f"{run_dir} went on from {folder}, has no checkpoint of its own, and that one is gone: "
                 "bring it back, or choose another folder with --run-dir"
             )
-        if folder is None and described.exists():  # it ended before its first checkpoint
-            _, others = changes(parse_recipe(read_text(described), str(described)), recipe)
+        # One that ended before its first checkpoint.
+        if folder is None and described.exists() and (text := read_text(described)):
+            then = parse_recipe(text, str(described))
+            _, others = changes(then, recipe)
             if others:
                 raise RunError(
                     f"{run_dir} holds a run of another recipe ({'; '.join(map(str, others[:4]))}): choose "
                     "another folder with --run-dir"
+                    + _way_on(then, recipe, others, described, run_dir, resume)
                 )
         return folder
     folder = last_checkpoint(Path(resume))
@@ -179,8 +198,9 @@ def _history(run_dir: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() and not path.is_symlink() else "?"
         for line in filter(None, text.splitlines()):
-            with contextlib.suppress(ValueError) if line.startswith(_BEGINNING) else contextlib.nullcontext():
-                entries.append(json.loads(line))  # but for one that a full disk cut off
+            begun = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+            with contextlib.suppress(ValueError) if begun else contextlib.nullcontext():
+                entries.append(json.loads(line))  # but for one that a full disk cut off, of an older act24
         ours = all({"step", "act24", "time"} <= entry.keys() for entry in entries)
     except (OSError, ValueError, AttributeError, RecursionError):
         ours = False
@@ -200,7 +220,7 @@ def _refuse_others_files(run_dir: Path, entries: list[dict[str, Any]], recipe: s
     """Raises RunError for a recipe.toml or plan.txt that no run wrote here, or somebody has edited since."""
     if entries and "sha256" not in entries[-1]:  # of an older act24, which kept no hashes
         return
-    for name, equal in ((RECIPE, recipe), (PLAN, None)):
+    for name, equal in ((RECIPE, recipe), (PLAN, "")):
         path = run_dir / name
         if not os.path.lexists(path):
             continue
@@ -209,7 +229,8 @@ def _refuse_others_files(run_dir: Path, entries: list[dict[str, Any]], recipe: s
         with contents_of(path):
             content = path.read_bytes()
         written = [entry.get("sha256", {}).get(name) for entry in entries]
-        if hashlib.sha256(content).hexdigest() not in written and content != (equal or "").encode():
+        # Empty is what an older act24 left that was killed there; nothing of anybody is lost with it.
+        if content and hashlib.sha256(content).hexdigest() not in written and content != equal.encode():
             raise RunError(_in_the_way(path))
 
 
@@ -263,8 +284,8 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
         )
     _refuse_others_files(run_dir, _history(run_dir), dump_recipe(recipe))
     described = run_dir / RECIPE
-    if described.exists():
-        _, others = changes(parse_recipe(read_text(described), str(described)), recipe)
+    if described.exists() and (text := read_text(described)):
+        _, others = changes(parse_recipe(text, str(described)), recipe)
         if others:
             raise RunError(
                 f"{run_dir} holds a run of another recipe ({others[0]}); choose another with --run-dir"
@@ -273,7 +294,7 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
 
 def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: Start | None) -> None:
     """Write into a run's folder what it is a run of, and that it begins, or from where it goes on and with
-    what changes.
+    what changes. Wherever that is cut off, the run can be gone on with.
 
     Raises:
         RunError: the folder cannot be written.
@@ -288,10 +309,12 @@ def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: Start | None) 
     entry["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     history = run_dir / HISTORY
     try:
-        cut_off = history.exists() and not history.read_bytes().endswith(b"\n")
-        with open(history, "a", encoding="utf-8") as file:  # first: it says that the others are of a run
-            file.write("\n" * cut_off + json.dumps(entry) + "\n")
+        past = history.read_bytes() if history.exists() else b""
+        past += b"\n" if past and not past.endswith(b"\n") else b""
+        # The history first: it says that the others, old and new, are of a run.
+        files = {HISTORY: past + f"{json.dumps(entry)}\n".encode(), **files}
         for name, content in files.items():
-            (run_dir / name).write_bytes(content)
+            with whole_file(run_dir / name) as partial:
+                partial.write_bytes(content)
     except OSError as error:
         raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None

@@ -144,7 +144,7 @@ def _locked(path: Path) -> int:
                 path.parent,
                 error.strerror,
             )
-        if os.pread(descriptor, 8, 0) not in (b"", b"process "):
+        if not b"process ".startswith(os.pread(descriptor, 8, 0)):  # a full disk may have cut it off
             os.close(descriptor)
             raise RunError(_foreign(path))
         os.ftruncate(descriptor, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -48,7 +49,11 @@ def stopped_status(what: str = "stopped before the first step, nothing to save")
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first of the signals into a request. A second one ends the process at once.
+    """Turn the first of the signals into a request. What follows must not take the work from who saves it:
+    one stop often arrives twice, from a scheduler and from `torchrun`, which passes on what it gets itself.
+
+    So from then on SIGTERM and SIGHUP are ignored. A second Ctrl-C ends the process at once, also inside a
+    library; below `torchrun` that is ignored too, and is the launcher's to heed. SIGKILL ends anything.
 
     A signal that is ignored stays so: `nohup` is how a user says that a hangup is to be ignored. Python heeds
     signals between its own instructions, so one that comes inside a library (a compilation) is heeded when
@@ -61,7 +66,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number).name
         for other in handled:
-            signal.signal(other, signal.SIG_DFL)
+            insists = other == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
+            signal.signal(other, signal.SIG_DFL if insists else signal.SIG_IGN)
         if request.at_once:
             raise Stopped(request.signal)
 

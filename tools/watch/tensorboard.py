@@ -31,6 +31,9 @@ from act24.tools.watch.heatmap import History
 
 ACROSS_LAYERS = ("mean_across_layers", "min_across_layers", "max_across_layers")
 
+#: Of event files: tells ours from those that another program writes beside them (`tools/run/folder.py`).
+EVENTS_SUFFIX = ".act24"
+
 logger = logging.getLogger("act24")
 
 Write = TypeVar("Write", bound=Callable[..., None])
@@ -74,7 +77,7 @@ class RunLog:
         self._histories = histories(state or {})
         # A new run gets a start event too: TensorBoard's server hides nothing at the first of a folder.
         first_step = 0 if resumed_from is None else resumed_from + 1
-        self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
+        self._writer = SummaryWriter(str(run_dir), purge_step=first_step, filename_suffix=EVENTS_SUFFIX)
         self._writer.add_custom_scalars(layout(layer_tags))
 
     @_never_fatal

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from act24.tools.checkpoints import folder as cf
+from act24.tools.checkpoints.checkpoint import MODEL_FILES
 from act24.tools.checkpoints.manifest import (
     FORMAT,
     MANIFEST,
@@ -95,7 +96,8 @@ def test_files_missing_or_of_another_length_are_named_and_not_latest(tmp_path, c
     assert str(bad) in caplog.text
 
 
-FOREIGN = [".nfs000000000123", ".DS_Store", "notes.txt", "optimizer/._x", "optimizer/.nfs0001"]
+LITTER = [".nfs000000000123", ".DS_Store", "._state.json", "optimizer/.nfs0001"]
+FOREIGN = [*LITTER, "notes.txt", "._notes", ".nfsthesis"]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -113,13 +115,59 @@ def test_prune_deletes_litter_and_keeps_what_somebody_wrote(tmp_path, caplog, na
     new = write(tmp_path, 2)
     with caplog.at_level(logging.WARNING, "act24"):
         cf.prune(tmp_path, keep=1, written=new)
-    if name == "notes.txt":
+    if name not in LITTER:
         assert (old / name).read_text() == "mine"
         assert "is kept" in caplog.text
-        assert "notes.txt is not of this program" in caplog.text
+        assert f"{name} is not of this program" in caplog.text
         verify(old)
     else:
         assert [path.name for path in new.parent.iterdir()] == [new.name]
+
+
+@pytest.mark.parametrize("kind", ["tmp", "gone"])
+@pytest.mark.parametrize("name", ["thesis.txt", "optimizer/notes.txt", "photos/cat.jpg", "._notes"])
+def test_prune_keeps_a_leftover_that_holds_what_no_save_writes(tmp_path, caplog, kind, name):
+    """A folder of such a name was never looked into."""
+    new = write(tmp_path, 2)
+    left = new.with_name(f"step-000001.{kind}-0123456789ab")
+    (left / name).parent.mkdir(parents=True)
+    (left / name).write_text("mine")
+    (left / "state.json").write_text("{")
+    with caplog.at_level(logging.WARNING, "act24"):
+        cf.prune(tmp_path, keep=1, written=new)
+    assert (left / name).read_text() == "mine"
+    assert f"{left} is kept: {left / name} is not of this program" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["tmp", "gone"])
+@pytest.mark.parametrize("link", ["", "optimizer", "state.json"], ids=["itself", "a folder", "a file"])
+def test_prune_keeps_a_leftover_with_a_link(tmp_path, caplog, kind, link):
+    there = tmp_path / "precious"
+    there.mkdir()
+    (there / ".metadata").write_text("mine")
+    new = write(tmp_path, 2)
+    left = new.with_name(f"step-000001.{kind}-0123456789ab")
+    if link:
+        left.mkdir()
+    (left / link).symlink_to(there)
+    with caplog.at_level(logging.WARNING, "act24"):
+        cf.prune(tmp_path, keep=1, written=new)
+    assert (left / link).is_symlink()
+    assert (there / ".metadata").read_text() == "mine"
+    assert f"{left} is kept" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["tmp", "gone"])
+def test_prune_deletes_what_a_save_left_at_any_point(tmp_path, kind):
+    new = write(tmp_path, 2)
+    names = [*FILES, *MODEL_FILES, "optimizer.json", "rank-00000.json", "optimizer/.metadata.tmp"]
+    for count in range(-1, len(names)):
+        left = new.with_name(f"step-000001.{kind}-{count + 1:012x}")
+        (left / "optimizer" if count >= 0 else left).mkdir(parents=True)
+        for name in names[: max(count, 0)]:
+            (left / name).write_text("{")
+    cf.prune(tmp_path, keep=1, written=new)
+    assert [path.name for path in new.parent.iterdir()] == [new.name]
 
 
 @pytest.mark.parametrize("what", ["checkpoint with a note", "folder"])

@@ -70,13 +70,13 @@ def test_of_all_that_kills_leave_of_a_step_the_counter_decides(tmp_path, named, 
         path = folder.with_name(f"step-000004{suffix and suffix + '0123456789ab'}")
         path.mkdir()
         (path / "state.json").write_text(f"{suffix} {state}")
-        (path / "other").write_text("")
+        (path / "plan.json").write_text("")
         sequence = COUNTERS[state][index] if state in COUNTERS else 9
         manifest = {"format": FORMAT, "step": 6 if state == "of another step" else 4, "sequence": sequence}
         manifest["files"] = fingerprints(path, contents(path))
         (path / MANIFEST).write_text(render(manifest))
         if state == "without a file":
-            (path / "other").unlink()
+            (path / "plan.json").unlink()
         if state in COUNTERS:
             whole[sequence] = f"{suffix} {state}"
     assert cf.next_sequence(tmp_path) > max(whole, default=0)

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import pkgutil
 import shutil
 import struct
 import zipfile
@@ -11,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 from tiny import load_tiny
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from act24.errors import Act24Error
 from act24.recipes.load import parse_recipe
-from act24.tools.checkpoints import checkpoint
+from act24.tools.checkpoints import checkpoint, reading
 from act24.tools.checkpoints.manifest import MANIFEST, CheckpointError, contents, fingerprints, render
 from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import open_rows
@@ -93,6 +94,18 @@ def elsewhere(folder, mark):
 
 def bomb(folder, mark):
     return pickle.dumps(Bomb(mark))
+
+
+def built(module, name, state):
+    """Opcodes that set `state` on what a pickle may name, and take it off the stack."""
+    one = b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+    return one + pickle.dumps(state, 2)[2:-1] + b"b0"
+
+
+def with_a_class_rebuilt(folder, mark):
+    """The real metadata, behind opcodes that replace a method of Path for the whole process."""
+    real = (folder / "optimizer" / ".metadata").read_bytes()
+    return real[:2] + built("pathlib", "Path", (None, {"is_symlink": torch.Size})) + real[2:]
 
 
 def nested(folder, mark):
@@ -196,6 +209,7 @@ def huge_header(folder, mark):
 HOSTILE = {
     ("optimizer/.metadata", "code"): (bomb, "has no business there"),
     ("optimizer/.metadata", "any object"): (with_entry, "BytesStorageMetadata has no business there"),
+    ("optimizer/.metadata", "a class rebuilt"): (with_a_class_rebuilt, "is no record"),
     ("optimizer/.metadata", "another folder"): (elsewhere, "is no file of this folder"),
     ("optimizer/.metadata", "no pickle"): (lambda f, m: b"\x00" * 40, "does not hold"),
     ("optimizer/.metadata", "another record"): (
@@ -257,6 +271,36 @@ def test_a_hostile_file_runs_nothing_and_is_named(tiny, copied, tmp_path, name, 
     if name in checkpoint.MODEL_FILES and name != "state.json":
         with pytest.raises(Act24Error):
             evaluate_checkpoint(copied)
+
+
+@pytest.mark.parametrize("state", [(None, {"mark": 1}), {"mark": 1}, [1]], ids=["slots", "a dict", "a list"])
+def test_nothing_that_a_pickle_may_name_is_altered_by_it(state):
+    """pathlib.Path.is_symlink was torch.Size for the whole process, and the run went on."""
+    named = [(module, name) for module, names in reading._RECORDS.items() for name in sorted(names)]
+    for module, name in [*named, ("torch", "float32")]:
+        try:
+            one = pkgutil.resolve_name(f"{module}:{name}")
+        except ImportError:  # a module of another Python
+            continue
+        before = dict(vars(one)) if hasattr(one, "__dict__") else {}
+        with pytest.raises(pickle.UnpicklingError, match="is no record"):
+            reading._RecordUnpickler(io.BytesIO(b"\x80\x02" + built(module, name, state) + b"N.")).load()
+        assert (dict(vars(one)) if hasattr(one, "__dict__") else {}) == before
+
+
+@pytest.mark.parametrize("state", [{"__class__": 1}, {"keys": 1}, (None, {"fqn": 1}), [1], 5, None])
+def test_a_record_has_its_own_fields_and_no_others(state):
+    record = pickle.dumps(MetadataIndex("weight"), 2)
+    refused = pickle.UnpicklingError, AttributeError
+    with pytest.raises(refused):
+        reading._RecordUnpickler(io.BytesIO(record[:-1] + pickle.dumps(state, 2)[2:-1] + b"b.")).load()
+
+
+def test_every_record_of_a_checkpoint_is_read_as_pickle_reads_it(a_run):
+    content = (a_run / "checkpoints" / "step-000002" / "optimizer" / ".metadata").read_bytes()
+    read = reading._RecordUnpickler(io.BytesIO(content)).load()
+    assert len(read.state_dict_metadata) > 10
+    assert read == pickle.loads(content)
 
 
 MANIFESTS = {

@@ -56,6 +56,10 @@ FOREIGN = {
     "a file among the checkpoints": "checkpoints/best.txt",
     "a folder among the checkpoints": "checkpoints/step-000001/weights.bin",
     "a file in a checkpoint": "checkpoints/step-000002/notes.txt",
+    "a file in what a save left": "checkpoints/step-000001.tmp-0123456789ab/thesis.txt",
+    "a file in what was being deleted": "checkpoints/step-000002.gone-0123456789ab/thesis.txt",
+    "a file like a Mac's": "checkpoints/step-000002/._notes",
+    "another program's events": "events.out.tfevents.1700000000.myhost.77.0",
     "a file deep in a checkpoint": "checkpoints/step-000002/optimizer/notes.txt",
 }
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shlex
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import load_tiny
 
+from act24.recipes.load import load_recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.run import step as step_module
+from act24.tools.run.folder import describe_run, resume_point
 from act24.tools.run.lock import RunError
 from act24.tools.run.train import TrainingError, train
 
@@ -47,6 +50,29 @@ LENGTHENED = {
     "held": ("hold", lambda step: cosine(min(step, 7), 8), "stays at its last value, 0.0016"),
     "stretched": ("stretch", lambda step: cosine(step, 12), "recomputed for 12 steps"),
 }
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "killed before its first save"])
+def test_a_run_of_scaled_steps_is_lengthened_with_its_own_recipe(tiny_file, tmp_path, saved):
+    """The command with another train.steps is of another recipe, and said so without a way out."""
+    run_dir = tmp_path / "a run"
+    recipe = lambda n: load_recipe(str(tiny_file), [f"train.steps={n}", "eval.tokens=100"], scale_steps=True)  # noqa: E731
+    if saved:
+        train(recipe(4), run_dir)
+    else:
+        run_dir.mkdir()
+        describe_run(run_dir, recipe(4), "", None)
+    with pytest.raises(RunError, match=r"passes\.1 was .*--scale-steps scales these: .*own recipe") as error:
+        resume_point(run_dir, "auto", recipe(12))
+    program, *words = shlex.split(str(error.value).rpartition("without it: ")[2])
+    assert (program, words[0]) == ("act24", "train")
+    assert words[4:] == ["--run-dir", str(run_dir), "--resume", "auto"]
+    start = resume_point(run_dir, "auto", load_recipe(words[1], [words[3]]))
+    assert [change.key for change in start.changes] == ["train.steps"] if saved else start is None
+    other = load_recipe(str(tiny_file), ["train.steps=8", "train.seed=3"], scale_steps=True)
+    with pytest.raises(RunError) as error:
+        resume_point(run_dir, "auto", other)
+    assert "--scale-steps" not in str(error.value)
 
 
 @pytest.mark.parametrize(("schedule", "rate", "said"), LENGTHENED.values(), ids=LENGTHENED.keys())

@@ -1,5 +1,6 @@
-"""The first signal asks, the second ends; afterwards all is as it was."""
+"""The first signal asks, a second Ctrl-C ends; afterwards all is as it was."""
 
+import itertools
 import os
 import signal
 
@@ -31,12 +32,21 @@ def test_before_there_is_anything_to_save_it_ends_at_once(number):
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
-def insists():
+def insists(signals, launched):
+    if launched:
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
     with stop_on_signal() as stop:
         stop.at_once = False
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in signals:
+            os.kill(os.getpid(), number)
+        assert stop.signal == signals[0].name
+        os._exit(0)  # what was to be saved is saved
 
 
-def test_the_second_ends():
-    assert exit_code(insists) == -signal.SIGTERM
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "below torchrun"])
+def test_a_stop_that_arrives_twice_is_one_and_only_ctrl_c_insists(launched):
+    """The second one ended the process, and with it the work: torchrun passes on what a scheduler sends."""
+    for first, second in itertools.product(SIGNALS, SIGNALS):
+        ends = second == signal.SIGINT and not launched
+        code = exit_code(insists, (first, second, second), launched)
+        assert code == (-second if ends else 0), (first, second)

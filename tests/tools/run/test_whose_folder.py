@@ -1,7 +1,11 @@
 """What somebody else wrote into a run's folder stays; a folder that is another one now is left alone."""
 
+import contextlib
+import errno
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny import load_tiny
@@ -11,7 +15,7 @@ from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.commands import demo
 from act24.tools.run import train as train_module
-from act24.tools.run.folder import clear_run
+from act24.tools.run.folder import clear_run, describe_run, resume_point
 from act24.tools.run.lock import LOCK, RunError, run_lock
 from act24.tools.run.train import train
 
@@ -93,6 +97,73 @@ def test_a_run_goes_on_after_its_recipe_changed_and_its_history_was_cut_off(tiny
         file.write('{"step": 7, "fr')  # the disk was full
     for steps in (8, 9):
         assert train(tiny(*OVERRIDES, f"train.steps={steps}"), copied, resume="auto").step == steps
+
+
+class Disk:
+    """Ends the process, or is full, at its n-th touch. A process that is dead touches nothing more."""
+
+    def __init__(self, monkeypatch, last, full):
+        self.left, self.full = last, full
+        replace, unlink = os.replace, Path.unlink
+
+        def write(path, content):
+            with open(path, "wb") as file:
+                for part in (content[: len(content) // 2], content[len(content) // 2 :]):
+                    self.touch()
+                    file.write(part)
+            self.touch()
+
+        monkeypatch.setattr(Path, "write_bytes", write)
+        monkeypatch.setattr(Path, "unlink", lambda *a, **b: (self.touch(frees=True), unlink(*a, **b))[1])
+        monkeypatch.setattr(os, "replace", lambda *a: (self.touch(), replace(*a), self.touch())[1])
+
+    def touch(self, frees=False):
+        self.left -= 1
+        if self.full and self.left == 0 and not frees:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if not self.full and self.left <= 0:
+            raise Killed
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["a kill", "a full disk"])
+@pytest.mark.parametrize("begun", [0, 2], ids=["at the first start", "at a later one"])
+def test_a_description_that_is_cut_off_anywhere_blocks_no_run(tiny, tmp_path, monkeypatch, begun, full):
+    """recipe.toml was written over in place: what was cut off was "not as act24 wrote it" for ever."""
+    recipes = [tiny(*OVERRIDES, f"train.steps={steps}") for steps in (7, 8, 9)]
+    texts = {dump_recipe(recipe) for recipe in recipes}
+    for last in range(1, 100):
+        run_dir = tmp_path / str(last)
+        run_dir.mkdir()
+        for recipe in recipes[:begun]:
+            describe_run(run_dir, recipe, "a plan", None)
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, last, full)
+            with contextlib.suppress(Killed, RunError):
+                describe_run(run_dir, recipes[2], "another plan", None)
+        for recipe in reversed(recipes):  # the same command once more, and that of before
+            assert resume_point(run_dir, "auto", recipe) is None
+            assert not (run_dir / "recipe.toml").exists() or (run_dir / "recipe.toml").read_text() in texts
+            describe_run(run_dir, recipe, "a third plan", None)
+        if disk.left > 0:
+            break
+    assert last >= 15  # three files, five touches each
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "plan.txt", "history.jsonl"])
+def test_what_an_older_act24_left_half_written_blocks_no_run(tiny, tmp_path, name):
+    describe_run(tmp_path, tiny(*OVERRIDES), "a plan", None)
+    if name == "history.jsonl":
+        with open(tmp_path / name, "a") as file:
+            file.write('{"st')
+    else:
+        (tmp_path / name).write_text("")
+    assert resume_point(tmp_path, "auto", tiny(*OVERRIDES, "train.steps=7")) is None
+
+
+def test_a_lock_whose_text_a_full_disk_cut_off_is_still_ours(tmp_path):
+    (tmp_path / LOCK).write_text("proc")
+    with run_lock(tmp_path):
+        assert (tmp_path / LOCK).read_text().startswith("process ")
 
 
 def test_the_demo_deletes_no_folder_of_the_names_of_a_run(tiny, tmp_path):
