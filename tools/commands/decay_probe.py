@@ -90,7 +90,7 @@ def probe_decays(
         for decay, probed in variants:
             passes = tuple(probed if p is sparse else p for p in recipe.passes)
             varied = recipe.model_copy(update={"passes": passes})
-            rate, loss = _run(varied, probed, steps, decay is None, processes)
+            rate, loss = _run(varied, steps, decay is None, processes)
             dense_rate = probes[0].flip_rate if probes else rate
             probes.append(Probe(decay, rate, rate / dense_rate if dense_rate else float("nan"), loss))
             say(describe(probes[-1]))
@@ -152,12 +152,11 @@ def _probed(recipe: Recipe) -> Weight24:
     return sparse
 
 
-def _run(
-    recipe: Recipe, sparse: Weight24, steps: int, dense: bool, processes: Processes
-) -> tuple[float, float]:
+def _run(recipe: Recipe, steps: int, dense: bool, processes: Processes) -> tuple[float, float]:
     """Mean flip rate and loss over the second half of a run."""
     built = build(recipe, processes.device)
     pipeline = built.pipeline
+    sparse = next(p for p in pipeline.passes if isinstance(p, Weight24))
     rows = open_rows(
         recipe.data,
         open_tokenizer(recipe.data, recipe.tokenizer),
