@@ -102,9 +102,16 @@ class Updates:
         """Of whichever kind, wrapped or made anew: there is nothing to attach, and nothing to forget."""
         this = weakref.ref(self)
 
-        def before(optimizer: Optimizer, *_: Any) -> None:
-            if (updates := this()) is not None and updates._updated_by(optimizer):
-                updates.decay_(_parameters(optimizer), "before_clipping", "after_clipping")
+        def before(
+            optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if (updates := this()) is None or not updates._updated_by(optimizer):
+                return None
+            named = {**dict(zip(("self", "closure"), args, strict=False)), **kwargs}
+            if (closure := named.pop("closure", None)) is not None:  # that makes the gradients
+                return args[:1], {**kwargs, "closure": updates._decaying_closure(closure, optimizer)}
+            updates._decay_at_step(optimizer)
+            return None
 
         def after(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None and updates._updated_by(optimizer):
@@ -112,6 +119,24 @@ class Updates:
 
         for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
             weakref.finalize(self, hook.remove)
+
+    def _decay_at_step(self, optimizer: Optimizer) -> None:
+        self.decay_(_parameters(optimizer), "before_clipping", "after_clipping")
+
+    def _decaying_closure(self, closure: Callable[[], object], optimizer: Optimizer) -> Callable[[], object]:
+        """A closure of `optimizer.step` behind which gradients have their decay, each time it is called."""
+        again = False
+
+        def decaying() -> object:
+            nonlocal again
+            if again:  # as L-BFGS does: these gradients are new
+                self._decayed.clear()
+            again = True
+            result = closure()
+            self._decay_at_step(optimizer)
+            return result
+
+        return decaying
 
     def _updated_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer makes a step of this model: the hooks see those of every model there is."""
@@ -166,6 +191,7 @@ class Updates:
         without: Sequence[str],
         loop_decays: bool,
     ) -> str | None:
+        self.after_forward()
         pipeline = self.pipeline
         _refuse_to_guess(pipeline, reduce, rank)
         pipeline.lower_(step, without)
@@ -202,6 +228,7 @@ class Updates:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Forwards are none of an update's micro-batches, and are as the caller has lowered the model."""
+        self.after_forward()
         before, self._held = self._held, True
         try:
             yield
@@ -262,9 +289,11 @@ class Updates:
         self._read_attention_mask(kwargs.get("attention_mask"))
         if self._held or torch._C._current_graph_task_id() != -1:  # a recomputation in backward
             return
+        self.after_forward()
         if not module.training:
-            self._entered = ExitStack()
-            self._entered.enter_context(self._as_served(self._goes_on(kwargs.get("past_key_values"))))
+            entered = ExitStack()
+            entered.enter_context(self._as_served(self._goes_on(kwargs.get("past_key_values"))))
+            self._entered = entered
         elif torch.is_grad_enabled():
             renewing = [p for p in self.pipeline.passes if self._trains(p)]
             if renewing and not self._begun:
@@ -304,6 +333,7 @@ class Updates:
         return isinstance(p, OperationalPass) and p.renews and (p in active or p.in_evaluation() in active)
 
     def after_forward(self) -> None:
+        """Also where the next thing begins: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
         if self._entered is not None:
             self._entered.close()
             self._entered = None

@@ -240,6 +240,64 @@ def test_masked_decay_enters_where_it_is_published_once_an_update(method: Any, l
         torch.testing.assert_close(p, before[n] - update, rtol=1e-5, atol=1e-6, msg=n)
 
 
+@pytest.mark.parametrize("method", ["transposable", "sr_ste"])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_decay_enters_gradients_that_a_closure_of_the_step_makes(method: Any, keyword: bool) -> None:
+    """Lightning's loop hands zero_grad, forward and backward to the step as a closure."""
+
+    def stepped(by_closure: bool) -> dict[str, Tensor]:
+        model, pipeline = rewritten(Weight24(scope="mlp", method=method, weight_gradient="dense", decay=0.5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            return loss
+
+        for step in range(2):
+            pipeline.begin_update_(step)
+            if by_closure:
+                loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+                assert isinstance(loss, Tensor)
+            else:
+                closure()
+                optimizer.step()
+        return {n: p.detach() for n, p in model.named_parameters()}
+
+    expected = stepped(False)
+    for name, found in stepped(True).items():
+        assert torch.equal(found, expected[name]), name
+
+
+def test_an_evaluation_that_was_interrupted_leaves_no_masks_behind() -> None:
+    """PyTorch calls no hook behind a forward that Ctrl-C ends."""
+
+    def trained(interrupted: bool) -> dict[str, Tensor]:
+        model, pipeline = rewritten(Weight24(scope="mlp", method="transposable", mask_every=2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(4):
+            if interrupted and step == 2:
+
+                def stop(*_: Any) -> None:
+                    raise KeyboardInterrupt
+
+                handle = model.get_submodule("model.layers.1").register_forward_pre_hook(stop)
+                with pytest.raises(KeyboardInterrupt):
+                    loss_of(model.eval())
+                handle.remove()
+                model.train()
+            pipeline.begin_update_(step)
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {**dict(model.named_buffers()), **{n: p.detach() for n, p in model.named_parameters()}}
+
+    expected = trained(False)
+    for name, found in trained(True).items():
+        assert torch.equal(found, expected[name]), name
+
+
 def test_a_gradient_that_autograd_did_not_add_up_has_its_decay_at_the_optimizers_step() -> None:
     model, pipeline = rewritten(Weight24(scope="mlp", method="sr_ste", decay=0.5))
     name = "model.layers.0.mlp.up_proj.weight"

@@ -163,7 +163,7 @@ def save(
             raise
         if rank() == 0:
             check_folder()  # a folder that is another one now has no file of this save
-        last = _last_good(run_dir)
+        last = _last_good(run_dir, written)
         raise CheckpointError(
             f"step {step} could not be saved in {folder.parent}: {error}; "
             + (f"the last good checkpoint is {last}" if last else "there is no older checkpoint")
@@ -328,12 +328,13 @@ def _mine(work: Callable[[], T]) -> T:
     return results[0]
 
 
-def _last_good(run_dir: Path) -> Path | None:
-    """For a message: what cannot be used is none."""
+def _last_good(run_dir: Path, abandoned: Path) -> Path | None:
+    """For a message: what cannot be used is none, nor is what the first process is about to delete."""
     try:
-        return checkpoint_folder.latest(run_dir)
+        usable = [path for path in checkpoint_folder.complete(run_dir) if path != abandoned]
     except CheckpointError:
         return None
+    return usable[-1] if usable else None
 
 
 def _copy_(targets: dict[str, Tensor], weights: dict[str, Tensor]) -> None:

@@ -142,7 +142,8 @@ def process(rank, directory, device):
         for failing in (0, 1):
             fails_on_both(run, model, optimizer, failing, Path, "write_text")
             fails_on_both(run, model, optimizer, failing, FileSystem, "create_stream")
-            fails_on_both(run, model, optimizer, failing, checkpoint_folder, "sync")
+            fails_on_both(run, model, optimizer, failing, checkpoint, "sync")
+        fails_on_both(run, model, optimizer, 0, checkpoint_folder, "sync")  # behind the manifest
         damage_is_found_by_both(run)
     leave_process_group()
 
