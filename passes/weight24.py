@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from act24.fp8.linear import MULTIPLE
 from act24.options import PositiveSteps, Range, check_options
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
 from act24.passes.fp8 import Fp8, pays
@@ -41,7 +42,6 @@ from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 from act24.sparse24.format.products import Measured, Product, Table
 from act24.sparse24.weight.forms import LinearOptions24, tunable_products
-from act24.sparse24.weight.fp8 import MULTIPLE
 from act24.sparse24.weight.linear24 import linear24
 from act24.sparse24.weight.methods import (
     METHODS,

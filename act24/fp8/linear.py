@@ -38,6 +38,11 @@ def why_in_plain_pytorch(device: torch.device) -> str:
     return kernel_obstacle_on(device, OPERATORS_E4M3)
 
 
+def uses_kernels(device: torch.device, kernels: bool) -> bool:
+    """Whether operators are called by name: on a CPU, where they are their references, too."""
+    return kernels and (device.type != "cuda" or not why_in_plain_pytorch(device))
+
+
 def cast_weight(weight: Tensor, scaling: Scaling, turned: bool = True, kernels: bool = True) -> CastE4m3:
     """What the products read of a weight `[out, in]`."""
     return cast_both_ways(weight, scaling, scaling, turned=turned, kernels=kernels)
@@ -133,7 +138,7 @@ def linear_fp8(
         ready = (narrow.view(torch.float8_e4m3fn), scale, turned.view(torch.float8_e4m3fn), turned_scale)
     training = torch.is_grad_enabled() and cast_w.requires_grad
     # On a CPU the operators are their references.
-    kernels = kernels and (x.device.type != "cuda" or not why_in_plain_pytorch(x.device))
+    kernels = uses_kernels(x.device, kernels)
     rows = cast_x.reshape(-1, cast_x.shape[-1])
     y, _, _ = _LinearFp8.apply(rows, cast_w, cast_bias, ready, scaling, training, kernels)
     return y.view(*x.shape[:-1], len(weight))

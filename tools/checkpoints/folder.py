@@ -256,11 +256,10 @@ def prune(
 
     Those whose step is a multiple of `keep_every` stay too, and the `keep_best` of least held-out loss, among
     those that have one, measured on the rows that the last such one was measured on. `written`, the one that
-    was just published, stays whatever the others say. So does what is damaged, for
-    whoever wants to look at it, and what holds somebody else's files, also among what is left behind; the
-    latter and what cannot be deleted
-    are warnings. A checkpoint is renamed before it is deleted, so that a deletion cut short leaves no half
-    checkpoint.
+    was just published, stays whatever the others say. So does what is damaged, for whoever wants to look at
+    it, and what holds somebody else's files, also among what is left behind; the latter and what cannot be
+    deleted are warnings. A checkpoint is renamed before it is deleted, so that a deletion cut short leaves no
+    half checkpoint.
     """
     put_back(run_dir)
     needed = _places(run_dir).values()

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from act24.passes import Activation24, OperationalPass, Pipeline, Weight24
+from act24.fp8.linear import why_in_plain_pytorch
+from act24.passes import Activation24, Fp8, OperationalPass, Pipeline, Weight24
 from act24.passes.graph.activation_sites import ActivationSite
 from act24.passes.graph.linear_sites import LinearSite
 from act24.recipes.schema import Recipe
@@ -21,7 +22,7 @@ from act24.tools.run.step import uses_compile
 
 
 def path_text(pipeline: Pipeline, recipe: Recipe, device: torch.device) -> str:
-    """Device, precision, compiled or not, and of each 2:4 pass how many places run how.
+    """Device, precision, compiled or not, and of each pass with kernels how many places run how.
 
     As the tuner left the passes, and for the recipe's micro-batches: what `act24 doctor` says of presets.
     """
@@ -31,20 +32,22 @@ def path_text(pipeline: Pipeline, recipe: Recipe, device: torch.device) -> str:
     operational = [p for p in pipeline.passes if isinstance(p, OperationalPass)]
     with pipeline.lowered(operational):
         for p in operational:
-            if isinstance(p, Activation24 | Weight24):
+            if isinstance(p, Activation24 | Weight24 | Fp8):
                 counted = Counter(_paths(p, pipeline, recipe, device))
                 parts += [f"{p.name} at {count}: {path}" for path, count in counted.items()]
     return "; ".join(parts)
 
 
 def _paths(
-    p: Activation24 | Weight24, pipeline: Pipeline, recipe: Recipe, device: torch.device
+    p: Activation24 | Weight24 | Fp8, pipeline: Pipeline, recipe: Recipe, device: torch.device
 ) -> Iterator[str]:
     tokens = recipe.train.batch_size * recipe.data.max_length
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
     for _, match in pipeline.matches(p):
         if isinstance(p, Activation24):
             yield _network(p, match.nodes, tokens, dtype, device)
+        elif isinstance(p, Fp8) or p.in_fp8(match.nodes.shape):
+            yield _in_fp8(p.kernels, device)
         else:
             yield _linear(p, match.nodes, tokens, dtype, device)
 
@@ -66,6 +69,11 @@ def _linear(p: Weight24, site: LinearSite, tokens: int, dtype: torch.dtype, devi
     if reason := LINEAR_FORMS[0].why_not(linear, options):
         return _plain(reason, device)
     return f"2:4 products: {', '.join(product_algorithms(linear, options))}"
+
+
+def _in_fp8(kernels: bool, device: torch.device) -> str:
+    reason = why_in_plain_pytorch(device) if kernels else "kernels are switched off"
+    return f"e4m3 in {_plain(reason, device)}" if reason else "products in e4m3"
 
 
 def _plain(reason: str, device: torch.device) -> str:

@@ -13,20 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from act24.fp8.casts import OPERATORS_E4M3, cast_both_ways
+from act24.fp8.casts import cast_both_ways
+from act24.fp8.linear import MULTIPLE, uses_kernels
 from act24.operation import cast
-from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
 from act24.sparse24.kernels.pack_drawn import pack_drawn
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.shared.registry import form
-from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.weight.forms import LinearOptions24, LinearState, product_algorithms, why_not_packed
 from act24.sparse24.weight.methods import sparse_weight
 from act24.sparse24.weight.packed import linear_of
-
-#: What both sides of a weight have to be multiples of.
-MULTIPLE = 16
 
 
 class _Linear24Fp8(torch.autograd.Function):
@@ -108,9 +104,7 @@ def linear24_fp8(
     if any(size % MULTIPLE for size in weight.shape):
         raise ValueError(f"e4m3 needs sides that are multiples of {MULTIPLE}, got {tuple(weight.shape)}")
     training = torch.is_grad_enabled() and weight.requires_grad
-    # On a CPU the operators are their references.
-    missing = x.device.type == "cuda" and kernel_obstacle_on(x.device, OPERATORS_E4M3)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     given = (rows, weight, bias, state.mask, state.scale, state.seed)
-    y, _, _ = _Linear24Fp8.apply(*given, options, training, options.kernels and not missing)
+    y, _, _ = _Linear24Fp8.apply(*given, options, training, uses_kernels(x.device, options.kernels))
     return y.view(*x.shape[:-1], len(weight))

@@ -107,17 +107,16 @@ def test_a_list_that_is_read_while_names_change_is_read_again(tmp_path, monkeypa
         assert cf._sorted_out(tmp_path) == ([folder], [])
 
 
+def fails_to_publish(path, target, rename=Path.rename):
+    if ".tmp-" in path.name:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+    return rename(path, target)
+
+
 def test_what_a_failed_save_cannot_delete_is_no_checkpoint(tmp_path, monkeypatch):
     """It said that it failed, and its bytes may be nowhere but in memory."""
-    rename = Path.rename
-
-    def fails(self, target):
-        if ".tmp-" in self.name:
-            raise OSError(errno.EIO, "Input/output error", str(self))
-        return rename(self, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
+        patch.setattr(Path, "rename", fails_to_publish)
         with pytest.raises(OSError, match="Input/output error"):
             write(tmp_path, 4)
     (left,) = (tmp_path / "checkpoints").iterdir()
@@ -153,15 +152,8 @@ def test_what_was_replaced_is_deleted_once_the_new_one_is_there(tmp_path):
 
 def test_a_disk_that_fails_at_the_second_rename_has_the_old_checkpoint_again(tmp_path, monkeypatch):
     folder = write(tmp_path, 4)
-    rename = Path.rename
-
-    def fails(self, target):
-        if ".tmp-" in self.name:
-            raise OSError(errno.EIO, "Input/output error", str(self))
-        return rename(self, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
+        patch.setattr(Path, "rename", fails_to_publish)
         with pytest.raises(OSError, match="Input/output error"):
             write(tmp_path, 4, {"state.json": b"new"})
     verify(folder)

@@ -29,9 +29,10 @@ def test_perplexity_in_order_of_what_is_lost():
     for package in ("gguf", "accelerate"):
         pytest.importorskip(package)
     try:
-        opened = open_any(str(model_file()))
-    except Act24Error as error:
+        file = model_file()
+    except Act24Error as error:  # the package is not installed
         pytest.skip(str(error))
+    opened = open_any(str(file))
     data = calibration_data("builtin", (f"data.max_length={LENGTH}",))
     batches, _ = calibration_rows(data, opened.open_tokenizer(), 12, opened.vocab_size)
     rows = torch.cat(batches)

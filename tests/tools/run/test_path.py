@@ -22,6 +22,10 @@ PLAIN = "plain PyTorch (kernels and 2:4 products need a GPU)"
             ['passes=[{use="weight24"}]', "train.dtype=bfloat16"],  # 7 linears a block, two blocks
             f"path: CPU, bfloat16, not compiled; weight24 at 14: {PLAIN}",
         ),
+        (
+            ['passes=[{use="weight24", scope="mlp"}, {use="fp8"}]', "train.dtype=bfloat16"],
+            f"path: CPU, bfloat16, not compiled; weight24 at 6: e4m3 in {PLAIN}; fp8 at 8: e4m3 in {PLAIN}",
+        ),
     ],
 )
 def test_on_a_cpu(tiny, overrides, said):
@@ -40,6 +44,16 @@ def test_a_form_that_takes_a_network_is_named(tiny, monkeypatch):
     # 4 rows of 16 tokens; F is 1.5 times 48, to a multiple of 128; in bfloat16.
     assert [(n.tokens, n.features, n.width, n.width_out) for n in seen] == [(64, 128, 32, 32)] * 3
     assert {n.dtype for n in seen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("reason", ["", "the kernel cast_e4m3 is wrong on this GPU"])
+def test_linears_in_e4m3_say_where_their_kernels_do_not_run(tiny, monkeypatch, reason):
+    recipe = tiny('passes=[{use="weight24", precision="fp8"}]', "train.dtype=bfloat16")
+    pipeline = build(recipe, CPU).pipeline
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(path, "why_in_plain_pytorch", lambda _: reason)
+    said = f"e4m3 in plain PyTorch ({reason})" if reason else "products in e4m3"
+    assert path_text(pipeline, recipe, torch.device("cuda")).endswith(f"; weight24 at 14: {said}")
 
 
 def test_training_says_it_once(act24, tiny_file):
