@@ -42,7 +42,7 @@ _SMALL = (
 _UPDATES = 4
 
 _RELU2 = 'passes=[{use="relu2_ffn"},{use="activation24",from_step=0%s}]'
-_WEIGHT = 'passes=[{use="weight24",mask_every=2,from_step=0%s}]'
+_WEIGHT = 'passes=[{use="weight24",from_step=0%s}]'
 
 #: Recipe, overrides, and whether rows are padded.
 CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "soft_threshold_weights": ("c4/130m-dense", (_RELU2 % ',method="soft_threshold_weights"',), False),
     "ste": ("c4/130m-dense", (_RELU2 % ',estimator="ste"',), False),
     "fp8, split": ("c4/130m-dense", (_RELU2 % ',precision="fp8",backward="split_gemm"',), False),
-    "weight24 transposable": ("c4/130m-dense", (_WEIGHT % "",), False),
+    "weight24 transposable": ("c4/130m-dense", (_WEIGHT % ",mask_every=2",), False),
     "weight24 soft_threshold": ("c4/130m-dense", (_WEIGHT % ',method="soft_threshold"',), False),
     "weight24 sr_ste": ("c4/130m-dense", (_WEIGHT % ',method="sr_ste"',), False),
     "LoST": ("c4/130m-lost-relu2-act24", ("passes.activation24.from_step=0",), False),
