@@ -270,6 +270,11 @@ def _remarks(path: Path, built: Built, exported: Exported, dense_weights: bool) 
             "It was trained with 2:4 activations, which its readers compute dense; --as act24 keeps them. "
             + _cost_of_dense(path)
         )
+    if built.recipe is not None and built.recipe.data.attention == "document":
+        remarks.append(
+            "It was trained with attention within documents: it computes that function for one text a row, "
+            "an end-of-text token in front, and who packs texts into a row has to keep them apart there"
+        )
     if exported.pattern:
         remarks.append("Its weights are 2:4: two of every four along the inputs are zero")
     elif dense_weights and _pattern(built.pipeline):
