@@ -1,87 +1,28 @@
 """What tracing has read and a graph no longer reads: numbers, flags and settings of the opened modules.
 
 Plain values of a module stay readable where the module stood. To write them raises, since nothing would come
-of it; those that lie elsewhere, in an object that a module holds or in a global of its file, are compared
-whenever the model is called or lowered or an update begins. A copy of the model compares nothing.
+of it; those that lie elsewhere, in an object that a module holds, in its class, in a closure or in a global
+(`act24.passes.graph.watched`), are compared whenever the model is called or lowered or an update begins. A
+copy of the model compares nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from types import FunctionType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from act24.errors import PassError
-
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
-_INTERNAL = frozenset(vars(nn.Module()))
+from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A plain value outside of the modules.
-
-    Attributes:
-        text: where it lies.
-        held: what has it.
-        name: under which name.
-        value: what it was when it was traced.
-    """
-
-    text: str
-    held: Mapping[str, Any]
-    name: str
-    value: Any
-
-    def check(self) -> None:
-        """Raise a PassError where it is another one now."""
-        now = self.held.get(self.name)
-        if type(now) is not type(self.value) or now != self.value:
-            raise PassError(
-                f"{self.text} was {self.value!r} when the model was traced, and is {now!r}: the rewritten "
-                "model computes with the old value. Set it back, or set it before apply_"
-            )
-
-
-def facts(module: nn.Module) -> tuple[Fact, ...]:
-    """The plain values outside that methods of a module, and of those in it, name."""
-    found = {}
-    for path, child in module.named_modules():
-        cls = type(child)
-        if cls.__module__.startswith("torch."):
-            continue
-        names, scopes = set[str](), list[Mapping[str, Any]]()
-        for function in _methods(cls):
-            names |= {*function.__code__.co_names}
-            scopes.append(function.__globals__)
-        for scope in scopes:
-            for name in names & scope.keys():
-                if isinstance(scope[name], _PLAIN) and not name.startswith("__"):
-                    found[id(scope), name] = Fact(
-                        f"{name} of {scope.get('__name__', '?')}", scope, name, scope[name]
-                    )
-        for attribute, value in vars(child).items():
-            held = getattr(value, "__dict__", None)
-            opaque = isinstance(value, nn.Module | Tensor | FunctionType | type)
-            if attribute in _INTERNAL or opaque or attribute not in names or not isinstance(held, dict):
-                continue
-            for name in names & held.keys():
-                if isinstance(held[name], _PLAIN):
-                    text = ".".join(part for part in (path, attribute, name) if part)
-                    found[id(held), name] = Fact(text, held, name, held[name])
-    return tuple(found.values())
-
-
-def watch_(model: nn.Module, watched: Iterable[Fact]) -> None:
+def watch_(model: nn.Module, watched: Sequence[Fact]) -> None:
     """Compare facts whenever a model is called."""
-    once = {(id(fact.held), fact.name): fact for fact in watched}
-    if once:
+    if watched:
         _Compares.hide()
-        model.register_forward_pre_hook(_Compares(tuple(once.values())))
+        model.register_forward_pre_hook(_Compares(tuple(watched)))
 
 
 class _Compares:
@@ -108,25 +49,16 @@ class _Compares:
             cls.__call__ = torch.compiler.disable(cls.__call__)  # type: ignore[method-assign]
 
 
-def _methods(cls: type) -> Iterator[FunctionType]:
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            return
-        yield from (
-            value
-            for name, value in vars(base).items()
-            if isinstance(value, FunctionType) and name != "__init__"
-        )
-
-
 def plain_values(module: nn.Module) -> dict[str, Any]:
-    """The plain values among a module's attributes, by name."""
-    return {name: v for name, v in vars(module).items() if name not in _INTERNAL and isinstance(v, _PLAIN)}
+    """The plain values among the attributes of a module and its class, by name."""
+    held = {**dict(reversed([*class_attributes(type(module))])), **vars(module)}
+    return {name: v for name, v in held.items() if name not in INTERNAL and isinstance(v, PLAIN)}
 
 
 def attribute_names(module: nn.Module) -> set[str]:
-    """The names of everything that a module holds."""
-    return (vars(module).keys() - _INTERNAL) | module._modules.keys() | module._parameters.keys()
+    """The names of everything that a module and its class hold."""
+    held = {*vars(module), *module._modules, *module._parameters}
+    return {*held, *(name for name, _ in class_attributes(type(module)))} - INTERNAL
 
 
 class Remains(nn.Module):
@@ -150,12 +82,13 @@ class Remains(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _remember(self, module: nn.Module) -> None:
+    def _remember(self, module: nn.Module, frozen: Frozen) -> None:
         """Be what remains of a module."""
         held = {*dir(type(self)), *vars(self)}
         vars(self).update({n: v for n, v in plain_values(module).items() if n not in held})
         here = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
-        vars(self)["_opened"] = frozenset(attribute_names(module) - here - held)
+        # What its forward asked for and did not find is frozen too.
+        vars(self)["_opened"] = frozenset((attribute_names(module) | frozen.names) - here - held)
         vars(self)["_kind"] = type(module).__name__
 
 
@@ -164,9 +97,9 @@ def _unchanged(module: nn.Module, name: str, value: Any) -> bool:
     return type(before) is type(value) and before is not None and bool(before == value)
 
 
-def remember(remains: nn.Module, module: nn.Module) -> None:
+def remember(remains: nn.Module, module: nn.Module, frozen: Frozen) -> None:
     """Let what stands in a module's place, and all in it that stands for what was opened, remember it."""
     stands = dict(remains.named_modules(remove_duplicate=False))
     for path, opened in module.named_modules(remove_duplicate=False):
         if isinstance(stands.get(path), Remains):
-            stands[path]._remember(opened)  # type: ignore[operator]
+            stands[path]._remember(opened, frozen)  # type: ignore[operator]

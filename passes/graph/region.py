@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import Fact, Remains, remember
+from act24.passes.graph.frozen import Remains, remember
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.roles import Role
+from act24.passes.graph.watched import NOTHING, Frozen
 
 #: Parts of a dense weight (`ParameterSpec.factor`).
 Factor = Literal["in", "out", "columns"]
@@ -103,7 +104,7 @@ class Region:
         created: what to build, in order.
         buffers: by local name, those that passes add.
         classes, modules: class name of every module that stood inside, and what makes those that passes add.
-        facts: plain values outside of the module that its graph has in it.
+        frozen: what its graph has in it of plain values, and what its forward names.
         roles: what its linears are for, by the local name of the weight.
     """
 
@@ -115,7 +116,7 @@ class Region:
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
-    facts: tuple[Fact, ...] = ()
+    frozen: Frozen = NOTHING
     roles: dict[str, Role] = field(default_factory=dict)
 
     @property
@@ -294,7 +295,7 @@ def materialise(
             stands = added() if added else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
-    remember(module, region.module)
+    remember(module, region.module, region.frozen)
     return module
 
 

@@ -10,6 +10,7 @@ changes nothing, which the check on numbers confirms.
 from __future__ import annotations
 
 import operator
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch.fx.proxy import Attribute
 
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.shadow import Shadow
+from act24.passes.graph.watched import Ran
 
 #: What a tensor, a shape or a number has.
 _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
@@ -84,7 +86,7 @@ class Tracer(fx.Tracer):
 
     Attributes:
         refused: the first question that had no answer, or the empty string.
-        assumes_casts: whether a question about dtypes was answered.
+        ran: the functions that the forward ran.
         asks_kind: whether the module calls isinstance() at this moment.
     """
 
@@ -93,7 +95,7 @@ class Tracer(fx.Tracer):
     def __init__(self, shadow: Shadow, closed: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.refused = ""
-        self.assumes_casts = False
+        self.ran = Ran()
         self.asks_kind = False
         self._shadow = shadow
         self._closed = closed
@@ -165,7 +167,10 @@ class Tracer(fx.Tracer):
                 self._before_draw = random_state()
             name, caller = _asked(argument), frame
         elif event == "call":
+            self.ran.note(frame)
             name, caller = _ASKED_CODE.get(frame.f_code), frame.f_back
+            while name and caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
+                caller = caller.f_back
         else:
             return
         if name and caller is not None and not _is_internal(caller):
@@ -250,7 +255,6 @@ class Tracer(fx.Tracer):
                 return None
             # Floating-point parameters may become others of them, and never integers.
             return True if a.is_floating_point != b.is_floating_point else None
-        self.assumes_casts = True
         return True
 
     def _dtype(self, value: Any) -> Any:
@@ -294,6 +298,8 @@ def _asks(frame: FrameType) -> bool:
 def _asked(function: Any) -> str | None:
     """The name of a function of torch's C++ side whose answer is another one elsewhere."""
     name = function.__name__
+    if function.__module__ == "time":
+        return f"time.{name}()"
     return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
 
 
@@ -313,7 +319,7 @@ def _modes() -> tuple[Any, ...]:
 
 #: Functions of torch's C++ side, and Python functions by their code.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
-_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
+_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype", "get_default_dtype")
 #: Functions that draw where they are given no value to draw for, of torch and of Python.
 _DRAWS = {
     "rand",
@@ -327,6 +333,8 @@ _DRAWS = {
     "getrandbits",
 }
 _DRAWS |= {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
+#: Where the environment is looked up for whoever asks.
+_LOOKS_UP = ("os", "collections.abc", "_collections_abc")
 _ASKED_CODE = {
     function.__code__: f"torch.compiler.{function.__name__}()"
     for function in (
@@ -335,3 +343,4 @@ _ASKED_CODE = {
         torch.compiler.is_exporting,
     )
 }
+_ASKED_CODE[type(os.environ).__getitem__.__code__] = "os.environ"
