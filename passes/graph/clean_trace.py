@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
 from act24.passes.graph.shadow import Shadow, contents
 from act24.passes.graph.tracer import OWN, PLAIN, REGISTER, RegionTracer, Tracer, Unclean
-from act24.passes.graph.watched import NOTHING, Frozen, frozen_values
+from act24.passes.graph.watched import NOTHING, Frozen, Ran, frozen_values
 
 #: What a module may do besides its forward, and a region does not.
 _BESIDES = (
@@ -70,7 +70,8 @@ def clean_trace(module: nn.Module) -> Trace:
             "outside of the module"
         )
     before = contents(shadow.root)
-    tracer = Tracer(shadow, _is_leaf)
+    ran = Ran()
+    tracer = Tracer(shadow, _is_leaf, ran.note)
     try:
         graph = tracer.record()
         _check_none(shadow, graph)
@@ -80,7 +81,7 @@ def clean_trace(module: nn.Module) -> Trace:
         raise Unclean(tracer.refused or f"{type(error).__name__}: {error}: {PLAIN}") from error
     finally:
         tracer.undo_draws()
-    if written := _changed(before, contents(shadow.root)) or ", ".join(tracer.ran.written):
+    if written := _changed(before, contents(shadow.root)) or ", ".join(ran.written):
         raise Unclean(f"forward writes {written}: write it in a forward hook, or {OWN}")
     if tracer.refused:
         raise Unclean(tracer.refused)
@@ -94,7 +95,7 @@ def clean_trace(module: nn.Module) -> Trace:
     adapters = any(is_adapter(module.get_submodule(path)) for path in stays)
     if not any(is_call(node, F.linear) for node in graph.nodes) and not adapters:
         raise Unclean("calls no linear: write its products as F.linear(x, weight), or leave it")
-    return Trace(graph, frozen_values(module, tracer.ran, stays))
+    return Trace(graph, frozen_values(module, ran, stays))
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:
@@ -190,7 +191,7 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     for argument in arguments[1:]:  # the first is what the module works on
         try:
-            other = Tracer(shadow, _is_leaf).record({argument.target: None})
+            other = Tracer(shadow, _is_leaf, Ran().note).record({argument.target: None})
         except Unclean:
             raise
         except Exception:  # None is no value that it takes

@@ -10,7 +10,6 @@ changes nothing, which the check on numbers confirms.
 from __future__ import annotations
 
 import operator
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -25,10 +24,12 @@ from torch.fx.proxy import Attribute
 
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.shadow import Shadow
-from act24.passes.graph.watched import Ran
 
 #: What a tensor, a shape or a number has.
 _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
+
+#: Packages whose functions read nothing that a user sets.
+FOREIGN = {"torch", *sys.stdlib_module_names}
 
 #: Packages that may ask a value anything: their questions are not the module's branches.
 _INTERNAL = ("torch", "act24")
@@ -86,16 +87,22 @@ class Tracer(fx.Tracer):
 
     Attributes:
         refused: the first question that had no answer, or the empty string.
-        ran: the functions that the forward ran.
         asks_kind: whether the module calls isinstance() at this moment.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, shadow: Shadow, closed: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self, shadow: Shadow, closed: Callable[[nn.Module], bool], note: Callable[[FrameType], None]
+    ) -> None:
+        """Make it.
+
+        Args:
+            note: is told of every function that begins.
+        """
         super().__init__()
         self.refused = ""
-        self.ran = Ran()
+        self._note = note
         self.asks_kind = False
         self._shadow = shadow
         self._closed = closed
@@ -167,8 +174,8 @@ class Tracer(fx.Tracer):
                 self._before_draw = random_state()
             name, caller = _asked(argument), frame
         elif event == "call":
-            self.ran.note(frame)
-            name, caller = _ASKED_CODE.get(frame.f_code), frame.f_back
+            self._note(frame)
+            name, caller = _ASKED_CODE.get(frame.f_code) or _environment(frame), frame.f_back
             while name and caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
                 caller = caller.f_back
         else:
@@ -295,6 +302,12 @@ def _asks(frame: FrameType) -> bool:
     return not _is_internal(frame) or frame.f_code is torch.is_tensor.__code__
 
 
+def _environment(frame: FrameType) -> str | None:
+    """The name of the environment, if a function that begins looks something up there."""
+    looks = frame.f_code.co_name == "__getitem__" and frame.f_globals.get("__name__") == "os"
+    return "os.environ" if looks else None
+
+
 def _asked(function: Any) -> str | None:
     """The name of a function of torch's C++ side whose answer is another one elsewhere."""
     name = function.__name__
@@ -343,4 +356,3 @@ _ASKED_CODE = {
         torch.compiler.is_exporting,
     )
 }
-_ASKED_CODE[type(os.environ).__getitem__.__code__] = "os.environ"

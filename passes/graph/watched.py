@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.passes.graph.shadow import content, holds_plain
+from act24.passes.graph.tracer import FOREIGN
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 PLAIN += (Enum, numbers.Number, range, slice)
@@ -36,9 +36,6 @@ INTERNAL = frozenset(vars(nn.Module()))
 _SAME = (FunctionType, BuiltinFunctionType, type, type(Tensor.add), property, staticmethod, classmethod)
 _SEQUENCES = (list, tuple, deque)
 _SETS = (set, frozenset)
-
-#: Packages whose functions read nothing that a user sets.
-_FOREIGN = {"torch", *sys.stdlib_module_names} - {"__main__"}
 
 #: So many entries of a container are compared one by one; so many at once, if they are plain; and through so
 #: many objects a value is followed.
@@ -185,7 +182,7 @@ class Ran:
 
 def _foreign(module: str) -> bool:
     made_up = module.startswith(("act24.passes.", "namedtuple_"))
-    return made_up or module.partition(".")[0] in _FOREIGN
+    return made_up or module.partition(".")[0] in FOREIGN
 
 
 @dataclass(frozen=True)

@@ -135,118 +135,36 @@ def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
     return twice
 
 
-class Read:
-    """What a forward reads, by name; what is done to it then; and what the error says."""
-
-    @staticmethod
-    def class_attribute(self: Any, x: Tensor) -> Tensor:
-        return x * self.shared
-
-    @staticmethod
-    def class_of(self: Any, x: Tensor) -> Tensor:
-        return x * Base.shared
-
-    @staticmethod
-    def dictionary(self: Any, x: Tensor) -> Tensor:
-        return x * self.cfg["scale"]
-
-    @staticmethod
-    def missing_key(self: Any, x: Tensor) -> Tensor:
-        return x * self.cfg.get("other", 1.0)
-
-    @staticmethod
-    def listed(self: Any, x: Tensor) -> Tensor:
-        return x * self.cfg["list"][1]
-
-    @staticmethod
-    def length(self: Any, x: Tensor) -> Tensor:
-        return x * len(self.names)
-
-    @staticmethod
-    def member(self: Any, x: Tensor) -> Tensor:
-        return x * 2 if "on" in self.flags else x
-
-    @staticmethod
-    def configuration(self: Any, x: Tensor) -> Tensor:
-        return x * self.settings.scale
-
-    @staticmethod
-    def slots(self: Any, x: Tensor) -> Tensor:
-        return x * self.slotted.scale
-
-    @staticmethod
-    def mapping(self: Any, x: Tensor) -> Tensor:
-        return x * self.mapped.scale
-
-    @staticmethod
-    def absent(self: Any, x: Tensor) -> Tensor:
-        return x * getattr(EMPTY, "scale", 1.0)
-
-    @staticmethod
-    def global_table(self: Any, x: Tensor) -> Tensor:
-        return x * TABLE["deep"]["er"][1]
-
-    @staticmethod
-    def global_object(self: Any, x: Tensor) -> Tensor:
-        return x * GLOBAL.scale
-
-    @staticmethod
-    def global_function(self: Any, x: Tensor) -> Tensor:
-        return ACTIVATION(x)
-
-    @staticmethod
-    def function_in_a_table(self: Any, x: Tensor) -> Tensor:
-        return TABLE["act"](x)
-
-    @staticmethod
-    def in_a_module(self: Any, x: Tensor) -> Tensor:
-        return x * elsewhere.scale  # type: ignore[attr-defined]
-
-    @staticmethod
-    def in_a_long_table(self: Any, x: Tensor) -> Tensor:
-        return x * LONG[7]
-
-    @staticmethod
-    def helpers_global(self: Any, x: Tensor) -> Tensor:
-        return helper(x)
-
-    @staticmethod
-    def helpers_table(self: Any, x: Tensor) -> Tensor:
-        return helper(x)
-
-    @staticmethod
-    def property_of(self: Any, x: Tensor) -> Tensor:
-        return x * self.current
-
-    @staticmethod
-    def list_in_a_closure(self: Any, x: Tensor) -> Tensor:
-        return SCALED(x)
-
-    @staticmethod
-    def closure_rebound(self: Any, x: Tensor) -> Tensor:
-        return REBOUND(x)
-
-    @staticmethod
-    def default(self: Any, x: Tensor) -> Tensor:
-        return with_default(x)
-
-    @staticmethod
-    def of_a_function(self: Any, x: Tensor) -> Tensor:
-        return tagged(x)
-
-    @staticmethod
-    def partial(self: Any, x: Tensor) -> Tensor:
-        return PARTIAL(x)
-
-    @staticmethod
-    @doubled
-    def decorated(self: Any, x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def method(self: Any, x: Tensor) -> Tensor:
-        return x
-
+#: What a forward reads, by name; then what is done to it, and what the error says.
+READS: dict[str, Callable[[Any, Any], Any]] = {
+    "class_attribute": lambda self, x: x * self.shared,
+    "class_of": lambda self, x: x * Base.shared,
+    "dictionary": lambda self, x: x * self.cfg["scale"],
+    "missing_key": lambda self, x: x * self.cfg.get("other", 1.0),
+    "listed": lambda self, x: x * self.cfg["list"][1],
+    "length": lambda self, x: x * len(self.names),
+    "member": lambda self, x: x * 2 if "on" in self.flags else x,
+    "configuration": lambda self, x: x * self.settings.scale,
+    "slots": lambda self, x: x * self.slotted.scale,
+    "mapping": lambda self, x: x * self.mapped.scale,
+    "absent": lambda self, x: x * getattr(EMPTY, "scale", 1.0),
+    "global_table": lambda self, x: x * TABLE["deep"]["er"][1],
+    "global_object": lambda self, x: x * GLOBAL.scale,
+    "global_function": lambda self, x: ACTIVATION(x),
+    "function_in_a_table": lambda self, x: TABLE["act"](x),
+    "in_a_module": lambda self, x: x * elsewhere.scale,  # type: ignore[attr-defined]
+    "in_a_long_table": lambda self, x: x * LONG[7],
+    "helpers_global": lambda self, x: helper(x),
+    "helpers_table": lambda self, x: helper(x),
+    "property_of": lambda self, x: x * self.current,
+    "list_in_a_closure": lambda self, x: SCALED(x),
+    "closure_rebound": lambda self, x: REBOUND(x),
+    "default": lambda self, x: with_default(x),
+    "of_a_function": lambda self, x: tagged(x),
+    "partial": lambda self, x: PARTIAL(x),
+    "decorated": doubled(lambda self, x: x),
+    "method": lambda self, x: x,
+}
 
 UNDO: list[tuple[list[float], int, float]] = []
 
@@ -320,8 +238,8 @@ SAID = {
 
 
 def block(name: str) -> type[Base]:
-    read = vars(Read)[name].__func__
-    return type(name.capitalize(), (Base,), {"factor": read, "current": property(lambda s: s.settings.scale)})
+    current = property(lambda self: self.settings.scale)
+    return type(name.capitalize(), (Base,), {"factor": READS[name], "current": current})
 
 
 @pytest.mark.parametrize("name", CHANGES)
