@@ -9,6 +9,7 @@ changes nothing, which the check on numbers confirms.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 import sys
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Function
+from torch.backends import cuda
 from torch.fx.proxy import Attribute
+from torch.utils.checkpoint import checkpoint
 
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.shadow import Shadow
@@ -172,9 +175,14 @@ class Tracer(fx.Tracer):
         if event == "c_call":
             if self._before_draw is None and argument.__name__ in _DRAWS:
                 self._before_draw = random_state()
-            name, caller = _asked(argument), frame
+            name, caller = _asked(argument, frame), frame
         elif event == "call":
             self._note(frame)
+            if frame.f_code is _CHECKPOINT:
+                self.refuse(
+                    "calls torch.utils.checkpoint, and its graph would recompute nothing: call it around the "
+                    "module, or leave it out and give the pass recompute"
+                )
             name, caller = _ASKED_CODE.get(frame.f_code) or _environment(frame), frame.f_back
             while name and caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
                 caller = caller.f_back
@@ -237,7 +245,8 @@ class Tracer(fx.Tracer):
             frame = frame.f_back  # type: ignore[assignment]
         if _modes() != self._modes:
             self.refuse(
-                f"computes under a grad or autocast mode of its own: set it around the model, or {OWN}"
+                "computes under a mode of its own (gradients, autocast, saved tensors, attention kernels, "
+                f"precision), which its graph has not: set it around the model, or {OWN}"
             )
         return super().create_node(*args, **kwargs)
 
@@ -308,11 +317,12 @@ def _environment(frame: FrameType) -> str | None:
     return "os.environ" if looks else None
 
 
-def _asked(function: Any) -> str | None:
+def _asked(function: Any, caller: FrameType) -> str | None:
     """The name of a function of torch's C++ side whose answer is another one elsewhere."""
     name = function.__name__
     if function.__module__ == "time":
-        return f"time.{name}()"
+        asker = caller.f_globals.get("__name__", "").partition(".")[0]
+        return None if asker in FOREIGN else f"time.{name}()"
     return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
 
 
@@ -326,8 +336,23 @@ def _forwards(of: type) -> Iterator[CodeType]:
 
 
 def _modes() -> tuple[Any, ...]:
+    """All that `with` may set around a part of a forward, and that a node of a graph does not say."""
     autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    kernels = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
+    saving = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        saving._top_saved_tensors_default_hooks(True),
+        saving._saved_tensors_hooks_get_disabled_error_message(),
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(),
+        *autocast,
+        *(enabled() for enabled in (*kernels, cuda.cudnn_sdp_enabled)),
+    )
 
 
 #: Functions of torch's C++ side, and Python functions by their code.
@@ -346,6 +371,7 @@ _DRAWS = {
     "getrandbits",
 }
 _DRAWS |= {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
 #: Where the environment is looked up for whoever asks.
 _LOOKS_UP = ("os", "collections.abc", "_collections_abc")
 _ASKED_CODE = {
