@@ -201,8 +201,8 @@ class Rewriting:
                 site.module = None
                 put(self._model, site.traced, site.traced.module)
             raise
-        for site, module in built:
-            recompile_(site.traced.module, module)
+        for site, _ in built:
+            recompile_(site.traced.module, site.module)
             # Or the plan would keep the stock tensors alive that a pass replaced.
             site.traced.module = site.base.module = site.module  # type: ignore[assignment]
         matched = {row.pass_name for row in self.report.rows}

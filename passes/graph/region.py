@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import Remains, remember
+from act24.passes.graph.frozen import Remains, remember, standing
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.roles import Role
 from act24.passes.graph.watched import NOTHING, Frozen
@@ -248,26 +248,45 @@ class RegionModule(Remains, fx.GraphModule):
                 f"the graph of this region calls what no other process can import ({error}): save the "
                 "state_dict() of the model instead"
             ) from error
-        return _rebuilt, (tuple(made), rebuild, arguments)
+        return _rebuilt, (tuple(made), rebuild, arguments, vars(type(self)).get("_stock"))
 
     def recompile(self) -> Any:
         if vars(type(self)).get("_shared", False):
             code = self._graph.python_code("self")
             if code.src == self._code:  # as when pickle asks for the code
                 return code
-            self.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})  # type: ignore[assignment]
+            self.__class__ = _own_class(vars(type(self)).get("_stock"))  # type: ignore[assignment]
         return super().recompile()
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Nothing: a model's own class may keep a list of its subclasses, of which a region's is none."""
 
 
 def _rebuilt(
     made: tuple[tuple[Callable[..., object], tuple[Any, ...]], ...],
     rebuild: Callable[..., RegionModule],
     arguments: tuple[Any, ...],
+    stock: type | None = None,
 ) -> RegionModule:
-    """Unpickle a module, once the functions are made that its code imports (`made_by` of a target)."""
+    """Unpickle a module, once the functions are made that its code imports (`made_by` of a target).
+
+    Args:
+        stock: the model's own class, where the region was the model.
+    """
     for make, of in made:
         make(*of)
-    return rebuild(*arguments)
+    held, imports = arguments
+    graph = rebuild(dict(held), imports).graph  # of a module that has only what the graph reads
+    module = object.__new__(_own_class(stock))
+    vars(module).update(held)
+    module.graph = graph
+    return module
+
+
+def _own_class(stock: type | None) -> type[RegionModule]:
+    """A class for one module."""
+    own = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})
+    return own if stock is None else standing(own, stock)
 
 
 def materialise(

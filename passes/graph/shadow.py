@@ -75,14 +75,12 @@ class Shadow:
         return object.__new__(self._classes[cls])
 
     def _copied(self, module: nn.Module, name: str, value: Any, memo: dict[int, Any]) -> Any:
-        if isinstance(value, _PLAIN):
+        if name == "_compiled_call_impl":  # which is bound to the module
+            return None
+        if isinstance(value, _PLAIN) or (isinstance(module, fx.GraphModule) and name.startswith("_graph")):
             return value
         if name in _HOOKS:
             return type(value)()
-        if name == "_compiled_call_impl" or (
-            isinstance(module, fx.GraphModule) and name.startswith("_graph")
-        ):
-            return None if name == "_compiled_call_impl" else value
         if name == "_parameters":
             return dict(value)
         if name in ("_buffers", "_modules"):

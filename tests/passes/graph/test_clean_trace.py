@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from toys import Net, Relu2MLP, SwiGLU, Trunk, features, regions, stand
 
-from act24.passes import Relu2FFN, apply_, trace
+from act24.passes import Relu2FFN, apply_, plan, trace
 from act24.passes.graph.region import RegionModule
 
 
@@ -338,3 +338,20 @@ def test_modules_that_read_training_never_freeze(dropout: type[nn.Module]) -> No
     assert not torch.equal(model[0](x), model[0](x))
     model.eval()
     assert torch.equal(model[0](x), model[0](x))
+
+
+def test_a_double_of_a_compiled_module_is_not_the_module() -> None:
+    class Counter(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return self.b(self.a(x))
+
+    model = nn.Sequential(Counter(), Counter())
+    for block in model:
+        block.compile(backend="eager")
+    plan(model, [Relu2FFN(optional=True)])
+    assert model[0].count.item() == 0
