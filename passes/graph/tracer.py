@@ -349,7 +349,6 @@ def _modes() -> tuple[Any, ...]:
         saving._top_saved_tensors_default_hooks(True),
         saving._saved_tensors_hooks_get_disabled_error_message(),
         torch._C._len_torch_dispatch_stack(),
-        torch._C._len_torch_function_stack(),
         *autocast,
         *(enabled() for enabled in (*kernels, cuda.cudnn_sdp_enabled)),
     )
