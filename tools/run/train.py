@@ -17,7 +17,7 @@ from act24.passes import ActivationStatistics
 from act24.passes.graph.measurements import Measurement
 from act24.passes.recovery import check_zeros
 from act24.recipes.checks import oddities
-from act24.recipes.load import dump_recipe, parse_recipe
+from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
@@ -25,7 +25,7 @@ from act24.tools.data import TokenRows, heldout_rows, open_rows, pinned
 from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
-from act24.tools.run.folder import Start, describe_run, resume_point
+from act24.tools.run.folder import Start, begun, describe_run, resume_point
 from act24.tools.run.lock import Lock, check_together, lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
@@ -107,11 +107,11 @@ def train(
     with stop_on_signal() as stop, open_processes() as processes:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir) as lock:
-            where = (run_dir, resume, recipe, schedule, processes.world_size)
+            where = (run_dir, resume, recipe, schedule, processes.world_size, weights)
             start = None if dry_run else resume_point(*where)
-            recipe = _pinned(recipe, start, processes)
+            recipe = _pinned(recipe, None if dry_run else begun(run_dir, start), start, processes)
             make = build if start else beginning(recipe, weights)
-            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make, lock)
+            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make, lock, weights)
             try:
                 return run.go(stop)
             finally:
@@ -136,12 +136,14 @@ class TrainingRun:
         grow: bool = False,
         make: Callable[..., Built] = build,
         lock: Lock | None = None,
+        weights: Path | None = None,
     ) -> None:
         """
         Args:
             resumption: where to go on.
             make: makes the model, as `build` does; weights may come from elsewhere, or not be needed.
             lock: of the run's folder, by the process that holds it.
+            weights: as in `train`.
         """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._lock, start = lock, resumption.checkpoint if resumption else None
@@ -186,7 +188,7 @@ class TrainingRun:
         check_together(lock)
         self._wandb = open_wandb(recipe, None if dry_run else run_dir, saved.get("wandb"))
         if processes.is_main and not dry_run:
-            describe_run(run_dir, recipe, str(self._built.pipeline), resumption)
+            describe_run(run_dir, recipe, str(self._built.pipeline), resumption, weights)
         self.monitor = Monitor(
             recipe,
             self._built,
@@ -423,15 +425,19 @@ class TrainingRun:
         return name
 
 
-def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe:
+def _pinned(recipe: Recipe, began: Recipe | None, start: Start | None, processes: Processes) -> Recipe:
     """The recipe with the Hub's commit and the model that the run begins with, or began with."""
-    data = recipe.data
-    if start:
-        began = parse_recipe(start.checkpoint.recipe_text, f"{start.checkpoint.folder}/recipe.toml")
-        data = data if data.revision else data.model_copy(update={"revision": began.data.revision})
-        recipe = recipe.model_copy(update={"model": began.model})
+    data, model = recipe.data, recipe.model
+    if began and model.sha256 is None:
+        model = model.model_copy(update={"sha256": began.model.sha256})
+    if not (start and began):
+        recipe = resolved(recipe.model_copy(update={"model": model}))
     else:
-        recipe = resolved(recipe)
+        data = data if data.revision else data.model_copy(update={"revision": began.data.revision})
+        if model.pretrained != began.model.pretrained:  # moved: the same weights, or a refusal
+            resolved(recipe.model_copy(update={"model": model}))
+        model = began.model.model_copy(update={"pretrained": model.pretrained})
+        recipe = recipe.model_copy(update={"model": model})
     (data, *_) = processes.gather(pinned(data))  # one answer for all: there may be a push in between
     return recipe.model_copy(update={"data": data})
 
