@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import operator
 import os
 import re
@@ -42,6 +43,8 @@ RECIPE, PLAN = "recipe.toml", "plan.txt"
 _OURS = re.compile(
     r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
 )
+
+logger = logging.getLogger("act24")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def resume_point(
     schedule: ScheduleChoice = "hold",
     world_size: int = 1,
     weights: Path | None = None,
+    dry_run: bool = False,
 ) -> Start | None:
     """The verified checkpoint to go on from, with what changes there, or None for a fresh start.
 
@@ -91,6 +95,7 @@ def resume_point(
             its last value; `stretch` computes it anew for the steps of the recipe.
         world_size: processes now.
         weights: with which a fresh start begins, where its recipe does not name them.
+        dry_run: nothing is renamed, and a folder that a fresh start could not have is a warning.
 
     Raises:
         RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
@@ -99,7 +104,7 @@ def resume_point(
         CheckpointError: the checkpoint is damaged or of an older act24, or there are some and none can be
             used.
     """
-    folder = on_the_first(lambda: _chosen(run_dir, resume, recipe, weights))
+    folder = on_the_first(lambda: _chosen(run_dir, resume, recipe, weights, dry_run))
     if folder is None:
         return None
     opened = checkpoint.load(folder)
@@ -154,7 +159,14 @@ def _of_commit(manifest: dict[str, Any]) -> str:
     return f" (commit {manifest['commit'][:12]})" if isinstance(manifest.get("commit"), str) else ""
 
 
-def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None) -> Path | None:
+def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dry_run: bool) -> Path | None:
+    if dry_run and resume == "never":
+        try:
+            _refuse_unwritable(run_dir)
+            return _chosen(run_dir, resume, recipe, weights, dry_run=False)
+        except RunError as error:
+            logger.warning("without --dry-run this would end here: %s", error)
+            return None
     inside, history = run_dir / "checkpoints", read_history(run_dir)
     _refuse_others_files(run_dir, history, dump_recipe(recipe))
     holds_run = bool(history.entries) or os.path.lexists(inside)
@@ -164,7 +176,8 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None) ->
                 f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run-dir"
             )
         return None
-    checkpoint_folder.put_back(run_dir)
+    if not dry_run:
+        checkpoint_folder.put_back(run_dir)
     origin = origin_of(run_dir, history)
     if resume == "auto":
         folder = checkpoint_folder.latest(run_dir)
@@ -205,6 +218,13 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None) ->
                 "choose another folder with --run-dir"
             )
     return folder
+
+
+def _refuse_unwritable(run_dir: Path) -> None:
+    """Raises RunError where a run's folder could not be made or written, as `run_lock` does."""
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise RunError(f"cannot write the run's folder {run_dir}: {there} is no folder that can be written")
 
 
 def _refuse_others_files(run_dir: Path, history: History, recipe: str) -> None:

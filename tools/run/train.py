@@ -26,7 +26,7 @@ from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
 from act24.tools.run.folder import Start, begun, describe_run, resume_point
-from act24.tools.run.lock import Lock, check_together, lock_on_the_first
+from act24.tools.run.lock import Lock, RunError, check_together, lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.path import path_text
@@ -93,7 +93,7 @@ def train(
     Args:
         run_dir: its folder (`tools/run/folder.py`).
         resume: see `act24.tools.run.folder.resume_point`.
-        dry_run: build, plan, print, make one step, and write no file.
+        dry_run: build, plan, print, make one step, from where the run goes on, and write no file.
         grow: when it goes on, take data files that were added, from the next epoch on.
         schedule: see `resume_point`.
         weights: a folder that run_c4.py left, whose weights a run begins with that begins anew.
@@ -104,12 +104,15 @@ def train(
         Stopped: by a signal, before the first step.
     """
     require_wandb(recipe)
+    if resume == "never" and (grow or schedule != "hold"):
+        raise RunError("--data grow and --schedule stretch are for a run that goes on: they need --resume")
     with stop_on_signal() as stop, open_processes() as processes:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir) as lock:
-            where = (run_dir, resume, recipe, schedule, processes.world_size, weights)
-            start = None if dry_run else resume_point(*where)
-            recipe = _pinned(recipe, None if dry_run else begun(run_dir, start), start, processes)
+            where = (run_dir, resume, recipe, schedule, processes.world_size, weights, dry_run)
+            start = resume_point(*where)
+            began = None if resume == "never" else begun(run_dir, start)
+            recipe = _pinned(recipe, began, start, processes)
             make = build if start else beginning(recipe, weights)
             run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make, lock, weights)
             try:
@@ -154,7 +157,7 @@ class TrainingRun:
         saved = saved_state(start) if start else {}
         if start:
             self._tokens, log_state = saved["tokens"], saved["log"]
-            self._skips, self._evaluation_due = saved["skips"], saved["evaluation_due"]
+            self._skips, self._evaluation_due = saved["skips"], saved["evaluation_due"] and not dry_run
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
@@ -162,7 +165,7 @@ class TrainingRun:
         rank, world_size = processes.rank, processes.world_size
         where = {"vocab_size": model_config(recipe).vocab_size, "rank": rank, "world_size": world_size}
         read = (recipe.data, self._tokenizer)
-        self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
+        self._heldout = heldout_rows(*read, recipe.eval.tokens, **where)
         position = saved_position(start) if start else None
         streams = position["fingerprint"]["streams"] if position else None
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, streams=streams, **where)
@@ -217,15 +220,14 @@ class TrainingRun:
 
     def go(self, stop: StopRequest) -> Outcome:
         recipe, monitor = self._recipe, self.monitor
-        last = self._step + 1 if self._dry_run else recipe.train.steps
+        last = min(self._step + 1, recipe.train.steps) if self._dry_run else recipe.train.steps
         evaluation: Evaluation | None = None
         failure: BaseException | None = None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
             for line in self._remarks:
                 progress.say(f"from step {self._step} on: {line}")
-            heldout_warnings = self._heldout.warnings if self._heldout else ()
-            for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
+            for line in (*oddities(recipe), *self._rows.remarks(), *self._heldout.warnings):
                 progress.say(f"warning: {line}")
             progress.say(path_text(self._built.pipeline, recipe, self._processes.device))
             if self.training_step.capture_text:
@@ -256,7 +258,7 @@ class TrainingRun:
             evaluation=evaluation,
             parameters=sum(p.numel() for p in self._built.model.parameters()),
             peak_memory=torch.cuda.max_memory_allocated() if self._processes.device.type == "cuda" else 0,
-            checkpoint=self._last_checkpoint,
+            checkpoint=None if self._dry_run else self._last_checkpoint,
             sites=tuple(monitor.sites),
             is_main=self._processes.is_main,
         )
@@ -309,9 +311,8 @@ class TrainingRun:
         """
         recipe, step = self._recipe, self._step
         saves = not self._dry_run and (ends or stopped or _due(step, recipe.checkpoint.every))
-        evaluates = self._heldout is not None and (
-            step == recipe.train.steps or _due(step, recipe.eval.every)
-        )
+        evaluates = step == recipe.train.steps or _due(step, recipe.eval.every)
+        evaluates = evaluates and not self._dry_run
         if saves or evaluates or ends or _due(step, recipe.log.every):
             check_together(self._lock)
             self._flush(progress)
@@ -353,7 +354,6 @@ class TrainingRun:
 
     def _evaluate(self, progress: RunProgress, stop: StopRequest | None) -> Evaluation | None:
         """The held-out measure of the weights at hand; None if a stop came in between."""
-        assert self._heldout is not None
         try:
             evaluation = evaluate(
                 self.training_step.summed_loss,
@@ -414,6 +414,7 @@ class TrainingRun:
         """
         reports = self._processes.gather((stop.signal, failure and str(failure)))
         saved = f"saved step {self._step} in {self._last_checkpoint}"
+        saved = "a dry run saves nothing" if self._dry_run else saved
         reasons = [reason for _, reason in reports if reason]
         if failure and not isinstance(failure, Act24Error):
             progress.say(f"the data failed: {saved}")
