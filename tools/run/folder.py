@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from act24.errors import Act24Error
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
@@ -268,15 +269,27 @@ def clear_run(run_dir: Path, recipe: Recipe) -> None:
     """
     if not run_dir.exists():
         return
-    _refuse_foreign(run_dir, recipe)  # before a lock is put into what may be no run
+    _check_replaceable(run_dir, recipe)  # before a lock is put into what may be no run
     with run_lock(run_dir):
-        _refuse_foreign(run_dir, recipe)
+        _check_replaceable(run_dir, recipe)
         for folder in checkpoint_folder.all_of(run_dir):
             shutil.rmtree(folder)
         names = [entry.name for entry in os.scandir(run_dir) if entry.name != LOCK]
         for name in sorted(names, key=lambda name: name == HISTORY):  # last: without it no run is deleted
             path = run_dir / name
             path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _check_replaceable(run_dir: Path, recipe: Recipe) -> None:
+    """Raises RunError that says why a folder is not deleted, and what to do."""
+    try:
+        _refuse_foreign(run_dir, recipe)
+    except Act24Error as error:  # also what an older act24 wrote into a recipe
+        raise RunError(
+            f"{error}; only a run that this act24 made of the same recipe is replaced: if {run_dir} is of an "
+            f"older act24 and you do not need it, delete it (rm -r {shlex.quote(str(run_dir))}), or choose "
+            "another folder with --run-dir"
+        ) from None
 
 
 def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
@@ -290,16 +303,12 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
     if entries and HISTORY not in (entry.name for entry in entries):
         foreign.append(f"it has no {HISTORY}")
     if foreign:
-        raise RunError(
-            f"{run_dir} holds something else than a run ({foreign[0]}); choose another with --run-dir"
-        )
+        raise RunError(f"{run_dir} holds something else than a run of this act24 ({foreign[0]})")
     _refuse_others_files(run_dir, read_history(run_dir), dump_recipe(recipe))
     if then := begun(run_dir, None):
         _, others = changes(then, recipe)
         if others:
-            raise RunError(
-                f"{run_dir} holds a run of another recipe ({others[0]}); choose another with --run-dir"
-            )
+            raise RunError(f"{run_dir} holds a run of another recipe ({others[0]})")
 
 
 def describe_run(
