@@ -126,7 +126,7 @@ def test_a_bad_record_costs_nothing_that_was_written(tokenizer, tmp_path, often)
     with pytest.raises(Act24Error) as caught:
         prepare_shards(data, tokenizer, out)
     assert str(caught.value).startswith(f"{tmp_path}/a.jsonl, line 251: expected one JSON object a line")
-    assert 'data.on_bad_record = "skip" leaves such records out' in str(caught.value)
+    assert 'data.on_bad_record = "skip", or --skip-bad-records of `data prepare`, leaves' in str(caught.value)
     assert str(caught.value).endswith(
         f"What is written stays in {out}.partial: the same command goes on from there"
     )
