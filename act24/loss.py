@@ -91,7 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 grad = cast_both_ways(grad_logits, scaling, scaling, kernels=kernels)
                 multiply = form("product_e4m3", kernels)
-                grad_rows = cast(multiply(grad.narrow, head.turned, grad.scale, head.turned_scale), rows.dtype)
+                grad_rows = cast(
+                    multiply(grad.narrow, head.turned, grad.scale, head.turned_scale), rows.dtype
+                )
                 grad_weight = grad_weight + multiply(
                     grad.turned, cast_rows.turned, grad.turned_scale, cast_rows.turned_scale
                 )
@@ -174,9 +176,7 @@ def cross_entropy_sum(
             if head is None or scaling is None:
                 logits = rows @ projection.T
             else:
-                made = cast_both_ways(
-                    rows.where(keep, 0.0), scaling, scaling, turned=False, kernels=kernels
-                )
+                made = cast_both_ways(rows.where(keep, 0.0), scaling, scaling, turned=False, kernels=kernels)
                 logits = _product(made, head, kernels)
             loss -= _log_softmax(logits).gather(1, target).where(keep, 0.0).sum()
     return loss, valid.sum()

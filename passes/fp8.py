@@ -3,11 +3,11 @@
     linear(x, W, b)   ==>   linear_fp8(x, W, b, narrow, scale, turned, turned_scale, …)
 
 in attention and MLPs; the factors of low-rank linears count as linears, and the head does with `head = true`
-or where `targets` names it. A loss that multiplies with the head's weight itself reads from `head_arguments`
-what it has to do. W stays a parameter as it was. In training only: evaluation, samples and what is saved are of the weights
-in their own dtype. Where the loop keeps them, W in e4m3 and its transpose are in buffers beside it, made once
-an update (`act24.passes.state`): `<weight>_e4m3`, `<weight>_e4m3_turned`, and their scales. Scales are of the
-values of now, so there is no state to save.
+or where `targets` names it. A loss that multiplies with the head's weight itself, as that of `act24 train`,
+asks `head_arguments` how. W stays a parameter as it was. In training only: evaluation, samples and what is
+saved are of the weights in their own dtype. Where the loop keeps them, W in e4m3 and its transpose are in
+buffers beside it, made once an update (`act24.passes.state`): `<weight>_e4m3`, `<weight>_e4m3_turned`, and
+their scales. Scales are of the values of now, so there is no state to save.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class Fp8(OperationalPass):
         if not self.head or any(site.kind == "head" for site in sites):
             return ""
         return (
-            "head = true, and the head is no linear that is left to it: the embedding is the head, or another "
-            "pass has it; untie them, or set head = false"
+            "head = true, and the head is no linear that is left to it: the embedding is the head, or "
+            "another pass has it; untie them, or set head = false"
         )
 
     def _rewrite(self, region: Region, match: Match) -> None:
@@ -167,8 +167,8 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
     kinds = [node.target for node in linears]
     if kinds not in ([F.linear], [linear_fp8]):
         raise Act24Error(
-            "the loss multiplies with the head's weight itself, and a pass has made something else of the head: "
-            "leave the head out of its targets"
+            "the loss multiplies with the head's weight itself, and a pass has made something else of the "
+            "head: leave the head out of its targets"
         )
     if kinds == [F.linear] or not head.training:
         return ()
