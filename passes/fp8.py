@@ -172,7 +172,8 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
         )
     if kinds == [F.linear] or not head.training:
         return ()
-    *ready, scaling, kernels = linears[0].args[3:]
+    arguments: tuple[Any, ...] = linears[0].args[3:]
+    *ready, scaling, kernels = arguments
     for node in counted:
         (add,) = node.users
         head.get_buffer(str(parameter_name(add.args[0]))).add_(underflow_counts(hidden, scaling))

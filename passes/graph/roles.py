@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,10 @@ _MLP_LEAVES |= {"linear2", "intermediate", "wo", "fc_in", "fc_out"}
 def head_of(model: nn.Module) -> nn.Module | None:
     """The module that makes logits of hidden states, by `transformers`' own name for it or as `lm_head`; None
     where there is none, as in the stock model with tied embeddings."""
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else getattr(model, "lm_head", None)
+    held: Any = model
+    if callable(getattr(held, "get_output_embeddings", None)):
+        return held.get_output_embeddings()
+    return getattr(held, "lm_head", None)
 
 
 def roles_of(
