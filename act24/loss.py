@@ -19,9 +19,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from act24.operation import cast_for_autocast, operation
+from act24.operation import cast_for_autocast, once_differentiable, operation, refuse_second_derivatives
 
 IGNORE = -100  # the label of a position without a target, as in F.cross_entropy
 
@@ -89,6 +88,7 @@ def cross_entropy_sum(
     tokens. `chunk_tokens` bounds memory: below 8192 the products lose speed, at 16384 the compiler was seen
     to hold all chunks at once. Without grad mode only the loss is computed.
     """
+    refuse_second_derivatives(hidden, head_weight)
     # The weight is cast inside, so that its gradient comes back as it was summed, in float32.
     (hidden,) = cast_for_autocast(hidden.flatten(0, -2))  # pyright: ignore[reportAssignmentType]
     labels = labels.flatten()[:, None]
