@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from act24.sparse24.kernels.packed_decode import INPUTS, packed_decode
+from act24.sparse24.kernels.packed_decode import INPUTS, TOKENS, packed_decode
 from act24.sparse24.kernels.skipping_product import skipping_product
 
-#: Most tokens of a step for which 2:4 weights are read packed.
-PACKED_TOKENS = 1
+#: Most tokens of a step for which reading 2:4 weights packed is tried.
+PACKED_TOKENS = TOKENS
 
 #: Most tokens of a step for which skipping is tried. Each has active features of its own, and all are read.
 SKIPPING_TOKENS = 8
@@ -39,11 +39,11 @@ def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None)
     """A linear whose weight is 2:4, packed by `act24.sparse24.kernels.packed_decode.packed_for_decode`.
 
     Args:
-        x: bfloat16 `[..., K]`, one token.
+        x: bfloat16 `[..., K]`, in all at most `PACKED_TOKENS` tokens.
     """
-    y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes)
+    y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes).sum(0)
     y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], len(values))
+    return y.to(x.dtype).view(*x.shape[:-1], len(values))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ measured of trained models is in `act24 bench decode`.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +130,7 @@ def _size(
         decoder = Decoder(model, choice=side)
         sparse = side is None or side.skipping or side.packed
         for batch in batches:
-            if side is not None and batch > (PACKED_TOKENS if side.packed else SKIPPING_TOKENS) and sparse:
+            if side is not None and batch > most_rows(side):
                 continue
             seconds = _step_seconds(decoder, batch)
             told = "measured, block by block" if side is None else str(side)
@@ -151,6 +152,12 @@ def _size(
         del decoder
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def most_rows(side: Choice) -> float:
+    """Of a batch for which the decoder would try this choice."""
+    skipping = SKIPPING_TOKENS if side.skipping else math.inf
+    return min(skipping, PACKED_TOKENS if side.packed else math.inf)
 
 
 def drawn_config(preset: str, layers: int | None = None) -> LlamaConfig:

@@ -13,7 +13,7 @@ from act24.errors import Act24Error
 from act24.inference import decoder as decoder_module
 from act24.inference.cache import kept
 from act24.inference.generator import Generator
-from act24.inference.layer import DENSE, Choice, can_use, weights_of
+from act24.inference.layer import DENSE, Choice, can_use, step_choices, weights_of
 from act24.inference.sampling import Sampling
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM
@@ -147,6 +147,20 @@ def test_sparse_steps_are_the_dense_step(name, choice):
     assert equal_tokens(found, expected) >= 3 * 6 - 6, "more than a row goes another way: more than rounding"
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
+
+
+@pytest.mark.parametrize(
+    ("rows", "skipping", "packed"), [(1, 1, 1), (2, 1, 1), (8, 1, 1), (9, 0, 1), (16, 0, 1), (17, 0, 0)]
+)
+def test_what_a_step_tries_by_rows(rows, skipping, packed):
+    cuda, everything = torch.device("cuda"), Choice(skipping=True, packed=True)
+    tried = step_choices(rows, everything, torch.bfloat16, cuda)
+    assert len(tried) == len({*tried}) == 2 ** (skipping + packed)
+    assert tried[0] == DENSE
+    assert any(c.skipping for c in tried) == bool(skipping)
+    assert any(c.packed for c in tried) == bool(packed)
+    for dtype, device in ((torch.float32, cuda), (torch.bfloat16, torch.device("cpu"))):
+        assert step_choices(rows, everything, dtype, device) == (DENSE,)
 
 
 @pytest.mark.parametrize(("name", "heads"), list(itertools.product(ROTARY, (4, 2))))
