@@ -88,7 +88,10 @@ def train(
         ),
     ] = "same",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Build, plan, print, make one step (with --resume the next); write no file."
+        ),
     ] = False,
     schedule: Annotated[
         ScheduleOnResume,
