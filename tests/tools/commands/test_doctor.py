@@ -22,6 +22,7 @@ def test_on_a_cpu_every_path_is_plain_pytorch_and_says_why() -> None:
     paths = [finding for subject, finding in findings.items() if subject.startswith("llama-")]
     assert len(paths) == 25
     assert all("plain PyTorch" in path and "CUDA" in path for path in paths)
+    assert not any("do not know" in path or "multiples of" in path for path in paths), "beside the point"
 
 
 def test_text_has_a_line_for_every_finding() -> None:
@@ -91,9 +92,9 @@ def test_steps_of_generation_are_shown_by_rows() -> None:
     everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
     assert told("cuda") == {
         "1 rows": everything,
-        "4 rows": "dense, skipping" + measured,
-        "8 rows": "dense, skipping" + measured,
-        "16 rows": "dense" + measured,
+        "4 rows": everything,
+        "8 rows": everything,
+        "16 rows": "dense, 2:4 weights" + measured,
         "64 rows": "dense" + measured,
     }
 
@@ -109,3 +110,6 @@ def test_prompts_are_shown_by_tokens() -> None:
     assert "T 63" in told[63]
     assert told[2048] == f"bfloat16: {masked}; fp8: {packed} in e4m3"
     assert told[16384] == f"bfloat16: {packed}; fp8: {packed} in e4m3"
+    weights = {tokens: found[f"prefill, {tokens} tokens, llama-7b, 2:4 weights"] for tokens in (63, 16384)}
+    assert weights[16384] == "attention: 2:4 product; up: 2:4 product; down: 2:4 product"
+    assert weights[63].startswith("attention: dense product (dense products are faster at T 64, 4096→4096);")
