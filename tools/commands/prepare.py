@@ -6,7 +6,7 @@ from pathlib import Path
 
 from act24.recipes.load import load_recipe, recipe_names
 from act24.recipes.schema import Tokenizer
-from act24.tools.data import data_from_argument, open_tokenizer, pinned_for, prepare_shards
+from act24.tools.data import data_from_argument, open_tokenizer, pinned_for, prepare_shards, refuse_taken
 from act24.tools.run.progress import console
 
 
@@ -24,6 +24,7 @@ def prepare_source(
 ) -> None:
     """Write token shards of a source, or of a recipe's data with the recipe's own tokenizer; what is given
     beyond that goes before the recipe."""
+    refuse_taken(out)
     if source.endswith(".toml") or source in recipe_names():
         recipe = load_recipe(source)
         data, section = recipe.data, recipe.tokenizer

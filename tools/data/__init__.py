@@ -12,7 +12,7 @@ from act24.tools.data.batches import Batch, HeldoutRows, TokenRows, heldout_rows
 from act24.tools.data.dealt import merged_state
 from act24.tools.data.documents import Documents, open_documents
 from act24.tools.data.hub import pinned
-from act24.tools.data.prepare import data_from_argument, pinned_for, prepare_shards
+from act24.tools.data.prepare import data_from_argument, pinned_for, prepare_shards, refuse_taken
 from act24.tools.data.tokenizer import Tokenizer, check_vocabulary, open_tokenizer
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "pinned",
     "pinned_for",
     "prepare_shards",
+    "refuse_taken",
 ]

@@ -3,7 +3,8 @@
 What is written grows in `OUT.partial` and is renamed when it is whole. A journal in there says up to where
 everything is on the disk: every `JOURNAL_TOKENS`, behind each split, and where the source fails or the user
 interrupts. The same command goes on from there, after a kill or a full disk as well. A failure before the
-first such point leaves nothing; a kill there leaves files that the same command says it writes anew.
+first such point leaves nothing; a kill there leaves files that the same command says it writes anew. The
+journal goes only once the folder has its name: until then there is something to go on from.
 """
 
 from __future__ import annotations
@@ -73,11 +74,10 @@ def prepare_shards(
         The content of `index.json`.
 
     Raises:
-        Act24Error: `out` is not empty or cannot be written, something is wrong with the source, or what was
-            begun is of another source or tokenizer.
+        Act24Error: `out` cannot be made (`refuse_taken`) or written, something is wrong with the source, or
+            what was begun is of another source or tokenizer.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise Act24Error(f"{out} exists already")
+    refuse_taken(out)
     with _partial(_partial_of(out)) as folder:
         journal = _Journal(folder)
         # The held-out split comes first: it is small, and a source that lacks one should say so now.
@@ -103,11 +103,38 @@ def prepare_shards(
         }
         with HashedFile(folder / "index.json") as file:
             file.write(json.dumps(index, indent=1).encode())
-        for path in folder.glob(f"{JOURNAL}*"):  # what a kill left of one that was being written, too
-            path.unlink()
-        (folder / LOCK).unlink(missing_ok=True)
-        os.replace(folder, out)
+        try:
+            os.replace(folder, out)
+        except OSError as error:
+            raise Act24Error(f"{folder} is whole, but cannot become {out}: {error.strerror}") from error
+        _remove_notes(out)
     return index
+
+
+def refuse_taken(out: Path) -> None:
+    """Find out before the work, which may take days, whether a new folder may have that name in the end.
+
+    Raises:
+        Act24Error: it is taken, no name, or something onto which no folder can be renamed.
+    """
+    if out.name in ("", ".."):
+        raise Act24Error(f"'{out}' is no name for a new folder: say what it is to be called")
+    if out.is_symlink():
+        raise Act24Error(f"{out} is a link to {os.readlink(out)}: name the folder itself")
+    if os.path.ismount(out):
+        raise Act24Error(f"{out} is where a disk is mounted: name a folder on it")
+    with reading(f"cannot write {out}"):
+        if out.is_dir() and (out / JOURNAL).exists() and not _foreign(out):
+            _remove_notes(out)  # a kill came just behind the last rename
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise Act24Error(f"{out} exists already")
+
+
+def _remove_notes(folder: Path) -> None:
+    """What only an unfinished folder has."""
+    for path in folder.glob(f"{JOURNAL}*"):  # what a kill left of one that was being written, too
+        path.unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def data_from_argument(source: str) -> Data:
@@ -160,7 +187,9 @@ def _partial(folder: Path) -> Iterator[Path]:
     lock = filelock.FileLock(folder / LOCK)
     try:
         if foreign := _foreign(folder):
-            raise Act24Error(f"{folder} is in the way: `act24 data prepare` did not write {foreign[0]}")
+            raise Act24Error(
+                f"{folder} is in the way: `act24 data prepare` did not write {foreign[0]}; move it away"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:

@@ -1,5 +1,6 @@
 """`act24 data prepare`: from a file, a folder or a recipe to shards on which a run trains."""
 
+import os
 import re
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from tiny import text
 
 from act24.errors import Act24Error
+from act24.tools.commands import prepare
 from act24.tools.commands.cli import main
 from act24.tools.commands.prepare import prepare_source
 from act24.tools.data.shards import TokenShards
@@ -66,3 +68,36 @@ def test_a_folder_that_is_there_stays(tiny_file, tmp_path):
     with pytest.raises(Act24Error, match=f"{tmp_path} exists already"):
         prepare_source(str(tiny_file), tmp_path, "bpe", 300, None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("dangling", "is a link to nowhere: name the folder itself"),
+        ("linked", "is a link to folder: name the folder itself"),
+        ("file", "exists already"),
+        ("fifo", "exists already"),
+        ("", "'.' is no name for a new folder: say what it is to be called"),
+        (".", "'.' is no name for a new folder"),
+        ("new/..", "'new/..' is no name for a new folder"),
+        ("/", "'/' is no name for a new folder"),
+        ("/proc", "/proc is where a disk is mounted: name a folder on it"),
+    ],
+)
+def test_what_cannot_become_a_folder_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, act24, out, message
+):
+    """The last rename was what found it out, after all the tokenising; a folder without a name was a traceback."""
+    (tmp_path / "a.txt").write_text("some words " * 500)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to("folder")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "open_tokenizer", lambda *_: pytest.fail("it reads the text"))
+    status, _, error = act24("data", "prepare", "a.txt", out, "--vocab-size", 300)
+    assert (status, len(error)) == (2, 1)
+    assert message in error[0]
+    assert sorted(os.listdir(tmp_path)) == before

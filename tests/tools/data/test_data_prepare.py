@@ -140,6 +140,58 @@ def test_a_kill_before_the_first_entry_is_said_and_leaves_nothing(
     assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
 
 
+def dies_at_the_last_rename(data, tokenizer_file, out, moment):
+    replace = os.replace
+
+    def killed(source, target):
+        if target != out:  # a journal
+            return replace(source, target)
+        if moment == "behind":
+            replace(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = killed
+    prepare_shards(Data(**data), _named(str(tokenizer_file)), out)
+
+
+@pytest.mark.parametrize("moment", ["before", "behind"])
+def test_a_kill_at_the_last_rename_loses_nothing(corpora, tokenizer_file, tmp_path, moment):
+    """Before it, journal and lock were gone already: the same command found a folder of strangers."""
+    data, out, written = corpora["json"].data(), tmp_path / "out", []
+    tokenizer = _named(str(tokenizer_file))
+    arguments = (data.model_dump(exclude_none=True), tokenizer_file, out, moment)
+    assert exit_code(dies_at_the_last_rename, *arguments) == -signal.SIGKILL
+    if moment == "before":
+        prepare_shards(data, tokenizer, out, progress=lambda *where: written.append(where))
+    else:
+        with pytest.raises(Act24Error, match=f"^{out} exists already$"):
+            prepare_shards(data, tokenizer, out)
+    assert written == [], "nothing is tokenised twice"
+    prepare_shards(data, tokenizer, tmp_path / "straight")
+    assert content(out) == content(tmp_path / "straight")
+    assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
+
+
+def test_a_name_that_is_taken_meanwhile_costs_nothing_that_was_written(corpora, tokenizer, tmp_path):
+    data, out, written = corpora["json"].data(), tmp_path / "out", []
+
+    def taken(split, documents, tokens):
+        (out / "mine").mkdir(parents=True, exist_ok=True)
+
+    with pytest.raises(Act24Error) as caught:
+        prepare_shards(data, tokenizer, out, progress=taken)
+    assert str(caught.value) == (
+        f"{out}.partial is whole, but cannot become {out}: Directory not empty. "
+        f"What is written stays in {out}.partial: the same command goes on from there"
+    )
+    assert os.listdir(out) == ["mine"]
+    out.rename(tmp_path / "elsewhere")
+    prepare_shards(data, tokenizer, out, progress=lambda *where: written.append(where))
+    assert written == []
+    prepare_shards(data, tokenizer, tmp_path / "straight")
+    assert content(out) == content(tmp_path / "straight")
+
+
 def test_little_is_open_at_any_time(corpora, tokenizer, tmp_path, often):
     counts = []
     prepare_shards(
