@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
+from act24.tools.data.background import Background
 from act24.tools.data.dealt import DealtRows
 from act24.tools.data.documents import open_documents
 from act24.tools.data.rows import PackedRows, PaddedRows, Rows, ShardRows
@@ -26,6 +28,7 @@ from act24.tools.data.tokenizer import Tokenizer, check_ids, check_vocabulary, u
 
 IGNORED = -100  # a label that is no token; `torch.nn.functional.cross_entropy` skips it by default
 PREFETCHED = 4  # batches
+_LOOK_AGAIN = 0.2  # seconds
 _HELD_OUT = {
     "position": "the end of each document, as there was too little text for whole ones",
     "hash": "whole documents",
@@ -94,22 +97,35 @@ class TokenRows(Iterator[Batch]):
         self._end_of_text = tokenizer.eos_id if within_documents else None
         self._tokenizer = tokenizer
         self._max_length, self._batch_size, self._vocab_size = max_length, batch_size, vocab_size
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="act24-data")
+        self._thread = Background("act24-data")
+        self._end = weakref.finalize(self, self._thread.close)  # at the latest as the interpreter ends
         self._prefetched: deque[Future[Batch]] = deque()
         self.warnings = [*rows.warnings]
         self._said: set[str] = set()
         self._state = self._state_of_rows()
 
-    def start(self) -> None:
-        """Wait for the first batch, which is handed out later: what is wrong with the source shows now."""
-        self._prefetch().result()
+    def start(self, count: int = 1) -> None:
+        """Wait for the first `count` batches, which are handed out later: what is wrong with the source shows
+        now."""
+        self._prefetch()
+        if failure := self.failure(count):
+            raise failure
 
-    def failure(self, count: int) -> BaseException | None:
-        """Wait for the next `count` batches, which are handed out later; what keeps one from being made."""
+    def failure(self, count: int, stop: Callable[[], object] = lambda: False) -> BaseException | None:
+        """Wait for the next `count` batches, which are handed out later; what keeps one from being made.
+
+        Args:
+            stop: whether to wait no longer, which is None; a network may be away for days.
+        """
         while len(self._prefetched) < count:
             self._prefetched.append(self._thread.submit(self._make))
-        failures = (future.exception() for future in itertools.islice(self._prefetched, count))
-        return next((failure for failure in failures if failure is not None), None)
+        for future in itertools.islice(self._prefetched, count):
+            while not wait([future], _LOOK_AGAIN).done:
+                if stop():
+                    return None
+            if (failure := future.exception()) is not None:
+                return failure
+        return None
 
     def __next__(self) -> Batch:
         batch = self._prefetch().result()  # an error stays at the front: a gap is before what follows it
@@ -169,8 +185,8 @@ class TokenRows(Iterator[Batch]):
         return self._state_of_rows()
 
     def close(self) -> None:
-        """Stop the thread, once it is done with the batch at hand."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Stop the thread (`Background.close`)."""
+        self._end()
 
     def __enter__(self) -> TokenRows:
         return self

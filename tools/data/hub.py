@@ -14,6 +14,7 @@ from typing import Any
 
 from act24.errors import Act24Error, reason
 from act24.recipes.schema import Data
+from act24.tools.data.background import pause
 from act24.tools.data.files import Reading, Wanted, text_of
 from act24.tools.data.shard import Shard
 from act24.tools.data.tally import Records
@@ -83,7 +84,7 @@ def retried(
     name: str,
     seconds: float,
     how: Reading,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = pause,
     clock: Callable[[], float] = time.monotonic,
 ) -> Shard:
     """`shard`, read on from where it broke off when the network fails, after waits that double.

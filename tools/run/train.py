@@ -183,9 +183,9 @@ class TrainingRun:
             checkpoint.restore_(start, self._built.model, self._optimizer)
             with position_of(start), contents_of(start.folder / checkpoint.rank_file(0)):
                 self._rows.load_state_dict(position, grow)
-        with position_of(start):
-            self._rows.start()
         self._count, self._waited = accumulation(recipe.train, world_size), 0.0
+        with position_of(start):
+            self._rows.start(self._count)
         self._epoch = self._rows.epoch
         # From here on there is a run: all that can be wrong with its input would have shown.
         check_together(lock)
@@ -242,7 +242,7 @@ class TrainingRun:
                     self._save()  # with the loss, and nothing is due any more
             while self._step < last and not stopped:
                 self.advance()
-                failure = self._failure(progress) if self._step < last else None
+                failure = self._failure(progress, stop) if self._step < last else None
                 stopped = self._processes.any(bool(stop) or failure is not None)
                 evaluation, stopped = self.after_step(
                     progress, ends=self._step == last, stop=stop, stopped=stopped
@@ -285,9 +285,9 @@ class TrainingRun:
             self._note = f"{self._note}\n{skipped}" if self._note else skipped
         self.monitor.add(self._step, result, rate, waited, self._rows.figures())
 
-    def _failure(self, progress: RunProgress) -> BaseException | None:
-        """What keeps the next step from being made. Asked for before that step, on which processes would wait
-        for each other, and before the position is that of batches nobody trained on."""
+    def _failure(self, progress: RunProgress, stop: StopRequest) -> BaseException | None:
+        """What keeps the next step from being made, a stop aside. Asked for before that step, on which
+        processes would wait for each other, and before the position is that of batches nobody trained on."""
         limit = self._recipe.train.max_skips
         if self._skips >= limit:
             return TrainingError(
@@ -296,7 +296,7 @@ class TrainingRun:
         if progress.silenced:
             return TrainingError(progress.silenced)
         began = time.perf_counter()
-        failure = self._rows.failure(self._count)
+        failure = self._rows.failure(self._count, lambda: bool(stop))
         self._waited = time.perf_counter() - began
         return failure
 

@@ -87,7 +87,7 @@ def test_a_folder_that_is_there_stays(tiny_file, tmp_path):
 def test_what_cannot_become_a_folder_is_refused_before_anything_is_read(
     tmp_path, monkeypatch, act24, out, message
 ):
-    """The last rename was what found it out, after all the tokenising; a folder without a name was a traceback."""
+    """The last rename found it out, after all the tokenising; a folder without a name was a traceback."""
     (tmp_path / "a.txt").write_text("some words " * 500)
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")

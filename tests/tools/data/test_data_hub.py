@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import zlib
 from collections import Counter
 
@@ -129,6 +130,29 @@ def test_a_failing_network_is_waited_for_and_no_record_lost_or_repeated(error):
     rounds = [1, 2, 1, 1, 2, 4, 1]  # doubling, and from the start again once a record came
     assert all(0.5 * r <= wait <= 1.5 * r for r, wait in zip(rounds, outage.waits, strict=True))
     assert how.tally.counts() == {"retries": 7}
+
+
+def test_closing_ends_the_wait_for_a_network(local, tokenizer, monkeypatch, caplog):
+    """The thread slept to the end of its wait, and the interpreter for it."""
+    monkeypatch.setattr(hub, "load_stream", lambda *_: AwayStream())
+    data = local.model_copy(update={"retry_seconds": 1e9})
+    rows = open_rows(data, tokenizer, batch_size=2, vocab_size=300)
+    asked = []
+    assert rows.failure(1, lambda: asked.append(0) or len(caplog.records) == 2) is None
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "act24-data")
+    rows.close()
+    assert not thread.is_alive()
+    assert len(asked) > 1
+    assert "reading allenai/c4, split 'train' failed: no route; waited for 0 s so far" in caplog.text
+    with pytest.raises(RuntimeError, match="the thread is closed"):  # and no wait for ever
+        next(rows)
+
+
+class AwayStream:
+    num_shards = 1
+
+    def shard(self, num_shards, index):
+        raise ConnectionError("no route")
 
 
 @pytest.mark.parametrize("seconds", [0, 100, 10_000])

@@ -7,6 +7,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
+from threading import Timer
 
 import pytest
 import torch
@@ -19,7 +22,8 @@ from act24.errors import Act24Error
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.commands import demo, prepare
-from act24.tools.data import HeldoutRows, TokenRows
+from act24.tools.data import HeldoutRows, TokenRows, background
+from act24.tools.data.background import pause
 from act24.tools.run import progress
 from act24.tools.run import train as train_module
 from act24.tools.run.lock import run_lock
@@ -138,6 +142,65 @@ def fail_at(monkeypatch, row, error):
         return make(self)
 
     monkeypatch.setattr(TokenRows, "_make", failing)
+
+
+def away_from(batch, wait=pause):
+    """Rows cannot be made from the `batch`-th batch on: a network, or with `time.sleep` a disk, is away. A
+    scheduler ends the wait."""
+    make, made = TokenRows._make, [0]
+
+    def waiting(self):
+        made[0] += 1
+        if made[0] > batch:
+            Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()  # by when the run waits
+            wait(1e9)
+        return make(self)
+
+    TokenRows._make = waiting
+
+
+def test_a_stop_while_the_text_is_away_saves_what_was_made(tiny, tmp_path, monkeypatch, straight):
+    """The run waited for the next batch, and looked at nothing else, for as long as the outage lasted."""
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenRows, "_make", TokenRows._make)
+        away_from(11)  # two batches a step: the sixth step has one of them
+        outcome = train(tiny(*RECIPE), tmp_path)
+    assert (outcome.step, outcome.stopped) == (5, "SIGTERM")
+    assert "act24-data" not in [thread.name for thread in threading.enumerate()]
+    assert_goes_on_as(straight, tmp_path, tiny(*RECIPE))
+
+
+def network_away_before_the_first_step():
+    away_from(1)  # of the two batches of a step
+
+
+def disk_away_before_the_first_step():
+    background.PATIENCE = 0.2
+    away_from(0, time.sleep)
+
+
+def disk_away_later():
+    background.PATIENCE = 0.2
+    away_from(6, time.sleep)
+
+
+@pytest.mark.parametrize(
+    ("away", "said"),
+    [
+        (
+            network_away_before_the_first_step,
+            "act24: SIGTERM: stopped before the first step, nothing to save",
+        ),
+        (disk_away_before_the_first_step, "act24: SIGTERM: stopped before the first step, nothing to save"),
+        (disk_away_later, "SIGTERM: saved step 3 in "),
+    ],
+)
+def test_a_process_whose_text_is_away_ends_with_its_stop(tiny_file, tmp_path, away, said):
+    """It said so, and then waited for the thread that waits for the text."""
+    with Command("train", tiny_file, "--run-dir", tmp_path / "run", *LONG, before=away) as command:
+        status, out, error = command.end()
+    assert status == 75
+    assert said in out + error
 
 
 @pytest.mark.parametrize("error", [Act24Error("the disk is gone"), RuntimeError("a bug")])
