@@ -118,6 +118,22 @@ def _order_of(path: Path, step: int, kind: str | None) -> tuple[int, int] | None
     return None if kind == "tmp" and manifest["step"] != step else _order(manifest)
 
 
+def check_writable(run_dir: Path) -> None:
+    """Raises CheckpointError where no save of a run could write beside the checkpoints that it has."""
+    parent = run_dir / "checkpoints"
+    if not parent.is_dir():
+        return
+    attempt = temporary(folder_of(run_dir, 0))  # left by a kill, it is what a save left
+    try:
+        attempt.mkdir()
+        attempt.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{parent} cannot be written: {error.strerror}; make it writable, or choose another folder with "
+            "--run-dir"
+        ) from None
+
+
 def put_back(run_dir: Path) -> None:
     """Makes the renames that a save had before it when it was cut off: the newer checkpoint gets its name.
 

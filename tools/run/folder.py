@@ -103,7 +103,7 @@ def resume_point(
             the checkpoint is of another recipe, or behind its end; or files of the user are where a run
             writes its own.
         CheckpointError: the checkpoint is damaged or of an older act24, or there are some and none can be
-            used.
+            used; or none could be saved beside them.
     """
     folder = on_the_first(lambda: _chosen(run_dir, resume, recipe, weights, dry_run))
     if folder is None:
@@ -178,6 +178,7 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dr
             )
         return None
     if not dry_run:
+        checkpoint_folder.check_writable(run_dir)
         checkpoint_folder.put_back(run_dir)
     origin = origin_of(run_dir, history)
     if resume == "auto":

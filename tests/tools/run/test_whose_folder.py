@@ -13,6 +13,7 @@ from tiny import load_tiny
 from act24.recipes.load import dump_recipe, load_recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.commands import demo
 from act24.tools.run import train as train_module
 from act24.tools.run.folder import clear_run, describe_run, resume_point
@@ -213,6 +214,14 @@ def test_an_origin_that_is_gone_is_a_refusal(tiny, copied, tmp_path, monkeypatch
     with pytest.raises(RunError, match=r"went on from .*step-000006, has no checkpoint of its own, and that"):
         train(longer, tmp_path / "branch", resume="auto")
     assert content(tmp_path / "branch").keys() == before.keys()
+
+
+def test_checkpoints_that_could_not_be_written_are_refused_before_the_first_step(tiny, tmp_path):
+    """It was the first save that found it out, and the steps up to there were lost."""
+    (tmp_path / "checkpoints").symlink_to("/sys/kernel")  # where nobody makes a folder, root included
+    with pytest.raises(CheckpointError, match=r"/checkpoints cannot be written: .*; make it writable, or"):
+        train(tiny(*OVERRIDES), tmp_path, resume="auto")
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "checkpoints"}
 
 
 def test_checkpoints_on_another_disk_are_the_runs_own(tiny, copied, tmp_path):
