@@ -50,6 +50,12 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
+def is_named_like_one(path: Path) -> bool:
+    """Whether a folder is meant to be a checkpoint, be it damaged, by its name; a run may have that too, and
+    is known by its folder of checkpoints."""
+    return bool(re.match(r"step-[0-9]{6,}(\.|$)", path.name)) and not os.path.lexists(path / "checkpoints")
+
+
 def temporary(folder: Path) -> Path:
     """A fresh name beside `folder` for what is not yet there. Nothing is created."""
     return _beside(folder, "tmp")

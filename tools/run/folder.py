@@ -253,7 +253,7 @@ def last_checkpoint(path: Path) -> Path:
     Raises:
         Act24Error: it is neither, or no checkpoint of the run can be used.
     """
-    if (path / checkpoint_folder.MANIFEST).is_file() or path.name.startswith("step-"):
+    if (path / checkpoint_folder.MANIFEST).is_file() or checkpoint_folder.is_named_like_one(path):
         return path
     latest = checkpoint_folder.latest(path)
     if latest is None:

@@ -19,7 +19,7 @@ from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.manifest import CheckpointError, fingerprints, read_manifest, render
 from act24.tools.run import build
 from act24.tools.run.evaluate import evaluate_checkpoint
-from act24.tools.run.folder import default_run_dir
+from act24.tools.run.folder import default_run_dir, last_checkpoint
 from act24.tools.run.lock import LOCK, RunError
 from act24.tools.run.train import train
 
@@ -148,6 +148,21 @@ def test_a_run_is_taken_as_its_last_checkpoint(tiny, a_run, tmp_path):
     with pytest.raises(RunError, match="is neither a checkpoint nor a run"):
         train(tiny(*OVERRIDES), tmp_path / "new", resume=str(tmp_path / "nowhere"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["step-lr-1e-3", "step-000010"])
+def test_a_run_is_known_by_what_is_in_it_not_by_its_name(tiny, a_run, tmp_path, name):
+    """It "is not a checkpoint: it has no manifest.json"."""
+    run_dir = shutil.copytree(a_run, tmp_path / name)
+    last = run_dir / "checkpoints" / "step-000006"
+    assert last_checkpoint(run_dir) == build.open_checkpoint(run_dir).folder == last
+    assert last_checkpoint(last) == last
+    assert train(tiny(*OVERRIDES), tmp_path / "branch", resume=str(run_dir)).step == 6
+    (last / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=f"^{last} is not a checkpoint: it has no manifest.json"):
+        build.open_checkpoint(last)
+    with pytest.raises(RunError, match="'step-by-step' is neither a checkpoint nor a run with one"):
+        last_checkpoint(Path("step-by-step"))
 
 
 def test_the_history_says_when_a_run_began_and_from_where_it_went_on(tiny, a_run, tmp_path):
