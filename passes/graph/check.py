@@ -97,7 +97,7 @@ class Check:
         lines = []
         if self._probe is None:
             lines.append(f"the model as a whole was not checked: {self.not_run}")
-        elif not self.agreeing:
+        elif not (self.agreeing or self.unchecked):
             lines.append(
                 f"checked on {self._probe}: only single linears are traced, which are what they were"
             )
@@ -127,6 +127,9 @@ class Check:
                 expected = _outcome(module, None, arguments, mode)
             except Exception as error:  # whatever a foreign forward raises
                 self.unchecked[kind] = f"its forward fails in {mode}: {_line(error)}"
+                return
+            if _has_nothing_finite(expected):
+                self.unchecked[kind] = f"it gives no finite number in {mode}"
                 return
             try:
                 found = _outcome(module, graph, arguments, mode)
@@ -274,6 +277,12 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
     return outputs, gradients
 
 
+def _has_nothing_finite(outcome: tuple[Any, Any]) -> bool:
+    """Whether there is a tensor of infinities and nan alone, which would agree with any other such."""
+    tensors = [t for t in (*outcome[0], *outcome[1]) if t is not None and t.is_floating_point()]
+    return any(t.numel() and not bool(t.isfinite().any()) for t in tensors)
+
+
 def _difference(expected: tuple[Any, Any], found: tuple[Any, Any], mode: str) -> str:
     """In what two outcomes differ, or the empty string."""
     (outputs, gradients), (other_outputs, other_gradients) = expected, found
@@ -292,7 +301,9 @@ def _difference(expected: tuple[Any, Any], found: tuple[Any, Any], mode: str) ->
         if a is not None:
             # Half precision rounds by 1/256; what is dropped or added is off by its whole size.
             close = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
-            if not torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max()), equal_nan=True):
+            size = a[a.isfinite()].abs()  # an infinite tolerance would let anything pass, and nan is none
+            largest = float(size.max()) if size.numel() else 0.0
+            if not torch.allclose(a, b, rtol=close, atol=close * largest, equal_nan=True):
                 return "gives other gradients than the module"
     return ""
 

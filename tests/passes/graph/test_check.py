@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import math
 import threading
 from typing import Any
 
@@ -16,7 +17,7 @@ from toys import Net, SwiGLU, Trunk, features, llama, regions, tokens
 
 from act24.passes import LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_, plan, trace
 from act24.passes.graph import check as checking
-from act24.passes.graph.check import Check
+from act24.passes.graph.check import Check, _difference
 from act24.passes.graph.region import RegionModule
 from act24.passes.graph.tracer import Unclean
 
@@ -161,6 +162,28 @@ def test_gradients_are_compared_too() -> None:
     silu.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)
     with pytest.raises(Unclean, match="gives an input no gradient, or one too many in training"):
         check.region(net, graph)
+
+
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_hides_no_other(odd: float) -> None:
+    """nan was no tolerance and a traceback, and an infinite one let any gradient pass."""
+    gradient = torch.ones(8)
+    gradient[0] = odd
+    other = gradient.clone()
+    assert not _difference(((), (gradient,)), ((), (other,)), "training")
+    other[3] = -1.0
+    assert (
+        _difference(((), (gradient,)), ((), (other,)), "training") == "gives other gradients than the module"
+    )
+
+
+@pytest.mark.parametrize(
+    ("odd", "mode"), [({"rope_theta": 1e-300}, "training"), ({"initializer_range": 1e300}, "evaluation")]
+)
+def test_what_gives_no_finite_number_is_not_said_to_be_checked(odd: dict[str, float], mode: str) -> None:
+    """A traceback; and nan agrees with nan. Where rotary angles are infinite, it is the gradient alone."""
+    report = plan(llama(**odd), [Relu2FFN()]).checked
+    assert report == f"not checked: LlamaDecoderLayer: it gives no finite number in {mode}"
 
 
 def test_a_cast_to_the_dtype_of_a_weight_is_always_made() -> None:
