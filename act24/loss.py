@@ -23,11 +23,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from act24.fp8.casts import CastE4m3, Scaling, cast_both_ways
 from act24.fp8.linear import cast_weight, ready_cast, refuse_e4m3, uses_kernels
-from act24.operation import cast, cast_for_autocast, operation
+from act24.operation import (
+    cast,
+    cast_for_autocast,
+    once_differentiable,
+    operation,
+    refuse_second_derivatives,
+)
 from act24.sparse24.kernels.shared.registry import form
 
 IGNORE = -100  # the label of a position without a target, as in F.cross_entropy
@@ -155,6 +160,7 @@ def cross_entropy_sum(
         ValueError: in e4m3, V or D is no multiple of 16.
         Act24Error: in e4m3, a GPU that has none.
     """
+    refuse_second_derivatives(hidden, head_weight)
     if scaling is not None:
         refuse_e4m3(head_weight)
         kernels = uses_kernels(hidden.device, kernels)

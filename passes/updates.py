@@ -29,6 +29,7 @@ from torch.optim.optimizer import (
 )
 
 from act24.errors import Act24Error
+from act24.operation import is_transformed
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.fp8 import Fp8
@@ -272,6 +273,8 @@ class Updates:
         if not weights:
             return []
         parameters = [weight.parameter for weight, _ in weights]
+        if any(map(is_transformed, parameters)):  # of torch.func, for as long as this forward lasts
+            return [(w, stored_mask(w.parameter, w.transposed, method)) for w, method in weights]
         # A shard's version and norm say nothing of the others.
         sharded = any(isinstance(p, DTensor) for p in parameters)
         state: list[Any] = [(id(p), None if p.is_inference() else p._version) for p in parameters]

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
-from act24.operation import cast, cast_for_autocast, operation
+from act24.operation import cast, cast_for_autocast, once_differentiable, operation, refuse_second_derivatives
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import SMALLEST, scales_of
 from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
@@ -149,6 +148,7 @@ def linear_fp8(
         Act24Error: a GPU that has no e4m3.
     """
     refuse_e4m3(weight)
+    refuse_second_derivatives(x, weight)
     cast_x, cast_w, cast_bias = cast_for_autocast(x, weight, bias)
     assert cast_x is not None
     assert cast_w is not None
