@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.fp8.casts import Scaling
@@ -160,10 +160,10 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
     """
     if not isinstance(head, RegionModule):
         return ()
-    counted, linears = list[fx.Node](), list[fx.Node]()
-    for node in head.graph.nodes:
-        if node.op == "call_function":
-            (counted if node.target is underflow_counts else linears).append(node)
+    called = [node for node in head.graph.nodes if node.op == "call_function"]
+    counted = [node for node in called if node.target is underflow_counts]
+    sums = [node for count in counted for node in count.users]  # activation_statistics adds counts up
+    linears = [node for node in called if node not in (*counted, *sums)]
     kinds = [node.target for node in linears]
     if kinds not in ([F.linear], [linear_fp8]):
         raise Act24Error(
@@ -174,8 +174,7 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
         return ()
     arguments: tuple[Any, ...] = linears[0].args[3:]
     *ready, scaling, kernels = arguments
-    for node in counted:
-        (add,) = node.users
-        head.get_buffer(str(parameter_name(add.args[0]))).add_(underflow_counts(hidden, scaling))
+    for node in sums:
+        head.get_buffer(str(parameter_name(node.args[0]))).add_(underflow_counts(hidden, scaling))
     tensors = (None if part is None else head.get_buffer(part.target) for part in ready)
     return (*tensors, scaling, kernels)
