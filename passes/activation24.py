@@ -24,10 +24,11 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import Argument
 
 from act24.options import OneOf, OptionError, Range, Steps
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
-from act24.passes.fp8 import Fp8, pays
+from act24.passes.fp8 import PARTS, Fp8, add_cast_buffers, pays
 from act24.passes.graph.activation_sites import (
     ActivationSite,
     activation_sites,
@@ -78,6 +79,7 @@ class Activation24(OperationalPass):
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
         algorithms: what a tuner found for the products (`act24.sparse24.format.products`), of no meaning to
             the mathematics; no key of a recipe.
+        keep_cast: as in `act24.passes.fp8.Fp8`, of networks in e4m3; no key of a recipe.
     """
 
     name: ClassVar[str] = "activation24"
@@ -95,6 +97,7 @@ class Activation24(OperationalPass):
     kernels: bool = True
     recompute: bool = False
     algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
+    keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +134,7 @@ class Activation24(OperationalPass):
 
     @property
     def renews(self) -> bool:
-        return self.record.draws or self.record.scaled
+        return self.record.draws or self.record.scaled or self.keep_cast
 
     def calibrates(self, step: int) -> bool:
         """Whether a scale is due once `step` updates are made."""
@@ -141,7 +144,8 @@ class Activation24(OperationalPass):
 
     def in_evaluation(self) -> Activation24:
         other = self.record.in_evaluation
-        return replace(self, method=other) if other else self
+        # What was cast for an update is not of the weights behind it.
+        return replace(self, method=other or self.method, keep_cast=False)
 
     def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
@@ -247,6 +251,16 @@ class Activation24(OperationalPass):
             algorithms=tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[misc]
         )
 
+    def _cast_weights(self, site: ActivationSite) -> tuple[str, ...]:
+        """The local names of W_in and W_out where all products are in e4m3; none elsewhere, and where one is
+        stored transposed."""
+        options = self.options(site)
+        if not (site.before and site.after and options.precision == "fp8" and PACKED_FP8.knows(options)):
+            return ()
+        weights = [linear.args[1] for linear in (site.before, site.after)]
+        nodes = [node for node in weights if isinstance(node, fx.Node) and node.op == "get_attr"]
+        return tuple(str(node.target) for node in nodes) if len(nodes) == len(weights) else ()
+
     def _rewrite(self, region: Region, match: Match) -> None:
         site: ActivationSite = match.nodes
         graph = region.graph
@@ -257,7 +271,12 @@ class Activation24(OperationalPass):
             linears = (x, weight_in, bias_in, weight_out, bias_out)
             state = (self._scale(region, site), self._seed(region, site), pads_node(region))
             arguments = (*linears, *state, self.options(site))
-            sparse = graph.call_function(activation24, arguments)
+            weights = self._cast_weights(site)
+            for name in weights:
+                add_cast_buffers(region, name)
+            casts = tuple(graph.get_attr(name + part) for name in weights for part in PARTS)
+            kept: dict[str, Argument] = {"casts": casts} if self.keep_cast and casts else {}
+            sparse = graph.call_function(activation24, arguments, kept)
             keep_site(site.node, sparse)
             output = graph.call_function(operator.getitem, (sparse, 0))
         replace_node(graph, end, output)

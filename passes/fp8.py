@@ -127,11 +127,7 @@ class Fp8(OperationalPass):
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes
-        for part in PARTS:
-            # As bytes: DDP broadcasts buffers when it begins, and process groups cannot send e4m3.
-            dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.uint8
-            # Empty until the first cast, so that a model that never casts pays nothing for them.
-            region.add_buffer(site.weight + part, (0,), dtype, persistent=False, kind=part, of=site.weight)
+        add_cast_buffers(region, site.weight)
         for node in site.nodes:
             with region.graph.inserting_before(node):
                 ready = [
@@ -140,6 +136,15 @@ class Fp8(OperationalPass):
                 arguments = (*node.args, *ready, self.scaling, self.kernels)
                 narrow = region.graph.call_function(linear_fp8, arguments)
             replace_node(region.graph, node, narrow)
+
+
+def add_cast_buffers(region: Region, weight: str) -> None:
+    """Buffers for a weight in e4m3, by its local name."""
+    for part in PARTS:
+        # As bytes: DDP broadcasts buffers when it begins, and process groups cannot send e4m3.
+        dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.uint8
+        # Empty until the first cast, so that a model that never casts pays nothing for them.
+        region.add_buffer(weight + part, (0,), dtype, persistent=False, kind=part, of=weight)
 
 
 def _note(region: Region, site: LinearSite) -> str:

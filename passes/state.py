@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.fp8.linear import cast_weight
+from act24.fp8.linear import cast_weight, uses_kernels
 from act24.operation import is_transformed
 from act24.passes import activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS, Activation24
@@ -28,10 +28,13 @@ from act24.passes.base import OperationalPass
 from act24.passes.fp8 import PARTS, Fp8
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
+from act24.passes.graph.normal_form import nodes_of, parameter_name
 from act24.passes.graph.region import RegionModule, buffers_of, joined
 from act24.passes.rewriting import Rewriting
 from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
+from act24.sparse24.feed_forward.operation import activation24 as activation24_operation
+from act24.sparse24.feed_forward.packed_fp8 import cast_weights
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
 from act24.sparse24.weight.methods import DecayPlace, weight_scale
@@ -219,18 +222,35 @@ def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
 
 
 @torch.no_grad()
-def cast_weights_(pipeline: Rewriting, p: Fp8) -> None:
-    """Cast the weights of an `fp8` in force that keeps them, as they are now, into the buffers that forward
-    and backward read: the same memory from the first time on. `Pipeline.begin_update_` does it for every such
-    pass. Parameters must not be sharded."""
+def cast_weights_(pipeline: Rewriting, p: Fp8 | Activation24) -> None:
+    """Cast the weights of a pass in force that keeps them in e4m3, as they are now, into the buffers that
+    forward and backward read: the same memory from the first time on. `Pipeline.begin_update_` does it for
+    every such pass. Parameters must not be sharded."""
     if not p.keep_cast:
         return
-    for weight in sparse_weights(pipeline, p):
-        dense = weight.parameter.T if weight.transposed else weight.parameter
-        # In bfloat16, as forward has them: under autocast parameters are float32.
-        cast = cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=p.kernels)
-        for kind, value in zip(PARTS, cast, strict=True):
-            weight.fill_buffer_(kind, value.view(weight.buffer(kind).dtype))
+    if isinstance(p, Fp8):
+        for weight in sparse_weights(pipeline, p):
+            dense = weight.parameter.T if weight.transposed else weight.parameter
+            # In bfloat16, as forward has them: under autocast parameters are float32.
+            kernels = uses_kernels(dense.device, p.kernels)
+            _fill_cast_(weight, cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=kernels))
+        return
+    for fqn in dict.fromkeys(fqn for fqn, _ in pipeline.matches(p)):
+        module = pipeline.regions[fqn]
+        for node in nodes_of(module.graph, activation24_operation):
+            if not node.kwargs.get("casts"):
+                continue
+            names = [str(parameter_name(node.args[place])) for place in (1, 3)]
+            weights = [SparseWeight(module, joined(fqn, name), name, transposed=False) for name in names]
+            dense = [weight.parameter.to(torch.bfloat16) for weight in weights]
+            casts = cast_weights(*dense, kernels=uses_kernels(dense[0].device, p.kernels))
+            for weight, start in zip(weights, (0, len(PARTS)), strict=True):
+                _fill_cast_(weight, casts[start : start + len(PARTS)])
+
+
+def _fill_cast_(weight: SparseWeight, cast: Sequence[Tensor]) -> None:
+    for kind, value in zip(PARTS, cast, strict=True):
+        weight.fill_buffer_(kind, value.view(weight.buffer(kind).dtype))
 
 
 def decaying_weights(pipeline: Rewriting, place: DecayPlace) -> Iterator[tuple[SparseWeight, float]]:

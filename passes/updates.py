@@ -201,7 +201,7 @@ class Updates:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
                 pack_weights_(pipeline, p)
-            elif isinstance(p, Fp8):
+            elif isinstance(p, Fp8 | Activation24):
                 cast_weights_(pipeline, p)
         note = None
         due = [p for p in measured_at(pipeline, step) if p in pipeline.active]

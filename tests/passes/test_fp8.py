@@ -392,3 +392,55 @@ def test_what_becomes_zero_of_the_head_s_input_is_counted_in_the_loop() -> None:
     with pipeline.evaluation():
         summed(model)
     assert "lm_head" not in take_underflow_(pipeline)
+
+
+# Weights of networks, cast once an update
+
+
+def test_networks_keep_their_weights_in_e4m3_for_an_update() -> None:
+    """Beside the same run that casts in every micro-batch: the same bits, at addresses that stay; and what
+    is evaluated behind an update is of the weights as they are then."""
+    models, pipelines, found = [], [], []
+    for keep in (True, False):
+        model = llama(hidden_size=32).bfloat16()
+        pipeline = apply_(model, [Relu2FFN(), Activation24(precision="fp8", backward="split_gemm")])
+        p = pipeline.active[-1]
+        assert isinstance(p, Activation24)
+        pipeline.exchange_(p, replace(p, keep_cast=keep))
+        pipeline.begin_update_(0)
+        places = {n: b.data_ptr() for n, b in model.named_buffers() if n.endswith(PARTS) and b.numel()}
+        assert len(places) == (2 * 2 * len(PARTS) if keep else 0)
+        found.append(losses(model, pipeline))
+        now = {n: b.data_ptr() for n, b in model.named_buffers() if n.endswith(PARTS) and b.numel()}
+        assert now == places
+        models.append(model)
+        pipelines.append(pipeline)
+    assert found[0] == found[1]
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    logits = []
+    for model, pipeline in zip(models, pipelines, strict=True):
+        with pipeline.evaluation():
+            logits.append(model(tokens()))
+    assert torch.equal(*logits)
+    assert not [n for n in models[0].state_dict() if n.endswith(PARTS)]
+    with torch.no_grad():  # the buffers are what is read
+        pipelines[0].begin_update_(3)
+        before = models[0](tokens())
+        for name, buffer in models[0].named_buffers():
+            if name.endswith("_e4m3_scale"):
+                buffer.mul_(2)
+        assert not torch.equal(models[0](tokens()), before)
+
+
+def test_casts_are_shared_with_what_fp8_has_before_the_network_is_sparse() -> None:
+    """From step 2 on activation24 has weights that fp8 had, over other scales: as without keeping them."""
+    found = []
+    for keep in (True, False):
+        model = llama(hidden_size=32).bfloat16()
+        pipeline = apply_(model, [Relu2FFN(), Activation24(from_step=2), Fp8()])
+        for p in pipeline.passes:
+            if isinstance(p, Activation24 | Fp8):
+                pipeline.exchange_(p, replace(p, keep_cast=keep))
+        found.append(losses(model, pipeline, 4))
+    assert found[0] == found[1]

@@ -125,7 +125,7 @@ def rounded(matrix: Tensor, largest: Tensor | float, kind: torch.dtype) -> Round
     scaled = matrix.float() / scale
     nonzero = max(int((matrix != 0).sum()), 1)
     lost = int(((matrix != 0) & (scaled.abs() <= least / 2)).sum()) / nonzero
-    clamped = int((scaled.abs() > top).sum()) / nonzero
+    clamped = int((scaled.abs() > top * (1 + 1e-6)).sum()) / nonzero  # and not by the rounding of a scale
     return Rounded(scaled.clamp(-top, top).to(kind).float() * scale, lost, clamped)
 
 
