@@ -364,11 +364,15 @@ def test_a_head_that_another_pass_made_is_refused_by_the_loss() -> None:
 def test_forwards_through_the_head_and_past_it_are_one_micro_batch_each() -> None:
     """Seeds move once a forward, whichever module begins it, and evaluation holds to its end."""
     passes = [Relu2FFN(), Activation24(method="mvue"), Fp8(head=True, targets=("lm_head",))]
-    whole, past, found = llama(vocab_size=64), llama(vocab_size=64), []
+    whole, past, found, pipelines = llama(vocab_size=64), llama(vocab_size=64), [], []
+
+    def drawn_from(model: LlamaForCausalLM) -> list[Tensor]:
+        return [b for n, b in model.named_buffers() if n.endswith("24_seed")]
+
     for other, run in ((whole, lambda m: m(tokens() % 64)), (past, lambda m: m.model(tokens() % 64))):
-        pipeline = apply_(other, passes)
-        pipeline.begin_update_(0)
-        places = [b for n, b in other.named_buffers() if n.endswith("24_seed")]
+        pipelines.append(apply_(other, passes))
+        pipelines[-1].begin_update_(0)
+        places = drawn_from(other)
         values = []
         for _ in range(3):
             run(other)
@@ -376,6 +380,15 @@ def test_forwards_through_the_head_and_past_it_are_one_micro_batch_each() -> Non
         assert len({tuple(v.flatten().tolist()) for v in values}) == 3
         found.append(torch.stack(values))
     assert torch.equal(*found)
+    for run in (lambda: whole(tokens() % 64), lambda: whole.model(tokens() % 64)):
+        before, active = torch.stack(list(drawn_from(whole))), pipelines[0].active
+        whole.eval()
+        run()
+        assert pipelines[0].active == active  # evaluation has ended with its forward
+        assert torch.equal(torch.stack(list(drawn_from(whole))), before)
+        whole.train()
+        run()
+        assert not torch.equal(torch.stack(list(drawn_from(whole))), before)
     model = llama(vocab_size=64)
     apply_(model, passes)
     with pytest.raises(Act24Error, match="nobody began"):
