@@ -188,7 +188,8 @@ def cast_weights(weight_in: Tensor, weight_out: Tensor, kernels: bool = True) ->
 
 
 def ready_casts(casts: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Casts that were made before, from e4m3 or its bytes; None where there are none."""
+    """Casts that were made before, of shapes as `cast_weights` has them, from e4m3 or its bytes; None where
+    there are none."""
     if not casts:
         return None
     weight_in, weight_out = ready_cast(*casts[:4]), ready_cast(*casts[4:])
