@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -199,6 +200,26 @@ def test_weight24_goes_along_unless_it_says_otherwise(kind: str) -> None:
         with pipeline.evaluation():  # is of the weights in their own dtype
             nodes = [n for m in pipeline.modules for n in nodes_of(m.graph, linear24)]
             assert {n.args[-1].precision for n in nodes} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bfloat16"])
+def test_what_a_network_makes_zero_of_its_input_is_counted(precision: Literal["fp8", "bfloat16"]) -> None:
+    """A norm's weight that makes all but the first of 32 features too small is counted as 31 of 32."""
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[1:] = 1e-12
+    pipeline = apply_(model, [Relu2FFN(), Activation24(precision=precision), ActivationStatistics()])
+    pipeline.begin_update_(0)
+    model(tokens())
+    shares = take_underflow_(pipeline)
+    if precision == "bfloat16":
+        assert not shares
+        return
+    first, second = (shares[f"model.layers.{layer}.mlp.up_proj"] for layer in range(2))
+    assert first < 0.05
+    assert second == 31 / 32
+    assert shares["max"] == second
+    assert len(shares) == 4
 
 
 def test_what_weight24_makes_zero_in_e4m3_is_counted() -> None:
