@@ -223,6 +223,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if Path(path).is_file():
+        raise Act24Error(f"{path} is a file; give a run, a checkpoint or a Hugging Face folder")
     if is_old(Path(path)):
         return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):

@@ -78,6 +78,7 @@ def test_what_was_tuned_on_this_machine_is_used(run, tmp_path, monkeypatch):
     assert [p.algorithms for p in open_model(run).pipeline.active] == [()], "a CPU has no such products"
     monkeypatch.setattr(tuning, "obstacle", lambda _: "")
     assert [p.algorithms for p in open_model(run).pipeline.active] == [table]
+    assert open_generator(open_model(run)).decoder._table == table, "of 2:4 weights, for prompts"
 
 
 def test_lines_come_in_order_whatever_the_batch(act24, run, tmp_path):
@@ -132,6 +133,8 @@ BAD = {
     "no file": (("--prompts", "nowhere.jsonl"), "cannot read nowhere.jsonl: No such file or directory"),
     "no dtype": (("--prompt", "a", "--dtype", "float31"), r"generate: dtype has no 'float31': .*float32.*"),
     "no device": (("--prompt", "a", "--device", "toaster"), r"device 'toaster': .*"),
+    "no values": (("--prompt", "a", "--device", "meta"), r"device 'meta': .{20,120}"),
+    "another build": (("--prompt", "a", "--device", "mps"), r"device 'mps': .{20,120}"),
     "top_p": (("--prompt", "a", "--top-p", "2"), r"Sampling: top_p has to be .*, got 2.0"),
 }
 
@@ -161,6 +164,14 @@ def test_a_prompt_that_is_too_long_is_named_before_any_other_is_continued(act24,
     status, out, errors = act24("generate", run, "--prompts", tmp_path / "p.jsonl", "--batch", "2")
     assert (status, out) == (2, "")
     assert errors[0].startswith("act24: prompt 3 has ")
+
+
+def test_a_file_is_refused(act24, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    status, out, errors = act24("generate", tmp_path / "model.gguf", "--prompt", "a")
+    assert (status, out) == (2, "")
+    told = "is a file; give a run, a checkpoint or a Hugging Face folder"
+    assert errors == [f"act24: {tmp_path / 'model.gguf'} {told}"]
 
 
 def test_another_architecture_is_refused(act24, tmp_path):
