@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -116,6 +117,31 @@ def test_weights_that_are_2_4_are_folded(tiny, tmp_path):
     weight = built.model.get_parameter("model.layers.0.mlp.up_proj.weight")
     assert int((weight.unflatten(-1, (-1, 4)) != 0).sum(-1).max()) == 2
     assert open_generator(built).generate_ids([[1, 2]], 4)
+
+
+def test_pruned_and_packed_folders_continue_text_alike(act24, exported, tmp_path):
+    """2:4 weights from an export, packed, and dense again for the model."""
+    from act24.pruning.pattern import parse_pattern
+    from act24.sparse24.pattern.selection import top2_of_4
+    from act24.tools.huggingface.folder import read_state, write_weights
+    from act24.tools.pruning.masks import Masks, write_masks
+    from act24.tools.pruning.packed import pack
+
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    shutil.copytree(exported, pruned)
+    state = read_state(pruned)
+    masks = {n: top2_of_4(w.abs()) for n, w in state.items() if "proj.weight" in n}
+    state |= {name: torch.where(mask, state[name], 0) for name, mask in masks.items()}
+    write_weights(pruned, state)
+    write_masks(pruned, Masks(masks, dict.fromkeys(masks, parse_pattern("2:4")), frozenset()))
+    pack(pruned, packed)
+    assert not (packed / "model.safetensors").exists()
+    arguments = ("--prompt", "low rank", "--tokens", 20, "--temperature", 0)
+    status, text, errors = act24("generate", packed, *arguments)
+    assert (status, errors) == (0, [])
+    assert text == act24("generate", pruned, *arguments)[1]
+    built = open_model(packed)
+    assert all(torch.equal(built.model.state_dict()[name], state[name]) for name in masks)
 
 
 BAD = {
