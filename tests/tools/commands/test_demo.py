@@ -38,9 +38,7 @@ def test_the_demo_trains_evaluates_samples_and_shows_sparsity(tmp_path, capsys):
 @pytest.mark.usefixtures("small")
 def test_the_demo_replaces_nothing_but_runs(tmp_path):
     (tmp_path / "thesis.txt").write_text("kept")
-    message = (
-        r"holds something else than a run of this act24 \(thesis.txt\); .* choose another folder with"
-    )
+    message = r"holds something else than a run of this act24 \(thesis.txt\); .* choose another folder with"
     with pytest.raises(Act24Error, match=message):
         demo.run_demo(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "kept"

@@ -264,7 +264,9 @@ MORE_STATE = {  # buffers that move, exact updates, moments that are reset
         "optimizer.exact_every=4",
     ],
     "fp8": [
-        'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=3}, {use="fp8"}]',
+        'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=3}, '
+        '{use="fp8", head=true}]',
+        "model.vocab_size=304",
         "train.dtype=bfloat16_autocast",
     ],
     "lost": [
