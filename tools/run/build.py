@@ -32,8 +32,9 @@ from act24.tools.checkpoints.reading import contents_of
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.data import open_tokenizer
 from act24.tools.data import tokenizer as data_tokenizer
-from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
+from act24.tools.huggingface.folder import PACKED, check_state, is_pretrained, open_pretrained
 from act24.tools.huggingface.old_folder import is_old, open_old
+from act24.tools.pruning.packed import read_packed
 from act24.tools.run.folder import last_checkpoint
 from act24.tools.run.language import config_from_json, unset_model
 
@@ -214,8 +215,8 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
-    run_c4.py left: its passes are applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), one of packed
+    weights (`act24 pack`), or one that run_c4.py left: its passes are applied again, then its weights.
 
     The model is in evaluation mode, and the one that would be served: nothing is drawn at random, and masks
     are those of the weights that were read. `model.train()` and `Pipeline.begin_update_` train it on.
@@ -223,10 +224,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if Path(path).is_file():
+        raise Act24Error(f"{path} is a file; give a run, a checkpoint or a Hugging Face folder")
     if is_old(Path(path)):
         return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):
-        model, pipeline = open_pretrained(path)
+        packed = (Path(path) / PACKED).is_file()
+        model, pipeline = open_pretrained(path, read_packed(Path(path))[0] if packed else None)
         return Built(None, model.to(device).eval(), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     with contents_of(opened.folder / "recipe.toml"):
