@@ -31,6 +31,7 @@ from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
+from act24.passes.left_out import left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
 from act24.passes.report import Report, Row, figures, no_match, row
 
@@ -61,6 +62,7 @@ class Rewriting:
 
     Attributes:
         report: what it does.
+        step: updates already made, as of its making.
         boundaries: the steps at which the set of operational passes changes, without 0.
     """
 
@@ -84,7 +86,7 @@ class Rewriting:
         self._model = model
         given = check_passes(passes)
         self._passes = tuple(p.beside(given) for p in given)
-        self._seed = seed
+        self._seed, self.step = seed, step
         self._classes: dict[tuple[Any, ...], type] = {}
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
@@ -247,9 +249,9 @@ class Rewriting:
         return self._lower_to(self.in_force(step, without))
 
     def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
-        """The operational passes in force once `step` updates are made, those named in `without` left "
-        "out."""
-        return [p for p in self._operational if p.active(step) and p.name not in without]
+        """The operational passes in force once `step` updates are made, those named in `without` left out
+        (`left_out`)."""
+        return left_out([p for p in self._operational if p.active(step)], without)
 
     def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
         """The model through other operational passes from now on, as `lowered` has it for a while."""
@@ -293,11 +295,17 @@ class Rewriting:
         """The operational passes in force."""
         return tuple(self._active)
 
-    def matches(self, p: OperationalPass) -> list[tuple[str, Match]]:
-        """What a pass in force has rewritten, each with the name of its region."""
-        index = self._active.index(p)
-        lowered = self._lowered[tuple(self._active)]
-        return [(done.site.traced.fqn, match) for done in lowered for match in done.matches[index]]
+    def matches(
+        self, p: OperationalPass, among: Sequence[OperationalPass] | None = None
+    ) -> list[tuple[str, Match]]:
+        """What a pass has rewritten, each with the name of its region.
+
+        Args:
+            among: the passes in force, of which it is one; None: those that are.
+        """
+        passes = tuple(self._active if among is None else among)
+        index = passes.index(p)
+        return [(one.site.traced.fqn, match) for one in self._lowerings(passes) for match in one.matches[index]]
 
     def places(self, pass_name: str) -> tuple[str, ...]:
         """The fully qualified names of what a structural pass rewrites, each once."""
@@ -418,20 +426,23 @@ class Rewriting:
         return changed
 
     def _lower(self) -> None:
-        key = tuple(self._active)
-        if key not in self._lowered:  # evaluation comes back to the same few again and again
-            self._lowered[key] = [self._lower_region(site) for site in self._sites if site.module]
-        for done in self._lowered[key]:
+        for done in self._lowerings(tuple(self._active)):
             assert done.site.module is not None
             lower_(done.site.module, done.lowering, self._classes)
 
-    def _lower_region(self, site: _Site) -> _Lowered:
+    def _lowerings(self, passes: tuple[OperationalPass, ...]) -> list[_Lowered]:
+        if passes not in self._lowered:  # evaluation comes back to the same few again and again
+            sites = [site for site in self._sites if site.module]
+            self._lowered[passes] = [self._lower_region(site, passes) for site in sites]
+        return self._lowered[passes]
+
+    def _lower_region(self, site: _Site, passes: tuple[OperationalPass, ...]) -> _Lowered:
         region, matches = site.base.copy(), []
-        for p in self._active:
+        for p in passes:
             planned = p.plan(region)
             p.apply(region, planned)
             matches.append(planned.matches)
-        for p in (*self._structural, *self._active):
+        for p in (*self._structural, *passes):
             p.finish(region)
         return _Lowered(site, lowering(region.graph, self._classes), matches)
 

@@ -22,8 +22,11 @@ class Watcher(Protocol):
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """A forward begins."""
 
-    def after_forward(self) -> None:
-        """It has ended, also by an error."""
+    def after_forward(self, module: nn.Module, output: object) -> None:
+        """It has ended, also by an error; then there is no output."""
+
+    def settle(self) -> None:
+        """State is to be read: it has to be what it is between forwards."""
 
     def copied(self) -> str:
         """A copy of the model is made: why its forwards in evaluation mode are refused; empty if they are
@@ -37,6 +40,8 @@ def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) 
     trunk = _trunk(model, regions)
     trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
     trunk.register_forward_hook(_After(watcher), always_call=True)
+    for module in {model, trunk, *map(model.get_submodule, regions)}:
+        module.register_state_dict_pre_hook(_Reads(watcher))
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:
@@ -48,7 +53,7 @@ def watcher_of(model: nn.Module) -> Watcher | None:
 def forget_orphans_(model: nn.Module) -> None:
     """Take the hooks from a copy that stand there in the place of a watcher's: it has one of its own."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Orphan | _Nothing)]:
                 del hooks[key]
 
@@ -92,15 +97,26 @@ class _Before(_Hook):
         self.watcher.before_forward(module, kwargs)
 
 
-class _After(_Hook):
+class _Harmless(_Hook):
+    """A hook in whose place a copy has none."""
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Nothing:
         return _Nothing()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Nothing, ()
 
+
+class _After(_Harmless):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.watcher.after_forward(module, output)
+
+
+class _Reads(_Harmless):
+    """Behind a forward that Ctrl-C ended somebody may save what there is."""
+
     def __call__(self, *_: Any) -> None:
-        self.watcher.after_forward()
+        self.watcher.settle()
 
 
 class _Nothing:

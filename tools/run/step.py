@@ -17,7 +17,8 @@ from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
 from act24.passes.recovery import clear_pruned_gradients_, impose_zeros_
-from act24.passes.state import set_seeds_, without_counting
+from act24.passes.seeds import set_seeds_
+from act24.passes.state import without_counting
 from act24.passes.updates import measured_at, rows_to_run
 from act24.recipes.schema import Train
 from act24.tools.data import Batch
