@@ -27,7 +27,7 @@ class Unchanged:
         parameter, answer = self._parameter, self._answer
         # A wrapper that gathers shards puts other tensors in the place of what was looked at.
         if answer is None and parameter is not None and _where(parameter) == self._where:
-            answer = _norm(parameter) != self._norm
+            answer = ~torch.isclose(_norm(parameter), self._norm, rtol=0, atol=0, equal_nan=True)  # type: ignore[arg-type]
             if answer.is_cuda:
                 host = torch.empty((), dtype=torch.bool, pin_memory=True)
                 host.copy_(answer, non_blocking=True)
