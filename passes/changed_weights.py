@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 class Unchanged:
-    """Looks at one weight: whoever updates a model by hand, without an optimizer whose step is seen, writes to
-    all, and to `.data` without a trace. Nothing waits for a GPU: there the answer comes one look later."""
+    """Looks at one weight: whoever updates a model by hand, without an optimizer whose step is seen, writes
+    to all, and to `.data` without a trace. Nothing waits for a GPU: there the answer comes one look later."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         trains = (p for m in modules for p in m.parameters() if p.requires_grad and not p.is_meta)

@@ -305,7 +305,9 @@ class Rewriting:
         """
         passes = tuple(self._active if among is None else among)
         index = passes.index(p)
-        return [(one.site.traced.fqn, match) for one in self._lowerings(passes) for match in one.matches[index]]
+        return [
+            (one.site.traced.fqn, match) for one in self._lowerings(passes) for match in one.matches[index]
+        ]
 
     def places(self, pass_name: str) -> tuple[str, ...]:
         """The fully qualified names of what a structural pass rewrites, each once."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
 from act24.fp8.linear import cast_weight
-from act24.passes import activation24, weight24
+from act24.passes import weight24
 from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.base import OperationalPass
@@ -216,8 +216,8 @@ def renew_to_read_(
 
 
 def _unmeasured(pipeline: Rewriting, step: int | None) -> list[Due]:
-    """The scales of activations that nobody has measured, of the passes in force. Before an update has, a loop
-    may have done it, for those who read the model then: a scale of exactly 1 is none."""
+    """The scales of activations that nobody has measured, of the passes in force. Before an update has, a
+    loop may have done it, for those who read the model then: a scale of exactly 1 is none."""
     found = []
     for p in pipeline.active:
         if isinstance(p, Activation24) and p.soft and (places := new_places(pipeline, p, step)):

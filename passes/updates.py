@@ -208,8 +208,8 @@ class Updates:
         if due:
             if batch is None:
                 raise Act24Error(
-                    f"activation24 measures the scale of {due[0].of.method} at step {step}, and has no rows to "
-                    "measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
+                    f"activation24 measures the scale of {due[0].of.method} at step {step}, and has no rows "
+                    "to measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
                 )
             scales = buffers_of(pipeline.regions, SCALE)
             for one in due:  # whatever was measured for readers before: a run goes on as if not
@@ -304,8 +304,8 @@ class Updates:
         self.settle()
 
     def settle(self) -> None:
-        """What a forward in evaluation mode exchanged is put back. Also where the next thing begins, and before
-        state is read: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
+        """What a forward in evaluation mode exchanged is put back. Also where the next thing begins, and
+        before state is read: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
         if self._entered is not None:
             self._entered.close()
             self._entered = None

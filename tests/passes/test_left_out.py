@@ -26,10 +26,11 @@ from act24.sparse24.weight.methods import weight_mask, weight_scale
 pytestmark = pytest.mark.filterwarnings("ignore::act24.passes.PartialWarning")
 
 ACTIVATION = Activation24(method="soft_dynamic", dynamic_steps=2)
+WEIGHT = Weight24(targets=("*.q_proj", "*.up_proj"))
 ORDERS = [
     order
     for length in (2, 3)
-    for order in itertools.permutations((ACTIVATION, Weight24(targets=("*.q_proj", "*.up_proj")), Fp8()), length)
+    for order in itertools.permutations((ACTIVATION, WEIGHT, Fp8()), length)
     if not any(isinstance(p, Fp8) for p in order[:-1])  # fp8 takes what others leave
 ]
 
@@ -107,7 +108,7 @@ def test_activations_that_come_first_keep_their_linears_from_weights_also_where_
     with pipeline.evaluation(("activation24", "weight24")):
         torch.testing.assert_close(model(IDS), by_hand(weights, (), dense), atol=1e-6, rtol=1e-5)
     served = served_weights(pipeline)
-    for name, weight in weights.items():
+    for name in weights:
         left = float((served[name] == 0).float().mean())
         assert (left == 0.5) == ("self_attn" in name), name
     other, pipeline = rewritten(Relu2FFN(), Weight24(method="ste"), ACTIVATION)
@@ -115,7 +116,8 @@ def test_activations_that_come_first_keep_their_linears_from_weights_also_where_
     other.load_state_dict(weights, strict=False)
     for name, buffer in buffers_of(pipeline.regions, BETA).items():
         buffer.copy_(dict(zip(buffers_of(pipeline.regions, BETA), betas, strict=True))[name])
-    torch.testing.assert_close(other.eval()(IDS), by_hand(weights, everything, functions), atol=1e-6, rtol=1e-5)
+    expected = by_hand(weights, everything, functions)
+    torch.testing.assert_close(other.eval()(IDS), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ste", "soft_threshold"])
