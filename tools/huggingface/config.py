@@ -48,6 +48,11 @@ from act24.tools.huggingface.model_type import Act24Config, Act24ForCausalLM
 
 __all__ = ["Act24Config", "Act24ForCausalLM"]
 '''
+#: What says so in config.json.
+AUTO_MAP = {
+    "AutoConfig": "modeling_act24.Act24Config",
+    "AutoModelForCausalLM": "modeling_act24.Act24ForCausalLM",
+}
 
 #: Fields of `transformers`' configs that the stock model lacks, with the one value it stands for.
 _ONLY = {
@@ -232,12 +237,8 @@ def config_json(
     if pattern:
         content["act24_weight_pattern"] = pattern
     if kind == ACT24:
-        module = MODULE.removesuffix(".py")
         content["act24_passes"] = [as_table(p, "use") for p in passes]
-        content["auto_map"] = {
-            "AutoConfig": f"{module}.Act24Config",
-            "AutoModelForCausalLM": f"{module}.{architecture}",
-        }
+        content["auto_map"] = AUTO_MAP
     return content
 
 
