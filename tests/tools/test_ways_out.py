@@ -84,6 +84,16 @@ MATRIX: dict[str, tuple[Pass, ...]] = {
         Weight24(scope="attn", **RANGE),
         Activation24(method="soft_dynamic", from_step=2),
     ),
+    "relu2-activation24-weight24": (  # activations keep their linears
+        Relu2FFN(),
+        Activation24(method="soft_dynamic", from_step=1),
+        Weight24(method="soft_threshold", **RANGE),
+    ),
+    "relu2-activation24-weight24-taken": (  # and leave them to weights from step 3 on
+        Relu2FFN(),
+        Activation24(method="soft_threshold_weights", from_step=1, until_step=3),
+        Weight24(method="soft_threshold", from_step=2),
+    ),
     **{
         f"activation24-{name}": (Relu2FFN(), Activation24(method=name, backward="split_gemm", **RANGE))
         for name in ACTIVATION_METHODS
