@@ -385,6 +385,12 @@ def measured_at(pipeline: Rewriting, step: int) -> list[Due]:
     return found
 
 
+def first_measured_at(pipeline: Rewriting, step: int) -> list[Due]:
+    """Those of `measured_at` that no update has measured before."""
+    in_force = pipeline.in_force(step)
+    return [one for one in measured_at(pipeline, step) if new_places(pipeline, one.of, step, in_force)]
+
+
 def rows_to_run(due: Sequence[Due], length: int) -> int:
     """Rows of so many tokens that are run when scales are due."""
     samples = max(one.of.calibration_samples for one in due)
