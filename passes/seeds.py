@@ -59,14 +59,12 @@ class Seeds:
     def __init__(self, pipeline: Rewriting) -> None:
         self._pipeline = pipeline
         self._slots: list[Slot] = []
-        self._pads: list[Slot] = []
         self._own: list[Tensor] = []
         self._pending: list[weakref.ref[_Pending]] = []
 
     def begin_(self, step: int, rank: int) -> None:
         """Seeds of an update."""
         self._slots = [slot for *_, slot in _places(self._pipeline)]
-        self._pads = [(m, PADS) for m in self._pipeline.modules if m._buffers.get(PADS) is not None]
         if self._unfinished():  # its backward reads the buffers as they are
             _exchange_(self._slots, [seed.clone() for seed in _read(self._slots)])
         set_seeds_(self._pipeline, step, rank)
@@ -90,7 +88,8 @@ class Seeds:
         """A forward that is a micro-batch has ended: its backward is still to come."""
         nodes = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
         if nodes:
-            pending = _Pending([*self._slots, *self._pads])
+            pads = [(m, PADS) for m in self._pipeline.modules if m._buffers.get(PADS) is not None]
+            pending = _Pending([*self._slots, *pads])
             self._pending.append(weakref.ref(pending))
             for node in nodes:  # which keep it for as long as the graph is there
                 node.register_prehook(pending)

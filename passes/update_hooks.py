@@ -6,6 +6,7 @@ seeds: in the hooks' place it has one that refuses what it can no longer do.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,9 +29,9 @@ class Watcher(Protocol):
     def settle(self) -> None:
         """State is to be read: it has to be what it is between forwards."""
 
-    def copied(self) -> str:
+    def copied(self) -> str | None:
         """A copy of the model is made: why its forwards in evaluation mode are refused; empty if they are
-        those of the model."""
+        those of the model; None if all are."""
         ...
 
 
@@ -42,6 +43,11 @@ def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) 
     trunk.register_forward_hook(_After(watcher), always_call=True)
     for module in {model, trunk, *map(model.get_submodule, regions)}:
         module.register_state_dict_pre_hook(_Reads(watcher))
+
+
+def takes_attention_mask(model: nn.Module, regions: Sequence[str]) -> bool:
+    """Whether the module that calls the regions is told of padding, as those of `transformers` are."""
+    return "attention_mask" in inspect.signature(_trunk(model, regions).forward).parameters
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:
@@ -78,11 +84,13 @@ class _Hook:
 
 
 class _Before(_Hook):
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
-        return _Orphan(self.watcher.copied())
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan | _Nothing:
+        kind, arguments = self.__reduce__()
+        return kind(*arguments)
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return _Orphan, (self.watcher.copied(),)
+    def __reduce__(self) -> tuple[type[_Orphan | _Nothing], tuple[str, ...]]:
+        why = self.watcher.copied()
+        return (_Nothing, ()) if why is None else (_Orphan, (why,))
 
     @classmethod
     def hide(cls) -> None:

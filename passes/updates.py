@@ -32,6 +32,7 @@ from act24.passes.activation24 import SCALE, Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.changed_weights import Unchanged
 from act24.passes.fp8 import Fp8
+from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.region import buffers_of
 from act24.passes.read_weights import ReadWeights
 from act24.passes.rewriting import Rewriting
@@ -51,7 +52,13 @@ from act24.passes.state import (
     renew_masks_,
     set_pads_,
 )
-from act24.passes.update_hooks import COPIED, forget_orphans_, watch_forwards_, watcher_of
+from act24.passes.update_hooks import (
+    COPIED,
+    forget_orphans_,
+    takes_attention_mask,
+    watch_forwards_,
+    watcher_of,
+)
 from act24.passes.weight24 import MASK, Weight24
 from act24.sparse24.weight.methods import DecayPlace
 
@@ -67,6 +74,7 @@ class Updates:
 
     def __init__(self, pipeline: Rewriting) -> None:
         self.pipeline = pipeline
+        self.renews = False  # any pass ever
         self._begun = False
         self._held = False
         #: Updates already made, where somebody has said so and none was begun since.
@@ -82,12 +90,15 @@ class Updates:
         self._hooked: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def watch_(self) -> None:
-        """Hook the model and the optimizers, if any pass ever needs it; once."""
-        passes = [p for p in self.pipeline.passes if isinstance(p, OperationalPass)]
-        if not any(p.renews for p in passes):
-            return
-        watch_forwards_(self.pipeline.model, list(self.pipeline.regions), self)
-        self._watch_optimizers()
+        """Hook the model and the optimizers, if any pass ever needs it; once. A model that is told of padding
+        by its caller is hooked for the passes that leave padding out, too."""
+        model, regions = self.pipeline.model, list(self.pipeline.regions)
+        self.renews = any(isinstance(p, OperationalPass) and p.renews for p in self.pipeline.passes)
+        pads = any(module._buffers.get(PADS) is not None for module in self.pipeline.modules)
+        if self.renews or (pads and takes_attention_mask(model, regions)):
+            watch_forwards_(model, regions, self)
+        if self.renews:
+            self._watch_optimizers()
 
     def of_copy(self, pipeline: Rewriting) -> Updates:
         """Who watches a copy of the pipeline, where its updates stand as they do here."""
@@ -319,9 +330,13 @@ class Updates:
             set_pads_(self.pipeline, None)
             self._masked = False
 
-    def copied(self) -> str:
+    def copied(self) -> str | None:
         """What a copy of the model, which has no pipeline, has to be told."""
         self.settle()
+        if self._masked:  # nobody would take it out of the copy
+            self._read_attention_mask(None)
+        if not self.renews:
+            return None
         return "" if self._held else COPIED
 
 
@@ -369,7 +384,7 @@ def first_rows(batch: Rows, due: Sequence[Due]) -> Rows:
 def updates_of(model: nn.Module) -> Updates | None:
     """Who watches a model; None where nothing is to be renewed, and for a copy."""
     found = watcher_of(model)
-    return found if isinstance(found, Updates) else None
+    return found if isinstance(found, Updates) and found.renews else None
 
 
 def measured_at(pipeline: Rewriting, step: int) -> list[Due]:
