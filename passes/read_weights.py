@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from act24.operation import is_transformed
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import SparseWeight, new_places, sparse_weights, whole
 from act24.passes.weight24 import MASK, SCALE, Weight24, stored_mask
@@ -66,6 +67,8 @@ class ReadWeights:
         if not wanted:
             return []
         parameters = [weight.parameter for weight, _ in wanted]
+        if any(map(is_transformed, parameters)):  # of torch.func, for as long as this forward lasts
+            return [(weight, *_made_of(weight, p)) for weight, p in wanted]
         # A shard's version and norm say nothing of the others.
         sharded = any(isinstance(p, DTensor) for p in parameters)
         state: list[Any] = [(id(p), None if p.is_inference() else p._version) for p in parameters]

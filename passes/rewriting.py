@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -22,39 +21,19 @@ from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
 from act24.passes.graph.coverage import Coverage, coverage, matrices_of
-from act24.passes.graph.frozen import Fact
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
-from act24.passes.graph.lowering import Lowering, lower_, lowering
+from act24.passes.graph.lowering import lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
+from act24.passes.graph.sites import Lowered, Site
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
+from act24.passes.graph.watched import Fact
 from act24.passes.left_out import left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
 from act24.passes.report import Report, Row, figures, no_match, row
-
-
-@dataclass
-class _Site:
-    """A region on its way: as traced, after the structural passes, and the module once it stands."""
-
-    traced: Region
-    base: Region
-    changes: list[Change] = field(default_factory=list)
-    claims: dict[str, Pass] = field(default_factory=dict)
-    touched: bool = False
-    module: RegionModule | None = None
-
-
-@dataclass(frozen=True)
-class _Lowered:
-    """A region through certain operational passes, and what each of them matched."""
-
-    site: _Site
-    lowering: Lowering
-    matches: list[tuple[Match, ...]]
 
 
 class Rewriting:
@@ -88,8 +67,9 @@ class Rewriting:
         self._passes = tuple(p.beside(given) for p in given)
         self._seed, self.step = seed, step
         self._classes: dict[tuple[Any, ...], type] = {}
-        self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
+        self._lowered: dict[tuple[OperationalPass, ...], list[Lowered]] = {}
         self._rows: list[Row] = []
+        self._facts: dict[tuple[Any, ...], Fact] = {}
         self._misses: list[tuple[str, str, str]] = []
         self._absent: list[tuple[str, str, str]] = []
         self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]
@@ -103,18 +83,18 @@ class Rewriting:
         if self._check:
             self._check.forget_inputs()
         self._sites = [
-            _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
+            Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
             for region in regions
         ]
         base = [site.base for site in self._sites]
         for p in self._structural:
             self._plan_pass(p, base)
         lowered = self._plan_operational()
-        for site in self._sites:
-            if site.touched:
-                refuse_hooks(site.traced)
-                gone = site.traced.parameters.keys() - site.base.parameters.keys()
-                refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
+        touched = [site for site in self._sites if site.touched]
+        for site in touched:
+            refuse_hooks(site.traced)
+            gone = site.traced.parameters.keys() - site.base.parameters.keys()
+            refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
         counts = figures(model, [site.traced for site in self._sites], base, lowered)
         checked = str(self._check) if self._check else "nothing was checked: check=False"
         self.report = Report(
@@ -123,6 +103,7 @@ class Rewriting:
             **counts,
             checked=checked,
             coverage=self._coverage([site.traced for site in self._sites]),
+            unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
         )
 
     def __str__(self) -> str:
@@ -135,7 +116,7 @@ class Rewriting:
         vars(twin).update(vars(self))
         twin._model = copy.deepcopy(self._model, memo)
         twin._check, twin._lowered = None, {}  # made again when they are needed
-        twin._sites = [_twin_site(site, memo) for site in self._sites]
+        twin._sites = [site.twin(memo) for site in self._sites]
         if twin.modules:
             twin._lower()
         return twin
@@ -185,7 +166,7 @@ class Rewriting:
             if site.touched and site.traced.module is self._model:
                 # The model itself becomes the new module; what it was has to be somewhere.
                 site.traced.module = site.base.module = twin(self._model)
-        built: list[tuple[_Site, RegionModule]] = [
+        built: list[tuple[Site, RegionModule]] = [
             (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
             for site in self._sites
             if site.touched
@@ -201,8 +182,8 @@ class Rewriting:
                 site.module = None
                 put(self._model, site.traced, site.traced.module)
             raise
-        for site, module in built:
-            recompile_(site.traced.module, module)
+        for site, _ in built:
+            recompile_(site.traced.module, site.module)
             # Or the plan would keep the stock tensors alive that a pass replaced.
             site.traced.module = site.base.module = site.module  # type: ignore[assignment]
         matched = {row.pass_name for row in self.report.rows}
@@ -210,13 +191,14 @@ class Rewriting:
         refuse_to_save_(self._model, changed)
         refuse_to_resize_(self._model)
         self._check = None
+        self._facts = {f.key: f for site in self._sites if site.touched for f in site.traced.frozen.facts}
 
     @property
-    def facts(self) -> list[Fact]:
-        """What tracing has read outside of the modules."""
-        return [fact for site in self._sites if site.module is not None for fact in site.traced.facts]
+    def facts(self) -> tuple[Fact, ...]:
+        """What tracing has read outside of the modules, each once."""
+        return tuple(self._facts.values())
 
-    def _check_rewritten(self, built: Sequence[tuple[_Site, RegionModule]]) -> None:
+    def _check_rewritten(self, built: Sequence[tuple[Site, RegionModule]]) -> None:
         """Run the model on what the stock one ran on, if it did.
 
         Raises:
@@ -395,6 +377,10 @@ class Rewriting:
         plans = [p.plan(region) for region in regions]
         if not any(planned.matches for planned in plans) and not p.optional:
             raise PassError(no_match(p, regions, plans, self._unclean))
+        if missing := p.missing(regions):
+            if not p.optional:
+                raise PassError(f"{p.name}: {missing}")
+            self._misses += [(p.name, "the model", missing)] * report
         for site, region, planned in zip(self._sites, regions, plans, strict=True):
             if isinstance(p, StructuralPass):
                 self._claim(p, site, region, planned.matches)
@@ -406,7 +392,7 @@ class Rewriting:
                 if not is_linear(region.module):  # of a single linear its surroundings say more
                     self._absent += [(p.name, region.fqn, planned.absent)]
 
-    def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
+    def _claim(self, p: Pass, site: Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""
         for match in matches:
             other = site.claims.setdefault(match.path, p)
@@ -419,7 +405,7 @@ class Rewriting:
                 site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
-        for fact in self.facts:
+        for fact in self._facts.values():
             fact.check()
         changed = active != self._active
         self._active = active
@@ -432,13 +418,13 @@ class Rewriting:
             assert done.site.module is not None
             lower_(done.site.module, done.lowering, self._classes)
 
-    def _lowerings(self, passes: tuple[OperationalPass, ...]) -> list[_Lowered]:
+    def _lowerings(self, passes: tuple[OperationalPass, ...]) -> list[Lowered]:
         if passes not in self._lowered:  # evaluation comes back to the same few again and again
             sites = [site for site in self._sites if site.module]
             self._lowered[passes] = [self._lower_region(site, passes) for site in sites]
         return self._lowered[passes]
 
-    def _lower_region(self, site: _Site, passes: tuple[OperationalPass, ...]) -> _Lowered:
+    def _lower_region(self, site: Site, passes: tuple[OperationalPass, ...]) -> Lowered:
         region, matches = site.base.copy(), []
         for p in passes:
             planned = p.plan(region)
@@ -446,11 +432,4 @@ class Rewriting:
             matches.append(planned.matches)
         for p in (*self._structural, *passes):
             p.finish(region)
-        return _Lowered(site, lowering(region.graph, self._classes), matches)
-
-
-def _twin_site(site: _Site, memo: dict[int, Any]) -> _Site:
-    """A site of a copy of the model."""
-    traced, base = site.traced.copy(), site.base.copy()
-    traced.module, base.module = copy.deepcopy((traced.module, base.module), memo)
-    return replace(site, traced=traced, base=base, module=copy.deepcopy(site.module, memo))
+        return Lowered(site, lowering(region.graph, self._classes), matches)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from act24.operation import is_transformed
 from act24.passes import activation24, weight24
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.region import joined
@@ -81,13 +82,20 @@ class Seeds:
         torch._foreach_add_(self._own, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
         if self._unfinished():
             _exchange_(self._slots, [seed.clone() for seed in self._own])
+            return
+        buffers = _read(self._slots)
+        if any(map(is_transformed, buffers)):  # many models at once, which draw the same
+            for buffer, seed in zip(buffers, self._own, strict=True):
+                buffer.copy_(seed)
         else:
-            torch._foreach_copy_(_read(self._slots), self._own)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(buffers, self._own)  # pyright: ignore[reportPrivateImportUsage]
 
     def forwarded(self, output: object) -> None:
         """A forward that is a micro-batch has ended: its backward is still to come."""
-        nodes = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
-        if nodes:
+        tensors = [tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+        if any(map(is_transformed, tensors)):  # torch.func has a backward of its own, at once
+            return
+        if nodes := [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]:
             pads = [(m, PADS) for m in self._pipeline.modules if m._buffers.get(PADS) is not None]
             pending = _Pending([*self._slots, *pads])
             self._pending.append(weakref.ref(pending))

@@ -324,7 +324,9 @@ class SparseWeight:
 
     @property
     def parameter(self) -> Tensor:
-        return self.module.get_parameter(self.local)
+        """It may be a tensor that is no parameter, for as long as torch.func.functional_call has it there."""
+        path, _, leaf = self.local.rpartition(".")
+        return getattr(self.module.get_submodule(path), leaf)
 
     def buffer(self, kind: str) -> Tensor:
         return self.module.get_buffer(self.local + kind)

@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from act24.errors import Act24Error
-from act24.passes.graph.region import RegionModule
+from act24.passes.graph.frozen import Remains
+from act24.passes.graph.roles import head_of
 
 
 class Watcher(Protocol):
     """Who is told of forwards."""
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        """A forward begins."""
+        """A forward of a module begins, maybe within one of another that is watched."""
 
     def after_forward(self, module: nn.Module, output: object) -> None:
         """It has ended, also by an error; then there is no output."""
@@ -36,12 +37,16 @@ class Watcher(Protocol):
 
 
 def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) -> None:
-    """Hook the module that calls the regions, outside of them."""
+    """Hook the module that calls the regions, outside of them. Where the head is one of them, that which
+    calls the others too: a loss may read hidden states and multiply with the head's weight itself."""
     _Before.hide()
-    trunk = _trunk(model, regions)
-    trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
-    trunk.register_forward_hook(_After(watcher), always_call=True)
-    for module in {model, trunk, *map(model.get_submodule, regions)}:
+    head = head_of(model)
+    others = [fqn for fqn in regions if model.get_submodule(fqn) is not head]
+    trunks = dict.fromkeys((_trunk(model, regions), _trunk(model, others)))
+    for trunk in trunks:
+        trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
+        trunk.register_forward_hook(_After(watcher), always_call=True)
+    for module in {model, *trunks, *map(model.get_submodule, regions)}:
         module.register_state_dict_pre_hook(_Reads(watcher))
 
 
@@ -156,7 +161,7 @@ def _trunk(model: nn.Module, regions: Sequence[str]) -> nn.Module:
     while common:
         module = model.get_submodule(".".join(common))
         parent = model.get_submodule(".".join(common[:-1]))
-        if not _only_holds(module) and not _only_holds(parent) and not isinstance(module, RegionModule):
+        if not _only_holds(module) and not _only_holds(parent) and not isinstance(module, Remains):
             return module
         common.pop()
     return model

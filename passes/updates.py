@@ -84,6 +84,7 @@ class Updates:
         self._seeds = Seeds(pipeline)
         self._unchanged: Unchanged | None = None  # the weights, since the update began
         self._entered: ExitStack | None = None  # by a forward in evaluation mode
+        self._running: nn.Module | None = None  # whose forward this is, of modules within each other
         self._masked = False  # the padding is that of an attention mask
         self._decaying: dict[int, tuple[SparseWeight, float]] = {}  # in whose gradient decay is, by id
         self._decayed: set[int] = set()  # parameters, by id, whose gradient of this update has its decay
@@ -261,6 +262,8 @@ class Updates:
             yield
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        if self._running is not None and self._running is not module:
+            return
         self._read_attention_mask(kwargs.get("attention_mask"))
         if self._held or _in_backward():
             return
@@ -280,6 +283,7 @@ class Updates:
                 self._refuse_other_weights(renewing[0])
             self._refuse_scaled_gradients()
             self._seeds.next_()
+        self._running = module  # not before: what is entered settles first
 
     def _refuse_other_weights(self, p: Pass) -> None:
         """An update that no optimizer made ends none here."""
@@ -310,13 +314,16 @@ class Updates:
         return isinstance(p, OperationalPass) and p.renews and (p in active or p.in_evaluation() in active)
 
     def after_forward(self, module: nn.Module, output: object) -> None:
-        if module.training and torch.is_grad_enabled() and not self._held and not _in_backward():
+        if module is not self._running:
+            return
+        if module.training and torch.is_grad_enabled():
             self._seeds.forwarded(output)
         self.settle()
 
     def settle(self) -> None:
         """What a forward in evaluation mode exchanged is put back. Also where the next thing begins, and
         before state is read: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
+        self._running = None
         if self._entered is not None:
             self._entered.close()
             self._entered = None

@@ -23,8 +23,9 @@ from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
 from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
-from act24.passes.graph.shadow import Shadow, contents, global_contents
+from act24.passes.graph.shadow import Shadow, contents
 from act24.passes.graph.tracer import OWN, PLAIN, REGISTER, RegionTracer, Tracer, Unclean
+from act24.passes.graph.watched import NOTHING, Frozen, Ran, frozen_values
 
 #: What a module may do besides its forward, and a region does not.
 _BESIDES = (
@@ -45,11 +46,11 @@ class Trace:
 
     Attributes:
         graph: the normal form.
-        assumes_casts: the module asks whether dtypes differ, in order to cast, and the graph casts always.
+        frozen: what the graph has in it of plain values.
     """
 
     graph: fx.Graph
-    assumes_casts: bool = False
+    frozen: Frozen = NOTHING
 
 
 def clean_trace(module: nn.Module) -> Trace:
@@ -68,8 +69,9 @@ def clean_trace(module: nn.Module) -> Trace:
             f"holds {shadow.uncopied}, which cannot be copied, and tracing might write to it: keep it "
             "outside of the module"
         )
-    before, outside = contents(shadow.root), global_contents(module)
-    tracer = Tracer(shadow, _is_leaf)
+    before = contents(shadow.root)
+    ran = Ran()
+    tracer = Tracer(shadow, _is_leaf, ran.note)
     try:
         graph = tracer.record()
         _check_none(shadow, graph)
@@ -79,7 +81,7 @@ def clean_trace(module: nn.Module) -> Trace:
         raise Unclean(tracer.refused or f"{type(error).__name__}: {error}: {PLAIN}") from error
     finally:
         tracer.undo_draws()
-    if written := _changed(before, contents(shadow.root)) or _changed(outside, global_contents(module)):
+    if written := _changed(before, contents(shadow.root)) or ", ".join(ran.written):
         raise Unclean(f"forward writes {written}: write it in a forward hook, or {OWN}")
     if tracer.refused:
         raise Unclean(tracer.refused)
@@ -89,10 +91,11 @@ def clean_trace(module: nn.Module) -> Trace:
         if node.op == "get_attr" and node.target not in held:
             raise Unclean(f"reads {node.target}, neither parameter nor buffer: {REGISTER}")
     normalise(graph, module)
-    stays = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
-    if not any(is_call(node, F.linear) for node in graph.nodes) and not any(map(is_adapter, stays)):
+    stays = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    adapters = any(is_adapter(module.get_submodule(path)) for path in stays)
+    if not any(is_call(node, F.linear) for node in graph.nodes) and not adapters:
         raise Unclean("calls no linear: write its products as F.linear(x, weight), or leave it")
-    return Trace(graph, tracer.assumes_casts)
+    return Trace(graph, frozen_values(module, ran, stays))
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:
@@ -188,7 +191,7 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     for argument in arguments[1:]:  # the first is what the module works on
         try:
-            other = Tracer(shadow, _is_leaf).record({argument.target: None})
+            other = Tracer(shadow, _is_leaf, Ran().note).record({argument.target: None})
         except Unclean:
             raise
         except Exception:  # None is no value that it takes

@@ -9,6 +9,7 @@ changes nothing, which the check on numbers confirms.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 import sys
@@ -20,13 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Function
+from torch.backends import cuda
 from torch.fx.proxy import Attribute
+from torch.utils.checkpoint import checkpoint
 
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.shadow import Shadow
 
 #: What a tensor, a shape or a number has.
 _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
+
+#: Packages whose functions read nothing that a user sets.
+FOREIGN = {"torch", *sys.stdlib_module_names}
 
 #: Packages that may ask a value anything: their questions are not the module's branches.
 _INTERNAL = ("torch", "act24")
@@ -84,16 +90,22 @@ class Tracer(fx.Tracer):
 
     Attributes:
         refused: the first question that had no answer, or the empty string.
-        assumes_casts: whether a question about dtypes was answered.
         asks_kind: whether the module calls isinstance() at this moment.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, shadow: Shadow, closed: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self, shadow: Shadow, closed: Callable[[nn.Module], bool], note: Callable[[FrameType], None]
+    ) -> None:
+        """Make it.
+
+        Args:
+            note: is told of every function that begins.
+        """
         super().__init__()
         self.refused = ""
-        self.assumes_casts = False
+        self._note = note
         self.asks_kind = False
         self._shadow = shadow
         self._closed = closed
@@ -163,9 +175,17 @@ class Tracer(fx.Tracer):
         if event == "c_call":
             if self._before_draw is None and argument.__name__ in _DRAWS:
                 self._before_draw = random_state()
-            name, caller = _asked(argument), frame
+            name, caller = _asked(argument, frame), frame
         elif event == "call":
-            name, caller = _ASKED_CODE.get(frame.f_code), frame.f_back
+            self._note(frame)
+            if frame.f_code is _CHECKPOINT:
+                self.refuse(
+                    "calls torch.utils.checkpoint, and its graph would recompute nothing: call it around the "
+                    "module, or leave it out and give the pass recompute"
+                )
+            name, caller = _ASKED_CODE.get(frame.f_code) or _environment(frame), frame.f_back
+            while name and caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
+                caller = caller.f_back
         else:
             return
         if name and caller is not None and not _is_internal(caller):
@@ -225,7 +245,8 @@ class Tracer(fx.Tracer):
             frame = frame.f_back  # type: ignore[assignment]
         if _modes() != self._modes:
             self.refuse(
-                f"computes under a grad or autocast mode of its own: set it around the model, or {OWN}"
+                "computes under a mode of its own (gradients, autocast, saved tensors, attention kernels, "
+                f"precision), which its graph has not: set it around the model, or {OWN}"
             )
         return super().create_node(*args, **kwargs)
 
@@ -250,7 +271,6 @@ class Tracer(fx.Tracer):
                 return None
             # Floating-point parameters may become others of them, and never integers.
             return True if a.is_floating_point != b.is_floating_point else None
-        self.assumes_casts = True
         return True
 
     def _dtype(self, value: Any) -> Any:
@@ -291,9 +311,18 @@ def _asks(frame: FrameType) -> bool:
     return not _is_internal(frame) or frame.f_code is torch.is_tensor.__code__
 
 
-def _asked(function: Any) -> str | None:
+def _environment(frame: FrameType) -> str | None:
+    """The name of the environment, if a function that begins looks something up there."""
+    looks = frame.f_code.co_name == "__getitem__" and frame.f_globals.get("__name__") == "os"
+    return "os.environ" if looks else None
+
+
+def _asked(function: Any, caller: FrameType) -> str | None:
     """The name of a function of torch's C++ side whose answer is another one elsewhere."""
     name = function.__name__
+    if function.__module__ == "time":
+        asker = caller.f_globals.get("__name__", "").partition(".")[0]
+        return None if asker in FOREIGN else f"time.{name}()"
     return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
 
 
@@ -307,13 +336,27 @@ def _forwards(of: type) -> Iterator[CodeType]:
 
 
 def _modes() -> tuple[Any, ...]:
+    """All that `with` may set around a part of a forward, and that a node of a graph does not say."""
     autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    kernels = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
+    saving = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        saving._top_saved_tensors_default_hooks(True),
+        saving._saved_tensors_hooks_get_disabled_error_message(),
+        torch._C._len_torch_dispatch_stack(),
+        *autocast,
+        *(enabled() for enabled in (*kernels, cuda.cudnn_sdp_enabled)),
+    )
 
 
 #: Functions of torch's C++ side, and Python functions by their code.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
-_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
+_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype", "get_default_dtype")
 #: Functions that draw where they are given no value to draw for, of torch and of Python.
 _DRAWS = {
     "rand",
@@ -327,6 +370,9 @@ _DRAWS = {
     "getrandbits",
 }
 _DRAWS |= {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
+#: Where the environment is looked up for whoever asks.
+_LOOKS_UP = ("os", "collections.abc", "_collections_abc")
 _ASKED_CODE = {
     function.__code__: f"torch.compiler.{function.__name__}()"
     for function in (
