@@ -50,6 +50,9 @@ from act24.sparse24.format.products import Product, Table, feed_forward_products
 from act24.sparse24.pattern.feature_wise import TokenPermutation
 from act24.sparse24.weight.linear24 import linear24
 
+#: Where the metadata of the operation's node has the pass that put it there.
+TAKEN_BY = "activation24_pass"
+
 #: Kinds of the buffers, and the last parts of their names.
 SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
 
@@ -278,6 +281,7 @@ class Activation24(OperationalPass):
             kept: dict[str, Argument] = {"casts": casts} if self.keep_cast and casts else {}
             sparse = graph.call_function(activation24, arguments, kept)
             keep_site(site.node, sparse)
+            sparse.meta[TAKEN_BY] = self
             output = graph.call_function(operator.getitem, (sparse, 0))
         replace_node(graph, end, output)
 
@@ -301,6 +305,6 @@ class Activation24(OperationalPass):
 
 
 def _reads_by_weight(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user is a linear of the node, or was one: scales are measured before operations take it."""
+    """Whether a user is a linear of the node, or was one."""
     linears = (F.linear, linear24, activation24)
     return user.target in linears and user.args[0] is node and user.args[1] is not None

@@ -112,6 +112,25 @@ class Pipeline(Rewriting):
         self._updates.watch_()
         watch_(self.model, self.facts)
 
+    @property
+    def updates_made(self) -> int | None:
+        """How many there are, where a step was given and no update has begun since; None: state is that of
+        the update that was begun last, or whatever was loaded."""
+        return self._updates.made
+
+    def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
+        self._updates.settle()
+        self._updates.lowered_for(step)
+        return super().lower_(step, without)
+
+    def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
+        self._updates.settle()
+        super().lower_to_(passes)
+
+    def exchange_(self, old: OperationalPass, new: OperationalPass) -> None:
+        self._updates.settle()
+        super().exchange_(old, new)
+
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:
         """As `Rewriting.lowered`. Forwards in it are no part of an update: seeds stay, and nothing is
@@ -184,12 +203,13 @@ class Pipeline(Rewriting):
         Args:
             without: names of passes to leave out, to see the same weights without 2:4.
             step: updates already made: evaluate with the passes in force then, and measure scales that no
-                update has set yet. None: as the pipeline is lowered and its scales are.
+                update has set yet. None: as the pipeline is lowered; it knows of updates begun with it.
             forward: runs the model on the rows on which such scales are measured, of which `pads` are
                 padding; None: those of activations stay as they are.
             reduce: as for `begin_update_`.
         """
-        with evaluation(self, without, step, forward, pads, reduce):
+        made = self.updates_made if step is None else step
+        with evaluation(self, without, step, made, forward, pads, reduce):
             yield
 
     def measure_scales_(

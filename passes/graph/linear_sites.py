@@ -20,6 +20,7 @@ from act24.options import Width
 from act24.passes.base import Match, Pass, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
     bias_name,
+    is_reserved,
     is_transposed,
     nodes_of,
     replace_node,
@@ -77,8 +78,8 @@ class LinearSite:
 
 
 def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
-    """The linears of a region, in graph order. A weight that something else reads too, an embedding for
-    instance, is left out.
+    """The linears of a region that may be taken, in graph order. A weight that something else reads too, an
+    embedding for instance, is left out.
 
     Args:
         factors: also those whose weights are factors that a low-rank pass made.
@@ -86,7 +87,7 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes_of(region.graph, F.linear):
         name = weight_name(node)
-        if name in region.parameters:
+        if name in region.parameters and not is_reserved(node):
             calls.setdefault(name, []).append(node)
     for name, nodes in calls.items():
         transposed = is_transposed(nodes[0])

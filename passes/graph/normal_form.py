@@ -22,6 +22,9 @@ _SQUARE = (torch.square, "square")
 _POWER = (operator.pow, torch.pow, "pow")
 _RELU = (F.relu, torch.relu, "relu")
 
+#: Where a linear's metadata says that no pass may take it.
+_RESERVED = "reserved"
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x Wᵀ + b and nothing else: nn.Linear, or transformers' Conv1D."""
@@ -170,6 +173,16 @@ def erase(graph: fx.Graph, node: fx.Node) -> None:
 def nodes_of(graph: fx.Graph, target: Callable[..., Any]) -> Iterator[fx.Node]:
     """The nodes that call a function, in order."""
     return (node for node in list(graph.nodes) if node.op == "call_function" and node.target is target)
+
+
+def reserve(linear: fx.Node) -> None:
+    """Keep a linear from the passes that take linears (`act24.passes.left_out`)."""
+    linear.meta[_RESERVED] = True
+
+
+def is_reserved(linear: fx.Node) -> bool:
+    """Whether no pass may take a linear."""
+    return _RESERVED in linear.meta
 
 
 def is_call(node: Any, target: Callable[..., Any]) -> TypeGuard[fx.Node]:

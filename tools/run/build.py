@@ -238,12 +238,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     model, pipeline = _without_values(recipe, opened.step, torch.device(device))
     checkpoint.load_weights_(opened, model)
     lower_to_serve_(pipeline, opened.step)
-    for p in renew_to_read_(pipeline, opened.step):
+    for one in renew_to_read_(pipeline, opened.step):
         logger.warning(
-            "warning: %s stands at from_step (%d) of activation24 and has no scale for it, which is measured "
-            "in the update that follows: until then it is 1. eval measures it on the held-out rows",
+            "warning: %s stands at %s (%d) of activation24 and has no scale for it, which is measured in the "
+            "update that follows: until then it is 1. eval measures it on the held-out rows",
             path,
-            p.from_step,
+            "from_step" if opened.step <= one.of.from_step else "a boundary",
+            opened.step,
         )
     return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
 
