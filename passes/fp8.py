@@ -19,7 +19,7 @@ import torch
 from act24.fp8.casts import Scaling
 from act24.fp8.linear import MULTIPLE, linear_fp8
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
-from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, takes
+from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, no_linear, takes
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
 
@@ -101,7 +101,7 @@ class Fp8(OperationalPass):
         return Plan(
             tuple(matches),
             tuple(misses),
-            absent="no linear that another pass has left: name linears in targets",
+            absent=no_linear(self, region),
         )
 
     def _rewrite(self, region: Region, match: Match) -> None:

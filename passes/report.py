@@ -176,10 +176,14 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
     where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
     where += f" without {list(p.ignore)}" if p.ignore else ""
     everywhere = replace(p, targets=("*",), ignore=())
-    left_out = [region.name(match.path) for region in regions for match in everywhere.plan(region).matches]
+    left_out = [(region, match.path) for region in regions for match in everywhere.plan(region).matches]
     if left_out and not any(planned.misses for planned in plans):
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-        return f"{p.name} matches nothing{where}, which leaves out {left_out[0]}{others}"
+        region, path = left_out[0]
+        todo = [] if replace(p, ignore=()).selects(region, path) else ["name it in targets"]
+        todo += [] if replace(p, targets=("*",)).selects(region, path) else ["take it out of ignore"]
+        first = region.name(path) or "the model"
+        return f"{p.name} matches nothing{where}, which leaves out {first}{others}: {' and '.join(todo)}"
     absent: list[tuple[str, str]] = []
     for region, planned in zip(regions, plans, strict=True):
         absent += [(region.name(path), reason) for path, reason in planned.misses]

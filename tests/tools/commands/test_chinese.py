@@ -48,7 +48,7 @@ SOURCES = {
     "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_reason", "_listed"),
     "passes/graph/check.py": ("Check", "_obstacle"),
     "passes/graph/linear_sites.py": ("RESIZE", "FROZEN", "no_linear", "tied", "plan"),
-    "passes/activation24.py": ("plan", "_note"),
+    "passes/activation24.py": ("_NO_RELU", "plan", "_note"),
     "passes/activation_statistics.py": ("plan",),
     "passes/cola.py": (),
     "passes/fp8.py": ("plan",),
