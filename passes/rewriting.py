@@ -142,7 +142,8 @@ class Rewriting:
 
     def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
         """What passes reach, each once."""
-        unclean = {place.rpartition(" [")[0]: why for place, why in self._unclean.items()}
+        names = {place: place.rpartition(" [")[0].removeprefix("the model") for place in self._unclean}
+        unclean = {names[place]: why for place, why in self._unclean.items()}
         matrices = matrices_of(self._model, regions, unclean)
         untraced = {place: f"not traced: {why}" for place, why in unclean.items()}
         gone = {
@@ -157,7 +158,10 @@ class Rewriting:
                 misses = {fqn: why for name, fqn, why in self._misses if name == p.name}
                 places = [row.fqn.removeprefix("the model") for row in self._rows if row.pass_name == p.name]
                 reasons = {**untraced, **absent, **misses}
-                found.append(coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone))
+                named = {*places, *misses}
+                found.append(
+                    coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone, named)
+                )
         return tuple(found)
 
     @property
