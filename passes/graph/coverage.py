@@ -20,6 +20,9 @@ HIDES = "its relu"
 #: Why a pass leaves experts whose matrices lie in one tensor.
 STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
 
+#: Names of modules that are neither attention nor feed-forward networks.
+_NEITHER = re.compile(r"(^|[._])(lm_head|head|classifier|score|pooler|embed\w*)([._]|$)")
+
 #: Modules whose weights are no operands of matrix products.
 _OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
 
@@ -104,6 +107,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         parts = path.split(".")
         outside = {".".join(parts[:end]) for end in range(len(parts) + (not is_linear(owner)))}
         unknown = role == "other" and _calls_linear(owner) and not outside.isdisjoint(untraced)
+        unknown = unknown and _NEITHER.search(path) is None
         stacked, region = parameter.ndim > 2, inside.get(name)
         found.append(
             Matrix(name, path, type(owner).__name__, parameter.numel(), role, stacked, region, unknown)
