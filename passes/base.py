@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -107,6 +107,8 @@ class Pass:
     remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
+    #: Whether the pass is about how rows of training text are made: a model that is served goes without.
+    of_rows: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
@@ -132,6 +134,10 @@ class Pass:
     def plan(self, region: Region) -> Plan:
         """The places that the pass would rewrite. Touches nothing."""
         raise NotImplementedError
+
+    def missing(self, regions: Sequence[Region]) -> str:
+        """What the options ask for and none of the regions has, and what to do; empty if nothing."""
+        return ""
 
     def apply(self, region: Region, plan: Plan) -> None:
         """Rewrite `region`, in place, as planned; without matches it stays as it is."""

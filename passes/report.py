@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan
-from act24.passes.graph.coverage import Coverage
+from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
 
@@ -164,6 +164,41 @@ def figures(
         "flops_before": sum(region_flops(region) * len(region.fqns) for region in traced),
         "flops_after": sum(region_flops(region) * len(region.fqns) for region in lowered),
     }
+
+
+def coverages(
+    model: nn.Module,
+    regions: Sequence[Region],
+    passes: Sequence[Pass],
+    rows: Sequence[Row],
+    unclean: Mapping[str, str],
+    misses: Sequence[tuple[str, str, str]],
+    absent: Sequence[tuple[str, str, str]],
+    gone: Collection[str],
+) -> tuple[Coverage, ...]:
+    """What passes reach of a model, each once.
+
+    Args:
+        regions: as they were.
+        unclean: the modules that are no regions, and why.
+        misses, absent: (pass, full name of a place or region, reason) of what is left there.
+        gone: the full names of parameters that passes take away.
+    """
+    # By full name; the model itself has none.
+    left = {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+    matrices = matrices_of(model, regions, left)
+    untraced = {place: f"not traced: {why}" for place, why in left.items()}
+    found = []
+    for p in passes:
+        if p.covers:
+            missed = {fqn: why for name, fqn, why in misses if name == p.name}
+            reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
+            places = [row.fqn.removeprefix("the model") for row in rows if row.pass_name == p.name]
+            named = {*places, *missed}
+            found.append(
+                coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone, named)
+            )
+    return tuple(found)
 
 
 def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean: Mapping[str, str]) -> str:

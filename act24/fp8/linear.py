@@ -47,6 +47,28 @@ def cast_weight(weight: Tensor, scaling: Scaling, turned: bool = True, kernels: 
     return cast_both_ways(weight, scaling, scaling, turned=turned, kernels=kernels)
 
 
+def refuse_e4m3(weight: Tensor) -> None:
+    """Refuse a weight that cannot be multiplied with in e4m3.
+
+    Raises:
+        ValueError: it has a side that is no multiple of 16.
+        Act24Error: it is on a GPU that has no e4m3.
+    """
+    if any(size % MULTIPLE for size in weight.shape):
+        raise ValueError(f"e4m3 needs sides that are multiples of {MULTIPLE}, got {tuple(weight.shape)}")
+    if reason := why_no_fp8(weight.device):
+        raise Act24Error(reason)
+
+
+def ready_cast(
+    narrow: Tensor | None, scale: Tensor | None, turned: Tensor | None, turned_scale: Tensor | None
+) -> tuple[Tensor, ...] | None:
+    """The parts of a cast that was made before, from e4m3 or its bytes; None where there is none."""
+    if narrow is None or scale is None or turned is None or turned_scale is None or not narrow.numel():
+        return None
+    return narrow.view(torch.float8_e4m3fn), scale, turned.view(torch.float8_e4m3fn), turned_scale
+
+
 class _LinearFp8(torch.autograd.Function):
     """On rows `[T, in]`."""
 
@@ -125,17 +147,12 @@ def linear_fp8(
         ValueError: the weight has a side that is no multiple of 16.
         Act24Error: a GPU that has no e4m3.
     """
-    if any(size % MULTIPLE for size in weight.shape):
-        raise ValueError(f"e4m3 needs sides that are multiples of {MULTIPLE}, got {tuple(weight.shape)}")
-    if reason := why_no_fp8(x.device):
-        raise Act24Error(reason)
+    refuse_e4m3(weight)
     refuse_second_derivatives(x, weight)
     cast_x, cast_w, cast_bias = cast_for_autocast(x, weight, bias)
     assert cast_x is not None
     assert cast_w is not None
-    ready = None
-    if narrow is not None and turned is not None and narrow.numel():
-        ready = (narrow.view(torch.float8_e4m3fn), scale, turned.view(torch.float8_e4m3fn), turned_scale)
+    ready = ready_cast(narrow, scale, turned, turned_scale)
     training = torch.is_grad_enabled() and cast_w.requires_grad
     # On a CPU the operators are their references.
     kernels = uses_kernels(x.device, kernels)

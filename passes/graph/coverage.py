@@ -12,7 +12,7 @@ from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.roles import Role, role_by_name
 
-_NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "other": "other"}
+_NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
 
 #: The beginning of the reason why a module that has an activation is not traced.
 HIDES = "its relu"

@@ -202,6 +202,10 @@ INPUTS: dict[str, tuple[Any, ...]] = {
         *(0.7, "silu"),
     ),
     "linear_fp8": (normal(5, 16), normal(16, 16), normal(16)),
+    "document_attention": (
+        *(normal(2, 3, 5, 4), normal(2, 3, 5, 4), normal(2, 3, 5, 4)),
+        torch.tensor([[0, 0, 2, 2, 2], [0, 0, 0, 0, 4]]),
+    ),
     "underflow_counts": (normal(5, 8), "rowwise"),
     "masked_adapter_weight": (normal(6, 8), normal(3, 8), normal(6, 3), packed_bits(normal(6, 8) > 0), 2.0),
 }
