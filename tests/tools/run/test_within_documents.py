@@ -391,7 +391,7 @@ def test_what_is_said_of_it(documents):
     recipe = documents()
     built = build(recipe, ALONE.device)
     said = path_text(built.pipeline, recipe, ALONE.device)
-    assert "attention within documents: plain PyTorch (kernels and 2:4 products need a GPU)" in said
+    assert "attention within documents: scores of whole rows are made and masked" in said
     assert "causal attention within documents" in str(plan_recipe(recipe))
     padded = documents("data.rows=padded")
     assert [line for line in oddities(padded) if "changes nothing" in line]
