@@ -40,6 +40,7 @@ from act24.passes.graph.activation_sites import (
 from act24.passes.graph.linear_sites import RESIZE
 from act24.passes.graph.normal_form import nodes_of, replace_node
 from act24.passes.graph.region import Region
+from act24.passes.relu2_ffn import gate_in
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
 from act24.sparse24.feed_forward.operation import activation24
@@ -55,6 +56,14 @@ TAKEN_BY = "activation24_pass"
 
 #: Kinds of the buffers, and the last parts of their names.
 SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
+
+
+#: What to do where there is no activation to make 2:4, by the gate of a network there (`gate_in`).
+_NO_RELU = {
+    "silu": "no relu² or relu: put relu2_ffn in front, which makes one of a gated network",
+    "gelu": 'no relu² or relu: put relu2_ffn in front, with gate = "gelu"',
+    "": "no relu² or relu: leave it to other passes, or make its activation relu² before",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +192,7 @@ class Activation24(OperationalPass):
                     note=self._note(region, site),
                 )
             )
-        absent = "no relu² or relu: put relu2_ffn in front, which makes one of a gated network"
+        absent = _NO_RELU[gate_in(region)]
         if any(True for _ in nodes_of(region.graph, F.relu)):
             absent = "its relu stands between convolutions, whose features lie elsewhere: leave it"
         return Plan(tuple(matches), tuple(misses), absent=absent)

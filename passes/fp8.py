@@ -24,7 +24,7 @@ from act24.errors import Act24Error
 from act24.fp8.casts import Scaling
 from act24.fp8.linear import MULTIPLE, linear_fp8, underflow_counts
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
-from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, takes
+from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, no_linear, takes
 from act24.passes.graph.normal_form import parameter_name, replace_node
 from act24.passes.graph.region import Region, RegionModule
 
@@ -113,7 +113,7 @@ class Fp8(OperationalPass):
         return Plan(
             tuple(matches),
             tuple(misses),
-            absent="no linear that another pass has left: name linears in targets",
+            absent=no_linear(self, region),
         )
 
     def missing(self, regions: Sequence[Region]) -> str:

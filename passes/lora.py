@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range, Width
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, linear_sites, takes
+from act24.passes.graph.linear_sites import LinearSite, linear_sites, no_linear, takes
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.sparse_mask import MASK_BITS, add_mask
@@ -75,7 +75,7 @@ class Lora(StructuralPass):
             )
         return Plan(
             tuple(matches),
-            absent=f"no linear among targets ({', '.join(self.targets)}): name linears in targets",
+            absent=no_linear(self, region),
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,13 @@ class Pipeline(Rewriting):
         twin = super().__deepcopy__(memo)
         twin._updates = self._updates.of_copy(twin)
         return twin
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise PassError(
+            "a pipeline cannot be pickled or saved, and copied by deepcopy alone, as its plan is functions: "
+            "save model.state_dict() and give a stock model the same passes, or save the model alone, within "
+            "pipeline.evaluation()"
+        )
 
     def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
         """As `Rewriting.commit_`; from then on it is watched that updates are begun."""

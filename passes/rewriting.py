@@ -20,7 +20,7 @@ from act24.initialise import generator_for
 from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
-from act24.passes.graph.coverage import Coverage, coverage, matrices_of
+from act24.passes.graph.coverage import Coverage
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
 from act24.passes.graph.lowering import lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
@@ -33,7 +33,7 @@ from act24.passes.graph.tracing import trace
 from act24.passes.graph.watched import Fact
 from act24.passes.left_out import left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
-from act24.passes.report import Report, Row, figures, no_match, row
+from act24.passes.report import Report, Row, coverages, figures, no_match, row
 
 
 class Rewriting:
@@ -102,7 +102,7 @@ class Rewriting:
             tuple(self._misses),
             **counts,
             checked=checked,
-            coverage=self._coverage([site.traced for site in self._sites]),
+            coverage=self._coverage(),
             unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
         )
 
@@ -121,25 +121,14 @@ class Rewriting:
             twin._lower()
         return twin
 
-    def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
-        """What passes reach, each once."""
-        unclean = {place.rpartition(" [")[0]: why for place, why in self._unclean.items()}
-        matrices = matrices_of(self._model, regions, unclean)
-        untraced = {place: f"not traced: {why}" for place, why in unclean.items()}
+    def _coverage(self) -> tuple[Coverage, ...]:
+        regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
         gone = {
             site.traced.name(name)
             for site in self._sites
             for name in site.traced.parameters.keys() - site.base.parameters.keys()
         }
-        found = []
-        for p in self._passes:
-            if p.covers:
-                absent = {fqn: why for name, fqn, why in self._absent if name == p.name}
-                misses = {fqn: why for name, fqn, why in self._misses if name == p.name}
-                places = [row.fqn.removeprefix("the model") for row in self._rows if row.pass_name == p.name]
-                reasons = {**untraced, **absent, **misses}
-                found.append(coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone))
-        return tuple(found)
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone)
 
     @property
     def measurements(self) -> dict[str, Measurement]:

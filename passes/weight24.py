@@ -207,7 +207,7 @@ class Weight24(OperationalPass):
                         note=self._note(site),
                     )
                 )
-        return Plan(tuple(matches), tuple(misses), absent=no_linear(self.scope))
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope))
 
     def _products_text(self, site: LinearSite) -> str:
         sparse = ", ".join(_SYMBOLS[product] for product in self._sparse_in(site.shape))

@@ -6,6 +6,7 @@ a router, LoRA's own factors) are left alone unless `targets` names them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -125,9 +126,32 @@ def takes(p: Pass, scope: Scope, region: Region, site: LinearSite) -> bool:
 RESIZE = "make it one, or leave it out with ignore"
 
 
-def no_linear(scope: str) -> str:
-    """Why a pass found nothing in its scope."""
-    return f"no linear in scope '{scope}': name linears in targets, or widen the scope"
+def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
+    """Why a pass found no linear in a region, and what would let it find one there."""
+    sites = list(linear_sites(region, factors=True))
+    if not sites:
+        return "no linear that other passes have left and nothing else reads: leave it to them"
+    targeted = [site for site in sites if p.selects(region, site.path)]
+    if not targeted:
+        named = _named(region, sites[0])
+        return f"no linear that is targeted and not ignored: name one in targets, as {named}"
+    elsewhere = [site for site in targeted if site.kind not in _BY_NAME_ONLY]
+    if elsewhere and scope != "all":
+        kind = elsewhere[0].kind
+        return f'no linear in scope "{scope}": set scope = "{kind}", or "all"'
+    if elsewhere:
+        return "no linear but the factors that another pass has made: leave it out with ignore"
+    named = _named(region, targeted[0])
+    return (
+        "no linear that is known to be attention's or a feed-forward network's: name those that are meant in "
+        f"targets, as {named}"
+    )
+
+
+def _named(region: Region, site: LinearSite) -> str:
+    """A target that takes a linear, and those in its place in other layers."""
+    name = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
+    return f'targets = ["{name or "re:.*"}"]'
 
 
 def tied(name: str) -> str:
@@ -187,7 +211,7 @@ class FactorisingPass(StructuralPass):
         left = {path for path, _ in misses}
         free = [site for site in sites if site.path not in left]
         matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
-        return Plan(matches, tuple(misses), absent=no_linear(self.scope))
+        return Plan(matches, tuple(misses), absent=no_linear(self, region, self.scope))
 
     def _rank(self, region: Region, site: LinearSite) -> int:
         key = "attn_rank" if site.kind == "attn" else "mlp_rank"

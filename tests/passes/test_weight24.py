@@ -192,7 +192,7 @@ def test_planned_on_meta_and_untouched_without_a_match() -> None:
     with torch.device("meta"):
         model = Trunk(SwiGLU)
     assert len(plan(model, [Weight24(scope="mlp")]).rows) == 6
-    with pytest.raises(PassError, match="no linear in scope 'attn'"):
+    with pytest.raises(PassError, match='no linear in scope "attn"'):
         plan(model, [Weight24(scope="attn")])
 
 
