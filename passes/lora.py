@@ -56,9 +56,12 @@ class Lora(StructuralPass):
         return self.alpha / self.rank
 
     def plan(self, region: Region) -> Plan:
-        matches = []
+        matches, misses = [], []
         for site in linear_sites(region):
             if not takes(self, "all", region, site):
+                continue
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
                 continue
             spec = region.parameters[site.weight]
             size = self.rank * sum(site.shape)
@@ -75,6 +78,7 @@ class Lora(StructuralPass):
             )
         return Plan(
             tuple(matches),
+            tuple(misses),
             absent=f"no linear among targets ({', '.join(self.targets)}): name linears in targets",
         )
 

@@ -187,6 +187,9 @@ class Weight24(OperationalPass):
         for site in linear_sites(region, factors=True):
             if not takes(self, self.scope, region, site):
                 continue
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
+                continue
             spec = region.parameters[site.weight]
             if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))

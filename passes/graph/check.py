@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from act24.errors import PassError
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.shadow import Shadow, plain_call
-from act24.passes.graph.tracer import PLAIN, Unclean, random_state, set_random_state
+from act24.passes.graph.tracer import OWN, PLAIN, Unclean, random_state, set_random_state
 
 #: What a model is called with: a tensor, positional arguments, or keyword arguments.
 Probe = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -130,9 +130,11 @@ class Check:
                 return
             try:
                 found = _outcome(module, graph, arguments, mode)
+            except Unclean:
+                raise
             except Exception as error:
                 raise Unclean(f"its graph fails where it runs ({mode}): {_line(error)}: {PLAIN}") from error
-            if difference := _difference(expected, found, mode):
+            if difference := _difference(expected, found):
                 raise Unclean(f"its graph {difference} in {mode}: {PLAIN}")
         self.agreeing += 1
 
@@ -179,8 +181,23 @@ class Check:
                     f"{name} was replaced by a pass, and the model reads it all the same: something holds "
                     "the old module. Leave it out with ignore=[…], or apply passes before that is made"
                 )
-        if same and (difference := _difference((self._output, ()), (output, ()), "evaluation")):
+        if same and (difference := _difference(_Outcome(self._output), _Outcome(output))):
             raise PassError(f"no pass is in force, and the rewritten model {difference}: please report this")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a forward gives.
+
+    Attributes:
+        outputs: the tensors in what it returns.
+        gradients: in training, of its inputs.
+        left: what its arguments and buffers are afterwards.
+    """
+
+    outputs: Sequence[Tensor]
+    gradients: Sequence[Tensor | None] = ()
+    left: Sequence[Tensor] = ()
 
 
 class _Recorder:
@@ -194,10 +211,7 @@ class _Recorder:
         assert self.shadow is not None
         original = self.shadow.originals[module]
         if original not in self.given:
-            keep = lambda v: v.detach().clone() if isinstance(v, Tensor) else v  # noqa: E731
-            self.given[original] = Arguments(
-                tree_map(keep, args), {k: tree_map(keep, v) for k, v in kwargs.items()}
-            )
+            self.given[original] = _copied(Arguments(args, kwargs))
         return plain_call(module, args, kwargs)
 
     def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
@@ -241,65 +255,87 @@ def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> 
         recorder.shadow = shadow
         shadow.observer = recorder
     with _undisturbed(model), torch.no_grad(), _Reads(model) as reads:
-        output = shadow.root(*arguments.args, **arguments.kwargs)
+        given = _copied(arguments)
+        output = shadow.root(*given.args, **given.kwargs)
         _set_mode(shadow.root, True)
-        shadow.root(*arguments.args, **arguments.kwargs)
+        given = _copied(arguments)
+        shadow.root(*given.args, **given.kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], reads.storages
 
 
-def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> tuple[Any, Any]:
-    """Outputs, and in training gradients of the inputs, of a module or of its graph."""
+def _copied(arguments: Arguments) -> Arguments:
+    """The same with tensors of their own, for a forward that may write to them."""
+    copy = lambda v: v.detach().clone() if isinstance(v, Tensor) else v  # noqa: E731
+    return Arguments(tree_map(copy, arguments.args), tree_map(copy, arguments.kwargs))
+
+
+def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> _Outcome:
+    """What a module or its graph gives."""
     shadow = Shadow(module, buffers=True)
     training = mode == "training"
     _set_mode(shadow.root, training)
-    fresh = lambda v: _leaf(v, training) if isinstance(v, Tensor) else v  # noqa: E731
-    args = tree_map(fresh, arguments.args)
-    kwargs = {name: tree_map(fresh, value) for name, value in arguments.kwargs.items()}
-    inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.requires_grad]
+    own = _copied(arguments)
+    inputs = [v for v in tree_leaves((own.args, own.kwargs)) if isinstance(v, Tensor)]
+    inputs = [v.requires_grad_() for v in inputs if training and v.is_floating_point()]
     device = _device(module).type
     autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
     with _undisturbed(module), torch.set_grad_enabled(training), autocast, _Reads(module):
+        # No leaves: autograd lets nobody write to those, and callers hand over what they have computed.
+        given = Arguments(*tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (own.args, own.kwargs)))
         if graph is None:
-            output = shadow.root(*args, **kwargs)
+            output = shadow.root(*given.args, **given.kwargs)
         else:
             names = [node.target for node in graph.nodes if node.op == "placeholder"]
-            given = dict(zip(names, args, strict=False)) | kwargs
-            output = fx.Interpreter(shadow.root, graph=graph).run(*(given[name] for name in names))
+            named = dict(zip(names, given.args, strict=False)) | given.kwargs
+            output = _Interpreter(shadow.root, graph=graph).run(*(named[name] for name in names))
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         differentiable = [v for v in outputs if v.requires_grad]
         gradients: Any = ()
         if training and inputs and differentiable:
             total = sum(v.float().sin().sum() for v in differentiable)
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)  # type: ignore[arg-type]
-    return outputs, gradients
+    held = [leaf for leaf in tree_leaves((given.args, given.kwargs)) if isinstance(leaf, Tensor)]
+    return _Outcome(outputs, gradients, [*held, *shadow.root.buffers()])
 
 
-def _difference(expected: tuple[Any, Any], found: tuple[Any, Any], mode: str) -> str:
+class _Interpreter(fx.Interpreter):
+    """Runs a graph, of which no node may write into what another one gives: passes repeat and move them."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        given = [self.env[i] for i in n.all_input_nodes if i.op != "get_attr" and i.target != "clone"]
+        before = [(v, v._version) for v in tree_leaves(given) if isinstance(v, Tensor) and not v.is_inference()]
+        result = super().run_node(n)
+        if any(tensor._version != version for tensor, version in before):
+            raise Unclean(f"{n.name} writes into what it is given: return a new tensor there, or {OWN}")
+        return result
+
+
+def _difference(expected: _Outcome, found: _Outcome) -> str:
     """In what two outcomes differ, or the empty string."""
-    (outputs, gradients), (other_outputs, other_gradients) = expected, found
-    if len(outputs) != len(other_outputs):
+    if len(expected.outputs) != len(found.outputs):
         return "returns another number of tensors"
-    for a, b in zip(outputs, other_outputs, strict=True):
+    for a, b in zip(expected.outputs, found.outputs, strict=True):
         if a.dtype != b.dtype:
             return f"returns {b.dtype} where the module returns {a.dtype}"
-        if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
+        if not _equal(a, b):
             return "gives other numbers than the module"
-    if len(gradients) != len(other_gradients):
+    if len(expected.gradients) != len(found.gradients):
         return "has no gradient, or one too many"
-    for a, b in zip(gradients, other_gradients, strict=True):
+    for a, b in zip(expected.gradients, found.gradients, strict=True):
         if (a is None) != (b is None):
             return "gives an input no gradient, or one too many"
-        if a is not None:
+        if a is not None and b is not None:
             # Half precision rounds by 1/256; what is dropped or added is off by its whole size.
             close = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
             if not torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max()), equal_nan=True):
                 return "gives other gradients than the module"
+    if not all(map(_equal, expected.left, found.left)):
+        return "leaves other numbers in its arguments or buffers than the module"
     return ""
 
 
-def _leaf(tensor: Tensor, training: bool) -> Tensor:
-    tensor = tensor.detach().clone()
-    return tensor.requires_grad_() if training and tensor.is_floating_point() else tensor
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _set_mode(root: nn.Module, training: bool) -> None:

@@ -12,11 +12,11 @@ module is run (`act24.passes.graph.shadow`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from types import CodeType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
 from act24.passes.graph.shadow import Shadow, contents, global_contents
 from act24.passes.graph.tracer import OWN, PLAIN, REGISTER, RegionTracer, Tracer, Unclean
+from act24.passes.graph.writes import without_writes
 
 #: What a module may do besides its forward, and a region does not.
 _BESIDES = (
@@ -39,20 +40,7 @@ _BESIDES = (
 )
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What tracing finds.
-
-    Attributes:
-        graph: the normal form.
-        assumes_casts: the module asks whether dtypes differ, in order to cast, and the graph casts always.
-    """
-
-    graph: fx.Graph
-    assumes_casts: bool = False
-
-
-def clean_trace(module: nn.Module) -> Trace:
+def clean_trace(module: nn.Module) -> fx.Graph:
     """The normal form of a module.
 
     Raises:
@@ -60,7 +48,7 @@ def clean_trace(module: nn.Module) -> Trace:
     """
     _check_besides(module)
     if is_linear(module):
-        return Trace(_trace_linear(module))
+        return _trace_linear(module)
     _check_signature(module)
     shadow = Shadow(module)
     if shadow.uncopied:
@@ -73,6 +61,7 @@ def clean_trace(module: nn.Module) -> Trace:
     try:
         graph = tracer.record()
         _check_none(shadow, graph)
+        _check_casts(shadow, graph, tracer)
     except Unclean:
         raise
     except Exception as error:  # whatever a forward may raise when it is given a proxy
@@ -88,11 +77,12 @@ def clean_trace(module: nn.Module) -> Trace:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in held:
             raise Unclean(f"reads {node.target}, neither parameter nor buffer: {REGISTER}")
+    without_writes(graph, module)
     normalise(graph, module)
     stays = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
     if not any(is_call(node, F.linear) for node in graph.nodes) and not any(map(is_adapter, stays)):
         raise Unclean("calls no linear: write its products as F.linear(x, weight), or leave it")
-    return Trace(graph, tracer.assumes_casts)
+    return graph
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:
@@ -200,11 +190,63 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
             )
 
 
-def _said(graph: fx.Graph, absent: fx.Node | None = None) -> list[Any]:
-    """A graph as data that compares, whatever its nodes are called, with None for one of its inputs."""
-    nodes = [node for node in graph.nodes if node.target is not _assert_is_none]
-    places = {node: place for place, node in enumerate(nodes)}
-    place = lambda node: None if node is absent else places[node]  # noqa: E731
+def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer) -> None:
+    """Refuse a forward that asks for the dtype of a value and does more than cast it.
+
+    The graph is of the dtypes that differ. Traced again with the answer that they do not, it has to be the
+    same but for casts of that value to that dtype, which then change nothing.
+    """
+    for number, pair in enumerate(tracer.casts):
+        other = Tracer(shadow, _is_leaf).record(equal=number)
+        needless = {node: node.args[0] for node in graph.nodes if _casts(node, *pair)}
+        if _said(other) != _said(graph, needless=needless):
+            one, two = (f"that of {dtype.name}" if isinstance(dtype, fx.Node) else str(dtype) for dtype in pair)
+            raise Unclean(
+                f"does something else where two dtypes are one, {one} and {two}, which a graph cannot ask: do "
+                f"it for every dtype, or {OWN}"
+            )
+
+
+def _casts(node: fx.Node, a: fx.Node | torch.dtype, b: fx.Node | torch.dtype) -> bool:
+    """Whether a node casts one of two values to the other's dtype."""
+    if node.op != "call_method" or not node.args:
+        return False
+    value, *rest = (*node.args, *(v for name, v in node.kwargs.items() if name in ("dtype", "other")))
+    if len(rest) != len(node.args) + len(node.kwargs) - 1 or value not in (a, b):
+        return False
+    dtype = b if value is a else a
+    if not rest:
+        return _NAMED.get(str(node.target)) is dtype
+    (to,) = rest if len(rest) == 1 else (None,)
+    of = to.args[0] if isinstance(to, fx.Node) and to.target is getattr and to.args[1] == "dtype" else to
+    return node.target in ("to", "type", "type_as") and of is dtype
+
+
+#: Casts that name their dtype.
+_NAMED = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _said(
+    graph: fx.Graph, absent: fx.Node | None = None, needless: Mapping[fx.Node, Any] | None = None
+) -> list[Any]:
+    """A graph as data that compares, whatever its nodes are called.
+
+    Args:
+        absent: an input that is None.
+        needless: nodes that are what the value beside them is.
+    """
+    needless = needless or {}
+    left = {_assert_is_none}
+    nodes = [node for node in graph.nodes if node.target not in left and node.op != "get_attr"]
+    nodes = [n for n in nodes if n not in needless and not (n.target is getattr and n.users.keys() <= {*needless})]
+    places: dict[fx.Node, Any] = {node: place for place, node in enumerate(nodes)}
+    places |= {node: node.target for node in graph.nodes if node.op == "get_attr"}
+
+    def place(node: fx.Node) -> Any:
+        while node in needless:
+            node = needless[node]
+        return None if node is absent else places[node]
+
     return [
         (
             node.op,

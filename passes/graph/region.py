@@ -19,6 +19,7 @@ from torch.package.importer import ObjNotFoundError
 from act24.errors import PassError
 from act24.passes.graph.frozen import Fact, Remains, remember
 from act24.passes.graph.measurements import Measurement
+from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
 
 #: Parts of a dense weight (`ParameterSpec.factor`).
@@ -178,7 +179,7 @@ class Region:
             self.roles.update({name: role for name in specs if name not in self.roles})
         for node in self.graph.nodes:
             gone = node.op == "get_attr" and node.target in {*replaces} - specs.keys()
-            if gone and all(user.target is getattr for user in node.users):  # who asks for its dtype
+            if gone and all(map(asks_kind, node.users)):
                 node.target = next(iter(specs))
         for name in replaces:
             del self.parameters[name]

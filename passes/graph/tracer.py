@@ -4,7 +4,7 @@ otherwise than a tensor does.
 A question that is swallowed by a `try:` of the module counts all the same. The exceptions are answered:
 parameters are tensors, no tensor has an attribute that `torch.Tensor` lacks, and the dtypes of a value and of
 a parameter, where a module asks whether they differ in order to cast, do differ. A cast that was not needed
-changes nothing, which the check on numbers confirms.
+changes nothing; that there is nothing else in the branch, `clean_trace` finds out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from torch import Tensor, fx, nn
 from torch.autograd import Function
 from torch.fx.proxy import Attribute
 
+from act24.passes.graph.identity import identity_questions, reads_class
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.shadow import Shadow
 
 #: What a tensor, a shape or a number has.
 _ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
+
+#: Those that are None or another tensor, by where a value comes from.
+_HISTORY = ("grad", "grad_fn", "_base", "_backward_hooks")
+
+#: What a parameter is asked for and never changes. A pass may put others in its place.
+_SIZES = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
 
 #: Packages that may ask a value anything: their questions are not the module's branches.
 _INTERNAL = ("torch", "act24")
@@ -43,7 +50,52 @@ class Unclean(Exception):
     """Why a module cannot be a region, and what to do."""
 
 
-class _Proxy(fx.Proxy):
+#: Augmented assignments, each with what it computes.
+AUGMENTED: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.imatmul: operator.matmul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+}
+
+
+class _Written:
+    """What is done to a value, in place. fx knows of no augmented assignments and makes them functions."""
+
+    def __init_subclass__(cls) -> None:
+        for function in AUGMENTED:
+            setattr(cls, f"__{function.__name__}__", _augmented(function))
+
+    def __setattr__(self: Any, name: str, value: object) -> None:
+        if name not in ("tracer", "node", "_node", "root", "attr"):  # fx's own
+            self.tracer.refuse(f"sets {name} of the value {self.node.name}: {PLAIN}")
+        super().__setattr__(name, value)
+
+    def __setitem__(self: Any, key: object, value: object) -> None:
+        self.tracer.refuse(
+            f"writes into {self.node.name} by index: write torch.where, index_put or torch.cat, or {OWN}"
+        )
+
+    def __hash__(self: Any) -> int:
+        if not _is_internal(sys._getframe(1)):
+            self.tracer.refuse(f"looks {self.node.name} up in a dictionary or set: {_OUTSIDE}")
+        return id(self)
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class _Proxy(_Written, fx.Proxy):
     """A value. What it is asked goes to the tracer."""
 
     tracer: Tracer  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -52,6 +104,8 @@ class _Proxy(fx.Proxy):
     def __class__(self) -> type:  # type: ignore[override]
         """Asked by isinstance() where the answer is not yet yes."""
         if not self.tracer.asks_kind:
+            if reads_class(frame := sys._getframe(1)) and not _is_internal(frame):
+                self.tracer.refuse(f"asks what kind of value {self.node.name} is: {_OUTSIDE}")
             return type(self)
         if self.node.op == "get_attr":
             return nn.Parameter
@@ -60,6 +114,10 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name not in _ATTRIBUTES or name.startswith("__"):
             raise AttributeError(f"no tensor has an attribute '{name}'")
+        if name in _SIZES and (parameter := self.tracer.parameter(self.node)) is not None:
+            return getattr(parameter, name)
+        if name in _HISTORY:
+            self.tracer.refuse(f"asks for {self.node.name}.{name}, how it came about: {_OUTSIDE}")
         return _Attribute(self, name)
 
     def __len__(self) -> int:
@@ -72,7 +130,7 @@ class _Proxy(fx.Proxy):
 _KIND = vars(_Proxy)["__class__"].fget.__code__
 
 
-class _Attribute(Attribute):
+class _Attribute(_Written, Attribute):
     """An attribute of a value, which may be a method, a number or a shape."""
 
     def __bool__(self) -> bool:
@@ -84,7 +142,8 @@ class Tracer(fx.Tracer):
 
     Attributes:
         refused: the first question that had no answer, or the empty string.
-        assumes_casts: whether a question about dtypes was answered.
+        casts: the questions whether two dtypes differ, one of them a value's, that were answered by yes: a
+            dtype, or the node that it is of.
         asks_kind: whether the module calls isinstance() at this moment.
     """
 
@@ -93,20 +152,24 @@ class Tracer(fx.Tracer):
     def __init__(self, shadow: Shadow, closed: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.refused = ""
-        self.assumes_casts = False
+        self.casts: list[tuple[fx.Node | torch.dtype, fx.Node | torch.dtype]] = []
         self.asks_kind = False
         self._shadow = shadow
         self._closed = closed
         self._proxies: dict[int, fx.Proxy] = {}
         self._questions: list[fx.Node] = []
+        self._asked: dict[CodeType, tuple[tuple[str, tuple[str, ...]], ...]] = {}
+        self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
 
-    def record(self, values: dict[str, Any] | None = None) -> fx.Graph:
+    def record(self, values: dict[str, Any] | None = None, equal: int | None = None) -> fx.Graph:
         """The graph of the double's forward.
 
         Args:
             values: what stands for some arguments instead of a proxy.
+            equal: the number of a question about dtypes that is answered by: they do not differ.
         """
+        self._equal = equal
         root = self._shadow.root
         self.root = root
         self.graph = fx.Graph(tracer_cls=RegionTracer)
@@ -158,6 +221,8 @@ class Tracer(fx.Tracer):
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
         if frame.f_code is _KIND:
             return
+        if event in ("call", "return"):
+            self._check_identities(frame)
         # Parsing the arguments of torch's functions asks too, and is no question of the module's.
         self.asks_kind = event == "c_call" and argument is isinstance and _asks(frame)
         if event == "c_call":
@@ -170,6 +235,17 @@ class Tracer(fx.Tracer):
             return
         if name and caller is not None and not _is_internal(caller):
             self.refuse(f"asks {name}, which tracing would freeze: {_OUTSIDE}")
+
+    def _check_identities(self, frame: FrameType) -> None:
+        """Of a function that begins or ends: whether it asks which object a value is."""
+        if frame.f_code not in self._asked:
+            internal = _is_internal(frame)
+            self._asked[frame.f_code] = () if internal else identity_questions(frame.f_code)
+        for question, names in self._asked[frame.f_code]:
+            held = frame.f_locals
+            for name in names:
+                if name in held and issubclass(type(held[name]), fx.Proxy):
+                    self.refuse(f"asks {question} of '{name}', which a graph cannot answer: {_OUTSIDE}")
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = self._shadow.originals[module]
@@ -244,23 +320,33 @@ class Tracer(fx.Tracer):
 
     def _differ(self, a: Any, b: Any) -> bool | None:
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""
-        a, b = self._dtype(a), self._dtype(b)
-        if a is None or b is None or "value" not in (a, b):
-            if not (isinstance(a, torch.dtype) and isinstance(b, torch.dtype)):
-                return None
+        a, b = _dtype_of(a), _dtype_of(b)
+        if a is None or b is None:
+            return None
+        fixed, other = self._held_dtype(a), self._held_dtype(b)
+        if fixed is not None and other is not None:
             # Floating-point parameters may become others of them, and never integers.
-            return True if a.is_floating_point != b.is_floating_point else None
-        self.assumes_casts = True
-        return True
+            return True if fixed.is_floating_point != other.is_floating_point else None
+        self.casts.append((a, b))
+        return len(self.casts) - 1 != self._equal
 
-    def _dtype(self, value: Any) -> Any:
+    def _held_dtype(self, value: fx.Node | torch.dtype) -> torch.dtype | None:
+        """A dtype, or that of a parameter; None: of a value."""
         if isinstance(value, torch.dtype):
             return value
-        if isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype":
-            source: Any = value.args[0]
-            held = {name: t for name, t in self.root.named_parameters()} if source.op == "get_attr" else {}
-            return held[source.target].dtype if source.target in held else "value"
-        return None
+        parameter = self.parameter(value)
+        return None if parameter is None else parameter.dtype
+
+    def parameter(self, node: fx.Node) -> nn.Parameter | None:
+        """The parameter that a node is."""
+        return dict(self.root.named_parameters()).get(str(node.target)) if node.op == "get_attr" else None
+
+
+def _dtype_of(value: Any) -> fx.Node | torch.dtype | None:
+    """A dtype, or the node whose dtype something is."""
+    if isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype":
+        return value.args[0]  # type: ignore[return-value]
+    return value if isinstance(value, torch.dtype) else None
 
 
 def random_state() -> tuple[Any, ...]:

@@ -104,7 +104,7 @@ def _search(
         contains = _holds(module) or is_adapter(module)
         if not contains and ((module is not model and module in repeating) or not composite):
             try:
-                graph = clean_trace(module).graph
+                graph = clean_trace(module)
                 if check is not None:
                     check.region(module, graph)
                 yield module, graph
