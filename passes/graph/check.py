@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from act24.errors import PassError
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.shadow import Shadow, plain_call
-from act24.passes.graph.tracer import OWN, PLAIN, Unclean, random_state, set_random_state
+from act24.passes.graph.tracer import PLAIN, Unclean, random_state, set_random_state
+from act24.passes.graph.writes import buffer_writes
 
 #: What a model is called with: a tensor, positional arguments, or keyword arguments.
 Probe = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -287,7 +288,10 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
         else:
             names = [node.target for node in graph.nodes if node.op == "placeholder"]
             named = dict(zip(names, given.args, strict=False)) | given.kwargs
-            output = _Interpreter(shadow.root, graph=graph).run(*(named[name] for name in names))
+            interpreter = _Interpreter(shadow.root, graph)
+            output = interpreter.run(*(named[name] for name in names))
+            if interpreter.writes:
+                raise Unclean(f"{interpreter.writes} writes into what it is given: return a new tensor there")
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         differentiable = [v for v in outputs if v.requires_grad]
         gradients: Any = ()
@@ -299,14 +303,25 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph, of which no node may write into what another one gives: passes repeat and move them."""
+    """Runs a graph, of which no node may write into what another one gives: passes repeat and move them.
+
+    Attributes:
+        writes: a node that does, or the empty string. Buffers are the module's own, and what is written to
+            there is not looked at.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.writes = ""
+        self._own = buffer_writes(graph, module)
 
     def run_node(self, n: fx.Node) -> Any:
-        given = [self.env[i] for i in n.all_input_nodes if i.op != "get_attr" and i.target != "clone"]
-        before = [(v, v._version) for v in tree_leaves(given) if isinstance(v, Tensor) and not v.is_inference()]
+        read = (i for i in n.all_input_nodes if i not in self._own and i.target != "clone")
+        given = [v for v in tree_leaves([self.env[i] for i in read]) if isinstance(v, Tensor)]
+        before = [(v, v._version) for v in given if not v.is_inference()]
         result = super().run_node(n)
         if any(tensor._version != version for tensor, version in before):
-            raise Unclean(f"{n.name} writes into what it is given: return a new tensor there, or {OWN}")
+            self.writes = self.writes or n.name
         return result
 
 

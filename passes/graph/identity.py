@@ -1,4 +1,4 @@
-"""Where code asks which object something is: `a is b`, `type(x)`, `id(x)`.
+"""Where code asks which object something is, or what the object itself is: `a is b`, `type(x)`, `id(x)`.
 
 No class can answer for its objects there, so a proxy is told apart from the tensor that it stands for, and two
 proxies from one tensor that is given twice. The questions stand in the bytecode, and what they are about too, as
@@ -13,8 +13,7 @@ from dis import Instruction
 from functools import cache
 from types import CodeType, FrameType
 
-_FUNCTIONS = ("type", "id")
-_METHODS = ("is_", "is_not")  # of the module operator
+_FUNCTIONS = ("type", "id", "callable")
 
 
 @cache
@@ -27,7 +26,7 @@ def identity_questions(code: CodeType) -> tuple[tuple[str, tuple[str, ...]], ...
             operands = _before(instructions, place, 2)
             if not any(_is_none(operands[end]) for end in (0, -1) if operands):
                 found.append(("'is not'" if instruction.arg else "'is'", _names(operands)))
-        elif instruction.argval in (*_FUNCTIONS, *_METHODS) and instruction.opname.startswith("LOAD_"):
+        elif instruction.argval in _FUNCTIONS and instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             found.append((f"{instruction.argval}()", _names(_call(instructions, place))))
     return tuple((question, names) for question, names in found if names)
 

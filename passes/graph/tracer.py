@@ -136,6 +136,16 @@ class _Attribute(_Written, Attribute):
     def __bool__(self) -> bool:
         return self.tracer.to_bool(self)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Attribute(self, name)
+
+    def __repr__(self) -> str:
+        if self.attr != "shape" and not _is_internal(sys._getframe(1)):
+            self.tracer.refuse(f"asks how a value's {self.attr} is written: {_OUTSIDE}")
+        return super().__repr__()
+
 
 class Tracer(fx.Tracer):
     """Opens everything but modules that `closed` names, and lets linears be functions.
@@ -378,8 +388,10 @@ def _asks(frame: FrameType) -> bool:
 
 
 def _asked(function: Any) -> str | None:
-    """The name of a function of torch's C++ side whose answer is another one elsewhere."""
+    """The name of a function in C whose answer is another one elsewhere."""
     name = function.__name__
+    if function in (operator.is_, operator.is_not):
+        return f"operator.{name}()"
     return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
 
 

@@ -48,7 +48,7 @@ _FACTS = {"shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "i
 _FACTS |= {"requires_grad", "names"}
 _COUNTS = {"size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_floating_point"}
 
-_INSTEAD = "write h = h + y for h += y, and so on"
+_INSTEAD = "make a new value, h = h + y and not h += y"
 
 
 def without_writes(graph: fx.Graph, module: nn.Module) -> None:
@@ -218,7 +218,8 @@ class _Shares:
                 if parent not in found:
                     found.add(parent)
                     climbing.append(parent)
-                falling += [u for u in parent.users if parent in self.of(u) and not _apart(child, u)]
+                others = (u for u in parent.users if u is not child and not _apart(child, u))
+                falling += [other for other in others if parent in self.of(other)]
         seen = set[fx.Node]()
         while falling:
             node = falling.pop()
