@@ -12,39 +12,22 @@ model is touched.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from act24.errors import PassError
 from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.probe import Arguments, Probe, arguments_of, device_of, features, guesses
 from act24.passes.graph.shadow import Shadow, plain_call
 from act24.passes.graph.tracer import PLAIN, Unclean, random_state, set_random_state
 from act24.passes.graph.writes import buffer_writes
-
-#: What a model is called with: a tensor, positional arguments, or keyword arguments.
-Probe = Tensor | Sequence[Any] | Mapping[str, Any]
-
-_ROWS, _TOKENS, _SIDE = 2, 8, 32
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Of one call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        named = [("", value) for value in self.args] + [(f"{n} ", v) for n, v in self.kwargs.items()]
-        return ", ".join(f"{n}{list(v.shape)}" for n, v in named if isinstance(v, Tensor))
 
 
 class Check:
@@ -70,7 +53,7 @@ class Check:
         if self.not_run:
             return
         failures = []
-        for arguments in [_arguments(probe)] if probe is not None else _guesses(model):
+        for arguments in [arguments_of(probe)] if probe is not None else guesses(model):
             recorder = _Recorder()
             try:
                 self._output, self._read = _run(model, arguments, recorder)
@@ -117,7 +100,7 @@ class Check:
         if is_linear(module):
             return  # the function that nn.Linear is
         kind = type(module).__name__
-        arguments = self._given.get(module) or _features(module, graph)
+        arguments = self._given.get(module) or features(module, graph)
         if arguments is None or _obstacle(module):
             self.unchecked[kind] = (
                 _obstacle(module) or "the probe does not reach it, and its inputs are unknown"
@@ -212,7 +195,7 @@ class _Recorder:
         assert self.shadow is not None
         original = self.shadow.originals[module]
         if original not in self.given:
-            self.given[original] = _copied(Arguments(args, kwargs))
+            self.given[original] = Arguments(args, kwargs).map(_detached)
         return plain_call(module, args, kwargs)
 
     def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
@@ -256,18 +239,12 @@ def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> 
         recorder.shadow = shadow
         shadow.observer = recorder
     with _undisturbed(model), torch.no_grad(), _Reads(model) as reads:
-        given = _copied(arguments)
+        given = arguments.map(_detached)
         output = shadow.root(*given.args, **given.kwargs)
         _set_mode(shadow.root, True)
-        given = _copied(arguments)
+        given = arguments.map(_detached)
         shadow.root(*given.args, **given.kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], reads.storages
-
-
-def _copied(arguments: Arguments) -> Arguments:
-    """The same with tensors of their own, for a forward that may write to them."""
-    copy = lambda v: v.detach().clone() if isinstance(v, Tensor) else v  # noqa: E731
-    return Arguments(tree_map(copy, arguments.args), tree_map(copy, arguments.kwargs))
 
 
 def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> _Outcome:
@@ -275,14 +252,14 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
     shadow = Shadow(module, buffers=True)
     training = mode == "training"
     _set_mode(shadow.root, training)
-    own = _copied(arguments)
-    inputs = [v for v in tree_leaves((own.args, own.kwargs)) if isinstance(v, Tensor)]
-    inputs = [v.requires_grad_() for v in inputs if training and v.is_floating_point()]
-    device = _device(module).type
+    own = arguments.map(_detached)
+    leaves = [v for v in tree_leaves((own.args, own.kwargs)) if isinstance(v, Tensor)]
+    inputs = [v.requires_grad_() for v in leaves if training and v.is_floating_point()]
+    device = device_of(module).type
     autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
     with _undisturbed(module), torch.set_grad_enabled(training), autocast, _Reads(module):
         # No leaves: autograd lets nobody write to those, and callers hand over what they have computed.
-        given = Arguments(*tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (own.args, own.kwargs)))
+        given = own.map(torch.clone)
         if graph is None:
             output = shadow.root(*given.args, **given.kwargs)
         else:
@@ -353,6 +330,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
+def _detached(tensor: Tensor) -> Tensor:
+    """A copy that remembers nothing, for a forward that may write to it."""
+    return tensor.detach().clone()
+
+
 def _set_mode(root: nn.Module, training: bool) -> None:
     for module in root.modules():
         vars(module)["training"] = training
@@ -361,7 +343,7 @@ def _set_mode(root: nn.Module, training: bool) -> None:
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Within, random numbers are the same each time; afterwards generators are where they were."""
-    device, drawn = _device(module), random_state()
+    device, drawn = device_of(module), random_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # Not torch.manual_seed, which reaches generators of other devices too.
         torch.default_generator.manual_seed(0)
@@ -371,10 +353,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             set_random_state(drawn)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -391,84 +369,6 @@ def _obstacle(module: nn.Module) -> str:
         if p.device.type not in ("cpu", "cuda"):
             return f"its parameters are on {p.device}"
     return ""
-
-
-def _arguments(probe: Probe) -> Arguments:
-    if isinstance(probe, Tensor):
-        return Arguments((probe,))
-    return Arguments((), dict(probe)) if isinstance(probe, Mapping) else Arguments(tuple(probe))
-
-
-def _guesses(model: nn.Module) -> Iterator[Arguments]:
-    """Inputs that a model may take, small and random."""
-    generator = torch.Generator().manual_seed(0)
-    device = _device(model)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    config = getattr(model, "config", None)
-
-    def ids(words: int) -> Tensor:
-        # Neither the first nor the last few: those are the ones with a meaning of their own.
-        return torch.randint(min(5, words - 1), max(words - 5, 6), (_ROWS, _TOKENS), generator=generator).to(
-            device
-        )
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    def size(name: str) -> Any:
-        return getattr(config, name, None)
-
-    takes = inspect.signature(type(model).forward).parameters
-    words = size("vocab_size") or next(
-        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 0
-    )
-    kwargs: dict[str, Any] = {}
-    if "pixel_values" in takes and size("num_channels"):
-        side = size("image_size") or _SIDE
-        sides = tuple(side) if isinstance(side, list | tuple) else (side, side)
-        kwargs["pixel_values"] = numbers(_ROWS, size("num_channels"), *sides)
-    if "input_features" in takes and size("num_mel_bins"):
-        kwargs["input_features"] = numbers(
-            _ROWS, size("num_mel_bins"), 2 * (size("max_source_positions") or 50)
-        )
-    for name in ("input_ids", "decoder_input_ids"):
-        if name in takes and words:
-            kwargs[name] = ids(words)
-    if kwargs:
-        yield Arguments((), kwargs)
-        return
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Embedding):
-            yield Arguments((ids(module.num_embeddings),))
-        elif isinstance(module, nn.Conv2d):
-            yield Arguments((numbers(_ROWS, module.in_channels, _SIDE, _SIDE),))
-        elif isinstance(module, nn.Conv1d):
-            yield Arguments((numbers(_ROWS, module.in_channels, _SIDE),))
-        elif weight is not None:
-            width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[-1]
-            yield Arguments((numbers(_ROWS, _TOKENS, width),))
-        else:
-            continue
-        return
-
-
-def _features(module: nn.Module, graph: fx.Graph) -> Arguments | None:
-    """An input for a module that the probe does not reach: features, where it takes one value that ends up,
-    by way of norms and the like, in a linear."""
-    names = [node for node in graph.nodes if node.op == "placeholder"]
-    linear = next((node for node in graph.nodes if node.target is torch.nn.functional.linear), None)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    if len(names) != 1 or linear is None:
-        return None
-    transposed = linear.args[1].op == "call_method"
-    name = linear.args[1].args[0].target if transposed else linear.args[1].target
-    if name not in parameters:
-        return None
-    weight = parameters[name]
-    width = weight.shape[0 if transposed else -1]
-    x = torch.randn(_ROWS, _TOKENS, width, generator=torch.Generator().manual_seed(0))
-    return Arguments((x.to(weight.device, weight.dtype),))
 
 
 def _line(error: Exception) -> str:

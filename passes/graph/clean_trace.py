@@ -200,10 +200,10 @@ def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer) -> None:
         other = Tracer(shadow, _is_leaf).record(equal=number)
         needless = {node: node.args[0] for node in graph.nodes if _casts(node, *pair)}
         if _said(other) != _said(graph, needless=needless):
-            one, two = (f"that of {dtype.name}" if isinstance(dtype, fx.Node) else str(dtype) for dtype in pair)
+            one, two = (f"that of {of.name}" if isinstance(of, fx.Node) else str(of) for of in pair)
             raise Unclean(
-                f"does something else where two dtypes are one, {one} and {two}, which a graph cannot ask: do "
-                f"it for every dtype, or {OWN}"
+                f"does something else where two dtypes are one, {one} and {two}, which a graph cannot ask: "
+                f"do it for every dtype, or {OWN}"
             )
 
 
@@ -236,9 +236,9 @@ def _said(
         needless: nodes that are what the value beside them is.
     """
     needless = needless or {}
-    left = {_assert_is_none}
-    nodes = [node for node in graph.nodes if node.target not in left and node.op != "get_attr"]
-    nodes = [n for n in nodes if n not in needless and not (n.target is getattr and n.users.keys() <= {*needless})]
+    unsaid = {node for node in graph.nodes if node.target is _assert_is_none} | {*needless}
+    unsaid |= {node for node in graph.nodes if node.target is getattr and node.users.keys() <= unsaid}
+    nodes = [node for node in graph.nodes if node not in unsaid and node.op != "get_attr"]
     places: dict[fx.Node, Any] = {node: place for place, node in enumerate(nodes)}
     places |= {node: node.target for node in graph.nodes if node.op == "get_attr"}
 

@@ -1,8 +1,8 @@
 """Where code asks which object something is, or what the object itself is: `a is b`, `type(x)`, `id(x)`.
 
-No class can answer for its objects there, so a proxy is told apart from the tensor that it stands for, and two
-proxies from one tensor that is given twice. The questions stand in the bytecode, and what they are about too, as
-far as it has a name. `is None` is none of them: what a missing argument changes is traced.
+No class can answer for its objects there, so a proxy is told apart from the tensor that it stands for, and
+two proxies from one tensor that is given twice. The questions stand in the bytecode, and what they are about
+too, as far as it has a name. `is None` is none of them: what a missing argument changes is traced.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Passes move, fuse, repeat and replace nodes by what their values are made of, and a value that changes later
 would be another one there. So no graph of a region changes a value: a write becomes a function, whose result
-is what everybody reads from then on. A write that would be seen elsewhere too, by the caller or through a view,
-is refused. What stays are writes into buffers, which are the module's own; `buffer_writes` names them.
+is what everybody reads from then on. A write that would be seen elsewhere too, by the caller or through a
+view, is refused. What stays are writes into buffers, which are the module's own; `buffer_writes` names them.
 """
 
 from __future__ import annotations
@@ -22,26 +22,30 @@ from act24.passes.graph.tracer import AUGMENTED, OWN, Unclean
 
 #: What is as well written without the underscore: the dtype is that of the value, as long as no other tensor
 #: takes part. `eq_` is not among them: it gives numbers where `eq` gives booleans.
-_SAME = {"relu", "sigmoid", "tanh", "square", "pow", "sqrt", "rsqrt", "exp", "neg", "abs", "clamp", "clamp_min"}
-_SAME |= {"clamp_max", "clip", "mul", "multiply", "add", "sub", "subtract", "div", "divide", "elu", "leaky_relu"}
+_SAME = """
+    relu sigmoid tanh elu leaky_relu square pow sqrt rsqrt exp neg abs clamp clamp_min clamp_max
+    clip mul multiply add sub subtract div divide
+"""
 
 #: Functions and methods whose result is a tensor of its own. What is not listed may return a view.
-_FRESH = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d"}
-_FRESH |= {"add", "sub", "mul", "multiply", "div", "truediv", "true_divide", "floordiv", "mod", "pow", "neg"}
-_FRESH |= {"subtract", "divide", "rsub", "square", "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p"}
-_FRESH |= {"abs", "sign", "sin", "cos", "erf", "round", "floor", "ceil", "lerp", "addcmul", "addcdiv", "outer"}
-_FRESH |= {"relu", "relu2", "relu6", "silu", "gelu", "sigmoid", "tanh", "softplus", "elu", "selu", "celu", "mish"}
-_FRESH |= {"leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "logsigmoid", "glu", "softmax", "log_softmax"}
-_FRESH |= {"clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "where", "masked_fill", "tril", "triu"}
-_FRESH |= {"sum", "mean", "var", "std", "norm", "prod", "cumsum", "amax", "amin", "max", "min", "argmax", "argmin"}
-_FRESH |= {"topk", "sort", "argsort", "gather", "index_select", "scatter", "scatter_add", "index_add", "index_put"}
-_FRESH |= {"cat", "concat", "concatenate", "stack", "clone", "repeat", "one_hot", "embedding", "bincount"}
-_FRESH |= {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "zeros", "ones", "full"}
-_FRESH |= {"empty", "arange", "new_zeros", "new_ones", "new_empty", "new_full", "eq", "ne", "lt", "le", "gt", "ge"}
-_FRESH |= {"layer_norm", "rms_norm", "group_norm", "batch_norm", "scaled_dot_product_attention", "isnan", "isinf"}
-_FRESH |= {"logical_and", "logical_or", "logical_not", "and_", "or_", "xor", "invert"}
-_FRESH_MODULES = {f"torch.nn.modules.{name}" for name in ("normalization", "batchnorm", "activation", "conv")}
-_FRESH_MODULES |= {"torch.nn.modules.linear", "torch.nn.modules.sparse"}
+_FRESH = """
+    linear matmul mm bmm addmm baddbmm conv1d conv2d conv3d add sub mul multiply div truediv
+    true_divide floordiv mod pow neg subtract divide rsub square sqrt rsqrt reciprocal exp expm1 log
+    log1p abs sign sin cos erf round floor ceil lerp addcmul addcdiv outer relu relu2 relu6 silu
+    gelu sigmoid tanh softplus elu selu celu mish leaky_relu hardtanh hardswish hardsigmoid
+    logsigmoid glu softmax log_softmax clamp clamp_min clamp_max clip maximum minimum where
+    masked_fill tril triu sum mean var std norm prod cumsum amax amin max min argmax argmin topk
+    sort argsort gather index_select scatter scatter_add index_add index_put cat concat concatenate
+    stack clone repeat one_hot embedding bincount zeros_like ones_like empty_like full_like
+    rand_like randn_like zeros ones full empty arange new_zeros new_ones new_empty new_full eq ne lt
+    le gt ge layer_norm rms_norm group_norm batch_norm scaled_dot_product_attention isnan isinf
+    logical_and logical_or logical_not and_ or_ xor invert
+"""
+_FRESH_NAMES, _SAME_NAMES = frozenset(_FRESH.split()), frozenset(_SAME.split())
+_FRESH_MODULES = {
+    f"torch.nn.modules.{name}"
+    for name in ("normalization", "batchnorm", "activation", "conv", "linear", "sparse")
+}
 
 #: What is asked of a value and is no tensor.
 _FACTS = {"shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "is_cuda", "is_meta"}
@@ -121,7 +125,9 @@ def written(node: fx.Node, module: nn.Module) -> fx.Node | None:
         if node.op == "call_function" and (place := _inplace(node.target)) is not None:
             given = node.args[place] if len(node.args) > place else node.kwargs.get("inplace", False)
             if isinstance(given, fx.Node):
-                raise Unclean(f"{name} writes in place or not as {given.name} says: decide that at construction")
+                raise Unclean(
+                    f"{name} writes in place or not, as {given.name} says: decide it at construction"
+                )
             writes = writes or bool(given)
     if writes:
         value = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
@@ -141,14 +147,14 @@ def _function(graph: fx.Graph, node: fx.Node, value: fx.Node, module: nn.Module)
             function = {nn.SiLU: F.silu, nn.ReLU: F.relu}.get(type(_submodule(module, node)))
             if function is not None:
                 return graph.call_function(function, (value,))
-        elif node.op == "call_method" and alone and base in _SAME:
+        elif node.op == "call_method" and alone and base in _SAME_NAMES:
             return graph.call_method(base, node.args, node.kwargs)
         elif node.op == "call_function" and (place := _inplace(node.target)) is not None:
             args = tuple(False if index == place else arg for index, arg in enumerate(node.args))
             kwargs = {name: arg for name, arg in node.kwargs.items() if name != "inplace"}
             args = args[:place] if len(args) == place + 1 else args
             return graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        elif node.op == "call_function" and alone and base in _SAME and hasattr(F, base):
+        elif node.op == "call_function" and alone and base in _SAME_NAMES and hasattr(F, base):
             return graph.call_function(getattr(F, base), node.args, node.kwargs)
         copied = graph.call_method("clone", (value,))
     node.replace_input_with(value, copied)
@@ -162,7 +168,7 @@ def _check_owned(node: fx.Node, module: nn.Module) -> None:
             f"writes into its argument '{node.target}', which is its caller's: {_INSTEAD}, or {OWN}"
         )
     if node.target in dict(module.named_parameters(remove_duplicate=False)):
-        raise Unclean(f"writes into its parameter {node.target} in forward: do that between updates, or {OWN}")
+        raise Unclean(f"writes into its parameter {node.target}: do that between updates, or {OWN}")
 
 
 def _check_operands(graph: fx.Graph, shares: _Shares, module: nn.Module) -> None:
@@ -191,7 +197,8 @@ class _Shares:
             return [] if known and not getattr(leaf, "inplace", False) else node.all_input_nodes
         if written(node, self._module) is not None:
             return node.all_input_nodes[:1]
-        if name in _FRESH or (node.target is getattr and node.args[1] in _FACTS):
+        known = node.op == "call_method" or _package(node.target) in ("torch", "_operator", "act24")
+        if (known and name in _FRESH_NAMES) or (node.target is getattr and node.args[1] in _FACTS):
             return []
         return node.all_input_nodes
 
@@ -244,10 +251,9 @@ def _is_number(node: fx.Node) -> bool:
         return node.target in _COUNTS
     if node.target is getattr:
         return node.args[1] in _FACTS
-    if node.op != "call_function" or getattr(node.target, "__module__", "") not in ("_operator", "math", "builtins"):
-        return False
     inputs = node.all_input_nodes
-    return bool(inputs) and all(map(_is_number, inputs))
+    arithmetic = _package(node.target) in ("_operator", "math", "builtins")
+    return node.op == "call_function" and arithmetic and bool(inputs) and all(map(_is_number, inputs))
 
 
 def _submodule(module: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -265,6 +271,11 @@ def _inplace(function: Callable[..., Any]) -> int | None:
     except (TypeError, ValueError):  # of torch's C++ side
         return None
     return names.index("inplace") if "inplace" in names else None
+
+
+def _package(function: Any) -> str:
+    """Where a function comes from; some of torch's C++ side do not say."""
+    return (getattr(function, "__module__", None) or "torch").partition(".")[0]
 
 
 def _name(node: fx.Node) -> str:
