@@ -145,6 +145,7 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(query_width, width, bias=bias)
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """hidden_states [B, S, D]; cos, sin [S, head_dim / 2], float32. Returns [B, S, D]."""
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -167,6 +168,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., D]. Returns [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 

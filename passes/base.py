@@ -107,6 +107,8 @@ class Pass:
     remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
+    #: Whether the pass is about how rows of training text are made: a model that is served goes without.
+    of_rows: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()

@@ -44,6 +44,7 @@ class Report:
             a head that the model computes itself from tied embeddings.
         checked: what was checked on numbers, and what was not.
         coverage: of each pass with a scope, what it reaches of the matrices in it, and what it leaves.
+        unwatched: what tracing has frozen and nobody would notice a change of, by name.
     """
 
     rows: tuple[Row, ...]
@@ -54,6 +55,7 @@ class Report:
     flops_after: int
     checked: str = ""
     coverage: tuple[Coverage, ...] = ()
+    unwatched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join((*aligned(self.table()), *self.remarks()))
@@ -77,7 +79,8 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        return [*left, figures, *map(str, self.coverage), *self.checked.splitlines()]
+        unwatched = [f"frozen by tracing, and not watched: {what}" for what in self.unwatched]
+        return [*left, figures, *map(str, self.coverage), *self.checked.splitlines(), *unwatched]
 
     @property
     def partial(self) -> tuple[Coverage, ...]:

@@ -22,7 +22,6 @@ from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
 from act24.passes.graph.coverage import Coverage, coverage, matrices_of
-from act24.passes.graph.frozen import Fact
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
 from act24.passes.graph.lowering import Lowering, lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
@@ -31,6 +30,7 @@ from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
+from act24.passes.graph.watched import Fact
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
 from act24.passes.report import Report, Row, figures, no_match, row
 
@@ -88,6 +88,7 @@ class Rewriting:
         self._classes: dict[tuple[Any, ...], type] = {}
         self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
         self._rows: list[Row] = []
+        self._facts: dict[tuple[Any, ...], Fact] = {}
         self._misses: list[tuple[str, str, str]] = []
         self._absent: list[tuple[str, str, str]] = []
         self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]
@@ -108,11 +109,11 @@ class Rewriting:
         for p in self._structural:
             self._plan_pass(p, base)
         lowered = self._plan_operational()
-        for site in self._sites:
-            if site.touched:
-                refuse_hooks(site.traced)
-                gone = site.traced.parameters.keys() - site.base.parameters.keys()
-                refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
+        touched = [site for site in self._sites if site.touched]
+        for site in touched:
+            refuse_hooks(site.traced)
+            gone = site.traced.parameters.keys() - site.base.parameters.keys()
+            refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
         counts = figures(model, [site.traced for site in self._sites], base, lowered)
         checked = str(self._check) if self._check else "nothing was checked: check=False"
         self.report = Report(
@@ -121,6 +122,7 @@ class Rewriting:
             **counts,
             checked=checked,
             coverage=self._coverage([site.traced for site in self._sites]),
+            unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
         )
 
     def __str__(self) -> str:
@@ -199,8 +201,8 @@ class Rewriting:
                 site.module = None
                 put(self._model, site.traced, site.traced.module)
             raise
-        for site, module in built:
-            recompile_(site.traced.module, module)
+        for site, _ in built:
+            recompile_(site.traced.module, site.module)
             # Or the plan would keep the stock tensors alive that a pass replaced.
             site.traced.module = site.base.module = site.module  # type: ignore[assignment]
         matched = {row.pass_name for row in self.report.rows}
@@ -208,11 +210,12 @@ class Rewriting:
         refuse_to_save_(self._model, changed)
         refuse_to_resize_(self._model)
         self._check = None
+        self._facts = {f.key: f for site in self._sites if site.touched for f in site.traced.frozen.facts}
 
     @property
-    def facts(self) -> list[Fact]:
-        """What tracing has read outside of the modules."""
-        return [fact for site in self._sites if site.module is not None for fact in site.traced.facts]
+    def facts(self) -> tuple[Fact, ...]:
+        """What tracing has read outside of the modules, each once."""
+        return tuple(self._facts.values())
 
     def _check_rewritten(self, built: Sequence[tuple[_Site, RegionModule]]) -> None:
         """Run the model on what the stock one ran on, if it did.
@@ -409,7 +412,7 @@ class Rewriting:
                 site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
-        for fact in self.facts:
+        for fact in self._facts.values():
             fact.check()
         changed = active != self._active
         self._active = active

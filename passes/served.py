@@ -15,8 +15,8 @@ from act24.sparse24.weight.methods import sparse_weight, weight_mask
 
 
 def lower_to_serve_(pipeline: Pipeline, step: int) -> None:
-    """`Pipeline.lower_` to the operations of evaluation, which neither draw nor count."""
-    pipeline.lower_to_(as_evaluated(pipeline.in_force(step)))
+    """`Pipeline.lower_` to the operations of evaluation, which neither draw nor count, for one text a row."""
+    pipeline.lower_to_([p for p in as_evaluated(pipeline.in_force(step)) if not p.of_rows])
 
 
 def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:
@@ -28,7 +28,7 @@ def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass
     """
     served: list[Pass] = []
     for p in pipeline.passes:
-        if p.observes or p.name in without:
+        if p.observes or p.of_rows or p.name in without:
             continue
         if not isinstance(p, OperationalPass):
             served.append(p)

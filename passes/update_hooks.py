@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from act24.errors import Act24Error
-from act24.passes.graph.region import RegionModule
+from act24.passes.graph.frozen import Remains
 
 
 class Watcher(Protocol):
@@ -132,7 +132,7 @@ def _trunk(model: nn.Module, regions: Sequence[str]) -> nn.Module:
     while common:
         module = model.get_submodule(".".join(common))
         parent = model.get_submodule(".".join(common[:-1]))
-        if not _only_holds(module) and not _only_holds(parent) and not isinstance(module, RegionModule):
+        if not _only_holds(module) and not _only_holds(parent) and not isinstance(module, Remains):
             return module
         common.pop()
     return model

@@ -39,6 +39,11 @@ def oddities(recipe: Recipe) -> Iterator[str]:
                 f"passes.{i}.from_step: {p.name} comes into force at step {p.from_step}, and the run ends at "
                 f"{steps}: it is trained without"
             )
+    if recipe.data.attention == "document" and recipe.data.rows == "padded":
+        yield (
+            'data.attention = "document" costs time and changes nothing: data.rows = "padded" has one '
+            "document a row"
+        )
     both = math.lcm(recipe.checkpoint.every, recipe.eval.every)  # 0 where one is only at the end
     if recipe.checkpoint.keep_best and not 0 < both < steps:
         yield (

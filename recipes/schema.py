@@ -110,6 +110,7 @@ class Data(Section):
     heldout_files: tuple[str, ...] = ()  # globs; not given: a part of the training files is held out
     shards: str | None = None  # folder written by `act24 data prepare`
     rows: Literal["packed", "padded"] = "packed"  # padded: one document a row
+    attention: Literal["causal", "document"] = "causal"  # document: not across those of a packed row
     max_length: Size = 256  # tokens a row
     shuffle_seed: Seed = 42
     shuffle_buffer: Annotated[int, Field(ge=0, lt=2**31)] = (

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from act24.errors import PassError
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.probe import Arguments, Probe, arguments_of, device_of, features, guesses
+from act24.passes.graph.proxies import PLAIN, Unclean
 from act24.passes.graph.shadow import Shadow, plain_call
-from act24.passes.graph.tracer import PLAIN, Unclean, random_state, set_random_state
+from act24.passes.graph.tracer import random_state, set_random_state
 from act24.passes.graph.writes import buffer_writes
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -23,8 +24,10 @@ from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
 from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
-from act24.passes.graph.shadow import Shadow, contents, global_contents
-from act24.passes.graph.tracer import OWN, PLAIN, REGISTER, RegionTracer, Tracer, Unclean
+from act24.passes.graph.proxies import OWN, PLAIN, REGISTER, Unclean
+from act24.passes.graph.shadow import Shadow, contents
+from act24.passes.graph.tracer import RegionTracer, Tracer
+from act24.passes.graph.watched import NOTHING, Frozen, Ran, frozen_values
 from act24.passes.graph.writes import without_writes
 
 #: What a module may do besides its forward, and a region does not.
@@ -40,7 +43,20 @@ _BESIDES = (
 )
 
 
-def clean_trace(module: nn.Module) -> fx.Graph:
+@dataclass(frozen=True)
+class Trace:
+    """What tracing finds.
+
+    Attributes:
+        graph: the normal form.
+        frozen: what the graph has in it of plain values.
+    """
+
+    graph: fx.Graph
+    frozen: Frozen = NOTHING
+
+
+def clean_trace(module: nn.Module) -> Trace:
     """The normal form of a module.
 
     Raises:
@@ -48,7 +64,7 @@ def clean_trace(module: nn.Module) -> fx.Graph:
     """
     _check_besides(module)
     if is_linear(module):
-        return _trace_linear(module)
+        return Trace(_trace_linear(module))
     _check_signature(module)
     shadow = Shadow(module)
     if shadow.uncopied:
@@ -56,8 +72,9 @@ def clean_trace(module: nn.Module) -> fx.Graph:
             f"holds {shadow.uncopied}, which cannot be copied, and tracing might write to it: keep it "
             "outside of the module"
         )
-    before, outside = contents(shadow.root), global_contents(module)
-    tracer = Tracer(shadow, _is_leaf)
+    before = contents(shadow.root)
+    ran = Ran()
+    tracer = Tracer(shadow, _is_leaf, ran.note)
     try:
         graph = tracer.record()
         _check_none(shadow, graph)
@@ -68,7 +85,7 @@ def clean_trace(module: nn.Module) -> fx.Graph:
         raise Unclean(tracer.refused or f"{type(error).__name__}: {error}: {PLAIN}") from error
     finally:
         tracer.undo_draws()
-    if written := _changed(before, contents(shadow.root)) or _changed(outside, global_contents(module)):
+    if written := _changed(before, contents(shadow.root)) or ", ".join(ran.written):
         raise Unclean(f"forward writes {written}: write it in a forward hook, or {OWN}")
     if tracer.refused:
         raise Unclean(tracer.refused)
@@ -79,10 +96,11 @@ def clean_trace(module: nn.Module) -> fx.Graph:
             raise Unclean(f"reads {node.target}, neither parameter nor buffer: {REGISTER}")
     without_writes(graph, module)
     normalise(graph, module)
-    stays = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
-    if not any(is_call(node, F.linear) for node in graph.nodes) and not any(map(is_adapter, stays)):
+    stays = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    adapters = any(is_adapter(module.get_submodule(path)) for path in stays)
+    if not any(is_call(node, F.linear) for node in graph.nodes) and not adapters:
         raise Unclean("calls no linear: write its products as F.linear(x, weight), or leave it")
-    return graph
+    return Trace(graph, frozen_values(module, ran, stays))
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:
@@ -178,7 +196,7 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     for argument in arguments[1:]:  # the first is what the module works on
         try:
-            other = Tracer(shadow, _is_leaf).record({argument.target: None})
+            other = Tracer(shadow, _is_leaf, Ran().note).record({argument.target: None})
         except Unclean:
             raise
         except Exception:  # None is no value that it takes
@@ -197,7 +215,7 @@ def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer) -> None:
     same but for casts of that value to that dtype, which then change nothing.
     """
     for number, pair in enumerate(tracer.casts):
-        other = Tracer(shadow, _is_leaf).record(equal=number)
+        other = Tracer(shadow, _is_leaf, Ran().note).record(equal=number)
         needless = {node: node.args[0] for node in graph.nodes if _casts(node, *pair)}
         if _said(other) != _said(graph, needless=needless):
             one, two = (f"that of {of.name}" if isinstance(of, fx.Node) else str(of) for of in pair)

@@ -1,87 +1,28 @@
 """What tracing has read and a graph no longer reads: numbers, flags and settings of the opened modules.
 
 Plain values of a module stay readable where the module stood. To write them raises, since nothing would come
-of it; those that lie elsewhere, in an object that a module holds or in a global of its file, are compared
-whenever the model is called or lowered or an update begins. A copy of the model compares nothing.
+of it; those that lie elsewhere, in an object that a module holds, in its class, in a closure or in a global
+(`act24.passes.graph.watched`), are compared whenever the model is called or lowered or an update begins. A
+model that torch.compile made one graph of compares when it is lowered or an update begins, for a comparison
+would break the graph. A copy of the model compares nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from types import FunctionType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from act24.errors import PassError
-
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
-_INTERNAL = frozenset(vars(nn.Module()))
+from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A plain value outside of the modules.
-
-    Attributes:
-        text: where it lies.
-        held: what has it.
-        name: under which name.
-        value: what it was when it was traced.
-    """
-
-    text: str
-    held: Mapping[str, Any]
-    name: str
-    value: Any
-
-    def check(self) -> None:
-        """Raise a PassError where it is another one now."""
-        now = self.held.get(self.name)
-        if type(now) is not type(self.value) or now != self.value:
-            raise PassError(
-                f"{self.text} was {self.value!r} when the model was traced, and is {now!r}: the rewritten "
-                "model computes with the old value. Set it back, or set it before apply_"
-            )
-
-
-def facts(module: nn.Module) -> tuple[Fact, ...]:
-    """The plain values outside that methods of a module, and of those in it, name."""
-    found = {}
-    for path, child in module.named_modules():
-        cls = type(child)
-        if cls.__module__.startswith("torch."):
-            continue
-        names, scopes = set[str](), list[Mapping[str, Any]]()
-        for function in _methods(cls):
-            names |= {*function.__code__.co_names}
-            scopes.append(function.__globals__)
-        for scope in scopes:
-            for name in names & scope.keys():
-                if isinstance(scope[name], _PLAIN) and not name.startswith("__"):
-                    found[id(scope), name] = Fact(
-                        f"{name} of {scope.get('__name__', '?')}", scope, name, scope[name]
-                    )
-        for attribute, value in vars(child).items():
-            held = getattr(value, "__dict__", None)
-            opaque = isinstance(value, nn.Module | Tensor | FunctionType | type)
-            if attribute in _INTERNAL or opaque or attribute not in names or not isinstance(held, dict):
-                continue
-            for name in names & held.keys():
-                if isinstance(held[name], _PLAIN):
-                    text = ".".join(part for part in (path, attribute, name) if part)
-                    found[id(held), name] = Fact(text, held, name, held[name])
-    return tuple(found.values())
-
-
-def watch_(model: nn.Module, watched: Iterable[Fact]) -> None:
+def watch_(model: nn.Module, watched: Sequence[Fact]) -> None:
     """Compare facts whenever a model is called."""
-    once = {(id(fact.held), fact.name): fact for fact in watched}
-    if once:
-        _Compares.hide()
-        model.register_forward_pre_hook(_Compares(tuple(once.values())))
+    if watched:
+        model.register_forward_pre_hook(_Compares(tuple(watched)))
 
 
 class _Compares:
@@ -91,6 +32,8 @@ class _Compares:
         self._watched = watched
 
     def __call__(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         for fact in self._watched:
             fact.check()
 
@@ -100,38 +43,30 @@ class _Compares:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Compares, ()
 
-    @classmethod
-    def hide(cls) -> None:
-        """From torch.compile, of the whole model. Not at import, which would not be fast."""
-        if not hasattr(cls, "_hidden"):
-            cls._hidden = True
-            cls.__call__ = torch.compiler.disable(cls.__call__)  # type: ignore[method-assign]
-
-
-def _methods(cls: type) -> Iterator[FunctionType]:
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            return
-        yield from (
-            value
-            for name, value in vars(base).items()
-            if isinstance(value, FunctionType) and name != "__init__"
-        )
-
 
 def plain_values(module: nn.Module) -> dict[str, Any]:
-    """The plain values among a module's attributes, by name."""
-    return {name: v for name, v in vars(module).items() if name not in _INTERNAL and isinstance(v, _PLAIN)}
+    """The plain values among the attributes of a module and its class, by name."""
+    held = {**dict(reversed([*class_attributes(type(module))])), **vars(module)}
+    return {name: v for name, v in held.items() if name not in INTERNAL and isinstance(v, PLAIN)}
 
 
 def attribute_names(module: nn.Module) -> set[str]:
-    """The names of everything that a module holds."""
-    return (vars(module).keys() - _INTERNAL) | module._modules.keys() | module._parameters.keys()
+    """The names of everything that a module and its class hold."""
+    held = {*vars(module), *module._modules, *module._parameters}
+    return {*held, *(name for name, _ in class_attributes(type(module)))} - INTERNAL
 
 
 class Remains(nn.Module):
     """What stands where a module was opened: its tensors, the modules in it that stayed, and its plain
     values, which can be read, not written."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Refuse: a graph reads these tensors in another way."""
+        raise PassError(
+            f"a {vars(self).get('_kind', 'module')} that a pass has opened cannot be called by itself: the "
+            "module around it is one graph, which may compute something else with its tensors. Call that "
+            "one, or leave it out with ignore=[…]"
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         stood = vars(self).get("_modules", {}).get(name)
@@ -150,13 +85,96 @@ class Remains(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _remember(self, module: nn.Module) -> None:
+    def _remember(self, module: nn.Module, frozen: Frozen) -> None:
         """Be what remains of a module."""
         held = {*dir(type(self)), *vars(self)}
         vars(self).update({n: v for n, v in plain_values(module).items() if n not in held})
         here = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
-        vars(self)["_opened"] = frozenset(attribute_names(module) - here - held)
+        # What its forward asked for and did not find is frozen too.
+        vars(self)["_opened"] = frozenset((attribute_names(module) | frozen.names) - here - held)
         vars(self)["_kind"] = type(module).__name__
+
+
+def standing(region_class: type, stock: type) -> type:
+    """The class of a model that has itself become a region: the region's forward, and otherwise the methods
+    of the model's own class, of which it is an instance all the same.
+
+    Args:
+        region_class: with the forward.
+        stock: the model's own.
+    """
+    own = ("__module__", "__qualname__", "__doc__")
+    members: dict[str, Any] = {name: getattr(stock, name) for name in own}
+    members |= {name: _refused(name) for name in _CHANGES if hasattr(stock, name)}
+    # Who makes another one of this class means a stock model.
+    members |= {
+        "__new__": lambda _, *args, **kwargs: stock(*args, **kwargs),
+        "_shared": True,
+        "_stock": stock,
+    }
+    return type(stock)(stock.__name__, (region_class, stock), members)
+
+
+#: Methods of containers that change what they hold, and so would change nothing.
+_CHANGES = ("append", "extend", "insert", "pop", "__setitem__", "__delitem__", "__iadd__", "__imul__")
+
+
+def _refused(name: str) -> Any:
+    def refused(self: nn.Module, *_: Any, **__: Any) -> Any:
+        raise PassError(
+            f"{name} of a {type(self).__name__} would change nothing: it was traced as a whole. Call it "
+            "before apply_"
+        )
+
+    return refused
+
+
+def become_(model: nn.Module, module: Remains, stock: nn.Module, frozen: Frozen) -> None:
+    """Let a model itself be the module of its region: with that one's tensors and forward, and with all else
+    that the model holds and has methods for.
+
+    Args:
+        stock: what the model was, another object.
+        frozen: what its graph has in it.
+    """
+    held = vars(module)
+    known = {*INTERNAL, *held, "_compiled_call_impl"}
+    kept = {n: v for n, v in vars(stock).items() if n not in known and not _has_modules(v)}
+    vars(model).clear()
+    vars(model).update({**kept, **held})
+    if isinstance(stock, nn.Sequential):  # whose modules are counted, those too of which nothing remains
+        remains = {name: held["_modules"].get(name) for name in stock._modules}
+        vars(model)["_modules"] = {name: Remains() if m is None else m for name, m in remains.items()}
+    if not frozen.dynamic:  # methods may write what the forward does not read
+        read = frozen.names | stock._modules.keys()
+        vars(model)["_opened"] = held["_opened"] & read
+    model.__class__ = standing(type(module), type(stock))
+
+
+def refuse_name_clashes(stock: nn.Module, region: Remains) -> None:
+    """Check that a model that is to become a region has no name that regions need.
+
+    Args:
+        region: any.
+
+    Raises:
+        PassError: names the first.
+    """
+    needed = {*dir(region)} - {*dir(nn.Module())}
+    for name in sorted(needed & {*dir(stock)}):
+        raise PassError(
+            f"the model [{type(stock).__name__}] has a '{name}', and so does every traced module: rename it, "
+            "or put the model into another one as a part of it"
+        )
+
+
+def _has_modules(value: Any, depth: int = 3) -> bool:
+    """Whether a value is or holds modules or parameters, which are others in a rewritten model."""
+    if isinstance(value, nn.Module | nn.Parameter):
+        return True
+    held = value.values() if isinstance(value, dict) else value
+    listed = isinstance(value, dict | list | tuple | set)
+    return listed and depth > 0 and any(_has_modules(one, depth - 1) for one in held)
 
 
 def _unchanged(module: nn.Module, name: str, value: Any) -> bool:
@@ -164,9 +182,9 @@ def _unchanged(module: nn.Module, name: str, value: Any) -> bool:
     return type(before) is type(value) and before is not None and bool(before == value)
 
 
-def remember(remains: nn.Module, module: nn.Module) -> None:
+def remember(remains: nn.Module, module: nn.Module, frozen: Frozen) -> None:
     """Let what stands in a module's place, and all in it that stands for what was opened, remember it."""
     stands = dict(remains.named_modules(remove_duplicate=False))
     for path, opened in module.named_modules(remove_duplicate=False):
         if isinstance(stands.get(path), Remains):
-            stands[path]._remember(opened)  # type: ignore[operator]
+            stands[path]._remember(opened, frozen)  # type: ignore[operator]

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from act24.errors import PassError
-from act24.passes.graph.region import Region
+from act24.passes.graph.frozen import refuse_name_clashes
+from act24.passes.graph.region import Region, RegionModule
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -90,11 +91,14 @@ def _compiler_contexts() -> tuple[type, ...]:
 
 
 def refuse_hooks(region: Region) -> None:
-    """Check that no module of a region has a hook. Leaves may: they stay the modules that they are.
+    """Check that no module of a region has a hook. Leaves may: they stay the modules that they are. A model
+    that is a region itself stays an instance of its class, and needs names of its own for that.
 
     Raises:
         PassError: names the first module that has one.
     """
+    if not region.fqn:
+        refuse_name_clashes(region.module, RegionModule(nn.Module(), fx.Graph()))
     leaves = tuple(f"{node.target}." for node in region.graph.nodes if node.op == "call_module")
     for path, module in region.module.named_modules():
         if f"{path}.".startswith(leaves):

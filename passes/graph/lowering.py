@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from act24.passes.graph.frozen import standing
 from act24.passes.graph.region import RegionModule, copy_graph
 
 
@@ -50,14 +51,22 @@ def lower_(module: RegionModule, to: Lowering, classes: dict[tuple[Any, ...], ty
 
 
 def _set_class(module: RegionModule, region_class: type, classes: dict[tuple[Any, ...], type]) -> None:
-    """Change the class, also where a wrapper derived its own from it: FSDP2 puts a subclass of itself and
-    of the module's class in place, which has to stay on top."""
-    wrapper = type(module)
-    if not vars(wrapper).get("_shared", False) and wrapper.__bases__ != (RegionModule,):
-        key = (wrapper.__bases__[:-1], region_class)
-        if key not in classes:
-            bases = (*wrapper.__bases__[:-1], region_class)
-            members = {name: value for name, value in vars(wrapper).items() if name == "__deepcopy__"}
-            classes[key] = type(wrapper.__name__, bases, members)
-        region_class = classes[key]
-    module.__class__ = region_class
+    """Change the class, also where others derived theirs from it: the model's own, and FSDP2's, which puts
+    a subclass of itself and of the module's class in place and has to stay on top."""
+    module.__class__ = _derived(type(module), region_class, classes)
+
+
+def _derived(cls: type, region_class: type, classes: dict[tuple[Any, ...], type]) -> type:
+    """A class like another, with the forward of a region's."""
+    stock = vars(cls).get("_stock")
+    if stock is None and (vars(cls).get("_shared", False) or cls.__bases__ == (RegionModule,)):
+        return region_class
+    key = (stock, cls.__bases__[:-1] if stock is None else (), region_class)
+    if key not in classes:
+        if stock is not None:
+            classes[key] = standing(region_class, stock)
+        else:
+            bases = (*cls.__bases__[:-1], _derived(cls.__bases__[-1], region_class, classes))
+            members = {name: value for name, value in vars(cls).items() if name == "__deepcopy__"}
+            classes[key] = type(cls.__name__, bases, members)
+    return classes[key]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from act24.passes.graph.region import Region
+from act24.passes.graph.frozen import become_
+from act24.passes.graph.region import Region, RegionModule
 
 
 def put(model: nn.Module, region: Region, module: nn.Module) -> None:
@@ -13,6 +14,8 @@ def put(model: nn.Module, region: Region, module: nn.Module) -> None:
         parent, _, leaf = fqn.rpartition(".")
         if fqn:
             setattr(model.get_submodule(parent), leaf, module)
+        elif isinstance(module, RegionModule):
+            become_(model, module, region.module, region.frozen)
         else:
             vars(model).clear()
             vars(model).update(vars(module))

@@ -17,10 +17,11 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import Fact, Remains, remember
+from act24.passes.graph.frozen import Remains, remember, standing
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
+from act24.passes.graph.watched import NOTHING, Frozen
 
 #: Parts of a dense weight (`ParameterSpec.factor`).
 Factor = Literal["in", "out", "columns"]
@@ -104,7 +105,7 @@ class Region:
         created: what to build, in order.
         buffers: by local name, those that passes add.
         classes, modules: class name of every module that stood inside, and what makes those that passes add.
-        facts: plain values outside of the module that its graph has in it.
+        frozen: what its graph has in it of plain values, and what its forward names.
         roles: what its linears are for, by the local name of the weight.
     """
 
@@ -116,7 +117,7 @@ class Region:
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
-    facts: tuple[Fact, ...] = ()
+    frozen: Frozen = NOTHING
     roles: dict[str, Role] = field(default_factory=dict)
 
     @property
@@ -248,26 +249,45 @@ class RegionModule(Remains, fx.GraphModule):
                 f"the graph of this region calls what no other process can import ({error}): save the "
                 "state_dict() of the model instead"
             ) from error
-        return _rebuilt, (tuple(made), rebuild, arguments)
+        return _rebuilt, (tuple(made), rebuild, arguments, vars(type(self)).get("_stock"))
 
     def recompile(self) -> Any:
         if vars(type(self)).get("_shared", False):
             code = self._graph.python_code("self")
             if code.src == self._code:  # as when pickle asks for the code
                 return code
-            self.__class__ = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})  # type: ignore[assignment]
+            self.__class__ = _own_class(vars(type(self)).get("_stock"))  # type: ignore[assignment]
         return super().recompile()
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Nothing: a model's own class may keep a list of its subclasses, of which a region's is none."""
 
 
 def _rebuilt(
     made: tuple[tuple[Callable[..., object], tuple[Any, ...]], ...],
     rebuild: Callable[..., RegionModule],
     arguments: tuple[Any, ...],
+    stock: type | None = None,
 ) -> RegionModule:
-    """Unpickle a module, once the functions are made that its code imports (`made_by` of a target)."""
+    """Unpickle a module, once the functions are made that its code imports (`made_by` of a target).
+
+    Args:
+        stock: the model's own class, where the region was the model.
+    """
     for make, of in made:
         make(*of)
-    return rebuild(*arguments)
+    held, imports = arguments
+    graph = rebuild(dict(held), imports).graph  # of a module that has only what the graph reads
+    module = object.__new__(_own_class(stock))
+    vars(module).update(held)
+    module.graph = graph
+    return module
+
+
+def _own_class(stock: type | None) -> type[RegionModule]:
+    """A class for one module."""
+    own = type("GraphModuleImpl", (RegionModule,), {"__module__": __name__})
+    return own if stock is None else standing(own, stock)
 
 
 def materialise(
@@ -295,7 +315,7 @@ def materialise(
             stands = added() if added else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
     module.graph = region.graph
-    remember(module, region.module)
+    remember(module, region.module, region.frozen)
     return module
 
 

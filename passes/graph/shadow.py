@@ -75,14 +75,12 @@ class Shadow:
         return object.__new__(self._classes[cls])
 
     def _copied(self, module: nn.Module, name: str, value: Any, memo: dict[int, Any]) -> Any:
-        if isinstance(value, _PLAIN):
+        if name == "_compiled_call_impl":  # which is bound to the module
+            return None
+        if isinstance(value, _PLAIN) or (isinstance(module, fx.GraphModule) and name.startswith("_graph")):
             return value
         if name in _HOOKS:
             return type(value)()
-        if name == "_compiled_call_impl" or (
-            isinstance(module, fx.GraphModule) and name.startswith("_graph")
-        ):
-            return None if name == "_compiled_call_impl" else value
         if name == "_parameters":
             return dict(value)
         if name in ("_buffers", "_modules"):
@@ -134,46 +132,38 @@ def plain_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def contents(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
     """What the attributes of a module and of all in it are, and what those hold, as data that compares."""
-    return {
-        (child, name): _content(value, 4)
+    held = {
+        (child, name): content(value)
         for child in module.modules()
         for name, value in vars(child).items()
         if name not in ("_modules", "_shadow", *_HOOKS)
     }
+    classes = {base: child for child in module.modules() for base in type(child).__mro__}
+    for cls, child in classes.items():  # a class's own containers are the double's too
+        if not cls.__module__.startswith(("torch.", "act24.passes.")):
+            lists = {n: v for n, v in vars(cls).items() if isinstance(v, list | dict | set | deque)}
+            held |= {(child, name): content(value) for name, value in lists.items() if name[:2] != "__"}
+    return held
 
 
-def global_contents(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
-    """The same of the lists, dictionaries and numbers outside that methods of the module name."""
-    found, seen = {}, set[type]()
-    for child in module.modules():
-        for cls in type(child).__mro__:
-            if cls in seen or cls.__module__.startswith("torch."):
-                continue
-            seen.add(cls)
-            for function in vars(cls).values():
-                if isinstance(function, FunctionType):
-                    names = function.__globals__.keys() & {*function.__code__.co_names}
-                    values = {n: function.__globals__[n] for n in names if not n.startswith("__")}
-                    found |= {(child, n): _content(v, 4) for n, v in values.items() if _holds(v)}
-    return found
-
-
-def _holds(value: Any) -> bool:
+def holds_plain(value: Any) -> bool:
+    """Whether a value is a number, a text or a container."""
     return isinstance(value, int | float | str | list | dict | set | deque)
 
 
-def _content(value: Any, depth: int) -> Any:
+def content(value: Any, depth: int = 4) -> Any:
+    """What a value is and holds, as data that compares."""
     if isinstance(value, int | float | str | bool | None):
         return (type(value), value)
     if isinstance(value, (*_PLAIN, Tensor, nn.Module, fx.Proxy)) or not depth:
         return id(value)
     if isinstance(value, dict):
-        own = tuple((key, _content(v, depth - 1)) for key, v in value.items())
+        own = tuple((key, content(v, depth - 1)) for key, v in value.items())
     elif isinstance(value, list | tuple | set | frozenset | deque):
-        own = tuple(_content(v, depth - 1) for v in value)
+        own = tuple(content(v, depth - 1) for v in value)
     else:
         own = ()
     held = getattr(value, "__dict__", None)
     if isinstance(held, dict):
-        own += tuple((key, _content(v, depth - 1)) for key, v in held.items())
+        own += tuple((key, content(v, depth - 1)) for key, v in held.items())
     return (id(value), own)

@@ -9,6 +9,7 @@ changes nothing; that there is nothing else in the branch, `clean_trace` finds o
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 import sys
@@ -20,131 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Function
-from torch.fx.proxy import Attribute
+from torch.backends import cuda
+from torch.utils.checkpoint import checkpoint
 
-from act24.passes.graph.identity import identity_questions, reads_class
+from act24.passes.graph.identity import identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
+from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal
 from act24.passes.graph.shadow import Shadow
 
-#: What a tensor, a shape or a number has.
-_ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
+#: Packages whose functions read nothing that a user sets.
+FOREIGN = {"torch", *sys.stdlib_module_names}
 
-#: Those that are None or another tensor, by where a value comes from.
-_HISTORY = ("grad", "grad_fn", "_base", "_backward_hooks")
-
-#: What a parameter is asked for and never changes. A pass may put others in its place.
-_SIZES = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
-
-#: Packages that may ask a value anything: their questions are not the module's branches.
-_INTERNAL = ("torch", "act24")
-
-
-#: What to do about modules that cannot be traced.
-OWN = "give its linears a module of their own"
-PLAIN = f"compute in forward with tensors alone, or {OWN}"
-REGISTER = "make it one, register_buffer(name, tensor, persistent=False)"
-_OUTSIDE = f"decide that where the module is made, or {OWN}"
-
-
-class Unclean(Exception):
-    """Why a module cannot be a region, and what to do."""
-
-
-#: Augmented assignments, each with what it computes.
-AUGMENTED: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.imatmul: operator.matmul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.ilshift: operator.lshift,
-    operator.irshift: operator.rshift,
-}
-
-
-class _Written:
-    """What is done to a value, in place. fx knows of no augmented assignments and makes them functions."""
-
-    def __init_subclass__(cls) -> None:
-        for function in AUGMENTED:
-            setattr(cls, f"__{function.__name__}__", _augmented(function))
-
-    def __setattr__(self: Any, name: str, value: object) -> None:
-        if name not in ("tracer", "node", "_node", "root", "attr"):  # fx's own
-            self.tracer.refuse(f"sets {name} of the value {self.node.name}: {PLAIN}")
-        super().__setattr__(name, value)
-
-    def __setitem__(self: Any, key: object, value: object) -> None:
-        self.tracer.refuse(
-            f"writes into {self.node.name} by index: write torch.where, index_put or torch.cat, or {OWN}"
-        )
-
-    def __hash__(self: Any) -> int:
-        if not _is_internal(sys._getframe(1)):
-            self.tracer.refuse(f"looks {self.node.name} up in a dictionary or set: {_OUTSIDE}")
-        return id(self)
-
-
-def _augmented(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-class _Proxy(_Written, fx.Proxy):
-    """A value. What it is asked goes to the tracer."""
-
-    tracer: Tracer  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """Asked by isinstance() where the answer is not yet yes."""
-        if not self.tracer.asks_kind:
-            if reads_class(frame := sys._getframe(1)) and not _is_internal(frame):
-                self.tracer.refuse(f"asks what kind of value {self.node.name} is: {_OUTSIDE}")
-            return type(self)
-        if self.node.op == "get_attr":
-            return nn.Parameter
-        return self.tracer.refuse(f"asks what kind of value {self.node.name} is: {_OUTSIDE}")
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _ATTRIBUTES or name.startswith("__"):
-            raise AttributeError(f"no tensor has an attribute '{name}'")
-        if name in _SIZES and (parameter := self.tracer.parameter(self.node)) is not None:
-            return getattr(parameter, name)
-        if name in _HISTORY:
-            self.tracer.refuse(f"asks for {self.node.name}.{name}, how it came about: {_OUTSIDE}")
-        return _Attribute(self, name)
-
-    def __len__(self) -> int:
-        return self.tracer.refuse("asks a value for its length: write x.shape[0], and do not branch on it")
-
-    def __contains__(self, _: object) -> bool:
-        return self.tracer.refuse(f"asks what a value contains: {_OUTSIDE}")
-
-
-_KIND = vars(_Proxy)["__class__"].fget.__code__
-
-
-class _Attribute(_Written, Attribute):
-    """An attribute of a value, which may be a method, a number or a shape."""
-
-    def __bool__(self) -> bool:
-        return self.tracer.to_bool(self)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Attribute(self, name)
-
-    def __repr__(self) -> str:
-        if self.attr != "shape" and not _is_internal(sys._getframe(1)):
-            self.tracer.refuse(f"asks how a value's {self.attr} is written: {_OUTSIDE}")
-        return super().__repr__()
+_KIND = vars(Proxy)["__class__"].fget.__code__
 
 
 class Tracer(fx.Tracer):
@@ -159,10 +47,18 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, shadow: Shadow, closed: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self, shadow: Shadow, closed: Callable[[nn.Module], bool], note: Callable[[FrameType], None]
+    ) -> None:
+        """Make it.
+
+        Args:
+            note: is told of every function that begins.
+        """
         super().__init__()
         self.refused = ""
         self.casts: list[tuple[fx.Node | torch.dtype, fx.Node | torch.dtype]] = []
+        self._note = note
         self.asks_kind = False
         self._shadow = shadow
         self._closed = closed
@@ -218,6 +114,10 @@ class Tracer(fx.Tracer):
         self.refused = self.refused or reason
         raise Unclean(reason)
 
+    def asker(self) -> FrameType:
+        """Who asks a proxy what the proxy takes here."""
+        return sys._getframe(2)
+
     def undo_draws(self) -> None:
         """Put generators back that the module drew from, and refuse if it did."""
         before, self._before_draw = self._before_draw, None
@@ -238,24 +138,32 @@ class Tracer(fx.Tracer):
         if event == "c_call":
             if self._before_draw is None and argument.__name__ in _DRAWS:
                 self._before_draw = random_state()
-            name, caller = _asked(argument), frame
+            name, caller = _asked(argument, frame), frame
         elif event == "call":
-            name, caller = _ASKED_CODE.get(frame.f_code), frame.f_back
+            self._note(frame)
+            if frame.f_code is _CHECKPOINT:
+                self.refuse(
+                    "calls torch.utils.checkpoint, and its graph would recompute nothing: call it around the "
+                    "module, or leave it out and give the pass recompute"
+                )
+            name, caller = _ASKED_CODE.get(frame.f_code) or _environment(frame), frame.f_back
+            while name and caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
+                caller = caller.f_back
         else:
             return
-        if name and caller is not None and not _is_internal(caller):
-            self.refuse(f"asks {name}, which tracing would freeze: {_OUTSIDE}")
+        if name and caller is not None and not is_internal(caller):
+            self.refuse(f"asks {name}, which tracing would freeze: {OUTSIDE}")
 
     def _check_identities(self, frame: FrameType) -> None:
         """Of a function that begins or ends: whether it asks which object a value is."""
         if frame.f_code not in self._asked:
-            internal = _is_internal(frame)
+            internal = is_internal(frame)
             self._asked[frame.f_code] = () if internal else identity_questions(frame.f_code)
         for question, names in self._asked[frame.f_code]:
             held = frame.f_locals
             for name in names:
                 if name in held and issubclass(type(held[name]), fx.Proxy):
-                    self.refuse(f"asks {question} of '{name}', which a graph cannot answer: {_OUTSIDE}")
+                    self.refuse(f"asks {question} of '{name}', which a graph cannot answer: {OUTSIDE}")
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = self._shadow.originals[module]
@@ -287,7 +195,7 @@ class Tracer(fx.Tracer):
         return self.refuse(f"reads self.training: draw in an nn.Dropout, or {OWN}")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
@@ -311,7 +219,8 @@ class Tracer(fx.Tracer):
             frame = frame.f_back  # type: ignore[assignment]
         if _modes() != self._modes:
             self.refuse(
-                f"computes under a grad or autocast mode of its own: set it around the model, or {OWN}"
+                "computes under a mode of its own (gradients, autocast, saved tensors, attention kernels, "
+                f"precision), which its graph has not: set it around the model, or {OWN}"
             )
         return super().create_node(*args, **kwargs)
 
@@ -376,22 +285,27 @@ class RegionTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
 
-def _is_internal(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL
-
-
 def _asks(frame: FrameType) -> bool:
     """Whether isinstance() is called for the module: by its own code, or by torch.is_tensor."""
     if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
         return False
-    return not _is_internal(frame) or frame.f_code is torch.is_tensor.__code__
+    return not is_internal(frame) or frame.f_code is torch.is_tensor.__code__
 
 
-def _asked(function: Any) -> str | None:
+def _environment(frame: FrameType) -> str | None:
+    """The name of the environment, if a function that begins looks something up there."""
+    looks = frame.f_code.co_name == "__getitem__" and frame.f_globals.get("__name__") == "os"
+    return "os.environ" if looks else None
+
+
+def _asked(function: Any, caller: FrameType) -> str | None:
     """The name of a function in C whose answer is another one elsewhere."""
     name = function.__name__
     if function in (operator.is_, operator.is_not):
         return f"operator.{name}()"
+    if function.__module__ == "time":
+        asker = caller.f_globals.get("__name__", "").partition(".")[0]
+        return None if asker in FOREIGN else f"time.{name}()"
     return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
 
 
@@ -405,13 +319,27 @@ def _forwards(of: type) -> Iterator[CodeType]:
 
 
 def _modes() -> tuple[Any, ...]:
+    """All that `with` may set around a part of a forward, and that a node of a graph does not say."""
     autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    kernels = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
+    saving = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        saving._top_saved_tensors_default_hooks(True),
+        saving._saved_tensors_hooks_get_disabled_error_message(),
+        torch._C._len_torch_dispatch_stack(),
+        *autocast,
+        *(enabled() for enabled in (*kernels, cuda.cudnn_sdp_enabled)),
+    )
 
 
 #: Functions of torch's C++ side, and Python functions by their code.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
-_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
+_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype", "get_default_dtype")
 #: Functions that draw where they are given no value to draw for, of torch and of Python.
 _DRAWS = {
     "rand",
@@ -425,6 +353,9 @@ _DRAWS = {
     "getrandbits",
 }
 _DRAWS |= {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
+#: Where the environment is looked up for whoever asks.
+_LOOKS_UP = ("os", "collections.abc", "_collections_abc")
 _ASKED_CODE = {
     function.__code__: f"torch.compiler.{function.__name__}()"
     for function in (

@@ -13,14 +13,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional as F
 
 from act24.errors import PassError
 from act24.passes.graph.check import Check
-from act24.passes.graph.clean_trace import clean_trace, is_closed, matrices
+from act24.passes.graph.clean_trace import Trace, clean_trace, is_closed, matrices
 from act24.passes.graph.coverage import HIDES, STACKED
-from act24.passes.graph.frozen import facts
 from act24.passes.graph.hooks import refuse_wrapped
 from act24.passes.graph.normal_form import is_adapter, is_linear
 from act24.passes.graph.region import ParameterSpec, Region, RegionModule, joined
@@ -61,7 +60,7 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
         module: [fqn for fqn in places[module] if not fqn.startswith(taken) or fqn.startswith(stays)]
         for module, _ in found
     }
-    regions = [_region(module, graph, free[module], owners, around) for module, graph in found]
+    regions = [_region(module, traced, free[module], owners, around) for module, traced in found]
     named = {f"{places[m][0] or 'the model'} [{type(m).__name__}]": why for m, why in unclean.items()}
     return regions, named
 
@@ -72,7 +71,7 @@ _CLOSED = "torch's own class reads weights past the forward of its linears: writ
 
 def _search(
     model: nn.Module, unclean: dict[nn.Module, str], check: Check | None
-) -> Iterator[tuple[nn.Module, fx.Graph]]:
+) -> Iterator[tuple[nn.Module, Trace]]:
     counts = Counter(type(module) for module in model.modules())
     listed = {
         child
@@ -83,7 +82,7 @@ def _search(
     repeating = {module for module in model.modules() if counts[type(module)] > 1 or module in listed}
     seen: set[nn.Module] = set()
 
-    def visit(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
+    def visit(module: nn.Module) -> Iterator[tuple[nn.Module, Trace]]:
         if module in seen:
             return
         seen.add(module)
@@ -104,11 +103,13 @@ def _search(
         contains = _holds(module) or is_adapter(module)
         if not contains and ((module is not model and module in repeating) or not composite):
             try:
-                graph = clean_trace(module)
+                traced = clean_trace(module)
                 if check is not None:
-                    check.region(module, graph)
-                yield module, graph
-                for node in graph.nodes:  # a layer of PEFT's stays, and the linears in it are regions too
+                    check.region(module, traced.graph)
+                yield module, traced
+                for (
+                    node
+                ) in traced.graph.nodes:  # a layer of PEFT's stays, and the linears in it are regions too
                     if node.op == "call_module" and is_adapter(stays := module.get_submodule(node.target)):
                         yield from visit(stays)
                 return
@@ -154,7 +155,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _region(
     module: nn.Module,
-    graph: fx.Graph,
+    traced: Trace,
     fqns: list[str],
     owners: dict[int, list[str]],
     around: dict[str, nn.Module],
@@ -170,6 +171,6 @@ def _region(
             tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared
         )
     classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
-    outside = () if is_linear(module) else facts(module)
+    graph, frozen = traced.graph, traced.frozen
     roles = roles_of(graph, module, fqns[0], around)
-    return Region(tuple(fqns), module, graph, parameters, classes=classes, facts=outside, roles=roles)
+    return Region(tuple(fqns), module, graph, parameters, classes=classes, frozen=frozen, roles=roles)

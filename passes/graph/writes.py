@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from act24.passes.graph.normal_form import is_adapter
-from act24.passes.graph.tracer import AUGMENTED, OWN, Unclean
+from act24.passes.graph.proxies import AUGMENTED, OWN, Unclean
 
 #: What is as well written without the underscore: the dtype is that of the value, as long as no other tensor
 #: takes part. `eq_` is not among them: it gives numbers where `eq` gives booleans.

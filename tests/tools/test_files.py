@@ -1,8 +1,11 @@
 """A file is the old one or the new one, whatever happens while it is written."""
 
+import errno
+
 import pytest
 
-from act24.tools.files import whole_file
+from act24.errors import Act24Error
+from act24.tools.files import whole_file, whole_folder
 
 
 def test_the_new_content_is_there_at_the_end_and_the_old_one_until_then(tmp_path):
@@ -37,3 +40,20 @@ def test_two_writers_do_not_write_into_one_file(tmp_path):
 def test_a_folder_that_is_not_there_is_the_callers_to_tell(tmp_path):
     with pytest.raises(OSError), whole_file(tmp_path / "none" / "table.json") as partial:  # noqa: PT011
         partial.write_text("new")
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    out = tmp_path / "out"
+    with whole_folder(out) as written:
+        (written / "a").write_text("1")
+        assert not out.exists()
+    assert (out / "a").read_text() == "1"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = r"cannot write .*other: \[Errno 28\]"
+    with pytest.raises(Act24Error, match=message), whole_folder(tmp_path / "other") as written:  # noqa: PT012
+        (written / "a").write_text("1")
+        raise full
+    with pytest.raises(Act24Error, match="cannot write"), whole_folder(out) as written:  # taken since
+        (written / "a").write_text("2")
+    assert (out / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -25,6 +25,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.bench.rows import needed_gpu
 from act24.tools.bench.step import without_start
 from act24.tools.data import Batch
+from act24.tools.data.batches import document_starts
 from act24.tools.run.graphs import GraphedCalls, capture_stream
 from act24.tools.run.optimizers import build_optimizer
 from act24.tools.run.processes import Processes
@@ -41,13 +42,15 @@ _SMALL = (
 _UPDATES = 4
 
 _RELU2 = 'passes=[{use="relu2_ffn"},{use="activation24",from_step=0%s}]'
-_WEIGHT = 'passes=[{use="weight24",mask_every=2,from_step=0%s}]'
+_WEIGHT = 'passes=[{use="weight24",from_step=0%s}]'
 
 #: Recipe, overrides, and whether rows are padded.
 CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "dense": ("c4/130m-dense", (), False),
     "dense, bfloat16 parameters": ("c4/130m-dense", ("train.dtype=bfloat16",), False),
     "dense, activation checkpointing": ("c4/130m-dense", ("train.activation_checkpointing=true",), False),
+    "dense, within documents": ("c4/130m-dense", ("data.attention=document",), False),
+    "naive, within documents, padded": ("c4/130m-dense", (_RELU2 % "", "data.attention=document"), True),
     "naive": ("c4/130m-dense", (_RELU2 % "",), False),
     "naive, padded": ("c4/130m-dense", (_RELU2 % "",), True),
     "naive from update 2 on": ("c4/130m-relu2-act24", ("passes.activation24.from_step=2",), False),
@@ -64,7 +67,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "soft_threshold_weights": ("c4/130m-dense", (_RELU2 % ',method="soft_threshold_weights"',), False),
     "ste": ("c4/130m-dense", (_RELU2 % ',estimator="ste"',), False),
     "fp8, split": ("c4/130m-dense", (_RELU2 % ',precision="fp8",backward="split_gemm"',), False),
-    "weight24 transposable": ("c4/130m-dense", (_WEIGHT % "",), False),
+    "weight24 transposable": ("c4/130m-dense", (_WEIGHT % ",mask_every=2",), False),
     "weight24 soft_threshold": ("c4/130m-dense", (_WEIGHT % ',method="soft_threshold"',), False),
     "weight24 sr_ste": ("c4/130m-dense", (_WEIGHT % ',method="sr_ste"',), False),
     "LoST": ("c4/130m-lost-relu2-act24", ("passes.activation24.from_step=0",), False),
@@ -87,7 +90,11 @@ def _batches(recipe: Recipe, padded: bool) -> list[list[Batch]]:
         if padded:
             filled = torch.randint(2, length + 1, (rows, 1), generator=generator)
             labels = labels.where(torch.arange(length) < filled, -100)
-        return Batch(ids, labels)
+        starts = None
+        if recipe.data.attention == "document":  # of some forty tokens each
+            ends = ids.where(torch.rand(ids.shape, generator=generator) > 1 / 40, -1)
+            starts = torch.from_numpy(document_starts(ends.numpy(), -1))
+        return Batch(ids, labels, starts)
 
     return [[draw() for _ in range(2)] for _ in range(_UPDATES)] + [[draw() for _ in range(3)]]
 

@@ -11,7 +11,7 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,14 @@ from act24.tools.bench.handwritten import (
     dense,
 )
 from act24.tools.data import Batch
-from act24.tools.run.build import Built, model_config, parameter_dtype, passes_of, plan_recipe
+from act24.tools.run.build import (
+    Built,
+    attention_passes,
+    model_config,
+    parameter_dtype,
+    passes_of,
+    plan_recipe,
+)
 from act24.tools.run.optimizers import build_optimizer
 from act24.tools.run.processes import Processes
 from act24.tools.run.step import TrainingStep, uses_compile
@@ -136,6 +143,8 @@ def _with_rows(recipe: Recipe, rows: int) -> Recipe:
 
 def _handwritten_form(recipe: Recipe, config: LlamaConfig) -> Callable[[], Handwritten]:
     """The hand-written model of what is left of the recipe without 2:4."""
+    if attention_passes(recipe):
+        raise Act24Error('bench step has no hand-written form of data.attention = "document"')
     network: Network = "swiglu"
     width, linear = config.intermediate_size, dense
     for p in recipe.passes:
@@ -191,7 +200,10 @@ def traced_side(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]
     updates = itertools.count(sparse_from)
 
     def one(batch: Batch) -> None:
-        step([batch], optimizer, next(updates))
+        starts = None
+        if attention_passes(recipe):  # random tokens are one document a row
+            starts = torch.zeros_like(batch.input_ids, dtype=torch.int32)
+        step([replace(batch, starts=starts)], optimizer, next(updates))
 
     return one
 

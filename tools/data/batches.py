@@ -41,11 +41,14 @@ class Batch:
         input_ids: int64 `[B, S]`; `pad_id` where a row is short.
         labels: int64 `[B, S]`, already shifted: `labels[b, s]` is the token after `input_ids[b, s]`, or -100
             where nothing is predicted.
+        starts: int32 `[B, S]`, the position at which the document of each token begins; None where attention
+            is to know nothing of documents.
         state: the position after this batch, JSON-able; empty for held-out batches.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    starts: torch.Tensor | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,15 +73,25 @@ class TokenRows(Iterator[Batch]):
     Attributes:
         warnings: what is worth saying about the text, one line each.
 
+    Args:
+        within_documents: batches say where documents begin (`Batch.starts`).
+
     Raises (while iterating):
         Act24Error: whatever is wrong with the source, or an id that a model of `vocab_size` tokens cannot
             take.
     """
 
     def __init__(
-        self, rows: Rows, tokenizer: Tokenizer, max_length: int, batch_size: int, vocab_size: int
+        self,
+        rows: Rows,
+        tokenizer: Tokenizer,
+        max_length: int,
+        batch_size: int,
+        vocab_size: int,
+        within_documents: bool = False,
     ) -> None:
         self._rows = rows
+        self._end_of_text = tokenizer.eos_id if within_documents else None
         self._tokenizer = tokenizer
         self._max_length, self._batch_size, self._vocab_size = max_length, batch_size, vocab_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="act24-data")
@@ -173,7 +186,8 @@ class TokenRows(Iterator[Batch]):
     def _make(self) -> Batch:
         rows = list(itertools.islice(self._rows, self._batch_size))
         check_ids(rows, self._tokenizer, self._vocab_size)
-        return collate(rows, self._max_length, self._tokenizer.pad_id, self._state_of_rows())
+        pad_id, state = self._tokenizer.pad_id, self._state_of_rows()
+        return collate(rows, self._max_length, pad_id, self._end_of_text, state)
 
     def _state_of_rows(self) -> dict[str, Any]:
         return {
@@ -194,6 +208,7 @@ class HeldoutRows:
         tokens: predicted tokens, of all ranks.
         bytes: of UTF-8 text that those tokens stand for (`Tokenizer.token_bytes`).
         fingerprint: sha256 of all rows' tokens. Losses under different ones are not comparable.
+        end_of_text: the token, where batches say where documents begin.
         warnings: what is worth saying about the text, one line each.
     """
 
@@ -205,6 +220,7 @@ class HeldoutRows:
     max_length: int
     pad_id: int
     world_size: int
+    end_of_text: int | None
     warnings: tuple[str, ...] = ()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -214,7 +230,8 @@ class HeldoutRows:
         nothing = np.array([self.pad_id])
         for start in range(0, rows_a_rank, batch_size):
             rows = self.rows[start : start + batch_size]
-            yield collate(rows + [nothing] * (batch_size - len(rows)), self.max_length, self.pad_id)
+            rows = rows + [nothing] * (batch_size - len(rows))
+            yield collate(rows, self.max_length, self.pad_id, self.end_of_text)
 
 
 def open_rows(
@@ -240,7 +257,8 @@ def open_rows(
     check_vocabulary(tokenizer, vocab_size)
     count = streams or world_size
     rows = DealtRows(lambda stream: _rows(data, tokenizer, "train", stream, count), count, rank, world_size)
-    opened = TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size)
+    within = data.attention == "document"
+    opened = TokenRows(rows, tokenizer, data.max_length, batch_size, vocab_size, within)
     opened.warnings += unused_vocabulary(tokenizer, vocab_size)
     return opened
 
@@ -283,20 +301,41 @@ def heldout_rows(
         data.max_length,
         tokenizer.pad_id,
         world_size,
+        tokenizer.eos_id if data.attention == "document" else None,
         tuple(warnings),
     )
 
 
 def collate(
-    rows: Sequence[np.ndarray], max_length: int, pad_id: int, state: dict[str, Any] | None = None
+    rows: Sequence[np.ndarray],
+    max_length: int,
+    pad_id: int,
+    end_of_text: int | None = None,
+    state: dict[str, Any] | None = None,
 ) -> Batch:
-    """Rows of up to `max_length` + 1 tokens to a batch, shifted and filled up on the right."""
+    """Rows of up to `max_length` + 1 tokens to a batch, shifted and filled up on the right.
+
+    Args:
+        end_of_text: the token; None: nothing is said of documents.
+    """
     input_ids = np.full((len(rows), max_length), pad_id, dtype=np.int64)
     labels = np.full((len(rows), max_length), IGNORED, dtype=np.int64)
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = row[:max_length]
         labels[index, : len(row) - 1] = row[1:]
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), state or {})
+    starts = None if end_of_text is None else torch.from_numpy(document_starts(input_ids, end_of_text))
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), starts, state or {})
+
+
+def document_starts(input_ids: np.ndarray, end_of_text: int) -> np.ndarray:
+    """int32 `[B, S]`, where the document of each token begins: at the last end-of-text up to it, or where the
+    row does.
+
+    From the end-of-text in front of it a document's first token is predicted, and from nothing else: so the
+    input is the first of the document behind it. As the target of the one before it, it is a label.
+    """
+    begins = np.where(input_ids == end_of_text, np.arange(input_ids.shape[1], dtype=np.int32), 0)
+    return np.maximum.accumulate(begins, axis=1, dtype=np.int32)
 
 
 def _change(key: str, was: Any, now: Any) -> str:

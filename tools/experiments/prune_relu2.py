@@ -2,6 +2,7 @@
 
     python -m act24.tools.experiments.prune_relu2 WORK REPORT.md                   about 7 minutes on an H200
     python -m act24.tools.experiments.prune_relu2 WORK REPORT.md --seconds 300     five minutes a recipe
+    python -m act24.tools.experiments.prune_relu2 WORK REPORT.md --jobs 8          several at once on one GPU
 
 The dense model is trained on for as many updates as each recipe makes: what pruning costs is the distance to
 it, and not to the model before. With activations 2:4 beside the weights, both are measured. The text is the
@@ -13,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,12 @@ BRANCHES: dict[str, tuple[str, tuple[str, ...], float]] = {
 }
 
 
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+#: What makes a folder and says of it what the table has.
+Step = Callable[[Path], dict[str, float]]
+
+
 @dataclass(frozen=True)
 class Budget:
     """What is trained and measured.
@@ -78,6 +88,7 @@ class Budget:
         seconds: of each recipe, without compiling.
         samples: calibration rows.
         heldout: tokens of evaluation.
+        jobs: steps that run at once, each in a process of its own.
     """
 
     preset: str
@@ -86,6 +97,7 @@ class Budget:
     seconds: float
     samples: int
     heldout: int
+    jobs: int
 
 
 def main() -> None:
@@ -98,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of each recipe, without compiling")
     parser.add_argument("--samples", type=int, default=128, help="calibration rows of 256 tokens")
     parser.add_argument("--heldout", type=int, default=400_000, help="tokens of evaluation")
+    parser.add_argument("--jobs", type=int, default=1, help="methods and recipes at once, on the same device")
     given = vars(parser.parse_args())
     run(given.pop("work"), given.pop("report"), Budget(**given))
 
@@ -106,33 +119,58 @@ def run(work: Path, report: Path, budget: Budget) -> None:
     """All steps that are not finished, and the report after each."""
     work.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
-
-    def step(name: str, make: Callable[[Path], dict[str, float]]) -> Path:
-        out, result = work / name.replace(" ", "-").replace(":", "of"), work / f"{name}.json"
-        if not result.is_file():
-            began = time.perf_counter()
-            content = make(out)
-            content.setdefault("seconds", time.perf_counter() - began)
-            result.write_text(json.dumps(content), encoding="utf-8")
-            print(name, content, flush=True)
-        found[name] = json.loads(result.read_text(encoding="utf-8"))
-        report.write_text(_report(found, budget), encoding="utf-8")
-        return out
-
     data = calibration_data("builtin", ())
     model, tokenizer = f'preset = "{budget.preset}"\nvocab_size = 4096', "vocab_size = 4096"
+
+    def make(steps: dict[str, Step]) -> None:
+        """Run what has no result yet, and write the report after each."""
+        with _workers(budget.jobs) as workers:
+            running = {workers.submit(_finish, of, work, name): name for name, of in steps.items()}
+            for done in as_completed(running):
+                print(running[done], done.result(), flush=True)
+                finished = {name: _result(work, name) for name in steps if _result(work, name).is_file()}
+                found.update(
+                    (n, json.loads(file.read_text(encoding="utf-8"))) for n, file in finished.items()
+                )
+                report.write_text(_report(found, budget), encoding="utf-8")
+
     base = _text(model, tokenizer, ("relu2_ffn",), budget.steps, 1e-3, budget)
-    dense = step("dense", lambda out: _trained(base, out))
+    make({"dense": partial(_trained, base)})
+    dense = str(_folder(work, "dense"))
     updates = max(1, int(budget.seconds * found["dense"]["updates_per_second"]))
-    pruned = {
-        method: step(f"{method} 2:4", lambda out, m=method: _pruned(str(dense), out, m, data, budget))
-        for method in ("magnitude", "wanda", "sparsegpt")
+    make({f"{m} 2:4": partial(_pruned, dense, method=m, data=data, budget=budget) for m in METHODS})
+    pruned = _folder(work, "wanda 2:4")
+    steps: dict[str, Step] = {
+        "blockwise": partial(_blockwise, str(pruned), dense, data=data, budget=budget),
     }
-    step("blockwise", lambda out: _blockwise(str(pruned["wanda"]), str(dense), out, data, budget))
     for name, (source, passes, lr) in BRANCHES.items():
-        start = dense if source == "dense" else pruned[source]
-        text = _branch(start, pruned["wanda"], passes, updates, lr, budget)
-        step(name, lambda out, t=text: _trained(t, out))
+        start = pruned if source == "wanda" else Path(dense)
+        steps[name] = partial(_trained, _branch(start, pruned, passes, updates, lr, budget))
+    make(steps)
+
+
+def _folder(work: Path, name: str) -> Path:
+    return work / name.replace(" ", "-").replace(":", "of")
+
+
+def _result(work: Path, name: str) -> Path:
+    return work / f"{name}.json"
+
+
+def _finish(make: Step, work: Path, name: str) -> dict[str, float]:
+    """A step's result, from a process of its own, or from where an earlier run has left it."""
+    if (result := _result(work, name)).is_file():
+        return json.loads(result.read_text(encoding="utf-8"))
+    began = time.perf_counter()
+    content = make(_folder(work, name))
+    content.setdefault("seconds", time.perf_counter() - began)
+    result.write_text(json.dumps(content), encoding="utf-8")
+    return content
+
+
+def _workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes that begin anew: a GPU cannot be taken into a fork."""
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _text(model: str, tokenizer: str, passes: tuple[str, ...], steps: int, lr: float, budget: Budget) -> str:
@@ -171,14 +209,14 @@ def _trained(recipe: str, out: Path) -> dict[str, float]:
     }
 
 
-def _pruned(source: str, out: Path, method: str, data: Data, budget: Budget) -> dict[str, float]:
+def _pruned(source: str, out: Path, *, method: str, data: Data, budget: Budget) -> dict[str, float]:
     if not out.exists():
         options: dict[str, Any] = {"samples": budget.samples, "seqlen": 256, "device": pick_device(None)}
         prune_model(source, out, method=method, pattern="2:4", data=data, **options)
     return {"loss": _evaluated(out, budget)}
 
 
-def _blockwise(pruned: str, dense: str, out: Path, data: Data, budget: Budget) -> dict[str, float]:
+def _blockwise(pruned: str, dense: str, out: Path, *, data: Data, budget: Budget) -> dict[str, float]:
     began = time.perf_counter()
     if not out.exists():
         options: dict[str, Any] = {"samples": budget.samples, "seqlen": 256, "device": pick_device(None)}
@@ -216,7 +254,12 @@ def _report(found: dict[str, dict[str, float]], budget: Budget) -> str:
         )
     lines += [
         "",
-        "`dense` was pruned, and recoveries begin with `wanda 2:4`. Seconds of recipes leave out compiling.",
+        "`dense` was pruned, and recoveries begin with `wanda 2:4`. Seconds of recipes leave out compiling"
+        + (
+            "."
+            if budget.jobs == 1
+            else f"; {budget.jobs} ran at once on one device, and slow each other down."
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -6,7 +6,6 @@ What `masked_lora` trained is marked there: PEFT would add B A without the mask.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error, reading
 from act24.passes import Lora, MaskedLora
-from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.files import whole_folder
 from act24.tools.run.build import Built
 
 PEFT = "peft"
@@ -90,16 +89,9 @@ def write_adapter(built: Built, out: Path) -> str:
         for letter, value in zip("AB", pair, strict=True):
             path = name.removesuffix(".weight")
             tensors[f"{_PREFIX}{path}.lora_{letter}.weight"] = value.detach().cpu().contiguous()
-    written = checkpoint_folder.temporary(out)
-    try:
-        written.mkdir(parents=True)
+    with whole_folder(out) as written:
         safetensors.torch.save_file(tensors, written / WEIGHTS, metadata)
         (written / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        written.rename(out)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise Act24Error(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     size = sum(value.numel() for value in tensors.values())
     told = "; its base is needed with its masks, PEFT would leave them out" if adapter.masked else ""
     return f"{out}: an adapter in PEFT's format, {size:,} parameters, step {built.step}{told}"

@@ -13,12 +13,10 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -28,8 +26,8 @@ from act24.options import one_of
 from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weight24
 from act24.passes.recovery import check_zeros, has_masks, kept_masks
 from act24.passes.served import served_passes, served_weights
-from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.data import Tokenizer
+from act24.tools.files import whole_folder
 from act24.tools.huggingface.adapter import PEFT, write_adapter
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
 from act24.tools.huggingface.folder import without_tied_head, write_pretrained
@@ -91,9 +89,7 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
         _write_gguf(out, exported, tokenizer)
         remarks[0] = f'a GGUF of architecture "{exported.kind}", step {built.step}'
         return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
-    written = checkpoint_folder.temporary(out)
-    try:
-        written.mkdir(parents=True)
+    with whole_folder(out) as written:
         content = (config, exported.kind, exported.state)
         write_pretrained(written, *content, passes=exported.passes, pattern=exported.pattern)
         if exported.masks is not None:
@@ -102,11 +98,6 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
             write_tokenizer(written, tokenizer, config.max_position_embeddings)
         card = "\n\n".join(remarks)
         (written / "README.md").write_text(f"# {out.name}\n\n{card}\n", encoding="utf-8")
-        written.rename(out)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise Act24Error(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
 
 
@@ -210,19 +201,13 @@ def _export_foreign(built: Built, out: Path, form: str) -> str:
     except PassError as error:
         raise Act24Error(f"the model has no form that transformers opens: {error}") from error
     masks = Masks(*kept_masks(built.pipeline)) if has_masks(built.pipeline) else None
-    written = checkpoint_folder.temporary(out)
-    try:
+    with whole_folder(out) as written:
         model.save_pretrained(written)
         if masks is not None:
             check_pruned(model.state_dict(), masks, "what is exported")
             write_masks(written, masks)
         if built.tokenizer is not None:
             write_tokenizer(written, built.tokenizer, model.config.max_position_embeddings)
-        written.rename(out)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise Act24Error(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     return f"{out}: a Hugging Face checkpoint ({type(model).__name__}), step {built.step}"
 
 
@@ -269,6 +254,11 @@ def _remarks(path: Path, built: Built, exported: Exported, dense_weights: bool) 
         remarks.append(
             "It was trained with 2:4 activations, which its readers compute dense; --as act24 keeps them. "
             + _cost_of_dense(path)
+        )
+    if built.recipe is not None and built.recipe.data.attention == "document":
+        remarks.append(
+            "It was trained with attention within documents: it computes that function for one text a row, "
+            "an end-of-text token in front, and who packs texts into a row has to keep them apart there"
         )
     if exported.pattern:
         remarks.append("Its weights are 2:4: two of every four along the inputs are zero")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.pruning.adapters import merged
-from act24.tools.checkpoints import folder as checkpoint_folder
+from act24.tools.files import whole_folder
 from act24.tools.huggingface.adapter import Adapter, adapter_of, read_adapter
 from act24.tools.huggingface.any_model import AnyModel, weights_hash
 from act24.tools.pruning.blocks import decoder_blocks
@@ -55,13 +54,9 @@ def merge(source: str, out: Path, adapter: Path | None = None, allow_dense: bool
         for name, value in _merged(found, state, use).items():
             state[name].copy_(value)
     kept = use or Masks({}, {})
-    written = checkpoint_folder.temporary(out)
-    try:
-        report = {"merged": str(adapter or source), "sparsity_before": before, "sparsity": after}
+    report = {"merged": str(adapter or source), "sparsity_before": before, "sparsity": after}
+    with whole_folder(out) as written:
         write_pruned(base, written, kept, report)
-        written.rename(out)
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     return f"{out}: {len(found.factors)} adapters merged, sparsity {before:.4f} → {after:.4f}"
 
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from act24.errors import Act24Error, reading
 from act24.pruning.pattern import follows, parse_pattern
 from act24.pruning.stored import compressed, expanded
-from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.files import whole_file
+from act24.tools.files import whole_file, whole_folder
 from act24.tools.huggingface.any_model import weights_hash
 from act24.tools.huggingface.folder import INDEX, PACKED, WEIGHTS, read_state, write_weights
 from act24.tools.pruning.masks import MASKS, Masks, check_hash, check_pruned, read_masks, write_masks
@@ -109,10 +108,8 @@ def pack(source: Path, out: Path) -> str:
         if found is None:
             raise Act24Error(f"{source} has no {MASKS}: prune a model first (act24 prune)")
         state, masks = read_state(source), found
-    written = checkpoint_folder.temporary(out)
     weights = (WEIGHTS, INDEX, PACKED, MASKS)
-    try:
-        written.mkdir(parents=True)
+    with whole_folder(out) as written:
         for file in sorted(source.iterdir()):
             if (
                 file.is_file()
@@ -125,11 +122,6 @@ def pack(source: Path, out: Path) -> str:
             write_masks(written, masks)
         else:
             write_packed(written, state, masks)
-        written.rename(out)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise Act24Error(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     sizes = [
         sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != MASKS)
         for folder in (source, out)

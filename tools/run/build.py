@@ -18,6 +18,7 @@ from act24.errors import Act24Error, PassError
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, SparseMask, Weight24
+from act24.passes.document_attention import DocumentAttention
 from act24.passes.graph.measurements import Measurement
 from act24.passes.recovery import freeze_base_
 from act24.passes.served import lower_to_serve_
@@ -100,10 +101,37 @@ def parameter_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
 
 
-def passes_of(recipe: Recipe) -> tuple[Pass, ...]:
-    """The recipe's passes, and the counting of activations if the recipe logs it."""
-    watch = (ActivationStatistics(optional=True),) if recipe.log.activation_statistics else ()
-    return (*recipe.passes, *watch)
+def passes_of(recipe: Recipe, counting: bool = True) -> tuple[Pass, ...]:
+    """The recipe's passes, that of `data.attention`, and the counting of activations if the recipe logs it.
+
+    Args:
+        counting: False leaves out the last.
+
+    Raises:
+        Act24Error: `data.attention = "document"` for a model whose attention is not seen.
+    """
+    watch = (ActivationStatistics(optional=True),) if counting and recipe.log.activation_statistics else ()
+    structural = [i for i, p in enumerate(recipe.passes) if p.kind == "structural"]
+    behind = structural[-1] + 1 if structural else 0
+    return (*recipe.passes[:behind], *attention_passes(recipe), *recipe.passes[behind:], *watch)
+
+
+def attention_passes(recipe: Recipe) -> tuple[DocumentAttention, ...]:
+    """The pass of `data.attention`.
+
+    Raises:
+        Act24Error: the attention of the recipe's model is not seen.
+    """
+    if recipe.data.attention != "document":
+        return ()
+    config = model_config(recipe)
+    if not isinstance(config, LlamaConfig):
+        raise Act24Error(
+            f'data.attention = "document" is for LLaMAs, and {recipe.model.pretrained} is a '
+            f'{config.model_type}, whose attention no pass sees: use data.attention = "causal", and '
+            'data.rows = "padded" for one document a row'
+        )
+    return (DocumentAttention(),)
 
 
 def build(
@@ -182,7 +210,7 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
         model = unset_model(model_config(recipe), torch.float32)
-    return _as_strict(recipe, Pipeline(model, recipe.passes))
+    return _as_strict(recipe, Pipeline(model, passes_of(recipe, counting=False)))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:

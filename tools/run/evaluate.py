@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.passes import OperationalPass, Pipeline
+from act24.passes.document_attention import set_starts_
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.data import Batch, HeldoutRows, heldout_rows
@@ -113,6 +114,7 @@ def evaluate(
     autocast = recipe.train.dtype == "bfloat16_autocast"
 
     def plain_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+        set_starts_(pipeline, None if batch.starts is None else batch.starts.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return model(batch.input_ids.to(device), batch.labels.to(device))
 
@@ -206,11 +208,11 @@ def check_overrides(overrides: Sequence[str]) -> None:
         Act24Error: an override of what the checkpoint fixes: it would be ignored.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
-    ignored = [key for key in keys if not key.startswith(_HEEDED)]
+    ignored = [key for key in keys if not key.startswith(_HEEDED) or key == "data.attention"]
     if ignored:
         raise Act24Error(
             f"eval ignores {', '.join(ignored)}: the checkpoint says what was trained; it heeds eval.*, "
-            "data.*, train.batch_size and train.dtype"
+            "data.* without data.attention, train.batch_size and train.dtype"
         )
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from act24.initialise import build_llama
 from act24.loss import cross_entropy_sum
 from act24.passes import Lost, apply_
+from act24.passes.document_attention import set_starts_
 from act24.passes.graph.measurements import Measurement
 from act24.passes.lost import COLUMN_SCORES
 from act24.recipes.schema import Recipe
 from act24.records import Table
 from act24.tools.data import Batch
-from act24.tools.run.build import model_config, parameter_dtype
+from act24.tools.run.build import attention_passes, model_config, parameter_dtype
 from act24.tools.run.processes import Processes
 
 #: (recipe, what is wanted by name, the first batch of this process, processes) -> results by name.
@@ -69,7 +70,8 @@ def column_scores(
     """
     model = build_llama(model_config(recipe), recipe.train.seed, processes.device, parameter_dtype(recipe))
     before = next(i for i, p in enumerate(recipe.passes) if isinstance(p, Lost))
-    apply_(model, recipe.passes[:before], seed=recipe.train.seed)
+    pipeline = apply_(model, [*recipe.passes[:before], *attention_passes(recipe)], seed=recipe.train.seed)
+    set_starts_(pipeline, None if batch.starts is None else batch.starts.to(processes.device))
     autocast = recipe.train.dtype == "bfloat16_autocast"
     with torch.autocast(processes.device.type, torch.bfloat16, enabled=autocast):
         hidden = model.model(batch.input_ids.to(processes.device))

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
+from act24.passes.document_attention import set_starts_
 from act24.passes.recovery import clear_pruned_gradients_, impose_zeros_
 from act24.passes.state import set_seeds_, without_counting
 from act24.passes.updates import measured_at, rows_to_run
@@ -290,6 +291,10 @@ class TrainingStep:
         return batch.input_ids.shape, batch.pads is not None, active
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Ids and labels on the device; where their documents begin comes into the model."""
+        if self._pipeline is not None:
+            starts = batch.starts
+            set_starts_(self._pipeline, None if starts is None else self._inputs.fill("starts", starts))
         return self._inputs.fill("input_ids", batch.input_ids), self._inputs.fill("labels", batch.labels)
 
     def _forward(self, batch: Batch, loss: nn.Module | None = None) -> Tensor:
@@ -330,8 +335,12 @@ class TrainingStep:
 
 def _first_rows(batches: Sequence[Batch], count: int) -> Batch:
     """The first rows of an update, however it is split into micro-batches."""
-    ids, labels = (torch.cat([getattr(b, name) for b in batches])[:count] for name in ("input_ids", "labels"))
-    return Batch(ids, labels)
+
+    def first(name: str) -> Any:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts)[:count]
+
+    return Batch(first("input_ids"), first("labels"), first("starts"))
 
 
 def accumulation(train: Train, world_size: int) -> int:

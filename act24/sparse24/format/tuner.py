@@ -56,7 +56,8 @@ def candidates(
     """Every algorithm that runs this product and gets it right, with a call to be timed.
 
     Some ids return wrong numbers without an error (pytorch issue 155333), so each has to agree with the dense
-    product on one draw of each generator, all seeded differently, before it is offered.
+    product on one draw of each generator, all seeded differently, before it is offered: to `TOLERANCE`, in
+    e4m3 to `FP8_TOLERANCE`. The calls are of the first draw.
     """
     tolerance = FP8_TOLERANCE if product.fp8 else TOLERANCE
     draws = [_operands(product, generator) for generator in generators]

@@ -186,6 +186,7 @@ class SparseLinear24(nn.Linear):
         return torch.tensor([self._updates, int(self.sparse), self.mask_every])
 
     def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave."""
         self._updates, sparse, self.mask_every = state.tolist()
         self.sparse = bool(sparse)
         self._unset = False  # the buffers are loaded with it

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from toys import Net, Relu2MLP, SwiGLU, Trunk, features, regions, stand
 
-from act24.passes import trace
+from act24.passes import Relu2FFN, apply_, plan, trace
 from act24.passes.graph.region import RegionModule
 
 
@@ -110,16 +116,54 @@ def test_an_argument_that_may_be_none_and_makes_no_difference_is_clean() -> None
     assert torch.equal(model[0](x, torch.eye(3).bool()), expected[1])
 
 
-@pytest.mark.parametrize("kind", ["no_grad", "autocast"])
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "save_on_cpu": save_on_cpu,
+    "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t),
+    "disable_saved_tensors_hooks": lambda: disable_saved_tensors_hooks("not here"),
+    "sdpa_kernel": lambda: sdpa_kernel(SDPBackend.MATH),
+    "set_detect_anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+    "a dispatch mode": FlopCounterMode,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("kind", MODES)
 def test_mode_set_inside_forward(kind: str) -> None:
     class Inner(Net):
         def forward(self, x: Tensor) -> Tensor:
             x = self.a(x)
-            with torch.no_grad() if kind == "no_grad" else torch.autocast("cpu", torch.bfloat16):
+            with MODES[kind]():
                 x = x * 2
             return self.b(x)
 
     assert "mode of its own" in unclean(Inner())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_inside_forward_stays_one(reentrant: bool) -> None:
+    """What it recomputes is traced apart from it, and runs again in backward as it did."""
+
+    class Recomputes(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = SwiGLU(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(checkpoint(self.mlp, self.a(x), use_reentrant=reentrant))
+
+    model = nn.Sequential(Recomputes(), Recomputes())
+    assert "calls torch.utils.checkpoint" in trace(model)[1]["0 [Recomputes]"]
+    apply_(model, [Relu2FFN()])
+    assert isinstance(model[0].mlp, RegionModule)
+    runs: list[int] = []
+    model[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    loss = model(features(3, 4)).square().sum()
+    assert len(runs) == 1
+    loss.backward()
+    assert len(runs) == 2
 
 
 def test_tracing_under_autocast_is_no_mode_of_the_module() -> None:
@@ -294,3 +338,20 @@ def test_modules_that_read_training_never_freeze(dropout: type[nn.Module]) -> No
     assert not torch.equal(model[0](x), model[0](x))
     model.eval()
     assert torch.equal(model[0](x), model[0](x))
+
+
+def test_a_double_of_a_compiled_module_is_not_the_module() -> None:
+    class Counter(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return self.b(self.a(x))
+
+    model = nn.Sequential(Counter(), Counter())
+    for block in model:
+        block.compile(backend="eager")
+    plan(model, [Relu2FFN(optional=True)])
+    assert model[0].count.item() == 0

@@ -47,7 +47,7 @@ SOURCES = {
     "passes/rewriting.py": ("__init__", "_coverage"),
     "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_reason", "_listed"),
     "passes/graph/check.py": ("Check", "_obstacle"),
-    "passes/graph/linear_sites.py": ("RESIZE", "FROZEN", "no_linear", "tied", "plan"),
+    "passes/graph/linear_sites.py": ("RESIZE", "FROZEN", "no_linear", "tied", "plan", "_obstacle", "_OWN"),
     "passes/activation24.py": ("plan", "_note"),
     "passes/activation_statistics.py": ("plan",),
     "passes/cola.py": (),

@@ -1,0 +1,416 @@
+"""What tracing freezes that is no tensor: plain values outside of a graph, where they lie, and whether they
+are still what they were.
+
+The tracer notes every function that a forward runs, its helpers too (`Ran`). What their code names is then
+looked up where it lies: in globals, in class attributes, in what modules hold (settings, dictionaries,
+lists), in closures and defaults, and on through what those hold. Numbers, strings and the like are compared
+by value, functions and classes by identity, and of containers also what they hold, by name or number. What
+cannot be compared cheaply is named (`Frozen.unwatched`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import chain
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from act24.errors import PassError
+from act24.passes.graph.shadow import content, holds_plain
+from act24.passes.graph.tracer import FOREIGN
+
+PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+PLAIN += (Enum, numbers.Number, range, slice)
+#: What nn.Module itself keeps in its modules.
+INTERNAL = frozenset(vars(nn.Module()))
+#: Compared by identity.
+_SAME = (FunctionType, BuiltinFunctionType, type, type(Tensor.add), property, staticmethod, classmethod)
+_SEQUENCES = (list, tuple, deque)
+_SETS = (set, frozenset)
+
+#: So many entries of a container are compared one by one; so many at once, if they are plain; and through so
+#: many objects a value is followed.
+_ENTRIES, _FLAT, _DEPTH = 64, 4096, 6
+
+#: One step from an object to what it holds: how, and which.
+Step = tuple[str, Any]
+
+
+class _Gone:
+    def __repr__(self) -> str:
+        return "not there"
+
+
+_GONE = _Gone()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A plain value outside of the graph.
+
+    Attributes:
+        text: where it lies.
+        root: where the way to it begins.
+        steps: the way.
+        value: what it was when it was traced.
+    """
+
+    text: str
+    root: Any
+    steps: tuple[Step, ...]
+    value: Any
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for facts of one place."""
+        return id(self.root), self.steps
+
+    def check(self) -> None:
+        """Raise a PassError where it is another one now."""
+        now = self.root
+        for how, which in self.steps:
+            now = _taken(now, how, which)
+        before = self.value
+        if now is before or (type(now) is type(before) and not isinstance(now, _SAME) and now == before):
+            return
+        same = "another " if _shown(before) == _shown(now) else ""
+        raise PassError(
+            f"{self.text} was {_shown(before)} when the model was traced, and is {same}{_shown(now)}: the "
+            "rewritten model computes with the old value. Set it back, or set it before apply_"
+        )
+
+
+def _taken(held: Any, how: str, which: Any) -> Any:
+    """What lies one step on, or `_GONE`."""
+    try:
+        if how == "attribute":
+            return getattr(held, which, _GONE)
+        if how == "item":
+            return held[which]
+        if how == "class":
+            return next((vars(base)[which] for base in held.__mro__ if which in vars(base)), _GONE)
+        return held.cell_contents if how == "cell" else _WHOLES[how][1](held)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return _GONE
+
+
+def _values(held: Any) -> tuple[Any, ...]:
+    """What a container holds, with its names if they are such."""
+    return tuple(chain.from_iterable(held.items()) if isinstance(held, Mapping) else held)
+
+
+#: What is compared of containers besides their entries, by the kind of step: in words, and how it is taken.
+_WHOLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "names": ("the names in", tuple),
+    "length": ("the length of", len),
+    "members": ("what is in", frozenset),
+    "values": ("what is in", _values),
+}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, FunctionType | BuiltinFunctionType | type):
+        return f"{value.__module__}.{value.__qualname__}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What the graph of one module has in it.
+
+    Attributes:
+        facts: plain values that are compared.
+        unwatched: what is not, by name.
+        names: what the code of the forward names: attributes of the module that can no longer be set are
+            among them.
+        dynamic: the code also makes up names, so that it may read any attribute.
+    """
+
+    facts: tuple[Fact, ...] = ()
+    unwatched: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
+    dynamic: bool = False
+
+
+#: Of a linear alone.
+NOTHING = Frozen()
+
+
+@dataclass
+class Ran:
+    """The functions that a forward ran, as the tracer notes them: their code, with their globals."""
+
+    codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)
+    _seen: set[int] = field(default_factory=set)
+    _held: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    def note(self, frame: FrameType) -> None:
+        """A function begins: remember it, and what lies in the containers outside that it names."""
+        code, scope = frame.f_code, frame.f_globals
+        if id(code) in self._seen:
+            return
+        self._seen.add(id(code))
+        name = scope.get("__name__", "?")
+        if _foreign(name):
+            return
+        self.codes[code] = scope
+        named = {n: scope[n] for n in code.co_names if n in scope and not n.startswith("__")}
+        self._held += [(f"{n} of {name}", (scope, n), content(v)) for n, v in named.items() if holds_plain(v)]
+        if code.co_freevars:
+            inner = {n: v for n, v in frame.f_locals.items() if n in code.co_freevars and holds_plain(v)}
+            self._held += [(f"{n} in the closure of {code.co_name}", v, content(v)) for n, v in inner.items()]
+
+    @property
+    def written(self) -> list[str]:
+        """The containers and numbers outside that are no longer what they were."""
+        return [
+            text
+            for text, place, before in self._held
+            if content(place[0].get(place[1]) if isinstance(place, tuple) else place) != before
+        ]
+
+
+def _foreign(module: str) -> bool:
+    made_up = module.startswith(("act24.passes.", "namedtuple_"))
+    return made_up or module.partition(".")[0] in FOREIGN
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What the code of functions names."""
+
+    names: frozenset[str] = frozenset()  # of globals and attributes, and strings that may be such
+    asked: frozenset[str] = frozenset()  # those that getattr or hasattr may ask for
+    constants: frozenset[Any] = frozenset()
+    dynamic: bool = False  # it makes up names
+
+    def __or__(self, other: _Named) -> _Named:
+        return _Named(
+            self.names | other.names,
+            self.asked | other.asked,
+            self.constants | other.constants,
+            self.dynamic or other.dynamic,
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _named(code: CodeType) -> _Named:
+    flat = [c for held in code.co_consts for c in (held if isinstance(held, tuple) else (held,))]
+    constants = frozenset(c for c in flat if isinstance(c, int | str))
+    words = frozenset(c for c in constants if isinstance(c, str) and c.isidentifier())
+    asks = bool({"getattr", "hasattr"} & {*code.co_names})
+    dynamic = (asks and not words) or "__dict__" in code.co_names
+    return _Named(words.union(code.co_names), words if asks else frozenset(), constants, dynamic)
+
+
+def frozen_values(module: nn.Module, ran: Ran, closed: Iterable[str]) -> Frozen:
+    """What the graph of a module has in it of what its functions name.
+
+    Args:
+        ran: the functions.
+        closed: the paths of the modules in it that stay what they are.
+    """
+    search = _Search(module, ran)
+    stays = tuple(f"{path}." for path in closed)
+    for path, child in module.named_modules():
+        if not f"{path}.".startswith(stays):
+            search.opened(path, child)
+    for code, scope in ran.codes.items():
+        search.globals(code, scope)
+    search.closures()
+    named = search.named
+    return Frozen(tuple(search.found.values()), tuple(search.unwatched), named.names, named.dynamic)
+
+
+class _Search:
+    """Follows what functions name to where it lies.
+
+    Attributes:
+        named: what they name.
+        found: facts by place.
+        unwatched: the texts of what cannot be compared.
+    """
+
+    def __init__(self, module: nn.Module, ran: Ran) -> None:
+        self.named = functools.reduce(_Named.__or__, map(_named, ran.codes), _Named())
+        self.found: dict[tuple[Any, ...], Fact] = {}
+        self.unwatched: dict[str, None] = {}
+        self._ran, self._own = ran, {*module.modules()}
+        self._functions: dict[int, FunctionType] = {}
+        self._seen: dict[tuple[int, int], Any] = {}
+
+    def opened(self, path: str, module: nn.Module) -> None:
+        """A module's own values cannot be set any more; its class and what it holds can be changed."""
+        cls = type(module)
+        if not _foreign(cls.__module__):
+            for name, value in vars(module).items():
+                if name not in INTERNAL and self._reads(name) and not isinstance(value, PLAIN):
+                    self._value(".".join(part for part in (path, name) if part), value, (), value)
+            self._class(
+                cls, cls, (), {*vars(module), *module._modules, *module._parameters, *module._buffers}
+            )
+
+    def globals(self, code: CodeType, scope: dict[str, Any]) -> None:
+        for name in code.co_names:
+            if name in scope and not name.startswith("__"):
+                text = f"{name} of {scope.get('__name__', '?')}"
+                self._value(text, scope, (("item", name),), scope[name])
+
+    def closures(self) -> None:
+        """Name the functions that ran, have something in a closure, and were nowhere to be found."""
+        inner = {c for code in self._ran.codes for c in code.co_consts if isinstance(c, CodeType)}
+        known = {function.__code__ for function in self._functions.values()}
+        for code in self._ran.codes:
+            if {*code.co_freevars} - {"__class__"} and code not in known | inner:
+                self.unwatched[f"the closure of {code.co_qualname}"] = None
+
+    def _reads(self, name: str) -> bool:
+        return name in self.named.names or self.named.dynamic
+
+    def _add(self, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
+        fact = Fact(text, root, steps, value)
+        self.found.setdefault(fact.key, fact)
+
+    def _value(self, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
+        """Watch a value, unless it cannot change, and what it holds."""
+        if isinstance(value, (*PLAIN, *_SAME)) and steps:
+            self._add(text, root, steps, value)
+        if isinstance(value, (*PLAIN, Tensor)) or (isinstance(value, nn.Module) and value in self._own):
+            return
+        key = id(value), id(root) if steps else 0
+        if key in self._seen:
+            return
+        self._seen[key] = value
+        if len(steps) > _DEPTH:
+            self.unwatched[text] = None
+        elif isinstance(value, FunctionType):
+            self._function(value)
+        elif isinstance(value, type):
+            if not _foreign(value.__module__):
+                self._class(value, root, steps)
+        elif isinstance(value, MethodType):
+            self._value(text, root, (*steps, ("attribute", "__self__")), value.__self__)
+            self._value(text, root, (*steps, ("attribute", "__func__")), value.__func__)
+        elif isinstance(value, functools.partial):
+            for part in ("func", "args", "keywords"):
+                self._value(f"{text}.{part}", root, (*steps, ("attribute", part)), getattr(value, part))
+        elif isinstance(value, ModuleType):
+            if not _foreign(value.__name__):
+                self._attributes(text, root, steps, value)
+        elif not isinstance(value, _SAME):
+            self._object(text, root, steps, value)
+
+    def _object(self, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
+        """What a container or any other object holds, and its methods."""
+        cls = type(value)
+        contains = isinstance(value, (Mapping, *_SEQUENCES, *_SETS))
+        if contains:
+            self._container(text, root, steps, value)
+        self._attributes(text, root, steps, value)
+        for name, method in class_attributes(cls):
+            if any(self._function(function) for function in _functions(method)):
+                self._add(f"{name} of {cls.__name__}", cls, (("class", name),), method)
+        if hasattr(value, "__wrapped__"):
+            self._value(text, root, (*steps, ("attribute", "__wrapped__")), value.__wrapped__)
+        elif not (contains or hasattr(value, "__dict__") or _slots(cls) or cls.__module__ == "torch"):
+            self.unwatched[f"{text} ({cls.__name__})"] = None
+
+    def _container(self, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
+        size, keys = len(value), list[Any]()
+        mapping, members = isinstance(value, Mapping), isinstance(value, _SETS)
+        if size <= _ENTRIES and not members:
+            keys = list(value) if mapping else list(range(size))
+            self._whole("names" if mapping else "length", text, root, steps, value)
+        elif size <= _FLAT and (members or all(isinstance(v, PLAIN) for v in _values(value))):
+            self._whole("members" if members else "values", text, root, steps, value)
+        else:
+            self.unwatched[f"{text} ({size:,} entries)"] = None
+            keys = [
+                k
+                for k in self.named.constants
+                if (k in value if mapping else type(k) is int and 0 <= k < size)
+            ]
+        for key in keys:
+            self._value(f"{text}[{key!r}]", root, (*steps, ("item", key)), value[key])
+
+    def _whole(self, how: str, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
+        described, taken = _WHOLES[how]
+        self._add(f"{described} {text}", root, (*steps, (how, "")), taken(value))
+
+    def _attributes(self, text: str, root: Any, steps: tuple[Step, ...], owner: Any) -> None:
+        """What an object holds under the names that code names, itself or by its class; and what it does not
+        hold though code asks for it."""
+        cls = type(owner)
+        held = getattr(owner, "__dict__", {})
+        names = {name for name in (*held, *_slots(cls)) if self._reads(name)}
+        if not isinstance(owner, nn.Module | ModuleType):
+            names |= {n for n, v in class_attributes(cls) if self._reads(n) and not hasattr(v, "__get__")}
+            names |= {n for n in self.named.asked if not hasattr(cls, n)}
+            if hasattr(cls, "__getattr__") or cls.__getattribute__ is not object.__getattribute__:
+                names |= {n for n in self.named.names if not hasattr(cls, n)}
+        for name in names:
+            if name.startswith("__"):
+                continue
+            value = _taken(owner, "attribute", name)
+            way = (*steps, ("attribute", name))
+            if value is _GONE:
+                if name in self.named.asked and hasattr(owner, "__dict__"):
+                    self._add(f"{text}.{name}", root, way, value)
+            elif not isinstance(owner, nn.Module) or isinstance(value, PLAIN):
+                self._value(f"{text}.{name}", root, way, value)
+
+    def _class(self, cls: type, root: Any, steps: tuple[Step, ...], hidden: Iterable[str] = ()) -> None:
+        """The attributes of a class that code names, those of its bases too, and the methods that ran."""
+        known = {*hidden}
+        for name, value in class_attributes(cls):
+            functions = _functions(value)
+            ran = [function for function in functions if self._function(function)]
+            if name not in known and (ran if functions else self._reads(name)):
+                known.add(name)
+                self._value(f"{name} of {cls.__name__}", root, (*steps, ("class", name)), value)
+
+    def _function(self, function: FunctionType) -> bool:
+        """Whether a function ran; and what lies in its closure, its defaults and its attributes."""
+        if function.__code__ not in self._ran.codes:
+            return False
+        if id(function) in self._functions:
+            return True
+        self._functions[id(function)] = function
+        name = function.__qualname__.replace("<locals>.", "")
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if variable != "__class__":
+                text = f"{variable} in the closure of {name}"
+                self._value(text, cell, (("cell", ""),), _taken(cell, "cell", ""))
+        for part in ("__defaults__", "__kwdefaults__"):
+            if value := getattr(function, part):
+                self._value(f"{part} of {name}", function, (("attribute", part),), value)
+        self._attributes(name, function, (), function)
+        return True
+
+
+def class_attributes(cls: type) -> Iterator[tuple[str, Any]]:
+    """What a class and its bases have, from the class down, as it stands there; not that of torch or of
+    Python."""
+    for base in cls.__mro__:
+        if base is not object and not _foreign(base.__module__):
+            yield from ((n, v) for n, v in vars(base).items() if not n.startswith("__") or n == "__call__")
+
+
+def _functions(value: Any) -> list[FunctionType]:
+    """The functions in what stands in a class."""
+    parts = (value, *(getattr(value, part, None) for part in ("fget", "fset", "__func__", "func")))
+    return [part for part in parts if isinstance(part, FunctionType)]
+
+
+def _slots(cls: type) -> list[str]:
+    return [n for base in cls.__mro__ for n, v in vars(base).items() if inspect.ismemberdescriptor(v)]
