@@ -1,9 +1,10 @@
 """Trace one module into normal form, or say why its graph would not be the whole truth.
 
 Clean means that the graph says all that the module does: a closed signature without defaults, no control
-flow on values or on an argument being None, no hand-written backward and no grad or autocast mode of its own
-(tracing would drop them), nothing written or drawn at random in forward, no tensor that is neither parameter
-nor buffer, no behaviour of a module besides its forward, and every linear visible. Modules that read
+flow on values, on what they are or have for a dtype, or on an argument being None, no hand-written backward
+and no grad or autocast mode of its own (tracing would drop them), nothing drawn at random or written in
+forward that outlives it but buffers (`act24.passes.graph.writes`), no tensor that is neither parameter nor
+buffer, no behaviour of a module besides its forward, and every linear visible. Modules that read
 `self.training` stay leaves, or tracing would freeze the mode; if such a leaf holds linears, what surrounds it
 is not clean, layers of PEFT's excepted, in which the linears are regions of their own. Only a double of the
 module is run (`act24.passes.graph.shadow`).
