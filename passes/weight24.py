@@ -35,6 +35,7 @@ from act24.passes.graph.linear_sites import (
     frozen,
     linear_sites,
     no_linear,
+    read_past,
     takes,
     tied,
 )
@@ -198,6 +199,8 @@ class Weight24(OperationalPass):
                 misses.append((site.path, FROZEN))
             elif spec.shared:
                 misses.append((site.path, tied(spec.shared[0])))
+            elif spec.read_by:
+                misses.append((site.path, read_past(spec.read_by)))
             else:
                 matches.append(
                     Match(

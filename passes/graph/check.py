@@ -49,6 +49,7 @@ class Check:
         self.agreeing = 0
         self.unchecked: dict[str, str] = {}
         self._given: dict[nn.Module, Arguments] = {}
+        self._readers: dict[int, set[nn.Module]] = {}
         self._probe: Arguments | None = None
         self.not_run = _obstacle(model)
         if self.not_run:
@@ -66,7 +67,7 @@ class Check:
             except Exception as error:  # whatever a foreign model raises
                 failures.append(f"{arguments}: {_line(error)}")
                 continue
-            self._probe, self._given = arguments, recorder.given
+            self._probe, self._given, self._readers = arguments, recorder.given, recorder.readers
             return
         if probe is not None:
             raise PassError(
@@ -124,8 +125,13 @@ class Check:
         self.agreeing += 1
 
     def forget_inputs(self) -> None:
-        """Let go of what modules were given, once all regions are compared."""
-        self._given = {}
+        """Let go of what modules were given and read, once all regions are compared."""
+        self._given, self._readers = {}, {}
+
+    def read_past(self, module: nn.Module, tensor: Tensor) -> str:
+        """What reads a parameter of a module past the module, by its class, or the empty string."""
+        readers = self._readers.get(_storage(tensor), set())
+        return next((type(reader).__name__ for reader in readers - {*module.modules()}), "")
 
     def was_read(self, tensor: Tensor) -> bool:
         """Whether the stock model read a tensor when it ran on the probe."""
@@ -186,10 +192,13 @@ class _Outcome:
 
 
 class _Recorder:
-    """Observes a double: what each module is given when it is first called."""
+    """Observes a double: what each module is given when it is first called, and which of them read a storage
+    of parameters."""
 
     def __init__(self) -> None:
         self.given: dict[nn.Module, Arguments] = {}
+        self.readers: dict[int, set[nn.Module]] = {}
+        self.running: list[nn.Module] = []
         self.shadow: Shadow | None = None
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,7 +206,11 @@ class _Recorder:
         original = self.shadow.originals[module]
         if original not in self.given:
             self.given[original] = Arguments(args, kwargs).map(_detached)
-        return plain_call(module, args, kwargs)
+        self.running.append(original)
+        try:
+            return plain_call(module, args, kwargs)
+        finally:
+            self.running.pop()
 
     def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
         return tensor
@@ -213,9 +226,10 @@ class _Writes(Exception):
 class _Reads(TorchDispatchMode):
     """Notes which storages operations are given, and lets none write to a parameter."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, recorder: _Recorder | None = None) -> None:
         super().__init__()
         self.storages: set[int] = set()
+        self._recorder = recorder
         self._parameters = {_storage(p): name for name, p in module.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -227,7 +241,9 @@ class _Reads(TorchDispatchMode):
         for value in (*args, *(kwargs or {}).values()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(tensor, Tensor):
-                    self.storages.add(_storage(tensor))
+                    self.storages.add(storage := _storage(tensor))
+                    if self._recorder is not None and storage in self._parameters:
+                        self._recorder.readers.setdefault(storage, set()).add(self._recorder.running[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -239,7 +255,7 @@ def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> 
     if recorder is not None:
         recorder.shadow = shadow
         shadow.observer = recorder
-    with _undisturbed(model), torch.no_grad(), _Reads(model) as reads:
+    with _undisturbed(model), torch.no_grad(), _Reads(model, recorder) as reads:
         given = arguments.map(_detached)
         output = shadow.root(*given.args, **given.kwargs)
         _set_mode(shadow.root, True)

@@ -146,6 +146,11 @@ def tied(name: str) -> str:
     return f"tied to {name}: untie them, or leave it out with ignore"
 
 
+def read_past(name: str) -> str:
+    """Why a pass leaves a linear whose weight a module around it reads as it is."""
+    return f"a {name} around it reads its weight past the linear: {_OWN}"
+
+
 #: Why a pass leaves a linear that does not train.
 FROZEN = "frozen: name it in targets to change it all the same"
 

@@ -39,6 +39,7 @@ class ParameterSpec:
         shared: other places, fully qualified, that hold the same parameter.
         factor: which part of a dense weight it is, where a pass has made it one: `"in"` and `"out"` are the
             two factors, `"columns"` some columns beside them. None: a parameter of its own.
+        read_by: the class of a module outside that reads the parameter too, or the empty string.
     """
 
     shape: torch.Size
@@ -47,6 +48,7 @@ class ParameterSpec:
     requires_grad: bool = True
     shared: tuple[str, ...] = ()
     factor: Factor | None = None
+    read_by: str = ""
 
     def numel(self) -> int:
         return self.shape.numel()

@@ -186,3 +186,29 @@ def test_a_weight_that_is_read_twice_in_one_way_is_one_linear():
     report = apply_(model, [LowRank(scope="mlp", mlp_rank=16, targets=("*.w",), init="svd")]).report
     assert [row.fqn for row in report.rows] == ["0.w", "1.w"]
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_a_module_around_reads_stays_what_it_is():
+    """The decoder of a tied autoencoder that nobody traces reads weights as they are: 2:4, or with an
+    adapter, they would be others only in the encoder."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+            self.head = nn.Linear(16, 16)
+
+        def forward(self, x, **_):
+            for layer in self.layers:
+                x = F.relu(layer(x))
+            return self.head(F.linear(x, self.layers[1].weight.t()))
+
+    everywhere = ("layers.*", "head")
+    for p in (Weight24(targets=everywhere), Lora(targets=everywhere)):
+        report = plan(Tied(), [p], probe=torch.randn(3, 16))
+        assert [row.fqn for row in report.rows] == ["layers.0", "head"]
+        assert report.misses[0][1:] == (
+            "layers.1",
+            "a Tied around it reads its weight past the linear: give each a weight of its own, or leave it "
+            "out with ignore",
+        )
