@@ -241,4 +241,7 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, S], int64. Returns logits [B, S, V] in the dtype of the linears."""
-        return F.linear(self.model(input_ids), self.head_weight)
+        hidden_states = self.model(input_ids)
+        if self.lm_head is None:
+            return F.linear(hidden_states, self.head_weight)
+        return self.lm_head(hidden_states)

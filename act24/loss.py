@@ -11,6 +11,10 @@ which is what checkpointing each chunk would cost.
 On a GPU run it compiled: `torch.compile(cross_entropy_sum, dynamic=False)`. Forward and backward on an H200,
 bfloat16, 65,536 tokens of width 768: 19.1 ms and 1.2 GB; not compiled 33.7 ms and 3.9 GB; all logits at once,
 compiled, 19.2 ms and 3.9 GB.
+
+The three products of a chunk may be in e4m3 (the option `head` of the pass `fp8`): the weight is cast once,
+hidden states and the gradient of the logits chunk by chunk. The softmax stays as it is, from logits that were
+rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -19,16 +23,26 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from act24.operation import cast_for_autocast, operation
+from act24.fp8.casts import CastE4m3, Scaling, cast_both_ways
+from act24.fp8.linear import cast_weight, ready_cast, refuse_e4m3, uses_kernels
+from act24.operation import (
+    cast,
+    cast_for_autocast,
+    once_differentiable,
+    operation,
+    refuse_second_derivatives,
+)
+from act24.sparse24.kernels.shared.registry import form
 
 IGNORE = -100  # the label of a position without a target, as in F.cross_entropy
 
+#: Tokens of a chunk.
+CHUNK_TOKENS = 8192
 
-def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[T, D], [V, D] -> [T, V]: the product in the inputs' dtype, the softmax in at least float32."""
-    logits = hidden @ weight.T
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In at least float32."""
     return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -41,14 +55,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The summed loss and its gradients. hidden [T, D], weight [V, D], targets and valid [T, 1]."""
 
     @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, chunk_tokens: int):
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        chunk_tokens: int,
+        ready: tuple[Tensor, ...] | None,
+        scaling: Scaling | None,
+        kernels: bool,
+    ):
         projection = weight.to(hidden.dtype)
+        head = None if scaling is None else _cast_head(projection, ready, scaling, kernels)
         # Chunks add up in float32: summing them in bfloat16 would lose what one undivided product keeps.
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         loss = torch.zeros((), dtype=grad_weight.dtype, device=hidden.device)
         grad_hidden = []
         for rows, target, keep in _chunks(chunk_tokens, hidden, targets, valid):
-            log_probabilities = _log_probabilities(rows, projection)
+            cast_rows = None
+            if head is None or scaling is None:
+                logits = rows @ projection.T
+            else:
+                # Tokens without a target share scales with the others, and so are dropped before the cast.
+                cast_rows = cast_both_ways(rows.where(keep, 0.0), scaling, scaling, kernels=kernels)
+                logits = _product(cast_rows, head, kernels)
+            log_probabilities = _log_softmax(logits)
             chosen = log_probabilities.gather(1, target)
             # Summed now: a sum over collected chunks is fused by the compiler, which then holds all logits.
             # Not `loss -=`: torch 2.11 takes an output that was written in place for a constant, and the
@@ -57,10 +88,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # softmax - onehot. The target's entry is written, not subtracted from: expm1 stays exact where p
             # is near 1, which p - 1 in bfloat16 does not.
             grad_logits = log_probabilities.exp_().to(rows.dtype)
-            grad_logits.scatter_(1, target, chosen.expm1().to(rows.dtype))
+            grad_logits.scatter_(1, target, chosen.expm1().where(keep, 0.0).to(rows.dtype))
             # Tokens without a target are dropped on the narrow side, [T, D], which spares a pass over [T, V].
-            grad_hidden.append((grad_logits @ projection).where(keep, 0.0))
-            grad_weight = grad_weight + grad_logits.T @ rows.where(keep, 0.0)
+            if head is None or scaling is None or cast_rows is None:
+                grad_rows = grad_logits @ projection
+                grad_weight = grad_weight + grad_logits.T @ rows.where(keep, 0.0)
+            else:
+                grad = cast_both_ways(grad_logits, scaling, scaling, kernels=kernels)
+                multiply = form("product_e4m3", kernels)
+                grad_rows = cast(
+                    multiply(grad.narrow, head.turned, grad.scale, head.turned_scale), rows.dtype
+                )
+                grad_weight = grad_weight + multiply(
+                    grad.turned, cast_rows.turned, grad.turned_scale, cast_rows.turned_scale
+                )
+            grad_hidden.append(grad_rows.where(keep, 0.0))
         return loss, torch.cat(grad_hidden), grad_weight.to(weight.dtype)
 
     @staticmethod
@@ -73,12 +115,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *_: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+        return grad_hidden * grad_loss, grad_weight * grad_loss, *(None,) * 6
+
+
+def _cast_head(
+    weight: Tensor, ready: tuple[Tensor, ...] | None, scaling: Scaling, kernels: bool, turned: bool = True
+) -> CastE4m3:
+    return CastE4m3(*ready) if ready else cast_weight(weight, scaling, turned, kernels)
+
+
+def _product(rows: CastE4m3, head: CastE4m3, kernels: bool) -> Tensor:
+    """The logits, bfloat16 `[T, V]`."""
+    return form("product_e4m3", kernels)(rows.narrow, head.narrow, rows.scale, head.scale)
 
 
 @operation
 def cross_entropy_sum(
-    hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_tokens: int = 8192
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+    narrow: Tensor | None = None,
+    scale: Tensor | None = None,
+    turned: Tensor | None = None,
+    turned_scale: Tensor | None = None,
+    scaling: Scaling | None = None,
+    kernels: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(hidden @ head_weightᵀ)[label] over the labels that are not -100, and their number.
 
@@ -88,17 +150,39 @@ def cross_entropy_sum(
     by the count of the whole optimizer step, over all micro-batches and processes, to get the mean over its
     tokens. `chunk_tokens` bounds memory: below 8192 the products lose speed, at 16384 the compiler was seen
     to hold all chunks at once. Without grad mode only the loss is computed.
+
+    `scaling`: the head's three products are in e4m3, each rounded to bfloat16, over scales as in
+    `act24.fp8.linear.linear_fp8`; None: in the dtype of `hidden`. V and D are multiples of 16 then.
+    `narrow, scale, turned, turned_scale` are of this very weight (`cast_weight`), or None, and it is cast
+    here, once a call. A hidden state with NaN or infinity makes the loss NaN, if its token has a target.
+
+    Raises:
+        ValueError: in e4m3, V or D is no multiple of 16.
+        Act24Error: in e4m3, a GPU that has none.
     """
+    refuse_second_derivatives(hidden, head_weight)
+    if scaling is not None:
+        refuse_e4m3(head_weight)
+        kernels = uses_kernels(hidden.device, kernels)
     # The weight is cast inside, so that its gradient comes back as it was summed, in float32.
     (hidden,) = cast_for_autocast(hidden.flatten(0, -2))  # pyright: ignore[reportAssignmentType]
     labels = labels.flatten()[:, None]
     valid = labels != IGNORE
     targets = labels.where(valid, 0)
+    ready = ready_cast(narrow, scale, turned, turned_scale)
     if torch.is_grad_enabled():
-        loss, _, _ = _LinearCrossEntropy.apply(hidden, head_weight, targets, valid, chunk_tokens)
+        loss, _, _ = _LinearCrossEntropy.apply(
+            hidden, head_weight, targets, valid, chunk_tokens, ready, scaling, kernels
+        )
     else:
         projection = head_weight.to(hidden.dtype)
+        head = None if scaling is None else _cast_head(projection, ready, scaling, kernels, False)
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for rows, target, keep in _chunks(chunk_tokens, hidden, targets, valid):
-            loss -= _log_probabilities(rows, projection).gather(1, target).where(keep, 0.0).sum()
+            if head is None or scaling is None:
+                logits = rows @ projection.T
+            else:
+                made = cast_both_ways(rows.where(keep, 0.0), scaling, scaling, turned=False, kernels=kernels)
+                logits = _product(made, head, kernels)
+            loss -= _log_softmax(logits).gather(1, target).where(keep, 0.0).sum()
     return loss, valid.sum()

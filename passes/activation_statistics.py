@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from act24.errors import Act24Error
 from act24.fp8.linear import linear_fp8, underflow_counts
+from act24.operation import in_functorch, operation
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.activation_sites import (
     add_site_buffer,
@@ -76,7 +78,7 @@ class ActivationStatistics(OperationalPass):
             with graph.inserting_before(node.next):
                 scaling = node.args[_SCALING] if node.target is linear_fp8 else "rowwise"
                 counts = graph.call_function(counter, (node.args[0], scaling))
-                graph.call_method("add_", (graph.get_attr(buffer), counts))
+                graph.call_function(add_counts_, (graph.get_attr(buffer), counts))
             return
         buffer = add_site_buffer(region, match.path, BUFFER, (len(STATISTICS),), torch.float32)
         with graph.inserting_before(node.next):
@@ -87,7 +89,22 @@ class ActivationStatistics(OperationalPass):
             else:
                 arguments = (node.args[0], pads_node(region), function_of(node))
                 counts = graph.call_function(dense_statistics, arguments)
-            graph.call_method("add_", (graph.get_attr(buffer), counts))
+            graph.call_function(add_counts_, (graph.get_attr(buffer), counts))
+
+
+@operation
+def add_counts_(buffer: Tensor, counts: Tensor) -> Tensor:
+    """buffer += counts, in place; both of one shape.
+
+    Raises:
+        Act24Error: a transformation of torch.func surrounds it, which may not write to what is outside.
+    """
+    if in_functorch():
+        raise Act24Error(
+            "activation_statistics cannot count inside of torch.func: leave it out there, "
+            "pipeline.lower_(step, without=['activation_statistics'])"
+        )
+    return buffer.add_(counts)
 
 
 def _reads_e4m3(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -134,6 +134,10 @@ class Pass:
     def plan(self, region: Region) -> Plan:
         """The places that the pass would rewrite. Touches nothing."""
         raise NotImplementedError
+
+    def missing(self, regions: Sequence[Region]) -> str:
+        """What the options ask for and none of the regions has, and what to do; empty if nothing."""
+        return ""
 
     def apply(self, region: Region, plan: Plan) -> None:
         """Rewrite `region`, in place, as planned; without matches it stays as it is."""

@@ -2,26 +2,31 @@
 
     linear(x, W, b)   ==>   linear_fp8(x, W, b, narrow, scale, turned, turned_scale, …)
 
-in attention and MLPs; the factors of low-rank linears count as linears, and a head does where `targets` names
-it. W stays a parameter as it was. In training only: evaluation, samples and what is saved are of the weights
-in their own dtype. Where the loop keeps them, W in e4m3 and its transpose are in buffers beside it, made once
-an update (`act24.passes.state`): `<weight>_e4m3`, `<weight>_e4m3_turned`, and their scales. Scales are of the
-values of now, so there is no state to save.
+in attention and MLPs; the factors of low-rank linears count as linears, and the head does with `head = true`
+or where `targets` names it. A loss that multiplies with the head's weight itself, as that of `act24 train`,
+asks `head_arguments` how. W stays a parameter as it was. In training only: evaluation, samples and what is
+saved are of the weights in their own dtype. Where the loop keeps them, W in e4m3 and its transpose are in
+buffers beside it, made once an update (`act24.passes.state`): `<weight>_e4m3`, `<weight>_e4m3_turned`, and
+their scales. Scales are of the values of now, so there is no state to save.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
+from act24.errors import Act24Error
 from act24.fp8.casts import Scaling
-from act24.fp8.linear import MULTIPLE, linear_fp8
+from act24.fp8.linear import MULTIPLE, linear_fp8, underflow_counts
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
 from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, takes
-from act24.passes.graph.normal_form import replace_node
-from act24.passes.graph.region import Region
+from act24.passes.graph.normal_form import parameter_name, replace_node
+from act24.passes.graph.region import Region, RegionModule
 
 #: What the names of the buffers add to the weight's, in the order of `act24.fp8.casts.CastE4m3`.
 NARROW, SCALE, TURNED, TURNED_SCALE = "_e4m3", "_e4m3_scale", "_e4m3_turned", "_e4m3_turned_scale"
@@ -46,6 +51,7 @@ class Fp8(OperationalPass):
     Attributes:
         precision: `"fp8"`: every linear whose sides are multiples of 16. `"auto"`: of these the ones that are
             large enough to gain by it; the plan names the others.
+        head: also the linear from hidden states to logits, whatever `targets` names.
         scaling: as in `act24.fp8.linear.linear_fp8`.
         kernels: run on this machine's kernels and products where there are any; False for plain PyTorch.
         keep_cast: forward and backward read weights in e4m3 from buffers, which `begin_update_` fills for
@@ -59,13 +65,14 @@ class Fp8(OperationalPass):
     promises: ClassVar[bool] = False  # it takes what others leave
 
     precision: Literal["fp8", "auto"] = "fp8"
+    head: bool = False
     scaling: Scaling = "rowwise"
     kernels: bool = True
     keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
 
     @property
     def covers(self) -> tuple[str, ...]:
-        return ("attn", "mlp")
+        return ("attn", "mlp", "head") if self.head else ("attn", "mlp")
 
     @property
     def renews(self) -> bool:
@@ -77,7 +84,11 @@ class Fp8(OperationalPass):
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
         for site in linear_sites(region, factors=True):
-            if not takes(self, "all", region, site):
+            if self.head and site.kind == "head":
+                if not replace(self, targets=("*",)).selects(region, site.path):
+                    misses.append((site.path, "ignore names it, which head = true asks for"))
+                    continue
+            elif not takes(self, "all", region, site):
                 continue
             if site.obstacle:
                 misses.append((site.path, site.obstacle))
@@ -99,12 +110,22 @@ class Fp8(OperationalPass):
                         nodes=site,
                         parameters_before=size,
                         parameters_after=size,
+                        note=_note(region, site),
                     )
                 )
         return Plan(
             tuple(matches),
             tuple(misses),
             absent="no linear that another pass has left: name linears in targets",
+        )
+
+    def missing(self, regions: Sequence[Region]) -> str:
+        sites = (site for region in regions for site in linear_sites(region))
+        if not self.head or any(site.kind == "head" for site in sites):
+            return ""
+        return (
+            "head = true, and the head is no linear that is left to it: the embedding is the head, or "
+            "another pass has it; untie them, or set head = false"
         )
 
     def _rewrite(self, region: Region, match: Match) -> None:
@@ -122,3 +143,42 @@ class Fp8(OperationalPass):
                 arguments = (*node.args, *ready, self.scaling, self.kernels)
                 narrow = region.graph.call_function(linear_fp8, arguments)
             replace_node(region.graph, node, narrow)
+
+
+def _note(region: Region, site: LinearSite) -> str:
+    shared = region.parameters[site.weight].shared
+    return f"tied to {shared[0]}, which is read as it is" if shared else ""
+
+
+def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
+    """What `act24.loss.cross_entropy_sum` takes behind `chunk_tokens`, so that it multiplies as the head's
+    region would; and count what that would. Nothing in evaluation mode, and where no pass has the head.
+
+    Args:
+        head: the module that makes logits of hidden states.
+        hidden: what it reads, `[..., D]`.
+
+    Raises:
+        Act24Error: the region does not multiply with a weight of the model alone, as the loss does.
+    """
+    if not isinstance(head, RegionModule):
+        return ()
+    counted, linears = list[fx.Node](), list[fx.Node]()
+    for node in head.graph.nodes:
+        if node.op == "call_function":
+            (counted if node.target is underflow_counts else linears).append(node)
+    kinds = [node.target for node in linears]
+    if kinds not in ([F.linear], [linear_fp8]):
+        raise Act24Error(
+            "the loss multiplies with the head's weight itself, and a pass has made something else of the "
+            "head: leave the head out of its targets"
+        )
+    if kinds == [F.linear] or not head.training:
+        return ()
+    arguments: tuple[Any, ...] = linears[0].args[3:]
+    *ready, scaling, kernels = arguments
+    for node in counted:
+        (add,) = node.users
+        head.get_buffer(str(parameter_name(add.args[0]))).add_(underflow_counts(hidden, scaling))
+    tensors = (None if part is None else head.get_buffer(part.target) for part in ready)
+    return (*tensors, scaling, kernels)

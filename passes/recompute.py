@@ -30,7 +30,8 @@ from torch.fx.graph_module import _format_import_block
 from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_importer
 from torch.utils.checkpoint import checkpoint
 
-from act24.operation import operation
+from act24.errors import Act24Error
+from act24.operation import in_functorch, operation
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.normal_form import parameter_name, replace_node
 from act24.passes.graph.region import Factor, Region
@@ -276,6 +277,11 @@ def make_recomputed(source: str, draws: bool, importable: bool) -> Callable[...,
         return forward(None, *values)
 
     def recomputed(*values: Any) -> Any:
+        if in_functorch():
+            raise Act24Error(
+                "recompute keeps nothing for a backward of torch.func, which has no hooks of saved tensors: "
+                "leave it out there, pipeline.lower_(step, without=['recompute'])"
+            )
         return checkpoint(compute, *values, use_reentrant=False, preserve_rng_state=draws)
 
     name = f"recomputed_{sha256(source.encode()).hexdigest()[:12]}" + ("_drawing" if draws else "")

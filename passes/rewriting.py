@@ -388,6 +388,10 @@ class Rewriting:
         plans = [p.plan(region) for region in regions]
         if not any(planned.matches for planned in plans) and not p.optional:
             raise PassError(no_match(p, regions, plans, self._unclean))
+        if missing := p.missing(regions):
+            if not p.optional:
+                raise PassError(f"{p.name}: {missing}")
+            self._misses += [(p.name, "the model", missing)] * report
         for site, region, planned in zip(self._sites, regions, plans, strict=True):
             if isinstance(p, StructuralPass):
                 self._claim(p, site, region, planned.matches)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
 from act24.fp8.linear import cast_weight
+from act24.operation import is_transformed
 from act24.passes import activation24, weight24
 from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
@@ -293,7 +294,9 @@ class SparseWeight:
 
     @property
     def parameter(self) -> Tensor:
-        return self.module.get_parameter(self.local)
+        """It may be a tensor that is no parameter, for as long as torch.func.functional_call has it there."""
+        path, _, leaf = self.local.rpartition(".")
+        return getattr(self.module.get_submodule(path), leaf)
 
     def buffer(self, kind: str) -> Tensor:
         return self.module.get_buffer(self.local + kind)
@@ -354,7 +357,12 @@ def next_seeds_(pipeline: Rewriting, own: list[Tensor]) -> None:
     captured forward has it too."""
     if own:
         torch._foreach_add_(own, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_copy_(_seed_buffers(pipeline), own)  # pyright: ignore[reportPrivateImportUsage]
+        buffers = _seed_buffers(pipeline)
+        if any(map(is_transformed, buffers)):  # many models at once, which draw the same
+            for buffer, seed in zip(buffers, own, strict=True):
+                buffer.copy_(seed)
+            return
+        torch._foreach_copy_(buffers, own)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _seed_buffers(pipeline: Rewriting) -> list[Tensor]:

@@ -14,15 +14,16 @@ from torch import nn
 
 from act24.errors import Act24Error
 from act24.passes.graph.frozen import Remains
+from act24.passes.graph.roles import head_of
 
 
 class Watcher(Protocol):
     """Who is told of forwards."""
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        """A forward begins."""
+        """A forward of a module begins, maybe within one of another that is watched."""
 
-    def after_forward(self) -> None:
+    def after_forward(self, module: nn.Module) -> None:
         """It has ended, also by an error."""
 
     def copied(self) -> str:
@@ -32,11 +33,14 @@ class Watcher(Protocol):
 
 
 def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) -> None:
-    """Hook the module that calls the regions, outside of them."""
+    """Hook the module that calls the regions, outside of them. Where the head is one of them, that which
+    calls the others too: a loss may read hidden states and multiply with the head's weight itself."""
     _Before.hide()
-    trunk = _trunk(model, regions)
-    trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
-    trunk.register_forward_hook(_After(watcher), always_call=True)
+    head = head_of(model)
+    others = [fqn for fqn in regions if model.get_submodule(fqn) is not head]
+    for trunk in dict.fromkeys((_trunk(model, regions), _trunk(model, others))):
+        trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
+        trunk.register_forward_hook(_After(watcher), always_call=True)
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:
@@ -99,8 +103,8 @@ class _After(_Hook):
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Nothing, ()
 
-    def __call__(self, *_: Any) -> None:
-        self.watcher.after_forward()
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self.watcher.after_forward(module)
 
 
 class _Nothing:

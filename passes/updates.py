@@ -29,6 +29,7 @@ from torch.optim.optimizer import (
 )
 
 from act24.errors import Act24Error
+from act24.operation import is_transformed
 from act24.passes.activation24 import Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.fp8 import Fp8
@@ -75,6 +76,7 @@ class Updates:
         self._served_state: list[Any] = []  # mode read them last, and what tells those weights from others
         self._cache: weakref.ref[Any] | None = None  # keys and values of that forward
         self._entered: ExitStack | None = None  # by a forward in evaluation mode
+        self._running: nn.Module | None = None  # whose forward this is, of modules within each other
         self._masked = False  # the padding is that of an attention mask
         self._decaying: dict[int, tuple[SparseWeight, float]] = {}  # in whose gradient decay is, by id
         self._seeds: list[Tensor] = []
@@ -191,7 +193,7 @@ class Updates:
         without: Sequence[str],
         loop_decays: bool,
     ) -> str | None:
-        self.after_forward()
+        self._leave()
         pipeline = self.pipeline
         _refuse_to_guess(pipeline, reduce, rank)
         pipeline.lower_(step, without)
@@ -228,7 +230,7 @@ class Updates:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Forwards are none of an update's micro-batches, and are as the caller has lowered the model."""
-        self.after_forward()
+        self._leave()
         before, self._held = self._held, True
         try:
             yield
@@ -271,6 +273,8 @@ class Updates:
         if not weights:
             return []
         parameters = [weight.parameter for weight, _ in weights]
+        if any(map(is_transformed, parameters)):  # of torch.func, for as long as this forward lasts
+            return [(w, stored_mask(w.parameter, w.transposed, method)) for w, method in weights]
         # A shard's version and norm say nothing of the others.
         sharded = any(isinstance(p, DTensor) for p in parameters)
         state: list[Any] = [(id(p), None if p.is_inference() else p._version) for p in parameters]
@@ -286,10 +290,13 @@ class Updates:
         return self._served
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        if self._running is not None and self._running is not module:
+            return
         self._read_attention_mask(kwargs.get("attention_mask"))
         if self._held or torch._C._current_graph_task_id() != -1:  # a recomputation in backward
             return
-        self.after_forward()
+        self._leave()
+        self._running = module
         if not module.training:
             entered = ExitStack()
             entered.enter_context(self._as_served(self._goes_on(kwargs.get("past_key_values"))))
@@ -332,8 +339,13 @@ class Updates:
         active = self.pipeline.active
         return isinstance(p, OperationalPass) and p.renews and (p in active or p.in_evaluation() in active)
 
-    def after_forward(self) -> None:
+    def after_forward(self, module: nn.Module) -> None:
+        if module is self._running:
+            self._leave()
+
+    def _leave(self) -> None:
         """Also where the next thing begins: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
+        self._running = None
         if self._entered is not None:
             self._entered.close()
             self._entered = None

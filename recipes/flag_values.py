@@ -53,7 +53,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _full_name(written: str) -> str:
     """The option that was meant: itself, an old name, or as argparse does the one that begins so."""
-    names = [*BY_NAME, *{old for old, _ in OLD_SPELLINGS}]
+    names = {*BY_NAME, *(old for old, _ in OLD_SPELLINGS)}
     if written in names:
         return written
     beginnings = [name for name in BY_NAME if name.startswith(written)]

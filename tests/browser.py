@@ -29,7 +29,7 @@ from PIL import Image
 from tensorboard import program
 
 from act24.recipes.load import load_recipe
-from act24.tools.run.folder import RECIPE
+from act24.recipes.schema import Recipe
 from act24.tools.run.train import train
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -198,6 +198,12 @@ TABS: dict[str, tuple[Callable[[Browser], str | None], ...]] = {
 }
 
 
+def recipes() -> dict[str, Recipe]:
+    """The runs that are looked at, by the names of their folders."""
+    variant = ("train.steps=20", "optimizer.lr=5e-4")
+    return {"demo": load_recipe("demo"), "variant": load_recipe("demo", variant, scale_steps=True)}
+
+
 def checked(browser: Browser, url: str, pictures: Path | None) -> list[str]:
     """What is wrong, a line a fault."""
     faults = []
@@ -226,10 +232,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=Path, help="write what each tab looks like into this folder")
     given = parser.parse_args()
-    variant = ("train.steps=20", "optimizer.lr=5e-4")
-    for name, overrides in (("demo", ()), ("variant", variant)):
-        if not (given.folder / name / RECIPE).exists():
-            train(load_recipe("demo", overrides, scale_steps=True), given.folder / name)
+    for name, recipe in recipes().items():
+        # One that was stopped goes on to its end; one that is there is left as it is.
+        train(recipe, given.folder / name, resume="auto")
     board = program.TensorBoard()
     board.configure(argv=[None, "--logdir", str(given.folder), "--port", "0", "--host", "127.0.0.1"])
     browser = Browser()

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
-from act24.operation import cast, cast_for_autocast, operation
+from act24.operation import cast, cast_for_autocast, once_differentiable, operation, refuse_second_derivatives
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import SMALLEST, scales_of
 from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
@@ -46,6 +45,28 @@ def uses_kernels(device: torch.device, kernels: bool) -> bool:
 def cast_weight(weight: Tensor, scaling: Scaling, turned: bool = True, kernels: bool = True) -> CastE4m3:
     """What the products read of a weight `[out, in]`."""
     return cast_both_ways(weight, scaling, scaling, turned=turned, kernels=kernels)
+
+
+def refuse_e4m3(weight: Tensor) -> None:
+    """Refuse a weight that cannot be multiplied with in e4m3.
+
+    Raises:
+        ValueError: it has a side that is no multiple of 16.
+        Act24Error: it is on a GPU that has no e4m3.
+    """
+    if any(size % MULTIPLE for size in weight.shape):
+        raise ValueError(f"e4m3 needs sides that are multiples of {MULTIPLE}, got {tuple(weight.shape)}")
+    if reason := why_no_fp8(weight.device):
+        raise Act24Error(reason)
+
+
+def ready_cast(
+    narrow: Tensor | None, scale: Tensor | None, turned: Tensor | None, turned_scale: Tensor | None
+) -> tuple[Tensor, ...] | None:
+    """The parts of a cast that was made before, from e4m3 or its bytes; None where there is none."""
+    if narrow is None or scale is None or turned is None or turned_scale is None or not narrow.numel():
+        return None
+    return narrow.view(torch.float8_e4m3fn), scale, turned.view(torch.float8_e4m3fn), turned_scale
 
 
 class _LinearFp8(torch.autograd.Function):
@@ -126,16 +147,12 @@ def linear_fp8(
         ValueError: the weight has a side that is no multiple of 16.
         Act24Error: a GPU that has no e4m3.
     """
-    if any(size % MULTIPLE for size in weight.shape):
-        raise ValueError(f"e4m3 needs sides that are multiples of {MULTIPLE}, got {tuple(weight.shape)}")
-    if reason := why_no_fp8(x.device):
-        raise Act24Error(reason)
+    refuse_e4m3(weight)
+    refuse_second_derivatives(x, weight)
     cast_x, cast_w, cast_bias = cast_for_autocast(x, weight, bias)
     assert cast_x is not None
     assert cast_w is not None
-    ready = None
-    if narrow is not None and turned is not None and narrow.numel():
-        ready = (narrow.view(torch.float8_e4m3fn), scale, turned.view(torch.float8_e4m3fn), turned_scale)
+    ready = ready_cast(narrow, scale, turned, turned_scale)
     training = torch.is_grad_enabled() and cast_w.requires_grad
     # On a CPU the operators are their references.
     kernels = uses_kernels(x.device, kernels)

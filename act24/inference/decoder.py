@@ -31,9 +31,11 @@ from act24.inference.layer import (
     step_choices,
     weights_of,
 )
+from act24.inference.linears import prompt_algorithm
 from act24.inference.sampling import Sampling, next_token
 from act24.llama import LlamaForCausalLM
 from act24.rotary import rotary_embedding
+from act24.sparse24.format.products import Table
 
 #: Tokens of a prompt that go through the model at once; attention scores grow with them.
 CHUNK = 2048
@@ -76,6 +78,7 @@ class Decoder:
         compiled: bool | None = None,
         choice: Choice | None = None,
         memory: int | None = None,
+        table: Table = (),
     ) -> None:
         """
         Args:
@@ -87,6 +90,8 @@ class Decoder:
                 each block, what is fastest; elsewhere `DENSE`. Measuring costs a compilation of each kind of
                 block for each choice that is tried, five at most, and two more captures of a step.
             memory: bytes of a CPU's machine, beyond which a batch is refused; None: not looked at.
+            table: what a tuner found of the products of prompts with 2:4 weights on this device. They are 2:4
+                where they are faster, unless `choice` leaves weights dense; a packed copy of each is kept.
 
         Raises:
             Act24Error: a block is not of `act24.llama`.
@@ -106,6 +111,9 @@ class Decoder:
         self._laid_out: Plan | None = None
         self._addresses, self._versions = self._addresses_and_versions()
         self._step_forms: dict[Choice, list[LayerForm]] = {}
+        self._table = table
+        self._sparse = frozenset[tuple[int, int]]().union(*(each.sparse for each in self._weights))
+        self._prompt_forms: dict[frozenset[tuple[tuple[int, int], int]], list[LayerForm]] = {}
         self._compiled_forms: dict[tuple[LayerForm, int, int], LayerForm] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
         self._batch: Batch | None = None
@@ -267,7 +275,8 @@ class Decoder:
         if addresses != self._addresses:
             self._graph = self._laid_out = None
             self._addresses = addresses
-        if versions != self._versions and any(choice.packed for choice in self._step_forms):
+        packed = self._prompt_forms or any(choice.packed for choice in self._step_forms)
+        if versions != self._versions and packed:
             raise Act24Error("weights changed after they were packed: make a new Generator of this model")
         self._versions = versions
 
@@ -319,8 +328,33 @@ class Decoder:
             end = start + chunk.shape[1]
             place = place_of(torch.arange(start, end, device=self._device), batch.first, end)
             keys, values = ([each[:, :, :end] for each in cache] for cache in (batch.keys, batch.values))
-            hidden = self._layers(self._forms, batch, chunk, place, keys, values)
+            hidden = self._layers(self._forms_for_prompt(chunk.numel()), batch, chunk, place, keys, values)
         return hidden[:, -1:]
+
+    def prompt_products(self, tokens: int) -> dict[tuple[int, int], int]:
+        """How prompts go through 2:4 weights: by the shape `[N, K]` of those that cuSPARSELt multiplies, its
+        algorithm.
+
+        Args:
+            tokens: that go through the model at once, of all rows.
+        """
+        if self._choice is not None and not self._choice.packed:
+            return {}
+        found = {
+            shape: prompt_algorithm(tokens, shape, self._table, self._dtype, self._device)
+            for shape in self._sparse
+        }
+        return {shape: algorithm for shape, algorithm in found.items() if algorithm is not None}
+
+    def _forms_for_prompt(self, tokens: int) -> list[LayerForm]:
+        products = self.prompt_products(tokens)
+        if not products:
+            return self._forms
+        key = frozenset(products.items())
+        if key not in self._prompt_forms:
+            with torch.inference_mode(False), torch.no_grad():  # packed weights are ordinary tensors
+                self._prompt_forms[key] = cached_layers(self._blocks, products=products)
+        return self._prompt_forms[key]
 
     def _layers(
         self,

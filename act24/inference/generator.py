@@ -17,6 +17,7 @@ from act24.inference.sampling import Sampling
 from act24.inference.text import RowText
 from act24.llama import LlamaForCausalLM
 from act24.options import Range, in_range
+from act24.sparse24.format.products import Table
 
 #: Steps that a GPU may be ahead of the host. So many tokens are thrown away when the last row ends.
 AHEAD = 8
@@ -86,12 +87,13 @@ class Generator:
         compiled: bool | None = None,
         choice: Choice | None = None,
         memory: int | None = None,
+        table: Table = (),
     ) -> None:
         """
         Args:
             model: act24's LLaMA, rewritten by passes or not; put into evaluation.
             tokenizer: None where prompts and continuations are ids (`generate_ids`).
-            compiled, choice, memory: as for `act24.inference.decoder.Decoder`.
+            compiled, choice, memory, table: as for `act24.inference.decoder.Decoder`.
 
         Raises:
             Act24Error: another model.
@@ -108,7 +110,7 @@ class Generator:
             allowed = torch.as_tensor(tokenizer.known_ids(self._config.vocab_size))
             if not allowed.any():
                 raise Act24Error("the tokenizer has no token that the model knows")
-        self.decoder = Decoder(model, allowed, compiled, choice, memory)
+        self.decoder = Decoder(model, allowed, compiled, choice, memory, table)
 
     def __call__(
         self,

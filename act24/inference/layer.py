@@ -5,6 +5,7 @@
     activation24(x, W_in, W_out, …)   ==>   skipping_linear(activation24(…), W_out)    if skipping
     linear(x, W), linear(x, V)        ==>   split(linear(x, rows of W and V))          if fused
     linear(x, W), W 2:4               ==>   packed_linear(x, values, codes)            if packed
+    linear(x, W), W 2:4, of a prompt  ==>   product_linear(x, packed)                  where that is faster
 
 All else stays as it is, whatever passes made of the block. Blocks with equal code share one function, so that
 torch.compile compiles it once.
@@ -13,7 +14,7 @@ torch.compile compiles it once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +27,16 @@ from act24.inference.linears import (
     PACKED_TOKENS,
     SKIPPING_TOKENS,
     fuse_,
+    is_2_4,
     packed_linear,
+    product_linear,
     skipping_linear,
     store_by_feature_,
-    why_not_packed,
+    why_not_read_packed,
 )
 from act24.relu2 import relu2
 from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.kernels.pack_weight import pack_weight_rows
 from act24.sparse24.kernels.packed_decode import packed_for_decode
 
 #: (block, hidden [B, S, D], cos, sin [B, 1, S, d / 2], keys, values [B, H_kv, L, d], place) -> [B, S, D]
@@ -42,8 +46,8 @@ _INPUTS = ("hidden_states", "cos", "sin")
 _CACHE = ("act24_keys", "act24_values", "act24_place")
 _FUNCTIONS = {relu2: "relu2", F.relu: "relu", torch.relu: "relu"}
 
-#: Endings of the buffers of a packed weight, beside it in the block.
-VALUES, CODES = "_packed_values", "_packed_codes"
+#: Endings of the buffers of a packed weight, beside it in the block: for steps, and for prompts.
+VALUES, CODES, PACKED = "_packed_values", "_packed_codes", "_packed24"
 
 #: Beginning of the name of a buffer of several weights, and the ending of one of their biases.
 FUSED, BIAS = "act24_fused_", "_bias"
@@ -73,12 +77,16 @@ class Choice(NamedTuple):
 DENSE = Choice()
 
 
-def cached_layers(layers: Sequence[nn.Module], choice: Choice = DENSE) -> list[LayerForm]:
+def cached_layers(
+    layers: Sequence[nn.Module], choice: Choice = DENSE, products: Mapping[tuple[int, int], int] | None = None
+) -> list[LayerForm]:
     """For each block the function that computes it over a cache.
 
     Args:
         choice: for which the blocks are laid out (`lay_out_`); with `packed`, a packed copy of each 2:4
             weight comes into the block.
+        products: for prompts, by the shape `[N, K]` of a weight the algorithm by which cuSPARSELt multiplies
+            it if it is 2:4; a packed copy of it comes into the block.
 
     Raises:
         Act24Error: a block is none of act24's, or its attention is not the causal one of `act24.llama`.
@@ -94,6 +102,8 @@ def cached_layers(layers: Sequence[nn.Module], choice: Choice = DENSE) -> list[L
         graph.eliminate_dead_code()
         if choice.packed:
             _pack(graph, layer)
+        if products:
+            _multiply(graph, layer, products)
         graph.eliminate_dead_code()
         graph.lint()
         code = graph.python_code("self")
@@ -111,11 +121,13 @@ class Weights(NamedTuple):
         behind: weights behind an activation, of which zeros need no rows.
         together: by the name of a buffer, parameters that can be one tensor, behind each other: weights that
             multiply the same input, and their biases.
-        packable: some linear's weight is 2:4, and the kernel can read it packed.
+        sparse: shapes `[N, K]` of the linears whose weights are 2:4.
+        packable: the kernel of steps can read one of them packed.
     """
 
     behind: tuple[Tensor, ...]
     together: dict[str, tuple[Tensor, ...]]
+    sparse: frozenset[tuple[int, int]]
     packable: bool
 
 
@@ -131,8 +143,10 @@ def weights_of(layers: Sequence[nn.Module]) -> list[Weights]:
             together[group.name] = weights
             if biases:
                 together[group.name + BIAS] = biases
-        packable = any(not why_not_packed(_weight(layer, linear)) for linear in _linears(graph))
-        found.append(Weights(behind, together, packable))
+        weights = [_weight(layer, linear) for linear in _linears(graph)]
+        sparse = frozenset((len(weight), weight.shape[1]) for weight in weights if is_2_4(weight))
+        packable = any(not why_not_read_packed(weight) for weight in weights)
+        found.append(Weights(behind, together, sparse, packable))
     return found
 
 
@@ -243,7 +257,7 @@ def _groups(graph: fx.Graph, layer: nn.Module) -> list[_Group]:
     for linear in _linears(graph):
         weight, bias = _weight(layer, linear), _argument(linear, 2, "bias")
         if len(weight) % _LOAD == 0 and (bias is None or bias.op == "get_attr"):
-            kind = (bias is not None, weight.dtype, bool(why_not_packed(weight)))
+            kind = (bias is not None, weight.dtype, bool(why_not_read_packed(weight)))
             found.setdefault((linear.args[0], *kind), []).append(linear)
     groups = [(linears, biased) for (_, biased, *_), linears in found.items() if len(linears) > 1]
     return [_Group(f"{FUSED}{n}", linears, biased) for n, (linears, biased) in enumerate(groups)]
@@ -332,16 +346,34 @@ def _pack(graph: fx.Graph, layer: nn.Module) -> None:
     for linear in _linears(graph):
         name = str(_argument(linear, 1, "weight").target)
         weight = _weight(layer, linear)
-        if why_not_packed(weight):
+        if why_not_read_packed(weight):
             continue
-        path, _, leaf = name.rpartition(".")
-        owner = layer.get_submodule(path)
-        for ending, part in zip((VALUES, CODES), packed_for_decode(weight), strict=True):
-            if hasattr(owner, leaf + ending):  # of an earlier generator, with weights that may have changed
-                getattr(owner, leaf + ending).copy_(part)
-            else:
-                owner.register_buffer(leaf + ending, part, persistent=False)
+        _keep(layer, name, dict(zip((VALUES, CODES), packed_for_decode(weight), strict=True)))
         with graph.inserting_before(linear):
             parts = [graph.get_attr(name + ending) for ending in (VALUES, CODES)]
             arguments = (linear.args[0], *parts, _argument(linear, 2, "bias"))
             linear.replace_all_uses_with(graph.call_function(packed_linear, arguments))
+
+
+def _multiply(graph: fx.Graph, layer: nn.Module, products: Mapping[tuple[int, int], int]) -> None:
+    for linear in _linears(graph):
+        name, weight = str(_argument(linear, 1, "weight").target), _weight(layer, linear)
+        algorithm = products.get((len(weight), weight.shape[1]))
+        if algorithm is None or not is_2_4(weight):
+            continue
+        _keep(layer, name, {PACKED: pack_weight_rows(weight.detach().contiguous(), weight != 0)})
+        with graph.inserting_before(linear):
+            packed, bias = graph.get_attr(name + PACKED), _argument(linear, 2, "bias")
+            arguments = (linear.args[0], packed, bias, algorithm)
+            linear.replace_all_uses_with(graph.call_function(product_linear, arguments))
+
+
+def _keep(layer: nn.Module, name: str, parts: Mapping[str, Tensor]) -> None:
+    """Register what a weight was packed into beside it, by the ending of its name."""
+    path, _, leaf = name.rpartition(".")
+    owner = layer.get_submodule(path)
+    for ending, part in parts.items():
+        if hasattr(owner, leaf + ending):  # of an earlier generator, with weights that may have changed
+            getattr(owner, leaf + ending).copy_(part)
+        else:
+            owner.register_buffer(leaf + ending, part, persistent=False)

@@ -1,18 +1,24 @@
 """The linears of a decoding step, where bytes of weights are the time: rows that a zero meets are not read,
-2:4 weights are read packed, and weights of the same input are read as one."""
+2:4 weights are read packed, and weights of the same input are read as one. And those of prompts, where
+products are the time: cuSPARSELt multiplies 2:4 weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from act24.sparse24.kernels.packed_decode import INPUTS, packed_decode
+from act24.sparse24.format.packed import TILE_ROWS
+from act24.sparse24.format.products import Table
+from act24.sparse24.kernels.packed_decode import INPUTS, TOKENS, packed_decode
+from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.skipping_product import skipping_product
+from act24.sparse24.weight.forms import LinearOptions24, product_algorithms, prompt_linear, why_not_packed
 
-#: Most tokens of a step for which 2:4 weights are read packed.
-PACKED_TOKENS = 1
+#: Most tokens of a step for which reading 2:4 weights packed is tried.
+PACKED_TOKENS = TOKENS
 
 #: Most tokens of a step for which skipping is tried. Each has active features of its own, and all are read.
 SKIPPING_TOKENS = 8
@@ -39,11 +45,40 @@ def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None)
     """A linear whose weight is 2:4, packed by `act24.sparse24.kernels.packed_decode.packed_for_decode`.
 
     Args:
-        x: bfloat16 `[..., K]`, one token.
+        x: bfloat16 `[..., K]`, in all at most `PACKED_TOKENS` tokens.
     """
-    y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes)
+    y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes).sum(0)
     y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], len(values))
+    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+
+
+def prompt_algorithm(
+    tokens: int, shape: tuple[int, int], table: Table, dtype: torch.dtype, device: torch.device
+) -> int | None:
+    """cuSPARSELt's algorithm for the product of so many tokens with a 2:4 weight; None where the dense
+    product is faster, as far as is known (`act24.sparse24.weight.forms`, which decides), or has to be.
+
+    Args:
+        shape: `[N, K]` of the weight.
+        table: what a tuner found on this device.
+    """
+    linear, options = prompt_linear(tokens, *shape, dtype, device), LinearOptions24(algorithms=table)
+    return None if why_not_packed(linear, options) else product_algorithms(linear, options)["y"]
+
+
+def product_linear(x: Tensor, packed: Tensor, bias: Tensor | None, algorithm: int) -> Tensor:
+    """A linear whose weight is 2:4, by cuSPARSELt.
+
+    Args:
+        x: bfloat16 `[..., K]`.
+        packed: the buffer of the weight, `[N, K]`, packed along its rows (`pack_weight_rows`).
+        algorithm: of the library's (`prompt_algorithm`).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE_ROWS))
+    y = product24(packed, padded.T, algorithm, True, None, None)[: len(rows)]
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], packed.shape[0])
 
 
 @torch.no_grad()
@@ -74,7 +109,7 @@ def fuse_(module: nn.Module, name: str, parameters: Sequence[Tensor]) -> None:
         module.register_buffer(name, whole, persistent=False)
 
 
-def why_not_packed(weight: Tensor) -> str:
+def why_not_read_packed(weight: Tensor) -> str:
     """Why a step does not read this weight, `[N, K]`, packed; empty if it may. Looks at its values."""
     if weight.dtype is not torch.bfloat16:
         return f"the weight is {weight.dtype}, and the kernel is for bfloat16"

@@ -11,7 +11,7 @@ from torch import nn
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.roles import Role, role_by_name
 
-_NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward"}
+_NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head"}
 
 #: The beginning of the reason why a module that has an activation is not traced.
 HIDES = "its relu"

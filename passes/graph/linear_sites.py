@@ -32,7 +32,7 @@ from act24.passes.graph.roles import Role
 Scope = Literal["all", "attn", "mlp"]
 
 #: What a pass leaves alone unless its targets name it.
-_BY_NAME_ONLY = ("other", "router", "lora")
+_BY_NAME_ONLY = ("other", "router", "lora", "head")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import fx, nn
 from act24.passes.graph.normal_form import is_call, is_product, weight_name
 from act24.relu2 import relu2
 
-Role = Literal["attn", "mlp", "router", "lora", "other"]
+Role = Literal["attn", "mlp", "router", "lora", "head", "other"]
 
 _PRODUCTS = (
     torch.matmul,
@@ -76,6 +76,15 @@ _MLP_LEAVES |= {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to
 _MLP_LEAVES |= {"linear2", "intermediate", "wo", "fc_in", "fc_out"}
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, by `transformers`' own name for it or as `lm_head`; None
+    where there is none, as in the stock model with tied embeddings."""
+    held: Any = model
+    if callable(getattr(held, "get_output_embeddings", None)):
+        return held.get_output_embeddings()
+    return getattr(held, "lm_head", None)
+
+
 def roles_of(
     graph: fx.Graph, module: nn.Module, fqn: str, around: Mapping[str, nn.Module]
 ) -> dict[str, Role]:
@@ -88,11 +97,14 @@ def roles_of(
     """
     shown = roles_in_graph(graph, module)
     roles: dict[str, Role] = {}
+    head = head_of(around[""])
     for node in graph.nodes:
         if is_call(node, F.linear) and (name := weight_name(node)):
             path = ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
             named = role_by_name(path, around)
             roles[name] = named if named == "lora" else shown.get(name, named)
+            if head is not None and around.get(path) is head:
+                roles[name] = "head"
     return roles
 
 

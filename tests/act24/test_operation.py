@@ -11,12 +11,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.func import grad
 
 import act24
+from act24.errors import Act24Error
+from act24.fp8.linear import linear_fp8
+from act24.loss import cross_entropy_sum
 from act24.operation import cast_for_autocast, operation
 from act24.pruning.stored import packed_bits
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.pattern.mvue import mvue24
+from act24.sparse24.weight.linear24 import linear24
+from act24.sparse24.weight.methods import weight_mask
 
 
 class _Tripled(torch.autograd.Function):
@@ -51,6 +59,71 @@ def test_why_there_are_operations() -> None:
     x = torch.randn(3)
     graph = fx.symbolic_trace(lambda x: _Tripled.apply(x))
     assert torch.equal(gradient(graph, x), torch.ones(3))
+
+
+def _operations() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Those with a backward of their own, of rows `[4, 16]`."""
+    generator = torch.Generator().manual_seed(0)
+    w, v = (torch.randn(16, 16, dtype=torch.float64, generator=generator) for _ in range(2))
+    mask, labels = weight_mask(w, "ste"), torch.arange(4)
+    return {
+        "linear24": lambda x: linear24(x, w, None, mask),
+        "activation24": lambda x: activation24(x, w, None, v, None)[0],
+        "linear_fp8": lambda x: linear_fp8(x, w, None),
+        "cross_entropy_sum": lambda x: cross_entropy_sum(x[None], w, labels[None])[0],
+        "mvue24": lambda x: mvue24(x, 3),
+    }
+
+
+@pytest.mark.parametrize("name", _operations())
+def test_no_derivative_in_forward_mode(name: str) -> None:
+    function = _operations()[name]
+    x = torch.randn(4, 16, dtype=torch.float64)
+    message = rf"{name} has no derivative in forward mode .* take it in reverse"
+    with pytest.raises(Act24Error, match=message):
+        torch.func.jvp(function, (x,), (x,))
+    with pytest.raises(Act24Error, match=message), forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
+    _, tangent = torch.func.jvp(lambda y: function(x) * y.sum(), (x,), (x,))  # of it nothing is wanted
+    torch.testing.assert_close(tangent, function(x) * x.sum())
+
+
+@pytest.mark.parametrize("name", [name for name in _operations() if name != "mvue24"])
+def test_no_second_derivative(name: str) -> None:
+    """In torch.func and in autograd."""
+    function = lambda x: _operations()[name](x).square().sum()  # noqa: E731
+    x = torch.randn(4, 16, dtype=torch.float64)
+
+    def penalty(y: Tensor) -> Tensor:
+        return grad(function)(y).square().sum()
+
+    with pytest.raises(Act24Error, match="can be differentiated once"):
+        grad(penalty)(x)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    with pytest.raises(Act24Error, match="can be differentiated once"):
+        (function(x) + first.square().sum()).backward()
+
+
+def test_no_second_derivative_by_way_of_what_is_saved() -> None:
+    """The gradient of a sum comes in as ones; that of relu² depends on x all the same."""
+    x = torch.randn(4, 16, dtype=torch.float64)
+    of_sum = grad(lambda z: activation24(z, None, None, None, None)[0].sum())
+    with pytest.raises(Act24Error, match="can be differentiated once"):
+        grad(lambda y: of_sum(y).square().sum())(x)
+    first_order = grad(lambda y: (of_sum(y.detach()) * y).sum())(x)
+    torch.testing.assert_close(first_order, of_sum(x))
+    assert not of_sum(x.requires_grad_()).requires_grad
+    total = activation24(x, None, None, None, None)[0].sum()
+    (first,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(Act24Error, match="can be differentiated once"):
+        (total + first.square().sum()).backward()
+
+
+def test_no_rule_for_vmap() -> None:
+    x = torch.randn(3, 4, 16)
+    with pytest.raises(Act24Error, match=r"linear_fp8 has no rule for torch\.func\.vmap: run one sample"):
+        torch.func.vmap(lambda rows: linear_fp8(rows, x.new_ones(16, 16), None))(x)
 
 
 def test_custom_backward_survives_tracing_and_tracing_again() -> None:
@@ -129,6 +202,10 @@ INPUTS: dict[str, tuple[Any, ...]] = {
         *(0.7, "silu"),
     ),
     "linear_fp8": (normal(5, 16), normal(16, 16), normal(16)),
+    "document_attention": (
+        *(normal(2, 3, 5, 4), normal(2, 3, 5, 4), normal(2, 3, 5, 4)),
+        torch.tensor([[0, 0, 2, 2, 2], [0, 0, 0, 0, 4]]),
+    ),
     "underflow_counts": (normal(5, 8), "rowwise"),
     "masked_adapter_weight": (normal(6, 8), normal(3, 8), normal(6, 3), packed_bits(normal(6, 8) > 0), 2.0),
 }

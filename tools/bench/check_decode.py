@@ -26,11 +26,14 @@ from act24.sparse24.feed_forward.forms import network_of
 from act24.sparse24.feed_forward.operation import activation24, form_of
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.format.products import feed_forward_products
-from act24.sparse24.kernels.packed_decode import packed_decode, packed_for_decode, unpacked
+from act24.sparse24.kernels.packed_decode import Tiling, launch, packed_for_decode, tilings, unpacked
 from act24.sparse24.kernels.skipping_product import skipping_product
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.tools.bench.decode import copies_of, microseconds
 from act24.tools.bench.rows import needed_gpu
+
+#: 2:4 weights, [outputs, inputs], that are timed.
+PACKED = ((4096, 4096), (16512, 4096), (4096, 16512), (8192, 2048))
 
 
 def main() -> None:
@@ -53,13 +56,18 @@ def _checks(device: torch.device) -> Iterator[tuple[str, bool]]:
             y = skipping_product(hidden, weight, "relu2").sum(0)
             exact = hidden.relu().square().double() @ weight.double()
             yield f"skipping {tokens} {features} {width}", _close(y, exact, 1e-5)
-    for outputs, inputs in ((4096, 4096), (16512, 4096), (4096, 16512), (768, 3072), (37, 640)):
+    for outputs, inputs in (*PACKED, (768, 3072), (37, 640)):
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
         weight = torch.where(top2_of_4(weight.abs()), weight, 0)
-        x, packed = torch.randn(1, inputs, device=device).bfloat16(), packed_for_decode(weight)
-        y, exact = packed_decode(x, *packed), x.double() @ weight.double().T
-        same = torch.equal(unpacked(*packed), weight)
-        yield f"packed {outputs} {inputs}", same and _close(y, exact, 4e-3)
+        packed = packed_for_decode(weight)
+        yield f"unpacked {outputs} {inputs}", torch.equal(unpacked(*packed), weight)
+        for tokens in (1, 2, 3, 8, 16):
+            x = torch.randn(tokens, inputs, device=device).bfloat16()
+            exact = x.double() @ weight.double().T
+            for tiling in tilings(tokens, outputs, inputs):
+                y, again = (launch(x, *packed, tiling).sum(0) for _ in range(2))
+                found = _close(y, exact, 1e-5) and torch.equal(y, again)
+                yield f"packed {outputs}×{inputs}, {tokens} tokens, {tiling}", found
     yield from _prompts(device)
     yield from _generation(device)
 
@@ -155,14 +163,29 @@ def _times(device: torch.device) -> Iterator[str]:
                 found = microseconds(_skip, [(hidden, w) for w in rows])
                 told += f"; skipping at {density}: {found:.1f} ({dense / found:.2f})"
             yield told
-    for outputs, inputs in ((4096, 4096), (16512, 4096), (4096, 16512), (8192, 2048)):
+    for outputs, inputs in PACKED:
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
         plain = copies_of(torch.where(top2_of_4(weight.abs()), weight, 0))
         packed = [packed_for_decode(w) for w in plain]
-        x = torch.randn(1, inputs, device=device).bfloat16()
-        dense = microseconds(F.linear, [(x, w) for w in plain])
-        found = microseconds(packed_decode, [(x, *parts) for parts in packed])
-        yield f"2:4 {outputs}×{inputs}: dense {dense:.1f} µs, packed {found:.1f} ({dense / found:.2f})"
+        for tokens in (1, 2, 4, 8, 16):
+            x = torch.randn(tokens, inputs, device=device).bfloat16()
+            dense = microseconds(F.linear, [(x, w) for w in plain])
+            found = {
+                tiling: microseconds(launch, [(x, *parts, tiling) for parts in packed])
+                for tiling in tilings(tokens, outputs, inputs)
+            }
+            taken, best = next(iter(found)), min(found, key=found.__getitem__)
+            ours = found[taken]
+            yield (
+                f"2:4 {outputs}×{inputs}, {tokens} tokens: dense {dense:.1f} µs, packed {ours:.1f} "
+                f"({dense / ours:.2f}), taken {_told(taken)}; fastest {_told(best)} {found[best]:.1f} "
+                f"({dense / found[best]:.2f}); "
+                + ", ".join(f"{_told(tiling)} {time:.1f}" for tiling, time in found.items())
+            )
+
+
+def _told(tiling: Tiling) -> str:
+    return f"{tiling.rows}×{tiling.groups}/{tiling.splits} w{tiling.warps} s{tiling.stages}"
 
 
 if __name__ == "__main__":

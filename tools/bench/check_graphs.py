@@ -67,6 +67,11 @@ CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "soft_threshold_weights": ("c4/130m-dense", (_RELU2 % ',method="soft_threshold_weights"',), False),
     "ste": ("c4/130m-dense", (_RELU2 % ',estimator="ste"',), False),
     "fp8, split": ("c4/130m-dense", (_RELU2 % ',precision="fp8",backward="split_gemm"',), False),
+    "fp8 with head": (
+        "c4/130m-dense",
+        ('passes=[{use="relu2_ffn"},{use="activation24"},{use="fp8",head=true}]',),
+        False,
+    ),
     "weight24 transposable": ("c4/130m-dense", (_WEIGHT % ",mask_every=2",), False),
     "weight24 soft_threshold": ("c4/130m-dense", (_WEIGHT % ',method="soft_threshold"',), False),
     "weight24 sr_ste": ("c4/130m-dense", (_WEIGHT % ',method="sr_ste"',), False),

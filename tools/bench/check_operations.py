@@ -51,6 +51,14 @@ def cases(device: str) -> Iterator[Case]:
         lambda hidden, weight: cross_entropy_sum(hidden, weight, labels, 64)[0],
         (draw(4, 64, 32), draw(50, 32)),
     )
+    for scaling in get_args(Scaling):
+        yield (
+            f"cross_entropy_sum, fp8, {scaling}",
+            lambda hidden, weight, scaling=scaling: cross_entropy_sum(
+                hidden, weight, labels % 48, 64, None, None, None, None, scaling
+            )[0],
+            (coarse(4, 64, 32), coarse(48, 32)),
+        )
     indices = torch.tensor([3, 1, 17], device=device)
     yield "select_columns", lambda x: select_columns(x, indices).sin().sum(), (draw(4, 16, 32),)
     seed, scale = torch.tensor(7, device=device), torch.tensor(1.5, device=device)

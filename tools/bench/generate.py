@@ -9,35 +9,42 @@ measured of trained models is in `act24 bench decode`.
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from act24.errors import Act24Error
 from act24.inference.cache import cache_bytes
-from act24.inference.decoder import Decoder, plan_text
+from act24.inference.decoder import CHUNK, Decoder, plan_text
 from act24.inference.layer import DENSE, Choice
 from act24.inference.linears import PACKED_TOKENS, SKIPPING_TOKENS
 from act24.inference.sampling import Sampling
 from act24.llama import PRESETS, LlamaConfig, LlamaForCausalLM
 from act24.passes import Relu2FFN, apply_
 from act24.passes.relu2_ffn import parity_width
+from act24.sparse24.format.device import obstacle
+from act24.sparse24.format.products import Table
 from act24.sparse24.pattern.selection import top2_of_4
-from act24.tools.bench.rows import needed_gpu, versions
+from act24.sparse24.weight.forms import prompt_linear, tunable_products
+from act24.tools.bench.rows import graph_milliseconds, needed_gpu, versions
 from act24.tools.bench.train import commit
+from act24.tools.run.tuning import tuned_table
 
 SIZES = {"130m": "llama-130m", "1b": "llama-1b", "7b": "llama-7b"}
+PACKED = Choice(packed=True, fused=True)
 #: Those without sparsity come first: the others are beside the faster of them. None: what the decoder
 #: measures and takes, block by block.
 SIDES = (
     DENSE,
     Choice(fused=True),
     Choice(skipping=True, fused=True),
-    Choice(packed=True, fused=True),
+    PACKED,
     Choice(skipping=True, packed=True, fused=True),
     None,
 )
@@ -45,6 +52,9 @@ GREEDY = Sampling(temperature=0)
 
 #: Tokens of the prompts, and steps that are timed, three times.
 PROMPT, STEPS = 128, 48
+
+#: Rows of the prompts that are timed beside single ones: together enough tokens for 2:4 products.
+PROMPT_ROWS = 8
 
 
 def bench_generate(
@@ -68,7 +78,8 @@ def bench_generate(
         say: is told of each figure as it comes.
 
     Returns:
-        JSON values: rows, machine, versions and commit.
+        JSON values: rows, machine, versions and commit. A side that raised has a row with "failed", and the
+        others go on; after an interrupt, "interrupted" and the rows so far.
 
     Raises:
         Act24Error: no GPU, or an unknown size.
@@ -79,14 +90,7 @@ def bench_generate(
     read = _bandwidth(device)
     say(f"{torch.cuda.get_device_name(device)}: a copy moves {read / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
-    for size in sizes:
-        config = drawn_config(SIZES[size], layers)
-        for row in _size(size, config, batches, prefills, density, transformers, device):
-            if "bytes" in row:
-                row["share of a copy's bandwidth"] = row.pop("bytes") / row["seconds"] / read
-            rows.append(row)
-            say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    return {
+    result = {
         "commit": commit(),
         "gpu": torch.cuda.get_device_name(device),
         "versions": versions(),
@@ -95,6 +99,17 @@ def bench_generate(
         "layers": {size: drawn_config(SIZES[size], layers).num_hidden_layers for size in sizes},
         "rows": rows,
     }
+    try:
+        for size in sizes:
+            config = drawn_config(SIZES[size], layers)
+            for row in _size(size, config, batches, prefills, density, transformers, device):
+                if "bytes" in row:
+                    row["share of a copy's bandwidth"] = row.pop("bytes") / row["seconds"] / read
+                rows.append(row)
+                say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -104,10 +119,15 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['model']} | {row['what']} | | failed: {row['failed']} | | |")
+            continue
         ratio = f"{row['to dense']:.2f}" if "to dense" in row else ""
         share = row.get("share of a copy's bandwidth")
         told = f"{row['tokens/s']:,.0f} | {ratio} | {'' if share is None else f'{share:.0%}'}"
         lines.append(f"| {row['model']} | {row['what']} | {row['rows']} | {told} |")
+    if "interrupted" in result:
+        lines.append("Interrupted: the rows so far.")
     return "\n".join(lines)
 
 
@@ -120,37 +140,99 @@ def _size(
     transformers: bool,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    model = drawn_model(config, density, device)
-    longest = max((*prefills, PROMPT + 8 * STEPS)) + 8
-    weights = sum(p.numel() * p.itemsize for p in model.model.layers.parameters())
-    weights += model.head_weight.numel() * model.head_weight.itemsize
-    dense: dict[int, float] = {}
+    def failed(what: str, error: Exception) -> dict[str, Any]:
+        told = str(error).partition("\n")[0]
+        return {"model": size, "what": what, "failed": f"{type(error).__name__}: {told}"}
+
+    try:
+        model = drawn_model(config, density, device)
+    except Exception as error:  # whatever a model or a side meets, the others keep their figures
+        yield failed("the model", error)
+        return
+    prompts = [(1, length) for length in prefills]
+    prompts += [(PROMPT_ROWS, length) for length in prefills[:1]]
+    measured = _Measured({}, {})
     for side in SIDES:
-        decoder = Decoder(model, choice=side)
-        sparse = side is None or side.skipping or side.packed
-        for batch in batches:
-            if side is not None and batch > (PACKED_TOKENS if side.packed else SKIPPING_TOKENS) and sparse:
-                continue
-            seconds = _step_seconds(decoder, batch)
-            told = "measured, block by block" if side is None else str(side)
-            row = {"model": size, "what": told, "rows": batch, "tokens/s": batch / seconds}
-            row |= {"seconds": seconds, "to dense": dense.get(batch, seconds) / seconds}
-            if side is None:
-                row["plan"] = plan_text(decoder.plans[batch])
-            if side == DENSE:
-                row["bytes"] = weights + cache_bytes(model.config, batch, PROMPT + STEPS, torch.bfloat16)
-            if not sparse:  # what sparsity has to beat is the faster of the two
-                dense[batch] = min(seconds, dense.get(batch, seconds))
-            yield row
-        if side == DENSE:
-            for length in prefills:
-                seconds = _prefill_seconds(decoder, length, longest)
-                yield {"model": size, "what": f"prefill of {length}", "rows": 1, "tokens/s": length / seconds}
-            if transformers:
-                yield from _theirs(size, model, batches, dense)
-        del decoder
+        what = "measured, block by block" if side is None else str(side)
+        try:
+            table = _tuned(model, prompts, device) if side == PACKED else ()
+            read = prompts if side in (DENSE, PACKED) else []
+            for row in _side(model, side, batches, read, table, measured):
+                yield {"model": size, "what": what} | row
+        except Exception as error:
+            yield failed(what, error)
         gc.collect()
         torch.cuda.empty_cache()
+        if side == DENSE and transformers:
+            try:
+                for row in _theirs(model, batches, measured.steps):
+                    yield {"model": size} | row
+            except Exception as error:
+                yield failed("transformers", error)
+
+
+class _Measured(NamedTuple):
+    """Seconds without sparsity, which the other sides are beside.
+
+    Attributes:
+        steps: by rows.
+        prompts: by rows and tokens.
+    """
+
+    steps: dict[int, float]
+    prompts: dict[tuple[int, int], float]
+
+
+def _side(
+    model: LlamaForCausalLM,
+    side: Choice | None,
+    batches: Sequence[int],
+    prompts: Sequence[tuple[int, int]],
+    table: Table,
+    measured: _Measured,
+) -> Iterator[dict[str, Any]]:
+    decoder = Decoder(model, choice=side, table=table)
+    weights = sum(p.numel() * p.itemsize for p in model.model.layers.parameters())
+    weights += model.head_weight.numel() * model.head_weight.itemsize
+    dense = measured.steps
+    for batch in batches:
+        if side is not None and batch > most_rows(side):
+            continue
+        seconds = _step_seconds(decoder, batch)
+        row = {"rows": batch, "tokens/s": batch / seconds, "seconds": seconds}
+        row["to dense"] = dense.get(batch, seconds) / seconds
+        if side is None:
+            row["plan"] = plan_text(decoder.plans[batch])
+        if side == DENSE:
+            row["bytes"] = weights + cache_bytes(model.config, batch, PROMPT + STEPS, torch.bfloat16)
+        if side is not None and not (side.skipping or side.packed):
+            dense[batch] = min(seconds, dense.get(batch, seconds))  # the faster of these is to be beaten
+        yield row
+    for rows, length in prompts:
+        seconds = _prefill_seconds(decoder, rows, length)
+        before = measured.prompts.setdefault((rows, length), seconds)
+        products = decoder.prompt_products(rows * min(CHUNK, length))
+        row = {"what": f"prefill of {length}, {side}", "rows": rows, "tokens/s": rows * length / seconds}
+        row |= {"seconds": seconds, "to dense": before / seconds}
+        yield row | {"2:4 products": ", ".join(f"{n}×{k}" for n, k in sorted(products)) or "none"}
+
+
+def _tuned(model: LlamaForCausalLM, prompts: Sequence[tuple[int, int]], device: torch.device) -> Table:
+    """What cuSPARSELt's products take for the prompts' tokens, measured here where nobody did before."""
+    if obstacle(device):
+        return ()
+    weights = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    shapes = dict.fromkeys((len(weight), weight.shape[1]) for weight in weights)
+    chunks = dict.fromkeys(rows * min(CHUNK, length) for rows, length in prompts)
+    linears = [prompt_linear(t, *shape, torch.bfloat16, device) for t in chunks for shape in shapes]
+    products = [tunable_products(n.tokens, n.out_features, n.in_features, ("y",)) for n in linears]
+    return tuned_table(itertools.chain(*products), device, graph_milliseconds)
+
+
+def most_rows(side: Choice) -> float:
+    """Of a batch for which the decoder would try this choice."""
+    skipping = SKIPPING_TOKENS if side.skipping else math.inf
+    return min(skipping, PACKED_TOKENS if side.packed else math.inf)
 
 
 def drawn_config(preset: str, layers: int | None = None) -> LlamaConfig:
@@ -207,19 +289,19 @@ def _step_seconds(decoder: Decoder, batch: int) -> float:
     return min(turns)
 
 
-def _prefill_seconds(decoder: Decoder, length: int, longest: int) -> float:
+def _prefill_seconds(decoder: Decoder, rows: int, length: int) -> float:
     turns = []
     for _ in range(3):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        decoder.begin(_prompts(1, length), [0], longest, GREEDY)
+        decoder.begin(_prompts(rows, length), range(rows), length + 8, GREEDY)
         torch.cuda.synchronize()
         turns.append(time.perf_counter() - begun)
     return min(turns)
 
 
 def _theirs(
-    size: str, model: LlamaForCausalLM, batches: Sequence[int], dense: dict[int, float]
+    model: LlamaForCausalLM, batches: Sequence[int], dense: dict[int, float]
 ) -> Iterator[dict[str, Any]]:
     """`transformers`' Arcee with the same tensors: generation of two lengths, which differ by decoding."""
     from transformers import ArceeForCausalLM
@@ -231,8 +313,8 @@ def _theirs(
             _their_seconds(theirs, batch, length)
         short, long = (min(_their_seconds(theirs, batch, length) for _ in range(2)) for length in lengths)
         step = (long - short) / (3 * STEPS)
-        row = {"model": size, "what": "transformers, static cache, compiled", "rows": batch}
-        yield row | {"tokens/s": batch / step, "seconds": step, "to dense": dense[batch] / step}
+        row = {"what": "transformers, static cache, compiled", "rows": batch}
+        yield row | {"tokens/s": batch / step, "seconds": step, "to dense": dense.get(batch, step) / step}
     torch._dynamo.reset()
 
 

@@ -71,13 +71,17 @@ def bench_peers(
     sizes: Annotated[str, typer.Option(help="130m, 350m, 1b or 7b (4 layers), by commas.")] = "7b",
     precisions: Annotated[str, typer.Option(help="autocast or bfloat16, by commas.")] = "bfloat16",
     rows: Annotated[int | None, typer.Option(min=1, help="Rows a step; by size if not given.")] = None,
+    turns: Annotated[int, typer.Option(min=1, help="How often each side is built and timed.")] = 2,
+    side: Annotated[list[str] | None, typer.Option(help="Only this side, repeatable; all if none.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Whole training steps beside transformers, and transformers with torchao's fp8."""
+    """Whole training steps beside transformers, and transformers with torchao's fp8. Stopped, it reports what
+    it has timed."""
     from act24.tools.bench.peers import bench_peers as run_bench
     from act24.tools.commands.show import show_bench_rows
 
-    show_bench_rows(run_bench(sizes.split(","), precisions.split(","), rows), as_json)
+    found = run_bench(sizes.split(","), precisions.split(","), rows, turns=turns, sides=side or ())
+    show_bench_rows(found, as_json)
 
 
 @bench_app.command("pack")

@@ -15,7 +15,7 @@ from act24.tools.commands.bench import bench_app
 from act24.tools.commands.chinese import LangOption, comments, speaker
 from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
-from act24.tools.commands.options import RecipeArgument, SetOption
+from act24.tools.commands.options import RecipeArgument, ScaleOption, SetOption
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -88,7 +88,10 @@ def train(
         ),
     ] = "same",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build, plan, print and make one step; write no file.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Build, plan, print, make one step (with --resume the next); write no file."
+        ),
     ] = False,
     schedule: Annotated[
         ScheduleOnResume,
@@ -97,12 +100,7 @@ def train(
             "value, or stretch it over the new steps."
         ),
     ] = "hold",
-    scale_steps: Annotated[
-        bool,
-        typer.Option(
-            "--scale-steps", help="With --set train.steps=N: warm-up, restarts and from_step scale with it."
-        ),
-    ] = False,
+    scale_steps: ScaleOption = False,
 ) -> None:
     """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …
 
@@ -163,13 +161,14 @@ def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, counts as whole integers.")] = False,
+    scale_steps: ScaleOption = False,
     lang: LangOption = None,
 ) -> None:
     """What each pass would rewrite, with parameters and FLOPs before and after. Allocates no weights."""
     from act24.recipes.load import load_recipe
     from act24.tools.commands.show import show_plan
 
-    loaded, say = load_recipe(recipe, set_ or ()), speaker(lang)
+    loaded, say = load_recipe(recipe, set_ or (), scale_steps), speaker(lang)
     show_plan(loaded, as_json, say)
     _warn_of_oddities(loaded, say)
 
@@ -267,11 +266,11 @@ def recipe_ls() -> None:
 
 
 @recipe_app.command("show")
-def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def recipe_show(recipe: RecipeArgument, set_: SetOption = None, scale_steps: ScaleOption = False) -> None:
     """Print a recipe resolved: extended, overridden, every default filled in."""
     from act24.recipes.load import dump_recipe, load_recipe
 
-    print(dump_recipe(load_recipe(recipe, set_ or ())), end="")
+    print(dump_recipe(load_recipe(recipe, set_ or (), scale_steps)), end="")
 
 
 @recipe_app.command("keys")
@@ -296,12 +295,12 @@ def recipe_keys(
 
 
 @recipe_app.command("validate")
-def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def recipe_validate(recipe: RecipeArgument, set_: SetOption = None, scale_steps: ScaleOption = False) -> None:
     """Check a recipe: its keys and values, and that every pass finds something to rewrite."""
     from act24.recipes.load import load_recipe
     from act24.tools.run.pretrained import plan as plan_recipe
 
-    loaded = load_recipe(recipe, set_ or ())
+    loaded = load_recipe(recipe, set_ or (), scale_steps)
     plan_recipe(loaded)
     _warn_of_oddities(loaded)
     print(f"{recipe}: valid")

@@ -31,7 +31,13 @@ from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
 from act24.sparse24.format.products import Table, feed_forward_products
 from act24.sparse24.kernels.shared.self_check import PROVEN, kernel_obstacle
-from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms
+from act24.sparse24.weight.forms import (
+    Linear,
+    LinearOptions24,
+    product_algorithms,
+    prompt_linear,
+    why_not_packed,
+)
 from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
 from act24.tools.bench.launches import is_launch_bound, launch_seconds, product_rate
 from act24.tools.run.tuning import cache_path, machine, read_table
@@ -215,7 +221,8 @@ def _decoding(device: torch.device) -> list[Finding]:
 
 
 def _prefill(device: torch.device) -> list[Finding]:
-    """How prompts go through networks with 2:4 activations, by their tokens in all."""
+    """How prompts go through networks with 2:4 activations and linears with 2:4 weights, by their tokens in
+    all."""
     findings = []
     for name in _WIDE:
         width, features = PRESETS[name].hidden_size, parity_width(PRESETS[name].intermediate_size)
@@ -235,7 +242,19 @@ def _prefill(device: torch.device) -> list[Finding]:
                 paths[precision] = form.says if form else _why_reference(network, options)
             told = "; ".join(f"{precision}: {path}" for precision, path in paths.items())
             findings.append(Finding(f"prefill, {tokens} tokens, {name}, 2:4 activations", told))
+        for tokens in _PROMPTS:
+            attention = f"attention: {_prompt_product(tokens, (width, width), device)}"
+            up = f"up: {_prompt_product(tokens, (features, width), device)}"
+            down = f"down: {_prompt_product(tokens, (width, features), device)}"
+            told = f"{attention}; {up}; {down}"
+            findings.append(Finding(f"prefill, {tokens} tokens, {name}, 2:4 weights", told))
     return findings
+
+
+def _prompt_product(tokens: int, shape: tuple[int, int], device: torch.device) -> str:
+    linear = prompt_linear(tokens, *shape, torch.bfloat16, device)
+    reason = why_not_packed(linear, LinearOptions24(algorithms=_table(device)))
+    return f"dense product ({reason})" if reason else "2:4 product"
 
 
 def _weights(name: str, device: torch.device, table: Table) -> list[Finding]:

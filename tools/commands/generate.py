@@ -19,7 +19,7 @@ from act24.options import one_of
 from act24.passes import Activation24
 from act24.passes.served import fold_weights_
 from act24.tools.run.build import Built, load
-from act24.tools.run.tuning import use_table_
+from act24.tools.run.tuning import known_table, use_table_
 
 Activations = Literal["24", "dense"]
 
@@ -91,7 +91,8 @@ def _device(named: torch.device | str | None) -> torch.device:
 def open_generator(built: Built) -> Generator:
     """A generator of an opened model."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Generator(built.model, built.tokenizer, memory=memory)
+    table = known_table(built.model.head_weight.device)
+    return Generator(built.model, built.tokenizer, memory=memory, table=table)
 
 
 def sample_text(path: Path, prompt: str, request: Request) -> str:

@@ -12,3 +12,9 @@ SetOption = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.steps=100. Repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ScaleOption = Annotated[
+    bool,
+    typer.Option(
+        "--scale-steps", help="With --set train.steps=N: warm-up, restarts and from_step scale with it."
+    ),
+]

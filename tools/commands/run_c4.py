@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 #: More overrides, separated as a shell separates words.
 SET = "ACT24_SET"
 
+#: The options that are act24's own.
+_BEHIND = ("--set", "-s", "--lang")
+
 #: In the run's folder beside recipe.toml: what became of each option.
 TRANSLATED = "from-flags.toml"
 
@@ -39,7 +42,11 @@ def main() -> None:
     from act24.tools.run.signals import STOPPED_STATUS, stopped_status
 
     with ends_in_one_line(), stopped_status():
-        if run(sys.argv[1:]).stopped:
+        if {"--help", "-h"} & {*sys.argv[1:]}:
+            print(
+                f"{__doc__}\nThe options are those of run_c4.py: docs/old-flags.md says what becomes of each."
+            )
+        elif run(sys.argv[1:]).stopped:
             sys.exit(STOPPED_STATUS)  # start it again, and it goes on
 
 
@@ -59,6 +66,9 @@ def run(arguments: Sequence[str]) -> Outcome:
     from act24.tools.run.train import train
 
     split = list(arguments).index("--") if "--" in arguments else len(arguments)
+    for name in (word.partition("=")[0] for word in arguments[:split]):
+        if name in _BEHIND:
+            raise Act24Error(f"{name} is no option of run_c4.py: those of act24, as {name}, stand behind --")
     given, chosen = _options(arguments[split + 1 :])
     overrides, say = [*_words(os.environ.get(SET, "")), *given], speaker(chosen)
     translation = recipe_from_flags(arguments[:split])
@@ -98,7 +108,7 @@ def _options(words: Sequence[str]) -> tuple[list[str], Language | None]:
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if name not in ("--set", "-s", "--lang") or not (equals or rest):
+        if name not in _BEHIND or not (equals or rest):
             raise Act24Error(
                 f"behind -- stand overrides of the recipe, --set KEY=VALUE, or --lang zh, and not '{word}'"
             )

@@ -208,8 +208,8 @@ class HeldoutRows:
         tokens: predicted tokens, of all ranks.
         bytes: of UTF-8 text that those tokens stand for (`Tokenizer.token_bytes`).
         fingerprint: sha256 of all rows' tokens. Losses under different ones are not comparable.
-        end_of_text: the token, where batches say where documents begin.
         warnings: what is worth saying about the text, one line each.
+        end_of_text: the token, where batches say where documents begin.
     """
 
     rows: list[np.ndarray]
@@ -220,8 +220,8 @@ class HeldoutRows:
     max_length: int
     pad_id: int
     world_size: int
-    end_of_text: int | None
     warnings: tuple[str, ...] = ()
+    end_of_text: int | None = None
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches of exactly `batch_size` rows, as many on every rank: rows without labels fill the last
@@ -301,8 +301,8 @@ def heldout_rows(
         data.max_length,
         tokenizer.pad_id,
         world_size,
-        tokenizer.eos_id if data.attention == "document" else None,
         tuple(warnings),
+        tokenizer.eos_id if data.attention == "document" else None,
     )
 
 

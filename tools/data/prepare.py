@@ -3,13 +3,14 @@
 What is written grows in `OUT.partial` and is renamed when it is whole. A journal in there says up to where
 everything is on the disk: every `JOURNAL_TOKENS`, behind each split, and where the source fails or the user
 interrupts. The same command goes on from there, after a kill or a full disk as well. A failure before the
-first such point leaves nothing.
+first such point leaves nothing; a kill there leaves files that the same command says it writes anew.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import re
 import shutil
@@ -40,6 +41,8 @@ LOCK = "lock"
 _WRITTEN = re.compile(
     r"lock|journal\.json(\.tmp-\w+)?|tokenizer\.json|index\.json|(train|heldout)-(\d{5,}|documents)\.bin|\.nfs.*"
 )
+
+logger = logging.getLogger("act24")
 
 Progress = Callable[[Split, int, int], None]
 """`progress(split, documents, tokens)`: what is written so far."""
@@ -259,9 +262,16 @@ class _Writing:
         place = journal.place(split, self._request)
         self._done: dict[str, Any] = place["shards"] if place else {}  # shards that are full
         self._tokens, self._count = (place["tokens"], place["documents"]) if place else (1, 0)
-        self._boundaries = HashedFile(
-            folder / f"{split}-documents.bin", place["boundary_bytes"] if place else 0
-        )
+        boundaries = folder / f"{split}-documents.bin"
+        if boundaries.exists() and not place:
+            logger.warning(
+                "%s: the %s split was cut off before its first %d tokens were noted; it begins anew",
+                folder,
+                split,
+                JOURNAL_TOKENS,
+            )
+        self._remove_shards_behind()
+        self._boundaries = HashedFile(boundaries, place["boundary_bytes"] if place else 0)
         self._shard = HashedFile(self._path(), place["shard_bytes"] if place else 0)
         if place:
             self._documents.load_state_dict(place["position"])
@@ -324,6 +334,12 @@ class _Writing:
         self._shard.sync()
         self._boundaries.sync()
         self._journal.write(self._split, self._request, self._place)
+
+    def _remove_shards_behind(self) -> None:
+        """What a kill left behind the place from which it goes on, which this call may not reach."""
+        for path in self._folder.glob(f"{self._split}-[0-9]*.bin"):
+            if path.name not in self._done and path != self._path():
+                path.unlink()
 
     def _path(self) -> Path:
         return self._folder / f"{self._split}-{len(self._done):05d}.bin"

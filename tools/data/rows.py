@@ -107,12 +107,7 @@ class DocumentRows(Rows):
 
     def __init__(self, documents: Texts, tokenizer: Tokenizer, max_length: int) -> None:
         self.tally = documents.tally
-        given = documents.fingerprint
-        if documents.shards == 1 and given["shuffle_seed"] is not None and "shuffle_buffer" not in given:
-            self.warnings = (
-                "one file cannot be shuffled: each epoch has its documents in their order; "
-                "data.shuffle_buffer mixes them, `act24 data prepare` makes token shards, which are shuffled",
-            )
+        self.warnings = list(_warnings(documents))
         self._documents = documents
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -164,6 +159,20 @@ class DocumentRows(Rows):
 
     def _drop_document(self) -> None:
         self._tokens, self._before, self._offset = None, self._after, 0
+
+
+def _warnings(documents: Texts) -> Iterator[str]:
+    given = documents.fingerprint
+    if given.get("heldout_by") == "position" and given["split"] == "train":
+        yield (
+            "there are too few documents to hold whole ones out: the last twentieth of each is held out; "
+            "data.heldout_files names others"
+        )
+    if documents.shards == 1 and given["shuffle_seed"] is not None and "shuffle_buffer" not in given:
+        yield (
+            "one file cannot be shuffled: each epoch has its documents in their order; "
+            "data.shuffle_buffer mixes them, `act24 data prepare` makes token shards, which are shuffled"
+        )
 
 
 class PackedRows(DocumentRows):

@@ -75,7 +75,8 @@ class Tally:
     def lines(self) -> list[str]:
         """The same for people, one line each."""
         lines = [
-            f"{count} files are read as {name}, as detected; data.encoding sets another"
+            f"{count} file{'s are' if count > 1 else ' is'} read as {name}, as detected; data.encoding sets "
+            "another"
             for name, count in sorted(Counter(self.encodings.values()).items())
         ]
         if self.unknown:
@@ -112,7 +113,8 @@ class Records:
         """
         if not self._skip:
             raise Act24Error(
-                f'{error}; data.on_bad_record = "skip" leaves such records out, and counts them'
+                f'{error}; data.on_bad_record = "skip", or --skip-bad-records of `data prepare`, leaves such '
+                "records out, and counts them"
             ) from error
         self._seen += 1
         self._dropped += 1

@@ -27,6 +27,7 @@ _EFFECTS = {
     "data.train_files": _ELSEWHERE,  # in the position of the data (`tools/data/identity.py`)
     "data.heldout_files": _ELSEWHERE,
     "data.shards": _ELSEWHERE,
+    "model.pretrained": _ELSEWHERE,  # in `train._pinned`
     "tokenizer.name": _ELSEWHERE,  # in `build.tokenizer_of_run`
     "train.steps": "",  # see `schedule_line`
     "train.batch_size": f"the rows of a step are the same, in other micro-batches: {_ROUNDING}",

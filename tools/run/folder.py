@@ -11,9 +11,9 @@ RUN/
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import logging
 import operator
 import os
 import re
@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from act24.errors import Act24Error
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
@@ -35,14 +36,16 @@ from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.files import whole_file
 from act24.tools.run.changes import Change, ScheduleChoice, are_scaled, changes, effects, schedule_line
+from act24.tools.run.history import HISTORY, History, in_the_way, origin_entry, origin_of, read_history
 from act24.tools.run.lock import LOCK, RunError, run_lock
 
-_BEGINNING = '{"step": '  # of a line of the history
 _LONGEST_NAME = 100  # of a folder, in characters
-RECIPE, PLAN, HISTORY = "recipe.toml", "plan.txt", "history.jsonl"
+RECIPE, PLAN = "recipe.toml", "plan.txt"
 _OURS = re.compile(
     r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
 )
+
+logger = logging.getLogger("act24")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,13 @@ def default_run_dir(reference: str, overrides: Sequence[str] = ()) -> Path:
 
 
 def resume_point(
-    run_dir: Path, resume: str, recipe: Recipe, schedule: ScheduleChoice = "hold", world_size: int = 1
+    run_dir: Path,
+    resume: str,
+    recipe: Recipe,
+    schedule: ScheduleChoice = "hold",
+    world_size: int = 1,
+    weights: Path | None = None,
+    dry_run: bool = False,
 ) -> Start | None:
     """The verified checkpoint to go on from, with what changes there, or None for a fresh start.
 
@@ -86,6 +95,8 @@ def resume_point(
         schedule: `hold` leaves the learning rate as it was for the steps that the run had, and behind them at
             its last value; `stretch` computes it anew for the steps of the recipe.
         world_size: processes now.
+        weights: with which a fresh start begins, where its recipe does not name them.
+        dry_run: nothing is renamed, and a folder that a fresh start could not have is a warning.
 
     Raises:
         RunError: the folder already holds a run and `resume` is `never` or a checkpoint of another run; or
@@ -94,7 +105,7 @@ def resume_point(
         CheckpointError: the checkpoint is damaged or of an older act24, or there are some and none can be
             used.
     """
-    folder = on_the_first(lambda: _chosen(run_dir, resume, recipe))
+    folder = on_the_first(lambda: _chosen(run_dir, resume, recipe, weights, dry_run))
     if folder is None:
         return None
     opened = checkpoint.load(folder)
@@ -127,6 +138,14 @@ def resume_point(
     return Start(opened, steps, tuple(different), tuple(remarks))
 
 
+def begun(run_dir: Path, start: Start | None) -> Recipe | None:
+    """The recipe that a run began with: of the checkpoint from which it goes on, or where it ended before its
+    first, of its folder; None where nothing is there."""
+    described = (start.checkpoint.folder if start else run_dir) / RECIPE
+    text = start.checkpoint.recipe_text if start else described.exists() and read_text(described)
+    return parse_recipe(text, str(described)) if text else None
+
+
 def _way_on(then: Recipe, now: Recipe, others: list[Change], own: Path, run_dir: Path, resume: str) -> str:
     """What to do where only counts of steps differ: the command goes on with the run's `own` recipe."""
     if not are_scaled(then, now, others):
@@ -141,43 +160,60 @@ def _of_commit(manifest: dict[str, Any]) -> str:
     return f" (commit {manifest['commit'][:12]})" if isinstance(manifest.get("commit"), str) else ""
 
 
-def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
-    described, inside = run_dir / RECIPE, run_dir / "checkpoints"
-    entries = _history(run_dir)
-    _refuse_others_files(run_dir, entries, dump_recipe(recipe))
-    holds_run = bool(entries) or os.path.lexists(inside)
+def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dry_run: bool) -> Path | None:
+    if dry_run and resume == "never":
+        try:
+            _refuse_unwritable(run_dir)
+            return _chosen(run_dir, resume, recipe, weights, dry_run=False)
+        except RunError as error:
+            logger.warning("without --dry-run this would end here: %s", error)
+            return None
+    inside, history = run_dir / "checkpoints", read_history(run_dir)
+    _refuse_others_files(run_dir, history, dump_recipe(recipe))
+    holds_run = bool(history.entries) or os.path.lexists(inside)
     if resume == "never":
         if holds_run:
             raise RunError(
                 f"{run_dir} already holds a run: go on with --resume auto, or choose another with --run-dir"
             )
         return None
-    checkpoint_folder.put_back(run_dir)
-    # Where a run went on from that has saved nothing since.
-    origin = Path(entries[-1]["from"]) if entries and "from" in entries[-1] else None
+    if not dry_run:
+        checkpoint_folder.put_back(run_dir)
+    origin = origin_of(run_dir, history)
     if resume == "auto":
-        folder = checkpoint_folder.latest(run_dir) or origin
-        if folder is not None and not folder.exists():
+        folder = checkpoint_folder.latest(run_dir)
+        if origin and not (folder and origin.is_behind(folder)):  # it has saved nothing since
+            folder = origin.found() or folder
+            if folder is None:
+                raise RunError(
+                    f"{run_dir} went on from {origin.recorded}, has no checkpoint of its own, and that one "
+                    "is gone: bring it back, say where it is now with --resume, or choose another folder "
+                    "with --run-dir"
+                )
+        if folder is None and history.cut_off:
             raise RunError(
-                f"{run_dir} went on from {folder}, has no checkpoint of its own, and that one is gone: "
-                "bring it back, or choose another folder with --run-dir"
+                f"{run_dir / HISTORY} is cut off where it says what the run went on from, and there is no "
+                "checkpoint: name that with --resume, or choose another folder with --run-dir"
             )
-        # One that ended before its first checkpoint.
-        if folder is None and described.exists() and (text := read_text(described)):
-            then = parse_recipe(text, str(described))
+        if folder is None and weights is None and (began := history.last.get("weights")):
+            raise RunError(
+                f"{run_dir} began with the weights of {began}, and has saved nothing since: go on with the "
+                "command that began it (--continue_from), or choose another folder with --run-dir"
+            )
+        if folder is None and (then := begun(run_dir, None)):  # it ended before its first checkpoint
             _, others = changes(then, recipe)
             if others:
                 raise RunError(
                     f"{run_dir} holds a run of another recipe ({'; '.join(map(str, others[:4]))}): choose "
                     "another folder with --run-dir"
-                    + _way_on(then, recipe, others, described, run_dir, resume)
+                    + _way_on(then, recipe, others, run_dir / RECIPE, run_dir, resume)
                 )
         return folder
     folder = last_checkpoint(Path(resume))
     parent = Path(os.path.abspath(folder)).parent.resolve()
     if holds_run and parent != inside.resolve():
-        branch = origin and Path(os.path.abspath(origin)).parent.resolve()
-        if parent != branch or checkpoint_folder.latest(run_dir):
+        branches = origin is not None and origin.is_beside(folder)
+        if not branches or checkpoint_folder.latest(run_dir):
             raise RunError(
                 f"{run_dir} already holds a run, and {folder} is not of it: go on with --resume auto, or "
                 "choose another folder with --run-dir"
@@ -185,53 +221,29 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe) -> Path | None:
     return folder
 
 
-def _history(run_dir: Path) -> list[dict[str, Any]]:
-    """The entries of a run's history; none where there is no file.
-
-    Raises:
-        RunError: the file is not one that a run wrote.
-    """
-    path = run_dir / HISTORY
-    if not os.path.lexists(path):
-        return []
-    entries = []
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() and not path.is_symlink() else "?"
-        for line in filter(None, text.splitlines()):
-            begun = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
-            with contextlib.suppress(ValueError) if begun else contextlib.nullcontext():
-                entries.append(json.loads(line))  # but for one that a full disk cut off, of an older act24
-        ours = all({"step", "act24", "time"} <= entry.keys() for entry in entries)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        ours = False
-    if not ours:
-        raise RunError(_in_the_way(path))
-    return entries
+def _refuse_unwritable(run_dir: Path) -> None:
+    """Raises RunError where a run's folder could not be made or written, as `run_lock` does."""
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise RunError(f"cannot write the run's folder {run_dir}: {there} is no folder that can be written")
 
 
-def _in_the_way(path: Path) -> str:
-    return (
-        f"{path} is not as act24 wrote it, and would be written over: move it to another folder, or choose "
-        "another for the run with --run-dir"
-    )
-
-
-def _refuse_others_files(run_dir: Path, entries: list[dict[str, Any]], recipe: str) -> None:
+def _refuse_others_files(run_dir: Path, history: History, recipe: str) -> None:
     """Raises RunError for a recipe.toml or plan.txt that no run wrote here, or somebody has edited since."""
-    if entries and "sha256" not in entries[-1]:  # of an older act24, which kept no hashes
+    if history.entries and "sha256" not in history.last:  # of an older act24, which kept no hashes
         return
     for name, equal in ((RECIPE, recipe), (PLAN, "")):
         path = run_dir / name
         if not os.path.lexists(path):
             continue
         if path.is_symlink() or not path.is_file():
-            raise RunError(_in_the_way(path))
+            raise RunError(in_the_way(path))
         with contents_of(path):
             content = path.read_bytes()
-        written = [entry.get("sha256", {}).get(name) for entry in entries]
+        written = [entry.get("sha256", {}).get(name) for entry in history.entries]
         # Empty is what an older act24 left that was killed there; nothing of anybody is lost with it.
         if content and hashlib.sha256(content).hexdigest() not in written and content != equal.encode():
-            raise RunError(_in_the_way(path))
+            raise RunError(in_the_way(path))
 
 
 def last_checkpoint(path: Path) -> Path:
@@ -257,15 +269,27 @@ def clear_run(run_dir: Path, recipe: Recipe) -> None:
     """
     if not run_dir.exists():
         return
-    _refuse_foreign(run_dir, recipe)  # before a lock is put into what may be no run
+    _check_replaceable(run_dir, recipe)  # before a lock is put into what may be no run
     with run_lock(run_dir):
-        _refuse_foreign(run_dir, recipe)
+        _check_replaceable(run_dir, recipe)
         for folder in checkpoint_folder.all_of(run_dir):
             shutil.rmtree(folder)
         names = [entry.name for entry in os.scandir(run_dir) if entry.name != LOCK]
         for name in sorted(names, key=lambda name: name == HISTORY):  # last: without it no run is deleted
             path = run_dir / name
             path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _check_replaceable(run_dir: Path, recipe: Recipe) -> None:
+    """Raises RunError that says why a folder is not deleted, and what to do."""
+    try:
+        _refuse_foreign(run_dir, recipe)
+    except Act24Error as error:  # also what an older act24 wrote into a recipe
+        raise RunError(
+            f"{error}; only a run that this act24 made of the same recipe is replaced: if {run_dir} is of an "
+            f"older act24 and you do not need it, delete it (rm -r {shlex.quote(str(run_dir))}), or choose "
+            "another folder with --run-dir"
+        ) from None
 
 
 def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
@@ -279,31 +303,30 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
     if entries and HISTORY not in (entry.name for entry in entries):
         foreign.append(f"it has no {HISTORY}")
     if foreign:
-        raise RunError(
-            f"{run_dir} holds something else than a run ({foreign[0]}); choose another with --run-dir"
-        )
-    _refuse_others_files(run_dir, _history(run_dir), dump_recipe(recipe))
-    described = run_dir / RECIPE
-    if described.exists() and (text := read_text(described)):
-        _, others = changes(parse_recipe(text, str(described)), recipe)
+        raise RunError(f"{run_dir} holds something else than a run of this act24 ({foreign[0]})")
+    _refuse_others_files(run_dir, read_history(run_dir), dump_recipe(recipe))
+    if then := begun(run_dir, None):
+        _, others = changes(then, recipe)
         if others:
-            raise RunError(
-                f"{run_dir} holds a run of another recipe ({others[0]}); choose another with --run-dir"
-            )
+            raise RunError(f"{run_dir} holds a run of another recipe ({others[0]})")
 
 
-def describe_run(run_dir: Path, recipe: Recipe, plan: str, start: Start | None) -> None:
+def describe_run(
+    run_dir: Path, recipe: Recipe, plan: str, start: Start | None, weights: Path | None = None
+) -> None:
     """Write into a run's folder what it is a run of, and that it begins, or from where it goes on and with
-    what changes. Wherever that is cut off, the run can be gone on with.
+    what changes. Wherever that is cut off, the run can be gone on with. `weights`: as for `resume_point`.
 
     Raises:
         RunError: the folder cannot be written.
     """
     entry: dict[str, Any] = {"step": 0}
     if start:
-        entry = {"step": start.checkpoint.step, "from": os.path.abspath(start.checkpoint.folder)}
+        entry = origin_entry(run_dir, start.checkpoint)
         entry["changes"] = {change.key: [change.old, change.new] for change in start.changes}
         entry["schedule_steps"] = start.schedule_steps
+    elif weights:
+        entry["weights"] = os.path.abspath(weights)
     entry |= {"act24": version(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     files = {RECIPE: dump_recipe(recipe).encode(), PLAN: f"{plan}\n".encode()}
     entry["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

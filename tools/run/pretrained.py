@@ -68,7 +68,8 @@ def resolved(recipe: Recipe) -> Recipe:
     if recipe.model.sha256 not in (None, opened.sha256):
         raise Act24Error(
             f"model.pretrained: {opened.source} has other weights than this recipe began with (sha256 "
-            f"{opened.sha256[:12]}, was {recipe.model.sha256[:12]})"  # type: ignore[index]
+            f"{opened.sha256[:12]}, was {recipe.model.sha256[:12]}): name those, or "  # type: ignore[index]
+            "begin anew in another --run-dir and without model.sha256"
         )
     model = recipe.model.model_copy(update={"config": opened.config, "sha256": opened.sha256})
     return recipe.model_copy(update={"model": model})

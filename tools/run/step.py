@@ -14,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from act24.llama import LlamaForCausalLM
-from act24.loss import cross_entropy_sum
+from act24.loss import CHUNK_TOKENS, cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
 from act24.passes.document_attention import set_starts_
+from act24.passes.fp8 import head_arguments
+from act24.passes.graph.roles import head_of
 from act24.passes.recovery import clear_pruned_gradients_, impose_zeros_
 from act24.passes.state import set_seeds_, without_counting
 from act24.passes.updates import measured_at, rows_to_run
@@ -50,7 +52,9 @@ class SummedLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids, labels `[B, S]`; the summed loss, a float32 scalar, and the number of its tokens."""
-        return self._loss(hidden_states(self.model, input_ids), head_weight(self.model), labels)
+        hidden = hidden_states(self.model, input_ids)
+        in_e4m3 = head_arguments(head_of(self.model), hidden)
+        return self._loss(hidden, head_weight(self.model), labels, CHUNK_TOKENS, *in_e4m3)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from act24.passes import ActivationStatistics
 from act24.passes.graph.measurements import Measurement
 from act24.passes.recovery import check_zeros
 from act24.recipes.checks import oddities
-from act24.recipes.load import dump_recipe, parse_recipe
+from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.reading import contents_of
@@ -25,8 +25,8 @@ from act24.tools.data import TokenRows, heldout_rows, open_rows, pinned
 from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
-from act24.tools.run.folder import Start, describe_run, resume_point
-from act24.tools.run.lock import Lock, check_together, lock_on_the_first
+from act24.tools.run.folder import Start, begun, describe_run, resume_point
+from act24.tools.run.lock import Lock, RunError, check_together, lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.path import path_text
@@ -93,7 +93,7 @@ def train(
     Args:
         run_dir: its folder (`tools/run/folder.py`).
         resume: see `act24.tools.run.folder.resume_point`.
-        dry_run: build, plan, print, make one step, and write no file.
+        dry_run: build, plan, print, make one step, from where the run goes on, and write no file.
         grow: when it goes on, take data files that were added, from the next epoch on.
         schedule: see `resume_point`.
         weights: a folder that run_c4.py left, whose weights a run begins with that begins anew.
@@ -104,14 +104,17 @@ def train(
         Stopped: by a signal, before the first step.
     """
     require_wandb(recipe)
+    if resume == "never" and (grow or schedule != "hold"):
+        raise RunError("--data grow and --schedule stretch are for a run that goes on: they need --resume")
     with stop_on_signal() as stop, open_processes() as processes:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir) as lock:
-            where = (run_dir, resume, recipe, schedule, processes.world_size)
-            start = None if dry_run else resume_point(*where)
-            recipe = _pinned(recipe, start, processes)
+            where = (run_dir, resume, recipe, schedule, processes.world_size, weights, dry_run)
+            start = resume_point(*where)
+            began = None if resume == "never" else begun(run_dir, start)
+            recipe = _pinned(recipe, began, start, processes)
             make = build if start else beginning(recipe, weights)
-            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make, lock)
+            run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make, lock, weights)
             try:
                 return run.go(stop)
             finally:
@@ -136,12 +139,14 @@ class TrainingRun:
         grow: bool = False,
         make: Callable[..., Built] = build,
         lock: Lock | None = None,
+        weights: Path | None = None,
     ) -> None:
         """
         Args:
             resumption: where to go on.
             make: makes the model, as `build` does; weights may come from elsewhere, or not be needed.
             lock: of the run's folder, by the process that holds it.
+            weights: as in `train`.
         """
         self._recipe, self._run_dir, self._processes, self._dry_run = recipe, run_dir, processes, dry_run
         self._lock, start = lock, resumption.checkpoint if resumption else None
@@ -152,7 +157,7 @@ class TrainingRun:
         saved = saved_state(start) if start else {}
         if start:
             self._tokens, log_state = saved["tokens"], saved["log"]
-            self._skips, self._evaluation_due = saved["skips"], saved["evaluation_due"]
+            self._skips, self._evaluation_due = saved["skips"], saved["evaluation_due"] and not dry_run
         self._last_checkpoint = start.folder if start else None
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
@@ -160,7 +165,7 @@ class TrainingRun:
         rank, world_size = processes.rank, processes.world_size
         where = {"vocab_size": model_config(recipe).vocab_size, "rank": rank, "world_size": world_size}
         read = (recipe.data, self._tokenizer)
-        self._heldout = None if dry_run else heldout_rows(*read, recipe.eval.tokens, **where)
+        self._heldout = heldout_rows(*read, recipe.eval.tokens, **where)
         position = saved_position(start) if start else None
         streams = position["fingerprint"]["streams"] if position else None
         self._rows: TokenRows = open_rows(*read, batch_size=recipe.train.batch_size, streams=streams, **where)
@@ -186,7 +191,7 @@ class TrainingRun:
         check_together(lock)
         self._wandb = open_wandb(recipe, None if dry_run else run_dir, saved.get("wandb"))
         if processes.is_main and not dry_run:
-            describe_run(run_dir, recipe, str(self._built.pipeline), resumption)
+            describe_run(run_dir, recipe, str(self._built.pipeline), resumption, weights)
         self.monitor = Monitor(
             recipe,
             self._built,
@@ -215,15 +220,14 @@ class TrainingRun:
 
     def go(self, stop: StopRequest) -> Outcome:
         recipe, monitor = self._recipe, self.monitor
-        last = self._step + 1 if self._dry_run else recipe.train.steps
+        last = min(self._step + 1, recipe.train.steps) if self._dry_run else recipe.train.steps
         evaluation: Evaluation | None = None
         failure: BaseException | None = None
         with run_progress(self._step, last, self._processes.is_main) as progress:
             progress.say(str(self._built.pipeline))
             for line in self._remarks:
                 progress.say(f"from step {self._step} on: {line}")
-            heldout_warnings = self._heldout.warnings if self._heldout else ()
-            for line in (*oddities(recipe), *self._rows.remarks(), *heldout_warnings):
+            for line in (*oddities(recipe), *self._rows.remarks(), *self._heldout.warnings):
                 progress.say(f"warning: {line}")
             progress.say(path_text(self._built.pipeline, recipe, self._processes.device))
             if self.training_step.capture_text:
@@ -254,7 +258,7 @@ class TrainingRun:
             evaluation=evaluation,
             parameters=sum(p.numel() for p in self._built.model.parameters()),
             peak_memory=torch.cuda.max_memory_allocated() if self._processes.device.type == "cuda" else 0,
-            checkpoint=self._last_checkpoint,
+            checkpoint=None if self._dry_run else self._last_checkpoint,
             sites=tuple(monitor.sites),
             is_main=self._processes.is_main,
         )
@@ -307,9 +311,8 @@ class TrainingRun:
         """
         recipe, step = self._recipe, self._step
         saves = not self._dry_run and (ends or stopped or _due(step, recipe.checkpoint.every))
-        evaluates = self._heldout is not None and (
-            step == recipe.train.steps or _due(step, recipe.eval.every)
-        )
+        evaluates = step == recipe.train.steps or _due(step, recipe.eval.every)
+        evaluates = evaluates and not self._dry_run
         if saves or evaluates or ends or _due(step, recipe.log.every):
             check_together(self._lock)
             self._flush(progress)
@@ -351,7 +354,6 @@ class TrainingRun:
 
     def _evaluate(self, progress: RunProgress, stop: StopRequest | None) -> Evaluation | None:
         """The held-out measure of the weights at hand; None if a stop came in between."""
-        assert self._heldout is not None
         try:
             evaluation = evaluate(
                 self.training_step.summed_loss,
@@ -412,6 +414,7 @@ class TrainingRun:
         """
         reports = self._processes.gather((stop.signal, failure and str(failure)))
         saved = f"saved step {self._step} in {self._last_checkpoint}"
+        saved = "a dry run saves nothing" if self._dry_run else saved
         reasons = [reason for _, reason in reports if reason]
         if failure and not isinstance(failure, Act24Error):
             progress.say(f"the data failed: {saved}")
@@ -423,15 +426,19 @@ class TrainingRun:
         return name
 
 
-def _pinned(recipe: Recipe, start: Start | None, processes: Processes) -> Recipe:
+def _pinned(recipe: Recipe, began: Recipe | None, start: Start | None, processes: Processes) -> Recipe:
     """The recipe with the Hub's commit and the model that the run begins with, or began with."""
-    data = recipe.data
-    if start:
-        began = parse_recipe(start.checkpoint.recipe_text, f"{start.checkpoint.folder}/recipe.toml")
-        data = data if data.revision else data.model_copy(update={"revision": began.data.revision})
-        recipe = recipe.model_copy(update={"model": began.model})
+    data, model = recipe.data, recipe.model
+    if began and model.sha256 is None:
+        model = model.model_copy(update={"sha256": began.model.sha256})
+    if not (start and began):
+        recipe = resolved(recipe.model_copy(update={"model": model}))
     else:
-        recipe = resolved(recipe)
+        data = data if data.revision else data.model_copy(update={"revision": began.data.revision})
+        if model.pretrained != began.model.pretrained:  # moved: the same weights, or a refusal
+            resolved(recipe.model_copy(update={"model": model}))
+        model = began.model.model_copy(update={"pretrained": model.pretrained})
+        recipe = recipe.model_copy(update={"model": model})
     (data, *_) = processes.gather(pinned(data))  # one answer for all: there may be a push in between
     return recipe.model_copy(update={"data": data})
 

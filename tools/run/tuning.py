@@ -126,11 +126,18 @@ def use_table_(pipeline: Pipeline, device: torch.device) -> None:
     Raises:
         TuningError: the cache is damaged.
     """
-    if obstacle(device):
-        return
-    table = read_table(cache_path(), machine(device))
+    table = known_table(device)
     for p in [p for p in pipeline.passes if isinstance(p, Activation24) and p.kernels]:
         pipeline.exchange_(p, replace(p, algorithms=table))
+
+
+def known_table(device: torch.device) -> Table:
+    """What was measured on this machine before; empty where it has no 2:4 products.
+
+    Raises:
+        TuningError: the cache is damaged.
+    """
+    return () if obstacle(device) else read_table(cache_path(), machine(device))
 
 
 def tuned_table(

@@ -103,13 +103,13 @@ def split_layer(fqn: str) -> tuple[int | None, str]:
 
 
 def block_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weight of every linear of the traced blocks.
+    """The weight of every linear of the traced blocks, so no head, which is of no layer.
 
     Keys are `layer_<i>/attn_q_proj`, `layer_<i>/mlp_up_proj`, …; factors end in `_in` and `_out`.
     """
     weights = {}
     for fqn, module in model.named_modules():
-        if isinstance(module, RegionModule):
+        if isinstance(module, RegionModule) and split_layer(f"{fqn}.")[0] is not None:
             parameters = dict(module.named_parameters())
             names = {name for node in module.graph.nodes for name in _weights(node) if name in parameters}
             weights |= {_weight_tag(f"{fqn}.{name}"): parameters[name] for name in sorted(names)}

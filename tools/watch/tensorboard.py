@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,10 +41,14 @@ Write = TypeVar("Write", bound=Callable[..., None])
 
 
 def _never_fatal(write: Write) -> Write:
-    """A log that cannot be written (a full disk) ends with one warning; the training it watches goes on."""
+    """A log that cannot be written (a full disk) ends with one warning, and says what it lacks when it is
+    closed; the training it watches goes on."""
+
+    counts = write.__name__ in ("scalars", "layers", "text", "hparams")
 
     @functools.wraps(write)
     def guarded(self: RunLog, *arguments: Any, **options: Any) -> None:
+        self.unwritten += counts
         if not self.broken:
             try:
                 write(self, *arguments, **options)
@@ -54,8 +59,31 @@ def _never_fatal(write: Write) -> Write:
     return guarded  # type: ignore[return-value]
 
 
+def _no_traceback_of_writers() -> Callable[[], None]:
+    """Keep the thread of an event file from printing one where its disk fails: the next write raises the same
+    error, and says it in one line. Returns what puts the hook of before back."""
+    before = threading.excepthook
+
+    def quiet(failed: threading.ExceptHookArgs) -> None:
+        of_writer = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (of_writer and issubclass(failed.exc_type, OSError)):
+            before(failed)
+
+    def put_back() -> None:
+        if threading.excepthook is quiet:
+            threading.excepthook = before
+
+    threading.excepthook = quiet
+    return put_back
+
+
 class RunLog:
-    """The event files in a run's folder. One process has it, the first."""
+    """The event files in a run's folder. One process has it, the first.
+
+    Attributes:
+        broken: they cannot be written any more.
+        unwritten: groups of values, pictures and texts that are not known to be on the disk.
+    """
 
     def __init__(
         self,
@@ -73,10 +101,15 @@ class RunLog:
                 hidden. None hides all that an earlier run left in the folder.
             state: what `state()` returned then. Without it the heatmaps begin anew.
         """
-        self.broken = False
+        self.broken, self.unwritten = False, 0
         self._histories = histories(state or {})
+        self._put_back = _no_traceback_of_writers()
         # A new run gets a start event too: TensorBoard's server hides nothing at the first of a folder.
         first_step = 0 if resumed_from is None else resumed_from + 1
+        self._open(run_dir, first_step, layer_tags)
+
+    @_never_fatal
+    def _open(self, run_dir: Path, first_step: int, layer_tags: Sequence[str]) -> None:
         self._writer = SummaryWriter(str(run_dir), purge_step=first_step, filename_suffix=EVENTS_SUFFIX)
         self._writer.add_custom_scalars(layout(layer_tags))
 
@@ -126,10 +159,19 @@ class RunLog:
     def flush(self) -> None:
         """Writes out what is waiting. To be called before a checkpoint, or a resumed run may miss points."""
         self._writer.flush()
+        self.unwritten = 0
+
+    def close(self) -> None:
+        """Flushes and closes, and says what was lost; calling it again does nothing."""
+        self.flush()
+        self._close()
+        self._put_back()
+        if self.broken and self.unwritten:
+            logger.warning("TensorBoard lacks %d groups of values, pictures and texts", self.unwritten)
+        self.unwritten = 0
 
     @_never_fatal
-    def close(self) -> None:
-        """Flushes and closes; calling it again does nothing."""
+    def _close(self) -> None:
         self._writer.close()
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from act24.operation import once_differentiable
 from act24.sparse24.feed_forward.forms import Form, Network, State, Tensors, why_never_packed
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.feed_forward.statistics import no_statistics, token_wise_from_counts

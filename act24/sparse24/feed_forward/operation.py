@@ -15,10 +15,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
-from act24.operation import cast_for_autocast, is_mapped, operation
+from act24.operation import (
+    cast_for_autocast,
+    is_mapped,
+    once_differentiable,
+    operation,
+    refuse_second_derivatives,
+)
 from act24.sparse24.feed_forward.forms import Form, Network, State, Tensors, is_inference, network_of
 from act24.sparse24.feed_forward.masked import MASKED
 from act24.sparse24.feed_forward.narrow import NARROW
@@ -233,6 +238,7 @@ def activation24(
         raise ValueError(f"{options.method} draws at random: give a seed")
     if options.precision == "fp8" and weight_out is not None and (reason := why_no_fp8(x.device)):
         raise Act24Error(reason)
+    refuse_second_derivatives(x, weight_in, weight_out)
     tensors = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
     inference = is_inference(tensors, options)
     network = network_of(tensors, scale is not None, inference)

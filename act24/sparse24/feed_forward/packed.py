@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from act24.operation import once_differentiable
 from act24.sparse24.feed_forward.forms import (
     Form,
     Network,

@@ -28,10 +28,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from act24.fp8.casts import OPERATORS_E4M3, cast_both_ways
-from act24.operation import cast
+from act24.operation import cast, once_differentiable
 from act24.sparse24.feed_forward.forms import (
     Form,
     Network,

@@ -111,6 +111,8 @@ def mvue_factor(x: Tensor, seed: Tensor | int, dim: int = -1) -> Tensor:
 
 
 class _Mvue24(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, seed: Tensor | int, dim: int) -> tuple[Tensor, Tensor]:
         kept, factor = _draw(x, seed, dim)

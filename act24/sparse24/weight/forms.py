@@ -72,6 +72,8 @@ class Linear(NamedTuple):
         tokens, out_features, in_features: T, and the sizes of the weight.
         dtype, device: of the input.
         draws: the output gradient is drawn 2:4 for dW.
+        inference: y is all that is asked for. The tokens are then those that kernels run on, a multiple of a
+            tile (`prompt_linear`).
     """
 
     tokens: int
@@ -80,6 +82,7 @@ class Linear(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     draws: bool
+    inference: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ def product_algorithms(linear: Linear, options: LinearOptions24) -> dict[LinearP
     weight packed, or masked, once for all of them, none costs the others anything.
 
     A drawn gradient is always packed: the kernel that draws writes half of what one would that fills zeros
-        in.
+        in. For inference a product that was tuned for fewer tokens answers too: more of them only help 2:4.
     """
     products = linear_products(linear.tokens, linear.out_features, linear.in_features)
     chosen: dict[LinearProduct, int] = {}
@@ -136,10 +139,21 @@ def product_algorithms(linear: Linear, options: LinearOptions24) -> dict[LinearP
     for name in possible_products(options.both_ways, linear.draws):
         kind = _KINDS[name]
         always = name == "grad_weight"
-        found = choose({kind: products[kind]}, options.algorithms, always, untuned)
+        found = choose(
+            {kind: products[kind]}, options.algorithms, always, untuned, fewer_tokens=linear.inference
+        )
         if kind in found:
             chosen[name] = found[kind]
     return chosen
+
+
+def prompt_linear(
+    tokens: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    """A linear whose weight is 2:4 as it stands, on so many tokens of prompts: `why_not_packed` says whether
+    their product is dense, else `product_algorithms` has y."""
+    padded = tokens + -tokens % _TILE
+    return Linear(padded, out_features, in_features, dtype, device, draws=False, inference=True)
 
 
 def possible_products(both_ways: bool, draws: bool) -> tuple[LinearProduct, ...]:

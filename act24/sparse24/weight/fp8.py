@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from act24.fp8.casts import cast_both_ways
 from act24.fp8.linear import MULTIPLE, uses_kernels
-from act24.operation import cast
+from act24.operation import cast, once_differentiable
 from act24.sparse24.kernels.pack_drawn import pack_drawn
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.shared.registry import form

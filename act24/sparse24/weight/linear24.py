@@ -10,10 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from act24.errors import Act24Error
-from act24.operation import cast_for_autocast, is_mapped, operation
+from act24.operation import (
+    cast_for_autocast,
+    is_mapped,
+    once_differentiable,
+    operation,
+    refuse_second_derivatives,
+)
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.weight.forms import PLAIN, Form, LinearOptions24, LinearState, why_not_packed
@@ -32,6 +37,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 class _Linear24(torch.autograd.Function):
     """In plain PyTorch, with products in dense form, on any device; x is `[T, in]`."""
+
+    generate_vmap_rule = True  # per-sample gradients: torch.func.vmap over torch.func.grad
 
     @staticmethod
     def forward(
@@ -111,6 +118,7 @@ def linear24(
         raise ValueError("a 2:4 linear needs a mask, or a scale for soft thresholding")
     if weight.shape[1] % 4:
         raise ValueError(f"2:4 needs a multiple of 4 inputs, got a weight {tuple(weight.shape)}")
+    refuse_second_derivatives(x, weight)
     cast_x, cast_weight, cast_bias = cast_for_autocast(x, weight, bias)
     assert cast_x is not None
     assert cast_weight is not None

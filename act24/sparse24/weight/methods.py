@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from act24.operation import is_mapped
 from act24.options import OneOf, OptionError, PositiveSteps, Range, check_options
 from act24.records import Table
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle
@@ -84,7 +85,7 @@ class WeightMethod:
 
 def _transposable(weight: Tensor) -> Tensor:
     weight = weight.detach()
-    fits = weight.is_cuda and weight.dtype in _KERNEL_DTYPES
+    fits = weight.is_cuda and weight.dtype in _KERNEL_DTYPES and not is_mapped()
     if fits and not kernel_obstacle(weight.device, ("best_transposable_mask",)):
         return best_transposable_mask(weight)
     return transposable_mask(weight)

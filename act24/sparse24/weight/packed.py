@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from act24.operation import once_differentiable
 from act24.sparse24.kernels.pack_drawn import pack_drawn
 from act24.sparse24.kernels.pack_weight import pack_weight, pack_weight_rows
 from act24.sparse24.kernels.product24 import product24

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from reference import greedy
+from rewritten_models import FUSED, GREEDY, PASSES, PROMPTS, ROTARY, UNFUSED, equal_tokens, llama, rewritten
 
 import act24
 from act24.errors import Act24Error
@@ -15,94 +16,15 @@ from act24.inference.cache import kept
 from act24.inference.generator import Generator
 from act24.inference.layer import DENSE, Choice, can_use, weights_of
 from act24.inference.sampling import Sampling
-from act24.initialise import build_llama
-from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.llama import LlamaForCausalLM
 from act24.passes import (
     REGISTRY,
-    Activation24,
-    ActivationStatistics,
-    Cola,
-    Fp8,
-    Lora,
-    Lost,
-    LowRank,
-    MaskedLora,
-    Pass,
-    Pipeline,
-    Recompute,
-    Relu2FFN,
-    SparseMask,
-    Weight24,
 )
-from act24.passes.served import lower_to_serve_
-from act24.rotary import RotaryScaling
 from act24.sparse24.pattern.selection import top2_of_4
-
-GREEDY = Sampling(temperature=0)
-FUSED = Choice(fused=True)
-PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
-RANKS = {"attn_rank": 8, "mlp_rank": 8}
-
-PASSES: dict[str, tuple[Pass, ...]] = {
-    "stock": (),
-    "relu2": (Relu2FFN(),),
-    "relu": (Relu2FFN(activation="relu"),),
-    "relu2-act24": (Relu2FFN(), Activation24()),
-    "mvue": (Relu2FFN(), Activation24(method="mvue")),
-    "soft": (Relu2FFN(), Activation24(method="soft_dynamic", backward="split_gemm")),
-    "loro": (LowRank(**RANKS),),
-    "cola-relu2-act24": (Relu2FFN(), Cola(**RANKS, bottleneck="relu2"), Activation24()),
-    "lost": (Lost(**RANKS),),
-    "weight24": (Weight24(),),
-    "weight24-soft": (Weight24(method="soft_threshold"),),
-    "recompute": (LowRank(**RANKS), Recompute()),
-    "fp8": (Relu2FFN(), Fp8()),
-    "watched": (Relu2FFN(), ActivationStatistics()),
-    "sparse_mask": (SparseMask(masks="zeros"),),
-    "lora": (Lora(),),
-    "masked_lora": (MaskedLora(),),
-}
-#: Their operations hold the weights that others multiply by linears.
-UNFUSED = ("weight24", "weight24-soft", "lost", "masked_lora", "cola-relu2-act24")
-
-ROTARY = {
-    "plain": None,
-    "linear": RotaryScaling("linear", 2.0),
-    "llama3": RotaryScaling(
-        "llama3", 4.0, original_max_position_embeddings=8, low_freq_factor=1.0, high_freq_factor=4.0
-    ),
-    "yarn": RotaryScaling("yarn", 4.0, original_max_position_embeddings=8),
-}
-
-
-def llama(**overrides) -> LlamaForCausalLM:
-    sizes = {
-        "vocab_size": 31,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "initializer_range": 0.2,
-    }
-    return build_llama(LlamaConfig(**{**sizes, **overrides}), seed=0).eval()
-
-
-def rewritten(name: str, **overrides) -> LlamaForCausalLM:
-    model = llama(**overrides)
-    pipeline = Pipeline(model, PASSES[name], keep_all=True)
-    pipeline.commit_()
-    lower_to_serve_(pipeline, 0)
-    return model.eval()
 
 
 def test_every_pass_is_here():
     assert {p.name for passes in PASSES.values() for p in passes} == {*REGISTRY}
-
-
-def equal_tokens(rows: list[list[int]], others: list[list[int]]) -> int:
-    return sum(
-        a == b for row, other in zip(rows, others, strict=True) for a, b in zip(row, other, strict=True)
-    )
 
 
 def on_their_own(model: LlamaForCausalLM, tokens: int) -> list[list[int]]:
@@ -119,34 +41,6 @@ def test_greedy_is_that_of_the_model_without_a_cache(name, heads):
         groups = [group for each in weights_of(model.model.layers) for group in each.together]
         assert bool(groups) == (name not in UNFUSED)
         assert Generator(model, choice=FUSED).generate_ids(PROMPTS, 12, GREEDY) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"]
-)
-@pytest.mark.parametrize("choice", [Choice(True, False), Choice(False, True), Choice(True, True, True)])
-def test_sparse_steps_are_the_dense_step(name, choice):
-    """In bfloat16, by the kernels' references: logits after a few tokens, beside those of the dense step."""
-    model = rewritten(name, num_key_value_heads=2, hidden_size=128, intermediate_size=128).bfloat16()
-    if choice.packed:
-        with torch.no_grad():
-            for parameter in model.model.layers.parameters():
-                if parameter.ndim == 2 and parameter.shape[1] % 4 == 0:
-                    parameter.mul_(top2_of_4(parameter.abs()))
-    expected = Generator(model).generate_ids(PROMPTS, 6, GREEDY)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    there = can_use(weights_of(model.model.layers))
-    assert there.skipping == (name not in ("stock", "loro", "lost", "weight24"))
-    if choice.packed and name not in (
-        "loro",
-        "lost",
-        "cola-relu2-act24",
-    ):  # whose factors may be too narrow
-        assert there.packed == (name != "weight24"), "its linears are not folded here"
-    found = Generator(model, choice=choice).generate_ids(PROMPTS, 6, GREEDY)
-    assert equal_tokens(found, expected) >= 3 * 6 - 6, "more than a row goes another way: more than rounding"
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
 
 
 @pytest.mark.parametrize(("name", "heads"), list(itertools.product(ROTARY, (4, 2))))

@@ -96,6 +96,16 @@ def test_export_says_what_it_wrote(act24, run_dir, tmp_path):
     )
 
 
+def test_whatever_advises_to_scale_steps_can(act24):
+    """The line that names the option comes from every command that reads a recipe."""
+    steps = ("c4/60m-low-rank-restarts", "--set", "train.steps=1000")
+    for command in (("plan",), ("recipe", "show"), ("recipe", "validate")):
+        status, _, (*_, last) = act24(*command, *steps)
+        assert (status, last) == (2, "act24: --scale-steps scales them with train.steps")
+        assert act24(*command, *steps, "--scale-steps")[0] == 0
+    assert act24("recipe", "show", *steps, "--scale-steps")[1].count("warmup_steps = 100\n") == 1
+
+
 def test_recipe_ls_and_show(act24):
     status, out, errors = act24("recipe", "ls")
     assert (status, errors) == (0, [])

@@ -1,5 +1,7 @@
 """The demo's story, told by a smaller recipe."""
 
+import hashlib
+import json
 import re
 import shutil
 
@@ -36,7 +38,7 @@ def test_the_demo_trains_evaluates_samples_and_shows_sparsity(tmp_path, capsys):
 @pytest.mark.usefixtures("small")
 def test_the_demo_replaces_nothing_but_runs(tmp_path):
     (tmp_path / "thesis.txt").write_text("kept")
-    message = r"holds something else than a run \(thesis.txt\); choose another with --run-dir"
+    message = r"holds something else than a run of this act24 \(thesis.txt\); .* choose another folder with"
     with pytest.raises(Act24Error, match=message):
         demo.run_demo(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "kept"
@@ -84,6 +86,38 @@ def test_a_folder_of_recipes_is_no_run(tmp_path):
     with pytest.raises(Act24Error, match="holds something else than a run"):
         demo.run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+def older(name, run_dir):
+    """What makes a run one of an older act24: names of files, none of its starts, keys that went."""
+    if name == "events":
+        (events,) = run_dir.glob("events.*.act24")
+        events.rename(events.with_suffix(""))
+    elif name == "no history":
+        (run_dir / "history.jsonl").unlink()
+    else:
+        recipe = run_dir / "recipe.toml"
+        old = {"a key": "[train]\nold_key = 1\n", "a value": "[train]\nseed = 8\n", "no recipe": "]"}[name]
+        recipe.write_text(recipe.read_text().replace("[train]\n", old).replace("seed = 0\n", ""))
+        entry = json.loads((run_dir / "history.jsonl").read_text())
+        entry["sha256"]["recipe.toml"] = hashlib.sha256(recipe.read_bytes()).hexdigest()
+        (run_dir / "history.jsonl").write_text(json.dumps(entry) + "\n")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["events", "no history", "a key", "a value", "no recipe"])
+def test_of_a_run_of_an_older_act24_it_is_said_what_to_do(a_run, tmp_path, name):
+    """It was refused as "something else than a run", with no word on what it may be."""
+    run_dir = shutil.copytree(a_run, tmp_path / "my demo")
+    older(name, run_dir)
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(Act24Error) as error:
+        demo.run_demo(run_dir)
+    assert str(error.value).endswith(
+        f"if {run_dir} is of an older act24 and you do not need it, delete it (rm -r '{run_dir}'), or choose "
+        "another folder with --run-dir"
+    )
+    assert sorted(run_dir.rglob("*")) == before
 
 
 def test_a_run_is_deleted_whole(a_run, tiny, tmp_path):

@@ -91,9 +91,9 @@ def test_steps_of_generation_are_shown_by_rows() -> None:
     everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
     assert told("cuda") == {
         "1 rows": everything,
-        "4 rows": "dense, skipping" + measured,
-        "8 rows": "dense, skipping" + measured,
-        "16 rows": "dense" + measured,
+        "4 rows": everything,
+        "8 rows": everything,
+        "16 rows": "dense, 2:4 weights" + measured,
         "64 rows": "dense" + measured,
     }
 
@@ -109,3 +109,6 @@ def test_prompts_are_shown_by_tokens() -> None:
     assert "T 63" in told[63]
     assert told[2048] == f"bfloat16: {masked}; fp8: {packed} in e4m3"
     assert told[16384] == f"bfloat16: {packed}; fp8: {packed} in e4m3"
+    weights = {tokens: found[f"prefill, {tokens} tokens, llama-7b, 2:4 weights"] for tokens in (63, 16384)}
+    assert weights[16384] == "attention: 2:4 product; up: 2:4 product; down: 2:4 product"
+    assert weights[63].startswith("attention: dense product (dense products are faster at T 64, 4096→4096);")

@@ -171,6 +171,12 @@ def test_the_same_command_goes_on_where_it_was(
     ("words", "settings", "message"),
     [
         (["--batchsize", "3"], "", "act24: run_c4.py has no option --batchsize"),
+        (
+            ["--lang", "zh"],
+            "",
+            "act24: --lang is no option of run_c4.py: those of act24, as --lang, stand behind",
+        ),
+        (["--set=train.steps=3"], "", "stand behind --"),
         (["--", "train.steps=3"], "", "act24: behind -- stand overrides of the recipe, --set KEY=VALUE"),
         (["--", "--set"], "", "act24: behind -- stand overrides"),
         (["--", "--lang", "cn"], "", "act24: --lang cn: "),
@@ -192,6 +198,27 @@ def test_what_is_wrong_is_one_line(
         main()
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_says_what_the_command_does(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_c4", word])
+    main()
+    said = capsys.readouterr().out
+    assert "-- --set data.source=builtin --lang zh" in said
+    assert "docs/old-flags.md" in said
+
+
+def test_an_unknown_option_is_answered_with_each_known_one_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_c4", "--xyzzy", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    names = capsys.readouterr().err.partition("choose from ")[2].strip().split(", ")
+    assert len(names) == len({*names}) > 50
 
 
 @pytest.mark.slow

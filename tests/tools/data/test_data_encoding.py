@@ -154,7 +154,9 @@ def test_one_text_file_is_enough(tmp_path, tokenizer):
     assert heldout.startswith("The same"), "it is cut behind a line"
     with open_rows(data, tokenizer, batch_size=1, vocab_size=300) as rows:
         next(rows)
-        assert any("one file cannot be shuffled" in line for line in rows.remarks())
+        remarks = rows.remarks()
+        assert any("one file cannot be shuffled" in line for line in remarks)
+        assert any("the last twentieth of each is held out" in line for line in remarks)
         assert rows.remarks() == [], "once"
     assert heldout_rows(data, tokenizer, 10, vocab_size=300).tokens >= 10
 
@@ -207,7 +209,7 @@ def test_what_is_wrong_is_counted_and_shown(tmp_path, tokenizer):
         "empty_documents": 2 * (counts["dropped_records"]),
         "repeated_documents": 1,
     }
-    assert remarks[0] == "1 files are read as gb18030, as detected; data.encoding sets another"
+    assert remarks[0] == "1 file is read as gb18030, as detected; data.encoding sets another"
     assert remarks[1] == f"1 files of unknown kind are left out: {tmp_path}/notes.pdf"
     assert remarks[2].endswith("empty documents, 1 repeated documents")
 

@@ -1,6 +1,7 @@
 """`prepare_shards` interrupted: it goes on where it was, keeps little open, and leaves nothing."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -8,12 +9,14 @@ import sys
 import time
 
 import pytest
+from children import exit_code
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
 from act24.tools.data import Tokenizer, data_from_argument, open_documents, prepare_shards
 from act24.tools.data import prepare as module
 from act24.tools.data.shards import TokenShards
+from act24.tools.data.tokenizer import _named
 
 
 class Killed(BaseException):
@@ -91,12 +94,49 @@ prepare_shards(
         with subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
-            time.sleep(0.05 + 0.013 * (kills % 7))
+            # Longer each time: a machine that does much else gets through too.
+            time.sleep(0.05 + 0.013 * (kills % 7) + 0.005 * kills)
             process.send_signal(signal.SIGKILL)
         kills += process.returncode == -signal.SIGKILL
         assert kills < 100, "it never gets on"
     assert kills > 0
     assert content(tmp_path / "out") == content(tmp_path / "straight")
+    assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
+
+
+def prepares(data, tokenizer_file, out, documents):
+    """Dies at a document of the training split, with many shards written; `heldout` has its entry by then."""
+    module.SHARD_TOKENS = 150
+
+    def dies(split, count, tokens):
+        if split == "train" and count == documents:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare_shards(Data(**data), _named(str(tokenizer_file)), out, progress=dies)
+
+
+def test_a_kill_before_the_first_entry_is_said_and_leaves_nothing(
+    corpora, tokenizer, tokenizer_file, tmp_path, caplog
+):
+    """Its shards used to stay among those of a call that needs fewer, and it began anew without a word."""
+    data, out = corpora["json"].data(), tmp_path / "out"
+    arguments = (data.model_dump(exclude_none=True), tokenizer_file, out, 20)
+    assert exit_code(prepares, *arguments) == -signal.SIGKILL
+    left = {path.name for path in (tmp_path / "out.partial").iterdir()}
+    assert {"train-00000.bin", "train-00001.bin", "train-00002.bin"} < left
+    assert "train" not in json.loads((tmp_path / "out.partial/journal.json").read_text())
+    with caplog.at_level(logging.WARNING, logger="act24"):
+        prepare_shards(data, tokenizer, out)
+    assert [record.message for record in caplog.records] == [
+        f"{out}.partial: the train split was cut off before its first {2**24} tokens were noted; "
+        "it begins anew"
+    ]
+    prepare_shards(data, tokenizer, tmp_path / "straight")
+    ours, theirs = (
+        {name: file for name, file in content(folder).items() if name.startswith("train-")}
+        for folder in (out, tmp_path / "straight")
+    )
+    assert ours == theirs
     assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
 
 
@@ -126,7 +166,7 @@ def test_a_bad_record_costs_nothing_that_was_written(tokenizer, tmp_path, often)
     with pytest.raises(Act24Error) as caught:
         prepare_shards(data, tokenizer, out)
     assert str(caught.value).startswith(f"{tmp_path}/a.jsonl, line 251: expected one JSON object a line")
-    assert 'data.on_bad_record = "skip" leaves such records out' in str(caught.value)
+    assert 'data.on_bad_record = "skip", or --skip-bad-records of `data prepare`, leaves' in str(caught.value)
     assert str(caught.value).endswith(
         f"What is written stays in {out}.partial: the same command goes on from there"
     )

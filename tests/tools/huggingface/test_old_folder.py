@@ -361,6 +361,7 @@ def test_a_command_goes_on_from_it(tiny_file: Path, tmp_path: Path) -> None:
         run([*words, "--", *(f"--set={setting}" for setting in settings)])
     small = ["tokenizer.name=" + str(_tokenizer(tmp_path)), "eval.tokens=100"]
     run([*words, "--", *(f"--set={setting}" for setting in small)])
+    assert json.loads((tmp_path / "run" / "history.jsonl").read_text())["weights"] == str(folder)
     torch.testing.assert_close(act24.load(tmp_path / "run").model(IDS), model(IDS), rtol=1e-4, atol=1e-5)
 
 

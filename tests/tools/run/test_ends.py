@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -195,6 +197,29 @@ def test_an_output_on_a_full_disk_is_a_clear_end_with_a_checkpoint(tiny_file, tm
     message = "act24: the output cannot be written: No space left on device; saved step 1 in "
     assert error == f"{message}{run_dir / 'checkpoints' / 'step-000001'}\n"
     assert checkpoint.load(checkpoint_folder.latest(run_dir)).step == 1
+
+
+def small_disk():
+    """No file may have more than 20 kB: less than the weights, and than what is logged of 20 steps."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_is_said_once_and_ends_with_the_save(tiny_file, tmp_path):
+    """TensorBoard's writer thread used to print a traceback in between."""
+    run_dir = tmp_path / "run"
+    words = ("train", tiny_file, "--run-dir", run_dir, "--set", "train.steps=20", "--set", "eval.every=0")
+    with Command(*words, before=small_disk) as command:
+        status, out, error = command.end()
+    assert (status, "step 20/20" in out) == (2, True)
+    patterns = (
+        r"nothing more is written for TensorBoard: \[Errno 27\] File too large",
+        r"TensorBoard lacks \d+ groups of values, pictures and texts",
+        r"act24: step 20 could not be saved in .*File too large; there is no older checkpoint",
+    )
+    assert re.fullmatch(
+        "\n".join(patterns), error.replace("[Errno 27] File too large;", "File too large;").strip()
+    )
+    assert checkpoint_folder.all_of(run_dir) == []
 
 
 def closed_output():

@@ -1,6 +1,7 @@
 """Runs that start from weights: of a run, a folder, another class; and those that keep zeros."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.pruning.folder import prune_model
 from act24.tools.pruning.masks import read_masks
+from act24.tools.run import train as train_module
 from act24.tools.run.build import load
 from act24.tools.run.train import train
 from tests.tools.tiny import write_recipe
@@ -125,8 +127,6 @@ def test_a_relu2_run_branches_into_24_with_its_own_parameters(folder, tmp_path):
 
 
 def test_the_run_goes_on_when_what_it_began_with_is_gone(folder, warm, tmp_path):
-    import shutil
-
     source = tmp_path / "source"
     shutil.copytree(warm, source)
     made = branch(folder, source, [], "train.steps=4", "checkpoint.every=2")
@@ -138,6 +138,41 @@ def test_the_run_goes_on_when_what_it_began_with_is_gone(folder, warm, tmp_path)
     train(made, run, resume="auto")
     one, other = weights(tmp_path / "whole"), weights(run)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "killed before its first save"])
+def test_a_run_goes_on_when_what_it_began_with_was_moved(folder, warm, tmp_path, monkeypatch, saved):
+    """By its new name it was "a run of another recipe"; and by its old name other weights were taken, without
+    a word, by a run that had not saved."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self):
+        raise Killed
+
+    source, run = shutil.copytree(warm, tmp_path / "source"), tmp_path / "run"
+    made = branch(folder, source, [], "train.steps=4", "checkpoint.every=2")
+    if saved:
+        train(made, run)
+        shutil.rmtree(run / "checkpoints" / "step-000004")
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module.TrainingRun, "advance", killed)
+            with pytest.raises(Killed):
+                train(made, run)
+    moved = source.rename(tmp_path / "moved")
+    train(recipe(folder, "train.steps=2", DENSE), source)  # another model of that name
+    if not saved:
+        with pytest.raises(Act24Error, match=r"source has other weights than .* began with .*in another --r"):
+            train(made, run, resume="auto")
+    other = made.model_copy(update={"model": made.model.model_copy(update={"pretrained": str(moved)})})
+    wrong = made.model_copy(update={"model": made.model.model_copy(update={"pretrained": f"{source}/."})})
+    with pytest.raises(Act24Error, match="has other weights than this recipe began with"):
+        train(wrong, run, resume="auto")
+    assert train(other, run, resume="auto").finished
+    train(branch(folder, warm, [], "train.steps=4"), tmp_path / "whole")
+    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(tmp_path / "whole").items())
 
 
 CONFIGS = {

@@ -95,6 +95,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_file, tmp_path, straight, moments
     assert then.keys() == now.keys()
     assert all(torch.equal(then[name], now[name]) for name in then)
     assert steps_saved(tmp_path) == steps_saved(straight) == [18, 20]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000018", "step-000020"]  # of what the kills left, nothing
     ours, theirs = (checkpoint_folder.latest(run) for run in (tmp_path, straight))
     for name in ("state.json", "optimizer.json"):  # tokens and heatmaps; options and counts
         assert (ours / name).read_text() == (theirs / name).read_text()
@@ -262,7 +264,9 @@ MORE_STATE = {  # buffers that move, exact updates, moments that are reset
         "optimizer.exact_every=4",
     ],
     "fp8": [
-        'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=3}, {use="fp8"}]',
+        'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=3}, '
+        '{use="fp8", head=true}]',
+        "model.vocab_size=304",
         "train.dtype=bfloat16_autocast",
     ],
     "lost": [

@@ -70,7 +70,11 @@ def trains(path, run_dir, overrides, resume):
         (run_dir / "outcome.json").write_text(json.dumps(asdict(outcome.evaluation)))
 
 
-_FP8 = 'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=10}, {use="fp8"}]'
+_FP8 = [
+    'passes=[{use="relu2_ffn"}, {use="activation24", backward="split_gemm", from_step=10}, '
+    '{use="fp8", head=true}]',
+    "model.vocab_size=304",
+]
 
 RUNS = {
     "ddp": ["train.parallel=ddp"],
@@ -82,8 +86,8 @@ RUNS = {
     ],
     "ddp, compiled": ["train.compile=on"],
     "fsdp, compiled": ["train.parallel=fsdp", "train.compile=on"],
-    "ddp, fp8": [_FP8],
-    "fsdp, fp8": [_FP8, "train.parallel=fsdp", "train.dtype=bfloat16_autocast"],
+    "ddp, fp8": _FP8,
+    "fsdp, fp8": [*_FP8, "train.parallel=fsdp", "train.dtype=bfloat16_autocast"],
 }
 
 

@@ -5,6 +5,7 @@ import logging
 import re
 import resource
 import shlex
+import threading
 from pathlib import Path
 
 import numpy
@@ -212,23 +213,48 @@ def test_closing_twice_is_closing_once(tmp_path):
     assert points(read(tmp_path), "loss/train") == {1: 1.0}
 
 
-def test_a_full_disk_ends_the_log_with_one_warning_and_not_the_run(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("threading.excepthook", lambda arguments: None)  # of TensorBoard's writer thread
-    log = RunLog(tmp_path)
+@pytest.mark.parametrize("room", [10, 2_000], ids=["as it is opened", "later"])
+def test_a_full_disk_ends_the_log_with_one_warning_and_not_the_run(tmp_path, caplog, monkeypatch, room):
+    """TensorBoard's writer thread used to print a traceback, and what was lost was not counted."""
+    shown = []
+    monkeypatch.setattr("threading.excepthook", shown.append)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with caplog.at_level(logging.WARNING, "act24"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
+            log = RunLog(tmp_path)
             for step in range(200):
                 log.text("sample", "x" * 100, step)
                 log.flush()
             log.close()
+            log.close()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    written = read(tmp_path).Tensors("sample/text_summary") if room > 100 else []
+    lost = 200 - len(written)
+    assert 150 < lost <= 200
     assert [record.message for record in caplog.records if record.name == "act24"] == [
-        "nothing more is written for TensorBoard: [Errno 27] File too large"
+        "nothing more is written for TensorBoard: [Errno 27] File too large",
+        f"TensorBoard lacks {lost} groups of values, pictures and texts",
     ]
     assert log.broken
+    assert shown == []
+    assert threading.excepthook == shown.append  # of before
+
+
+def test_threads_of_others_still_say_how_they_failed(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("threading.excepthook", shown.append)
+    log = RunLog(tmp_path)
+
+    def fails():
+        raise OSError("a disk of somebody else")
+
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    log.close()
+    assert [str(failed.exc_value) for failed in shown] == ["a disk of somebody else"]
 
 
 def test_nested_tables_get_dotted_names():

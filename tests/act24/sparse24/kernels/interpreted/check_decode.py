@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from act24.sparse24.kernels.packed_decode import packed_for_decode, unpacked
+from act24.sparse24.kernels.packed_decode import launch, packed_for_decode, tilings, unpacked
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.kernels.skipping_product import FUNCTIONS, split_number
 from act24.sparse24.pattern.selection import top2_of_4
@@ -54,15 +54,46 @@ def weight24(outputs: int, inputs: int) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(8, 128), (37, 640), (24, 4224), (9, 8192)])
-def test_packed_is_the_dense_product(outputs, inputs):
-    weight, x = weight24(outputs, inputs), draw(1, inputs)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 11])
+@pytest.mark.parametrize(("outputs", "inputs"), [(37, 640), (70, 1152)])
+def test_packed_is_the_dense_product(outputs, inputs, tokens):
+    """However it is shared out: sums of these numbers are exact in any order."""
+    weight, x = weight24(outputs, inputs), draw(tokens, inputs)
     packed = packed_for_decode(weight)
     assert torch.equal(unpacked(*packed), weight)
     assert sum(part.numel() * part.itemsize for part in packed) * 16 == weight.numel() * 2 * 9
-    y = OPERATORS["packed_decode"].launch(x, *packed)
-    assert torch.equal(y, (x.double() @ weight.double().T).bfloat16())
-    assert torch.equal(y, OPERATORS["packed_decode"].reference(x, *packed))
+    exact = x.double() @ weight.double().T
+    parts = OPERATORS["packed_decode"].launch(x, *packed)
+    assert parts.shape == OPERATORS["packed_decode"].fake(x, *packed).shape
+    assert torch.equal(parts, OPERATORS["packed_decode"].reference(x, *packed))
+    assert torch.equal(parts.sum(0).double(), exact)
+    offered = tilings(tokens, outputs, inputs)
+    assert parts.shape[0] == offered[0].split_number(inputs)
+    for tiling in (*offered[1:], offered[0]._replace(splits=1), offered[0]._replace(splits=3)):
+        parts = launch(x, *packed, tiling)
+        assert parts.shape == (tiling.split_number(inputs), tokens, outputs)
+        assert torch.equal(parts.sum(0).double(), exact), tiling
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_packed_rounds_to_float32_alone(tokens):
+    """Numbers of any size beside float64: bfloat16 products are exact, and sums are of float32."""
+    weight, x = torch.randn(40, 1152).bfloat16(), torch.randn(tokens, 1152).bfloat16()
+    weight = torch.where(top2_of_4(weight.abs()), weight, 0)
+    y = OPERATORS["packed_decode"].launch(x, *packed_for_decode(weight)).sum(0)
+    exact = x.double() @ weight.double().T
+    assert float((y.double() - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("inputs", [128, 768, 2048, 4096, 16512])
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_splits_share_out_every_tile_once(tokens, inputs):
+    for outputs in (64, 4096, 16512):
+        for tiling in tilings(tokens, outputs, inputs):
+            tiles, length = -(-inputs // 32 // tiling.groups), tiling.length(inputs)
+            number = tiling.split_number(inputs)
+            assert (number - 1) * length < tiles <= number * length
+            assert 1 <= number <= tiling.splits
 
 
 def test_every_place_of_two_in_four():
@@ -70,19 +101,21 @@ def test_every_place_of_two_in_four():
     patterns = [[float(1 + p) * (p in kept) for p in range(4)] for kept in _subsets()]
     flat = torch.tensor(patterns).flatten().bfloat16()  # 40 entries, ten groups
     weight = torch.stack([flat.roll(4 * n).repeat(4)[:128] for n in range(10)])
-    x = draw(1, 128)
     packed = packed_for_decode(weight)
     assert torch.equal(unpacked(*packed), weight)
-    y = OPERATORS["packed_decode"].launch(x, *packed)
-    assert torch.equal(y.double(), x.double() @ weight.double().T)
+    for tokens in (1, 4):
+        x = draw(tokens, 128)
+        y = OPERATORS["packed_decode"].launch(x, *packed).sum(0)
+        assert torch.equal(y.double(), x.double() @ weight.double().T)
 
 
 def _subsets() -> list[set[int]]:
     return [{a, b} for a in range(4) for b in range(a, 4)]
 
 
-@pytest.mark.parametrize(("tokens", "inputs"), [(2, 128), (1, 64)])
+@pytest.mark.parametrize(("tokens", "inputs"), [(17, 128), (0, 128), (1, 64)])
 def test_what_the_kernel_does_not_take_is_refused(tokens, inputs):
     packed = packed_for_decode(weight24(8, inputs))
-    with pytest.raises(ValueError, match="packed_decode"):
-        OPERATORS["packed_decode"].launch(draw(tokens, inputs), *packed)
+    for form in (OPERATORS["packed_decode"].launch, OPERATORS["packed_decode"].reference):
+        with pytest.raises(ValueError, match=r"packed_decode: .* one to 16 tokens, and inputs a multiple"):
+            form(draw(tokens, inputs), *packed)
