@@ -285,7 +285,7 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
             interpreter = _Interpreter(shadow.root, graph)
             output = interpreter.run(*(named[name] for name in names))
             if interpreter.writes:
-                raise Unclean(f"{interpreter.writes} writes into what it is given: return a new tensor there")
+                raise Unclean(f"{interpreter.writes} writes into what it is given: make a new tensor there")
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         differentiable = [v for v in outputs if v.requires_grad]
         gradients: Any = ()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from act24.passes.graph import linear_sites, tracer
+from act24.passes.graph import linear_sites, proxies
 
 PASSES = Path(linear_sites.__file__).parents[1]
 
@@ -51,7 +51,7 @@ def _refused(node: ast.AST) -> Iterator[ast.expr]:
 
 
 SHARED = ast.parse(Path(linear_sites.__file__).read_text(encoding="utf-8"))
-CONSTANTS = {n: v for module in (linear_sites, tracer) for n, v in vars(module).items() if isinstance(v, str)}
+CONSTANTS = {n: v for module in (linear_sites, proxies) for n, v in vars(module).items() if isinstance(v, str)}
 
 
 def _texts(value: ast.expr, tree: ast.Module) -> list[str]:

@@ -162,7 +162,7 @@ def test_a_leaf_that_writes_into_what_it_is_given_is_found_on_numbers() -> None:
     for module in model:
         module.mutes = Mutes()
     reason = trace(model, Check(model, features(5, 8)))[1]["0 [Writing]"]
-    assert reason.endswith("mutes writes into what it is given: return a new tensor there")
+    assert reason.endswith("mutes writes into what it is given: make a new tensor there")
 
 
 def test_what_the_caller_sees_is_left_as_by_the_module() -> None:
