@@ -25,8 +25,14 @@ import act24
 from act24.recipes.load import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("own-text", "trainer", "export", "many-gpus", "write-a-pass", "trouble")
-TEXTS = ("README.md", "README.zh.md", *(f"docs/{page}.md" for page in (*PAGES, "own-training-loop")))
+PAGES = ("own-text", "trainer", "prune-recover", "export", "many-gpus", "write-a-pass", "trouble")
+#: Those that take a while: each of their commands is a process of its own.
+RUN = ("own-text", "prune-recover", "export", "many-gpus", "trouble")
+TEXTS = (
+    "README.md",
+    "README.zh.md",
+    *(f"docs/{page}.md" for page in (*PAGES, "own-training-loop", "serving")),
+)
 CHINESE = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.zh.md")))
 #: What a page's first commands need of a machine, and what they say where it is missing.
 NEEDS = {
@@ -125,9 +131,7 @@ def tables_restored(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the pages' failures are those of a CPU")
-@pytest.mark.parametrize(
-    "path", ["README.md", *(f"docs/{page}.md" for page in ("own-text", "export", "many-gpus", "trouble"))]
-)
+@pytest.mark.parametrize("path", ["README.md", *(f"docs/{page}.md" for page in RUN)])
 def test_a_page_runs_from_top_to_bottom(path, session):
     run_page(session, path)
 

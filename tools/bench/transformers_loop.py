@@ -27,6 +27,8 @@ def time_transformers(recipe: Recipe, steps: int, processes: Processes) -> LoopT
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise Act24Error("bench train --transformers needs transformers: pip install 'act24[hf]'") from None
+    if recipe.data.attention == "document":
+        raise Act24Error("bench train --transformers: its side has causal attention, set data.attention so")
     config, device, train = model_config(recipe), processes.device, recipe.train
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     with device:

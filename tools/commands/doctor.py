@@ -192,8 +192,10 @@ def _state(method: Method) -> str:
 
 
 def _why_reference(network: Network, options: Options24) -> str:
-    """Why no form runs a network: each reason once."""
+    """Why no form runs a network: each reason once, and without a GPU that alone."""
     reasons = dict.fromkeys(form.why_not(network, options) for form in FORMS)
+    if network.device.type != "cuda" and (here := kernel_obstacle(network.device, ())) in reasons:
+        return f"plain PyTorch ({here})"
     return f"plain PyTorch ({'; '.join(reasons)})"
 
 

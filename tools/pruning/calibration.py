@@ -33,8 +33,14 @@ def calibration_rows(
         int64 `[B, S]` each, and boolean `[B, S]` or None.
 
     Raises:
-        Act24Error: the text cannot be read, fills no row, or fewer than `count`.
+        Act24Error: the text cannot be read, fills no row, or fewer than `count`; attention is to stay within
+            documents, which the blocks of any model that is pruned do not know.
     """
+    if data.attention == "document":
+        raise Act24Error(
+            'data.attention = "document": models are pruned and fitted on rows with causal attention; '
+            "--set data.attention=causal, and data.rows=padded for one document a row"
+        )
     size = max(1, min(count, rows or _TOKENS // data.max_length))
     batches: list[Tensor] = []
     pads: list[Tensor | None] = []

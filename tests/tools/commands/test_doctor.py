@@ -22,6 +22,7 @@ def test_on_a_cpu_every_path_is_plain_pytorch_and_says_why() -> None:
     paths = [finding for subject, finding in findings.items() if subject.startswith("llama-")]
     assert len(paths) == 25
     assert all("plain PyTorch" in path and "CUDA" in path for path in paths)
+    assert not any("do not know" in path or "multiples of" in path for path in paths), "beside the point"
 
 
 def test_text_has_a_line_for_every_finding() -> None:

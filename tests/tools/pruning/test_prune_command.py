@@ -176,6 +176,15 @@ def test_one_file_is_said_to_give_its_first_rows(model_folder, words, tmp_path, 
     assert "one file cannot be shuffled" in caplog.text
 
 
+def test_attention_within_documents_is_not_calibrated_on(model_folder, words, tmp_path):
+    from act24.tools.commands.recovery import calibration_data
+
+    data = calibration_data(str(words / "train-0.txt"), ("data.attention=document",))
+    with pytest.raises(Act24Error, match=r"with causal attention; --set data\.attention=causal"):
+        prune_model(str(model_folder()), tmp_path / "out", **options(words, data=data, method="magnitude"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_padded_rows_are_excluded(model_folder, words, tmp_path):
     """Short documents, one a row: the tokens counted are those of the text."""
     lines = tmp_path / "short.jsonl"
