@@ -51,7 +51,8 @@ def _refused(node: ast.AST) -> Iterator[ast.expr]:
 
 
 SHARED = ast.parse(Path(linear_sites.__file__).read_text(encoding="utf-8"))
-CONSTANTS = {n: v for module in (linear_sites, proxies) for n, v in vars(module).items() if isinstance(v, str)}
+_HELD = {**vars(linear_sites), **vars(proxies)}
+CONSTANTS = {name: value for name, value in _HELD.items() if isinstance(value, str)}
 
 
 def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
