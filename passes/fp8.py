@@ -90,6 +90,9 @@ class Fp8(OperationalPass):
                     continue
             elif not takes(self, "all", region, site):
                 continue
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
+                continue
             shape, size = " × ".join(map(str, site.shape)), region.parameters[site.weight].numel()
             if any(side % MULTIPLE for side in site.shape):
                 misses.append(

@@ -20,6 +20,7 @@ from act24.errors import PassError
 from act24.options import Width
 from act24.passes.base import Match, Pass, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
+    asks_kind,
     bias_name,
     is_reserved,
     is_transposed,
@@ -48,6 +49,7 @@ class LinearSite:
         transposed: whether it is stored `[in, out]`.
         kind: what it is for (`act24.passes.graph.roles`).
         factor: which part of a dense weight its weight is; None: it is one.
+        obstacle: why its weight cannot become anything else, or the empty string.
     """
 
     path: str
@@ -57,6 +59,7 @@ class LinearSite:
     transposed: bool
     kind: Role
     factor: Factor | None = None
+    obstacle: str = ""
 
     def part(self, factor: Factor) -> str:
         """The local name of a part of the weight: `weight_in` for `"in"`."""
@@ -79,8 +82,7 @@ class LinearSite:
 
 
 def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
-    """The linears of a region that may be taken, in graph order. A weight that something else reads too, an
-    embedding for instance, is left out.
+    """The linears of a region that may be taken, in graph order.
 
     Args:
         factors: also those whose weights are factors that a low-rank pass made.
@@ -93,14 +95,24 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
     for name, nodes in calls.items():
         transposed = is_transposed(nodes[0])
         spec = region.parameters[name]
-        if _reads(region.graph, name) > len(nodes) or (spec.factor is not None and not factors):
+        if spec.factor is not None and not factors:
             continue
         path = name.rpartition(".")[0]
         rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        yield LinearSite(
-            path, name, tuple(nodes), shape, transposed, region.roles.get(name, "other"), spec.factor
-        )
+        role, obstacle = region.roles.get(name, "other"), _obstacle(region.graph, name, nodes)
+        yield LinearSite(path, name, tuple(nodes), shape, transposed, role, spec.factor, obstacle)
+
+
+def _obstacle(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> str:
+    """Why a weight cannot become anything else in these linears, or the empty string."""
+    if len({is_transposed(node) for node in nodes}) > 1:
+        return f"one product reads it as it is and another transposed, tied: {_OWN}"
+    return f"something else than linears reads it too: {_OWN}" if _reads(graph, name) > len(nodes) else ""
+
+
+#: What to do about a weight with two purposes.
+_OWN = "give each a weight of its own, or leave it out with ignore"
 
 
 def _reads(graph: fx.Graph, name: str) -> int:
@@ -110,7 +122,7 @@ def _reads(graph: fx.Graph, name: str) -> int:
         for node in graph.nodes
         if node.op == "get_attr" and node.target == name
         for user in node.users
-        if user.target is not getattr
+        if not asks_kind(user)
     ]
     return sum(len(n.users) if n.op == "call_method" and n.target == "t" else 1 for n in readers)
 
@@ -159,6 +171,11 @@ def tied(name: str) -> str:
     return f"tied to {name}: untie them, or leave it out with ignore"
 
 
+def read_past(name: str) -> str:
+    """Why a pass leaves a linear whose weight a module around it reads as it is."""
+    return f"a {name} around it reads its weight past the linear: {_OWN}"
+
+
 #: Why a pass leaves a linear that does not train.
 FROZEN = "frozen: name it in targets to change it all the same"
 
@@ -198,7 +215,9 @@ class FactorisingPass(StructuralPass):
         sites = [site for site in linear_sites(region) if takes(self, self.scope, region, site)]
         misses = []
         for site in sites:
-            if shared := region.parameters[site.weight].shared:
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
+            elif shared := region.parameters[site.weight].shared:
                 if site.kind in _BY_NAME_ONLY:  # asked for by name
                     raise PassError(
                         f"{self.name}: {region.name(site.weight)} is tied to {shared[0]}, and factors "

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from toys import SwiGLU, Trunk
 
 from act24.passes import Activation24, Fp8, Lora, LowRank, Pass, PassError, Relu2FFN, Weight24, plan
-from act24.passes.graph import linear_sites, tracer
+from act24.passes.graph import linear_sites, proxies
 from act24.passes.sparse_mask import SparseMask
 
 PASSES = Path(linear_sites.__file__).parents[1]
@@ -60,7 +60,8 @@ def _refused(node: ast.AST) -> Iterator[ast.expr]:
 
 
 SHARED = ast.parse(Path(linear_sites.__file__).read_text(encoding="utf-8"))
-CONSTANTS = {n: v for module in (linear_sites, tracer) for n, v in vars(module).items() if isinstance(v, str)}
+_HELD = {**vars(linear_sites), **vars(proxies)}
+CONSTANTS = {name: value for name, value in _HELD.items() if isinstance(value, str)}
 
 
 def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
