@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import random
 import time
 import zlib
@@ -17,6 +19,9 @@ from act24.tools.data.shard import Shard
 from act24.tools.data.tally import Records
 
 LONGEST_WAIT = 60.0  # seconds; waits double from one second up to this
+_OWN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+logger = logging.getLogger("act24")
 
 
 def pinned(data: Data) -> Data:
@@ -84,7 +89,8 @@ def retried(
     """`shard`, read on from where it broke off when the network fails, after waits that double.
 
     Args:
-        seconds: without one record after which the network is given up.
+        seconds: without one record after which the network is given up. An outage is said as it begins, and
+            at failures that are ever farther apart.
 
     Raises (while reading):
         Act24Error: it was given up.
@@ -106,6 +112,9 @@ def retried(
                 failures += 1
                 how.tally.retries += 1
                 since = clock() if failures == 1 else since
+                if failures.bit_count() == 1 and seconds:  # the first, second, fourth, …
+                    why, waited = reason(error), clock() - since
+                    logger.warning("reading %s failed: %s; waited for %.0f s so far", name, why, waited)
                 if clock() - since >= seconds:
                     raise Act24Error(
                         f"reading {name} failed {failures} times in a row: {reason(error)}. "
@@ -138,7 +147,9 @@ def _read(
 
 def _is_network_error(error: Exception) -> bool:
     """By name, as the HTTP library beneath `datasets` differs by its version. A stream that breaks off within
-    a compressed file is an error of decompression."""
+    a compressed file is an error of decompression. A full disk of this machine's is none."""
+    if isinstance(error, OSError) and error.errno in _OWN_DISK:
+        return False
     packages = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     network = {
         "aiohttp",

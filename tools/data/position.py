@@ -26,7 +26,7 @@ class Saved(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class _Document(Saved):
+class DocumentPosition(Saved):
     """Of `Documents`, and of `ShuffledDocuments`, which adds `taken` and `epochs`."""
 
     epoch: Count
@@ -41,7 +41,7 @@ class _Document(Saved):
 class _OfText(Saved):
     """Of `DocumentRows`; those of an older act24 have no `epochs`, which is said later."""
 
-    document: _Document
+    document: DocumentPosition
     offset: Count
     epochs: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
 

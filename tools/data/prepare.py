@@ -21,6 +21,7 @@ from typing import Any
 
 import filelock
 import numpy as np
+from pydantic import ConfigDict
 
 from act24.errors import Act24Error, reading
 from act24.recipes.schema import Data
@@ -28,6 +29,7 @@ from act24.tools.data.documents import open_documents
 from act24.tools.data.files import KNOWN, suffix
 from act24.tools.data.hashed_file import HashedFile
 from act24.tools.data.hub import pinned
+from act24.tools.data.position import Count, DocumentPosition, Saved, check_saved
 from act24.tools.data.rows import encoded
 from act24.tools.data.shard import Split
 from act24.tools.data.shards import FORMAT, token_dtype
@@ -191,6 +193,32 @@ def _foreign(folder: Path) -> list[str]:
     ]
 
 
+class _Facts(Saved):
+    bytes: Count
+    sha256: str
+
+
+class _Place(Saved):
+    position: DocumentPosition
+    tokens: Count
+    documents: Count
+    shards: dict[str, _Facts]
+    shard_bytes: Count
+    boundary_bytes: Count
+
+
+class _Entry(Saved):
+    request: dict[str, Any]
+    place: _Place
+
+
+class _Entries(Saved):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    heldout: _Entry | None = None
+    train: _Entry | None = None
+
+
 class _Journal:
     """Up to where the folder is on the disk: by split the fingerprint of its text, and the place."""
 
@@ -202,6 +230,7 @@ class _Journal:
         if self._path.exists():
             with reading(f"cannot go on from {self._path}; remove {folder} to begin anew"):
                 self._splits = json.loads(self._path.read_text(encoding="utf-8"))
+                check_saved(_Entries, self._splits)
 
     def revision(self) -> str | None:
         """The commit of the Hub's data set that it was begun with."""

@@ -183,7 +183,7 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dr
     if resume == "auto":
         folder = checkpoint_folder.latest(run_dir)
         if origin and not (folder and origin.is_behind(folder)):  # it has saved nothing since
-            folder = origin.found() or folder
+            folder = origin.found(whole=True) or folder or origin.found()
             if folder is None:
                 raise RunError(
                     f"{run_dir} went on from {origin.recorded}, has no checkpoint of its own, and that one "

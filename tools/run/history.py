@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.checkpoint import Checkpoint
-from act24.tools.checkpoints.manifest import manifest_or_none
+from act24.tools.checkpoints.manifest import CheckpointError, manifest_or_none, read_manifest
 from act24.tools.data.position import Count, Saved, check_saved
 from act24.tools.run.lock import RunError
 
@@ -62,9 +62,10 @@ class Origin:
     sha256: str | None
     sequence: int | None
 
-    def found(self) -> Path | None:
-        """Where it is, if it is anywhere."""
-        return next((place for place in self.places if self._is_at(place)), None)
+    def found(self, whole: bool = False) -> Path | None:
+        """Where it is, if it is anywhere; `whole`: with all its files in their sizes."""
+        here = (place for place in self.places if self._is_at(place))
+        return next((place for place in here if not whole or _is_whole(place)), None)
 
     def is_beside(self, folder: Path) -> bool:
         """Whether a checkpoint is this one, or one of the same run."""
@@ -79,6 +80,14 @@ class Origin:
 
     def _is_at(self, place: Path) -> bool:
         return place.exists() and self.sha256 in (None, (manifest_or_none(place) or {}).get("sha256"))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The Hub source, through real `datasets` streams of local files, with the network's failures injected."""
 
+import errno
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -149,7 +151,8 @@ def test_a_network_that_stays_away_ends_in_one_line(seconds):
     assert max(outage.waits, default=0) <= 1.5 * hub.LONGEST_WAIT
 
 
-def test_an_outage_may_last():
+def test_an_outage_may_last(caplog):
+    """A day of it used to pass without a word."""
     outage, failures = Outage(), iter(range(5000))
 
     def shard(wanted):
@@ -160,6 +163,23 @@ def test_an_outage_may_last():
     read = hub.retried(shard, "c4", 1e9, Reading(), outage.sleep, outage.clock)
     assert list(read(lambda index: True)) == ["there again"]
     assert outage.clock() > 24 * 3600
+    lines = [record.message for record in caplog.records if record.name == "act24"]
+    assert lines[0] == "reading c4 failed: gone; waited for 0 s so far"
+    assert len(lines) == 13  # at failures 1, 2, 4, …, 4096
+    assert float(re.search(r"waited for (\d+) s", lines[-1])[1]) > 24 * 3600
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_of_this_machine_is_no_outage(number):
+    """The cache's: it used to be waited for, as long as a network may be away."""
+
+    def shard(wanted):
+        raise OSError(number, os.strerror(number))
+        yield
+
+    read = hub.retried(shard, "c4", 1e9, Reading(), sleep=lambda seconds: pytest.fail("waited"))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        next(read(lambda index: True))
 
 
 def test_other_errors_are_not_retried():

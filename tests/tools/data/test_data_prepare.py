@@ -251,6 +251,44 @@ def test_what_was_begun_with_other_data_is_refused(corpora, tokenizer, t5_backen
         prepare_shards(data, tokenizer, out)
 
 
+ODD = {
+    "a list": "[]",
+    "a number": "5",
+    "a split that is a number": '{"train": 5}',
+    "a split that is none": '{"precious": {}}',
+    "no place": '{"train": {"request": {}}}',
+    "a count that is a text": ("tokens", "7"),
+    "a count below zero": ("shard_bytes", -1),
+    "a position that is none": ("position", {}),
+    "shards that are none": ("shards", {"train-00000.bin": 5}),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_an_odd_journal_is_refused(corpora, tokenizer, tmp_path, often, odd):
+    """A traceback, all of them."""
+
+    def end(split, documents, tokens):
+        if documents == 3:
+            raise Killed
+
+    out, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.json"
+    with pytest.raises(Killed):
+        prepare_shards(corpora["json"].data(), tokenizer, out, progress=end)
+    if isinstance(odd, str):
+        journal.write_text(odd)
+    else:
+        content = json.loads(journal.read_text())
+        content["heldout"]["place"][odd[0]] = odd[1]
+        journal.write_text(json.dumps(content))
+    before = journal.read_text()
+    with pytest.raises(
+        Act24Error, match=r"^cannot go on from .*journal\.json; remove .*out\.partial to begin anew: "
+    ):
+        prepare_shards(corpora["json"].data(), tokenizer, out)
+    assert journal.read_text() == before
+
+
 def test_a_folder_of_somebody_else_stays(corpora, tokenizer, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/precious").touch()

@@ -100,6 +100,19 @@ def test_a_run_that_went_back_goes_on_from_there(tiny, a_run, tmp_path, monkeypa
     assert resume_point(run_dir, "auto", tiny(*OVERRIDES)).checkpoint.step == 5
 
 
+def test_a_run_whose_last_checkpoint_was_damaged_since_goes_on_from_the_one_before(
+    tiny, a_run, tmp_path, monkeypatch, caplog
+):
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.TrainingRun, "advance", killed)
+        with pytest.raises(Killed):
+            train(tiny(*LONGER), run_dir, resume="auto")
+    (checkpoint_folder.folder_of(run_dir, 6) / "model.safetensors").write_bytes(b"cut off")
+    assert resume_point(run_dir, "auto", tiny(*LONGER)).checkpoint.step == 4
+    assert "step-000006/model.safetensors is damaged" in caplog.text
+
+
 def entry(**other):
     return json.dumps({"step": 0, "act24": "0.2.0", "time": "2026-11-29T07:35:38+00:00"} | other)
 
