@@ -4,10 +4,10 @@ A token sees the tokens from the beginning of its document to itself. So a row g
 as rows of their own, up to rounding: rotary embeddings tell tokens apart by their distance alone, and
 nothing else in a block mixes tokens.
 
-It is scaled_dot_product_attention with a mask `[B, 1, S, S]`: all scores of a row are made. Flex attention
-(arXiv 2412.05496), which skips blocks in which nothing is seen, was tried and left out: alone it was right on
-an H200 (torch 2.11), but the first training step with it ended in "operation not supported on global/shared
-address space".
+It is scaled_dot_product_attention with a mask `[B, 1, S, S]`, of which PyTorch takes its memory-efficient
+kernel on GPUs; no host waits for anything, so a CUDA graph can be captured of it. Flex attention (arXiv
+2412.05496), which skips the blocks of scores in which nothing is seen, gave the same values and gradients on
+an H200 under torch 2.11, but a training step with it ended there in a CUDA error (an invalid address space).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.operation import cast_for_autocast, operation
+from act24.operation import operation
 
 
 @operation
@@ -39,7 +39,6 @@ def document_attention(
     Raises:
         Act24Error: `starts` is of other rows.
     """
-    query, key, value = cast_for_autocast(query, key, value)  # pyright: ignore[reportAssignmentType]
     if starts.ndim == 0:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     if starts.shape != (query.shape[0], query.shape[2]):
@@ -47,8 +46,9 @@ def document_attention(
             f"attention within documents: their beginnings are of rows {tuple(starts.shape)}, and these are "
             f"{(query.shape[0], query.shape[2])}"
         )
-    mask = seen(starts)[:, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+    if grouped:  # the memory-efficient kernel takes no groups, and without it all scores would be kept
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen(starts)[:, None])
 
 
 def seen(starts: Tensor) -> Tensor:

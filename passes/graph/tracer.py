@@ -9,6 +9,7 @@ changes nothing; that there is nothing else in the branch, `clean_trace` finds o
 
 from __future__ import annotations
 
+import gc
 import inspect
 import operator
 import random
@@ -88,7 +89,8 @@ class Tracer(fx.Tracer):
         }
         self._modes = _modes()
         function, args = self.create_args_for_root(type(root).forward, True, values)
-        before = sys.getprofile()
+        before, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # what others do when garbage is collected is not asked by the module
         self._shadow.observer = self
         sys.setprofile(self._on_event)
         try:
@@ -98,6 +100,8 @@ class Tracer(fx.Tracer):
         finally:
             sys.setprofile(before)
             self._shadow.observer = None
+            if collects:
+                gc.enable()
         if self.refused:
             raise Unclean(self.refused)
         for node in reversed(self._questions):

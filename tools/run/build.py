@@ -135,6 +135,20 @@ def attention_passes(recipe: Recipe) -> tuple[DocumentAttention, ...]:
     return (DocumentAttention(),)
 
 
+def check_attention(recipe: Recipe, pipeline: Pipeline) -> None:
+    """
+    Raises:
+        Act24Error: attention is to stay within documents, and in some block it would not.
+    """
+    blocks = model_config(recipe).num_hidden_layers if attention_passes(recipe) else 0
+    seen = sum(row.pass_name == DocumentAttention.name for row in pipeline.report.rows)
+    if seen < blocks:
+        raise Act24Error(
+            f'data.attention = "document": the attention of {blocks - seen} of {blocks} blocks could not be '
+            'traced, and would cross documents; with data.attention = "causal", `act24 plan` shows which'
+        )
+
+
 def build(
     recipe: Recipe,
     device: torch.device,
@@ -370,6 +384,7 @@ def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:
 
 def _as_strict(recipe: Recipe, pipeline: Pipeline) -> Pipeline:
     """The pipeline, if passes reach what the recipe insists on."""
+    check_attention(recipe, pipeline)
     optional = {p.name for p in pipeline.passes if p.optional}
     for one in pipeline.report.partial if recipe.strict else ():
         if one.pass_name not in optional:

@@ -32,7 +32,7 @@ def path_text(pipeline: Pipeline, recipe: Recipe, device: torch.device) -> str:
     parts = [f"path: {name}, {recipe.train.dtype}, {compiled}"]
     operational = [p for p in pipeline.passes if isinstance(p, OperationalPass)]
     if any(isinstance(p, DocumentAttention) for p in operational):
-        parts.append("attention within documents: scores of whole rows are made and masked")
+        parts.append("attention within documents: PyTorch's, with a mask of all pairs of a row")
     with pipeline.lowered(operational):
         for p in operational:
             if isinstance(p, Activation24 | Weight24 | Fp8):
