@@ -296,7 +296,6 @@ class Updates:
         if self._held or torch._C._current_graph_task_id() != -1:  # a recomputation in backward
             return
         self._leave()
-        self._running = module
         if not module.training:
             entered = ExitStack()
             entered.enter_context(self._as_served(self._goes_on(kwargs.get("past_key_values"))))
@@ -310,6 +309,7 @@ class Updates:
                 )
             self._refuse_scaled_gradients()
             next_seeds_(self.pipeline, self._seeds)
+        self._running = module  # last: to enter the context above is to leave whatever ran before
 
     def _goes_on(self, cache: Any) -> bool:
         """Whether a forward continues one whose keys and values are in the cache, as `generate` of
