@@ -160,7 +160,9 @@ class Pipeline(Rewriting):
         step, renew masks and scales that are due, and set seeds.
 
         Collective: every process calls it with the same step. Micro-batches, masked decay and the end of the
-        update need no call (`act24.passes.updates`). A training forward without it raises `Act24Error`.
+        update need no call (`act24.passes.updates`). A training forward without it raises `Act24Error`. Masks
+        and scales of an update are those of the model's own weights as it begins, also where
+        `torch.func.functional_call` brings others.
 
         Args:
             step: updates already made.

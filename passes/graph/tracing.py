@@ -4,7 +4,7 @@ A model is not traced as a whole. Its regions are the largest modules that trace
 (`act24.passes.graph.clean_trace`) and repeat: the decoder blocks of the stock LLaMA; in a host framework's
 model, whose blocks take open keyword arguments and are hooked and recorded by class, the MLPs and single
 linears inside them. A module that does not repeat is a region too when nothing below it repeats; that may be
-the model itself, which then changes its class.
+the model itself, which then stays an instance of its class all the same.
 """
 
 from __future__ import annotations
