@@ -56,5 +56,6 @@ def _where(parameter: Tensor | None) -> tuple[int, torch.Size] | None:
 
 
 def _norm(parameter: Tensor) -> Tensor:
-    """Of the values here, in float32; of no gradient."""
-    return torch.linalg.vector_norm(_local(parameter.detach()), dtype=torch.float32)
+    """Of the values here, in float32 at least; of no gradient."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.linalg.vector_norm(_local(parameter.detach()), dtype=dtype)
