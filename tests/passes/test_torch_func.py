@@ -14,7 +14,6 @@ from toys import SwiGLU, Trunk, features
 
 from act24.errors import Act24Error
 from act24.passes import (
-from act24.passes.changed_weights import Unchanged
     Activation24,
     ActivationStatistics,
     Cola,
@@ -29,6 +28,7 @@ from act24.passes.changed_weights import Unchanged
     Weight24,
     apply_,
 )
+from act24.passes.changed_weights import Unchanged
 
 PASSES: dict[str, Callable[[], list[Pass]]] = {
     "transposable": lambda: [Weight24(scope="mlp")],
