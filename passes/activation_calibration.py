@@ -54,7 +54,7 @@ class ActivationCalibration(OperationalPass):
             if node.meta[TAKEN_BY] in its
             if self.places is None or region.name(site_path(node)) in self.places
         )
-        return Plan(matches, absent="no 2:4 activation")
+        return Plan(matches, absent="no 2:4 activation: put activation24 before it")
 
     def _rewrite(self, region: Region, match: Match) -> None:
         node, graph = match.nodes, region.graph

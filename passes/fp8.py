@@ -44,6 +44,9 @@ def pays(out_features: int, in_features: int) -> bool:
     return out_features * in_features >= LEAST_SIZE * (out_features + in_features)
 
 
+_IGNORED = "ignore names it, which head = true asks for: take it out of ignore, or set head = false"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fp8(OperationalPass):
     """Options of `fp8`.
@@ -86,7 +89,7 @@ class Fp8(OperationalPass):
         for site in linear_sites(region, factors=True):
             if self.head and site.kind == "head":
                 if not replace(self, targets=("*",)).selects(region, site.path):
-                    misses.append((site.path, "ignore names it, which head = true asks for"))
+                    misses.append((site.path, _IGNORED))
                     continue
             elif not takes(self, "all", region, site):
                 continue

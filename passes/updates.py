@@ -28,6 +28,7 @@ from torch.optim.optimizer import (
 )
 
 from act24.errors import Act24Error
+from act24.operation import in_functorch
 from act24.passes.activation24 import SCALE, Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.changed_weights import Unchanged
@@ -287,6 +288,8 @@ class Updates:
 
     def _refuse_other_weights(self, p: Pass) -> None:
         """An update that no optimizer made ends none here."""
+        if in_functorch():  # whose weights are arguments, of memory that cannot be looked at
+            return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         if self._unchanged is not None and self._unchanged.violated():

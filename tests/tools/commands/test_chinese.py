@@ -60,7 +60,7 @@ SOURCES = {
     "passes/activation24.py": ("_NO_RELU", "plan", "_note"),
     "passes/activation_statistics.py": ("plan",),
     "passes/cola.py": (),
-    "passes/fp8.py": ("plan", "missing", "_note"),
+    "passes/fp8.py": ("_IGNORED", "plan", "missing", "_note"),
     "passes/lora.py": ("plan",),
     "passes/recompute.py": ("_OTHERWISE", "plan"),
     "passes/relu2_ffn.py": (),
