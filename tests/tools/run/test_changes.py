@@ -65,7 +65,8 @@ def test_a_run_that_goes_on_from_its_end_saves_that_end(short, tiny_file, tmp_pa
     assert outcome.finished
     assert outcome.checkpoint == checkpoint_folder.folder_of(run_dir, 4) == checkpoint_folder.latest(run_dir)
     saved = checkpoint.load(outcome.checkpoint)
-    assert outcome.evaluation and saved.manifest["heldout"]["loss"] == outcome.evaluation.loss
+    assert outcome.evaluation
+    assert saved.manifest["heldout"]["loss"] == outcome.evaluation.loss
     assert all(torch.equal(value, saved.weights[name]) for name, value in weights(short, 4).items())
     assert logged(run_dir, "loss/val") == [(4, pytest.approx(outcome.evaluation.loss, rel=1e-6))]
     again = train(recipe, run_dir, resume="auto")
