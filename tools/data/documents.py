@@ -21,7 +21,14 @@ from act24.recipes.schema import Data
 from act24.tools.data.encoding import known_encoding
 from act24.tools.data.files import Reading, find_files, known_as, read_documents
 from act24.tools.data.hub import hub_shards
-from act24.tools.data.identity import Listing, combined, identities, matched, shared
+from act24.tools.data.identity import (
+    Listing,
+    check_unchanged,
+    combined,
+    identities,
+    matched,
+    shared,
+)
 from act24.tools.data.position import PositionError
 from act24.tools.data.shard import Shard, Split, is_heldout, part_by_hash, part_by_position, short_hash
 from act24.tools.data.tally import REMEMBERED, Tally
@@ -165,6 +172,7 @@ class Documents(Iterator[str]):
 
     def _next_shard(self) -> None:
         if self._shard < len(self._order):
+            self._check_unchanged()  # while it was read
             self._shard, self._record, self._passed = self._shard + 1, 0, self._passed + self._record
         if self._shard == len(self._order):
             if not self._found:
@@ -200,8 +208,18 @@ class Documents(Iterator[str]):
             mine = by_shard or (passed + index) % self._world_size == self._rank
             return mine and index >= start
 
+        self._check_unchanged()
         shard = self._shards[self._places[self._order[self._shard]]]
         return _from_record(start, shard(wanted))
+
+    def _check_unchanged(self) -> None:
+        """Raises Act24Error where the file at hand is not the one by which positions know it."""
+        if not self._present:
+            return
+        place = self._places[self._order[self._shard]]
+        name = self._names[place]
+        if check_unchanged(Path(name), self._present[place]) and name not in self.tally.touched:
+            self.tally.touched.append(name)
 
     def _order_of(self, epoch: int) -> list[int]:
         count = self._listing.count(epoch)

@@ -10,9 +10,9 @@ from tiny import text, write_recipe
 from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data, Tokenizer
-from act24.tools.data import open_tokenizer, prepare_shards
+from act24.tools.data import open_tokenizer, prepare_shards, rows
 from act24.tools.run.evaluate import evaluate_checkpoint
-from act24.tools.run.train import train
+from act24.tools.run.train import TrainingRun, train
 
 
 @pytest.fixture
@@ -63,6 +63,33 @@ def test_an_epoch_is_said_at_the_step_that_begins_it(own, tmp_path, capsys, file
     assert {int(epoch): int(step) for step, epoch in said} == expected
     drawn = scalars(tmp_path / "run", "text/epoch")
     assert {epoch: min(step for step in drawn if drawn[step] == epoch) for epoch in expected} == expected
+
+
+def test_text_that_is_edited_in_a_run_ends_it_and_its_checkpoint_goes_on(own, tmp_path, monkeypatch):
+    """At the first step of the second epoch all files get another text, which is then put back."""
+    monkeypatch.setattr(rows, "GROUP_DOCUMENTS", 1)  # 64 would be 16 epochs of this text, read ahead
+    files = sorted(tmp_path.glob("train-*.txt"))
+    for index, file in enumerate(files):
+        file.write_text(text(400, index))
+    recipe = load_recipe(str(own), ["train.steps=36", "eval.every=0"])
+    straight = train(recipe, tmp_path / "straight")
+    advance = TrainingRun.advance
+
+    def edited(self):
+        advance(self)
+        if self._rows.epoch == 1:
+            for index, file in enumerate(files):
+                file.write_text(text(400, 500 + index))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "advance", edited)
+        with pytest.raises(Act24Error, match=r"was changed while it is read, .*; saved step \d+ in "):
+            train(recipe, tmp_path / "run")
+    with pytest.raises(Act24Error, match=r"4 of 4 files are gone .*put back what was there and go on, or"):
+        train(recipe, tmp_path / "run", resume="auto")
+    for index, file in enumerate(files):
+        file.write_text(text(400, index))
+    assert train(recipe, tmp_path / "run", resume="auto").evaluation == straight.evaluation
 
 
 def test_data_grow(own, act24, tmp_path, capsys):
