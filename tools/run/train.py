@@ -285,7 +285,7 @@ class TrainingRun:
         if result.skipped:
             skipped = f"step {self._step}: the loss or its gradient is not finite; the batch is left out"
             self._note = f"{self._note}\n{skipped}" if self._note else skipped
-        self.monitor.add(self._step, result, rate, waited, self._rows.figures())
+        self.monitor.add(self._step, result, rate, waited, self._rows.epoch, self._rows.faults())
 
     def _failure(self, progress: RunProgress) -> BaseException | None:
         """What keeps the next step from being made. Asked for before that step, on which processes would wait
