@@ -134,7 +134,7 @@ class Monitor:
         epoch: int = 0,
         faults: Mapping[str, float] | None = None,
     ) -> None:
-        """Take in one step; `epoch` is that of the text, `faults` the counts of what was wrong with it so far.
+        """Take in one step; `epoch` is that of the text, `faults` counts what was wrong with it so far.
         Nothing is read from the device."""
         self._epoch, self._faults = epoch, faults or {}
         if result.skipped:
