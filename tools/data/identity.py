@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,6 +60,12 @@ def shared(files: Sequence[str], others: Sequence[str]) -> list[int]:
     """The places of those files whose content is that of one of the others, by identities."""
     contents = {_content(file) for file in others}
     return [place for place, file in enumerate(files) if _content(file) in contents]
+
+
+def changed(saved: Sequence[str], present: Sequence[str]) -> int:
+    """How many contents are in only one of two lists of identities."""
+    then, now = Counter(map(_content, saved)), Counter(map(_content, present))
+    return max((then - now).total(), (now - then).total())
 
 
 @dataclass(frozen=True)

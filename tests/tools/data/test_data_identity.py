@@ -10,7 +10,7 @@ import pytest
 from act24.errors import Act24Error
 from act24.recipes.schema import Data, Tokenizer
 from act24.tools.data import heldout_rows, identity, open_documents, open_rows, open_tokenizer, prepare_shards
-from act24.tools.data.documents import FRUITLESS, Documents
+from act24.tools.data.documents import FRUITLESS, Documents, other_heldout_text
 from act24.tools.data.files import find_files
 from act24.tools.data.shards import TokenShards
 
@@ -210,6 +210,19 @@ def test_a_large_file_that_is_touched_while_it_is_read_is_said(folder, monkeypat
     (line,) = documents.tally.lines()
     assert line.startswith("1 large files were modified while they are read")
     assert line.endswith(f"not compared: {folder / 'train3.txt'}")
+
+
+def test_shards_of_other_text_are_other_held_out_text(folder, tokenizer, tmp_path):
+    shards = [Data(source="shards", shards=str(tmp_path / name), max_length=8) for name in ("a", "b")]
+    prepare_shards(section(folder), tokenizer, tmp_path / "a")
+    (folder / "held.txt").write_text("SPARSE graph")
+    prepare_shards(section(folder), tokenizer, tmp_path / "b")
+    with open_rows(shards[0], tokenizer, batch_size=1, vocab_size=300) as batches:
+        saved = batches.state_dict()["fingerprint"]
+    assert [other_heldout_text(data, saved) for data in shards] == [
+        None,
+        "the content of data.shards is another",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- growing

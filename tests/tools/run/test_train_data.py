@@ -11,6 +11,7 @@ from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data, Tokenizer
 from act24.tools.data import open_tokenizer, prepare_shards, rows
+from act24.tools.run.build import load
 from act24.tools.run.evaluate import evaluate_checkpoint
 from act24.tools.run.train import TrainingRun, train
 
@@ -204,6 +205,53 @@ def test_eval_says_what_it_could_not_reach(own, tmp_path, caplog):
     (tmp_path / "heldout.txt").unlink()
     with pytest.raises(Act24Error, match="no data file matches"):
         evaluate_checkpoint(tmp_path / "run")
+
+
+def held_out_by_name(folder):
+    (folder / "heldout.txt").write_text(text(600, 10))
+
+
+def held_out_by_content(folder):
+    (folder / "train-1.txt").write_text(text(2000, 77))
+    (folder / "train-9.txt").write_text(text(2000, 78))
+
+
+OTHER_TEXT = {
+    "held-out files": ([], held_out_by_name, "the content of data.heldout_files is another"),
+    "files of which a part is held out": (
+        ["data.heldout_files=[]"],
+        held_out_by_content,
+        "2 of the files of which a part is held out are others",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_TEXT)
+def test_eval_says_that_the_held_out_text_is_another(own, tmp_path, caplog, monkeypatch, what):
+    """It gave another loss without a word, also where some of the text had been trained on."""
+    overrides, edit, said = OTHER_TEXT[what]
+    train(load_recipe(str(own), ["train.steps=5", *overrides]), tmp_path / "run")
+
+    def warned(*more):
+        caplog.clear()
+        evaluate_checkpoint(tmp_path / "run", ["eval.tokens=50", *more])
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warned() == []
+    edit(tmp_path)
+    (line,) = warned()
+    assert line.startswith(f"warning: the held-out text is not that of the run: {said}. The loss cannot")
+    (tmp_path / "other.txt").write_text(text(600, 11))  # who names other text knows
+    assert warned(f'data.heldout_files=["{tmp_path}/other.txt"]') == []
+
+    def load_and_lose(*arguments):
+        built = load(*arguments)
+        shutil.rmtree(tmp_path / "run/checkpoints")  # as the run that goes on may
+        return built
+
+    monkeypatch.setattr("act24.tools.run.evaluate.load", load_and_lose)
+    (line,) = warned()
+    assert line.startswith("warning: whether the held-out text is still that of the run is not known: ")
 
 
 def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeypatch):
