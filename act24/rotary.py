@@ -70,6 +70,8 @@ _OPTIONAL = {
     "llama3": (),
     "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
 }
+#: What each type reads.
+FIELDS_OF = {kind: ("factor", *_NEEDED[kind], *_OPTIONAL[kind]) for kind in _NEEDED}
 _OWN = tuple(dict.fromkeys(name for names in (*_NEEDED.values(), *_OPTIONAL.values()) for name in names))
 
 

@@ -24,10 +24,11 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import Argument
 
 from act24.options import OneOf, OptionError, Range, Steps
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
-from act24.passes.fp8 import Fp8, pays
+from act24.passes.fp8 import PARTS, Fp8, add_cast_buffers, pays
 from act24.passes.graph.activation_sites import (
     ActivationSite,
     activation_sites,
@@ -39,6 +40,7 @@ from act24.passes.graph.activation_sites import (
 from act24.passes.graph.linear_sites import RESIZE
 from act24.passes.graph.normal_form import nodes_of, replace_node
 from act24.passes.graph.region import Region
+from act24.passes.relu2_ffn import gate_in
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
 from act24.sparse24.feed_forward.operation import activation24
@@ -49,8 +51,19 @@ from act24.sparse24.format.products import Product, Table, feed_forward_products
 from act24.sparse24.pattern.feature_wise import TokenPermutation
 from act24.sparse24.weight.linear24 import linear24
 
+#: Where the metadata of the operation's node has the pass that put it there.
+TAKEN_BY = "activation24_pass"
+
 #: Kinds of the buffers, and the last parts of their names.
 SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_calibration"
+
+
+#: What to do where there is no activation to make 2:4, by the gate of a network there (`gate_in`).
+_NO_RELU = {
+    "silu": "no relu² or relu: put relu2_ffn in front, which makes one of a gated network",
+    "gelu": 'no relu² or relu: put relu2_ffn in front, with gate = "gelu"',
+    "": "no relu² or relu: leave it to other passes, or make its activation relu² before",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +91,7 @@ class Activation24(OperationalPass):
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
         algorithms: what a tuner found for the products (`act24.sparse24.format.products`), of no meaning to
             the mathematics; no key of a recipe.
+        keep_cast: as in `act24.passes.fp8.Fp8`, of networks in e4m3; no key of a recipe.
     """
 
     name: ClassVar[str] = "activation24"
@@ -95,6 +109,7 @@ class Activation24(OperationalPass):
     kernels: bool = True
     recompute: bool = False
     algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
+    keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +146,7 @@ class Activation24(OperationalPass):
 
     @property
     def renews(self) -> bool:
-        return self.record.draws or self.record.scaled
+        return self.record.draws or self.record.scaled or self.keep_cast
 
     def calibrates(self, step: int) -> bool:
         """Whether a scale is due once `step` updates are made."""
@@ -141,7 +156,8 @@ class Activation24(OperationalPass):
 
     def in_evaluation(self) -> Activation24:
         other = self.record.in_evaluation
-        return replace(self, method=other) if other else self
+        # What was cast for an update is not of the weights behind it.
+        return replace(self, method=other or self.method, keep_cast=False)
 
     def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
@@ -176,7 +192,7 @@ class Activation24(OperationalPass):
                     note=self._note(region, site),
                 )
             )
-        absent = "no relu² or relu: put relu2_ffn in front, which makes one of a gated network"
+        absent = _NO_RELU[gate_in(region)]
         if any(True for _ in nodes_of(region.graph, F.relu)):
             absent = "its relu stands between convolutions, whose features lie elsewhere: leave it"
         return Plan(tuple(matches), tuple(misses), absent=absent)
@@ -247,6 +263,16 @@ class Activation24(OperationalPass):
             algorithms=tuple((tuple(p), tuple(m)) for p, m in self.algorithms),  # type: ignore[misc]
         )
 
+    def _cast_weights(self, site: ActivationSite) -> tuple[str, ...]:
+        """The local names of W_in and W_out where all products are in e4m3; none elsewhere, and where one is
+        stored transposed."""
+        options = self.options(site)
+        if not (site.before and site.after and options.precision == "fp8" and PACKED_FP8.knows(options)):
+            return ()
+        weights = [linear.args[1] for linear in (site.before, site.after)]
+        nodes = [node for node in weights if isinstance(node, fx.Node) and node.op == "get_attr"]
+        return tuple(str(node.target) for node in nodes) if len(nodes) == len(weights) else ()
+
     def _rewrite(self, region: Region, match: Match) -> None:
         site: ActivationSite = match.nodes
         graph = region.graph
@@ -257,8 +283,14 @@ class Activation24(OperationalPass):
             linears = (x, weight_in, bias_in, weight_out, bias_out)
             state = (self._scale(region, site), self._seed(region, site), pads_node(region))
             arguments = (*linears, *state, self.options(site))
-            sparse = graph.call_function(activation24, arguments)
+            weights = self._cast_weights(site)
+            for name in weights:
+                add_cast_buffers(region, name)
+            casts = tuple(graph.get_attr(name + part) for name in weights for part in PARTS)
+            kept: dict[str, Argument] = {"casts": casts} if self.keep_cast and casts else {}
+            sparse = graph.call_function(activation24, arguments, kept)
             keep_site(site.node, sparse)
+            sparse.meta[TAKEN_BY] = self
             output = graph.call_function(operator.getitem, (sparse, 0))
         replace_node(graph, end, output)
 
@@ -282,6 +314,6 @@ class Activation24(OperationalPass):
 
 
 def _reads_by_weight(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user is a linear of the node, or was one: scales are measured before operations take it."""
+    """Whether a user is a linear of the node, or was one."""
     linears = (F.linear, linear24, activation24)
     return user.target in linears and user.args[0] is node and user.args[1] is not None

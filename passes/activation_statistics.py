@@ -1,7 +1,8 @@
 """`activation_statistics`: count zeros after relu² or relu, and what 2:4 drops, without a host sync.
 
     relu2(h), activation24(...)   ==>   the same, and <site>.activation_statistics += counts
-    linear_fp8(x, W, ...)         ==>   the same, and <weight>_e4m3_counts += counts; linear24 in fp8 too
+    linear_fp8(x, W, ...)         ==>   the same, and <weight>_e4m3_counts += counts; in fp8 linear24 and the
+                                        first linear of activation24 too
 
 The 2:4 operation counts when asked to; for a dense activation the counts are made beside it, and say what 2:4
 would drop. Of linears in e4m3 it is what becomes zero of their inputs. Buffers add up until the shell reads
@@ -34,6 +35,7 @@ from act24.passes.graph.flops import in_fp8
 from act24.passes.graph.normal_form import parameter_name
 from act24.passes.graph.region import Region
 from act24.sparse24.feed_forward.operation import activation24
+from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8
 from act24.sparse24.feed_forward.statistics import STATISTICS, dense_statistics
 from act24.sparse24.weight.linear24 import linear24
 
@@ -58,12 +60,12 @@ class ActivationStatistics(OperationalPass):
     def plan(self, region: Region) -> Plan:
         name_sites(region)
         matches = tuple(
-            Match(path, node.name, f"{node.name}, counted", node, 0, 0)
+            Match(path, node.name, f"{node.name}, counted", (node, False), 0, 0)
             for node in region.graph.nodes
             if is_activation(node) and self.selects(region, path := site_path(node))
         )
         linears = tuple(
-            Match(str(name), node.name, f"{node.name}, counted", node, 0, 0)
+            Match(str(name), node.name, f"{node.name}, counted", (node, True), 0, 0)
             for node in region.graph.nodes
             if _reads_e4m3(node)
             if self.selects(region, str(name := parameter_name(node.args[1])).rpartition(".")[0])
@@ -71,8 +73,8 @@ class ActivationStatistics(OperationalPass):
         return Plan((*matches, *linears), absent="no relu² or relu: leave the pass out")
 
     def _rewrite(self, region: Region, match: Match) -> None:
-        node, graph = match.nodes, region.graph
-        if _reads_e4m3(node):
+        (node, of_input), graph = match.nodes, region.graph
+        if of_input:
             buffer, counter = match.path + UNDERFLOW, underflow_counts
             region.add_buffer(buffer, (2,), torch.float32, False, kind=UNDERFLOW, of=match.path)
             with graph.inserting_before(node.next):
@@ -108,5 +110,7 @@ def add_counts_(buffer: Tensor, counts: Tensor) -> Tensor:
 
 
 def _reads_e4m3(node: fx.Node) -> bool:
-    """Whether it is a linear whose input is cast to e4m3."""
+    """Whether it is a linear whose input is cast to e4m3, or begins with one."""
+    if node.target is activation24:
+        return None not in (node.args[1], node.args[3]) and PACKED_FP8.knows(node.args[-1])  # type: ignore[arg-type]
     return node.target is linear_fp8 or (node.target is linear24 and in_fp8(node))

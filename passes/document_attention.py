@@ -28,6 +28,12 @@ from act24.passes.rewriting import Rewriting
 STARTS = "document_starts"
 
 
+_ABSENT = (
+    "no causal scaled_dot_product_attention(q, k, v, is_causal=True): write attention so, or set "
+    'data.attention = "causal"'
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentAttention(OperationalPass):
     """`document_attention` has no options of its own."""
@@ -41,7 +47,7 @@ class DocumentAttention(OperationalPass):
             for node in region.graph.nodes
             if _is_causal(node) and self.selects(region, "")
         )
-        return Plan(matches, absent="no causal scaled_dot_product_attention(q, k, v, is_causal=True)")
+        return Plan(matches, absent=_ABSENT)
 
     def _rewrite(self, region: Region, match: Match) -> None:
         node, graph = match.nodes, region.graph
@@ -75,6 +81,6 @@ def set_starts_(pipeline: Rewriting, starts: Tensor | None) -> None:
             if starts is None:
                 raise Act24Error(
                     'data.attention = "document": these rows come without the beginnings of their documents '
-                    "(Batch.starts)"
+                    '(Batch.starts): take batches of open_rows, or set data.attention = "causal"'
                 )
             module._buffers[STARTS] = starts

@@ -18,13 +18,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from act24.errors import Act24Error
 from act24.fp8.casts import Scaling
 from act24.fp8.linear import MULTIPLE, linear_fp8, underflow_counts
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
-from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, takes
+from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, no_linear, takes
 from act24.passes.graph.normal_form import parameter_name, replace_node
 from act24.passes.graph.region import Region, RegionModule
 
@@ -42,6 +42,9 @@ LEAST_SIZE = 512
 def pays(out_features: int, in_features: int) -> bool:
     """Whether a linear gains by e4m3, as far as one can tell from its shape."""
     return out_features * in_features >= LEAST_SIZE * (out_features + in_features)
+
+
+_IGNORED = "ignore names it, which head = true asks for: take it out of ignore, or set head = false"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +89,12 @@ class Fp8(OperationalPass):
         for site in linear_sites(region, factors=True):
             if self.head and site.kind == "head":
                 if not replace(self, targets=("*",)).selects(region, site.path):
-                    misses.append((site.path, "ignore names it, which head = true asks for"))
+                    misses.append((site.path, _IGNORED))
                     continue
             elif not takes(self, "all", region, site):
+                continue
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
                 continue
             shape, size = " × ".join(map(str, site.shape)), region.parameters[site.weight].numel()
             if any(side % MULTIPLE for side in site.shape):
@@ -113,7 +119,7 @@ class Fp8(OperationalPass):
         return Plan(
             tuple(matches),
             tuple(misses),
-            absent="no linear that another pass has left: name linears in targets",
+            absent=no_linear(self, region),
         )
 
     def missing(self, regions: Sequence[Region]) -> str:
@@ -127,11 +133,7 @@ class Fp8(OperationalPass):
 
     def _rewrite(self, region: Region, match: Match) -> None:
         site: LinearSite = match.nodes
-        for part in PARTS:
-            # As bytes: DDP broadcasts buffers when it begins, and process groups cannot send e4m3.
-            dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.uint8
-            # Empty until the first cast, so that a model that never casts pays nothing for them.
-            region.add_buffer(site.weight + part, (0,), dtype, persistent=False, kind=part, of=site.weight)
+        add_cast_buffers(region, site.weight)
         for node in site.nodes:
             with region.graph.inserting_before(node):
                 ready = [
@@ -140,6 +142,15 @@ class Fp8(OperationalPass):
                 arguments = (*node.args, *ready, self.scaling, self.kernels)
                 narrow = region.graph.call_function(linear_fp8, arguments)
             replace_node(region.graph, node, narrow)
+
+
+def add_cast_buffers(region: Region, weight: str) -> None:
+    """Buffers for a weight in e4m3, by its local name."""
+    for part in PARTS:
+        # As bytes: DDP broadcasts buffers when it begins, and process groups cannot send e4m3.
+        dtype = torch.float32 if part in (SCALE, TURNED_SCALE) else torch.uint8
+        # Empty until the first cast, so that a model that never casts pays nothing for them.
+        region.add_buffer(weight + part, (0,), dtype, persistent=False, kind=part, of=weight)
 
 
 def _note(region: Region, site: LinearSite) -> str:
@@ -160,10 +171,10 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
     """
     if not isinstance(head, RegionModule):
         return ()
-    counted, linears = list[fx.Node](), list[fx.Node]()
-    for node in head.graph.nodes:
-        if node.op == "call_function":
-            (counted if node.target is underflow_counts else linears).append(node)
+    called = [node for node in head.graph.nodes if node.op == "call_function"]
+    counted = [node for node in called if node.target is underflow_counts]
+    sums = [node for count in counted for node in count.users]  # activation_statistics adds counts up
+    linears = [node for node in called if node not in (*counted, *sums)]
     kinds = [node.target for node in linears]
     if kinds not in ([F.linear], [linear_fp8]):
         raise Act24Error(
@@ -174,8 +185,7 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
         return ()
     arguments: tuple[Any, ...] = linears[0].args[3:]
     *ready, scaling, kernels = arguments
-    for node in counted:
-        (add,) = node.users
-        head.get_buffer(str(parameter_name(add.args[0]))).add_(underflow_counts(hidden, scaling))
+    for node in sums:
+        head.get_buffer(str(parameter_name(node.args[0]))).add_(underflow_counts(hidden, scaling))
     tensors = (None if part is None else head.get_buffer(part.target) for part in ready)
     return (*tensors, scaling, kernels)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range, Width
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, linear_sites, takes
+from act24.passes.graph.linear_sites import LinearSite, linear_sites, no_linear, read_past, takes
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.sparse_mask import MASK_BITS, add_mask
@@ -56,11 +56,17 @@ class Lora(StructuralPass):
         return self.alpha / self.rank
 
     def plan(self, region: Region) -> Plan:
-        matches = []
+        matches, misses = [], []
         for site in linear_sites(region):
             if not takes(self, "all", region, site):
                 continue
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
+                continue
             spec = region.parameters[site.weight]
+            if spec.read_by:
+                misses.append((site.path, read_past(spec.read_by)))
+                continue
             size = self.rank * sum(site.shape)
             matches.append(
                 Match(
@@ -75,7 +81,8 @@ class Lora(StructuralPass):
             )
         return Plan(
             tuple(matches),
-            absent=f"no linear among targets ({', '.join(self.targets)}): name linears in targets",
+            tuple(misses),
+            absent=no_linear(self, region),
         )
 
     @property

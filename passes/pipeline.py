@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,13 @@ class Pipeline(Rewriting):
         twin._updates = self._updates.of_copy(twin)
         return twin
 
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise PassError(
+            "a pipeline cannot be pickled or saved, and copied by deepcopy alone, as its plan is functions: "
+            "save model.state_dict() and give a stock model the same passes, or save the model alone, within "
+            "pipeline.evaluation()"
+        )
+
     def commit_(self, measured: Mapping[str, Tensor] | None = None) -> None:
         """As `Rewriting.commit_`; from then on it is watched that updates are begun."""
         if torch.is_inference_mode_enabled():
@@ -111,6 +118,25 @@ class Pipeline(Rewriting):
         super().commit_(measured)
         self._updates.watch_()
         watch_(self.model, self.facts)
+
+    @property
+    def updates_made(self) -> int | None:
+        """How many there are, where a step was given and no update has begun since; None: state is that of
+        the update that was begun last, or whatever was loaded."""
+        return self._updates.made
+
+    def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
+        self._updates.settle()
+        self._updates.lowered_for(step)
+        return super().lower_(step, without)
+
+    def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
+        self._updates.settle()
+        super().lower_to_(passes)
+
+    def exchange_(self, old: OperationalPass, new: OperationalPass) -> None:
+        self._updates.settle()
+        super().exchange_(old, new)
 
     @contextmanager
     def lowered(self, passes: Sequence[OperationalPass]) -> Iterator[None]:
@@ -134,7 +160,9 @@ class Pipeline(Rewriting):
         step, renew masks and scales that are due, and set seeds.
 
         Collective: every process calls it with the same step. Micro-batches, masked decay and the end of the
-        update need no call (`act24.passes.updates`). A training forward without it raises `Act24Error`.
+        update need no call (`act24.passes.updates`). A training forward without it raises `Act24Error`. Masks
+        and scales of an update are those of the model's own weights as it begins, also where
+        `torch.func.functional_call` brings others.
 
         Args:
             step: updates already made.
@@ -184,12 +212,13 @@ class Pipeline(Rewriting):
         Args:
             without: names of passes to leave out, to see the same weights without 2:4.
             step: updates already made: evaluate with the passes in force then, and measure scales that no
-                update has set yet. None: as the pipeline is lowered and its scales are.
+                update has set yet. None: as the pipeline is lowered; it knows of updates begun with it.
             forward: runs the model on the rows on which such scales are measured, of which `pads` are
                 padding; None: those of activations stay as they are.
             reduce: as for `begin_update_`.
         """
-        with evaluation(self, without, step, forward, pads, reduce):
+        made = self.updates_made if step is None else step
+        with evaluation(self, without, step, made, forward, pads, reduce):
             yield
 
     def measure_scales_(

@@ -35,6 +35,7 @@ from act24.operation import in_functorch, operation
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.normal_form import parameter_name, replace_node
 from act24.passes.graph.region import Factor, Region
+from act24.passes.graph.writes import buffer_writes
 from act24.sparse24.feed_forward.operation import activation24
 
 #: The parts of a weight that read a bottleneck: the second factor, and columns, whose input is narrow too.
@@ -76,6 +77,8 @@ class Recompute(OperationalPass):
                 return Plan(
                     misses=(("", f"a second call of {node.target} [{kind}] may differ: {_OTHERWISE}"),)
                 )
+        if read := _read_buffers(region):
+            return Plan(misses=(("", f"forward writes into {read}, which it also reads: {_OTHERWISE}"),))
         if not _repeats(region):
             return Plan(
                 misses=(("", f"nothing lies between its bottlenecks to compute again: {_OTHERWISE}"),)
@@ -156,12 +159,19 @@ def _open_norms(region: Region) -> None:
             replace_node(graph, node, opened)
 
 
+def _read_buffers(region: Region) -> str:
+    """A buffer that the graph writes to and reads: a second time it would be another one."""
+    beside = buffer_writes(region.graph, region.module)
+    read = (node for node in region.graph.nodes if node not in beside)
+    return next((str(i.target) for node in read for i in node.all_input_nodes if i in beside), "")
+
+
 def _levels(region: Region) -> dict[fx.Node, int]:
     """How many kept values lie, at most, on the way to each node whose value is used."""
-    kept = _bottlenecks(region)
+    kept, beside = _bottlenecks(region), buffer_writes(region.graph, region.module)
     levels: dict[fx.Node, int] = {}
     for node in region.graph.nodes:
-        if node.op.startswith("call_") and node.users:
+        if node.op.startswith("call_") and node.users and node not in beside:
             levels[node] = max(
                 (levels[i] + (i in kept) for i in node.all_input_nodes if i in levels), default=0
             )
@@ -184,7 +194,7 @@ class _Copies(dict[fx.Node, fx.Node]):
 def _segmented(graph: fx.Graph, levels: dict[fx.Node, int]) -> fx.Graph:
     """The same graph level by level, each one call that is repeated in backward if repeating spares memory.
 
-    Writes to buffers, which nothing reads and which have no level, happen once, at the end.
+    Writes to buffers, which nothing else reads and which have no level, happen once, at the end.
     """
     result = fx.Graph(tracer_cls=graph._tracer_cls)
     copies = _Copies(result)

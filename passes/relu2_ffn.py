@@ -201,6 +201,11 @@ def _find(region: Region, node: fx.Node) -> _SwiGLU | None:
     return _SwiGLU(product, gate, up, down, kind)
 
 
+def gate_in(region: Region) -> str:
+    """The activation of the first gated network in a region, or the empty string."""
+    return next((found.kind for node in region.graph.nodes if (found := _find(region, node))), "")
+
+
 def _gate_kind(region: Region, node: fx.Node) -> str:
     """Which activation a node is, of those that gates have, or the empty string."""
     if node.op == "call_module":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan
-from act24.passes.graph.coverage import Coverage
+from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
 
@@ -166,6 +166,41 @@ def figures(
     }
 
 
+def coverages(
+    model: nn.Module,
+    regions: Sequence[Region],
+    passes: Sequence[Pass],
+    rows: Sequence[Row],
+    unclean: Mapping[str, str],
+    misses: Sequence[tuple[str, str, str]],
+    absent: Sequence[tuple[str, str, str]],
+    gone: Collection[str],
+) -> tuple[Coverage, ...]:
+    """What passes reach of a model, each once.
+
+    Args:
+        regions: as they were.
+        unclean: the modules that are no regions, and why.
+        misses, absent: (pass, full name of a place or region, reason) of what is left there.
+        gone: the full names of parameters that passes take away.
+    """
+    # By full name; the model itself has none.
+    left = {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+    matrices = matrices_of(model, regions, left)
+    untraced = {place: f"not traced: {why}" for place, why in left.items()}
+    found = []
+    for p in passes:
+        if p.covers:
+            missed = {fqn: why for name, fqn, why in misses if name == p.name}
+            reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
+            places = [row.fqn.removeprefix("the model") for row in rows if row.pass_name == p.name]
+            named = {*places, *missed}
+            found.append(
+                coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone, named)
+            )
+    return tuple(found)
+
+
 def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean: Mapping[str, str]) -> str:
     """Why a pass matches nothing: its selectors leave out what there is, or there is something else instead.
 
@@ -176,10 +211,14 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
     where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
     where += f" without {list(p.ignore)}" if p.ignore else ""
     everywhere = replace(p, targets=("*",), ignore=())
-    left_out = [region.name(match.path) for region in regions for match in everywhere.plan(region).matches]
+    left_out = [(region, match.path) for region in regions for match in everywhere.plan(region).matches]
     if left_out and not any(planned.misses for planned in plans):
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-        return f"{p.name} matches nothing{where}, which leaves out {left_out[0]}{others}"
+        region, path = left_out[0]
+        todo = [] if replace(p, ignore=()).selects(region, path) else ["name it in targets"]
+        todo += [] if replace(p, targets=("*",)).selects(region, path) else ["take it out of ignore"]
+        first = region.name(path) or "the model"
+        return f"{p.name} matches nothing{where}, which leaves out {first}{others}: {' and '.join(todo)}"
     absent: list[tuple[str, str]] = []
     for region, planned in zip(regions, plans, strict=True):
         absent += [(region.name(path), reason) for path, reason in planned.misses]

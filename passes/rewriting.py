@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -21,39 +20,20 @@ from act24.initialise import generator_for
 from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
-from act24.passes.graph.coverage import Coverage, coverage, matrices_of
+from act24.passes.graph.coverage import Coverage
 from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
-from act24.passes.graph.lowering import Lowering, lower_, lowering
+from act24.passes.graph.lowering import lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
+from act24.passes.graph.sites import Lowered, Site
 from act24.passes.graph.stock_state import Change, from_stock, to_stock
 from act24.passes.graph.tracing import trace
 from act24.passes.graph.watched import Fact
+from act24.passes.left_out import left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
-from act24.passes.report import Report, Row, figures, no_match, row
-
-
-@dataclass
-class _Site:
-    """A region on its way: as traced, after the structural passes, and the module once it stands."""
-
-    traced: Region
-    base: Region
-    changes: list[Change] = field(default_factory=list)
-    claims: dict[str, Pass] = field(default_factory=dict)
-    touched: bool = False
-    module: RegionModule | None = None
-
-
-@dataclass(frozen=True)
-class _Lowered:
-    """A region through certain operational passes, and what each of them matched."""
-
-    site: _Site
-    lowering: Lowering
-    matches: list[tuple[Match, ...]]
+from act24.passes.report import Report, Row, coverages, figures, no_match, row
 
 
 class Rewriting:
@@ -61,6 +41,7 @@ class Rewriting:
 
     Attributes:
         report: what it does.
+        step: updates already made, as of its making.
         boundaries: the steps at which the set of operational passes changes, without 0.
     """
 
@@ -84,9 +65,9 @@ class Rewriting:
         self._model = model
         given = check_passes(passes)
         self._passes = tuple(p.beside(given) for p in given)
-        self._seed = seed
+        self._seed, self.step = seed, step
         self._classes: dict[tuple[Any, ...], type] = {}
-        self._lowered: dict[tuple[OperationalPass, ...], list[_Lowered]] = {}
+        self._lowered: dict[tuple[OperationalPass, ...], list[Lowered]] = {}
         self._rows: list[Row] = []
         self._facts: dict[tuple[Any, ...], Fact] = {}
         self._misses: list[tuple[str, str, str]] = []
@@ -102,7 +83,7 @@ class Rewriting:
         if self._check:
             self._check.forget_inputs()
         self._sites = [
-            _Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
+            Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
             for region in regions
         ]
         base = [site.base for site in self._sites]
@@ -121,7 +102,7 @@ class Rewriting:
             tuple(self._misses),
             **counts,
             checked=checked,
-            coverage=self._coverage([site.traced for site in self._sites]),
+            coverage=self._coverage(),
             unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
         )
 
@@ -135,30 +116,19 @@ class Rewriting:
         vars(twin).update(vars(self))
         twin._model = copy.deepcopy(self._model, memo)
         twin._check, twin._lowered = None, {}  # made again when they are needed
-        twin._sites = [_twin_site(site, memo) for site in self._sites]
+        twin._sites = [site.twin(memo) for site in self._sites]
         if twin.modules:
             twin._lower()
         return twin
 
-    def _coverage(self, regions: Sequence[Region]) -> tuple[Coverage, ...]:
-        """What passes reach, each once."""
-        unclean = {place.rpartition(" [")[0]: why for place, why in self._unclean.items()}
-        matrices = matrices_of(self._model, regions, unclean)
-        untraced = {place: f"not traced: {why}" for place, why in unclean.items()}
+    def _coverage(self) -> tuple[Coverage, ...]:
+        regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
         gone = {
             site.traced.name(name)
             for site in self._sites
             for name in site.traced.parameters.keys() - site.base.parameters.keys()
         }
-        found = []
-        for p in self._passes:
-            if p.covers:
-                absent = {fqn: why for name, fqn, why in self._absent if name == p.name}
-                misses = {fqn: why for name, fqn, why in self._misses if name == p.name}
-                places = [row.fqn.removeprefix("the model") for row in self._rows if row.pass_name == p.name]
-                reasons = {**untraced, **absent, **misses}
-                found.append(coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone))
-        return tuple(found)
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone)
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -185,7 +155,7 @@ class Rewriting:
             if site.touched and site.traced.module is self._model:
                 # The model itself becomes the new module; what it was has to be somewhere.
                 site.traced.module = site.base.module = twin(self._model)
-        built: list[tuple[_Site, RegionModule]] = [
+        built: list[tuple[Site, RegionModule]] = [
             (site, materialise(site.base, lambda name: generator_for(self._seed, name), measured))
             for site in self._sites
             if site.touched
@@ -217,7 +187,7 @@ class Rewriting:
         """What tracing has read outside of the modules, each once."""
         return tuple(self._facts.values())
 
-    def _check_rewritten(self, built: Sequence[tuple[_Site, RegionModule]]) -> None:
+    def _check_rewritten(self, built: Sequence[tuple[Site, RegionModule]]) -> None:
         """Run the model on what the stock one ran on, if it did.
 
         Raises:
@@ -250,9 +220,9 @@ class Rewriting:
         return self._lower_to(self.in_force(step, without))
 
     def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
-        """The operational passes in force once `step` updates are made, those named in `without` left "
-        "out."""
-        return [p for p in self._operational if p.active(step) and p.name not in without]
+        """The operational passes in force once `step` updates are made, those named in `without` left out
+        (`left_out`)."""
+        return left_out([p for p in self._operational if p.active(step)], without)
 
     def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
         """The model through other operational passes from now on, as `lowered` has it for a while."""
@@ -296,11 +266,19 @@ class Rewriting:
         """The operational passes in force."""
         return tuple(self._active)
 
-    def matches(self, p: OperationalPass) -> list[tuple[str, Match]]:
-        """What a pass in force has rewritten, each with the name of its region."""
-        index = self._active.index(p)
-        lowered = self._lowered[tuple(self._active)]
-        return [(done.site.traced.fqn, match) for done in lowered for match in done.matches[index]]
+    def matches(
+        self, p: OperationalPass, among: Sequence[OperationalPass] | None = None
+    ) -> list[tuple[str, Match]]:
+        """What a pass has rewritten, each with the name of its region.
+
+        Args:
+            among: the passes in force, of which it is one; None: those that are.
+        """
+        passes = tuple(self._active if among is None else among)
+        index = passes.index(p)
+        return [
+            (one.site.traced.fqn, match) for one in self._lowerings(passes) for match in one.matches[index]
+        ]
 
     def places(self, pass_name: str) -> tuple[str, ...]:
         """The fully qualified names of what a structural pass rewrites, each once."""
@@ -403,7 +381,7 @@ class Rewriting:
                 if not is_linear(region.module):  # of a single linear its surroundings say more
                     self._absent += [(p.name, region.fqn, planned.absent)]
 
-    def _claim(self, p: Pass, site: _Site, region: Region, matches: tuple[Match, ...]) -> None:
+    def _claim(self, p: Pass, site: Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""
         for match in matches:
             other = site.claims.setdefault(match.path, p)
@@ -425,26 +403,22 @@ class Rewriting:
         return changed
 
     def _lower(self) -> None:
-        key = tuple(self._active)
-        if key not in self._lowered:  # evaluation comes back to the same few again and again
-            self._lowered[key] = [self._lower_region(site) for site in self._sites if site.module]
-        for done in self._lowered[key]:
+        for done in self._lowerings(tuple(self._active)):
             assert done.site.module is not None
             lower_(done.site.module, done.lowering, self._classes)
 
-    def _lower_region(self, site: _Site) -> _Lowered:
+    def _lowerings(self, passes: tuple[OperationalPass, ...]) -> list[Lowered]:
+        if passes not in self._lowered:  # evaluation comes back to the same few again and again
+            sites = [site for site in self._sites if site.module]
+            self._lowered[passes] = [self._lower_region(site, passes) for site in sites]
+        return self._lowered[passes]
+
+    def _lower_region(self, site: Site, passes: tuple[OperationalPass, ...]) -> Lowered:
         region, matches = site.base.copy(), []
-        for p in self._active:
+        for p in passes:
             planned = p.plan(region)
             p.apply(region, planned)
             matches.append(planned.matches)
-        for p in (*self._structural, *self._active):
+        for p in (*self._structural, *passes):
             p.finish(region)
-        return _Lowered(site, lowering(region.graph, self._classes), matches)
-
-
-def _twin_site(site: _Site, memo: dict[int, Any]) -> _Site:
-    """A site of a copy of the model."""
-    traced, base = site.traced.copy(), site.base.copy()
-    traced.module, base.module = copy.deepcopy((traced.module, base.module), memo)
-    return replace(site, traced=traced, base=base, module=copy.deepcopy(site.module, memo))
+        return Lowered(site, lowering(region.graph, self._classes), matches)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, weight24
 from act24.passes.activation24 import SCALE
-from act24.passes.state import SparseWeight, as_evaluated, sparse_weights
-from act24.sparse24.weight.methods import sparse_weight, weight_mask
+from act24.passes.graph.region import buffers_of, joined
+from act24.passes.state import SparseWeight, as_evaluated, new_places, sparse_weights
+from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
 
 
 def lower_to_serve_(pipeline: Pipeline, step: int) -> None:
@@ -51,18 +52,17 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
             weights are the dense masters.
     """
     state = pipeline.model.state_dict()
-    for name in _scales(pipeline, in_force=False) - _scales(pipeline, in_force=True):
+    made = pipeline.updates_made
+    for name in _unread_scales(pipeline):
         state.pop(name, None)
-    for p in pipeline.passes:
-        if not isinstance(p, Weight24):
-            continue
-        with pipeline.lowered([p]):
-            weights = list(sparse_weights(pipeline, p))
-        for weight in weights:
-            if masked and _in_force(pipeline, p):
-                state[weight.name] = _as_multiplied(weight, p)
-            for kind in (weight24.MASK, weight24.SCALE):
-                state.pop(weight.name + kind, None)
+    for p in pipeline.active if masked else ():
+        if isinstance(p, Weight24):
+            new = new_places(pipeline, p, made)
+            for weight in sparse_weights(pipeline, p):
+                state[weight.name] = _as_multiplied(weight, p, weight.name in new)
+    for kind in (weight24.MASK, weight24.SCALE):
+        for name in buffers_of(pipeline.regions, kind):
+            state.pop(name + kind, None)
     return state
 
 
@@ -77,22 +77,28 @@ def fold_weights_(pipeline: Pipeline) -> None:
         parameter.copy_(state[name])
 
 
-def _scales(pipeline: Pipeline, in_force: bool) -> set[str]:
-    """The scales of `activation24` passes that are in force, or of those that are not, which no served model
-    has."""
-    names: set[str] = set()
-    for p in pipeline.passes:
-        if isinstance(p, Activation24) and p.soft and _in_force(pipeline, p) == in_force:
-            with pipeline.lowered([p]):
-                found = pipeline.matches(p)
-            names |= {".".join(filter(None, (fqn, match.path, SCALE))) for fqn, match in found}
-    return names
+def _unread_scales(pipeline: Pipeline) -> set[str]:
+    """The scales of `activation24` passes that are not in force, which no served model has."""
+    read = {
+        joined(fqn, match.path)
+        for p in pipeline.active
+        if isinstance(p, Activation24) and p.soft
+        for fqn, match in pipeline.matches(p)
+    }
+    return {joined(name, SCALE) for name in buffers_of(pipeline.regions, SCALE).keys() - read}
 
 
-def _as_multiplied(weight: SparseWeight, p: Weight24) -> Tensor:
-    """A weight as its linear multiplies with it, in the orientation in which it is stored."""
+def _as_multiplied(weight: SparseWeight, p: Weight24, unset: bool) -> Tensor:
+    """A weight as its linear multiplies with it, in the orientation in which it is stored.
+
+    Args:
+        unset: no update has set its scale.
+    """
     dense = weight.parameter.T if weight.transposed else weight.parameter
-    soft = p.record.soft
-    mask = None if soft else weight_mask(dense, p.method)
-    sparse = sparse_weight(dense, mask, weight.buffer(weight24.SCALE) if soft else None)
+    mask = scale = None
+    if p.record.soft:
+        scale = weight_scale(dense) if unset else weight.buffer(weight24.SCALE)
+    else:
+        mask = weight_mask(dense, p.method)
+    sparse = sparse_weight(dense, mask, scale)
     return sparse.T if weight.transposed else sparse

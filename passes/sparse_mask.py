@@ -53,6 +53,9 @@ class SparseMask(StructuralPass):
         for site in linear_sites(region, factors=True):
             if not takes(self, self.scope, region, site):
                 continue
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
+                continue
             spec = region.parameters[site.weight]
             if spec.shared:
                 misses.append((site.path, tied(spec.shared[0])))
@@ -68,7 +71,7 @@ class SparseMask(StructuralPass):
                     state=kept_weight(site),
                 )
             )
-        return Plan(tuple(matches), tuple(misses), absent=no_linear(self.scope))
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope))
 
     def _rewrite(self, region: Region, match: Match) -> None:
         add_mask(region, match.nodes)

@@ -9,7 +9,6 @@ line that `calibrate_` returns at a scale's first measurement.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,43 +18,53 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from act24.errors import Act24Error
-from act24.fp8.linear import cast_weight
-from act24.operation import is_transformed
-from act24.passes import activation24, weight24
+from act24.fp8.linear import cast_weight, uses_kernels
+from act24.passes import weight24
 from act24.passes.activation24 import SCALE, SUMS, Activation24
 from act24.passes.activation_calibration import ActivationCalibration
 from act24.passes.base import OperationalPass
 from act24.passes.fp8 import PARTS, Fp8
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
+from act24.passes.graph.normal_form import nodes_of, parameter_name
 from act24.passes.graph.region import RegionModule, buffers_of, joined
+from act24.passes.left_out import left_out
 from act24.passes.rewriting import Rewriting
 from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
+from act24.sparse24.feed_forward.operation import activation24 as activation24_operation
+from act24.sparse24.feed_forward.packed_fp8 import cast_weights
 from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
 from act24.sparse24.weight.methods import DecayPlace, weight_scale
 from act24.sparse24.weight.packed import packed_operands
 
-#: What a kind of seed adds to the name that it is drawn from, so that no two are drawn alike.
-_DRAWN_FROM = {activation24.SEED: ".activation", weight24.SEED: ""}
-
-#: What is added to a seed from one micro-batch to the next: 2⁶⁴ over the golden ratio (splitmix64), as int64.
-_BETWEEN_MICRO_BATCHES = 0x9E3779B97F4A7C15 - 2**64
-
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Due:
+    """Scales to measure.
+
+    Attributes:
+        of: the pass whose they are.
+        places: at these of its sites, by full name; None: at all.
+    """
+
+    of: Activation24
+    places: frozenset[str] | None = None
+
+
 def calibrate_(
     pipeline: Rewriting,
-    due: Sequence[Activation24],
+    due: Sequence[Due],
     forward: Callable[[], object],
     reduce: Reduce | None = None,
 ) -> tuple[list[str], Tensor]:
-    """Measure and set the scales of the passes that are due.
+    """Measure and set the scales that are due.
 
-    Collective: every process calls it with the same passes.
+    Collective: every process calls it with the same ones.
 
     Args:
         forward: runs the model on the rows to measure on; called without gradients.
@@ -67,10 +76,10 @@ def calibrate_(
     sums = buffers_of(pipeline.regions, SUMS)
     for buffer in sums.values():
         buffer.zero_()
-    measuring = [ActivationCalibration(of=p) for p in due]
+    measuring = [ActivationCalibration(of=one.of, places=one.places) for one in due]
     # Other sites run as in evaluation, which draws nothing: seeds are those of the micro-batch before, and a
     # run that resumes has none yet.
-    with torch.no_grad(), pipeline.lowered([*measuring, *as_evaluated(pipeline.active)]):
+    with torch.no_grad(), pipeline.lowered([*as_evaluated(pipeline.active), *measuring]):
         forward()
     table = (reduce or _alone)(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])
@@ -115,6 +124,39 @@ def calibration_text(names: Sequence[str], table: Tensor) -> str:
     )
 
 
+def new_places(
+    pipeline: Rewriting,
+    p: OperationalPass,
+    step: int | None,
+    among: Sequence[OperationalPass] | None = None,
+) -> set[str]:
+    """What a pass in force has at a step for the first time: at its first one everything, later what another
+    pass has left to it. No update has set the scales there, nor masks.
+
+    Args:
+        step: updates already made; None: it is not known, and all is set.
+        among: the passes in force, of which it is one; None: those that are.
+
+    Returns:
+        full names: of weights, or of the sites of activations.
+    """
+    if step is None or (step > p.from_step and step not in pipeline.boundaries):
+        return set()
+    now = _places(pipeline, p, pipeline.active if among is None else among)
+    before = pipeline.in_force(step - 1) if step > p.from_step else []
+    for passes in (before, as_evaluated(before)):
+        if p in passes:
+            return now - _places(pipeline, p, passes)
+    return now
+
+
+def _places(pipeline: Rewriting, p: OperationalPass, among: Sequence[OperationalPass]) -> set[str]:
+    return {
+        joined(fqn, match.path if isinstance(p, Activation24) else match.nodes.weight)
+        for fqn, match in pipeline.matches(p, among)
+    }
+
+
 @torch.no_grad()
 def renew_masks_(pipeline: Rewriting, p: Weight24, step: int) -> None:
     """Renew the masks of a `weight24` in force, if they are due, and note how much they changed; its scales
@@ -123,22 +165,21 @@ def renew_masks_(pipeline: Rewriting, p: Weight24, step: int) -> None:
     Collective where parameters are sharded: each is gathered in turn, for masks and scales are of whole
         weights.
     """
-    if not p.renews_masks(step):
-        return
-    first = step == p.from_step
-    _set_masks_(pipeline, p, scales=first, count_flips=not first)
-
-
-def _set_masks_(pipeline: Rewriting, p: Weight24, *, scales: bool, count_flips: bool) -> None:
+    new, due = new_places(pipeline, p, step), p.renews_masks(step)
     for weight in sparse_weights(pipeline, p):
-        parameter = whole(weight.parameter)
-        mask = stored_mask(parameter, weight.transposed, p.method)
-        if scales and p.record.soft:
-            dense = parameter.T if weight.transposed else parameter
-            weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
-        if count_flips:
-            weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
-        weight.buffer(weight24.MASK).copy_(mask)
+        if due or weight.name in new:
+            _set_mask_(weight, p, scale=weight.name in new, count_flips=weight.name not in new)
+
+
+def _set_mask_(weight: SparseWeight, p: Weight24, *, scale: bool, count_flips: bool) -> None:
+    parameter = whole(weight.parameter)
+    mask = stored_mask(parameter, weight.transposed, p.method)
+    if scale and p.record.soft:
+        dense = parameter.T if weight.transposed else parameter
+        weight.buffer(weight24.SCALE).copy_(weight_scale(dense))
+    if count_flips:
+        weight.buffer(weight24.FLIPS).add_(flip_rate(weight.buffer(weight24.MASK), mask))
+    weight.buffer(weight24.MASK).copy_(mask)
 
 
 @torch.no_grad()
@@ -148,7 +189,7 @@ def renew_to_read_(
     forward: Callable[[], object] | None = None,
     pads: Tensor | None = None,
     reduce: Reduce | None = None,
-) -> tuple[Activation24, ...]:
+) -> list[Due]:
     """Set masks to those of the weights as they are, and scales that no update has set yet, of the passes in
     force. Training does it when an update begins, so that at and before a pass's first one its buffers hold
     what came of the initial weights.
@@ -157,45 +198,36 @@ def renew_to_read_(
 
     Args:
         step: updates already made; None: scales are set.
-        forward: runs the model on some rows; None: there are none.
+        forward: runs the model on some rows; None: there are none, and scales of activations stay.
         pads, reduce: as for `begin_update_`.
 
     Returns:
-        the passes whose scale is missing for want of rows.
+        the scales that are missing for want of rows.
     """
     for p in pipeline.active:
         if isinstance(p, Weight24):
-            _set_masks_(pipeline, p, scales=_is_new(p, step), count_flips=False)
-    due = [
-        p
-        for p in pipeline.active
-        if isinstance(p, Activation24) and p.soft and _is_unmeasured(pipeline, p, step)
-    ]
+            new = new_places(pipeline, p, step)
+            for weight in sparse_weights(pipeline, p):
+                _set_mask_(weight, p, scale=weight.name in new, count_flips=False)
+    due = _unmeasured(pipeline, step)
     if not due or forward is None:
-        return tuple(due)
+        return due
     set_pads_(pipeline, pads)
     calibrate_(pipeline, due, forward, reduce)
     set_pads_(pipeline, None)
-    return ()
+    return []
 
 
-def _is_new(p: OperationalPass, step: int | None) -> bool:
-    """Whether no update has been made with a pass."""
-    return step is not None and step <= p.from_step
-
-
-def _is_unmeasured(pipeline: Rewriting, p: Activation24, step: int | None) -> bool:
-    """Whether nobody has measured the scale of a pass in force. Before its first update a loop may have, for
-    those who read the model then: a scale of exactly 1 is none."""
-    if not _is_new(p, step):
-        return False
-    return step != p.from_step or all(scale == 1 for scale in torch.stack(scales_of(pipeline, p)).tolist())
-
-
-def scales_of(pipeline: Rewriting, p: Activation24) -> list[Tensor]:
-    """The scales of a soft pass in force, one a site."""
-    scales = buffers_of(pipeline.regions, SCALE)
-    return [scales[".".join(filter(None, (fqn, match.path)))] for fqn, match in pipeline.matches(p)]
+def _unmeasured(pipeline: Rewriting, step: int | None) -> list[Due]:
+    """The scales of activations that nobody has measured, of the passes in force. Before an update has, a
+    loop may have done it, for those who read the model then: a scale of exactly 1 is none."""
+    found = []
+    for p in pipeline.active:
+        if isinstance(p, Activation24) and p.soft and (places := new_places(pipeline, p, step)):
+            scales = buffers_of(pipeline.regions, SCALE)
+            if step != p.from_step or torch.stack([scales[name] for name in places]).eq(1).all():
+                found.append(Due(p, frozenset(places)))
+    return found
 
 
 @torch.no_grad()
@@ -219,18 +251,35 @@ def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
 
 
 @torch.no_grad()
-def cast_weights_(pipeline: Rewriting, p: Fp8) -> None:
-    """Cast the weights of an `fp8` in force that keeps them, as they are now, into the buffers that forward
-    and backward read: the same memory from the first time on. `Pipeline.begin_update_` does it for every such
-    pass. Parameters must not be sharded."""
+def cast_weights_(pipeline: Rewriting, p: Fp8 | Activation24) -> None:
+    """Cast the weights of a pass in force that keeps them in e4m3, as they are now, into the buffers that
+    forward and backward read: the same memory from the first time on. `Pipeline.begin_update_` does it for
+    every such pass. Parameters must not be sharded."""
     if not p.keep_cast:
         return
-    for weight in sparse_weights(pipeline, p):
-        dense = weight.parameter.T if weight.transposed else weight.parameter
-        # In bfloat16, as forward has them: under autocast parameters are float32.
-        cast = cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=p.kernels)
-        for kind, value in zip(PARTS, cast, strict=True):
-            weight.fill_buffer_(kind, value.view(weight.buffer(kind).dtype))
+    if isinstance(p, Fp8):
+        for weight in sparse_weights(pipeline, p):
+            dense = weight.parameter.T if weight.transposed else weight.parameter
+            # In bfloat16, as forward has them: under autocast parameters are float32.
+            kernels = uses_kernels(dense.device, p.kernels)
+            _fill_cast_(weight, cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=kernels))
+        return
+    for fqn in dict.fromkeys(fqn for fqn, _ in pipeline.matches(p)):
+        module = pipeline.regions[fqn]
+        for node in nodes_of(module.graph, activation24_operation):
+            if not node.kwargs.get("casts"):
+                continue
+            names = [str(parameter_name(node.args[place])) for place in (1, 3)]
+            weights = [SparseWeight(module, joined(fqn, name), name, transposed=False) for name in names]
+            dense = [weight.parameter.to(torch.bfloat16) for weight in weights]
+            casts = cast_weights(*dense, kernels=uses_kernels(dense[0].device, p.kernels))
+            for weight, start in zip(weights, (0, len(PARTS)), strict=True):
+                _fill_cast_(weight, casts[start : start + len(PARTS)])
+
+
+def _fill_cast_(weight: SparseWeight, cast: Sequence[Tensor]) -> None:
+    for kind, value in zip(PARTS, cast, strict=True):
+        weight.fill_buffer_(kind, value.view(weight.buffer(kind).dtype))
 
 
 def decaying_weights(pipeline: Rewriting, place: DecayPlace) -> Iterator[tuple[SparseWeight, float]]:
@@ -269,12 +318,13 @@ def refuse_exact_steps(pipeline: Rewriting) -> None:
     for p in pipeline.passes:
         if not isinstance(p, Weight24):
             continue
-        with pipeline.lowered([p]):
-            factors = [
-                joined(fqn, match.nodes.weight)
-                for fqn, match in pipeline.matches(p)
-                if match.nodes.factor is not None
-            ]
+        factors = [
+            joined(fqn, match.nodes.weight)
+            for step in (0, *pipeline.boundaries)
+            if p.active(step)
+            for fqn, match in pipeline.matches(p, pipeline.in_force(step))
+            if match.nodes.factor is not None
+        ]
         if factors:
             raise Act24Error(
                 f"weight24 makes {factors[0]} 2:4, and LORO's exact step mixes the columns of the factors: "
@@ -324,51 +374,6 @@ def sparse_weights(pipeline: Rewriting, p: Weight24 | Fp8) -> Iterator[SparseWei
         yield SparseWeight(pipeline.regions[fqn], name, site.weight, site.transposed)
 
 
-def set_seeds_(pipeline: Rewriting, step: int, rank: int) -> None:
-    """Say what the forwards of an update draw from, before the first of them (`next_seeds_`).
-
-    Args:
-        step, rank: of the update and the process. With the pipeline's seed they draw the same, in a
-            recomputation and after a resume too.
-    """
-    values, buffers = [], []
-    for kind, suffix in _DRAWN_FROM.items():
-        for name, buffer in buffers_of(pipeline.regions, kind).items():
-            values.append(_hash(pipeline.seed, f"{name}{suffix}", step, rank))
-            buffers.append(buffer)
-    if buffers:
-        torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def own_seeds(pipeline: Rewriting, own: list[Tensor]) -> list[Tensor]:
-    """A copy of the seeds in memory that only this process writes to; `own` again, if it is one. Data
-    parallelism sends the buffers of one process to all, unless it is told not to."""
-    buffers = _seed_buffers(pipeline)
-    if [seed.device for seed in own] != [buffer.device for buffer in buffers]:
-        return [buffer.clone() for buffer in buffers]
-    if buffers:
-        torch._foreach_copy_(own, buffers)  # pyright: ignore[reportPrivateImportUsage]
-    return own
-
-
-def next_seeds_(pipeline: Rewriting, own: list[Tensor]) -> None:
-    """Seeds of the next micro-batch, from those of this process (`own_seeds`). On the device alone, so that a
-    captured forward has it too."""
-    if own:
-        torch._foreach_add_(own, _BETWEEN_MICRO_BATCHES)  # pyright: ignore[reportPrivateImportUsage]
-        buffers = _seed_buffers(pipeline)
-        if any(map(is_transformed, buffers)):  # many models at once, which draw the same
-            for buffer, seed in zip(buffers, own, strict=True):
-                buffer.copy_(seed)
-            return
-        torch._foreach_copy_(buffers, own)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _seed_buffers(pipeline: Rewriting) -> list[Tensor]:
-    return [buffer for kind in _DRAWN_FROM for buffer in buffers_of(pipeline.regions, kind).values()]
-
-
 def set_pads_(pipeline: Rewriting, pads: Tensor | None) -> None:
     """Put the padding of the next forward into the regions that ask for it; None takes it out."""
     for module in pipeline.modules:
@@ -377,30 +382,25 @@ def set_pads_(pipeline: Rewriting, pads: Tensor | None) -> None:
             module._buffers[PADS] = torch.zeros_like(old[(0,) * old.ndim]) if pads is None else pads
 
 
-def _hash(*parts: object) -> int:
-    """63 bits."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 @contextmanager
 def evaluation(
     pipeline: Rewriting,
     without: Sequence[str],
     step: int | None,
+    made: int | None,
     forward: Callable[[], object] | None,
     pads: Tensor | None,
     reduce: Reduce | None,
 ) -> Iterator[None]:
-    """`Pipeline.evaluation`."""
+    """`Pipeline.evaluation`; `made` is how many updates are, where that is known."""
     set_pads_(pipeline, None)
     active = pipeline.active if step is None else pipeline.in_force(step)
     kinds = (weight24.MASK, weight24.SCALE, SCALE, SUMS)
     state = [buffer for kind in kinds for buffer in buffers_of(pipeline.regions, kind).values()]
     before = [buffer.clone() for buffer in state]
-    with pipeline.lowered(as_evaluated([p for p in active if p.name not in without])):
+    with pipeline.lowered(left_out(as_evaluated(active), without)):
         try:
-            renew_to_read_(pipeline, step, forward, pads, reduce)
+            renew_to_read_(pipeline, made, forward, pads, reduce)
             yield
         finally:
             # Copied back in place, because CUDA graphs read these addresses.

@@ -6,6 +6,7 @@ seeds: in the hooks' place it has one that refuses what it can no longer do.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,12 +24,15 @@ class Watcher(Protocol):
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """A forward of a module begins, maybe within one of another that is watched."""
 
-    def after_forward(self, module: nn.Module) -> None:
-        """It has ended, also by an error."""
+    def after_forward(self, module: nn.Module, output: object) -> None:
+        """It has ended, also by an error; then there is no output."""
 
-    def copied(self) -> str:
+    def settle(self) -> None:
+        """State is to be read: it has to be what it is between forwards."""
+
+    def copied(self) -> str | None:
         """A copy of the model is made: why its forwards in evaluation mode are refused; empty if they are
-        those of the model."""
+        those of the model; None if all are."""
         ...
 
 
@@ -38,9 +42,17 @@ def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) 
     _Before.hide()
     head = head_of(model)
     others = [fqn for fqn in regions if model.get_submodule(fqn) is not head]
-    for trunk in dict.fromkeys((_trunk(model, regions), _trunk(model, others))):
+    trunks = dict.fromkeys((_trunk(model, regions), _trunk(model, others)))
+    for trunk in trunks:
         trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
         trunk.register_forward_hook(_After(watcher), always_call=True)
+    for module in {model, *trunks, *map(model.get_submodule, regions)}:
+        module.register_state_dict_pre_hook(_Reads(watcher))
+
+
+def takes_attention_mask(model: nn.Module, regions: Sequence[str]) -> bool:
+    """Whether the module that calls the regions is told of padding, as those of `transformers` are."""
+    return "attention_mask" in inspect.signature(_trunk(model, regions).forward).parameters
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:
@@ -52,7 +64,7 @@ def watcher_of(model: nn.Module) -> Watcher | None:
 def forget_orphans_(model: nn.Module) -> None:
     """Take the hooks from a copy that stand there in the place of a watcher's: it has one of its own."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Orphan | _Nothing)]:
                 del hooks[key]
 
@@ -77,11 +89,13 @@ class _Hook:
 
 
 class _Before(_Hook):
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
-        return _Orphan(self.watcher.copied())
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan | _Nothing:
+        kind, arguments = self.__reduce__()
+        return kind(*arguments)
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return _Orphan, (self.watcher.copied(),)
+    def __reduce__(self) -> tuple[type[_Orphan | _Nothing], tuple[str, ...]]:
+        why = self.watcher.copied()
+        return (_Nothing, ()) if why is None else (_Orphan, (why,))
 
     @classmethod
     def hide(cls) -> None:
@@ -96,15 +110,26 @@ class _Before(_Hook):
         self.watcher.before_forward(module, kwargs)
 
 
-class _After(_Hook):
+class _Harmless(_Hook):
+    """A hook in whose place a copy has none."""
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Nothing:
         return _Nothing()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Nothing, ()
 
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        self.watcher.after_forward(module)
+
+class _After(_Harmless):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.watcher.after_forward(module, output)
+
+
+class _Reads(_Harmless):
+    """Behind a forward that Ctrl-C ended somebody may save what there is."""
+
+    def __call__(self, *_: Any) -> None:
+        self.watcher.settle()
 
 
 class _Nothing:

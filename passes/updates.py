@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -29,12 +28,18 @@ from torch.optim.optimizer import (
 )
 
 from act24.errors import Act24Error
-from act24.operation import is_transformed
-from act24.passes.activation24 import Activation24
+from act24.operation import in_functorch
+from act24.passes.activation24 import SCALE, Activation24
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.changed_weights import Unchanged
 from act24.passes.fp8 import Fp8
+from act24.passes.graph.activation_sites import PADS
+from act24.passes.graph.region import buffers_of
+from act24.passes.read_weights import ReadWeights
 from act24.passes.rewriting import Rewriting
+from act24.passes.seeds import Seeds
 from act24.passes.state import (
+    Due,
     Reduce,
     SparseWeight,
     as_evaluated,
@@ -43,18 +48,18 @@ from act24.passes.state import (
     cast_weights_,
     decay_gradient_,
     decaying_weights,
-    next_seeds_,
-    own_seeds,
+    new_places,
     pack_weights_,
     renew_masks_,
-    scales_of,
     set_pads_,
-    set_seeds_,
-    sparse_weights,
-    stored_mask,
-    whole,
 )
-from act24.passes.update_hooks import COPIED, forget_orphans_, watch_forwards_, watcher_of
+from act24.passes.update_hooks import (
+    COPIED,
+    forget_orphans_,
+    takes_attention_mask,
+    watch_forwards_,
+    watcher_of,
+)
 from act24.passes.weight24 import MASK, Weight24
 from act24.sparse24.weight.methods import DecayPlace
 
@@ -70,31 +75,37 @@ class Updates:
 
     def __init__(self, pipeline: Rewriting) -> None:
         self.pipeline = pipeline
+        self.renews = False  # any pass ever
         self._begun = False
         self._held = False
-        self._served: list[tuple[SparseWeight, Tensor]] = []  # masks of weights, as a forward in evaluation
-        self._served_state: list[Any] = []  # mode read them last, and what tells those weights from others
-        self._cache: weakref.ref[Any] | None = None  # keys and values of that forward
+        #: Updates already made, where somebody has said so and none was begun since.
+        self.made = pipeline.step or None
+        self._last = -1  # the last update that was begun
+        self._read = ReadWeights(pipeline)
+        self._seeds = Seeds(pipeline)
+        self._unchanged: Unchanged | None = None  # the weights, since the update began
         self._entered: ExitStack | None = None  # by a forward in evaluation mode
         self._running: nn.Module | None = None  # whose forward this is, of modules within each other
         self._masked = False  # the padding is that of an attention mask
         self._decaying: dict[int, tuple[SparseWeight, float]] = {}  # in whose gradient decay is, by id
-        self._seeds: list[Tensor] = []
         self._decayed: set[int] = set()  # parameters, by id, whose gradient of this update has its decay
         self._hooked: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def watch_(self) -> None:
-        """Hook the model and the optimizers, if any pass ever needs it; once."""
-        passes = [p for p in self.pipeline.passes if isinstance(p, OperationalPass)]
-        if not any(p.renews for p in passes):
-            return
-        watch_forwards_(self.pipeline.model, list(self.pipeline.regions), self)
-        self._watch_optimizers()
+        """Hook the model and the optimizers, if any pass ever needs it; once. A model that is told of padding
+        by its caller is hooked for the passes that leave padding out, too."""
+        model, regions = self.pipeline.model, list(self.pipeline.regions)
+        self.renews = any(isinstance(p, OperationalPass) and p.renews for p in self.pipeline.passes)
+        pads = any(module._buffers.get(PADS) is not None for module in self.pipeline.modules)
+        if self.renews or (pads and takes_attention_mask(model, regions)):
+            watch_forwards_(model, regions, self)
+        if self.renews:
+            self._watch_optimizers()
 
     def of_copy(self, pipeline: Rewriting) -> Updates:
         """Who watches a copy of the pipeline, where its updates stand as they do here."""
         twin = Updates(pipeline)
-        twin._begun = self._begun
+        twin._begun, twin._last, twin.made = self._begun, self._last, self.made
         if pipeline.modules:
             forget_orphans_(pipeline.model)
             twin.watch_()
@@ -117,7 +128,8 @@ class Updates:
 
         def after(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None and updates._updated_by(optimizer):
-                updates._begun, updates._cache = False, None  # fused ones leave no trace in versions
+                updates._begun = False
+                updates._read.forget_cache()  # fused ones leave no trace in versions
 
         for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
             weakref.finalize(self, hook.remove)
@@ -151,6 +163,7 @@ class Updates:
         Args:
             parameters: by `id`, those it is added to; None: all.
         """
+        self.settle()
         for place in places:
             for weight, decay in decaying_weights(self.pipeline, place):
                 if parameters is None or id(weight.parameter) in parameters:
@@ -193,7 +206,7 @@ class Updates:
         without: Sequence[str],
         loop_decays: bool,
     ) -> str | None:
-        self._leave()
+        self.settle()
         pipeline = self.pipeline
         _refuse_to_guess(pipeline, reduce, rank)
         pipeline.lower_(step, without)
@@ -201,36 +214,42 @@ class Updates:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
                 pack_weights_(pipeline, p)
-            elif isinstance(p, Fp8):
+            elif isinstance(p, Fp8 | Activation24):
                 cast_weights_(pipeline, p)
         note = None
-        due = [p for p in measured_at(pipeline, step) if p in pipeline.active]
+        due = [one for one in measured_at(pipeline, step) if one.of in pipeline.active]
         if due:
             if batch is None:
                 raise Act24Error(
-                    f"activation24 measures the scale of {due[0].method} at step {step}, and has no rows to "
-                    "measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
+                    f"activation24 measures the scale of {due[0].of.method} at step {step}, and has no rows "
+                    "to measure it on: hand in the first ones of the update, begin_update_(step, batch=…)"
                 )
-            for p in due:
-                if step == p.from_step:  # whatever was measured for readers before: a run goes on as if not
-                    for scale in scales_of(pipeline, p):
-                        scale.fill_(1)
+            scales = buffers_of(pipeline.regions, SCALE)
+            for one in due:  # whatever was measured for readers before: a run goes on as if not
+                for name in new_places(pipeline, one.of, step):
+                    scales[name].fill_(1)
             rows, run = first_rows(batch, due), forward or pipeline.model
             measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
-            first = any(step == p.from_step for p in due)
+            first = any(step == one.of.from_step for one in due)
             note = calibration_text(*measured) if first else None
-        set_seeds_(pipeline, step, rank or 0)
-        self._seeds = own_seeds(pipeline, self._seeds)
-        self._cache = None
+        self._seeds.begin_(step, rank or 0)
+        self._read.forget_cache()
         self._decayed.clear()
         self._decaying = {} if loop_decays else self._watch_gradients()
-        self._begun = True
+        renewing = any(self._trains(p) for p in pipeline.passes)
+        self._unchanged = Unchanged(pipeline.modules) if renewing else None
+        self._begun, self._last, self.made = True, step, None
         return note
+
+    def lowered_for(self, step: int) -> None:
+        """Somebody has lowered the model for a step. Scales of an update that this pipeline has begun are
+        set."""
+        self.made = step if step > self._last else None
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Forwards are none of an update's micro-batches, and are as the caller has lowered the model."""
-        self._leave()
+        self.settle()
         before, self._held = self._held, True
         try:
             yield
@@ -238,68 +257,21 @@ class Updates:
             self._held = before
 
     @contextmanager
-    def _as_served(self, goes_on: bool) -> Iterator[None]:
-        """`Pipeline.evaluation` for one forward: masks are made anew only if a weight was written to
-        since."""
-        with self.pipeline.lowered(as_evaluated(self.pipeline.active)), self._masks_of_weights(goes_on):
+    def _as_served(self, cache: Any) -> Iterator[None]:
+        """`Pipeline.evaluation` for one forward."""
+        with self.pipeline.lowered(as_evaluated(self.pipeline.active)), self._read.in_place(self.made, cache):
             yield
-
-    @contextmanager
-    def _masks_of_weights(self, goes_on: bool) -> Iterator[None]:
-        """Masks of the weights as they are, in buffers of their own in the place of the update's."""
-        exchanged: list[tuple[nn.Module, str, Tensor]] = []
-        try:
-            for weight, fresh in self._masks(goes_on):
-                owner, leaf = weight.place(MASK)
-                exchanged.append((owner, leaf, owner._buffers[leaf]))  # type: ignore[arg-type]
-                owner._buffers[leaf] = fresh
-            yield
-        finally:
-            for owner, leaf, buffer in reversed(exchanged):
-                owner._buffers[leaf] = buffer
-
-    @torch.inference_mode(False)  # what is made here is read elsewhere too
-    @torch.no_grad()
-    def _masks(self, goes_on: bool) -> list[tuple[SparseWeight, Tensor]]:
-        """Made anew where a weight is not what it was. Its norm says so too: whoever writes to `.data`, as
-        averages of weights do, leaves no trace in its version. Norms make the host wait for the device, so
-        that a forward that goes on from a cache is spared them: its beginning has looked."""
-        weights = [
-            (weight, p.method)
-            for p in self.pipeline.active
-            if isinstance(p, Weight24) and not p.record.soft
-            for weight in sparse_weights(self.pipeline, p)
-        ]
-        if not weights:
-            return []
-        parameters = [weight.parameter for weight, _ in weights]
-        if any(map(is_transformed, parameters)):  # of torch.func, for as long as this forward lasts
-            return [(w, stored_mask(w.parameter, w.transposed, method)) for w, method in weights]
-        # A shard's version and norm say nothing of the others.
-        sharded = any(isinstance(p, DTensor) for p in parameters)
-        state: list[Any] = [(id(p), None if p.is_inference() else p._version) for p in parameters]
-        if goes_on and not sharded and state == self._served_state[: len(state)]:
-            return self._served
-        state += [] if sharded else _norms(parameters)
-        if sharded or state != self._served_state:
-            self._served_state = state
-            self._served = [
-                (weight, stored_mask(whole(weight.parameter), weight.transposed, method))
-                for weight, method in weights
-            ]
-        return self._served
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         if self._running is not None and self._running is not module:
             return
         self._read_attention_mask(kwargs.get("attention_mask"))
-        if self._held or torch._C._current_graph_task_id() != -1:  # a recomputation in backward
+        if self._held or _in_backward():
             return
-        self._leave()
-        self._running = module
+        self.settle()
         if not module.training:
             entered = ExitStack()
-            entered.enter_context(self._as_served(self._goes_on(kwargs.get("past_key_values"))))
+            entered.enter_context(self._as_served(kwargs.get("past_key_values")))
             self._entered = entered
         elif torch.is_grad_enabled():
             renewing = [p for p in self.pipeline.passes if self._trains(p)]
@@ -308,19 +280,24 @@ class Updates:
                     f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
                     "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
+            if renewing:
+                self._refuse_other_weights(renewing[0])
             self._refuse_scaled_gradients()
-            next_seeds_(self.pipeline, self._seeds)
+            self._seeds.next_()
+        self._running = module  # not before: what is entered settles first
 
-    def _goes_on(self, cache: Any) -> bool:
-        """Whether a forward continues one whose keys and values are in the cache, as `generate` of
-        `transformers` does for every token but the first."""
-        if not hasattr(cache, "get_seq_length"):
-            self._cache = None
-            return False
-        known = self._cache is not None and self._cache() is cache
-        self._cache = weakref.ref(cache)
-        length = cache.get_seq_length() if known else 0
-        return isinstance(length, int) and length > 0  # a tensor is on the device: to read it is to wait too
+    def _refuse_other_weights(self, p: Pass) -> None:
+        """An update that no optimizer made ends none here."""
+        if in_functorch():  # whose weights are arguments, of memory that cannot be looked at
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        if self._unchanged is not None and self._unchanged.violated():
+            raise Act24Error(
+                f"weights have changed since update {self._last} began, by no step of an optimizer, and "
+                f"{p.name} would go on with its masks, scales and seeds: call pipeline.begin_update_(step, "
+                "batch=…) before the first forward of every update, also where weights are written by hand"
+            )
 
     def _refuse_scaled_gradients(self) -> None:
         """Decay cannot enter gradients at their beginning that a GradScaler has scaled."""
@@ -339,12 +316,16 @@ class Updates:
         active = self.pipeline.active
         return isinstance(p, OperationalPass) and p.renews and (p in active or p.in_evaluation() in active)
 
-    def after_forward(self, module: nn.Module) -> None:
-        if module is self._running:
-            self._leave()
+    def after_forward(self, module: nn.Module, output: object) -> None:
+        if module is not self._running:
+            return
+        if module.training and torch.is_grad_enabled():
+            self._seeds.forwarded(output)
+        self.settle()
 
-    def _leave(self) -> None:
-        """Also where the next thing begins: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
+    def settle(self) -> None:
+        """What a forward in evaluation mode exchanged is put back. Also where the next thing begins, and
+        before state is read: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
         self._running = None
         if self._entered is not None:
             self._entered.close()
@@ -359,8 +340,13 @@ class Updates:
             set_pads_(self.pipeline, None)
             self._masked = False
 
-    def copied(self) -> str:
+    def copied(self) -> str | None:
         """What a copy of the model, which has no pipeline, has to be told."""
+        self.settle()
+        if self._masked:  # nobody would take it out of the copy
+            self._read_attention_mask(None)
+        if not self.renews:
+            return None
         return "" if self._held else COPIED
 
 
@@ -382,7 +368,7 @@ def _refuse_to_guess(pipeline: Rewriting, reduce: Reduce | None, rank: int | Non
         )
 
 
-def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
+def first_rows(batch: Rows, due: Sequence[Due]) -> Rows:
     """The rows of a batch that are enough to measure on; the same ones, however many follow."""
     tensors = (
         batch.values() if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
@@ -408,29 +394,43 @@ def first_rows(batch: Rows, due: Sequence[Activation24]) -> Rows:
 def updates_of(model: nn.Module) -> Updates | None:
     """Who watches a model; None where nothing is to be renewed, and for a copy."""
     found = watcher_of(model)
-    return found if isinstance(found, Updates) else None
+    return found if isinstance(found, Updates) and found.renews else None
 
 
-def measured_at(pipeline: Rewriting, step: int) -> list[Activation24]:
-    """The passes whose scales are due once `step` updates are made."""
-    passes = (p for p in pipeline.passes if isinstance(p, Activation24) and p.active(step))
-    return [p for p in passes if p.calibrates(step)]
+def measured_at(pipeline: Rewriting, step: int) -> list[Due]:
+    """The scales that are due once `step` updates are made: those of a pass, or of what another has left to
+    it."""
+    found, in_force = [], pipeline.in_force(step)
+    for p in in_force:
+        if isinstance(p, Activation24) and p.soft:
+            if p.calibrates(step):
+                found.append(Due(p))
+            elif new := new_places(pipeline, p, step, in_force):
+                found.append(Due(p, frozenset(new)))
+    return found
 
 
-def rows_to_run(due: Sequence[Activation24], length: int) -> int:
+def first_measured_at(pipeline: Rewriting, step: int) -> list[Due]:
+    """Those of `measured_at` that no update has measured before."""
+    in_force = pipeline.in_force(step)
+    return [one for one in measured_at(pipeline, step) if new_places(pipeline, one.of, step, in_force)]
+
+
+def rows_to_run(due: Sequence[Due], length: int) -> int:
     """Rows of so many tokens that are run when scales are due."""
-    samples = max(p.calibration_samples for p in due)
+    samples = max(one.of.calibration_samples for one in due)
     return -(-_RUN_FOR_ONE * samples // length)
+
+
+def _in_backward() -> bool:
+    """Whether a backward is at work, which computes a forward again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _call(forward: Callable[..., object], rows: Rows) -> object:
     if isinstance(rows, Mapping):
         return forward(**rows)
     return forward(rows) if isinstance(rows, Tensor) else forward(*rows)
-
-
-def _norms(tensors: list[Tensor]) -> list[float]:
-    return torch.stack(torch._foreach_norm(tensors)).tolist()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

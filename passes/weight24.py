@@ -35,6 +35,7 @@ from act24.passes.graph.linear_sites import (
     frozen,
     linear_sites,
     no_linear,
+    read_past,
     takes,
     tied,
 )
@@ -187,6 +188,9 @@ class Weight24(OperationalPass):
         for site in linear_sites(region, factors=True):
             if not takes(self, self.scope, region, site):
                 continue
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
+                continue
             spec = region.parameters[site.weight]
             if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))
@@ -195,6 +199,8 @@ class Weight24(OperationalPass):
                 misses.append((site.path, FROZEN))
             elif spec.shared:
                 misses.append((site.path, tied(spec.shared[0])))
+            elif spec.read_by:
+                misses.append((site.path, read_past(spec.read_by)))
             else:
                 matches.append(
                     Match(
@@ -207,7 +213,7 @@ class Weight24(OperationalPass):
                         note=self._note(site),
                     )
                 )
-        return Plan(tuple(matches), tuple(misses), absent=no_linear(self.scope))
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope))
 
     def _products_text(self, site: LinearSite) -> str:
         sparse = ", ".join(_SYMBOLS[product] for product in self._sparse_in(site.shape))

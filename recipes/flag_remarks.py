@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from act24.llama import LlamaConfig
 from act24.recipes.flags import BY_NAME, Flag
 from act24.recipes.old_command import Command
 from act24.schedules import Cosine, CosineRestart
@@ -95,8 +96,12 @@ def _idle(flag: Flag, command: Command) -> str:
         return "of CoLA; LoST starts from the dense weight's own SVD, as published"
     if flag.key.startswith("passes.lost") and command.method != "lost":
         return "of LoST"
-    if name == "lost_sparse_svd_rank" and command.lost_sparse_method != "svd":
+    if name.startswith("lost_sparse_svd") and command.method != "lost":
+        return "of LoST"
+    if name.startswith("lost_sparse_svd") and command.lost_sparse_method != "svd":
         return "of --lost_sparse_method svd"
+    if name == "lost_sparse_svd_inverse":
+        return "left out, see above"
     if name == "loro_init" and (
         command.method == "lost" or (command.method == "cola" and command.cola_sparse_method != "none")
     ):
@@ -165,6 +170,24 @@ def changes(command: Command) -> tuple[str, ...]:
     return (*_in_the_model(command), *_in_sparsity(command), *_in_training(command))
 
 
+def unread_of_model(command: Command, config: LlamaConfig) -> Iterator[str]:
+    """What a model has of its file, and run_c4.py's, unless it was that of transformers, had not."""
+    heads = config.num_attention_heads
+    fixed = {
+        "num_key_value_heads": config.key_value_heads == heads,
+        "head_dim": config.head_width * heads == config.hidden_size,
+        "rope_theta": config.rope_theta == 10000,
+        "attention_bias": not config.attention_bias,
+        "mlp_bias": not config.mlp_bias,
+    }
+    names = ", ".join(name for name, same in fixed.items() if not same)
+    if names and not command.use_hf_model:
+        yield (
+            f"--model_config: {names} as the file says; run_c4.py's own model read none of it: as many key "
+            "as query heads, of hidden_size / heads, rope_theta 10000, no bias"
+        )
+
+
 def _in_the_model(command: Command) -> Iterator[str]:
     if not command.dense_ffn:
         yield (
@@ -212,7 +235,7 @@ def _in_lost(command: Command) -> Iterator[str]:
             "--lost_sparse_method gradient measures the dense model's gradient; run_c4.py drew columns at "
             "random"
         )
-    if command.lost_sparse_svd_inverse:
+    if command.lost_sparse_svd_inverse and command.lost_sparse_method == "svd":
         yield "--lost_sparse_svd_inverse is left out: act24 scores by the singular values behind the first R"
 
 

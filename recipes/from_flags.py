@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from act24.errors import nearest, reading
-from act24.llama import PRESETS, LlamaConfig
+from act24.llama import PRESETS, LlamaConfig, llama_config
 from act24.recipes.checks import oddities
-from act24.recipes.flag_remarks import Remark, changes, remarks
+from act24.recipes.flag_remarks import Remark, changes, remarks, unread_of_model
 from act24.recipes.flag_values import parse_flags
 from act24.recipes.flags import FLAGS, REQUIRED
 from act24.recipes.load import RecipeError, parse_recipe
@@ -32,6 +32,7 @@ _CONFIG_FIELDS = (
     "vocab_size",
     *_SIZES,
     "num_key_value_heads",
+    "head_dim",
     "rope_theta",
     "rms_norm_eps",
     "initializer_range",
@@ -39,7 +40,13 @@ _CONFIG_FIELDS = (
     "attention_bias",
     "mlp_bias",
 )
-_ONLY = {"hidden_act": "silu", "rope_scaling": None}
+_ONLY = {
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "model_type": "llama",
+}
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,12 @@ def recipe_from_flags(arguments: Sequence[str]) -> Translation:
     if missing := [f"--{f.name}" for f in FLAGS if f.default is REQUIRED and f.name not in given]:
         raise RecipeError(f"run_c4.py needs {' and '.join(missing)}")
     command = Command({flag.name: flag.default for flag in FLAGS} | given, tuple(given))
-    text = toml_text(_table(command))
+    model = _model(command.model_config)
+    text = toml_text({"model": model, **_table(command)})
     recipe = parse_recipe(text, "the recipe of this command")
-    changed, warned, told = changes(command), tuple(oddities(recipe)), remarks(command)
+    config = llama_config(recipe.model.preset, **recipe.model.overrides())
+    changed = (*unread_of_model(command, config), *changes(command))
+    warned, told = tuple(oddities(recipe)), remarks(command)
     comments = _comments(changed, warned, told, spellings)
     return Translation(
         recipe=recipe,
@@ -119,7 +129,7 @@ def _comments(
 
 
 def _table(command: Command) -> dict[str, Any]:
-    """The recipe as a table, without what equals act24's defaults by their nature."""
+    """The recipe but for its model, as a table, without what equals act24's defaults by their nature."""
     rows = _total_batch_size(command)
     steps = command.num_training_steps
     if command.max_train_tokens is not None:
@@ -127,7 +137,6 @@ def _table(command: Command) -> dict[str, Any]:
             raise RecipeError("--max_train_tokens needs --batch_size and --max_length of 1 or more")
         steps = max(1, command.max_train_tokens // (rows * command.max_length))
     return {
-        "model": _model(command.model_config),
         "tokenizer": {"name": "google-t5/t5-base"},
         "data": _data(command),
         "train": {
@@ -170,13 +179,22 @@ def _model(config: str) -> dict[str, Any]:
     if missing := [name for name in _SIZES if name not in settings]:
         raise RecipeError(f"--model_config {config}: {missing[0]} is missing")
     for name, only in _ONLY.items():
-        if settings.get(name, only) != only:
+        if settings.get(name) not in (None, only):
             raise RecipeError(
                 f"--model_config {config}: {name} = {settings[name]!r} is not supported; only {only!r} is"
             )
     defaults = {name: getattr(LlamaConfig, name) for name in _CONFIG_FIELDS if hasattr(LlamaConfig, name)}
     values = {"vocab_size": 32000} | defaults  # as transformers has it where the file says nothing
     values |= {name: settings[name] for name in _CONFIG_FIELDS if settings.get(name) is not None}
+    rope = settings.get("rope_parameters") or {}  # of transformers 5
+    if rope.get("rope_type", "default") != "default":
+        raise RecipeError(
+            f"--model_config {config}: rope_type {rope['rope_type']!r} is not supported; only 'default' is"
+        )
+    if (theta := rope.get("rope_theta")) is not None:
+        if settings.get("rope_theta") not in (None, theta):
+            raise RecipeError(f"--model_config {config}: two values of rope_theta: remove the wrong one")
+        values["rope_theta"] = theta
     base = preset if preset in PRESETS else "llama-9m"
     own = {name: value for name, value in values.items() if value != getattr(PRESETS[base], name)}
     return {"preset": base} | own

@@ -58,6 +58,7 @@ class Model(Section):
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
     rope_theta: float | None = None
     rms_norm_eps: float | None = None
     tie_word_embeddings: bool | None = None

@@ -48,7 +48,7 @@ def cast_weight(weight: Tensor, scaling: Scaling, turned: bool = True, kernels: 
 
 
 def refuse_e4m3(weight: Tensor) -> None:
-    """Refuse a weight that cannot be multiplied with in e4m3.
+    """Refuse a weight `[out, in]` that cannot be multiplied with in e4m3.
 
     Raises:
         ValueError: it has a side that is no multiple of 16.
@@ -63,7 +63,8 @@ def refuse_e4m3(weight: Tensor) -> None:
 def ready_cast(
     narrow: Tensor | None, scale: Tensor | None, turned: Tensor | None, turned_scale: Tensor | None
 ) -> tuple[Tensor, ...] | None:
-    """The parts of a cast that was made before, from e4m3 or its bytes; None where there is none."""
+    """The parts of a cast that was made before, of a weight `[out, in]` (`act24.fp8.casts.CastE4m3`), from
+    e4m3 or its bytes; None where there is none."""
     if narrow is None or scale is None or turned is None or turned_scale is None or not narrow.numel():
         return None
     return narrow.view(torch.float8_e4m3fn), scale, turned.view(torch.float8_e4m3fn), turned_scale

@@ -195,16 +195,6 @@ def _around(node: fx.Node) -> tuple[list[str], list[str]]:
     return up or _reach(node, up=True), down or _reach(node, up=False)
 
 
-def consumers(site: ActivationSite) -> Iterator[tuple[fx.Node, ...]]:
-    """The linears that read an activation, each with the one that alone reads it in turn, if there is one:
-    (down,), or (weight_in, weight_out) of a factorised projection."""
-    for user in site.node.users:
-        if is_call(user, F.linear) and user.args[0] is site.node:
-            (*rest,) = user.users
-            alone = len(rest) == 1 and is_call(rest[0], F.linear) and rest[0].args[0] is user
-            yield (user, rest[0]) if alone else (user,)
-
-
 def pads_node(region: Region) -> fx.Node:
     """The region's padding buffer as a node at the current point of insertion."""
     region.add_buffer(PADS, (), torch.bool, persistent=False)

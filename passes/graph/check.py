@@ -12,38 +12,23 @@ model is touched.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from act24.errors import PassError
 from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.probe import Arguments, Probe, arguments_of, device_of, features, guesses
+from act24.passes.graph.proxies import PLAIN, Unclean
 from act24.passes.graph.shadow import Shadow, plain_call
-from act24.passes.graph.tracer import PLAIN, Unclean, random_state, set_random_state
-
-#: What a model is called with: a tensor, positional arguments, or keyword arguments.
-Probe = Tensor | Sequence[Any] | Mapping[str, Any]
-
-_ROWS, _TOKENS, _SIDE = 2, 8, 32
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Of one call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        named = [("", value) for value in self.args] + [(f"{n} ", v) for n, v in self.kwargs.items()]
-        return ", ".join(f"{n}{list(v.shape)}" for n, v in named if isinstance(v, Tensor))
+from act24.passes.graph.tracer import random_state, set_random_state
+from act24.passes.graph.writes import buffer_writes
 
 
 class Check:
@@ -64,12 +49,13 @@ class Check:
         self.agreeing = 0
         self.unchecked: dict[str, str] = {}
         self._given: dict[nn.Module, Arguments] = {}
+        self._readers: dict[int, set[nn.Module]] = {}
         self._probe: Arguments | None = None
         self.not_run = _obstacle(model)
         if self.not_run:
             return
         failures = []
-        for arguments in [_arguments(probe)] if probe is not None else _guesses(model):
+        for arguments in [arguments_of(probe)] if probe is not None else guesses(model):
             recorder = _Recorder()
             try:
                 self._output, self._read = _run(model, arguments, recorder)
@@ -81,7 +67,7 @@ class Check:
             except Exception as error:  # whatever a foreign model raises
                 failures.append(f"{arguments}: {_line(error)}")
                 continue
-            self._probe, self._given = arguments, recorder.given
+            self._probe, self._given, self._readers = arguments, recorder.given, recorder.readers
             return
         if probe is not None:
             raise PassError(
@@ -116,7 +102,7 @@ class Check:
         if is_linear(module):
             return  # the function that nn.Linear is
         kind = type(module).__name__
-        arguments = self._given.get(module) or _features(module, graph)
+        arguments = self._given.get(module) or features(module, graph)
         if arguments is None or _obstacle(module):
             self.unchecked[kind] = (
                 _obstacle(module) or "the probe does not reach it, and its inputs are unknown"
@@ -130,15 +116,22 @@ class Check:
                 return
             try:
                 found = _outcome(module, graph, arguments, mode)
+            except Unclean:
+                raise
             except Exception as error:
                 raise Unclean(f"its graph fails where it runs ({mode}): {_line(error)}: {PLAIN}") from error
-            if difference := _difference(expected, found, mode):
+            if difference := _difference(expected, found):
                 raise Unclean(f"its graph {difference} in {mode}: {PLAIN}")
         self.agreeing += 1
 
     def forget_inputs(self) -> None:
-        """Let go of what modules were given, once all regions are compared."""
-        self._given = {}
+        """Let go of what modules were given and read, once all regions are compared."""
+        self._given, self._readers = {}, {}
+
+    def read_past(self, module: nn.Module, tensor: Tensor) -> str:
+        """What reads a parameter of a module past the module, by its class, or the empty string."""
+        readers = self._readers.get(_storage(tensor), set())
+        return next((type(reader).__name__ for reader in readers - {*module.modules()}), "")
 
     def was_read(self, tensor: Tensor) -> bool:
         """Whether the stock model read a tensor when it ran on the probe."""
@@ -179,26 +172,45 @@ class Check:
                     f"{name} was replaced by a pass, and the model reads it all the same: something holds "
                     "the old module. Leave it out with ignore=[…], or apply passes before that is made"
                 )
-        if same and (difference := _difference((self._output, ()), (output, ()), "evaluation")):
+        if same and (difference := _difference(_Outcome(self._output), _Outcome(output))):
             raise PassError(f"no pass is in force, and the rewritten model {difference}: please report this")
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a forward gives.
+
+    Attributes:
+        outputs: the tensors in what it returns.
+        gradients: in training, of its inputs.
+        left: what its arguments and buffers are afterwards.
+    """
+
+    outputs: Sequence[Tensor]
+    gradients: Sequence[Tensor | None] = ()
+    left: Sequence[Tensor] = ()
+
+
 class _Recorder:
-    """Observes a double: what each module is given when it is first called."""
+    """Observes a double: what each module is given when it is first called, and which of them read a storage
+    of parameters."""
 
     def __init__(self) -> None:
         self.given: dict[nn.Module, Arguments] = {}
+        self.readers: dict[int, set[nn.Module]] = {}
+        self.running: list[nn.Module] = []
         self.shadow: Shadow | None = None
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.shadow is not None
         original = self.shadow.originals[module]
         if original not in self.given:
-            keep = lambda v: v.detach().clone() if isinstance(v, Tensor) else v  # noqa: E731
-            self.given[original] = Arguments(
-                tree_map(keep, args), {k: tree_map(keep, v) for k, v in kwargs.items()}
-            )
-        return plain_call(module, args, kwargs)
+            self.given[original] = Arguments(args, kwargs).map(_detached)
+        self.running.append(original)
+        try:
+            return plain_call(module, args, kwargs)
+        finally:
+            self.running.pop()
 
     def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
         return tensor
@@ -214,9 +226,10 @@ class _Writes(Exception):
 class _Reads(TorchDispatchMode):
     """Notes which storages operations are given, and lets none write to a parameter."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, recorder: _Recorder | None = None) -> None:
         super().__init__()
         self.storages: set[int] = set()
+        self._recorder = recorder
         self._parameters = {_storage(p): name for name, p in module.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -228,7 +241,9 @@ class _Reads(TorchDispatchMode):
         for value in (*args, *(kwargs or {}).values()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(tensor, Tensor):
-                    self.storages.add(_storage(tensor))
+                    self.storages.add(storage := _storage(tensor))
+                    if self._recorder is not None and storage in self._parameters:
+                        self._recorder.readers.setdefault(storage, set()).add(self._recorder.running[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -240,66 +255,101 @@ def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> 
     if recorder is not None:
         recorder.shadow = shadow
         shadow.observer = recorder
-    with _undisturbed(model), torch.no_grad(), _Reads(model) as reads:
-        output = shadow.root(*arguments.args, **arguments.kwargs)
+    with _undisturbed(model), torch.no_grad(), _Reads(model, recorder) as reads:
+        given = arguments.map(_detached)
+        output = shadow.root(*given.args, **given.kwargs)
         _set_mode(shadow.root, True)
-        shadow.root(*arguments.args, **arguments.kwargs)
+        given = arguments.map(_detached)
+        shadow.root(*given.args, **given.kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], reads.storages
 
 
-def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> tuple[Any, Any]:
-    """Outputs, and in training gradients of the inputs, of a module or of its graph."""
+def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> _Outcome:
+    """What a module or its graph gives."""
     shadow = Shadow(module, buffers=True)
     training = mode == "training"
     _set_mode(shadow.root, training)
-    fresh = lambda v: _leaf(v, training) if isinstance(v, Tensor) else v  # noqa: E731
-    args = tree_map(fresh, arguments.args)
-    kwargs = {name: tree_map(fresh, value) for name, value in arguments.kwargs.items()}
-    inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.requires_grad]
-    device = _device(module).type
+    own = arguments.map(_detached)
+    leaves = [v for v in tree_leaves((own.args, own.kwargs)) if isinstance(v, Tensor)]
+    inputs = [v.requires_grad_() for v in leaves if training and v.is_floating_point()]
+    device = device_of(module).type
     autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
     with _undisturbed(module), torch.set_grad_enabled(training), autocast, _Reads(module):
+        # No leaves: autograd lets nobody write to those, and callers hand over what they have computed.
+        given = own.map(torch.clone)
         if graph is None:
-            output = shadow.root(*args, **kwargs)
+            output = shadow.root(*given.args, **given.kwargs)
         else:
             names = [node.target for node in graph.nodes if node.op == "placeholder"]
-            given = dict(zip(names, args, strict=False)) | kwargs
-            output = fx.Interpreter(shadow.root, graph=graph).run(*(given[name] for name in names))
+            named = dict(zip(names, given.args, strict=False)) | given.kwargs
+            interpreter = _Interpreter(shadow.root, graph)
+            output = interpreter.run(*(named[name] for name in names))
+            if interpreter.writes:
+                raise Unclean(f"{interpreter.writes} writes into what it is given: make a new tensor there")
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         differentiable = [v for v in outputs if v.requires_grad]
         gradients: Any = ()
         if training and inputs and differentiable:
             total = sum(v.float().sin().sum() for v in differentiable)
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)  # type: ignore[arg-type]
-    return outputs, gradients
+    held = [leaf for leaf in tree_leaves((given.args, given.kwargs)) if isinstance(leaf, Tensor)]
+    return _Outcome(outputs, gradients, [*held, *shadow.root.buffers()])
 
 
-def _difference(expected: tuple[Any, Any], found: tuple[Any, Any], mode: str) -> str:
+class _Interpreter(fx.Interpreter):
+    """Runs a graph, of which no node may write into what another one gives: passes repeat and move them.
+
+    Attributes:
+        writes: a node that does, or the empty string. Buffers are the module's own, and what is written to
+            there is not looked at.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.writes = ""
+        self._own = buffer_writes(graph, module)
+
+    def run_node(self, n: fx.Node) -> Any:
+        read = (i for i in n.all_input_nodes if i not in self._own and i.target != "clone")
+        given = [v for v in tree_leaves([self.env[i] for i in read]) if isinstance(v, Tensor)]
+        before = [(v, v._version) for v in given if not v.is_inference()]
+        result = super().run_node(n)
+        if any(tensor._version != version for tensor, version in before):
+            self.writes = self.writes or n.name
+        return result
+
+
+def _difference(expected: _Outcome, found: _Outcome) -> str:
     """In what two outcomes differ, or the empty string."""
-    (outputs, gradients), (other_outputs, other_gradients) = expected, found
-    if len(outputs) != len(other_outputs):
+    if len(expected.outputs) != len(found.outputs):
         return "returns another number of tensors"
-    for a, b in zip(outputs, other_outputs, strict=True):
+    for a, b in zip(expected.outputs, found.outputs, strict=True):
         if a.dtype != b.dtype:
             return f"returns {b.dtype} where the module returns {a.dtype}"
-        if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
+        if not _equal(a, b):
             return "gives other numbers than the module"
-    if len(gradients) != len(other_gradients):
+    if len(expected.gradients) != len(found.gradients):
         return "has no gradient, or one too many"
-    for a, b in zip(gradients, other_gradients, strict=True):
+    for a, b in zip(expected.gradients, found.gradients, strict=True):
         if (a is None) != (b is None):
             return "gives an input no gradient, or one too many"
-        if a is not None:
+        if a is not None and b is not None:
             # Half precision rounds by 1/256; what is dropped or added is off by its whole size.
             close = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
             if not torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max()), equal_nan=True):
                 return "gives other gradients than the module"
+    if not all(map(_equal, expected.left, found.left)):
+        return "leaves other numbers in its arguments or buffers than the module"
     return ""
 
 
-def _leaf(tensor: Tensor, training: bool) -> Tensor:
-    tensor = tensor.detach().clone()
-    return tensor.requires_grad_() if training and tensor.is_floating_point() else tensor
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """A copy that remembers nothing, for a forward that may write to it."""
+    return tensor.detach().clone()
 
 
 def _set_mode(root: nn.Module, training: bool) -> None:
@@ -310,7 +360,7 @@ def _set_mode(root: nn.Module, training: bool) -> None:
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Within, random numbers are the same each time; afterwards generators are where they were."""
-    device, drawn = _device(module), random_state()
+    device, drawn = device_of(module), random_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # Not torch.manual_seed, which reaches generators of other devices too.
         torch.default_generator.manual_seed(0)
@@ -320,10 +370,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             set_random_state(drawn)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -340,84 +386,6 @@ def _obstacle(module: nn.Module) -> str:
         if p.device.type not in ("cpu", "cuda"):
             return f"its parameters are on {p.device}"
     return ""
-
-
-def _arguments(probe: Probe) -> Arguments:
-    if isinstance(probe, Tensor):
-        return Arguments((probe,))
-    return Arguments((), dict(probe)) if isinstance(probe, Mapping) else Arguments(tuple(probe))
-
-
-def _guesses(model: nn.Module) -> Iterator[Arguments]:
-    """Inputs that a model may take, small and random."""
-    generator = torch.Generator().manual_seed(0)
-    device = _device(model)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    config = getattr(model, "config", None)
-
-    def ids(words: int) -> Tensor:
-        # Neither the first nor the last few: those are the ones with a meaning of their own.
-        return torch.randint(min(5, words - 1), max(words - 5, 6), (_ROWS, _TOKENS), generator=generator).to(
-            device
-        )
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    def size(name: str) -> Any:
-        return getattr(config, name, None)
-
-    takes = inspect.signature(type(model).forward).parameters
-    words = size("vocab_size") or next(
-        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 0
-    )
-    kwargs: dict[str, Any] = {}
-    if "pixel_values" in takes and size("num_channels"):
-        side = size("image_size") or _SIDE
-        sides = tuple(side) if isinstance(side, list | tuple) else (side, side)
-        kwargs["pixel_values"] = numbers(_ROWS, size("num_channels"), *sides)
-    if "input_features" in takes and size("num_mel_bins"):
-        kwargs["input_features"] = numbers(
-            _ROWS, size("num_mel_bins"), 2 * (size("max_source_positions") or 50)
-        )
-    for name in ("input_ids", "decoder_input_ids"):
-        if name in takes and words:
-            kwargs[name] = ids(words)
-    if kwargs:
-        yield Arguments((), kwargs)
-        return
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Embedding):
-            yield Arguments((ids(module.num_embeddings),))
-        elif isinstance(module, nn.Conv2d):
-            yield Arguments((numbers(_ROWS, module.in_channels, _SIDE, _SIDE),))
-        elif isinstance(module, nn.Conv1d):
-            yield Arguments((numbers(_ROWS, module.in_channels, _SIDE),))
-        elif weight is not None:
-            width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[-1]
-            yield Arguments((numbers(_ROWS, _TOKENS, width),))
-        else:
-            continue
-        return
-
-
-def _features(module: nn.Module, graph: fx.Graph) -> Arguments | None:
-    """An input for a module that the probe does not reach: features, where it takes one value that ends up,
-    by way of norms and the like, in a linear."""
-    names = [node for node in graph.nodes if node.op == "placeholder"]
-    linear = next((node for node in graph.nodes if node.target is torch.nn.functional.linear), None)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    if len(names) != 1 or linear is None:
-        return None
-    transposed = linear.args[1].op == "call_method"
-    name = linear.args[1].args[0].target if transposed else linear.args[1].target
-    if name not in parameters:
-        return None
-    weight = parameters[name]
-    width = weight.shape[0 if transposed else -1]
-    x = torch.randn(_ROWS, _TOKENS, width, generator=torch.Generator().manual_seed(0))
-    return Arguments((x.to(weight.device, weight.dtype),))
 
 
 def _line(error: Exception) -> str:

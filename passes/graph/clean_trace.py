@@ -1,9 +1,10 @@
 """Trace one module into normal form, or say why its graph would not be the whole truth.
 
 Clean means that the graph says all that the module does: a closed signature without defaults, no control
-flow on values or on an argument being None, no hand-written backward and no grad or autocast mode of its own
-(tracing would drop them), nothing written or drawn at random in forward, no tensor that is neither parameter
-nor buffer, no behaviour of a module besides its forward, and every linear visible. Modules that read
+flow on values, on what they are or have for a dtype, or on an argument being None, no hand-written backward
+and no grad or autocast mode of its own (tracing would drop them), nothing drawn at random or written in
+forward that outlives it but buffers (`act24.passes.graph.writes`), no tensor that is neither parameter nor
+buffer, no behaviour of a module besides its forward, and every linear visible. Modules that read
 `self.training` stay leaves, or tracing would freeze the mode; if such a leaf holds linears, what surrounds it
 is not clean, layers of PEFT's excepted, in which the linears are regions of their own. Only a double of the
 module is run (`act24.passes.graph.shadow`).
@@ -12,20 +13,23 @@ module is run (`act24.passes.graph.shadow`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
 from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
+from act24.passes.graph.proxies import OWN, PLAIN, REGISTER, Unclean
 from act24.passes.graph.shadow import Shadow, contents
-from act24.passes.graph.tracer import OWN, PLAIN, REGISTER, RegionTracer, Tracer, Unclean
+from act24.passes.graph.tracer import RegionTracer, Tracer
 from act24.passes.graph.watched import NOTHING, Frozen, Ran, frozen_values
+from act24.passes.graph.writes import without_writes
 
 #: What a module may do besides its forward, and a region does not.
 _BESIDES = (
@@ -75,6 +79,7 @@ def clean_trace(module: nn.Module) -> Trace:
     try:
         graph = tracer.record()
         _check_none(shadow, graph)
+        _check_casts(shadow, graph, tracer)
     except Unclean:
         raise
     except Exception as error:  # whatever a forward may raise when it is given a proxy
@@ -90,6 +95,7 @@ def clean_trace(module: nn.Module) -> Trace:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in held:
             raise Unclean(f"reads {node.target}, neither parameter nor buffer: {REGISTER}")
+    without_writes(graph, module)
     normalise(graph, module)
     stays = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     adapters = any(is_adapter(module.get_submodule(path)) for path in stays)
@@ -203,11 +209,63 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
             )
 
 
-def _said(graph: fx.Graph, absent: fx.Node | None = None) -> list[Any]:
-    """A graph as data that compares, whatever its nodes are called, with None for one of its inputs."""
-    nodes = [node for node in graph.nodes if node.target is not _assert_is_none]
-    places = {node: place for place, node in enumerate(nodes)}
-    place = lambda node: None if node is absent else places[node]  # noqa: E731
+def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer) -> None:
+    """Refuse a forward that asks for the dtype of a value and does more than cast it.
+
+    The graph is of the dtypes that differ. Traced again with the answer that they do not, it has to be the
+    same but for casts of that value to that dtype, which then change nothing.
+    """
+    for number, pair in enumerate(tracer.casts):
+        other = Tracer(shadow, _is_leaf, Ran().note).record(equal=number)
+        needless = {node: node.args[0] for node in graph.nodes if _casts(node, *pair)}
+        if _said(other) != _said(graph, needless=needless):
+            one, two = (f"that of {of.name}" if isinstance(of, fx.Node) else str(of) for of in pair)
+            raise Unclean(
+                f"does something else where two dtypes are one, {one} and {two}, which a graph cannot ask: "
+                f"do it for every dtype, or {OWN}"
+            )
+
+
+def _casts(node: fx.Node, a: fx.Node | torch.dtype, b: fx.Node | torch.dtype) -> bool:
+    """Whether a node casts one of two values to the other's dtype."""
+    if node.op != "call_method" or not node.args:
+        return False
+    value, *rest = (*node.args, *(v for name, v in node.kwargs.items() if name in ("dtype", "other")))
+    if len(rest) != len(node.args) + len(node.kwargs) - 1 or value not in (a, b):
+        return False
+    dtype = b if value is a else a
+    if not rest:
+        return _NAMED.get(str(node.target)) is dtype
+    (to,) = rest if len(rest) == 1 else (None,)
+    of = to.args[0] if isinstance(to, fx.Node) and to.target is getattr and to.args[1] == "dtype" else to
+    return node.target in ("to", "type", "type_as") and of is dtype
+
+
+#: Casts that name their dtype.
+_NAMED = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _said(
+    graph: fx.Graph, absent: fx.Node | None = None, needless: Mapping[fx.Node, Any] | None = None
+) -> list[Any]:
+    """A graph as data that compares, whatever its nodes are called.
+
+    Args:
+        absent: an input that is None.
+        needless: nodes that are what the value beside them is.
+    """
+    needless = needless or {}
+    unsaid = {node for node in graph.nodes if node.target is _assert_is_none} | {*needless}
+    unsaid |= {node for node in graph.nodes if node.target is getattr and node.users.keys() <= unsaid}
+    nodes = [node for node in graph.nodes if node not in unsaid and node.op != "get_attr"]
+    places: dict[fx.Node, Any] = {node: place for place, node in enumerate(nodes)}
+    places |= {node: node.target for node in graph.nodes if node.op == "get_attr"}
+
+    def place(node: fx.Node) -> Any:
+        while node in needless:
+            node = needless[node]
+        return None if node is absent else places[node]
+
     return [
         (
             node.op,

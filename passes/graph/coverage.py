@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.roles import Role, role_by_name
 
-_NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head"}
+_NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
 
 #: The beginning of the reason why a module that has an activation is not traced.
 HIDES = "its relu"
 
 #: Why a pass leaves experts whose matrices lie in one tensor.
 STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
+
+#: Names of modules that are neither attention nor feed-forward networks.
+_NEITHER = re.compile(r"(^|[._])(lm_head|head|classifier|score|pooler|embed\w*)([._]|$)")
 
 #: Modules whose weights are no operands of matrix products.
 _OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
@@ -35,6 +39,8 @@ class Matrix:
         role: what it is for.
         stacked: several matrices in one tensor, as experts are.
         region: it lies in one, by the fully qualified name of that.
+        unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
+            be what any pass means.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Matrix:
     role: Role
     stacked: bool
     region: str | None
+    unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Coverage:
 
     Attributes:
         pass_name: of the pass.
-        scope: what its name promises, in words.
+        scope: what its name promises, in words; "other" are linears that `targets` names, and those of which
+            nobody knows what they are for.
         reached, total: elements of matrices in that scope.
         left: (names, share, reason) of what it leaves there, the largest group first; behind them routers,
             which are no part of the scope.
@@ -95,9 +103,22 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
             role = _role_beside(path, around, regions, untraced)
         if "expert" in path and role == "other":
             role = "mlp"
-        kind = type(around[path]).__name__
-        found.append(Matrix(name, path, kind, parameter.numel(), role, parameter.ndim > 2, inside.get(name)))
+        owner = around[path]
+        parts = path.split(".")
+        outside = {".".join(parts[:end]) for end in range(len(parts) + (not is_linear(owner)))}
+        unknown = role == "other" and _calls_linear(owner) and not outside.isdisjoint(untraced)
+        unknown = unknown and _NEITHER.search(path) is None
+        stacked, region = parameter.ndim > 2, inside.get(name)
+        found.append(
+            Matrix(name, path, type(owner).__name__, parameter.numel(), role, stacked, region, unknown)
+        )
     return found
+
+
+def _calls_linear(module: nn.Module) -> bool:
+    """Whether a module's own matrices are operands of linears."""
+    code = getattr(type(module).forward, "__code__", None)
+    return is_linear(module) or (code is not None and "linear" in code.co_names)
 
 
 def _role_beside(
@@ -127,6 +148,7 @@ def coverage(
     reasons: Mapping[str, str],
     promised: bool = True,
     gone: Collection[str] = (),
+    named: Collection[str] = (),
 ) -> Coverage:
     """What a pass reaches.
 
@@ -138,13 +160,16 @@ def coverage(
         promised: as in `Coverage`.
         gone: the names of matrices that passes take away; those that this one does not reach are no concern
             of its.
+        named: the full names of modules that it means, whatever they are for.
     """
     roles = tuple(scope)
     hit = tuple(reached)
-    done, left = 0, dict[tuple[str, str], int]()
+    done, left, seen = 0, dict[tuple[str, str], int](), set[Role]()
     for matrix in matrices:
-        if matrix.role not in roles or not selects(matrix.path, matrix.class_name):
+        meant = matrix.role in roles or matrix.unknown or matrix.path in named
+        if not meant or not selects(matrix.path, matrix.class_name):
             continue
+        seen.add(matrix.role if matrix.role in roles else "other")
         if any(_within(matrix, place) for place in hit):
             done += matrix.numel
             continue
@@ -163,7 +188,8 @@ def coverage(
     stay = dict.fromkeys(_pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
     if stay and promised:
         shown += ((_listed(list(stay)), 0.0, "a router"),)
-    words = " and ".join(_NAMES[role] for role in roles)
+    *first, last = (_NAMES[role] for role in ((*roles, "other") if "other" in seen else roles))
+    words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)
 
 

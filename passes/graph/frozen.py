@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from act24.errors import PassError
 from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
@@ -148,7 +148,8 @@ def become_(model: nn.Module, module: Remains, stock: nn.Module, frozen: Frozen)
     if not frozen.dynamic:  # methods may write what the forward does not read
         read = frozen.names | stock._modules.keys()
         vars(model)["_opened"] = held["_opened"] & read
-    model.__class__ = standing(type(module), type(stock))
+    of_fx = isinstance(stock, fx.GraphModule)  # as every region is
+    model.__class__ = type(module) if of_fx else standing(type(module), type(stock))
 
 
 def refuse_name_clashes(stock: nn.Module, region: Remains) -> None:
@@ -160,6 +161,8 @@ def refuse_name_clashes(stock: nn.Module, region: Remains) -> None:
     Raises:
         PassError: names the first.
     """
+    if isinstance(stock, fx.GraphModule):
+        return
     needed = {*dir(region)} - {*dir(nn.Module())}
     for name in sorted(needed & {*dir(stock)}):
         raise PassError(

@@ -6,6 +6,7 @@ a router, LoRA's own factors) are left alone unless `targets` names them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,7 +20,9 @@ from act24.errors import PassError
 from act24.options import Width
 from act24.passes.base import Match, Pass, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
+    asks_kind,
     bias_name,
+    is_reserved,
     is_transposed,
     nodes_of,
     replace_node,
@@ -46,6 +49,7 @@ class LinearSite:
         transposed: whether it is stored `[in, out]`.
         kind: what it is for (`act24.passes.graph.roles`).
         factor: which part of a dense weight its weight is; None: it is one.
+        obstacle: why its weight cannot become anything else, or the empty string.
     """
 
     path: str
@@ -55,6 +59,7 @@ class LinearSite:
     transposed: bool
     kind: Role
     factor: Factor | None = None
+    obstacle: str = ""
 
     def part(self, factor: Factor) -> str:
         """The local name of a part of the weight: `weight_in` for `"in"`."""
@@ -77,8 +82,7 @@ class LinearSite:
 
 
 def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
-    """The linears of a region, in graph order. A weight that something else reads too, an embedding for
-    instance, is left out.
+    """The linears of a region that may be taken, in graph order.
 
     Args:
         factors: also those whose weights are factors that a low-rank pass made.
@@ -86,19 +90,29 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes_of(region.graph, F.linear):
         name = weight_name(node)
-        if name in region.parameters:
+        if name in region.parameters and not is_reserved(node):
             calls.setdefault(name, []).append(node)
     for name, nodes in calls.items():
         transposed = is_transposed(nodes[0])
         spec = region.parameters[name]
-        if _reads(region.graph, name) > len(nodes) or (spec.factor is not None and not factors):
+        if spec.factor is not None and not factors:
             continue
         path = name.rpartition(".")[0]
         rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        yield LinearSite(
-            path, name, tuple(nodes), shape, transposed, region.roles.get(name, "other"), spec.factor
-        )
+        role, obstacle = region.roles.get(name, "other"), _obstacle(region.graph, name, nodes)
+        yield LinearSite(path, name, tuple(nodes), shape, transposed, role, spec.factor, obstacle)
+
+
+def _obstacle(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> str:
+    """Why a weight cannot become anything else in these linears, or the empty string."""
+    if len({is_transposed(node) for node in nodes}) > 1:
+        return f"one product reads it as it is and another transposed, tied: {_OWN}"
+    return f"something else than linears reads it too: {_OWN}" if _reads(graph, name) > len(nodes) else ""
+
+
+#: What to do about a weight with two purposes.
+_OWN = "give each a weight of its own, or leave it out with ignore"
 
 
 def _reads(graph: fx.Graph, name: str) -> int:
@@ -108,7 +122,7 @@ def _reads(graph: fx.Graph, name: str) -> int:
         for node in graph.nodes
         if node.op == "get_attr" and node.target == name
         for user in node.users
-        if user.target is not getattr
+        if not asks_kind(user)
     ]
     return sum(len(n.users) if n.op == "call_method" and n.target == "t" else 1 for n in readers)
 
@@ -124,14 +138,42 @@ def takes(p: Pass, scope: Scope, region: Region, site: LinearSite) -> bool:
 RESIZE = "make it one, or leave it out with ignore"
 
 
-def no_linear(scope: str) -> str:
-    """Why a pass found nothing in its scope."""
-    return f"no linear in scope '{scope}': name linears in targets, or widen the scope"
+def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
+    """Why a pass found no linear in a region, and what would let it find one there."""
+    sites = list(linear_sites(region, factors=True))
+    if not sites:
+        return "no linear that other passes have left and nothing else reads: leave it to them"
+    targeted = [site for site in sites if p.selects(region, site.path)]
+    if not targeted:
+        named = _named(region, sites[0])
+        return f"no linear that is targeted and not ignored: name one in targets, as {named}"
+    elsewhere = [site for site in targeted if site.kind not in _BY_NAME_ONLY]
+    if elsewhere and scope != "all":
+        kind = elsewhere[0].kind
+        return f'no linear in scope "{scope}": set scope = "{kind}", or "all"'
+    if elsewhere:
+        return "no linear but the factors that another pass has made: leave it out with ignore"
+    named = _named(region, targeted[0])
+    return (
+        "no linear that is known to be attention's or a feed-forward network's: name those that are meant in "
+        f"targets, as {named}"
+    )
+
+
+def _named(region: Region, site: LinearSite) -> str:
+    """A target that takes a linear, and those in its place in other layers."""
+    name = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
+    return f'targets = ["{name or "re:.*"}"]'
 
 
 def tied(name: str) -> str:
     """Why a pass leaves a linear whose weight is another parameter too."""
     return f"tied to {name}: untie them, or leave it out with ignore"
+
+
+def read_past(name: str) -> str:
+    """Why a pass leaves a linear whose weight a module around it reads as it is."""
+    return f"a {name} around it reads its weight past the linear: {_OWN}"
 
 
 #: Why a pass leaves a linear that does not train.
@@ -173,7 +215,9 @@ class FactorisingPass(StructuralPass):
         sites = [site for site in linear_sites(region) if takes(self, self.scope, region, site)]
         misses = []
         for site in sites:
-            if shared := region.parameters[site.weight].shared:
+            if site.obstacle:
+                misses.append((site.path, site.obstacle))
+            elif shared := region.parameters[site.weight].shared:
                 if site.kind in _BY_NAME_ONLY:  # asked for by name
                     raise PassError(
                         f"{self.name}: {region.name(site.weight)} is tied to {shared[0]}, and factors "
@@ -186,7 +230,7 @@ class FactorisingPass(StructuralPass):
         left = {path for path, _ in misses}
         free = [site for site in sites if site.path not in left]
         matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
-        return Plan(matches, tuple(misses), absent=no_linear(self.scope))
+        return Plan(matches, tuple(misses), absent=no_linear(self, region, self.scope))
 
     def _rank(self, region: Region, site: LinearSite) -> int:
         key = "attn_rank" if site.kind == "attn" else "mlp_rank"

@@ -22,6 +22,9 @@ _SQUARE = (torch.square, "square")
 _POWER = (operator.pow, torch.pow, "pow")
 _RELU = (F.relu, torch.relu, "relu")
 
+#: Where a linear's metadata says that no pass may take it.
+_RESERVED = "reserved"
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x Wᵀ + b and nothing else: nn.Linear, or transformers' Conv1D."""
@@ -50,7 +53,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def normalise(graph: fx.Graph, module: nn.Module) -> None:
-    """Bring a traced graph into normal form, in place.
+    """Bring a traced graph without writes (`act24.passes.graph.writes`) into normal form, in place.
 
     Args:
         module: what was traced; linears are opened by the tracer, activations here.
@@ -66,13 +69,12 @@ def normalise(graph: fx.Graph, module: nn.Module) -> None:
         if is_call(node, F.linear):
             _positional(node, ("input", "weight", "bias"), (None, None, None))
         elif is_call(node, F.silu):
-            pure = _pure(node)
-            node.args, node.kwargs = (_argument(node, 0, "input"),), {} if pure else {"inplace": True}
+            node.args, node.kwargs = (_argument(node, 0, "input"),), {}
         elif (hidden := _squared_relu(node)) is not None:
             with graph.inserting_before(node):
                 replacement = graph.call_function(relu2, (hidden,))
             replace_node(graph, node, replacement)
-        elif _calls(node, _RELU) and node.target is not F.relu and _pure(node):
+        elif _calls(node, _RELU) and node.target is not F.relu:
             with graph.inserting_before(node):
                 replacement = graph.call_function(F.relu, (_argument(node, 0, "input"),))
             replace_node(graph, node, replacement)
@@ -81,7 +83,7 @@ def normalise(graph: fx.Graph, module: nn.Module) -> None:
 
 def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
     function = {nn.SiLU: F.silu, nn.ReLU: F.relu}.get(type(module))
-    if function is None or (module.inplace and not _alone(_argument(node, 0, "input"))):
+    if function is None:
         return
     with graph.inserting_before(node):
         replacement = graph.call_function(function, (_argument(node, 0, "input"),))
@@ -115,7 +117,7 @@ def _squared_relu(node: fx.Node) -> fx.Node | None:
     power = _calls(node, _POWER) and rest == [2]
     if not (product or power or _calls(node, _SQUARE)):
         return None
-    if _calls(base, _RELU) and len(base.users) == 1 and _pure(base):
+    if _calls(base, _RELU) and len(base.users) == 1:
         return _argument(base, 0, "input")
     return None
 
@@ -130,17 +132,6 @@ def _calls(node: Any, spellings: tuple[Any, ...]) -> TypeGuard[fx.Node]:
 def is_product(node: Any) -> TypeGuard[fx.Node]:
     """Whether something is the elementwise product of two values, in any spelling."""
     return _calls(node, _MULTIPLY) and len(node.args) == 2
-
-
-def _pure(activation: fx.Node) -> bool:
-    """Whether an activation can be replaced by its function: it writes into nothing that others see."""
-    written = activation.kwargs.get("inplace") or True in activation.args[1:]
-    return not written or _alone(_argument(activation, 0, "input"))
-
-
-def _alone(value: fx.Node) -> bool:
-    """Whether a value has one user only, so that nobody else sees it if that user writes into it."""
-    return len(value.users) == 1 and value.op != "placeholder"
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:
@@ -172,6 +163,16 @@ def nodes_of(graph: fx.Graph, target: Callable[..., Any]) -> Iterator[fx.Node]:
     return (node for node in list(graph.nodes) if node.op == "call_function" and node.target is target)
 
 
+def reserve(linear: fx.Node) -> None:
+    """Keep a linear from the passes that take linears (`act24.passes.left_out`)."""
+    linear.meta[_RESERVED] = True
+
+
+def is_reserved(linear: fx.Node) -> bool:
+    """Whether no pass may take a linear."""
+    return _RESERVED in linear.meta
+
+
 def is_call(node: Any, target: Callable[..., Any]) -> TypeGuard[fx.Node]:
     """Whether something is a node that calls a function."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
@@ -182,6 +183,11 @@ def parameter_name(argument: Any) -> str | None:
     if isinstance(argument, fx.Node) and argument.op == "call_method" and argument.target == "t":
         argument = argument.args[0]
     return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def asks_kind(node: fx.Node) -> bool:
+    """Whether a node asks a value for its dtype or device, and for no numbers."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
 def readers(graph: fx.Graph, name: str) -> int:

@@ -19,6 +19,7 @@ from torch.package.importer import ObjNotFoundError
 from act24.errors import PassError
 from act24.passes.graph.frozen import Remains, remember, standing
 from act24.passes.graph.measurements import Measurement
+from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
 from act24.passes.graph.watched import NOTHING, Frozen
 
@@ -38,6 +39,7 @@ class ParameterSpec:
         shared: other places, fully qualified, that hold the same parameter.
         factor: which part of a dense weight it is, where a pass has made it one: `"in"` and `"out"` are the
             two factors, `"columns"` some columns beside them. None: a parameter of its own.
+        read_by: the class of a module outside that reads the parameter too, or the empty string.
     """
 
     shape: torch.Size
@@ -46,6 +48,7 @@ class ParameterSpec:
     requires_grad: bool = True
     shared: tuple[str, ...] = ()
     factor: Factor | None = None
+    read_by: str = ""
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -179,7 +182,7 @@ class Region:
             self.roles.update({name: role for name in specs if name not in self.roles})
         for node in self.graph.nodes:
             gone = node.op == "get_attr" and node.target in {*replaces} - specs.keys()
-            if gone and all(user.target is getattr for user in node.users):  # who asks for its dtype
+            if gone and all(map(asks_kind, node.users)):
                 node.target = next(iter(specs))
         for name in replaces:
             del self.parameters[name]

@@ -4,11 +4,12 @@ otherwise than a tensor does.
 A question that is swallowed by a `try:` of the module counts all the same. The exceptions are answered:
 parameters are tensors, no tensor has an attribute that `torch.Tensor` lacks, and the dtypes of a value and of
 a parameter, where a module asks whether they differ in order to cast, do differ. A cast that was not needed
-changes nothing, which the check on numbers confirms.
+changes nothing; that there is nothing else in the branch, `clean_trace` finds out.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 import operator
 import random
@@ -22,67 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Function
 from torch.backends import cuda
-from torch.fx.proxy import Attribute
 from torch.utils.checkpoint import checkpoint
 
+from act24.passes.graph.identity import identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
+from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal
 from act24.passes.graph.shadow import Shadow
-
-#: What a tensor, a shape or a number has.
-_ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
 
 #: Packages whose functions read nothing that a user sets.
 FOREIGN = {"torch", *sys.stdlib_module_names}
 
-#: Packages that may ask a value anything: their questions are not the module's branches.
-_INTERNAL = ("torch", "act24")
-
-
-#: What to do about modules that cannot be traced.
-OWN = "give its linears a module of their own"
-PLAIN = f"compute in forward with tensors alone, or {OWN}"
-REGISTER = "make it one, register_buffer(name, tensor, persistent=False)"
-_OUTSIDE = f"decide that where the module is made, or {OWN}"
-
-
-class Unclean(Exception):
-    """Why a module cannot be a region, and what to do."""
-
-
-class _Proxy(fx.Proxy):
-    """A value. What it is asked goes to the tracer."""
-
-    tracer: Tracer  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """Asked by isinstance() where the answer is not yet yes."""
-        if not self.tracer.asks_kind:
-            return type(self)
-        if self.node.op == "get_attr":
-            return nn.Parameter
-        return self.tracer.refuse(f"asks what kind of value {self.node.name} is: {_OUTSIDE}")
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _ATTRIBUTES or name.startswith("__"):
-            raise AttributeError(f"no tensor has an attribute '{name}'")
-        return _Attribute(self, name)
-
-    def __len__(self) -> int:
-        return self.tracer.refuse("asks a value for its length: write x.shape[0], and do not branch on it")
-
-    def __contains__(self, _: object) -> bool:
-        return self.tracer.refuse(f"asks what a value contains: {_OUTSIDE}")
-
-
-_KIND = vars(_Proxy)["__class__"].fget.__code__
-
-
-class _Attribute(Attribute):
-    """An attribute of a value, which may be a method, a number or a shape."""
-
-    def __bool__(self) -> bool:
-        return self.tracer.to_bool(self)
+_KIND = vars(Proxy)["__class__"].fget.__code__
 
 
 class Tracer(fx.Tracer):
@@ -90,6 +41,8 @@ class Tracer(fx.Tracer):
 
     Attributes:
         refused: the first question that had no answer, or the empty string.
+        casts: the questions whether two dtypes differ, one of them a value's, that were answered by yes: a
+            dtype, or the node that it is of.
         asks_kind: whether the module calls isinstance() at this moment.
     """
 
@@ -105,20 +58,25 @@ class Tracer(fx.Tracer):
         """
         super().__init__()
         self.refused = ""
+        self.casts: list[tuple[fx.Node | torch.dtype, fx.Node | torch.dtype]] = []
         self._note = note
         self.asks_kind = False
         self._shadow = shadow
         self._closed = closed
         self._proxies: dict[int, fx.Proxy] = {}
         self._questions: list[fx.Node] = []
+        self._asked: dict[CodeType, tuple[tuple[str, tuple[str, ...]], ...]] = {}
+        self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
 
-    def record(self, values: dict[str, Any] | None = None) -> fx.Graph:
+    def record(self, values: dict[str, Any] | None = None, equal: int | None = None) -> fx.Graph:
         """The graph of the double's forward.
 
         Args:
             values: what stands for some arguments instead of a proxy.
+            equal: the number of a question about dtypes that is answered by: they do not differ.
         """
+        self._equal = equal
         root = self._shadow.root
         self.root = root
         self.graph = fx.Graph(tracer_cls=RegionTracer)
@@ -131,7 +89,8 @@ class Tracer(fx.Tracer):
         }
         self._modes = _modes()
         function, args = self.create_args_for_root(type(root).forward, True, values)
-        before = sys.getprofile()
+        before, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # what others do when garbage is collected is not asked by the module
         self._shadow.observer = self
         sys.setprofile(self._on_event)
         try:
@@ -141,6 +100,8 @@ class Tracer(fx.Tracer):
         finally:
             sys.setprofile(before)
             self._shadow.observer = None
+            if collects:
+                gc.enable()
         if self.refused:
             raise Unclean(self.refused)
         for node in reversed(self._questions):
@@ -157,6 +118,10 @@ class Tracer(fx.Tracer):
         self.refused = self.refused or reason
         raise Unclean(reason)
 
+    def asker(self) -> FrameType:
+        """Who asks a proxy what the proxy takes here."""
+        return sys._getframe(2)
+
     def undo_draws(self) -> None:
         """Put generators back that the module drew from, and refuse if it did."""
         before, self._before_draw = self._before_draw, None
@@ -170,6 +135,8 @@ class Tracer(fx.Tracer):
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
         if frame.f_code is _KIND:
             return
+        if event in ("call", "return"):
+            self._check_identities(frame)
         # Parsing the arguments of torch's functions asks too, and is no question of the module's.
         self.asks_kind = event == "c_call" and argument is isinstance and _asks(frame)
         if event == "c_call":
@@ -188,8 +155,19 @@ class Tracer(fx.Tracer):
                 caller = caller.f_back
         else:
             return
-        if name and caller is not None and not _is_internal(caller):
-            self.refuse(f"asks {name}, which tracing would freeze: {_OUTSIDE}")
+        if name and caller is not None and not is_internal(caller):
+            self.refuse(f"asks {name}, which tracing would freeze: {OUTSIDE}")
+
+    def _check_identities(self, frame: FrameType) -> None:
+        """Of a function that begins or ends: whether it asks which object a value is."""
+        if frame.f_code not in self._asked:
+            internal = is_internal(frame)
+            self._asked[frame.f_code] = () if internal else identity_questions(frame.f_code)
+        for question, names in self._asked[frame.f_code]:
+            held = frame.f_locals
+            for name in names:
+                if name in held and issubclass(type(held[name]), fx.Proxy):
+                    self.refuse(f"asks {question} of '{name}', which a graph cannot answer: {OUTSIDE}")
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = self._shadow.originals[module]
@@ -221,7 +199,7 @@ class Tracer(fx.Tracer):
         return self.refuse(f"reads self.training: draw in an nn.Dropout, or {OWN}")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
@@ -265,22 +243,33 @@ class Tracer(fx.Tracer):
 
     def _differ(self, a: Any, b: Any) -> bool | None:
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""
-        a, b = self._dtype(a), self._dtype(b)
-        if a is None or b is None or "value" not in (a, b):
-            if not (isinstance(a, torch.dtype) and isinstance(b, torch.dtype)):
-                return None
+        a, b = _dtype_of(a), _dtype_of(b)
+        if a is None or b is None:
+            return None
+        fixed, other = self._held_dtype(a), self._held_dtype(b)
+        if fixed is not None and other is not None:
             # Floating-point parameters may become others of them, and never integers.
-            return True if a.is_floating_point != b.is_floating_point else None
-        return True
+            return True if fixed.is_floating_point != other.is_floating_point else None
+        self.casts.append((a, b))
+        return len(self.casts) - 1 != self._equal
 
-    def _dtype(self, value: Any) -> Any:
+    def _held_dtype(self, value: fx.Node | torch.dtype) -> torch.dtype | None:
+        """A dtype, or that of a parameter; None: of a value."""
         if isinstance(value, torch.dtype):
             return value
-        if isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype":
-            source: Any = value.args[0]
-            held = {name: t for name, t in self.root.named_parameters()} if source.op == "get_attr" else {}
-            return held[source.target].dtype if source.target in held else "value"
-        return None
+        parameter = self.parameter(value)
+        return None if parameter is None else parameter.dtype
+
+    def parameter(self, node: fx.Node) -> nn.Parameter | None:
+        """The parameter that a node is."""
+        return dict(self.root.named_parameters()).get(str(node.target)) if node.op == "get_attr" else None
+
+
+def _dtype_of(value: Any) -> fx.Node | torch.dtype | None:
+    """A dtype, or the node whose dtype something is."""
+    if isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype":
+        return value.args[0]  # type: ignore[return-value]
+    return value if isinstance(value, torch.dtype) else None
 
 
 def random_state() -> tuple[Any, ...]:
@@ -300,15 +289,11 @@ class RegionTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
 
-def _is_internal(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL
-
-
 def _asks(frame: FrameType) -> bool:
     """Whether isinstance() is called for the module: by its own code, or by torch.is_tensor."""
     if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
         return False
-    return not _is_internal(frame) or frame.f_code is torch.is_tensor.__code__
+    return not is_internal(frame) or frame.f_code is torch.is_tensor.__code__
 
 
 def _environment(frame: FrameType) -> str | None:
@@ -318,8 +303,10 @@ def _environment(frame: FrameType) -> str | None:
 
 
 def _asked(function: Any, caller: FrameType) -> str | None:
-    """The name of a function of torch's C++ side whose answer is another one elsewhere."""
+    """The name of a function in C whose answer is another one elsewhere."""
     name = function.__name__
+    if function in (operator.is_, operator.is_not):
+        return f"operator.{name}()"
     if function.__module__ == "time":
         asker = caller.f_globals.get("__name__", "").partition(".")[0]
         return None if asker in FOREIGN else f"time.{name}()"

@@ -4,7 +4,7 @@ A model is not traced as a whole. Its regions are the largest modules that trace
 (`act24.passes.graph.clean_trace`) and repeat: the decoder blocks of the stock LLaMA; in a host framework's
 model, whose blocks take open keyword arguments and are hooked and recorded by class, the MLPs and single
 linears inside them. A module that does not repeat is a region too when nothing below it repeats; that may be
-the model itself, which then changes its class.
+the model itself, which then stays an instance of its class all the same.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
         module: [fqn for fqn in places[module] if not fqn.startswith(taken) or fqn.startswith(stays)]
         for module, _ in found
     }
-    regions = [_region(module, traced, free[module], owners, around) for module, traced in found]
+    regions = [_region(module, traced, free[module], owners, around, check) for module, traced in found]
     named = {f"{places[m][0] or 'the model'} [{type(m).__name__}]": why for m, why in unclean.items()}
     return regions, named
 
@@ -159,6 +159,7 @@ def _region(
     fqns: list[str],
     owners: dict[int, list[str]],
     around: dict[str, nn.Module],
+    check: Check | None,
 ) -> Region:
     parameters = {}
     inside = tuple(f"{path}." for path, child in module.named_modules() if is_adapter(child))
@@ -167,8 +168,9 @@ def _region(
             continue  # of the regions there
         own = {joined(fqn, name) for fqn in fqns}
         shared = tuple(other for other in owners[id(tensor)] if other not in own)
+        read_by = check.read_past(module, tensor) if check is not None and not shared else ""
         parameters[name] = ParameterSpec(
-            tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared
+            tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared, read_by=read_by
         )
     classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
     graph, frozen = traced.graph, traced.frozen

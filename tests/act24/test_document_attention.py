@@ -1,13 +1,12 @@
-"""Attention within documents, against each document alone and against masks that PyTorch makes itself."""
+"""Attention within documents, against each document alone."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
 
-from act24.document_attention import BLOCK, block_mask, document_attention, seen, uses_flex
+from act24.document_attention import document_attention, seen
 from act24.errors import Act24Error
 
 
@@ -54,68 +53,21 @@ def test_without_beginnings_a_row_is_one_document():
     assert torch.equal(ours, F.scaled_dot_product_attention(query, key, value, is_causal=True))
 
 
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=8), st.lists(st.integers(1, 200), min_size=1))
-def test_the_block_mask_is_the_one_that_pytorch_makes_of_all_pairs(first, second):
-    """Blocks of queries and of keys, in both directions: forward reads the one, backward the other."""
-    length = min(sum(first), sum(second))
-    starts = torch.stack([starts_of(lengths)[0, :length] for lengths in (first, second)])
-    document = starts.clone()
-
-    def sees(row, head, query, key):
-        return (document[row, query] == document[row, key]) & (query >= key)
-
-    theirs = create_block_mask(sees, 2, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
-    ours = block_mask(starts)
-    assert torch.equal(ours.to_dense(), theirs.to_dense())
-    assert torch.equal(seen(starts)[:, None], dense(sees, 2, length))
-    for name in ("kv", "q"):
-        number, indices = getattr(ours, f"{name}_num_blocks"), getattr(ours, f"{name}_indices")
-        whole, theirs_too = (getattr(theirs, f"full_{name}_{what}") for what in ("num_blocks", "indices"))
-        for row in range(2):
-            for block in range(number.shape[-1]):
-                expected = {*blocks(theirs, name, row, block), *taken(whole, theirs_too, row, block)}
-                assert taken(number, indices, row, block) == sorted(expected)
-
-
-def blocks(mask, name, row, block):
-    return taken(getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices"), row, block)
-
-
-def taken(number, indices, row, block):
-    return indices[row, 0, block, : number[row, 0, block]].tolist()
-
-
-def dense(sees, rows, length):
-    position = torch.arange(length)
-    row = torch.arange(rows)[:, None, None, None]
-    return sees(row, 0, position[:, None], position).expand(rows, 1, length, length)
-
-
-def test_flex_attention_takes_the_block_mask():
-    """Compiled without a graph break; on a CPU forward only, for that is all flex attention has there."""
-    query, key, value = (t.detach().float() for t in drawn(4, 2, length=300, width=16))
-    starts = starts_of([100, 7, 193], [300])
-
-    @torch.compile(fullgraph=True)
-    def flex(query, key, value, starts):
-        from torch.nn.attention.flex_attention import flex_attention
-
-        return flex_attention(query, key, value, block_mask=block_mask(starts), enable_gqa=True)
-
-    torch.testing.assert_close(
-        flex(query, key, value, starts), document_attention(query, key, value, starts, True)
-    )
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_seen_is_the_same_document_and_not_behind(rows):
+    length = min(map(sum, rows))
+    found = seen(torch.stack([starts_of(lengths)[0, :length] for lengths in rows])).tolist()
+    for lengths, row in zip(rows, found, strict=True):
+        document = [number for number, size in enumerate(lengths) for _ in range(size)]
+        for query, keys in enumerate(row):
+            expected = [key <= query and document[key] == document[query] for key in range(length)]
+            assert keys == expected
 
 
 def test_beginnings_of_other_rows_are_refused():
     query, key, value = drawn(4, 4)
     with pytest.raises(Act24Error, match=r"beginnings are of rows \(2, 11\), and these are \(2, 12\)"):
         document_attention(query, key, value, starts_of([11], [11]))
-
-
-def test_only_compiled_on_a_gpu_it_is_flex_attention():
-    kinds = [(device, compiled) for device in ("cpu", "cuda") for compiled in (False, True)]
-    assert [uses_flex(torch.device(d), c) for d, c in kinds] == [False, False, False, True]
 
 
 def test_under_autocast_it_computes_as_scaled_dot_product_attention_does():

@@ -284,7 +284,8 @@ def test_a_fixed_scale_that_is_not_from_all_it_should_be_is_remarked(
     pipeline = apply_(model, [*passes, soft])
     (note,) = (row.note for row in pipeline.report.rows if row.after.startswith("2:4 soft_threshold_weights"))
     assert (said in note) if said else not note
-    with pipeline.lowered([ActivationCalibration(of=soft), *pipeline.active]), torch.no_grad():
+    (measured,) = (p for p in pipeline.active if isinstance(p, Activation24) and p.method == soft.method)
+    with pipeline.lowered([*pipeline.active, ActivationCalibration(of=measured)]), torch.no_grad():
         model(x)
     (sums,) = (b for n, b in model.named_buffers() if n.endswith(SUMS))
     of_activation, of_scale = sums[2:4], sums[4:6]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from toys import llama, tokens
 
-from act24.errors import Act24Error, PassError
+from act24.errors import PassError
 from act24.fp8.linear import linear_fp8, underflow_counts
 from act24.llama import LlamaConfig, LlamaForCausalLM
-from act24.loss import cross_entropy_sum
 from act24.passes import (
     Activation24,
     ActivationStatistics,
@@ -28,11 +28,10 @@ from act24.passes import (
     apply_,
     plan,
 )
-from act24.passes.fp8 import PARTS, head_arguments, pays
+from act24.passes.fp8 import PARTS, pays
 from act24.passes.graph.normal_form import nodes_of
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.weight.linear24 import linear24
-from act24.tools.run.step import SummedLoss
 from act24.tools.watch.fp8_watch import take_underflow_
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -203,6 +202,26 @@ def test_weight24_goes_along_unless_it_says_otherwise(kind: str) -> None:
             assert {n.args[-1].precision for n in nodes} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bfloat16"])
+def test_what_a_network_makes_zero_of_its_input_is_counted(precision: Literal["fp8", "bfloat16"]) -> None:
+    """A norm's weight that makes all but the first of 32 features too small is counted as 31 of 32."""
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[1:] = 1e-12
+    pipeline = apply_(model, [Relu2FFN(), Activation24(precision=precision), ActivationStatistics()])
+    pipeline.begin_update_(0)
+    model(tokens())
+    shares = take_underflow_(pipeline)
+    if precision == "bfloat16":
+        assert not shares
+        return
+    first, second = (shares[f"model.layers.{layer}.mlp.up_proj"] for layer in range(2))
+    assert first < 0.05
+    assert second == 31 / 32
+    assert shares["max"] == second
+    assert len(shares) == 4
+
+
 def test_what_weight24_makes_zero_in_e4m3_is_counted() -> None:
     for precision in ("fp8", "bfloat16"):
         model = llama()
@@ -250,145 +269,53 @@ def test_what_becomes_zero_is_counted() -> None:
     assert not take_underflow_(pipeline)
 
 
-# The head
+# Weights of networks, cast once an update
 
 
-def head_row(model: nn.Module, *passes: Pass) -> list[str]:
-    return [row.after for row in plan(model, passes).rows if row.fqn == "lm_head"]
-
-
-def summed(model: LlamaForCausalLM) -> Tensor:
-    """The loss as the training loop takes it, which multiplies with the head's weight itself."""
-    ids = tokens() % 64
-    return SummedLoss(model)(ids, ids.roll(-1, 1))[0]
-
-
-def e4m3_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return linear_fp8(hidden, weight, None)
-
-
-def test_the_head_is_taken_by_option_or_name_and_by_nothing_else() -> None:
-    e4m3 = ["e4m3 in y, dX, dW, rowwise"]
-    for p, expected in (
-        (Fp8(), []),
-        (Fp8(head=True), e4m3),
-        (Fp8(targets=("*", "lm_head")), e4m3),
-        (Fp8(head=True, targets=("*mlp*",)), e4m3),
-        (Fp8(head=True, scaling="tensorwise"), ["e4m3 in y, dX, dW, tensorwise"]),
-    ):
-        assert head_row(llama(vocab_size=64), p) == expected
-    report = plan(llama(vocab_size=64), [Fp8(head=True, targets=("*mlp*",))])
-    assert not any("attn" in row.fqn for row in report.rows)
-    assert "fp8 reaches" in str(report)
-    assert "feed-forward and head matrices" in str(report)
-
-
-def test_a_head_that_cannot_be_in_e4m3_is_said_or_refused() -> None:
-    assert "lm_head as it is: its weight is 97 × 32, and e4m3 wants multiples" in str(
-        plan(llama(), [Fp8(head=True)])
-    )
-    small = str(plan(llama(vocab_size=64), [Fp8(head=True, precision="auto", optional=True)]))
-    assert "lm_head as it is: its weight is 64 × 32, and casts would take" in small
-    ignored = str(plan(llama(vocab_size=64), [Fp8(head=True, ignore=("lm_head",))]))
-    assert "fp8 leaves lm_head as it is: ignore names it" in ignored
-    tied = llama(vocab_size=64, tie_word_embeddings=True)
-    with pytest.raises(PassError, match=r"fp8: head = true, and .* the embedding is the head"):
-        plan(tied, [Fp8(head=True)])
-    assert "fp8 leaves the model as it is: head = true" in str(plan(tied, [Fp8(head=True, optional=True)]))
-    with pytest.raises(PassError, match="another pass has it"):
-        plan(llama(vocab_size=64), [Weight24(targets=("lm_head",)), Fp8(head=True)])
-
-
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("named", [False, True])
-def test_the_loop_s_loss_and_the_model_s_own_head_are_the_same_products(keep: bool, named: bool) -> None:
-    """Of one step: logits, the loss over them, and both gradients, beside `linear_fp8` by hand."""
-    model = llama(vocab_size=64).bfloat16()
-    p = Fp8(targets=("lm_head",)) if named else Fp8(targets=("lm_head",), head=True)
-    pipeline = apply_(model, [p])
-    pipeline.exchange_(pipeline.active[0], replace(p, keep_cast=keep))
-    pipeline.begin_update_(0)
-    weight, ids = model.lm_head.weight, tokens() % 64
-    hidden = model.model(ids).detach().requires_grad_()
-    logits = e4m3_logits(hidden, weight)
-    assert torch.equal(model(ids), logits)
-    expected = F.cross_entropy(logits.float().flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="sum")
-    wanted = torch.autograd.grad(expected, (hidden, weight))
-    loss = cross_entropy_sum(hidden, weight, ids.roll(-1, 1), 8192, *head_arguments(model.lm_head, hidden))[0]
-    torch.testing.assert_close(loss, expected)
-    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
-        assert (ours.float() - theirs.float()).norm() < 0.02 * theirs.float().norm()
-    assert torch.equal(summed(model).detach(), loss.detach())
-    in_bfloat16 = cross_entropy_sum(hidden, weight, ids.roll(-1, 1))[0]
-    assert not torch.equal(loss, in_bfloat16)
-    parts = [getattr(model.lm_head, f"weight{part}") for part in PARTS]
-    assert all(bool(part.numel()) is keep for part in parts)
-    # Nobody else sees it.
-    with pipeline.evaluation():
-        assert torch.equal(summed(model), in_bfloat16)
-    model.eval()
-    assert torch.equal(summed(model), in_bfloat16)
-    assert torch.equal(model(ids), F.linear(hidden, weight))
-    assert sorted(model.state_dict()) == sorted(llama(vocab_size=64).state_dict())
-
-
-def test_the_head_comes_and_goes_with_its_steps_and_follows_its_weight() -> None:
-    model, plain = llama(vocab_size=64).bfloat16(), llama(vocab_size=64).bfloat16()
-    p = Fp8(targets=("lm_head",), from_step=1, until_step=3)
-    pipeline = apply_(model, [p])
-    pipeline.exchange_(pipeline.passes[0], replace(p, keep_cast=True))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for step in range(4):
-        pipeline.begin_update_(step)
-        plain.load_state_dict(model.state_dict())
-        loss, exact = summed(model), summed(plain)
-        assert torch.equal(loss, exact) is (step not in (1, 2))
-        hidden = plain.model(tokens() % 64)
-        if step in (1, 2):
-            by_hand = e4m3_logits(hidden, plain.lm_head.weight).float().flatten(0, 1)
-            labels = (tokens() % 64).roll(-1, 1).flatten()
-            torch.testing.assert_close(loss, F.cross_entropy(by_hand, labels, reduction="sum"))
-        (loss / 18).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def test_a_head_that_another_pass_made_is_refused_by_the_loss() -> None:
-    model = llama(vocab_size=64)
-    pipeline = apply_(model, [Weight24(targets=("lm_head",))])
-    pipeline.begin_update_(0)
-    with pytest.raises(Act24Error, match="a pass has made something else of the head"):
-        summed(model)
-
-
-def test_forwards_through_the_head_and_past_it_are_one_micro_batch_each() -> None:
-    """Seeds move once a forward, whichever module begins it, and evaluation holds to its end."""
-    passes = [Relu2FFN(), Activation24(method="mvue"), Fp8(head=True, targets=("lm_head",))]
-    whole, past, found = llama(vocab_size=64), llama(vocab_size=64), []
-    for other, run in ((whole, lambda m: m(tokens() % 64)), (past, lambda m: m.model(tokens() % 64))):
-        pipeline = apply_(other, passes)
+def test_networks_keep_their_weights_in_e4m3_for_an_update() -> None:
+    """Beside the same run that casts in every micro-batch: the same bits, at addresses that stay; and what
+    is evaluated behind an update is of the weights as they are then."""
+    models, pipelines, found = [], [], []
+    for keep in (True, False):
+        model = llama(hidden_size=32).bfloat16()
+        pipeline = apply_(model, [Relu2FFN(), Activation24(precision="fp8", backward="split_gemm")])
+        p = pipeline.active[-1]
+        assert isinstance(p, Activation24)
+        pipeline.exchange_(p, replace(p, keep_cast=keep))
         pipeline.begin_update_(0)
-        places = [b for n, b in other.named_buffers() if n.endswith("24_seed")]
-        values = []
-        for _ in range(3):
-            run(other)
-            values.append(torch.stack(places).clone())
-        assert len({tuple(v.flatten().tolist()) for v in values}) == 3
-        found.append(torch.stack(values))
-    assert torch.equal(*found)
-    model = llama(vocab_size=64)
-    apply_(model, passes)
-    with pytest.raises(Act24Error, match="nobody began"):
-        model.model(tokens() % 64)
+        places = {n: b.data_ptr() for n, b in model.named_buffers() if n.endswith(PARTS) and b.numel()}
+        assert len(places) == (2 * 2 * len(PARTS) if keep else 0)
+        found.append(losses(model, pipeline))
+        now = {n: b.data_ptr() for n, b in model.named_buffers() if n.endswith(PARTS) and b.numel()}
+        assert now == places
+        models.append(model)
+        pipelines.append(pipeline)
+    assert found[0] == found[1]
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    logits = []
+    for model, pipeline in zip(models, pipelines, strict=True):
+        with pipeline.evaluation():
+            logits.append(model(tokens()))
+    assert torch.equal(*logits)
+    assert not [n for n in models[0].state_dict() if n.endswith(PARTS)]
+    with torch.no_grad():  # the buffers are what is read
+        pipelines[0].begin_update_(3)
+        before = models[0](tokens())
+        for name, buffer in models[0].named_buffers():
+            if name.endswith("_e4m3_scale"):
+                buffer.mul_(2)
+        assert not torch.equal(models[0](tokens()), before)
 
 
-def test_what_becomes_zero_of_the_head_s_input_is_counted_in_the_loop() -> None:
-    model = llama(vocab_size=64)
-    pipeline = apply_(model, [Fp8(head=True), ActivationStatistics(optional=True)])
-    pipeline.begin_update_(0)
-    summed(model).backward()
-    shares = take_underflow_(pipeline)
-    assert "lm_head" in shares
-    with pipeline.evaluation():
-        summed(model)
-    assert "lm_head" not in take_underflow_(pipeline)
+def test_casts_are_shared_with_what_fp8_has_before_the_network_is_sparse() -> None:
+    """From step 2 on activation24 has weights that fp8 had, over other scales: as without keeping them."""
+    found = []
+    for keep in (True, False):
+        model = llama(hidden_size=32).bfloat16()
+        pipeline = apply_(model, [Relu2FFN(), Activation24(from_step=2), Fp8()])
+        for p in pipeline.passes:
+            if isinstance(p, Activation24 | Fp8):
+                pipeline.exchange_(p, replace(p, keep_cast=keep))
+        found.append(losses(model, pipeline, 4))
+    assert found[0] == found[1]

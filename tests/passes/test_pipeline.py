@@ -414,7 +414,7 @@ def test_no_match_names_what_the_selectors_leave_out() -> None:
         apply_(Trunk(SwiGLU, layers=3), [Relu2FFN(targets=("*.ffn", "*.mlp"), ignore=("re:.*mlp",))])
     assert str(error.value) == (
         "relu2_ffn matches nothing within targets ['*.ffn', '*.mlp'] without ['re:.*mlp'], "
-        "which leaves out blocks.0.mlp and 2 more"
+        "which leaves out blocks.0.mlp and 2 more: take it out of ignore"
     )
 
 

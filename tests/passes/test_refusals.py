@@ -5,10 +5,19 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from act24.passes.graph import linear_sites, tracer
+import pytest
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import SwiGLU, Trunk
+
+from act24.passes import Activation24, Fp8, Lora, LowRank, Pass, PassError, Relu2FFN, Weight24, plan
+from act24.passes.graph import linear_sites, proxies
+from act24.passes.sparse_mask import SparseMask
 
 PASSES = Path(linear_sites.__file__).parents[1]
 
@@ -51,7 +60,8 @@ def _refused(node: ast.AST) -> Iterator[ast.expr]:
 
 
 SHARED = ast.parse(Path(linear_sites.__file__).read_text(encoding="utf-8"))
-CONSTANTS = {n: v for module in (linear_sites, tracer) for n, v in vars(module).items() if isinstance(v, str)}
+_HELD = {**vars(linear_sites), **vars(proxies)}
+CONSTANTS = {name: value for name, value in _HELD.items() if isinstance(value, str)}
 
 
 def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
@@ -75,7 +85,9 @@ def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
         return _texts(value.body, tree) + _texts(value.orelse, tree)
     if isinstance(value, ast.Call):
         name = getattr(value.func, "attr", getattr(value.func, "id", ""))
-        nodes = (*ast.walk(tree), *ast.walk(SHARED))
+        nodes = [*ast.walk(tree), *ast.walk(SHARED)]
+        if name == "missing":  # each pass says it for itself
+            nodes += [node for file in PASSES.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
         made = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
         returned = [node.value for f in made for node in ast.walk(f) if isinstance(node, ast.Return)]
         return [text for r in returned if r is not None for text in _texts(r, tree)]
@@ -86,6 +98,11 @@ def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
             node.value
             for node in ast.walk(tree)
             if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == value.id for t in node.targets)
+        ]
+        set_here += [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.NamedExpr) and node.target.id == value.id
         ]
         return [text for v in set_here if not isinstance(v, ast.Name) for text in _texts(v, tree)]
     if isinstance(value, ast.Dict):
@@ -115,3 +132,66 @@ def test_the_table_holds_what_it_should() -> None:
 
 def test_each_says_what_to_do() -> None:
     assert [(where, text) for where, text in refusals() if not REMEDY.search(text)] == []
+
+
+class Unknown(nn.Module):
+    """Neither names nor graph say what its linears are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x) + self.a(x)
+
+
+class Geglu(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.gate(x)) * self.up(x))
+
+
+HINTS: dict[str, tuple[Callable[[], nn.Module], list[Pass]]] = {
+    **{
+        f"unknown {index}": (lambda: nn.Sequential(Unknown(), Unknown()), [p])
+        for index, p in enumerate(
+            (
+                Weight24(),
+                Weight24(scope="mlp"),
+                LowRank(attn_rank=2, mlp_rank=2),
+                Fp8(),
+                Lora(targets=("*",)),
+                SparseMask(),
+            )
+        )
+    },
+    "the model is a linear": (lambda: nn.Linear(16, 32), [Weight24()]),
+    "another scope": (lambda: Trunk(SwiGLU), [Weight24(scope="attn")]),
+    "another scope for factors": (lambda: Trunk(SwiGLU), [LowRank(scope="attn", attn_rank=2, mlp_rank=2)]),
+    "other targets": (lambda: Trunk(SwiGLU), [Weight24(targets=("*.mlp.x",))]),
+    "a gate": (lambda: Trunk(SwiGLU), [Activation24()]),
+    "a gate of GELU": (lambda: Trunk(Geglu), [Activation24()]),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_a_hint_can_be_followed(case: str) -> None:
+    """What a pass that matches nothing says is done, and then it matches something."""
+    make, passes = HINTS[case]
+    with pytest.raises(PassError) as error:
+        plan(make(), passes)
+    assert plan(make(), followed(str(error.value), passes)).rows
+
+
+def followed(said: str, passes: list[Pass]) -> list[Pass]:
+    """Passes with what an error asks for."""
+    changes: dict[str, Any] = {}
+    if found := re.search(
+        r'(?:targets = \["|leaves out )(.*?)(?:"\]| and \d+ more: name it in targets)', said
+    ):
+        changes["targets"] = (found[1],)
+    elif found := re.search(r'set scope = "(\w+)"', said):
+        changes["scope"] = found[1]
+    elif found := re.search(r'put relu2_ffn in front(?:, with gate = "(\w+)")?', said):
+        return [Relu2FFN(gate=found[1] or "silu"), *passes]  # type: ignore[arg-type]
+    assert changes, said
+    return [replace(p, **changes) for p in passes]

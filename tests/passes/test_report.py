@@ -8,10 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from toys import SwiGLU, Trunk, llama, tokens
 
-from act24.passes import Activation24, ActivationStatistics, Relu2FFN, apply_, plan
+from act24.passes import (
+    Activation24,
+    ActivationStatistics,
+    Fp8,
+    LowRank,
+    Pass,
+    Relu2FFN,
+    Weight24,
+    apply_,
+    plan,
+)
+from act24.passes.pipeline import PartialWarning
 from act24.passes.report import Report
 
 
@@ -61,6 +73,85 @@ def test_columns_that_say_nothing_are_left_out_and_misses_are_listed() -> None:
     assert covered.startswith("relu2_ffn reaches 38% of the feed-forward matrices; left: blocks.*.mlp.gate")
     assert f"(blocks.0.mlp.up.weight is tied to blocks.2.mlp.up.weight: {todo})" in covered
     assert checked == "checked on [2, 8, 16]: 3 regions compute what their modules do"
+
+
+# What is left alone
+
+
+class Optional(nn.Module):
+    """Cannot be traced, and neither names nor classes say what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, flag: bool = False) -> Tensor:
+        return self.b(F.silu(self.a(x)))
+
+
+class ByFunction(Optional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.ones(32, 16))
+        self.table = nn.Embedding(32, 16)
+
+    def forward(self, x: Tensor, flag: bool = False) -> Tensor:
+        return self.b(F.silu(F.linear(x, self.c)))
+
+
+class Both(nn.Module):
+    def __init__(self, odd: type[nn.Module] = Optional) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList([SwiGLU(), SwiGLU()])
+        self.odd = nn.ModuleList([odd(), odd()])
+        self.lm_head = nn.Linear(16, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mlp, odd in zip(self.mlps, self.odd, strict=True):
+            x = x + mlp(x) + odd(x)
+        return self.lm_head(x)
+
+
+GATED, ODD = 2 * 3 * 16 * 32, 2 * 2 * 16 * 32
+LINEAR: list[Pass] = [Weight24(), LowRank(attn_rank=4, mlp_rank=4), Fp8()]
+
+
+@pytest.mark.parametrize("p", [Relu2FFN(), *LINEAR], ids=lambda p: p.name)
+def test_linears_of_which_nobody_knows_what_they_are_for_are_counted_and_named(p: Pass) -> None:
+    (covered,) = plan(Both(), [p]).coverage
+    assert (covered.reached, covered.total) == (GATED, GATED + ODD)
+    ((names, share, reason),) = covered.left
+    assert (names, share) == ("odd.*.a, odd.*.b", ODD / (GATED + ODD))
+    assert reason.startswith(
+        "not traced: argument 'flag' of its forward has a default: take the default away"
+    )
+    assert "feed-forward and other matrices; left: odd.*.a, odd.*.b 40% (not traced" in str(covered)
+
+
+def test_matrices_that_are_read_by_a_function_are_counted_too() -> None:
+    (covered,) = plan(Both(ByFunction), [Weight24()]).coverage
+    assert covered.total == GATED + ODD + 2 * 16 * 32  # and no embedding
+    assert {name for names, *_ in covered.left for name in names.split(", ")} == {
+        "odd.*.a",
+        "odd.*.b",
+        "odd.*.c",
+    }
+
+
+def test_linears_that_targets_name_are_counted() -> None:
+    named, head = ("odd.*", "lm_head"), 16 * 11
+    (covered,) = plan(Both(), [LowRank(attn_rank=4, mlp_rank=4, targets=named)]).coverage
+    assert (covered.reached, covered.total, covered.left) == (ODD + head, ODD + head, ())
+    with pytest.warns(PartialWarning, match=r"other matrices; left: lm_head 8% \(its weight is 11 × 16"):
+        apply_(Both(), [Weight24(targets=named)])
+
+
+def test_the_root_that_is_not_traced_gives_its_reason() -> None:
+    (covered,) = plan(Optional(), [Weight24(targets=("a",))]).coverage
+    assert (covered.reached, covered.total) == (ODD / 4, ODD / 4)
+    (covered,) = plan(Optional(), [Weight24(targets=("a", "*.x", "?"), ignore=("b",))]).coverage
+    assert covered.total == ODD / 4
+    assert not covered.left
 
 
 # Parameters

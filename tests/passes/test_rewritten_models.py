@@ -126,6 +126,25 @@ def test_a_pipeline_is_copied_with_its_model(rewritten: Any) -> None:
     assert not torch.equal(twin.eval()(ids()).logits, model.eval()(ids()).logits)
 
 
+@pytest.mark.parametrize("saving", [pickle.dumps, lambda both: torch.save(both, io.BytesIO()), copy.copy])
+def test_a_pipeline_that_is_saved_says_what_can_be(saving: Callable[[Any], object]) -> None:
+    model = Trunk(SwiGLU)
+    pipeline = apply_(model, [Relu2FFN(), Activation24()])
+    with pytest.raises(PassError, match=r"pipeline cannot be pickled or saved.* save model\.state_dict\(\)"):
+        saving(pipeline if saving is copy.copy else (model, pipeline))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved])
+def test_copies_keep_what_a_later_pass_needs(copied: Callable[[Any], Any]) -> None:
+    """Masks of a pass that is not in force yet are no part of the graph."""
+    model = Trunk(SwiGLU).eval()
+    apply_(model, [Weight24(scope="mlp", from_step=5)])
+    other = copied(model)
+    assert [*other.state_dict()] == [*model.state_dict()]
+    assert [*dict(other.named_buffers())] == [*dict(model.named_buffers())]
+    assert any("24_mask" in name for name in other.state_dict())
+
+
 def test_a_pipeline_that_was_copied_before_it_was_committed() -> None:
     model = llama()
     planned = Pipeline(model, [Relu2FFN(), Weight24(scope="attn")])

@@ -334,6 +334,22 @@ def test_weights_that_were_written_without_a_trace_are_evaluated_with_masks_of_t
     assert not torch.equal(first, second)
 
 
+def test_each_forward_in_evaluation_mode_has_the_masks_of_its_weights() -> None:
+    """Also the second one, and the third: none of them leaves anything behind."""
+    model, pipeline = rewritten(Weight24(scope="mlp", method="ste"))
+    model.eval()
+    buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3)
+        found = model(IDS)
+        assert {name: id(buffer) for name, buffer in model.named_buffers()} == buffers
+        with pipeline.evaluation():
+            assert torch.equal(found, model(IDS))
+
+
 def test_exact_steps_and_sparse_factors_do_not_go_together() -> None:
     _, pipeline = rewritten(
         LowRank(attn_rank=8, mlp_rank=8), Weight24(scope="mlp", method="ste", from_step=5)

@@ -338,3 +338,39 @@ def test_save_pretrained_writes_what_no_pass_has_changed(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(back(ids()).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["naive", "mvue"])
+def test_padding_is_read_from_the_attention_mask(method: str) -> None:
+    """Also where no pass has anything to renew: statistics and weight gradients leave padding out. A forward
+    without a mask has none again, and a copy neither."""
+    ids = torch.randint(97, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < 8).long().expand(4, 12)
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def trained(told: bool) -> tuple[Any, Any, dict[str, Tensor]]:
+        model = build("Llama").train()
+        sparse = Activation24(method=method, backward="split_gemm", kernels=False)
+        pipeline = apply_(model, [Relu2FFN(), sparse, ActivationStatistics()])
+        pipeline.begin_update_(0)
+        pipeline.set_pads_(None if told else mask == 0)
+        model(input_ids=ids, labels=labels, **({"attention_mask": mask} if told else {})).loss.backward()
+        found = {n: b.clone() for n, b in model.named_buffers() if n.endswith("activation_statistics")}
+        found |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return model, pipeline, found
+
+    expected, (model, _, found) = trained(False)[2], trained(True)
+    assert any(n.endswith("activation_statistics") for n in found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+    def pads(model: Any) -> list[int]:
+        return [b.ndim for n, b in model.named_buffers() if n.endswith("pad_rows")]
+
+    assert {*pads(model)} == {2}
+    duplicate = copy.deepcopy(model)
+    assert {*pads(duplicate)} == {0}
+    model(input_ids=ids)
+    assert {*pads(model)} == {0}
+    if method == "naive":
+        duplicate(input_ids=ids[:2, :5]).logits.sum().backward()

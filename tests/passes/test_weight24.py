@@ -192,7 +192,7 @@ def test_planned_on_meta_and_untouched_without_a_match() -> None:
     with torch.device("meta"):
         model = Trunk(SwiGLU)
     assert len(plan(model, [Weight24(scope="mlp")]).rows) == 6
-    with pytest.raises(PassError, match="no linear in scope 'attn'"):
+    with pytest.raises(PassError, match='no linear in scope "attn"'):
         plan(model, [Weight24(scope="attn")])
 
 
@@ -274,3 +274,30 @@ def test_a_method_from_outside_trains() -> None:
         assert bool(weight.grad.isfinite().all())  # type: ignore[union-attr]
     finally:
         del METHODS._records["toy"]
+
+
+@pytest.mark.parametrize("rows", [(64,), (8, 64), (2, 8, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_what_it_gives_can_be_written_to_in_place(rows: Any, bias: bool, precision: Any) -> None:
+    """As what nn.Linear gives: outside of a traced module, by a host framework's code."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act = nn.Linear(64, 64, bias=bias), nn.ReLU(inplace=True)
+
+        def forward(self, x: Any, **_: Any) -> Any:
+            h = self.a(x)
+            h += 1
+            return self.act(h)
+
+    model = nn.ModuleList([Outer()])
+    pipeline = apply_(model, [Weight24(targets=("*.a",), precision=precision)])
+    pipeline.begin_update_(0)
+    x = features(*rows).requires_grad_()
+    found = torch.autograd.grad(model[0](x).sin().sum(), [x, *model.parameters()])
+    hidden = model[0].a(x)
+    expected = torch.autograd.grad((hidden + 1).relu().sin().sum(), [x, *model.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

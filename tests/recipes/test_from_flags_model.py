@@ -13,6 +13,8 @@ from act24.recipes.load import RecipeError
 from act24.recipes.schema import Model
 from act24.tools.run.build import model_config
 
+SIZES = '{"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, %s}'
+
 
 def translate(command: str) -> Translation:
     return recipe_from_flags(command.split())
@@ -54,6 +56,39 @@ def test_an_edited_configuration_of_a_preset_s_name_is_read(tmp_path: Path) -> N
     assert model == Model(preset="llama-130m", num_attention_heads=6, rms_norm_eps=1e-5)
 
 
+def test_all_that_a_file_says_of_the_model_is_taken_and_what_the_script_never_read_is_said(
+    tmp_path: Path,
+) -> None:
+    fields = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 6}
+    path = tmp_path / "custom.json"
+
+    def found(**more: object) -> tuple[dict[str, object], list[str], list[str]]:
+        path.write_text(json.dumps({**fields, **more}))
+        command = f"--model_config {path} --batch_size 4"
+        config = model_config(translate(command).recipe)
+        own, theirs = (
+            [line for line in translate(text).changes if line.startswith("--model_config")]
+            for text in (command, f"{command} --use_hf_model")
+        )
+        return {name: getattr(config, name) for name in more if hasattr(config, name)}, own, theirs
+
+    for more in (
+        {"head_dim": 32},
+        {"num_key_value_heads": 2},
+        {"rope_theta": 5e5},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+    ):
+        values, (said,), theirs = found(**more)
+        assert values == more
+        assert said.startswith(f"--model_config: {next(iter(more))} as the file says")
+        assert theirs == [], "transformers' model reads it"
+    same = {"head_dim": 16, "num_key_value_heads": 6, "rope_theta": 1e4, "mlp_bias": False}
+    assert found(**same, attention_dropout=0, model_type="llama", partial_rotary_factor=None)[1] == []
+    path.write_text(json.dumps({**fields, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}))
+    assert model_config(translate(f"--model_config {path} --batch_size 4").recipe).rope_theta == 5e5
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -64,6 +99,16 @@ def test_an_edited_configuration_of_a_preset_s_name_is_read(tmp_path: Path) -> N
             '{"hidden_act": "gelu", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, '
             '"num_attention_heads": 1}',
             "hidden_act = 'gelu' is not supported",
+        ),
+        (SIZES % '"attention_dropout": 0.1', "attention_dropout = 0.1 is not supported"),
+        (SIZES % '"model_type": "t5"', "model_type = 't5' is not supported"),
+        (
+            SIZES % '"rope_parameters": {"rope_type": "yarn", "factor": 2}',
+            "rope_type 'yarn' is not supported",
+        ),
+        (
+            SIZES % '"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}',
+            "two values of rope_theta",
         ),
     ],
 )

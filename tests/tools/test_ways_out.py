@@ -41,7 +41,7 @@ from act24.sparse24.feed_forward.methods import METHODS as ACTIVATION_METHODS
 from act24.sparse24.weight.methods import METHODS as WEIGHT_METHODS
 from act24.tools.commands.generate import Request, sample_text
 from act24.tools.data import open_tokenizer
-from act24.tools.huggingface.export import export_run, save_pretrained
+from act24.tools.huggingface.export import FORMS, export_run, save_pretrained
 from act24.tools.run import train as training
 from act24.tools.run.build import Built, build, load
 from act24.tools.run.evaluate import evaluate_checkpoint
@@ -84,6 +84,16 @@ MATRIX: dict[str, tuple[Pass, ...]] = {
         Weight24(scope="attn", **RANGE),
         Activation24(method="soft_dynamic", from_step=2),
     ),
+    "relu2-activation24-weight24": (  # activations keep their linears
+        Relu2FFN(),
+        Activation24(method="soft_dynamic", from_step=1),
+        Weight24(method="soft_threshold", **RANGE),
+    ),
+    "relu2-activation24-weight24-taken": (  # and leave them to weights from step 3 on
+        Relu2FFN(),
+        Activation24(method="soft_threshold_weights", from_step=1, until_step=3),
+        Weight24(method="soft_threshold", from_step=2),
+    ),
     **{
         f"activation24-{name}": (Relu2FFN(), Activation24(method=name, backward="split_gemm", **RANGE))
         for name in ACTIVATION_METHODS
@@ -97,6 +107,8 @@ FAST = ("activation24-mvue", "weight24-transposable", "relu2-cola-activation24")
 ELSEWHERE = {
     "own loop": "a way to train and not to read: every pass in tests/tools/integrations/test_loops.py",
     "Trainer": "the same, there",
+    "export --as gguf": "what llama and arcee hold, for llama.cpp: tests/tools/huggingface/test_llama_cpp.py",
+    "export --as peft": "an adapter, beside what the run began with: tests/tools/pruning/test_recovery.py",
     "transformers' save_pretrained": "the stock LLaMA has none: tests/tools/huggingface/test_export.py",
 }
 
@@ -228,13 +240,14 @@ def _renews(built: Built) -> bool:
 def copied(how: Callable[[Any], Any], folder: Path, tmp: Path) -> Tensor:
     """Within an evaluation it is the served function; else it says that it is not, if it might be another."""
     built = load(folder)
-    if _renews(built):
+    renews = _renews(built)
+    if renews:
         with pytest.raises(Act24Error, match=r"with pipeline\.evaluation\(\)"):
             how(built.model)(IDS)
     with built.pipeline.evaluation():
         duplicate = how(built.model)
     del built
-    if any(True for m in duplicate.modules() if m._forward_pre_hooks):
+    if renews:
         with torch.enable_grad(), pytest.raises(Act24Error, match="load_state_dict"):
             duplicate.train()(IDS)
     return duplicate.eval()(IDS)
@@ -274,6 +287,8 @@ def test_the_matrix_has_every_pass_and_every_combination_of_a_shipped_recipe() -
         assert frozenset(p.name for p in load_recipe(recipe).passes) in rows, recipe
     assert {*FAST} <= {*MATRIX}
     assert all(ELSEWHERE.values())
+    held = ("auto", "llama", "arcee")  # "auto" is the first of these two, or act24
+    assert {*FORMS} - {*held} == {w.removeprefix("export --as ") for w in (*WAYS, *ELSEWHERE) if "--as" in w}
 
 
 @pytest.mark.parametrize("way", WAYS)

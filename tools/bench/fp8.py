@@ -1,13 +1,16 @@
-"""`act24 bench fp8`: what e4m3 gives the products of a feed-forward network, and the passes that it costs."""
+"""`act24 bench fp8`: what e4m3 gives the products of a feed-forward network and of the head, the passes that
+it costs, and its errors (`fp8_scales`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from act24.fp8.casts import cast_both_ways
+from act24.fp8.casts import Scaling, cast_both_ways
+from act24.fp8.linear import cast_weight
+from act24.loss import CHUNK_TOKENS, cross_entropy_sum
 from act24.sparse24.format.fp8 import largest_of, power_scales, scales_of
 from act24.sparse24.format.multiply import relative_error
 from act24.sparse24.format.packed import Packed24, unpack
@@ -18,7 +21,8 @@ from act24.sparse24.kernels.pack_activation import pack_activation
 from act24.sparse24.kernels.pack_gradient_e4m3 import pack_gradient_e4m3
 from act24.sparse24.kernels.product24_e4m3 import product24_e4m3
 from act24.sparse24.kernels.product_e4m3 import product_e4m3
-from act24.tools.bench.rows import Row, graph_milliseconds, needed_gpu
+from act24.tools.bench.fp8_scales import bench_scales
+from act24.tools.bench.rows import Row, graph_milliseconds, milliseconds, needed_gpu
 
 #: T, width, F.
 SHAPE = (16384, 4096, 16384)
@@ -49,7 +53,8 @@ def bench_fp8(shape: tuple[int, int, int] = SHAPE) -> list[Row]:
         rows.append(Row(f"fp8 product {name}, dense, {title}", ours, other, "ms", note="dense bf16"))
     rows += _passes(tokens, width, features, title)
     rows += _errors(width, title)
-    return rows
+    rows += _head(tokens, width)
+    return rows + bench_scales(device=device)
 
 
 def _passes(tokens: int, width: int, features: int, title: str) -> Iterator[Row]:
@@ -73,6 +78,24 @@ def _passes(tokens: int, width: int, features: int, title: str) -> Iterator[Row]
         target = torch.empty_like(source)
         copy = graph_milliseconds(lambda source=source, target=target: target.copy_(source))
         yield Row(f"fp8 {name}, {title}", graph_milliseconds(call), copy, "ms", note="a copy")
+
+
+def _head(tokens: int, width: int, words: int = 32000) -> Iterator[Row]:
+    """The chunked loss, forward and backward, compiled; the head's weight cast before, as once an update."""
+    hidden, weight = (torch.randn(n, width, device="cuda").bfloat16() for n in (tokens, words))
+    hidden, weight = hidden.requires_grad_(), (weight.detach() * width**-0.5).requires_grad_()
+    labels = torch.randint(words, (tokens,), device="cuda")[None]
+    compiled = torch.compile(cross_entropy_sum, dynamic=False)
+    for scaling in get_args(Scaling):
+        ready = cast_weight(weight.detach(), scaling)
+
+        def loss(*options: Any) -> None:
+            total = compiled(hidden[None], weight, labels, CHUNK_TOKENS, *options)[0]
+            torch.autograd.grad(total, (hidden, weight))
+
+        ours = milliseconds(lambda ready=ready, scaling=scaling, loss=loss: loss(*ready, scaling))
+        name = f"fp8 loss with the head, {scaling}, forward + backward, {tokens}×{width}×{words}"
+        yield Row(name, ours, milliseconds(loss), "ms", note="bf16")
 
 
 def _errors(width: int, title: str) -> Iterator[Row]:

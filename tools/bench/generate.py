@@ -84,9 +84,9 @@ def bench_generate(
     Raises:
         Act24Error: no GPU, or an unknown size.
     """
-    device = needed_gpu()
     if unknown := [size for size in sizes if size not in SIZES]:
         raise Act24Error(f"unknown size {unknown[0]!r}: choose from {', '.join(SIZES)}")
+    device = needed_gpu()
     read = _bandwidth(device)
     say(f"{torch.cuda.get_device_name(device)}: a copy moves {read / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []

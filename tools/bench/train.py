@@ -103,15 +103,15 @@ def bench_train(
     }
 
 
-def row_numbers(text: str) -> list[int]:
-    """`"32,64"` as numbers of rows.
+def row_numbers(text: str, option: str = "--rows") -> list[int]:
+    """`"32,64"` as numbers of rows, or what else an option counts.
 
     Raises:
         Act24Error: it is something else.
     """
     numbers = [int(number) if number.isdecimal() else 0 for number in text.split(",")]
     if min(numbers) < 1:
-        raise Act24Error(f"--rows takes whole numbers of at least 1, separated by commas, not {text!r}")
+        raise Act24Error(f"{option} takes whole numbers of at least 1, separated by commas, not {text!r}")
     return numbers
 
 

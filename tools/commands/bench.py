@@ -104,7 +104,7 @@ def bench_gemm(as_json: JsonOption = False) -> None:
 
 @bench_app.command("fp8")
 def bench_fp8(as_json: JsonOption = False) -> None:
-    """What e4m3 gives the forward product of a 2:4 activation, and what it costs."""
+    """What e4m3 gives the products of a network and of the head, and what each choice of scales costs."""
     from act24.tools.bench.fp8 import bench_fp8 as run_bench
     from act24.tools.commands.show import show_bench_rows
 

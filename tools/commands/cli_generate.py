@@ -17,7 +17,9 @@ ActivationsOption = Annotated[
 
 
 def generate(
-    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint, a pruned, packed or Hugging Face folder.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; shown as it comes.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='Lines of {"prompt": "…"}; a line of JSON comes for each.')
@@ -105,7 +107,7 @@ def bench_generate(
         print(line, file=sys.stderr, flush=True)
 
     names = [name.strip() for name in sizes.split(",")]
-    numbers = row_numbers(batches), row_numbers(prefill)
+    numbers = row_numbers(batches, "--batches"), row_numbers(prefill, "--prefill")
     # As an interrupt, after which the figures so far are printed: `timeout` and schedulers end a run so.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = run_bench(names, *numbers, density, layers, transformers, say)

@@ -245,10 +245,10 @@ def _prefill(device: torch.device) -> list[Finding]:
             told = "; ".join(f"{precision}: {path}" for precision, path in paths.items())
             findings.append(Finding(f"prefill, {tokens} tokens, {name}, 2:4 activations", told))
         for tokens in _PROMPTS:
-            attention = f"attention: {_prompt_product(tokens, (width, width), device)}"
-            up = f"up: {_prompt_product(tokens, (features, width), device)}"
-            down = f"down: {_prompt_product(tokens, (width, features), device)}"
-            told = f"{attention}; {up}; {down}"
+            shapes = (width, width), (features, width), (width, features)
+            attention, up, down = (_prompt_product(tokens, shape, device) for shape in shapes)
+            each = (f"attention: {attention}", f"up: {up}", f"down: {down}")
+            told = attention if attention == up == down else "; ".join(each)
             findings.append(Finding(f"prefill, {tokens} tokens, {name}, 2:4 weights", told))
     return findings
 

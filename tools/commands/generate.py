@@ -81,9 +81,9 @@ def _device(named: torch.device | str | None) -> torch.device:
     name = named or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has tensors, but no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        told = str(error).partition("\n")[0]
+        told = str(error).partition("\n")[0].partition(". ")[0]
         raise Act24Error(f"device {str(name)!r}: {told}") from error
     return device
 

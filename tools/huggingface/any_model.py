@@ -32,7 +32,7 @@ from act24.tools.huggingface.folder import (
     unset,
     write_pretrained,
 )
-from act24.tools.huggingface.tokenizer_files import TOKENIZER, write_tokenizer
+from act24.tools.huggingface.tokenizer_files import GENERATION, TOKENIZER, write_tokenizer
 
 #: The kind of a model that is `transformers`' own class.
 FOREIGN = "transformers"
@@ -47,7 +47,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ import torch
 
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig
+from act24.options import one_of
 from act24.passes import Cola, Pass, Relu2FFN
 from act24.recipes.load import passes_of_tables
 from act24.recipes.records import as_table
-from act24.rotary import RotaryScaling
+from act24.rotary import FIELDS_OF, RotaryScaling
+
+logger = logging.getLogger("act24")
 
 CONFIG = "config.json"
 LLAMA, ARCEE, ACT24 = "llama", "arcee", "act24"
@@ -44,6 +48,11 @@ from act24.tools.huggingface.model_type import Act24Config, Act24ForCausalLM
 
 __all__ = ["Act24Config", "Act24ForCausalLM"]
 '''
+#: What says so in config.json.
+AUTO_MAP = {
+    "AutoConfig": "modeling_act24.Act24Config",
+    "AutoModelForCausalLM": "modeling_act24.Act24ForCausalLM",
+}
 
 #: Fields of `transformers`' configs that the stock model lacks, with the one value it stands for.
 _ONLY = {
@@ -52,6 +61,11 @@ _ONLY = {
     "quantization_config": None,
     "sliding_window": None,
 }
+
+#: Of rotary settings: what is no field of `RotaryScaling`; what `transformers` takes for none where it is 0.
+_NO_FIELDS = ("rope_theta", "type", "rope_type", "partial_rotary_factor")
+_ZERO_IS_NONE = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_ORIGINAL = "original_max_position_embeddings"
 
 #: What a config.json leaves out means this, where that is not the default of LlamaConfig.
 _DEFAULTS_OF = {
@@ -81,18 +95,11 @@ def config_of(raw: dict[str, Any], path: str) -> tuple[LlamaConfig, tuple[Pass, 
             "model computes"
         )
     raw = {**_DEFAULTS_OF[kind], **raw}
-    # transformers 5 keeps rope_theta inside rope_parameters; 4 has it beside rope_scaling, null if unused.
-    rope, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    if rope and older and _kind(rope) != _kind(older):
-        raise Act24Error(
-            f"{path}: rope_parameters says {_kind(rope)!r} and rope_scaling {_kind(older)!r}: "
-            "remove the wrong one"
-        )
-    rope = rope or older
+    rope = _rope(raw, path)
     _, activation = _ARCHITECTURES[kind]
     for name, only in (_ONLY | {"hidden_act": activation}).items():
         value = rope.get(name, raw.get(name, only))
-        if value != only:
+        if value is not None and value != only:
             raise Act24Error(f"{path}: {name} = {value!r} is not supported; only {only!r} is")
     fields = {field.name: field for field in dataclasses.fields(LlamaConfig)}
     values = {name: value for name, value in raw.items() if name in fields}
@@ -106,7 +113,7 @@ def config_of(raw: dict[str, Any], path: str) -> tuple[LlamaConfig, tuple[Pass, 
     if values.get("pad_token_id") == -1:
         values["pad_token_id"] = None
     try:
-        values["rope_scaling"] = _scaling(rope, values)
+        values["rope_scaling"] = _scaling(rope, raw, path)
         return LlamaConfig(**values), _passes(kind, raw)
     except Act24Error as error:
         raise Act24Error(f"{path}: {error}") from error
@@ -127,31 +134,75 @@ def _passes(kind: str, raw: dict[str, Any]) -> tuple[Pass, ...]:
     return passes_of_tables(tables, "act24_passes")
 
 
-def _scaling(rope: dict[str, Any], values: dict[str, Any]) -> RotaryScaling | None:
+def _rope(raw: dict[str, Any], path: str) -> dict[str, Any]:
+    """The rotary settings of a config.json, without fields that are null. transformers 5 keeps rope_theta
+    inside rope_parameters; 4 has it beside rope_scaling, null if unused. Where both are there, 4 and 5 read
+    rope_scaling."""
+    rope, older = (_set(raw.get(name) or {}) for name in ("rope_parameters", "rope_scaling"))
+    if rope and older:
+        one, other = ({**table, "rope_type": _kind(table)} for table in (rope, older))
+        for name in ("rope_type", *sorted((one.keys() | other.keys()) - {"rope_type", "type", "rope_theta"})):
+            if one.get(name) != other.get(name):
+                raise Act24Error(
+                    f"{path}: rope_parameters says {name} = {one.get(name)!r} and rope_scaling "
+                    f"{other.get(name)!r}: remove the wrong one"
+                )
+    thetas = {
+        "in rope_scaling": older.get("rope_theta"),
+        "in rope_parameters": rope.get("rope_theta"),
+        "beside them": raw.get("rope_theta"),
+    }
+    given = {place: theta for place, theta in thetas.items() if theta is not None}
+    if older and [*given] == ["in rope_parameters"]:
+        given["where transformers looks beside rope_scaling"] = LlamaConfig.rope_theta
+    if len({*given.values()}) > 1:
+        told = " and ".join(f"{theta} {place}" for place, theta in given.items())
+        raise Act24Error(f"{path}: rope_theta is {told}: remove the wrong one")
+    return {**older, **rope}
+
+
+def _set(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if value is not None}
+
+
+def _scaling(rope: dict[str, Any], raw: dict[str, Any], path: str) -> RotaryScaling | None:
+    """What `transformers` computes of these settings."""
     kind = _kind(rope)
+    one_of("rope_parameters", "rope_type", kind, ("default", *FIELDS_OF))
+    given = {name: value for name, value in rope.items() if name not in _NO_FIELDS}
+    read = FIELDS_OF.get(kind, ())
+    if unread := sorted(given.keys() - read):
+        logger.warning(
+            "warning: %s: rope_parameters of type %r have no %s, which transformers does not read either",
+            path,
+            kind,
+            ", ".join(unread),
+        )
     if kind == "default":
         return None
-    given = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
-    given["rope_type"] = kind
-    fields = {field.name for field in dataclasses.fields(RotaryScaling)}
-    given.pop("partial_rotary_factor", None)
-    if unknown := sorted(given.keys() - fields):
-        raise Act24Error(f"rope_parameters: {', '.join(unknown)} not supported")
-    if kind == "yarn":  # as transformers has it where the file says nothing
-        given.setdefault(
-            "original_max_position_embeddings",
-            values.get("max_position_embeddings", LlamaConfig.max_position_embeddings),
-        )
-    return RotaryScaling(**{name: _number(value) for name, value in given.items()})
+    given = {name: value for name, value in given.items() if name in read}
+    given |= {name: None for name in _ZERO_IS_NONE if given.get(name) == 0}
+    if kind in ("llama3", "yarn"):
+        # In the table, or beside it as in Phi-3's files; else that of the model.
+        inside, beside = given.get(_ORIGINAL), raw.get(_ORIGINAL)
+        longest = raw.get("max_position_embeddings", LlamaConfig.max_position_embeddings)
+        if inside != beside and None not in (inside, beside):
+            raise Act24Error(
+                f"{_ORIGINAL} is {inside} in the rotary settings and {beside} beside them: remove the wrong "
+                "one"
+            )
+        given[_ORIGINAL] = next(length for length in (inside, beside, longest) if length is not None)
+        if kind == "yarn" and isinstance(longest, int) and given[_ORIGINAL]:
+            given.setdefault("factor", longest / given[_ORIGINAL])
+    if "factor" not in given:
+        raise Act24Error(f'rope_parameters: rope_type "{kind}" needs factor')
+    if isinstance(length := given.get(_ORIGINAL), float) and length.is_integer():  # JSON writes 8192.0
+        given[_ORIGINAL] = int(length)
+    return RotaryScaling(rope_type=kind, **given)
 
 
 def _kind(rope: dict[str, Any]) -> Any:
     return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _number(value: Any) -> Any:
-    """JSON writes 8192.0 for what is a count."""
-    return int(value) if isinstance(value, float) and value.is_integer() and value > 1000 else value
 
 
 def config_json(
@@ -186,12 +237,8 @@ def config_json(
     if pattern:
         content["act24_weight_pattern"] = pattern
     if kind == ACT24:
-        module = MODULE.removesuffix(".py")
         content["act24_passes"] = [as_table(p, "use") for p in passes]
-        content["auto_map"] = {
-            "AutoConfig": f"{module}.Act24Config",
-            "AutoModelForCausalLM": f"{module}.{architecture}",
-        }
+        content["auto_map"] = AUTO_MAP
     return content
 
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from act24.tools.huggingface.adapter import PEFT, write_adapter
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
 from act24.tools.huggingface.folder import without_tied_head, write_pretrained
 from act24.tools.huggingface.gguf_file import write_gguf
-from act24.tools.huggingface.tokenizer_files import write_tokenizer
+from act24.tools.huggingface.tokenizer_files import GENERATION, write_tokenizer
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
 from act24.tools.run.build import Built, load
 
@@ -83,7 +84,9 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     exported = exported_form(built, "auto" if form == GGUF else form, dense_weights)
     config = exported.config
     if tokenizer is not None:
-        config = dataclasses.replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+        known = config.eos_token_id  # several, as of chat models, of which the tokenizer names one
+        ends = known if isinstance(known, tuple) and tokenizer.eos_id in known else tokenizer.eos_id
+        config = dataclasses.replace(config, eos_token_id=ends, pad_token_id=tokenizer.pad_id)
     remarks = _remarks(path, built, exported, dense_weights)
     if form == GGUF:
         _write_gguf(out, exported, tokenizer)
@@ -96,6 +99,8 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
             write_masks(written, exported.masks)
         if tokenizer is not None:
             write_tokenizer(written, tokenizer, config.max_position_embeddings)
+        if (path / GENERATION).is_file():  # of a Hugging Face folder
+            shutil.copyfile(path / GENERATION, written / GENERATION)
         card = "\n\n".join(remarks)
         (written / "README.md").write_text(f"# {out.name}\n\n{card}\n", encoding="utf-8")
     return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
@@ -129,6 +134,9 @@ def save_pretrained(pipeline: Pipeline, folder: str | Path) -> None:
     state = without_tied_head(served_weights(pipeline), config, "this model")
     passes = served_passes(pipeline, without=(Weight24.name,))
     write_pretrained(folder, config, ACT24, state, passes=passes, pattern=_pattern(pipeline))
+    # What `transformers` generates with: a stock model has none.
+    if (generation := getattr(pipeline.model, "generation_config", None)) is not None:
+        generation.save_pretrained(folder)
 
 
 def _stock_config(model: torch.nn.Module) -> LlamaConfig:
@@ -185,6 +193,8 @@ def foreign_model(built: Built) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(built.model.config, dtype=_dtype(state))
     expected = model.state_dict()
     model.load_state_dict({name: value for name, value in state.items() if name in expected})
+    if (generation := getattr(built.model, "generation_config", None)) is not None:
+        model.generation_config = generation
     return model
 
 

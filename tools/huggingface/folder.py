@@ -55,11 +55,16 @@ def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
     return open_pretrained(folder)[0]
 
 
-def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
+def open_pretrained(
+    folder: str | Path, state: Mapping[str, Tensor] | None = None
+) -> tuple[LlamaForCausalLM, Pipeline]:
     """The LLaMA, Arcee, act24 or CoLA model stored in `folder`, in the dtype it is stored in, on the CPU, and
     the pipeline that rewrote the stock LLaMA into it.
 
     Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    Args:
+        state: the weights, where they lie otherwise in the folder.
 
     Raises:
         Act24Error: names the file and the field or parameter that is missing, unknown or unsupported.
@@ -67,7 +72,7 @@ def open_pretrained(folder: str | Path) -> tuple[LlamaForCausalLM, Pipeline]:
     folder = Path(folder)
     config, passes = read_config(folder)
     model, pipeline = unset(config, passes)
-    state = read_state(folder)
+    state = read_state(folder) if state is None else state
     # Old checkpoints store this buffer; it follows from rope_theta.
     state = {name: value for name, value in state.items() if not name.endswith(".rotary_emb.inv_freq")}
     state = dict(_under_our_name(*item) for item in state.items())

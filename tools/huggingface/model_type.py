@@ -9,13 +9,17 @@ and every attention implementation are theirs. Passes are stored as they act in 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from act24.passes import Pass, Pipeline, apply_
 from act24.passes.not_saved import allow_to_save_
 from act24.passes.pipeline import pipeline_of
 from act24.recipes.load import passes_of_tables
-from act24.tools.huggingface.config import ACT24
+from act24.tools.huggingface.config import ACT24, AUTO_MAP, MODULE, MODULE_TEXT
 
 
 class Act24Config(LlamaConfig):
@@ -23,6 +27,10 @@ class Act24Config(LlamaConfig):
 
     model_type = ACT24
     act24_passes: list | None = None
+
+    @classmethod
+    def register_for_auto_class(cls, *_: Any) -> None:
+        """Nothing: `transformers` would copy this file into every folder, and name it there."""
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -40,6 +48,19 @@ class Act24ForCausalLM(LlamaForCausalLM):
         if config.passes:
             apply_(self, config.passes)
             allow_to_save_(self)
+
+    @classmethod
+    def register_for_auto_class(cls, *_: Any) -> None:
+        """As for the configuration."""
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any
+    ) -> None:
+        """As `transformers` does it, with the module that `trust_remote_code=True` runs."""
+        self.config.auto_map = AUTO_MAP
+        super().save_pretrained(save_directory, *arguments, **options)
+        if (arguments[:1] or (options.get("is_main_process", True),))[0]:
+            (Path(save_directory) / MODULE).write_text(MODULE_TEXT, encoding="utf-8")
 
     @property
     def pipeline(self) -> Pipeline | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from act24.tools.data import Tokenizer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:
@@ -32,7 +32,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:
     generation = {f"{name}_id": id for name, id in ids.items()}
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / GENERATION, generation)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -32,8 +32,9 @@ from act24.tools.checkpoints.reading import contents_of
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.data import open_tokenizer
 from act24.tools.data import tokenizer as data_tokenizer
-from act24.tools.huggingface.folder import check_state, is_pretrained, open_pretrained
+from act24.tools.huggingface.folder import PACKED, check_state, is_pretrained, open_pretrained
 from act24.tools.huggingface.old_folder import is_old, open_old
+from act24.tools.pruning.packed import read_packed
 from act24.tools.run.folder import last_checkpoint
 from act24.tools.run.language import config_from_json, unset_model
 
@@ -135,6 +136,20 @@ def attention_passes(recipe: Recipe) -> tuple[DocumentAttention, ...]:
     return (DocumentAttention(),)
 
 
+def check_attention(recipe: Recipe, pipeline: Pipeline) -> None:
+    """
+    Raises:
+        Act24Error: attention is to stay within documents, and in some block it would not.
+    """
+    blocks = model_config(recipe).num_hidden_layers if attention_passes(recipe) else 0
+    seen = sum(row.pass_name == DocumentAttention.name for row in pipeline.report.rows)
+    if seen < blocks:
+        raise Act24Error(
+            f'data.attention = "document": the attention of {blocks - seen} of {blocks} blocks could not be '
+            'traced, and would cross documents; with data.attention = "causal", `act24 plan` shows which'
+        )
+
+
 def build(
     recipe: Recipe,
     device: torch.device,
@@ -215,8 +230,8 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
-    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), or one that
-    run_c4.py left: its passes are applied again, then its weights.
+    """Open a run's last checkpoint, a checkpoint, a Hugging Face folder (LLaMA, Arcee, act24), one of packed
+    weights (`act24 pack`), or one that run_c4.py left: its passes are applied again, then its weights.
 
     The model is in evaluation mode, and the one that would be served: nothing is drawn at random, and masks
     are those of the weights that were read. `model.train()` and `Pipeline.begin_update_` train it on.
@@ -224,10 +239,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     Raises:
         Act24Error: there is none of these, or it is damaged, or not for this device.
     """
+    if Path(path).is_file():
+        raise Act24Error(f"{path} is a file; give a run, a checkpoint or a Hugging Face folder")
     if is_old(Path(path)):
         return _load_old(Path(path), torch.device(device))
     if is_pretrained(Path(path)):
-        model, pipeline = open_pretrained(path)
+        packed = (Path(path) / PACKED).is_file()
+        model, pipeline = open_pretrained(path, read_packed(Path(path))[0] if packed else None)
         return Built(None, model.to(device).eval(), pipeline, 0, _beside(Path(path)))
     opened = open_checkpoint(Path(path))
     with contents_of(opened.folder / "recipe.toml"):
@@ -235,12 +253,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
     model, pipeline = _without_values(recipe, opened.step, torch.device(device))
     checkpoint.load_weights_(opened, model)
     lower_to_serve_(pipeline, opened.step)
-    for p in renew_to_read_(pipeline, opened.step):
+    for one in renew_to_read_(pipeline, opened.step):
         logger.warning(
-            "warning: %s stands at from_step (%d) of activation24 and has no scale for it, which is measured "
-            "in the update that follows: until then it is 1. eval measures it on the held-out rows",
+            "warning: %s stands at %s (%d) of activation24 and has no scale for it, which is measured in the "
+            "update that follows: until then it is 1. eval measures it on the held-out rows",
             path,
-            p.from_step,
+            "from_step" if opened.step <= one.of.from_step else "a boundary",
+            opened.step,
         )
     section, text = saved_tokenizer(opened), opened.tokenizer_json
     return Built(recipe, model, pipeline, opened.step, section, text, opened.folder)
@@ -367,6 +386,7 @@ def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:
 
 def _as_strict(recipe: Recipe, pipeline: Pipeline) -> Pipeline:
     """The pipeline, if passes reach what the recipe insists on."""
+    check_attention(recipe, pipeline)
     optional = {p.name for p in pipeline.passes if p.optional}
     for one in pipeline.report.partial if recipe.strict else ():
         if one.pass_name not in optional:

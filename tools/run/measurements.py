@@ -20,7 +20,7 @@ from act24.passes.lost import COLUMN_SCORES
 from act24.recipes.schema import Recipe
 from act24.records import Table
 from act24.tools.data import Batch
-from act24.tools.run.build import attention_passes, model_config, parameter_dtype
+from act24.tools.run.build import attention_passes, check_attention, model_config, parameter_dtype
 from act24.tools.run.processes import Processes
 
 #: (recipe, what is wanted by name, the first batch of this process, processes) -> results by name.
@@ -71,6 +71,7 @@ def column_scores(
     model = build_llama(model_config(recipe), recipe.train.seed, processes.device, parameter_dtype(recipe))
     before = next(i for i, p in enumerate(recipe.passes) if isinstance(p, Lost))
     pipeline = apply_(model, [*recipe.passes[:before], *attention_passes(recipe)], seed=recipe.train.seed)
+    check_attention(recipe, pipeline)
     set_starts_(pipeline, None if batch.starts is None else batch.starts.to(processes.device))
     autocast = recipe.train.dtype == "bfloat16_autocast"
     with torch.autocast(processes.device.type, torch.bfloat16, enabled=autocast):

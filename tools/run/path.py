@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 
-from act24.document_attention import uses_flex
 from act24.fp8.linear import why_in_plain_pytorch
 from act24.passes import Activation24, Fp8, OperationalPass, Pipeline, Weight24
 from act24.passes.document_attention import DocumentAttention
@@ -33,7 +32,7 @@ def path_text(pipeline: Pipeline, recipe: Recipe, device: torch.device) -> str:
     parts = [f"path: {name}, {recipe.train.dtype}, {compiled}"]
     operational = [p for p in pipeline.passes if isinstance(p, OperationalPass)]
     if any(isinstance(p, DocumentAttention) for p in operational):
-        parts.append(f"attention within documents: {_attention(recipe, device)}")
+        parts.append("attention within documents: PyTorch's, with a mask of all pairs of a row")
     with pipeline.lowered(operational):
         for p in operational:
             if isinstance(p, Activation24 | Weight24 | Fp8):
@@ -78,12 +77,6 @@ def _linear(p: Weight24, site: LinearSite, tokens: int, dtype: torch.dtype, devi
 def _in_fp8(kernels: bool, device: torch.device) -> str:
     reason = why_in_plain_pytorch(device) if kernels else "kernels are switched off"
     return f"e4m3 in {_plain(reason, device)}" if reason else "products in e4m3"
-
-
-def _attention(recipe: Recipe, device: torch.device) -> str:
-    if uses_flex(device, uses_compile(recipe.train, device)):
-        return "flex attention, which skips what is not seen"
-    return _plain("not compiled, so scores of whole rows are made and masked", device)
 
 
 def _plain(reason: str, device: torch.device) -> str:

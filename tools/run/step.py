@@ -20,8 +20,9 @@ from act24.passes.document_attention import set_starts_
 from act24.passes.fp8 import head_arguments
 from act24.passes.graph.roles import head_of
 from act24.passes.recovery import clear_pruned_gradients_, impose_zeros_
-from act24.passes.state import set_seeds_, without_counting
-from act24.passes.updates import measured_at, rows_to_run
+from act24.passes.seeds import set_seeds_
+from act24.passes.state import without_counting
+from act24.passes.updates import first_measured_at, measured_at, rows_to_run
 from act24.recipes.schema import Train
 from act24.tools.data import Batch
 from act24.tools.run.graphs import FixedInputs, GraphedCalls, why_not_captured
@@ -221,7 +222,7 @@ class TrainingStep:
         """
         if self._pipeline is None or not self._last:
             return
-        due = [p for p in measured_at(self._pipeline, step) if p.from_step == step]
+        due = first_measured_at(self._pipeline, step)
         if not due:
             return
         rows = _first_rows(self._last, rows_to_run(due, self._last[0].input_ids.shape[1]))

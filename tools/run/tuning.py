@@ -92,7 +92,7 @@ def tune_(
     if recipe.train.dtype == "float32":
         return {}
     sharded = recipe.train.parallel == "fsdp" and processes.world_size > 1
-    for p in [p for p in pipeline.passes if isinstance(p, Fp8)]:
+    for p in [p for p in pipeline.passes if isinstance(p, Fp8 | Activation24)]:
         pipeline.exchange_(p, replace(p, keep_cast=not sharded))
     if obstacle(processes.device):
         return {}

@@ -36,7 +36,7 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         replace(p, keep_packed=False)
         if isinstance(p, Weight24)
         else replace(p, keep_cast=False)
-        if isinstance(p, Fp8)
+        if isinstance(p, Fp8 | Activation24)
         else p
         for p in without_counting(pipeline.active)
     ]

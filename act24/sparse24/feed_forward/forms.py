@@ -36,11 +36,14 @@ class State(NamedTuple):
         scale: β, a float32 scalar; None for 1.
         seed: int64 scalar; None for methods that do not draw.
         real: boolean `[T]`, the tokens that are no padding; None for all.
+        casts: of both weights, as `packed_fp8.cast_weights` makes them; None: they are cast where they are
+            read.
     """
 
     scale: Tensor | None = None
     seed: Tensor | None = None
     real: Tensor | None = None
+    casts: tuple[Tensor, ...] | None = None
 
 
 class Network(NamedTuple):

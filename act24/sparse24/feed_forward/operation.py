@@ -29,7 +29,7 @@ from act24.sparse24.feed_forward.masked import MASKED
 from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.options import PLAIN, Options24, backward_of, estimator_of, method_of
 from act24.sparse24.feed_forward.packed import PACKED
-from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8, fp8_activation24
+from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8, fp8_activation24, ready_casts
 from act24.sparse24.feed_forward.scale import times_scale
 from act24.sparse24.feed_forward.statistics import (
     feature_wise_statistics,
@@ -202,6 +202,7 @@ def activation24(
     seed: Tensor | None = None,
     pads: Tensor | None = None,
     options: Options24 = PLAIN,
+    casts: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """linear → relu² → 2:4 → linear; either linear may be missing.
 
@@ -224,6 +225,9 @@ def activation24(
             goes nowhere, neither to x nor to weights and biases. The dense backward is exact, and takes such
             a gradient as any other. (Behind a causal sequence it is zero.) None, or a scalar, for no padding.
         options: see `Options24`.
+        casts: of these very weights, eight tensors (`packed_fp8.cast_weights`), which the products in e4m3
+            then read; in e4m3 or its bytes. Empty, or without elements, and weights are cast where they are
+            read.
 
     Returns:
         y `[..., D_out]` and the statistics (`act24.sparse24.feed_forward.statistics.STATISTICS`).
@@ -248,11 +252,12 @@ def activation24(
         if form := form_of(network, forward):
             return _whole_tiles(form, tensors, State(scale, seed), forward, network.tokens)
     elif not is_mapped() and (form := form_of(network, options)):
-        return form.run(tensors, State(scale, seed, real_tokens(pads)), options)
+        return form.run(tensors, State(scale, seed, real_tokens(pads), ready_casts(casts)), options)
     if options.precision == "fp8" and not PACKED_FP8.why_never(network, options):
         if is_mapped():
             raise Act24Error(
                 'activation24: its fp8 has no rule for torch.func.vmap: set precision = "bfloat16"'
             )
-        return fp8_activation24(tensors, State(scale, seed, real_tokens(pads)), options, kernels=False)
+        state = State(scale, seed, real_tokens(pads), ready_casts(casts))
+        return fp8_activation24(tensors, state, options, kernels=False)
     return _Activation24.apply(*tensors, scale, seed, pads, tuple(options))[:2]

@@ -14,6 +14,9 @@ dS find. What a bound is too large by costs numbers below a millionth of it, and
 Scales of a are powers of two: it is saved in e4m3 once, and written along the tokens over other scales
 without a second rounding, and its slope is made of the same numbers.
 
+Weights are cast once an update, both ways from one read, where somebody keeps that (`cast_weights`), and else
+where they are read.
+
 Saved for backward are xᵀ and a, a byte an entry of x and 0.625 a feature; all but naive relu² save the slope
 as well, 1 byte a feature more.
 
@@ -29,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from act24.fp8.casts import OPERATORS_E4M3, cast_both_ways
+from act24.fp8.casts import OPERATORS_E4M3, Scaling, cast_both_ways
+from act24.fp8.linear import ready_cast
 from act24.operation import cast, once_differentiable
 from act24.sparse24.feed_forward.forms import (
     Form,
@@ -90,11 +94,12 @@ class _PackedFp8(torch.autograd.Function):
         real: Tensor | None,
         order: Tensor | None,
         settings: _Settings,
+        casts: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, ...]:
         options, training, kernels = settings
         rows = cast_both_ways(x, "rowwise", "tensorwise", turned=training, kernels=kernels)
-        narrow = cast_both_ways(weight_in, "rowwise", "rowwise", turned=False, kernels=kernels)
-        hidden = form("product_e4m3", kernels)(rows.narrow, narrow.narrow, rows.scale, narrow.scale)
+        narrow, narrow_scale = casts[:2] if casts else _cast(weight_in, "rowwise", False, kernels)
+        hidden = form("product_e4m3", kernels)(rows.narrow, narrow, rows.scale, narrow_scale)
         hidden = hidden if bias_in is None else hidden + bias_in
         by_token, by_feature = form("largest_magnitudes", kernels)(hidden, True, training)
         over, over_features = (_value_scales(largest, options) for largest in (by_token, by_feature))
@@ -113,44 +118,48 @@ class _PackedFp8(torch.autograd.Function):
             order,
             over,
         )
-        narrow = cast_both_ways(weight_out, "tensorwise", "tensorwise", turned=False, kernels=kernels)
+        narrow, narrow_scale = casts[4:6] if casts else _cast(weight_out, "tensorwise", False, kernels)
         inference = not training and not options.statistics
         algorithm = _algorithms(x, weight_in, weight_out, options, inference)["y"]
-        y = form("product24_e4m3", kernels)(packed, narrow.narrow, algorithm, False, None, None)
-        y = times_scale(_scaled(y, (over * narrow.scale)[:, None]), scale)
+        y = form("product24_e4m3", kernels)(packed, narrow, algorithm, False, None, None)
+        y = times_scale(_scaled(y, (over * narrow_scale)[:, None]), scale)
         y = y if bias_out is None else y + bias_out
         return y, rows.turned, rows.turned_scale, packed, over, over_features, slope, counts, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, weight_in, _, weight_out, _, scale, _, real, _, settings = inputs
+        _, weight_in, _, weight_out, _, scale, _, real, _, settings, casts = inputs
         _, *kept, _ = output
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(weight_in, weight_out, scale, real, *kept)
+        turned = (*casts[2:4], *casts[6:]) if casts else (None,) * 4
+        ctx.save_for_backward(weight_in, weight_out, scale, real, *turned, *kept)
         ctx.settings = settings
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        weight_in, weight_out, scale, real, turned, turned_scale, *saved = ctx.saved_tensors
+        weight_in, weight_out, scale, real, *rest = ctx.saved_tensors
+        (turned_in, scale_in, turned_out, scale_out), (turned, turned_scale, *saved) = rest[:4], rest[4:]
         options, _, kernels = ctx.settings
         need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
         grad_y = grad_y.contiguous()
         grad = times_scale(grad_y, scale)
         grad_rows = cast_both_ways(grad, "rowwise", "tensorwise", turned=need_weight_out, kernels=kernels)
-        weight = cast_both_ways(weight_out, "rowwise", "rowwise", narrow=False, kernels=kernels)
+        if turned_out is None:
+            turned_out, scale_out = _cast(weight_out, "rowwise", True, kernels)
         grad_activation = form("product_e4m3", kernels)(
-            grad_rows.narrow, weight.turned, grad_rows.scale, weight.turned_scale
+            grad_rows.narrow, turned_out, grad_rows.scale, scale_out
         )
         hidden = _hidden_gradient(grad_activation, saved, real, ctx.settings)
         algorithms = _algorithms(grad_y, weight_in, weight_out, options, inference=False)
         grad_x = grad_weight_in = grad_weight_out = grad_bias_in = grad_bias_out = None
         if need_x:
-            weight = cast_both_ways(weight_in, "tensorwise", "tensorwise", narrow=False, kernels=kernels)
+            if turned_in is None:
+                turned_in, scale_in = _cast(weight_in, "tensorwise", True, kernels)
             grad_x = form("product24_e4m3", kernels)(
-                hidden.packed, weight.turned, algorithms["grad_x"], False, None, None
+                hidden.packed, turned_in, algorithms["grad_x"], False, None, None
             )
-            grad_x = _scaled(grad_x, (hidden.by_token * weight.turned_scale)[:, None])
+            grad_x = _scaled(grad_x, (hidden.by_token * scale_in)[:, None])
         if need_weight_in:
             sides = (*hidden.gradient_rows, hidden.index, turned, hidden.by_feature * turned_scale)
             grad_weight_in = _weight_gradient(*sides, algorithms.get("grad_weight_in"), False, kernels)
@@ -166,7 +175,31 @@ class _PackedFp8(torch.autograd.Function):
             if real is not None and backward_of(options).along_tokens:
                 grad_y = torch.where(real[:, None], grad_y, 0)
             grad_bias_out = grad_y.sum(0)
-        return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 5
+        return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 6
+
+
+def cast_weights(weight_in: Tensor, weight_out: Tensor, kernels: bool = True) -> tuple[Tensor, ...]:
+    """What the products read of W_in `[F, D]` and W_out `[D_out, F]`: of each `act24.fp8.casts.CastE4m3`,
+    over one scale beside a 2:4 operand and over one for each row else."""
+    return (
+        *cast_both_ways(weight_in, "rowwise", "tensorwise", kernels=kernels),
+        *cast_both_ways(weight_out, "tensorwise", "rowwise", kernels=kernels),
+    )
+
+
+def ready_casts(casts: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Casts that were made before, of shapes as `cast_weights` has them, from e4m3 or its bytes; None where
+    there are none."""
+    if not casts:
+        return None
+    weight_in, weight_out = ready_cast(*casts[:4]), ready_cast(*casts[4:])
+    return None if weight_in is None or weight_out is None else (*weight_in, *weight_out)
+
+
+def _cast(weight: Tensor, scaling: Scaling, turned: bool, kernels: bool) -> tuple[Tensor, Tensor]:
+    """A weight as it lies, or transposed, and its scales."""
+    made = cast_both_ways(weight, scaling, scaling, not turned, turned, kernels)
+    return made[2:] if turned else made[:2]
 
 
 class _Hidden(NamedTuple):
@@ -339,8 +372,9 @@ def fp8_activation24(
         for t in (rows, weight_in, bias_in, weight_out, bias_out)
     ]
     settings = _Settings(options, training, kernels)
+    casts = None if any(wide) else state.casts
     y, _, _, packed, over, _, _, counts, sums = _PackedFp8.apply(
-        *given, state.scale, state.seed, real, drawn, settings
+        *given, state.scale, state.seed, real, drawn, settings, casts
     )
     y = y[:tokens, :width_out]
     y = Reordered.apply(y, inverse, order[:tokens] if order is not None else None) if permuted else y

@@ -78,14 +78,13 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in e4m3, each over its own scale.
 
     Args:
-        rows: `[..., K]`, any floating dtype. A row with NaN or infinity comes out with NaN.
+        rows: `[..., K]`, any floating dtype. A row with NaN or infinity comes out as NaN, as by the kernels.
 
     Returns:
         float8 `[..., K]`, and the scales, float32 `[...]`.
     """
-    single = rows.float()
-    scale = single.abs().amax(-1).clamp(min=LEAST) * PER_LARGEST
-    return (single * scale.reciprocal()[..., None]).to(torch.float8_e4m3fn), scale
+    scale = scales_of(largest_of(rows, -1))
+    return narrowed(rows, scale[..., None]), scale
 
 
 def scaled(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:

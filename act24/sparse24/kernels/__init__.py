@@ -5,7 +5,8 @@ use.
 pack_activation, count_activation, pack_gradient, unpack_gradient, activation_gradient: the elementwise passes
   of a 2:4 feed-forward network.
 product24: the product with a 2:4 matrix. gather_features: single features of one, for statistics.
-quantise_rows, quantise_packed: rows in e4m3 over their own scales.
+largest_magnitudes, cast_e4m3: a matrix in e4m3, as it lies and transposed. product_e4m3: the dense product.
+pack_gradient_e4m3, product24_e4m3: of the feed-forward network in e4m3.
 linear_pack, linear_gradient, recompute_gradient: products with the 2:4 activation in them, for narrow
 linears.
 token_order: the order in which tokens are grouped.

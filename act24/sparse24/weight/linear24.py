@@ -36,7 +36,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 class _Linear24(torch.autograd.Function):
-    """In plain PyTorch, with products in dense form, on any device."""
+    """In plain PyTorch, with products in dense form, on any device; x is `[T, in]`."""
 
     generate_vmap_rule = True  # per-sample gradients: torch.func.vmap over torch.func.grad
 
@@ -63,16 +63,16 @@ class _Linear24(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_weight = None
         if need_weight:
-            grad_rows = _rows(grad_y)
+            drawn = grad_y
             if seed is not None:
-                padded = F.pad(grad_rows, (0, 0, 0, -len(grad_rows) % 4))
-                grad_rows = mvue24(padded, seed, 0)[: len(grad_rows)]
+                padded = F.pad(grad_y, (0, 0, 0, -len(grad_y) % 4))
+                drawn = mvue24(padded, seed, 0)[: len(grad_y)]
             # Straight through: every weight, kept or not, gets the gradient of the sparse one.
-            grad_weight = grad_rows.T @ _rows(x)
+            grad_weight = drawn.T @ x
         return (
             grad_y @ sparse_weight(weight, mask, scale) if need_x else None,
             grad_weight,
-            _rows(grad_y).sum(0) if need_bias else None,
+            grad_y.sum(0) if need_bias else None,
             *(None,) * 3,
         )
 
@@ -134,7 +134,9 @@ def linear24(
             if not form.why_not(linear, options):
                 state = LinearState(mask, scale, seed, _or_none(packed), _or_none(transposed))
                 return form.run(cast_x, cast_weight, cast_bias, state, options)
-    return _Linear24.apply(cast_x, cast_weight, cast_bias, mask, scale, seed)
+    # A view that is made inside could not be written to in place, as y of F.linear can.
+    rows = _Linear24.apply(_rows(cast_x), cast_weight, cast_bias, mask, scale, seed)
+    return rows.view(*cast_x.shape[:-1], len(cast_weight))
 
 
 def _or_none(buffer: Tensor | None) -> Tensor | None:

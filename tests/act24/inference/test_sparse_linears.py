@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rewritten_models import GREEDY, PROMPTS, equal_tokens, rewritten
+from rewritten_models import GREEDY, PROMPTS, equal_tokens, llama, rewritten
 
 from act24.errors import Act24Error
 from act24.inference import decoder as decoder_module
 from act24.inference import linears as linears_module
 from act24.inference.generator import Generator
 from act24.inference.layer import DENSE, Choice, can_use, step_choices, weights_of
+from act24.passes import Pipeline, Weight24
+from act24.passes.served import fold_weights_, lower_to_serve_
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.weight.forms import LinearOptions24, product_algorithms, prompt_linear
@@ -42,6 +44,19 @@ def test_sparse_steps_are_the_dense_step(name, choice):
     assert equal_tokens(found, expected) >= 3 * 6 - 6, "more than a row goes another way: more than rounding"
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
+
+
+def test_weights_trained_2_4_are_read_packed_once_they_are_folded():
+    model = llama(hidden_size=128, intermediate_size=256)
+    pipeline = Pipeline(model, (Weight24(),), keep_all=True)
+    pipeline.commit_()
+    lower_to_serve_(pipeline, 0)
+    fold_weights_(pipeline)
+    weights = weights_of(model.eval().bfloat16().model.layers)
+    assert weights[0].sparse == {(128, 128), (256, 128), (128, 256)}
+    assert can_use(weights) == Choice(packed=True, fused=True)
+    found = Generator(model, choice=Choice(packed=True, fused=True)).generate_ids(PROMPTS, 6, GREEDY)
+    assert equal_tokens(found, Generator(model).generate_ids(PROMPTS, 6, GREEDY)) >= 3 * 6 - 6
 
 
 @pytest.mark.parametrize(("name", "features"), [("stock", 192), ("relu2", 256)])

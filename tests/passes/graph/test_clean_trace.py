@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -355,3 +357,23 @@ def test_a_double_of_a_compiled_module_is_not_the_module() -> None:
         block.compile(backend="eager")
     plan(model, [Relu2FFN(optional=True)])
     assert model[0].count.item() == 0
+
+
+def test_what_happens_when_garbage_is_collected_is_not_the_modules() -> None:
+    """A callback of somebody else's, as hypothesis has one, that looks at the clock."""
+    asked: list[float] = []
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        asked.append(time.perf_counter())
+
+    before = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1, 1, 1)
+    try:
+        found, reasons = trace(Trunk(SwiGLU))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(callback)
+    assert asked
+    assert (len(found), reasons) == (2, {})
+    assert gc.isenabled()

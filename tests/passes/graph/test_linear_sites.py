@@ -8,7 +8,19 @@ from toys import llama, tokens
 
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM
-from act24.passes import Lost, LowRank, PassError, Recompute, Weight24, apply_, plan
+from act24.passes import (
+    Cola,
+    Fp8,
+    Lora,
+    Lost,
+    LowRank,
+    PassError,
+    Recompute,
+    SparseMask,
+    Weight24,
+    apply_,
+    plan,
+)
 from act24.passes.state import refuse_exact_steps
 
 RANKS = {"attn_rank": 4, "mlp_rank": 4}
@@ -114,3 +126,89 @@ def test_a_model_made_up_after_meta_has_buffers_that_can_be():
         if buffer.dtype is torch.bool and buffer.ndim:
             assert (buffer.unflatten(-1, (-1, 4)).sum(-1) == 2).all(), name
     assert model.eval()(tokens()).isfinite().all()
+
+
+class Autoencoder(nn.Module):
+    """One weight, read as it is and transposed."""
+
+    def __init__(self, encode, decode):
+        super().__init__()
+        self.w, self.v = nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+        self.encode, self.decode = encode, decode
+
+    def forward(self, x):
+        return self.v(self.decode(self, torch.relu(self.encode(self, x))))
+
+
+READS = {
+    "module": lambda m, x: m.w(x),
+    "straight": lambda m, x: F.linear(x, m.w.weight),
+    "transposed": lambda m, x: F.linear(x, m.w.weight.t()),
+    "product": lambda m, x: x @ m.w.weight,
+    "T": lambda m, x: F.linear(x, m.w.weight.T),
+    "sum": lambda m, x: x + m.w.weight.sum(),
+}
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode", "reason"),
+    [
+        ("module", "transposed", "another transposed"),
+        ("straight", "product", "another transposed"),
+        ("transposed", "module", "another transposed"),
+        ("straight", "T", "something else than linears reads it too"),
+        ("module", "sum", "something else than linears reads it too"),
+    ],
+)
+def test_a_weight_with_two_purposes_stays_what_it_is(encode, decode, reason):
+    model = nn.Sequential(*(Autoencoder(READS[encode], READS[decode]) for _ in range(2)))
+    both = ("*.w", "*.v")
+    given = {"attn_rank": 2, "mlp_rank": 2, "targets": both}
+    everything = [LowRank(**given), Cola(**given), Lost(**given, sparsity=0.2)]
+    everything += [Weight24(targets=both), Fp8(targets=both), SparseMask(targets=both), Lora(targets=both)]
+    for p in everything:
+        report = plan(model, [p])
+        assert [row.fqn for row in report.rows] == ["0.v", "1.v"]
+        left = {fqn: why for _, fqn, why in report.misses}
+        assert reason in left["0.w"]
+    stock = [parameter.clone() for parameter in model.parameters()]
+    x = torch.randn(3, 16)
+    expected = model(x)
+    apply_(model, [LowRank(**{**given, "attn_rank": 16, "mlp_rank": 16}, init="svd")])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(list(model.parameters())) == len(stock) + 2
+
+
+def test_a_weight_that_is_read_twice_in_one_way_is_one_linear():
+    model = nn.Sequential(*(Autoencoder(READS["module"], READS["straight"]) for _ in range(2)))
+    x = torch.randn(3, 16)
+    expected = model(x)
+    report = apply_(model, [LowRank(scope="mlp", mlp_rank=16, targets=("*.w",), init="svd")]).report
+    assert [row.fqn for row in report.rows] == ["0.w", "1.w"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_a_module_around_reads_stays_what_it_is():
+    """The decoder of a tied autoencoder that nobody traces reads weights as they are: 2:4, or with an
+    adapter, they would be others only in the encoder."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+            self.head = nn.Linear(16, 16)
+
+        def forward(self, x, **_):
+            for layer in self.layers:
+                x = F.relu(layer(x))
+            return self.head(F.linear(x, self.layers[1].weight.t()))
+
+    everywhere = ("layers.*", "head")
+    for p in (Weight24(targets=everywhere), Lora(targets=everywhere)):
+        report = plan(Tied(), [p], probe=torch.randn(3, 16))
+        assert [row.fqn for row in report.rows] == ["layers.0", "head"]
+        assert report.misses[0][1:] == (
+            "layers.1",
+            "a Tied around it reads its weight past the linear: give each a weight of its own, or leave it "
+            "out with ignore",
+        )

@@ -43,6 +43,19 @@ def run(*options: str) -> tuple[int, dict, str]:
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--sizes", "130m,2b"), "unknown size '2b': choose from 130m, 1b, 7b"),
+        (("--batches", "1,x"), "--batches takes whole numbers of at least 1, separated by commas, not '1,x'"),
+        (("--prefill", "0"), "--prefill takes whole numbers of at least 1, separated by commas, not '0'"),
+    ],
+)
+def test_bad_options_are_named_without_a_gpu_too(options: tuple[str, ...], told: str):
+    result = CliRunner().invoke(app, ["bench", "generate", *options])
+    assert str(result.exception) == told
+
+
 @pytest.mark.usefixtures("on_a_cpu")
 def test_rows_of_every_side():
     status, found, told = run("--no-transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -78,6 +79,7 @@ def test_what_was_tuned_on_this_machine_is_used(run, tmp_path, monkeypatch):
     assert [p.algorithms for p in open_model(run).pipeline.active] == [()], "a CPU has no such products"
     monkeypatch.setattr(tuning, "obstacle", lambda _: "")
     assert [p.algorithms for p in open_model(run).pipeline.active] == [table]
+    assert open_generator(open_model(run)).decoder._table == table, "of 2:4 weights, for prompts"
 
 
 def test_lines_come_in_order_whatever_the_batch(act24, run, tmp_path):
@@ -117,6 +119,31 @@ def test_weights_that_are_2_4_are_folded(tiny, tmp_path):
     assert open_generator(built).generate_ids([[1, 2]], 4)
 
 
+def test_pruned_and_packed_folders_continue_text_alike(act24, exported, tmp_path):
+    """2:4 weights from an export, packed, and dense again for the model."""
+    from act24.pruning.pattern import parse_pattern
+    from act24.sparse24.pattern.selection import top2_of_4
+    from act24.tools.huggingface.folder import read_state, write_weights
+    from act24.tools.pruning.masks import Masks, write_masks
+    from act24.tools.pruning.packed import pack
+
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    shutil.copytree(exported, pruned)
+    state = read_state(pruned)
+    masks = {n: top2_of_4(w.abs()) for n, w in state.items() if "proj.weight" in n}
+    state |= {name: torch.where(mask, state[name], 0) for name, mask in masks.items()}
+    write_weights(pruned, state)
+    write_masks(pruned, Masks(masks, dict.fromkeys(masks, parse_pattern("2:4")), frozenset()))
+    pack(pruned, packed)
+    assert not (packed / "model.safetensors").exists()
+    arguments = ("--prompt", "low rank", "--tokens", 20, "--temperature", 0)
+    status, text, errors = act24("generate", packed, *arguments)
+    assert (status, errors) == (0, [])
+    assert text == act24("generate", pruned, *arguments)[1]
+    built = open_model(packed)
+    assert all(torch.equal(built.model.state_dict()[name], state[name]) for name in masks)
+
+
 BAD = {
     "both": (("--prompt", "a", "--prompts", "x"), "give one of --prompt TEXT and --prompts FILE.jsonl"),
     "none": ((), "give one of --prompt TEXT and --prompts FILE.jsonl"),
@@ -132,6 +159,8 @@ BAD = {
     "no file": (("--prompts", "nowhere.jsonl"), "cannot read nowhere.jsonl: No such file or directory"),
     "no dtype": (("--prompt", "a", "--dtype", "float31"), r"generate: dtype has no 'float31': .*float32.*"),
     "no device": (("--prompt", "a", "--device", "toaster"), r"device 'toaster': .*"),
+    "no values": (("--prompt", "a", "--device", "meta"), r"device 'meta': .{20,120}"),
+    "another build": (("--prompt", "a", "--device", "mps"), r"device 'mps': .{20,120}"),
     "top_p": (("--prompt", "a", "--top-p", "2"), r"Sampling: top_p has to be .*, got 2.0"),
 }
 
@@ -161,6 +190,14 @@ def test_a_prompt_that_is_too_long_is_named_before_any_other_is_continued(act24,
     status, out, errors = act24("generate", run, "--prompts", tmp_path / "p.jsonl", "--batch", "2")
     assert (status, out) == (2, "")
     assert errors[0].startswith("act24: prompt 3 has ")
+
+
+def test_a_file_is_refused(act24, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    status, out, errors = act24("generate", tmp_path / "model.gguf", "--prompt", "a")
+    assert (status, out) == (2, "")
+    told = "is a file; give a run, a checkpoint or a Hugging Face folder"
+    assert errors == [f"act24: {tmp_path / 'model.gguf'} {told}"]
 
 
 def test_another_architecture_is_refused(act24, tmp_path):

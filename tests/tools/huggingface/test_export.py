@@ -154,20 +154,27 @@ def test_the_tokenizer_and_the_ends_of_generation_come_along(runs, tmp_path):
 
 
 def test_trust_remote_code_opens_the_form_act24_where_nothing_was_imported(runs, tmp_path):
+    """Also once it was saved again: by who imported act24, and by who did not."""
     export_run(runs("cola-relu2-act24"), tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     code = f"""
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True).eval()
-torch.save(model(torch.arange(24).reshape(2, 12)).logits, {str(tmp_path / "logits.pt")!r})
+for source in ("out", "again", "unimported"):
+    folder = {str(tmp_path)!r} + "/" + source
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    torch.save(model(torch.arange(24).reshape(2, 12)).logits, folder + ".pt")
+    if source == "out":
+        model.save_pretrained({str(tmp_path / "unimported")!r})
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(
-        torch.load(tmp_path / "logits.pt"), served(runs("cola-relu2-act24")), atol=2e-6, rtol=1e-5
-    )
+    expected = served(runs("cola-relu2-act24"))
+    for source in ("out", "again", "unimported"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{source}.pt"), expected, atol=2e-6, rtol=1e-5)
+        assert [file.name for file in (tmp_path / source).glob("*.py")] == ["modeling_act24.py"]
 
 
 def test_a_model_of_the_type_act24_is_saved_with_its_passes(runs, tmp_path):
@@ -225,6 +232,21 @@ def test_a_rewritten_transformers_model_leaves_by_our_writer_as_the_same_functio
     assert not any(told.values()), told
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(IDS).logits, model(IDS).logits, atol=2e-6, rtol=1e-5)
+
+
+def test_what_a_model_generates_with_comes_along(tmp_path):
+    """By our writer, by `transformers` when that folder is saved again, and where it is exported."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, eos_token_id=[1, 3]))
+    model.generation_config.update(do_sample=True, temperature=0.5, top_p=0.9, eos_token_id=[1, 3])
+    save_pretrained(act24.apply_(model, RUNS["relu2"]), tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    export_run(tmp_path / "again", tmp_path / "exported")
+    for name in ("out", "again", "exported"):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name).generation_config
+        assert (found.temperature, found.top_p, found.eos_token_id) == (0.5, 0.9, [1, 3]), name
 
 
 def test_an_opened_folder_is_trained_by_its_pipeline(tmp_path):

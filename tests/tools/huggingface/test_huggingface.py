@@ -108,25 +108,54 @@ def edit_weights(folder: Path, edit) -> None:
     safetensors.torch.save_file(state, folder / "model.safetensors")
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'default' and rope_scaling 'linear'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type = 'default' and rope_scaling 'linear'",
+        ),
+        (
+            {"rope_parameters": {**LINEAR, "factor": 4.0}, "rope_scaling": LINEAR},
+            "factor = 4.0 and rope_scaling 2.0: remove the wrong one",
+        ),
+        (
+            {"rope_parameters": {**YARN, "beta_fast": 8}, "rope_scaling": YARN},
+            "beta_fast = 8 and rope_scaling None",
+        ),
+        (
+            {"rope_parameters": {**LINEAR, "rope_theta": 1e4}, "rope_scaling": LINEAR},
+            "rope_theta is 10000.0 in rope_parameters and 50000.0 beside them",
+        ),
+        (
+            {
+                "rope_parameters": {**LINEAR, "rope_theta": 5e5},
+                "rope_scaling": LINEAR,
+                "rope_theta": "absent",
+            },
+            "rope_theta is 500000.0 in rope_parameters and 10000.0 where transformers looks",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 10000.0 in rope_parameters and 50000.0"),
+        (
+            {
+                "rope_parameters": {**YARN, "original_max_position_embeddings": 32},
+                "original_max_position_embeddings": 64,
+            },
+            "original_max_position_embeddings is 32 in the rotary settings and 64 beside them",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": None}}, 'rope_type "linear" needs factor'),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type has no 'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor has to be 1 or more"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
         (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-            "needs original_max",
-        ),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2, "beta_fast": 8}}, "has no beta_fast"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "short_factor": []}},
-            "short_factor not supp",
-        ),
-        (
-            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"rope_parameters": {"rope_theta": 5e4, "partial_rotary_factor": 0.5}},
             "partial_rotary_factor = 0.5",
         ),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
@@ -236,6 +265,54 @@ def test_rotary_scalings_are_those_of_transformers_both_ways(scaling: dict, tmp_
     save_pretrained(ours, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     close(again(LONG).logits, theirs(LONG).logits)
+
+
+#: Settings that transformers opens, as other writers have them.
+FOUND: list[dict] = [
+    {"rope_parameters": YARN, "original_max_position_embeddings": 64},
+    {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
+    {"rope_parameters": LLAMA3},
+    {"rope_parameters": None, "rope_scaling": YARN, "original_max_position_embeddings": 64},
+    {"rope_parameters": LINEAR, "original_max_position_embeddings": 64},
+    {"rope_parameters": {**YARN, "factor": None}, "original_max_position_embeddings": 64},
+    {"rope_parameters": {**YARN, "original_max_position_embeddings": 64.0}},
+    {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0, "beta_fast": None}},
+    {"rope_parameters": {**YARN, "attention_factor": 2, "finetuned": True, "partial_rotary_factor": 1}},
+    {"rope_parameters": {**LINEAR, "beta_fast": 8, "low_freq_factor": 1}},
+    {"rope_parameters": {**LLAMA3, "attention_factor": 2.0, "truncate": False}},
+    {"rope_parameters": {"rope_type": "default", "factor": 8.0}},
+    {"rope_parameters": LINEAR, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_parameters": LINEAR, "partial_rotary_factor": None, "rope_scaling": {}},
+]
+
+
+@pytest.mark.parametrize("settings", FOUND, ids=str)
+def test_rotary_settings_are_read_as_transformers_reads_them(settings: dict, saved: Path) -> None:
+    edit_config(saved, **settings)
+    with torch.no_grad():
+        ours, theirs = load_pretrained(saved), transformers.AutoModelForCausalLM.from_pretrained(saved)
+        close(ours(LONG), theirs(LONG).logits)
+    save_pretrained(ours, saved / "again")
+    with torch.no_grad():
+        close(transformers.AutoModelForCausalLM.from_pretrained(saved / "again")(LONG).logits, ours(LONG))
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({**YARN, "finetuned": True, "low_freq_factor": 2}, "'yarn' have no finetuned, low_freq_factor"),
+        ({**LINEAR, "beta_fast": 8}, "'linear' have no beta_fast"),
+        ({"rope_type": "default", "factor": 8.0}, "'default' have no factor"),
+        (YARN, ""),
+    ],
+)
+def test_what_nobody_reads_of_rotary_settings_is_said(
+    table: dict, told: str, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_config(saved, rope_parameters=table)
+    load_pretrained(saved)
+    assert told in caplog.text
+    assert bool(caplog.text) == bool(told)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS[:3], ids=str)

@@ -239,8 +239,8 @@ def test_a_checkpoint_at_from_step_has_a_scale_from_the_rows_before_it(tiny, tmp
         for name, buffer in again.model.named_buffers():
             if name.endswith("activation24_scale"):
                 buffer.fill_(1)
-    assert [p.name for p in renew_to_read_(again.pipeline, 2)] == ["activation24"]
-    assert renew_to_read_(again.pipeline, 3) == ()
+    assert [due.of.name for due in renew_to_read_(again.pipeline, 2)] == ["activation24"]
+    assert renew_to_read_(again.pipeline, 3) == []
 
 
 def test_load_brings_a_tokenizer_and_samples_only_its_tokens(tiny, tmp_path):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from act24.errors import Act24Error
 from act24.initialise import build_llama
-from act24.passes.document_attention import STARTS
+from act24.llama import LlamaMLP
+from act24.passes import apply_
+from act24.passes.document_attention import STARTS, DocumentAttention
 from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.tools.data import heldout_rows, open_rows, open_tokenizer, prepare_shards
 from act24.tools.huggingface.export import export_run
-from act24.tools.run.build import build, load, model_config, plan_recipe
+from act24.tools.run.build import build, check_attention, load, model_config, plan_recipe
 from act24.tools.run.evaluate import evaluate, evaluate_checkpoint
 from act24.tools.run.measurements import measure
 from act24.tools.run.path import path_text
@@ -375,6 +378,31 @@ def test_a_model_whose_attention_is_not_seen_is_refused(documents, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_block_that_is_not_reached_would_cross_documents(documents):
+    recipe = documents(DENSE)
+    model = build_llama(model_config(recipe), 0)
+    pipeline = apply_(model, [DocumentAttention(targets=("model.layers.0",))])
+    with pytest.raises(Act24Error, match=r"attention of 1 of 2 blocks could not be traced, and would cross"):
+        check_attention(recipe, pipeline)
+
+
+def test_a_block_of_which_attention_alone_is_traced_is_reached(documents, monkeypatch):
+    """Its network looks at the clock, which a graph would freeze."""
+    recipe, forward = documents(DENSE), LlamaMLP.forward
+
+    def looks(self, hidden_states):
+        return forward(self, hidden_states) if time.perf_counter() else hidden_states
+
+    monkeypatch.setattr(LlamaMLP, "forward", looks)
+    rows, tokenizer = opened(recipe)
+    with rows:
+        batch = next(rows)
+    built = build(recipe, ALONE.device)
+    assert [*built.pipeline.regions] == [f"model.layers.{n}.self_attn" for n in (0, 1)]
+    expected, tokens = alone(theirs(built.model), [batch], tokenizer.eos_id)
+    torch.testing.assert_close(losses(built, batch).double(), expected.detach() / tokens, rtol=1e-6, atol=0)
+
+
 def test_rows_that_do_not_say_where_documents_begin_are_refused(documents):
     recipe = documents(DENSE, "train.total_batch_size=4")
     rows, _ = opened(documents("data.attention=causal"))
@@ -391,7 +419,7 @@ def test_what_is_said_of_it(documents):
     recipe = documents()
     built = build(recipe, ALONE.device)
     said = path_text(built.pipeline, recipe, ALONE.device)
-    assert "attention within documents: plain PyTorch (kernels and 2:4 products need a GPU)" in said
+    assert "attention within documents: PyTorch's, with a mask of all pairs of a row" in said
     assert "causal attention within documents" in str(plan_recipe(recipe))
     padded = documents("data.rows=padded")
     assert [line for line in oddities(padded) if "changes nothing" in line]

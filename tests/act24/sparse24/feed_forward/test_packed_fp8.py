@@ -13,6 +13,7 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.feed_forward.options import Options24
+from act24.sparse24.feed_forward.packed_fp8 import cast_weights
 
 T, D, FEATURES, D_OUT = 128, 64, 192, 48
 FP8 = Options24(precision="fp8", token_permutation="none")
@@ -178,3 +179,31 @@ def test_samples_are_refused() -> None:
     with pytest.raises(Act24Error, match="vmap"):
         torch.func.vmap(network)(x)
     assert F.relu(network(x)).any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backward", ["dense", "split_gemm"])
+def test_weights_that_were_cast_before_are_read_in_their_place(backward: str, compiled: bool) -> None:
+    """In both directions, bit for bit; of other weights, all that is made of these is theirs."""
+    leaves, grad = draw()
+    options = FP8._replace(backward=backward)
+    run = activation24
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(activation24, fullgraph=True, backend="aot_eager")
+
+    def outcome_with(factor: float) -> list[Tensor]:
+        casts = cast_weights(leaves[1].detach() * factor, leaves[2].detach() * factor)
+        as_bytes = tuple(t.view(torch.uint8) if t.ndim == 2 else t for t in casts)
+        y, _ = run(leaves[0], leaves[1], None, leaves[2], None, None, None, None, options, casts=as_bytes)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    expected = outcome(leaves, grad, options)
+    assert all(map(torch.equal, outcome_with(1.0), expected))
+    # relu² squares the first factor: y and the gradients of x and W_out are of both, that of W_in of two.
+    powers = (3, 3, 2, 2)
+    for found, plain, power in zip(outcome_with(2.0), expected, powers, strict=True):
+        assert torch.equal(found, plain * 2**power)
+    empty = (torch.empty(0, dtype=torch.uint8), torch.empty(0)) * 4
+    y, _ = activation24(leaves[0], leaves[1], None, leaves[2], None, options=options, casts=empty)
+    assert torch.equal(y, expected[0])

@@ -1,0 +1,39 @@
+"""A region on its way through the passes of a pipeline."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from act24.passes.base import Match, Pass
+from act24.passes.graph.lowering import Lowering
+from act24.passes.graph.region import Region, RegionModule
+from act24.passes.graph.stock_state import Change
+
+
+@dataclass
+class Site:
+    """A region as traced, after the structural passes, and the module once it stands."""
+
+    traced: Region
+    base: Region
+    changes: list[Change] = field(default_factory=list)
+    claims: dict[str, Pass] = field(default_factory=dict)
+    touched: bool = False
+    module: RegionModule | None = None
+
+    def twin(self, memo: dict[int, Any]) -> Site:
+        """A site of a copy of the model."""
+        traced, base = self.traced.copy(), self.base.copy()
+        traced.module, base.module = copy.deepcopy((traced.module, base.module), memo)
+        return replace(self, traced=traced, base=base, module=copy.deepcopy(self.module, memo))
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A region through certain operational passes, and what each of them matched."""
+
+    site: Site
+    lowering: Lowering
+    matches: list[tuple[Match, ...]]
