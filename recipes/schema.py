@@ -164,7 +164,7 @@ class Checkpoint(Section):
     every: Steps = 1000  # optimizer steps; 0: only at the end
     keep: Size = 2  # the newest that stay
     keep_every: Steps = 0  # those after every so many optimizer steps stay too; 0: none
-    keep_best: Steps = 0  # so many of least held-out loss stay too, of those evaluated at their step
+    keep_best: Steps = 0  # so many of least held-out loss stay too, of those evaluated on the same rows
 
 
 class Log(Section):

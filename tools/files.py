@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from act24.errors import Act24Error
 
@@ -50,3 +52,22 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise Act24Error(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """safetensors' function of that name, which would leave a file that only its owner may read: this one has
+    the mode of any new file.
+
+    Raises:
+        OSError, SafetensorError: writing fails.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    safetensors.torch.save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    path.chmod(mode)
+
+
+def even_modes_(folder: Path) -> None:
+    """Give the weights that transformers wrote into a folder the mode of the configuration beside them."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)

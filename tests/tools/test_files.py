@@ -1,11 +1,14 @@
 """A file is the old one or the new one, whatever happens while it is written."""
 
 import errno
+from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from act24.errors import Act24Error
-from act24.tools.files import whole_file, whole_folder
+from act24.tools.files import even_modes_, save_file, whole_file, whole_folder
 
 
 def test_the_new_content_is_there_at_the_end_and_the_old_one_until_then(tmp_path):
@@ -57,3 +60,28 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         (written / "a").write_text("2")
     assert (out / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_have_the_mode_of_any_new_file(tmp_path):
+    tensors = {"a": torch.arange(3.0)}
+    (tmp_path / "config.json").touch()
+    save_file(tensors, tmp_path / "ours.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors")
+    (tmp_path / "theirs.safetensors").chmod(0o600)  # as its versions of now leave it
+    even_modes_(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "ours.safetensors")["a"], tensors["a"])
+
+
+def test_nothing_else_here_writes_weights_by_safetensors_itself():
+    tools = Path(__file__).parents[2] / "tools"
+    calls = ("safetensors.torch.save_file", "from safetensors.torch import save_file", ".save_pretrained(")
+    by_call = {
+        call: {path.name for path in tools.rglob("*.py") if call in path.read_text()} for call in calls
+    }
+    assert by_call == {
+        calls[0]: {"files.py"},
+        calls[1]: set(),
+        # The third is transformers' own Trainer, whose checkpoints are its.
+        calls[2]: {"any_model.py", "export.py", "trainer.py"},
+    }

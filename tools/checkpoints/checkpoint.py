@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -57,6 +56,7 @@ from act24.tools.checkpoints.manifest import (
 from act24.tools.checkpoints.random_states import random_states, set_random_states_
 from act24.tools.checkpoints.reading import TensorReader, contents_of, read_json, read_text, read_weights
 from act24.tools.checkpoints.together import on_every_rank, on_the_first, rank, reason, world_size
+from act24.tools.files import save_file
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"

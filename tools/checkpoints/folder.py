@@ -277,7 +277,8 @@ def prune(
     """Deletes all but the `keep` checkpoints written last, and what interrupted saves left behind.
 
     Those whose step is a multiple of `keep_every` stay too, and the `keep_best` of least held-out loss, among
-    those that have one, measured on the rows that the last such one was measured on. `written`, the one that
+    those that have one. Losses of other rows cannot be compared: where a run came to be evaluated on others,
+    the best of each stay, which is a warning when the first of them is `written`. `written`, the one that
     was just published, stays whatever the others say. So does what is damaged, for whoever wants to look at
     it, and what holds somebody else's files, also among what is left behind; the latter and what cannot be
     deleted are warnings. A checkpoint is renamed before it is deleted, so that a deletion cut short leaves no
@@ -287,7 +288,7 @@ def prune(
     needed = _places(run_dir).values()
     leftovers = [path for path in all_of(run_dir) if _is_leftover(path) and path not in needed]
     all_complete = complete(run_dir)
-    kept = {*all_complete[-keep:], *_best(all_complete, keep_best), written}
+    kept = {*all_complete[-keep:], *_best(all_complete, keep_best, written), written}
     kept |= {folder for folder in all_complete if keep_every and _step(folder) % keep_every == 0}
     old = [folder for folder in all_complete if folder not in kept]
     for folder in (*leftovers, *old):
@@ -306,18 +307,22 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-").partition(".")[0])
 
 
-def _best(folders: list[Path], count: int) -> list[Path]:
-    if not count:
-        return []
-    measured = [
-        (folder, m["heldout"]) for folder in folders if (m := manifest_or_none(folder) or {}).get("heldout")
-    ]
-    losses = [
-        (heldout["loss"], folder)
-        for folder, heldout in measured
-        if heldout["data"] == measured[-1][1]["data"] and math.isfinite(heldout["loss"])
-    ]
-    return [folder for _, folder in sorted(losses)[:count]]
+def _best(folders: list[Path], count: int, written: Path | None) -> list[Path]:
+    by_rows: dict[str, list[tuple[float, Path]]] = {}
+    for folder in folders if count else ():
+        heldout = (manifest_or_none(folder) or {}).get("heldout")
+        if heldout and math.isfinite(heldout["loss"]):
+            by_rows.setdefault(heldout["data"], []).append((heldout["loss"], folder))
+    best = [folder for losses in by_rows.values() for _, folder in sorted(losses)[:count]]
+    is_first = any([folder for _, folder in losses] == [written] for losses in by_rows.values())
+    if is_first and len(by_rows) > 1:
+        logger.warning(
+            "%s was evaluated on other held-out rows than %s: their losses cannot be compared, and the best "
+            "of each stay (checkpoint.keep_best)",
+            written,
+            ", ".join(folder.name for folder in best if folder != written),
+        )
+    return best
 
 
 def _delete(folder: Path) -> None:

@@ -149,9 +149,9 @@ class TokenRows(Iterator[Batch]):
         self._said.update(new)
         return new
 
-    def figures(self) -> dict[str, int]:
-        """The epoch, and what was wrong with the text so far, to be logged."""
-        return {"epoch": self.epoch, **self._rows.tally.counts()}
+    def faults(self) -> dict[str, int]:
+        """Counts of what was wrong with the text so far, to be logged."""
+        return self._rows.tally.counts()
 
     def load_state_dict(self, state: dict[str, Any], grow: bool = False) -> None:
         """Continue with the row after that position: one of `state_dict`, or of `merged_state`.

@@ -21,9 +21,18 @@ from act24.recipes.schema import Data
 from act24.tools.data.encoding import known_encoding
 from act24.tools.data.files import Reading, find_files, known_as, read_documents
 from act24.tools.data.hub import hub_shards
-from act24.tools.data.identity import Listing, combined, identities, matched, shared
+from act24.tools.data.identity import (
+    Listing,
+    changed,
+    check_unchanged,
+    combined,
+    identities,
+    matched,
+    shared,
+)
 from act24.tools.data.position import PositionError
 from act24.tools.data.shard import Shard, Split, is_heldout, part_by_hash, part_by_position, short_hash
+from act24.tools.data.shards import read_index
 from act24.tools.data.tally import REMEMBERED, Tally
 
 FRUITLESS = 100  # epochs in a row without a document for a rank, where others have some, that end the run
@@ -165,6 +174,7 @@ class Documents(Iterator[str]):
 
     def _next_shard(self) -> None:
         if self._shard < len(self._order):
+            self._check_unchanged()  # while it was read
             self._shard, self._record, self._passed = self._shard + 1, 0, self._passed + self._record
         if self._shard == len(self._order):
             if not self._found:
@@ -200,8 +210,18 @@ class Documents(Iterator[str]):
             mine = by_shard or (passed + index) % self._world_size == self._rank
             return mine and index >= start
 
+        self._check_unchanged()
         shard = self._shards[self._places[self._order[self._shard]]]
         return _from_record(start, shard(wanted))
+
+    def _check_unchanged(self) -> None:
+        """Raises Act24Error where the file at hand is not the one by which positions know it."""
+        if not self._present:
+            return
+        place = self._places[self._order[self._shard]]
+        name = self._names[place]
+        if check_unchanged(Path(name), self._present[place]) and name not in self.tally.touched:
+            self.tally.touched.append(name)
 
     def _order_of(self, epoch: int) -> list[int]:
         count = self._listing.count(epoch)
@@ -278,6 +298,32 @@ def open_documents(
         empty=empty,
         tally=how.tally,
     )
+
+
+def other_heldout_text(data: Data, saved: dict[str, Any]) -> str | None:
+    """In what the held-out text differs from that of a run; None if it does not. Of a data set on the Hub it
+    cannot, at the commit of the run.
+
+    Args:
+        saved: the fingerprint of the run's position, with its "files".
+
+    Raises:
+        Act24Error: a file cannot be found or read.
+        PositionError: the fingerprint does not say what was held out.
+    """
+    if data.source == "hf":
+        return None
+    if data.source == "shards":
+        same = saved.get("index") == read_index(Path(str(data.shards))).hash
+        return None if same else "the content of data.shards is another"
+    if data.source == "files" and data.heldout_files:
+        if "heldout_files" not in saved:
+            raise PositionError("its position does not say what was held out")
+        same = saved["heldout_files"] == combined(identities(find_files(data.heldout_files)))
+        return None if same else "the content of data.heldout_files is another"
+    paths = _builtin_files() if data.source == "builtin" else _given_files(data, "heldout", Tally())
+    count = changed(Listing.from_json(saved.get("files")).files, identities(paths))
+    return f"{count} of the files of which a part is held out are others" if count else None
 
 
 def _from_record(start: int, records: Iterator[str | None]) -> Iterator[tuple[int, str | None]]:

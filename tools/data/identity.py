@@ -3,14 +3,15 @@
 A file of up to 64 MiB is hashed whole. Of a larger one the size and sixteen pieces of 64 KiB are, first and
 last included, and its time of modification is kept beside that: an edit that keeps the size may lie between
 the pieces, and a copy has another time, so another time alone is said and not refused. The cost is what
-reading these bytes takes, at about 1 GB/s a core: 1 GB for C4's 1,024 files, once a process.
+reading these bytes takes, at about 1 GB/s a core: 1 GB for C4's 1,024 files, once a process. Whenever
+a file is read, its size and time are looked at before and after, and its content where these have changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from act24.tools.data.position import PositionError
 WHOLE = 64 * 2**20  # bytes; larger files are sampled
 PIECES, PIECE = 16, 64 * 2**10
 GROW = "grow"
+_WAYS_ON = "put back what was there and go on, or begin another run, from model.pretrained = the checkpoint"
 
 
 def identities(files: Sequence[Path]) -> list[str]:
@@ -32,11 +34,21 @@ def identities(files: Sequence[Path]) -> list[str]:
     Raises:
         Act24Error: a file cannot be read.
     """
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            return list(pool.map(_identity, files))
-    except OSError as error:
-        raise Act24Error(f"cannot read {error.filename}: {error.strerror}") from error
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(_identity, files))
+
+
+def check_unchanged(path: Path, identity: str) -> bool:
+    """Compare a file with what it was, and return whether it was touched all the same: of a large file only
+    pieces are compared. A look at size and time, and only where these are others, at its content.
+
+    Raises:
+        Act24Error: its content is another, or it cannot be read.
+    """
+    now = _identity(path)
+    if _content(now) != _content(identity):
+        raise Act24Error(f"{path} was changed while it is read, and is another text from here on: {_WAYS_ON}")
+    return now != identity
 
 
 def combined(files: Sequence[str]) -> str:
@@ -48,6 +60,12 @@ def shared(files: Sequence[str], others: Sequence[str]) -> list[int]:
     """The places of those files whose content is that of one of the others, by identities."""
     contents = {_content(file) for file in others}
     return [place for place, file in enumerate(files) if _content(file) in contents]
+
+
+def changed(saved: Sequence[str], present: Sequence[str]) -> int:
+    """How many contents are in only one of two lists of identities."""
+    then, now = Counter(map(_content, saved)), Counter(map(_content, present))
+    return max((then - now).total(), (now - then).total())
 
 
 @dataclass(frozen=True)
@@ -131,6 +149,7 @@ def matched(
         raise Act24Error(
             f"{lost} of {len(saved.files)} files are gone or their content has changed"
             + (f"; not known to the run: {shown}" if added else "")
+            + f"; {_WAYS_ON}"
         )
     if added and not grow:
         raise Act24Error(
@@ -155,8 +174,11 @@ def _content(file: str) -> str:
 
 
 def _identity(path: Path) -> str:
-    facts = path.stat()
-    return _hashed(path, facts.st_size, facts.st_mtime_ns)
+    try:
+        facts = path.stat()
+        return _hashed(path, facts.st_size, facts.st_mtime_ns)
+    except OSError as error:
+        raise Act24Error(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 @cache

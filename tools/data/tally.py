@@ -29,6 +29,7 @@ class Tally:
         encodings: what was detected, by file; those in UTF-8 are not among them.
         unknown: files in folders given that are of no known kind.
         held_out: files to train on with the content of one that is held out.
+        touched: large files that were modified since they were first looked at.
     """
 
     documents: int = 0
@@ -41,6 +42,7 @@ class Tally:
     encodings: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
 
     @classmethod
     def summed(cls, tallies: Sequence[Tally]) -> Tally:
@@ -51,6 +53,7 @@ class Tally:
             total.encodings.update(tally.encodings)
             total.unknown += [name for name in tally.unknown if name not in total.unknown]
             total.held_out += [name for name in tally.held_out if name not in total.held_out]
+            total.touched += [name for name in tally.touched if name not in total.touched]
         return total
 
     def state_dict(self) -> dict[str, int]:
@@ -85,6 +88,11 @@ class Tally:
             lines.append(
                 f"{len(self.held_out)} files of data.train_files have the content of files in "
                 f"data.heldout_files, and are trained on: {_some(self.held_out)}"
+            )
+        if self.touched:
+            lines.append(
+                f"{len(self.touched)} large files were modified while they are read: size and sampled "
+                f"content are the same, what lies between the samples was not compared: {_some(self.touched)}"
             )
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.counts().items())
         if counts:

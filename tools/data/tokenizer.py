@@ -153,17 +153,20 @@ def open_tokenizer(
         saved: the `tokenizer.json` that a checkpoint holds. It is taken, and `section.name` only names it.
 
     Raises:
-        Act24Error: no such file, the Hub is out of reach, no end-of-text token, not the shards' tokenizer, or
-            (training) whatever is wrong with the source.
+        Act24Error: no such file, the Hub is out of reach, no end-of-text token, one that has no say, not the
+            shards' tokenizer, or (training) whatever is wrong with the source.
     """
-    if saved is not None:
-        tokenizer = _from_json(saved, section.name, section.end_of_text)
-        if data.source == "shards":
-            _check_shards(Path(str(data.shards)), tokenizer)
-        return tokenizer
     if data.source == "shards":
-        return _of_shards(Path(str(data.shards)), section.name)
+        folder = Path(str(data.shards))
+        tokenizer = (
+            _of_shards(folder, section.name) if saved is None else _saved_of_shards(folder, section, saved)
+        )
+        _check_end_of_text(section, tokenizer.token(tokenizer.eos_id), f"{folder} was written with")
+        return tokenizer
+    if saved is not None:
+        return _from_json(saved, section.name, section.end_of_text)
     if section.name == TRAINED:
+        _check_end_of_text(section, END_OF_TEXT[0], "the BPE that is trained here has")
         return _trained(data, section.vocab_size, cache or _default_cache())
     return _named(section.name, section.end_of_text)
 
@@ -224,12 +227,23 @@ def _of_shards(folder: Path, name: str) -> Tokenizer:
     return tokenizer
 
 
-def _check_shards(folder: Path, tokenizer: Tokenizer) -> None:
+def _saved_of_shards(folder: Path, section: schema.Tokenizer, saved: str) -> Tokenizer:
     wrote = read_index(folder).tokenizer
+    tokenizer = _from_json(saved, section.name, wrote.end_of_text or section.end_of_text)
     if wrote.fingerprint != tokenizer.fingerprint:
         raise Act24Error(
             f"{folder} was written with tokenizer {wrote.name!r}, which is not the one of the checkpoint "
             f"({tokenizer.name})"
+        )
+    return tokenizer
+
+
+def _check_end_of_text(section: schema.Tokenizer, token: str, whose: str) -> None:
+    """Raises Act24Error where a recipe names another one than there is: it would be ignored."""
+    if section.end_of_text not in (None, token):
+        raise Act24Error(
+            f"tokenizer.end_of_text (--end-of-text) is {section.end_of_text!r}, and {whose} {token!r}: leave "
+            "it out, or name a tokenizer that has it (tokenizer.name, --tokenizer) for text"
         )
 
 

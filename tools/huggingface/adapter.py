@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
 from act24.passes import Lora, MaskedLora
-from act24.tools.files import whole_folder
+from act24.tools.files import save_file, whole_folder
 from act24.tools.run.build import Built
 
 PEFT = "peft"
@@ -90,7 +89,7 @@ def write_adapter(built: Built, out: Path) -> str:
             path = name.removesuffix(".weight")
             tensors[f"{_PREFIX}{path}.lora_{letter}.weight"] = value.detach().cpu().contiguous()
     with whole_folder(out) as written:
-        safetensors.torch.save_file(tensors, written / WEIGHTS, metadata)
+        save_file(tensors, written / WEIGHTS, metadata)
         (written / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size = sum(value.numel() for value in tensors.values())
     told = "; its base is needed with its masks, PEFT would leave them out" if adapter.masked else ""

@@ -23,6 +23,7 @@ from act24.errors import Act24Error, reading
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.data.tokenizer import Tokenizer as OpenTokenizer
+from act24.tools.files import even_modes_
 from act24.tools.huggingface.config import ACT24, ARCEE, CONFIG, LLAMA, config_of, read_json
 from act24.tools.huggingface.folder import (
     check_state,
@@ -164,6 +165,7 @@ def write_any(
         if pattern:
             model.config.act24_weight_pattern = pattern
         model.save_pretrained(folder)
+        even_modes_(folder)
     copied = False
     for name in _TOKENIZER_FILES:
         if opened.folder is not None and (opened.folder / name).is_file():

@@ -28,7 +28,7 @@ from act24.passes import Activation24, Pass, PassError, Pipeline, Relu2FFN, Weig
 from act24.passes.recovery import check_zeros, has_masks, kept_masks
 from act24.passes.served import served_passes, served_weights
 from act24.tools.data import Tokenizer
-from act24.tools.files import whole_folder
+from act24.tools.files import even_modes_, whole_folder
 from act24.tools.huggingface.adapter import PEFT, write_adapter
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
 from act24.tools.huggingface.folder import without_tied_head, write_pretrained
@@ -213,6 +213,7 @@ def _export_foreign(built: Built, out: Path, form: str) -> str:
     masks = Masks(*kept_masks(built.pipeline)) if has_masks(built.pipeline) else None
     with whole_folder(out) as written:
         model.save_pretrained(written)
+        even_modes_(written)
         if masks is not None:
             check_pruned(model.state_dict(), masks, "what is exported")
             write_masks(written, masks)

@@ -21,7 +21,7 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
-from act24.tools.files import whole_file
+from act24.tools.files import save_file, whole_file
 from act24.tools.huggingface.config import (
     ACT24,
     ARCEE,
@@ -170,11 +170,8 @@ def write_weights(
     split = split_torch_state_dict_into_shards(dict(state), max_shard_size=shard)
     for name, tensors in split.filename_to_tensors.items():
         with whole_file(folder / name) as partial:
-            partial.touch()
-            mode = partial.stat().st_mode & 0o777  # safetensors would leave a file that only its owner reads
             content = {tensor: state[tensor].contiguous() for tensor in tensors}
-            safetensors.torch.save_file(content, partial, {**(metadata or {}), "format": "pt"})
-            partial.chmod(mode)
+            save_file(content, partial, {**(metadata or {}), "format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with whole_file(folder / INDEX) as partial:

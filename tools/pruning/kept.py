@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
-from act24.tools.files import whole_file
+from act24.tools.files import save_file, whole_file
 
 _JOURNAL = "interrupted.json"
 
@@ -70,7 +69,7 @@ class BlockFiles:
                 with whole_file(journal) as file:
                     file.write_text(json.dumps(self._asked, indent=1), encoding="utf-8")
             with whole_file(self._file(index)) as file:
-                safetensors.torch.save_file(whole, file, {"content": json.dumps(content)})
+                save_file(whole, file, {"content": json.dumps(content)})
         except (OSError, safetensors.SafetensorError) as error:
             raise Act24Error(f"cannot write {self._file(index)}: {error}") from error
 

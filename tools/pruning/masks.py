@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
 from act24.pruning.pattern import Pattern, follows, parse_pattern
 from act24.pruning.stored import fault, packed_bits, unpacked_bits
-from act24.tools.files import whole_file
+from act24.tools.files import save_file, whole_file
 from act24.tools.huggingface.any_model import weights_hash
 
 MASKS = "masks.safetensors"
@@ -84,7 +83,7 @@ def write_masks(folder: Path, masks: Masks) -> None:
     tensors = {name + _BITS: packed_bits(masks.dense(name, mask)) for name, mask in masks.masks.items()}
     with whole_file(folder / MASKS) as partial:
         metadata = {"format": FORMAT, "masks": json.dumps(table), "sha256": weights_hash(tensors)}
-        safetensors.torch.save_file(tensors, partial, metadata)
+        save_file(tensors, partial, metadata)
 
 
 def check_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> None:

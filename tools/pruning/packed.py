@@ -16,13 +16,12 @@ import shutil
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
 from act24.pruning.pattern import follows, parse_pattern
 from act24.pruning.stored import compressed, expanded
-from act24.tools.files import whole_file, whole_folder
+from act24.tools.files import save_file, whole_file, whole_folder
 from act24.tools.huggingface.any_model import weights_hash
 from act24.tools.huggingface.folder import INDEX, PACKED, WEIGHTS, read_state, write_weights
 from act24.tools.pruning.masks import MASKS, Masks, check_hash, check_pruned, read_masks, write_masks
@@ -52,7 +51,7 @@ def write_packed(folder: Path, state: dict[str, Tensor], masks: Masks) -> None:
         }
     with whole_file(folder / PACKED) as partial:
         metadata = {"format": FORMAT, "packed": json.dumps(table), "sha256": weights_hash(tensors)}
-        safetensors.torch.save_file(tensors, partial, metadata)
+        save_file(tensors, partial, metadata)
 
 
 def read_packed(folder: Path) -> tuple[dict[str, Tensor], Masks]:

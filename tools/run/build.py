@@ -50,7 +50,7 @@ class Built:
     of its text.
 
     Recipe and tokenizer are None where a folder holds a model alone. `tokenizer_json` is the content of a
-    checkpoint's `tokenizer.json`: its folder may be gone.
+    checkpoint's `tokenizer.json`: its `folder` may be gone.
     """
 
     recipe: Recipe | None
@@ -59,6 +59,7 @@ class Built:
     step: int
     tokenizer_section: Tokenizer | None
     tokenizer_json: str | None = None
+    folder: Path | None = None
 
     @cached_property
     def tokenizer(self) -> data_tokenizer.Tokenizer | None:
@@ -260,7 +261,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
             "from_step" if opened.step <= one.of.from_step else "a boundary",
             opened.step,
         )
-    return Built(recipe, model, pipeline, opened.step, saved_tokenizer(opened), opened.tokenizer_json)
+    section, text = saved_tokenizer(opened), opened.tokenizer_json
+    return Built(recipe, model, pipeline, opened.step, section, text, opened.folder)
 
 
 def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[LlamaForCausalLM, Pipeline]:

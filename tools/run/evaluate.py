@@ -25,14 +25,20 @@ from act24.passes import OperationalPass, Pipeline
 from act24.passes.document_attention import set_starts_
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
+from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.data import Batch, HeldoutRows, heldout_rows
+from act24.tools.data.documents import other_heldout_text
+from act24.tools.data.position import PositionError
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
+from act24.tools.run.saved import saved_text
 from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
 
 logger = logging.getLogger("act24")
 
+#: Keys that say where the text is.
+_TEXT = {"source", "train_files", "heldout_files", "shards"}
 _HEEDED = ("eval.", "data.", "train.batch_size", "train.dtype")
 
 
@@ -197,9 +203,28 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
             world_size=processes.world_size,
         )
         if processes.is_main:
-            for line in rows.warnings:
+            for line in (*rows.warnings, *_of_other_text(built, recipe)):
                 logger.warning("warning: %s", line)
         return evaluate_forms(built, rows, recipe, processes)
+
+
+def _of_other_text(built: Built, recipe: Recipe) -> Iterator[str]:
+    """A warning where the text that the run held out is no longer what it was. Who names other text with
+    `--set` knows."""
+    assert built.recipe is not None
+    named = [data.model_dump(include=_TEXT) for data in (built.recipe.data, recipe.data)]
+    if built.folder is None or named[0] != named[1]:
+        return
+    try:
+        other = other_heldout_text(recipe.data, saved_text(built.folder))
+    except (CheckpointError, PositionError) as error:  # a run that goes on may have deleted it
+        yield f"whether the held-out text is still that of the run is not known: {error}"
+    else:
+        if other:
+            yield (
+                f"the held-out text is not that of the run: {other}. The loss cannot be compared with the "
+                "run's, and what was trained on may be in it"
+            )
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

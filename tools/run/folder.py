@@ -57,12 +57,14 @@ class Start:
         schedule_steps: what its learning rate is computed for from here on.
         changes: what is different from here on.
         remarks: the same for people, with what it does, one line each.
+        is_last: it is the checkpoint of the run's own folder that was written last.
     """
 
     checkpoint: checkpoint.Checkpoint
     schedule_steps: int
     changes: tuple[Change, ...]
     remarks: tuple[str, ...]
+    is_last: bool
 
 
 def default_run_dir(reference: str, overrides: Sequence[str] = ()) -> Path:
@@ -135,7 +137,13 @@ def resume_point(
     remarks = effects(different)
     if then.train.steps != recipe.train.steps or steps != computed_for:
         remarks.append(schedule_line(recipe, opened.step, computed_for, steps, then.train.steps))
-    return Start(opened, steps, tuple(different), tuple(remarks))
+    is_last = on_the_first(lambda: _is_last(run_dir, opened))
+    return Start(opened, steps, tuple(different), tuple(remarks), is_last)
+
+
+def _is_last(run_dir: Path, opened: checkpoint.Checkpoint) -> bool:
+    own = Path(os.path.abspath(opened.folder)).parent.resolve() == (run_dir / "checkpoints").resolve()
+    return own and checkpoint_folder.next_sequence(run_dir) == opened.manifest["sequence"] + 1
 
 
 def begun(run_dir: Path, start: Start | None) -> Recipe | None:

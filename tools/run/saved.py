@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -15,7 +16,7 @@ from pydantic import Field, field_validator
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.checkpoint import Checkpoint
 from act24.tools.checkpoints.manifest import CheckpointError
-from act24.tools.checkpoints.reading import contents_of
+from act24.tools.checkpoints.reading import contents_of, read_json
 from act24.tools.data import merged_state
 from act24.tools.data.position import Count, PositionError, Saved, check_position, check_saved
 from act24.tools.watch.tensorboard import histories
@@ -85,6 +86,21 @@ def saved_position(start: Checkpoint) -> dict[str, Any]:
             check_position(state["data"])
     with contents_of(start.folder / checkpoint.rank_file(0)):
         return merged_state([state["data"] for state in states])
+
+
+def saved_text(folder: Path) -> dict[str, Any]:
+    """What identifies the text of the run that wrote a checkpoint: the fingerprint, with its "files".
+
+    Raises:
+        CheckpointError: it cannot be read, or says no such thing.
+    """
+    file = folder / checkpoint.rank_file(0)
+    of_rank = read_json(file)
+    with contents_of(file):
+        data = of_rank["state"]["data"]
+        check_position(data)
+        stream = next(iter(data["position"]["streams"].values()))
+        return {**data["fingerprint"], "files": stream["files"]}
 
 
 @contextmanager

@@ -159,6 +159,7 @@ class TrainingRun:
             self._tokens, log_state = saved["tokens"], saved["log"]
             self._skips, self._evaluation_due = saved["skips"], saved["evaluation_due"] and not dry_run
         self._last_checkpoint = start.folder if start else None
+        self._is_saved = dry_run or (resumption is not None and resumption.is_last)
         self._note: str | None = None
         self._measured: tuple[int, Evaluation] | None = None
         self._tokenizer = tokenizer_of_run(recipe, start)
@@ -234,6 +235,7 @@ class TrainingRun:
                 progress.say(self.training_step.capture_text)
             if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
+                self._evaluation_due = not self._is_saved  # an end like any other
             stop.at_once = stopped = False  # from here on there is something to save
             if self._evaluation_due:  # it was due when the run was stopped
                 evaluation = self._evaluate(progress, stop)
@@ -283,7 +285,7 @@ class TrainingRun:
         if result.skipped:
             skipped = f"step {self._step}: the loss or its gradient is not finite; the batch is left out"
             self._note = f"{self._note}\n{skipped}" if self._note else skipped
-        self.monitor.add(self._step, result, rate, waited, self._rows.figures())
+        self.monitor.add(self._step, result, rate, waited, self._rows.epoch, self._rows.faults())
 
     def _failure(self, progress: RunProgress, stop: StopRequest) -> BaseException | None:
         """What keeps the next step from being made, a stop aside. Asked for before that step, on which

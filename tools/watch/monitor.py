@@ -112,6 +112,7 @@ class Monitor:
         self.seconds, self.tokens, self.loss = 0.0, 0, float("nan")
         self.sites: list[SiteStatistics] = []
         self._groups = _site_groups(built)
+        self._epoch, self._faults = 0, dict[str, float]()
         self._log: RunLog | None = None
         if run_dir is not None and processes.is_main:
             self._log = RunLog(
@@ -130,10 +131,12 @@ class Monitor:
         result: StepResult,
         rate: float,
         waited: float,
-        data: Mapping[str, float] | None = None,
+        epoch: int = 0,
+        faults: Mapping[str, float] | None = None,
     ) -> None:
-        """Take in one step; `data` are figures of the text so far. Nothing is read from the device."""
-        self._data = data or {}
+        """Take in one step; `epoch` is that of the text, `faults` counts what was wrong with it so far.
+        Nothing is read from the device."""
+        self._epoch, self._faults = epoch, faults or {}
         if result.skipped:
             self.skipped += 1
             return
@@ -225,7 +228,6 @@ class Monitor:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._steps, self._rate, self._waited = 0, 0.0, 0.0
-        self._data: Mapping[str, float] = {}
         self._began = time.perf_counter()
 
     def _scalars(self, window: Window, elapsed: float) -> dict[str, float]:
@@ -237,8 +239,9 @@ class Monitor:
             "perf/tokens_per_s": window.tokens_per_second,
             "perf/data_wait_share": self._waited / elapsed,
             "perf/step_ms": 1000 * elapsed / self._steps,
-            # Counts of what is wrong, and of epochs: there is nothing to see before the first.
-            **{f"text/{name}": value for name, value in self._data.items() if value},
+            "data/epoch": self._epoch,
+            # Counts of what is wrong: there is nothing to see before the first.
+            **{f"text/{name}": value for name, value in self._faults.items() if value},
         }
         if world_size > 1:
             scalars["perf/tokens_per_s_per_device"] = window.tokens_per_second / world_size

@@ -19,12 +19,16 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
@@ -34,6 +38,7 @@ ACROSS_LAYERS = ("mean_across_layers", "min_across_layers", "max_across_layers")
 
 #: Of event files: tells ours from those that another program writes beside them (`tools/run/folder.py`).
 EVENTS_SUFFIX = ".act24"
+_EVENTS = "events.out.tfevents."
 
 logger = logging.getLogger("act24")
 
@@ -77,6 +82,25 @@ def _no_traceback_of_writers() -> Callable[[], None]:
     return put_back
 
 
+@contextmanager
+def _named_behind_others(run_dir: Path) -> Iterator[None]:
+    """Make the name of a new event file the last of its folder.
+
+    Readers take files in the order of names, which begin with the second of the clock, and each hides what
+    those before it logged at its steps and later. After a clock went back, or within a second, a run that
+    goes on would be hidden by what it went on from.
+    """
+    names = [path.name.removeprefix(_EVENTS) for path in run_dir.glob(f"{_EVENTS}*")]
+    newest = max((int(second[0]) for name in names if (second := re.match(r"\d+", name))), default=0)
+    named_by = max(time.time(), newest + 1)
+    # The writer asks its module's clock, and takes no name.
+    clock, event_file_writer.time = event_file_writer.time, SimpleNamespace(time=lambda: named_by)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        event_file_writer.time = clock
+
+
 class RunLog:
     """The event files in a run's folder. One process has it, the first.
 
@@ -110,7 +134,8 @@ class RunLog:
 
     @_never_fatal
     def _open(self, run_dir: Path, first_step: int, layer_tags: Sequence[str]) -> None:
-        self._writer = SummaryWriter(str(run_dir), purge_step=first_step, filename_suffix=EVENTS_SUFFIX)
+        with _named_behind_others(run_dir):
+            self._writer = SummaryWriter(str(run_dir), purge_step=first_step, filename_suffix=EVENTS_SUFFIX)
         self._writer.add_custom_scalars(layout(layer_tags))
 
     @_never_fatal

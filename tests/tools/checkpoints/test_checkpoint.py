@@ -142,6 +142,19 @@ def test_weights_are_stored_once_and_in_the_common_format(tmp_path):
     assert manifest["versions"]["torch"] == torch.__version__
 
 
+def test_whoever_may_read_one_file_may_read_all(tmp_path):
+    """Weights were for their owner alone: a colleague's `eval` of a shared run met "Permission denied"."""
+    model = Tiny(0)
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 1, model, adamw(model))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert checkpoint.WEIGHTS in modes
+    assert set(modes.values()) == {0o640}
+
+
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_differences_and_changes_nothing(tmp_path):
     model = Tiny(0)
     optimizer = adamw(model)

@@ -226,11 +226,36 @@ def test_prune_keeps_a_checkpoint_that_is_a_link(tmp_path, caplog):
 )
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, losses, kept):
     for step, loss in enumerate(losses, start=1):
-        folder = write(tmp_path, step)
-        manifest = read_manifest(folder) | {"heldout": {"loss": loss, "data": "a"}}
-        (folder / MANIFEST).write_text(render(manifest))
+        measured(tmp_path, step, loss, "a")
     cf.prune(tmp_path, keep=1, keep_best=1)
     assert cf.folders(tmp_path) == [cf.folder_of(tmp_path, step) for step in kept]
+
+
+def measured(run_dir, step, loss, rows):
+    folder = write(run_dir, step)
+    manifest = read_manifest(folder) | {"heldout": {"loss": loss, "data": rows}}
+    (folder / MANIFEST).write_text(render(manifest))
+    return folder
+
+
+#: Of each step its loss, the rows, what is there after its save, and whether that is said.
+EVALUATED = [
+    (2.0, "a", [1], False),
+    (3.0, "a", [1, 2], False),
+    (9.0, "b", [1, 3], True),  # another eval.tokens: step 1 was deleted without a word
+    (9.5, "b", [1, 3, 4], False),
+    (8.0, "b", [1, 5], False),  # a better one that can be compared with step 3
+    (1.0, "a", [5, 6], False),  # and one with step 1
+]
+
+
+def test_the_best_on_other_rows_stays_until_a_better_one_on_those(tmp_path, caplog):
+    for step, (loss, rows, kept, said) in enumerate(EVALUATED, start=1):
+        caplog.clear()
+        written = measured(tmp_path, step, loss, rows)
+        cf.prune(tmp_path, keep=1, written=written, keep_best=1)
+        assert cf.folders(tmp_path) == [cf.folder_of(tmp_path, step) for step in kept]
+        assert ("other held-out rows than step-00000" in caplog.text) == said
 
 
 @pytest.mark.parametrize("name", ["a\0b", ""])

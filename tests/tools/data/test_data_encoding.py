@@ -204,7 +204,7 @@ def test_what_is_wrong_is_counted_and_shown(tmp_path, tokenizer):
     with open_rows(data, tokenizer, batch_size=1, vocab_size=300) as rows:
         while rows.epoch == 0:
             next(rows)
-        counts, remarks = rows.figures(), rows.remarks()
+        counts, remarks = rows.faults(), rows.remarks()
     assert {key: counts[key] for key in ("empty_documents", "repeated_documents")} == {
         "empty_documents": 2 * (counts["dropped_records"]),
         "repeated_documents": 1,

@@ -10,7 +10,7 @@ import pytest
 from act24.errors import Act24Error
 from act24.recipes.schema import Data, Tokenizer
 from act24.tools.data import heldout_rows, identity, open_documents, open_rows, open_tokenizer, prepare_shards
-from act24.tools.data.documents import FRUITLESS, Documents
+from act24.tools.data.documents import FRUITLESS, Documents, other_heldout_text
 from act24.tools.data.files import find_files
 from act24.tools.data.shards import TokenShards
 
@@ -117,7 +117,11 @@ def test_files_that_were_renamed_keep_the_order_of_the_run(folder, opened):
 CHANGES = {
     "an edit of the same size": ("train3.txt", "LOW rank 3 two of four", "1 of 6 files are gone or their"),
     "the held-out text": ("held.txt", "SPARSE graph", r"the content of data\.heldout_files is another"),
-    "a file that is gone": ("train3.txt", None, "1 of 6 files are gone or their content has changed$"),
+    "a file that is gone": (
+        "train3.txt",
+        None,
+        "1 of 6 files are gone or their content has changed; put back",
+    ),
     "a file that was added": (
         "train9.txt",
         "a model",
@@ -162,6 +166,63 @@ def test_of_a_large_file_pieces_are_compared_and_another_time_is_said(folder, op
     large.write_bytes(content)
     with pytest.raises(Act24Error, match="1 of 6 files are gone or their content has changed"):
         opened(section(folder), 1, state)
+
+
+def read_on(folder, edit, count, **keys):
+    """Texts of `count` documents after those of the first epoch, where `edit` came between."""
+    documents = open_documents(section(folder, **keys), "train", shuffle_seed=0, endless=True)
+    first = [next(documents) for _ in range(6)]
+    edit()
+    return documents, first, [next(documents) for _ in range(count)]
+
+
+def test_text_that_is_edited_while_it_is_read_is_noticed_before_it_is_used(folder):
+    """It was trained on in silence, and the run could not go on with either text."""
+    touch = lambda: os.utime(folder / "train3.txt", (1, 1))  # noqa: E731
+    documents, first, second = read_on(folder, touch, 6)
+    assert sorted(first) == sorted(second)  # the same content at another time is the same
+    assert not documents.tally.lines()
+    (folder / "train3.txt").write_text("LOW rank 3 two of four")
+    seen = []
+    with pytest.raises(
+        Act24Error, match=r"train3\.txt was changed while it is read, .* put back what was there"
+    ):
+        seen.extend(iter(documents.__next__, None))
+    assert set(seen) <= set(first)
+
+
+def test_lines_that_change_while_their_file_is_read_are_noticed_at_its_end(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(9)))
+    write(tmp_path, {"held.txt": "sparse graph"})
+    data = section(tmp_path).model_copy(update={"train_files": (str(path),)})
+    documents = open_documents(data, "train", endless=True)
+    assert next(documents) == "0"
+    path.write_text(path.read_text().replace("8", "9"))
+    with pytest.raises(Act24Error, match=r"train\.jsonl was changed while it is read"):
+        [next(documents) for _ in range(9)]
+
+
+def test_a_large_file_that_is_touched_while_it_is_read_is_said(folder, monkeypatch):
+    monkeypatch.setattr(identity, "WHOLE", 10)
+    monkeypatch.setattr(identity, "PIECE", 2)
+    documents, _, _ = read_on(folder, lambda: os.utime(folder / "train3.txt", (1, 1)), 12)
+    (line,) = documents.tally.lines()
+    assert line.startswith("1 large files were modified while they are read")
+    assert line.endswith(f"not compared: {folder / 'train3.txt'}")
+
+
+def test_shards_of_other_text_are_other_held_out_text(folder, tokenizer, tmp_path):
+    shards = [Data(source="shards", shards=str(tmp_path / name), max_length=8) for name in ("a", "b")]
+    prepare_shards(section(folder), tokenizer, tmp_path / "a")
+    (folder / "held.txt").write_text("SPARSE graph")
+    prepare_shards(section(folder), tokenizer, tmp_path / "b")
+    with open_rows(shards[0], tokenizer, batch_size=1, vocab_size=300) as batches:
+        saved = batches.state_dict()["fingerprint"]
+    assert [other_heldout_text(data, saved) for data in shards] == [
+        None,
+        "the content of data.shards is another",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- growing

@@ -201,6 +201,24 @@ def test_an_end_of_text_of_another_name(tmp_path):
     prepare_shards(files, written, tmp_path / "out")
     shards = schema.Data(source="shards", shards=str(tmp_path / "out"))
     assert open_tokenizer(shards, schema.Tokenizer()).eos_id == 3
+    assert open_tokenizer(shards, schema.Tokenizer(end_of_text="<fin>")).eos_id == 3
+    # A run goes on with it, though its recipe does not name it.
+    assert open_tokenizer(shards, schema.Tokenizer(), saved=written.to_json()).eos_id == 3
+    for saved in (None, written.to_json()):
+        with pytest.raises(Act24Error, match=r"is '\[UNK\]', and .*out was written with '<fin>': leave"):
+            open_tokenizer(shards, schema.Tokenizer(end_of_text="[UNK]"), saved=saved)
+
+
+def test_an_end_of_text_that_has_no_say_is_refused(tmp_path, act24):
+    """The trained BPE has its own, and this one was ignored without a word."""
+    (tmp_path / "a.txt").write_text("low rank " * 50)
+    out = tmp_path / "out"
+    prepare = ("data", "prepare", tmp_path / "a.txt", out, "--vocab-size", "300", "--end-of-text")
+    status, _, (line,) = act24(*prepare, "XYZ")
+    assert status == 2
+    assert "is 'XYZ', and the BPE that is trained here has '<|endoftext|>': leave it out, or name" in line
+    assert not out.exists()
+    assert act24(*prepare, "<|endoftext|>")[0] == 0
 
 
 @pytest.mark.parametrize(("size", "said"), [(300, False), (330, False), (331, True), (32_000, True)])

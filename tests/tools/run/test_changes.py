@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,26 @@ LENGTHENED = {
     "held": ("hold", lambda step: cosine(min(step, 7), 8), "stays at its last value, 0.0016"),
     "stretched": ("stretch", lambda step: cosine(step, 12), "recomputed for 12 steps"),
 }
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own", "of another run"])
+def test_a_run_that_goes_on_from_its_end_saves_that_end(short, tiny_file, tmp_path, own):
+    """It ended in success, with no checkpoint, or with that of a later step as the last."""
+    run_dir = tmp_path / "run"
+    if own:
+        shutil.copytree(short, run_dir)
+    begun = checkpoint_folder.folder_of(run_dir if own else short, 4)
+    recipe = load_tiny(tiny_file, *SHORT, "train.steps=4", "checkpoint.keep=9")
+    outcome = train(recipe, run_dir, resume=str(begun))
+    assert outcome.finished
+    assert outcome.checkpoint == checkpoint_folder.folder_of(run_dir, 4) == checkpoint_folder.latest(run_dir)
+    saved = checkpoint.load(outcome.checkpoint)
+    assert outcome.evaluation
+    assert saved.manifest["heldout"]["loss"] == outcome.evaluation.loss
+    assert all(torch.equal(value, saved.weights[name]) for name, value in weights(short, 4).items())
+    assert logged(run_dir, "loss/val") == [(4, pytest.approx(outcome.evaluation.loss, rel=1e-6))]
+    again = train(recipe, run_dir, resume="auto")
+    assert (again.evaluation, again.checkpoint) == (None, outcome.checkpoint)
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "killed before its first save"])

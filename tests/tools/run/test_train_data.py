@@ -10,9 +10,10 @@ from tiny import text, write_recipe
 from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data, Tokenizer
-from act24.tools.data import open_tokenizer, prepare_shards
+from act24.tools.data import open_tokenizer, prepare_shards, rows
+from act24.tools.run.build import load
 from act24.tools.run.evaluate import evaluate_checkpoint
-from act24.tools.run.train import train
+from act24.tools.run.train import TrainingRun, train
 
 
 @pytest.fixture
@@ -35,9 +36,9 @@ def test_epochs_are_said_and_drawn(own, tiny, tmp_path, capsys):
     recipe = load_recipe(str(own), ["train.steps=9", "eval.tokens=100000"])
     train(recipe, tmp_path / "run")
     out = capsys.readouterr().out
-    drawn = scalars(tmp_path / "run", "text/epoch")
-    assert list(drawn) == list(range(min(drawn), 10))  # from the second epoch on
-    assert min(drawn.values()) == 1
+    drawn = scalars(tmp_path / "run", "data/epoch")
+    assert list(drawn) == list(range(1, 10))  # the first epoch is one too
+    assert drawn[1] == 0
     assert max(drawn.values()) >= 2
     begins = {int(value): step for step, value in reversed(drawn.items()) if value}
     for epoch, step in begins.items():
@@ -61,8 +62,35 @@ def test_an_epoch_is_said_at_the_step_that_begins_it(own, tmp_path, capsys, file
     expected = {e: e * tokens // 128 + 1 for e in range(1, 40 * 128 // tokens + 1)}
     said = re.findall(r"step (\d+): epoch (\d+) of the training text begins", capsys.readouterr().out)
     assert {int(epoch): int(step) for step, epoch in said} == expected
-    drawn = scalars(tmp_path / "run", "text/epoch")
+    drawn = scalars(tmp_path / "run", "data/epoch")
     assert {epoch: min(step for step in drawn if drawn[step] == epoch) for epoch in expected} == expected
+
+
+def test_text_that_is_edited_in_a_run_ends_it_and_its_checkpoint_goes_on(own, tmp_path, monkeypatch):
+    """At the first step of the second epoch all files get another text, which is then put back."""
+    monkeypatch.setattr(rows, "GROUP_DOCUMENTS", 1)  # 64 would be 16 epochs of this text, read ahead
+    files = sorted(tmp_path.glob("train-*.txt"))
+    for index, file in enumerate(files):
+        file.write_text(text(400, index))
+    recipe = load_recipe(str(own), ["train.steps=36", "eval.every=0"])
+    straight = train(recipe, tmp_path / "straight")
+    advance = TrainingRun.advance
+
+    def edited(self):
+        advance(self)
+        if self._rows.epoch == 1:
+            for index, file in enumerate(files):
+                file.write_text(text(400, 500 + index))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "advance", edited)
+        with pytest.raises(Act24Error, match=r"was changed while it is read, .*; saved step \d+ in "):
+            train(recipe, tmp_path / "run")
+    with pytest.raises(Act24Error, match=r"4 of 4 files are gone .*put back what was there and go on, or"):
+        train(recipe, tmp_path / "run", resume="auto")
+    for index, file in enumerate(files):
+        file.write_text(text(400, index))
+    assert train(recipe, tmp_path / "run", resume="auto").evaluation == straight.evaluation
 
 
 def test_data_grow(own, act24, tmp_path, capsys):
@@ -177,6 +205,53 @@ def test_eval_says_what_it_could_not_reach(own, tmp_path, caplog):
     (tmp_path / "heldout.txt").unlink()
     with pytest.raises(Act24Error, match="no data file matches"):
         evaluate_checkpoint(tmp_path / "run")
+
+
+def held_out_by_name(folder):
+    (folder / "heldout.txt").write_text(text(600, 10))
+
+
+def held_out_by_content(folder):
+    (folder / "train-1.txt").write_text(text(2000, 77))
+    (folder / "train-9.txt").write_text(text(2000, 78))
+
+
+OTHER_TEXT = {
+    "held-out files": ([], held_out_by_name, "the content of data.heldout_files is another"),
+    "files of which a part is held out": (
+        ["data.heldout_files=[]"],
+        held_out_by_content,
+        "2 of the files of which a part is held out are others",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_TEXT)
+def test_eval_says_that_the_held_out_text_is_another(own, tmp_path, caplog, monkeypatch, what):
+    """It gave another loss without a word, also where some of the text had been trained on."""
+    overrides, edit, said = OTHER_TEXT[what]
+    train(load_recipe(str(own), ["train.steps=5", *overrides]), tmp_path / "run")
+
+    def warned(*more):
+        caplog.clear()
+        evaluate_checkpoint(tmp_path / "run", ["eval.tokens=50", *more])
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warned() == []
+    edit(tmp_path)
+    (line,) = warned()
+    assert line.startswith(f"warning: the held-out text is not that of the run: {said}. The loss cannot")
+    (tmp_path / "other.txt").write_text(text(600, 11))  # who names other text knows
+    assert warned(f'data.heldout_files=["{tmp_path}/other.txt"]') == []
+
+    def load_and_lose(*arguments):
+        built = load(*arguments)
+        shutil.rmtree(tmp_path / "run/checkpoints")  # as the run that goes on may
+        return built
+
+    monkeypatch.setattr("act24.tools.run.evaluate.load", load_and_lose)
+    (line,) = warned()
+    assert line.startswith("warning: whether the held-out text is still that of the run is not known: ")
 
 
 def test_a_data_error_ends_a_run_with_a_checkpoint(own, act24, tmp_path, monkeypatch):

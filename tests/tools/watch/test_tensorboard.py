@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import re
 import resource
 import shlex
 import threading
+import time
 from pathlib import Path
 
 import numpy
@@ -190,6 +192,25 @@ def test_a_new_run_in_an_old_folder_hides_the_old_one(tmp_path, monkeypatch):
         log.scalars({"loss/train": value}, 0)
         log.close()
     assert points(read(tmp_path), "loss/train") == {0: 2.0}
+
+
+@pytest.mark.parametrize("back", [86400, 0], ids=["a day", "the same second, a lower process number"])
+def test_a_clock_that_goes_back_hides_nothing_of_the_run_that_went_on(tmp_path, monkeypatch, back):
+    """Readers sort event files by name, which is the clock, the host and the process number."""
+    now = [time.time()]
+    monkeypatch.setattr(event_file_writer.time, "time", lambda: now[0])
+    for start, (first, last, value) in enumerate([(1, 20, 1.0), (11, 30, 2.0), (26, 40, 3.0)]):
+        monkeypatch.setattr(os, "getpid", lambda start=start: 900 - start)
+        log = RunLog(tmp_path, resumed_from=first - 1 if start else None)
+        for step in range(first, last + 1):
+            log.scalars({"loss/train": value}, step)
+        log.close()
+        now[0] -= back
+    steps = {step: 1.0 if step < 11 else 2.0 if step < 26 else 3.0 for step in range(1, 41)}
+    assert points(read(tmp_path), "loss/train") == steps
+    page = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in page.Tensors("loss/train")] == list(steps)
+    assert event_file_writer.time is time
 
 
 def test_the_heatmap_in_the_file_is_the_picture(tmp_path):
