@@ -286,8 +286,10 @@ class Activation24(OperationalPass):
             weights = self._cast_weights(site)
             for name in weights:
                 add_cast_buffers(region, name)
-            casts = tuple(graph.get_attr(name + part) for name in weights for part in PARTS)
-            kept: dict[str, Argument] = {"casts": casts} if self.keep_cast and casts else {}
+            # Only where they are read: a lowering that the plan did not foresee has no such buffers.
+            names = [name + part for name in weights for part in PARTS if self.keep_cast]
+            casts = tuple(graph.get_attr(name) for name in names)
+            kept: dict[str, Argument] = {"casts": casts} if casts else {}
             sparse = graph.call_function(activation24, arguments, kept)
             keep_site(site.node, sparse)
             sparse.meta[TAKEN_BY] = self
