@@ -241,10 +241,13 @@ class Rewriting:
 
     def exchange_(self, old: OperationalPass, new: OperationalPass) -> None:
         """Put a pass in the place of another that differs only in how it computes: it has the same matches,
-        buffers and steps."""
+        buffers and steps. Also where the other's form of evaluation is in force."""
         self._passes = tuple(new if p is old else p for p in self._passes)
         self._operational = [new if p is old else p for p in self._operational]
-        self._lower_to([new if p is old else p for p in self._active])
+        forms = {id(old): new}
+        if (served := old.in_evaluation()) is not None and (instead := new.in_evaluation()) is not None:
+            forms |= {id(p): instead for p in self._active if p is not old and p == served}
+        self._lower_to([forms.get(id(p), p) for p in self._active])
 
     @property
     def seed(self) -> int:

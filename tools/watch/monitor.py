@@ -239,7 +239,7 @@ class Monitor:
             "perf/tokens_per_s": window.tokens_per_second,
             "perf/data_wait_share": self._waited / elapsed,
             "perf/step_ms": 1000 * elapsed / self._steps,
-            "data/epoch": self._epoch,
+            "text/epoch": self._epoch,
             # Counts of what is wrong: there is nothing to see before the first.
             **{f"text/{name}": value for name, value in self._faults.items() if value},
         }

@@ -262,7 +262,7 @@ BAD_INPUT = {
     "pass without match": (
         (*TRAIN, "--set", 'passes.relu2_ffn.targets=["*.attn"]'),
         r"relu2_ffn matches nothing within targets \['\*\.attn'\], "
-        r"which leaves out model\.layers\.0\.mlp and 1 more",
+        r"which leaves out model\.layers\.0\.mlp and 1 more: name it in targets",
     ),
     "step range on a structural pass": (
         (*TRAIN, "--set", "passes.relu2_ffn.from_step=4"),

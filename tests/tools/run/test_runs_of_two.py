@@ -88,7 +88,7 @@ def test_data_grow_on_two_processes(own, tmp_path):
 
     said = [event.tensor_proto.string_val[0] for event in texts(run_dir, "changes/text_summary")]
     assert said == [] or all(b"train.steps" in line for line in said)
-    epochs = dict(logged(run_dir, "data/epoch"))
+    epochs = dict(logged(run_dir, "text/epoch"))
     assert max(epochs.values()) >= 2
     first_of_2 = min(step for step, epoch in epochs.items() if epoch >= 2)  # epoch 1 had begun by step 3
     added, rows = [], []

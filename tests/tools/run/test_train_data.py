@@ -36,7 +36,7 @@ def test_epochs_are_said_and_drawn(own, tiny, tmp_path, capsys):
     recipe = load_recipe(str(own), ["train.steps=9", "eval.tokens=100000"])
     train(recipe, tmp_path / "run")
     out = capsys.readouterr().out
-    drawn = scalars(tmp_path / "run", "data/epoch")
+    drawn = scalars(tmp_path / "run", "text/epoch")
     assert list(drawn) == list(range(1, 10))  # the first epoch is one too
     assert drawn[1] == 0
     assert max(drawn.values()) >= 2
@@ -62,7 +62,7 @@ def test_an_epoch_is_said_at_the_step_that_begins_it(own, tmp_path, capsys, file
     expected = {e: e * tokens // 128 + 1 for e in range(1, 40 * 128 // tokens + 1)}
     said = re.findall(r"step (\d+): epoch (\d+) of the training text begins", capsys.readouterr().out)
     assert {int(epoch): int(step) for step, epoch in said} == expected
-    drawn = scalars(tmp_path / "run", "data/epoch")
+    drawn = scalars(tmp_path / "run", "text/epoch")
     assert {epoch: min(step for step in drawn if drawn[step] == epoch) for epoch in expected} == expected
 
 
