@@ -66,6 +66,7 @@ class Tracer(fx.Tracer):
         self._proxies: dict[int, fx.Proxy] = {}
         self._questions: list[fx.Node] = []
         self._asked: dict[CodeType, tuple[tuple[str, tuple[str, ...]], ...]] = {}
+        self._of_functions: dict[CodeType, bool] = {}
         self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
 
@@ -213,20 +214,31 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        frame, forwards = sys._getframe(1), set(_forwards(Function))
-        while frame is not None:
-            if frame.f_code in forwards:
+        watching = sys.getprofile()
+        sys.setprofile(None)  # nothing of the module's runs below, and each call would be looked at
+        try:
+            frame = sys._getframe(1)
+            while frame is not None:
+                if self._is_of_function(frame.f_code):
+                    self.refuse(
+                        "calls an autograd.Function, whose backward tracing would drop: make a function "
+                        "with it one node (act24.operation.operation)"
+                    )
+                frame = frame.f_back  # type: ignore[assignment]
+            if _modes() != self._modes:
                 self.refuse(
-                    "calls an autograd.Function, whose backward tracing would drop: make a function "
-                    "with it one node (act24.operation.operation)"
+                    "computes under a mode of its own (gradients, autocast, saved tensors, attention "
+                    f"kernels, precision), which its graph has not: set it around the model, or {OWN}"
                 )
-            frame = frame.f_back  # type: ignore[assignment]
-        if _modes() != self._modes:
-            self.refuse(
-                "computes under a mode of its own (gradients, autocast, saved tensors, attention kernels, "
-                f"precision), which its graph has not: set it around the model, or {OWN}"
-            )
-        return super().create_node(*args, **kwargs)
+            return super().create_node(*args, **kwargs)
+        finally:
+            sys.setprofile(watching)
+
+    def _is_of_function(self, code: CodeType) -> bool:
+        """Whether code is the forward of an autograd.Function; looked at once, when it first runs here."""
+        if code not in self._of_functions:
+            self._of_functions[code] = code in _forwards(Function)
+        return self._of_functions[code]
 
     def iter(self, obj: fx.Proxy) -> Any:
         self.refuse(f"loops over {obj.node.name}: loop over a fixed number, and index it")

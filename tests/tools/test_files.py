@@ -83,5 +83,5 @@ def test_nothing_else_here_writes_weights_by_safetensors_itself():
         calls[0]: {"files.py"},
         calls[1]: set(),
         # The third is transformers' own Trainer, whose checkpoints are its.
-        calls[2]: {"any_model.py", "export.py", "trainer.py"},
+        calls[2]: {"any_model.py", "export.py", "model_type.py", "trainer.py"},
     }

@@ -19,6 +19,7 @@ from act24.passes import Pass, Pipeline, apply_
 from act24.passes.not_saved import allow_to_save_
 from act24.passes.pipeline import pipeline_of
 from act24.recipes.load import passes_of_tables
+from act24.tools.files import even_modes_
 from act24.tools.huggingface.config import ACT24, AUTO_MAP, MODULE, MODULE_TEXT
 
 
@@ -61,6 +62,7 @@ class Act24ForCausalLM(LlamaForCausalLM):
         super().save_pretrained(save_directory, *arguments, **options)
         if (arguments[:1] or (options.get("is_main_process", True),))[0]:
             (Path(save_directory) / MODULE).write_text(MODULE_TEXT, encoding="utf-8")
+            even_modes_(Path(save_directory))
 
     @property
     def pipeline(self) -> Pipeline | None:
