@@ -35,3 +35,12 @@ def scales(model: LlamaForCausalLM) -> list[float]:
 
 def loss_of(model: LlamaForCausalLM) -> Tensor:
     return F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten())
+
+
+def train(model: LlamaForCausalLM, pipeline: Pipeline, steps: range) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in steps:
+        pipeline.begin_update_(step, IDS)
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()

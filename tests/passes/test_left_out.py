@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rewritten_llama import IDS, llama, loss_of, rewritten
+from rewritten_llama import IDS, llama, loss_of, rewritten, train
 from torch import Tensor, nn
 
-from act24.llama import LlamaForCausalLM
-from act24.passes import Activation24, Cola, Fp8, LowRank, OperationalPass, Pipeline, Relu2FFN, Weight24
+from act24.passes import Activation24, Cola, Fp8, LowRank, OperationalPass, Relu2FFN, Weight24
 from act24.passes.activation24 import SCALE as BETA
 from act24.passes.graph.region import buffers_of
 from act24.passes.served import served_weights
@@ -33,15 +32,6 @@ ORDERS = [
     for order in itertools.permutations((ACTIVATION, WEIGHT, Fp8()), length)
     if not any(isinstance(p, Fp8) for p in order[:-1])  # fp8 takes what others leave
 ]
-
-
-def train(model: LlamaForCausalLM, pipeline: Pipeline, steps: range) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for step in steps:
-        pipeline.begin_update_(step, IDS)
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("until", [None, 2])

@@ -10,24 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from rewritten_llama import IDS, loss_of, rewritten
+from rewritten_llama import IDS, rewritten, train
 from torch import Tensor
 
 from act24.llama import LlamaForCausalLM
-from act24.passes import Activation24, Pipeline, Relu2FFN, Weight24
+from act24.passes import Activation24, Relu2FFN, Weight24
 from act24.passes.served import served_weights
 from act24.passes.weight24 import SCALE
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.sparse24.weight.methods import weight_scale
-
-
-def train(model: LlamaForCausalLM, pipeline: Pipeline, steps: range) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for step in steps:
-        pipeline.begin_update_(step, IDS)
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def interrupt(model: LlamaForCausalLM) -> None:

@@ -183,6 +183,8 @@ def test_a_model_of_the_type_act24_is_saved_with_its_passes(runs, tmp_path):
     opened.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(again(IDS).logits, opened(IDS).logits)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "again").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]  # safetensors leaves what only its owner reads
 
 
 def test_what_was_exported_can_be_exported_again(runs, tmp_path):
