@@ -344,6 +344,9 @@ def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
         f"{'once' if budget.epochs == 1 else f'{budget.epochs} times over'}.",
         "Seconds are processor time of pruning or recovery, reading and writing included, evaluation not.",
         "",
+        "The JSON file beside this page has the rows, each with a hash of the code of its method; what "
+        "begins again when that or the budget changes is that row alone.",
+        "",
     ]
     if missing := [name for name in STEPS if name not in rows]:
         named = ", ".join(_TITLES.get(name, name.replace("of", ":")) for name in missing)
