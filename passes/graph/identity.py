@@ -13,7 +13,7 @@ from dis import Instruction
 from functools import cache
 from types import CodeType, FrameType
 
-_FUNCTIONS = ("type", "id", "callable")
+_FUNCTIONS = ("type", "id", "callable", "vars", "dir")
 
 
 @cache

@@ -33,7 +33,11 @@ from act24.passes.graph.shadow import Shadow
 #: Packages whose functions read nothing that a user sets.
 FOREIGN = {"torch", *sys.stdlib_module_names}
 
-_KIND = vars(Proxy)["__class__"].fget.__code__
+#: What proxies do to answer is no question of the module's.
+_PROXIES = Proxy._attribute.__globals__
+_QUESTIONS = (isinstance, hasattr, getattr)
+#: Exceptions that a value in a proxy's place would raise too.
+_SAME = (AttributeError, LookupError, ImportError, StopIteration, Unclean)
 
 
 class Tracer(fx.Tracer):
@@ -43,7 +47,7 @@ class Tracer(fx.Tracer):
         refused: the first question that had no answer, or the empty string.
         casts: the questions whether two dtypes differ, one of them a value's, that were answered by yes: a
             dtype, or the node that it is of.
-        asks_kind: whether the module calls isinstance() at this moment.
+        asks: isinstance(), hasattr() or getattr(), where the module calls it at this moment.
     """
 
     proxy_buffer_attributes = True
@@ -60,7 +64,7 @@ class Tracer(fx.Tracer):
         self.refused = ""
         self.casts: list[tuple[fx.Node | torch.dtype, fx.Node | torch.dtype]] = []
         self._note = note
-        self.asks_kind = False
+        self.asks: Callable[..., Any] | None = None
         self._shadow = shadow
         self._closed = closed
         self._proxies: dict[int, fx.Proxy] = {}
@@ -69,6 +73,7 @@ class Tracer(fx.Tracer):
         self._of_functions: dict[CodeType, bool] = {}
         self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
+        self._raised = ""
 
     def record(self, values: dict[str, Any] | None = None, equal: int | None = None) -> fx.Graph:
         """The graph of the double's forward.
@@ -90,16 +95,22 @@ class Tracer(fx.Tracer):
         }
         self._modes = _modes()
         function, args = self.create_args_for_root(type(root).forward, True, values)
-        before, collects = sys.getprofile(), gc.isenabled()
+        before, traces, collects = sys.getprofile(), sys.gettrace(), gc.isenabled()
         gc.disable()  # what others do when garbage is collected is not asked by the module
         self._shadow.observer = self
         sys.setprofile(self._on_event)
         try:
             result = function(*args)
             sys.setprofile(before)
+            if self._raised:
+                self.refuse(
+                    f"catches {self._raised}, which tracing raises and a tensor may not: take the try: away, "
+                    f"or {OWN}"
+                )
             self.create_node("output", "output", (self.create_arg(result),), {})
         finally:
             sys.setprofile(before)
+            sys.settrace(traces)
             self._shadow.observer = None
             if collects:
                 gc.enable()
@@ -134,18 +145,21 @@ class Tracer(fx.Tracer):
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
-        if frame.f_code is _KIND:
+        if frame.f_globals is _PROXIES:
             return
         if event in ("call", "return"):
             self._check_identities(frame)
         # Parsing the arguments of torch's functions asks too, and is no question of the module's.
-        self.asks_kind = event == "c_call" and argument is isinstance and _asks(frame)
+        self.asks = argument if event == "c_call" and argument in _QUESTIONS and _asks(frame) else None
         if event == "c_call":
             if self._before_draw is None and argument.__name__ in _DRAWS:
                 self._before_draw = random_state()
             name, caller = _asked(argument, frame), frame
         elif event == "call":
             self._note(frame)
+            if sys.gettrace() != self._on_raise and (local := self._on_raise(frame, "call", None)):
+                sys.settrace(self._on_raise)
+                frame.f_trace = local
             if frame.f_code is _CHECKPOINT:
                 self.refuse(
                     "calls torch.utils.checkpoint, and its graph would recompute nothing: call it around the "
@@ -158,6 +172,17 @@ class Tracer(fx.Tracer):
             return
         if name and caller is not None and not is_internal(caller):
             self.refuse(f"asks {name}, which tracing would freeze: {OUTSIDE}")
+
+    def _on_raise(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        """Of the interpreter's tracing, this thread's own too, from the first function on that may catch what
+        is raised in it: one begins, or something is."""
+        if event == "call":
+            if not frame.f_code.co_exceptiontable or _package(frame) in FOREIGN:
+                return None
+            frame.f_trace_lines = False
+        elif event == "exception" and not issubclass(argument[0], _SAME):
+            self._raised = self._raised or f"a {argument[0].__name__}"
+        return self._on_raise
 
     def _check_identities(self, frame: FrameType) -> None:
         """Of a function that begins or ends: whether it asks which object a value is."""
@@ -302,10 +327,15 @@ class RegionTracer(fx.Tracer):
 
 
 def _asks(frame: FrameType) -> bool:
-    """Whether isinstance() is called for the module: by its own code, or by torch.is_tensor."""
+    """Whether a question is asked for the module: by its own code, or by torch.is_tensor."""
     if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
         return False
     return not is_internal(frame) or frame.f_code is torch.is_tensor.__code__
+
+
+def _package(frame: FrameType) -> str:
+    """Whose code runs."""
+    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def _environment(frame: FrameType) -> str | None:
@@ -320,8 +350,7 @@ def _asked(function: Any, caller: FrameType) -> str | None:
     if function in (operator.is_, operator.is_not):
         return f"operator.{name}()"
     if function.__module__ == "time":
-        asker = caller.f_globals.get("__name__", "").partition(".")[0]
-        return None if asker in FOREIGN else f"time.{name}()"
+        return None if _package(caller) in FOREIGN else f"time.{name}()"
     return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
 
 
