@@ -69,7 +69,8 @@ def plan(
     model: nn.Module, passes: Sequence[Pass], *, check: bool = True, probe: Probe | None = None
 ) -> Report:
     """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`, where
-    nothing can be checked."""
+    nothing can be checked. The check runs a double of the model: what a forward writes outside of it, into
+    globals and files, it writes there too, unless check=False."""
     return Pipeline(model, passes, check=check, probe=probe).report
 
 

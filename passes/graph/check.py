@@ -60,6 +60,9 @@ class Check:
             recorder = _Recorder()
             try:
                 self._output, self._read = _run(model, arguments, recorder)
+            except _Shares as error:
+                self.not_run = f"it holds {error}, which cannot be copied, and its forward might write to it"
+                return
             except _Writes as error:
                 raise PassError(
                     f"the model writes to its parameter {error} in forward, which a rewritten one could "
@@ -229,6 +232,10 @@ class _Writes(Exception):
     """A parameter would be written to; its name."""
 
 
+class _Shares(Exception):
+    """A double would share something with the model; what."""
+
+
 class _Reads(TorchDispatchMode):
     """Notes which storages operations are given, and lets none write to a parameter."""
 
@@ -257,6 +264,8 @@ def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> 
     """What the double of a model returns in evaluation mode, and the storages that it reads; in training mode
     it runs too, as what happens between the modes shows only there."""
     shadow = Shadow(model, buffers=True)
+    if shadow.uncopied:
+        raise _Shares(shadow.uncopied)
     _set_mode(shadow.root, False)
     if recorder is not None:
         recorder.shadow = shadow

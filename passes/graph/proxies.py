@@ -125,6 +125,7 @@ class Proxy(_Written, fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if name in _SIZES and (parameter := self.tracer.parameter(self.node)) is not None:
+            self.tracer.sized.add(str(self.node.target))
             return getattr(parameter, name)
         return self._attribute(name, self.node.name)
 

@@ -57,6 +57,7 @@ class Tracer(fx.Tracer):
 
     Attributes:
         refused: the first question that had no answer, or the empty string.
+        sized: the parameters whose sizes the module asks for, by name.
         casts: the questions whether two dtypes differ, one of them a value's, that were answered by yes: a
             dtype, or the node that it is of.
         asks: isinstance(), hasattr() or getattr(), where the module calls it at this moment.
@@ -76,6 +77,7 @@ class Tracer(fx.Tracer):
         self.refused = ""
         self.casts: list[tuple[fx.Node | torch.dtype, fx.Node | torch.dtype]] = []
         self._note = note
+        self.sized = set[str]()
         self.asks: Callable[..., Any] | None = None
         self._shadow = shadow
         self._closed = closed

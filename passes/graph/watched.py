@@ -134,12 +134,14 @@ class Frozen:
         names: what the code of the forward names: attributes of the module that can no longer be set are
             among them.
         dynamic: the code also makes up names, so that it may read any attribute.
+        sized: parameters whose sizes it asks for, by local name.
     """
 
     facts: tuple[Fact, ...] = ()
     unwatched: tuple[str, ...] = ()
     names: frozenset[str] = frozenset()
     dynamic: bool = False
+    sized: frozenset[str] = frozenset()
 
 
 #: Of a linear alone.
