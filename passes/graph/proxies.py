@@ -4,7 +4,6 @@ question that it would answer otherwise than a tensor does to the tracer."""
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -84,8 +83,8 @@ class _Written:
         """An attribute of what may be a tensor, a shape or a number."""
         if name not in _ATTRIBUTES:
             raise AttributeError(f"no tensor has an attribute '{name}'")
-        asked = not is_internal(sys._getframe(2))
-        if asked and (name.startswith("__") or (name not in _TENSORS and self.tracer.asks in _NAMES)):
+        unsure = name.startswith("__") or (name not in _TENSORS and self.tracer.asks in _NAMES)
+        if unsure and not is_internal(self.tracer.asker(3)):
             self.tracer.refuse(f"asks for {text}.{name}, which some values have: {OUTSIDE}")
         if name.startswith("__"):
             raise AttributeError(name)

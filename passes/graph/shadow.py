@@ -175,7 +175,7 @@ def content(value: Any, depth: int = 4, identity: bool = True) -> Any:
     elif isinstance(held, dict) or type(value).__module__.partition(".")[0] in FOREIGN:
         own = ()
     else:  # with slots, or an array: what a copy is made from
-        own = content(_state(value), depth + 3 * identity - 1, identity=False)
+        own = content(_state(value), depth + 6 * identity - 1, identity=False)
     if isinstance(held, dict):
         own += tuple((key, content(v, depth - 1, identity)) for key, v in held.items())
     return (id(value) if identity else type(value), own)

@@ -10,7 +10,6 @@ changes nothing; that there is nothing else in the branch, `clean_trace` finds o
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import operator
 import sys
@@ -47,7 +46,6 @@ from act24.passes.graph.surroundings import (
 _PROXIES = Proxy._attribute.__globals__
 _QUESTIONS = (isinstance, hasattr, getattr)
 _NUMBERS = (bool, int, float, str)
-_IMPORT = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
 #: Exceptions that a value in a proxy's place would raise too.
 _SAME = (AttributeError, LookupError, ImportError, StopIteration, Unclean)
 
@@ -147,9 +145,13 @@ class Tracer(fx.Tracer):
         self.refused = self.refused or reason
         raise Unclean(reason)
 
-    def asker(self) -> FrameType:
-        """Who asks a proxy what the proxy takes here."""
-        return sys._getframe(2)
+    def asker(self, above: int = 2) -> FrameType:
+        """Who asks a proxy what the proxy takes here.
+
+        Args:
+            above: how many calls above.
+        """
+        return sys._getframe(above)
 
     def undo_draws(self) -> None:
         """Put generators back that the module drew from, and refuse if it did."""
@@ -167,7 +169,7 @@ class Tracer(fx.Tracer):
         if self._imports is not None:  # what modules ask as they are imported is asked once anyway
             self._imports = None if event == "return" and frame is self._imports else self._imports
             return
-        if event == "call" and frame.f_code is _IMPORT:
+        if event == "call" and _imports(frame):
             self._imports = frame
             return
         if event in ("call", "return"):
@@ -360,6 +362,10 @@ class RegionTracer(fx.Tracer):
     """Whom fx asks to make a graph again, as when it is unpickled: buffers are nodes there too."""
 
     proxy_buffer_attributes = True
+
+
+def _imports(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "_find_and_load" and package(frame) == "importlib"
 
 
 def _asks(frame: FrameType) -> bool:
