@@ -30,10 +30,10 @@ from act24.passes.served import served_passes, served_weights
 from act24.tools.data import Tokenizer
 from act24.tools.files import even_modes_, whole_folder
 from act24.tools.huggingface.adapter import PEFT, write_adapter
-from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
+from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA, uneven_heads
 from act24.tools.huggingface.folder import without_tied_head, write_pretrained
 from act24.tools.huggingface.gguf_file import write_gguf
-from act24.tools.huggingface.tokenizer_files import GENERATION, write_tokenizer
+from act24.tools.huggingface.tokenizer_files import GENERATION, ends, write_tokenizer
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
 from act24.tools.run.build import Built, load
 
@@ -84,9 +84,8 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     exported = exported_form(built, "auto" if form == GGUF else form, dense_weights)
     config = exported.config
     if tokenizer is not None:
-        known = config.eos_token_id  # several, as of chat models, of which the tokenizer names one
-        ends = known if isinstance(known, tuple) and tokenizer.eos_id in known else tokenizer.eos_id
-        config = dataclasses.replace(config, eos_token_id=ends, pad_token_id=tokenizer.pad_id)
+        named = {"eos_token_id": ends(config, tokenizer), "pad_token_id": tokenizer.pad_id}
+        config = dataclasses.replace(config, **named)
     remarks = _remarks(path, built, exported, dense_weights)
     if form == GGUF:
         _write_gguf(out, exported, tokenizer)
@@ -98,7 +97,7 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
         if exported.masks is not None:
             write_masks(written, exported.masks)
         if tokenizer is not None:
-            write_tokenizer(written, tokenizer, config.max_position_embeddings)
+            write_tokenizer(written, tokenizer, config, config.max_position_embeddings)
         if (path / GENERATION).is_file():  # of a Hugging Face folder
             shutil.copyfile(path / GENERATION, written / GENERATION)
         card = "\n\n".join(remarks)
@@ -218,7 +217,7 @@ def _export_foreign(built: Built, out: Path, form: str) -> str:
             check_pruned(model.state_dict(), masks, "what is exported")
             write_masks(written, masks)
         if built.tokenizer is not None:
-            write_tokenizer(written, built.tokenizer, model.config.max_position_embeddings)
+            write_tokenizer(written, built.tokenizer, model.config, model.config.max_position_embeddings)
     return f"{out}: a Hugging Face checkpoint ({type(model).__name__}), step {built.step}"
 
 
@@ -230,6 +229,8 @@ def _stock(
     Raises:
         PassError: it is neither, and why.
     """
+    if uneven := uneven_heads(config):
+        raise PassError(uneven)
     relu2 = [p for p in pipeline.passes if isinstance(p, Relu2FFN)]
     if not relu2:
         return LLAMA, config, pipeline.state_to_stock(state)
@@ -238,11 +239,6 @@ def _stock(
         raise PassError(f"Arcee has relu² in every layer, and {left[0]} has none")
     if any(p.activation != "relu2" for p in relu2):
         raise PassError("Arcee's activation is relu², this model's is relu")
-    if config.hidden_size % config.num_attention_heads:
-        raise PassError(
-            f"Arcee's hidden_size is a multiple of its heads, which {config.hidden_size} is not of "
-            f"{config.num_attention_heads}"
-        )
     stock = pipeline.state_to_stock(state, keep=(Relu2FFN.name,))
     width = stock["model.layers.0.mlp.up_proj.weight"].shape[0]
     return ARCEE, dataclasses.replace(config, intermediate_size=width), stock

@@ -22,6 +22,7 @@ from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.files import save_file, whole_file
+from act24.tools.huggingface.by_transformers import config_fields
 from act24.tools.huggingface.config import (
     ACT24,
     ARCEE,
@@ -140,14 +141,15 @@ def write_pretrained(
         shard: bytes of a file.
 
     Raises:
-        Act24Error: `state` does not fit the configuration, or writing fails.
+        Act24Error: `state` does not fit the configuration, `transformers` would not open it, or writing
+            fails.
     """
     folder = Path(folder)
     state = {name: value.detach().contiguous() for name, value in state.items()}
     model, _ = unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
     check_state(state, model, f"this is no {kind} model")
     dtype = state["model.embed_tokens.weight"].dtype
-    content = config_json(config, kind, dtype, passes, pattern)
+    content = config_fields(config_json(config, kind, dtype, passes, pattern))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, state, metadata, shard)
