@@ -293,12 +293,8 @@ def _passes(command: Command) -> Iterator[dict[str, Any]]:
     if command.sparse_activations:
         yield _activation24(command)
     if command.sparse_weights:
-        scope = {(True, True): "all", (True, False): "attn", (False, True): "mlp"}
-        yield {
-            "use": "weight24",
-            "method": "soft_threshold",
-            "scope": scope[command.attn_2by4, command.mlp_2by4],
-        }
+        scope = "all" if len(command.weights24) == 2 else command.weights24[0]
+        yield {"use": "weight24", "method": "soft_threshold", "scope": scope}
 
 
 def _cola(command: Command) -> dict[str, Any]:
