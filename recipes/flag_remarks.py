@@ -266,8 +266,8 @@ def _in_sparsity(command: Command) -> Iterator[str]:
         if command.method:
             yield (
                 "--enable_2to4_sparse True: factors are 2:4 along the inputs of each, with the scale of "
-                "least squared error, and dX is that of the 2:4 factor; run_c4.py grouped along the rank and along "
-                "the outputs, scaled by ‖W‖/‖S‖, and took dX of the dense factor"
+                "least squared error, and dX is that of the 2:4 factor; run_c4.py grouped along the rank and "
+                "along the outputs, scaled by ‖W‖/‖S‖, and took dX of the dense factor"
             )
     elif command.weights24 and command.exact_steps:
         yield (
