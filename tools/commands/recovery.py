@@ -170,7 +170,7 @@ def evaluate_by_protocol(
     one_of("eval", "--protocol", protocol, PROTOCOLS)
     if seqlen is None:
         raise Act24Error("--protocol wikitext needs --seqlen, without which a perplexity says nothing")
-    found = perplexity(open_any(model), text, seqlen, windows, pick_device(device))
+    found = perplexity(open_any(model, as_trained=True), text, seqlen, windows, pick_device(device))
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
     if beside is not None:
         print(compared(found, beside), file=sys.stderr if as_json else sys.stdout)

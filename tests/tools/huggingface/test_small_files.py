@@ -111,7 +111,7 @@ def test_what_transformers_would_not_open_is_not_written(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("kind", ["Llama", pytest.param("Qwen2", marks=pytest.mark.slow)])
 def test_a_model_of_several_ends_keeps_them(folder: Path, kind: str, tmp_path: Path) -> None:
     """Its generation ended at the tokenizer's only. As the stock model, and as `transformers`' own class."""
     torch.manual_seed(0)
