@@ -285,8 +285,10 @@ def _stock(
     if any(p.activation != "relu2" for p in relu2):
         raise PassError("Arcee's activation is relu², this model's is relu")
     stock = pipeline.state_to_stock(state, keep=(Relu2FFN.name,))
-    width = stock["model.layers.0.mlp.up_proj.weight"].shape[0]
-    return ARCEE, dataclasses.replace(config, intermediate_size=width), stock
+    widths = {stock[f"{network}.up_proj.weight"].shape[0] for network in networks}
+    if len(widths) > 1:
+        raise PassError(f"Arcee has one width of networks, and these have {sorted(widths)}")
+    return ARCEE, dataclasses.replace(config, intermediate_size=widths.pop()), stock
 
 
 def _pattern(pipeline: Pipeline) -> str:

@@ -8,6 +8,7 @@ Every parameter that is missing, left over or of another shape is refused by nam
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from act24.tools.huggingface.config import (
     read_config,
     read_json,
 )
+
+logger = logging.getLogger("act24")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -164,7 +167,7 @@ def write_pretrained(
 def write_weights(
     folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, shard: int = SHARD
 ) -> None:
-    """model.safetensors, or shards with their index, in an existing folder.
+    """model.safetensors, or shards with their index, in an existing folder, in the place of the other.
 
     Raises:
         OSError, safetensors.SafetensorError: writing fails.
@@ -178,6 +181,7 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with whole_file(folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / (WEIGHTS if split.is_sharded else INDEX)).unlink(missing_ok=True)
 
 
 def _under_our_name(name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -204,17 +208,25 @@ def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
     refuse_packed(folder)
-    if (folder / INDEX).exists():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        names = [WEIGHTS]
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in weight_files(folder):
         try:
             state.update(safetensors.torch.load_file(folder / name))
         except (OSError, safetensors.SafetensorError) as error:
             raise Act24Error(f"cannot read {folder / name}: {error}") from error
     return state
+
+
+def weight_files(folder: Path, whole: str = WEIGHTS, index: str = INDEX) -> list[str]:
+    """The files of a checkpoint's weights: the whole one, or else the shards that the index lists. Of both,
+    which other writers leave, `transformers` reads the whole one."""
+    if not (folder / index).is_file():
+        return [whole]
+    if (folder / whole).is_file():
+        told = "warning: %s has %s and shards of %s: the first is read, as transformers does"
+        logger.warning(told, folder, whole, index)
+        return [whole]
+    return sorted(set(read_json(folder / index).get("weight_map", {}).values()))
 
 
 def refuse_packed(folder: Path) -> None:

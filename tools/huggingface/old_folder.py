@@ -33,7 +33,7 @@ from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.tools.huggingface.config import COLA, CONFIG, read_json
-from act24.tools.huggingface.folder import INDEX, WEIGHTS, read_state
+from act24.tools.huggingface.folder import INDEX, WEIGHTS, read_state, weight_files
 
 FLAGS, STATE, COMMAND = "optimizer.pt", "training_state.json", "command.txt"
 PICKLE = "pytorch_model.bin"
@@ -171,11 +171,8 @@ def _flags(folder: Path) -> list[str]:
 def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return read_state(folder)
-    names = [PICKLE]
-    if (folder / PICKLE_INDEX).is_file():
-        names = sorted(set(read_json(folder / PICKLE_INDEX).get("weight_map", {}).values()))
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in weight_files(folder, PICKLE, PICKLE_INDEX):
         state |= _unpickled(folder / name)
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise Act24Error(f"{folder / PICKLE}: {strange[0]} is no tensor")

@@ -4,6 +4,7 @@ end of a text and of several, and of shapes that `transformers` has its own mind
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from act24.llama import LlamaConfig
 from act24.tools.huggingface import model_type  # noqa: F401  (registers it)
 from act24.tools.huggingface.any_model import write_any
 from act24.tools.huggingface.export import export_run
-from act24.tools.huggingface.folder import save_pretrained
+from act24.tools.huggingface.folder import save_pretrained, write_pretrained
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
 from act24.tools.run.train import train
@@ -102,6 +103,44 @@ def test_heads_that_do_not_divide_the_width_leave_as_what_transformers_opens(
             torch.testing.assert_close(theirs, expected, atol=2e-6, rtol=1e-5)
     with pytest.raises(Act24Error, match=r'no form "llama": transformers wants a hidden_size.*--as act24'):
         export_run(run, tmp_path / "llama", "llama")
+
+
+def test_networks_of_different_widths_leave_as_act24(folder: Path, tmp_path: Path) -> None:
+    passes = (
+        '[{use="relu2_ffn", targets=["*.layers.0.mlp"], width="keep"}, '
+        '{use="relu2_ffn", targets=["*.layers.1.mlp"]}]'
+    )
+    train(recipe(folder, "train.steps=1", "eval.every=0", f"passes={passes}"), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(IDS).logits, load(tmp_path / "run").model(IDS), atol=2e-6, rtol=1e-5
+        )
+    with pytest.raises(Act24Error, match=r"Arcee has one width of networks, and these have \[48, 128\]"):
+        export_run(tmp_path / "run", tmp_path / "arcee", "arcee")
+
+
+def test_of_a_whole_file_and_shards_that_is_read_which_transformers_reads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever saves both ways into one folder leaves the index; and by our writer nothing is left."""
+    config = transformers.LlamaConfig(**SIZES)
+    sharded, whole = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    sharded.save_pretrained(tmp_path / "both", max_shard_size="20KB")
+    whole.save_pretrained(tmp_path / "one")
+    shutil.copyfile(tmp_path / "one" / "model.safetensors", tmp_path / "both" / "model.safetensors")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "both").model(IDS), read(IDS).logits, atol=2e-6, rtol=1e-5)
+    assert "the first is read, as transformers does" in caplog.text
+    ours = load(tmp_path / "one").model
+    for shard in (20_000, 10**9, 20_000):
+        write_pretrained(tmp_path / "ours", ours.config, "llama", ours.state_dict(), shard=shard)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+        assert all(torch.equal(again[name], value) for name, value in ours.state_dict().items())
+        names = {path.name for path in (tmp_path / "ours").iterdir()}
+        assert ("model.safetensors" in names) == ("model.safetensors.index.json" not in names)
 
 
 def test_what_transformers_would_not_open_is_not_written(tmp_path: Path) -> None:
