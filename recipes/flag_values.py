@@ -57,7 +57,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def _is_option(word: str) -> bool:
     """Whether a word is an option of the script, and not one of what starts it."""
     name = word[2:].partition("=")[0].replace("-", "_")
-    return word.startswith("--") and any(known.startswith(name) for known in _names())
+    return word.startswith("--") and bool(name) and any(known.startswith(name) for known in _names())
 
 
 def _names() -> set[str]:

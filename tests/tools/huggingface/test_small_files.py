@@ -105,6 +105,7 @@ def test_heads_that_do_not_divide_the_width_leave_as_what_transformers_opens(
         export_run(run, tmp_path / "llama", "llama")
 
 
+@pytest.mark.slow
 def test_networks_of_different_widths_leave_as_act24(folder: Path, tmp_path: Path) -> None:
     passes = (
         '[{use="relu2_ffn", targets=["*.layers.0.mlp"], width="keep"}, '
