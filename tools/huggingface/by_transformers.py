@@ -28,8 +28,10 @@ def config_fields(ours: dict[str, Any]) -> dict[str, Any]:
         return ours
     if ours["model_type"] == ACT24:
         from act24.tools.huggingface.model_type import Act24Config as kind
-    else:
+    elif ours["model_type"] in transformers.CONFIG_MAPPING:
         kind = transformers.CONFIG_MAPPING[ours["model_type"]]
+    else:  # a version from before Arcee
+        return ours
     with reading(f"transformers {transformers.__version__} would not open this model", Exception):
         theirs = kind(**json.loads(json.dumps(ours)))  # as a reader of the file has it
     return json.loads(theirs.to_json_string()) | ours
