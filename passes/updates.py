@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class Updates:
         self.renews = False  # any pass ever
         self._begun = False
         self._held = False
+        self.serves = False  # what was read is lowered and renewed to be served, and trained no further
         #: Updates already made, where somebody has said so and none was begun since.
         self.made = pipeline.step or None
         self._last = -1  # the last update that was begun
@@ -207,6 +208,7 @@ class Updates:
         loop_decays: bool,
     ) -> str | None:
         self.settle()
+        self.serves = False
         pipeline = self.pipeline
         _refuse_to_guess(pipeline, reduce, rank)
         pipeline.lower_(step, without)
@@ -339,6 +341,15 @@ class Updates:
         elif self._masked:
             set_pads_(self.pipeline, None)
             self._masked = False
+
+    def as_served(self) -> AbstractContextManager[None] | None:
+        """As `Watcher.as_served`, at the addresses of the update's state, which CUDA graphs read."""
+        self.settle()
+        active = [*self.pipeline.active]
+        renewed = any(isinstance(p, Weight24) for p in active)
+        if self._held or self.serves or (as_evaluated(active) == active and not renewed):
+            return None
+        return self.pipeline.evaluation()  # type: ignore[attr-defined]
 
     def copied(self) -> str | None:
         """What a copy of the model, which has no pipeline, has to be told."""
