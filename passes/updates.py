@@ -32,7 +32,6 @@ from act24.operation import in_functorch
 from act24.passes.activation24 import SCALE, Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.changed_weights import Unchanged
-from act24.passes.fp8 import Fp8
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.region import buffers_of
 from act24.passes.read_weights import ReadWeights
@@ -41,16 +40,16 @@ from act24.passes.seeds import Seeds
 from act24.passes.state import (
     Due,
     Reduce,
+    Replayed,
     SparseWeight,
     as_evaluated,
     calibrate_,
     calibration_text,
-    cast_weights_,
     decay_gradient_,
     decaying_weights,
     new_places,
-    pack_weights_,
     renew_masks_,
+    renew_weights_to_read_,
     set_pads_,
 )
 from act24.passes.update_hooks import (
@@ -206,6 +205,7 @@ class Updates:
         rank: int | None,
         without: Sequence[str],
         loop_decays: bool,
+        replayed: Replayed | None,
     ) -> str | None:
         self.settle()
         self.serves = False
@@ -215,9 +215,7 @@ class Updates:
         for p in pipeline.active:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
-                pack_weights_(pipeline, p)
-            elif isinstance(p, Fp8 | Activation24):
-                cast_weights_(pipeline, p)
+        renew_weights_to_read_(pipeline, replayed)
         note = None
         due = [one for one in measured_at(pipeline, step) if one.of in pipeline.active]
         if due:
