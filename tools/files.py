@@ -67,6 +67,12 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     path.chmod(mode)
 
 
+def is_plain(path: Path) -> bool:
+    """Whether there is a file, and no link, device or pipe: reading those may wait for ever, and writing
+    goes elsewhere."""
+    return path.is_file() and not path.is_symlink()
+
+
 def even_modes_(folder: Path) -> None:
     """Give the weights that transformers wrote into a folder the mode of the configuration beside them."""
     for path in folder.glob("*.safetensors"):

@@ -15,7 +15,13 @@ from act24.tools.commands.bench import bench_app
 from act24.tools.commands.chinese import LangOption, comments, speaker
 from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
-from act24.tools.commands.options import RecipeArgument, ScaleOption, SetOption
+from act24.tools.commands.options import (
+    RecipeArgument,
+    ScaleOption,
+    SetOption,
+    refuse_ignored,
+    refuse_ignored_keys,
+)
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -195,6 +201,7 @@ def probe_decay(
         if own_rank() == 0:
             print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
+    refuse_ignored_keys(set_ or (), ["passes.weight24.decay"], "--decay says which are tried")
     loaded = load_recipe(recipe, set_ or ())
     steps = steps or default_steps(loaded)
     probes = probe_decays(loaded, decay, steps, say)
@@ -345,6 +352,7 @@ def recipe_from_flags(
 
     say, given = speaker(lang), arguments or ()
     if as_markdown:
+        refuse_ignored({"ARGUMENTS": arguments}, "--markdown prints what becomes of every option")
         return print(old_flags(say), end="")
     text = translated(given) if script_of(given) is not None else translate(given).text
     print(comments(text, say), end="")
@@ -358,9 +366,17 @@ def data_prepare(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     tokenizer: Annotated[
-        str, typer.Option(help="bpe (trained on the source), a tokenizer.json, a Hub name.")
-    ] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=257, max=2**20, help="Of the trained BPE.")] = 32000,
+        str | None,
+        typer.Option(
+            help="bpe (trained on the source), a tokenizer.json, a Hub name; default bpe, or the recipe's."
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            min=257, max=2**20, help="Of the trained BPE; default 32000, or the recipe's.", show_default=False
+        ),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop the training split there.")] = None,
     max_heldout_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the held-out split there.")

@@ -18,6 +18,7 @@ from act24.inference.sampling import Sampling
 from act24.options import one_of
 from act24.passes import Activation24
 from act24.passes.served import fold_weights_
+from act24.recipes.load import read_utf8
 from act24.tools.run.build import Built, load
 from act24.tools.run.tuning import known_table, use_table_
 
@@ -144,7 +145,7 @@ def read_prompts(file: Path) -> list[str]:
         Act24Error: names the line that is none.
     """
     with reading(f"cannot read {file}"):
-        text = file.read_text(encoding="utf-8")
+        text = read_utf8(file)
     prompts = list(_prompts(text, file))
     if not prompts:
         raise Act24Error(f'{file} has no prompts; each line is {{"prompt": "…"}}')

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from act24.tools.commands.options import refuse_ignored, refuse_ignored_keys
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -99,6 +101,7 @@ def calibration_data(source: str, overrides: Any) -> Any:
 
     if wrong := [o for o in overrides if not o.strip().startswith("data.")]:
         raise Act24Error(f"--set takes data.* here, not {wrong[0]}")
+    refuse_ignored_keys(overrides, ["data.max_length"], "--seqlen says how many tokens a row has")
     named = source.endswith(".toml") or source in recipe_names()
     data = load_recipe(source).data if named else data_from_argument(source)
     recipe = load_recipe("demo").model_copy(update={"data": data})
@@ -107,11 +110,12 @@ def calibration_data(source: str, overrides: Any) -> Any:
 
 def _table(path: Path | None) -> dict[str, str]:
     from act24.errors import Act24Error, reading
+    from act24.recipes.load import read_utf8
 
     if path is None:
         return {}
     with reading(f"cannot read {path}", tomllib.TOMLDecodeError):
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_utf8(path))
     for selector, pattern in content.items():
         if not isinstance(pattern, str):
             raise Act24Error(
@@ -139,8 +143,12 @@ def evaluate(
 ) -> None:
     """Held-out loss of a checkpoint, with and without 2:4; with --protocol, perplexity of any model."""
     if protocol is not None:
+        whole = {"--set": set_, "--legacy-average": legacy_average}
+        refuse_ignored(whole, "with --protocol the text is --text, and the mean that of the papers")
         options = (protocol, seqlen, text or [], windows, beside, device, as_json)
         return evaluate_by_protocol(str(path), *options)
+    of_protocol = {"--seqlen": seqlen, "--text": text, "--windows": windows, "--beside": beside}
+    refuse_ignored(of_protocol | {"--device": device}, "they belong to --protocol wikitext")
     from act24.tools.commands.show import show_evaluations
     from act24.tools.run.evaluate import evaluate_checkpoint
     from act24.tools.run.processes import own_rank
