@@ -67,7 +67,8 @@ def prune(
 
     Interrupted, the same command goes on with the next block.
     """
-    from act24.tools.pruning.folder import pick_device, prune_model
+    from act24.tools.pruning.folder import prune_model
+    from act24.tools.run.processes import chosen_device
 
     done = prune_model(
         model,
@@ -78,7 +79,7 @@ def prune(
         samples=samples,
         seqlen=seqlen,
         by_layer=_table(table),
-        device=pick_device(device),
+        device=str(chosen_device(device)),
         say=lambda line: print(line, flush=True),
     )
     for name, why in done.left.items():
@@ -171,14 +172,15 @@ def evaluate_by_protocol(
     """`act24 eval --protocol`."""
     from act24.errors import Act24Error
     from act24.options import one_of
-    from act24.tools.pruning.folder import pick_device
     from act24.tools.run.opening import open_any
+    from act24.tools.run.processes import chosen_device
     from act24.tools.run.protocol import PROTOCOLS, compared, perplexity
 
     one_of("eval", "--protocol", protocol, PROTOCOLS)
     if seqlen is None:
         raise Act24Error("--protocol wikitext needs --seqlen, without which a perplexity says nothing")
-    found = perplexity(open_any(model), text, seqlen, windows, pick_device(device))
+    on = str(chosen_device(device))
+    found = perplexity(open_any(model), text, seqlen, windows, on)
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
     if beside is not None:
         print(compared(found, beside), file=sys.stderr if as_json else sys.stdout)
@@ -208,7 +210,7 @@ def recover(
     """
     from act24.errors import Act24Error
     from act24.tools.pruning.blockwise import recover_blockwise
-    from act24.tools.pruning.folder import pick_device
+    from act24.tools.run.processes import chosen_device
 
     if not blockwise:
         raise Act24Error(
@@ -224,7 +226,7 @@ def recover(
         seqlen=seqlen,
         epochs=epochs,
         lr=lr,
-        device=pick_device(device),
+        device=str(chosen_device(device)),
         say=lambda line: print(line, flush=True),
     )
     print(f"{out}: {len(errors)} blocks recovered, the last one's error {[*errors.values()][-1]:.4f}")

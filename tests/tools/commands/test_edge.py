@@ -79,6 +79,22 @@ def test_a_byte_order_mark_is_no_part_of_what_a_person_wrote(tmp_path):
     assert joined_text([str(files["text.txt"])]) == "a"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "x", "--out", "y"),
+        ("recover", "x", "--out", "y", "--blockwise"),
+        ("eval", "x", "--protocol", "wikitext", "--seqlen", "8", "--text", "z"),
+        ("generate", "x", "--prompt", "a"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_device_that_is_none(act24, words):
+    status, _, (line,) = act24(*words, "--device", "gpu")
+    assert status == 2
+    assert line.startswith("act24: device 'gpu': Expected one of cpu, cuda")
+
+
 def test_a_seed_of_more_than_63_bits(act24, tmp_path):
     status, _, errors = act24("sample", tmp_path, "--seed", "99999999999999999999")
     assert status == 2
