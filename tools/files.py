@@ -73,6 +73,17 @@ def is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
+def plain_text(path: Path) -> str:
+    """The text of a file that a program wrote.
+
+    Raises:
+        OSError, ValueError: it cannot be read; or it is a pipe, which would be waited for.
+    """
+    if path.is_fifo():
+        raise ValueError(f"{path.name} is a pipe")
+    return path.read_text(encoding="utf-8")
+
+
 def even_modes_(folder: Path) -> None:
     """Give the weights that transformers wrote into a folder the mode of the configuration beside them."""
     for path in folder.glob("*.safetensors"):
