@@ -75,7 +75,8 @@ def product_linear(x: Tensor, packed: Tensor, bias: Tensor | None, algorithm: in
         algorithm: of the library's (`prompt_algorithm`).
     """
     rows = x.reshape(-1, x.shape[-1])
-    padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE_ROWS))
+    missing = -len(rows) % TILE_ROWS
+    padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows  # which copies, even by nothing
     y = product24(packed, padded.T, algorithm, True, None, None)[: len(rows)]
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], packed.shape[0])
