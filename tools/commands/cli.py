@@ -110,8 +110,8 @@ def train(
 ) -> None:
     """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …
 
-    Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on. torchrun makes 1
-    of 75, so below it a stop that was saved leaves the file RUN/stopped, which the next start deletes.
+    Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on. torchrun makes
+    1 of 75, so below it a stop that was saved leaves the file RUN/stopped, which the next start deletes.
     """
     from act24.tools.run.signals import STOPPED_STATUS, stop_on_signal, stopped_status
 
