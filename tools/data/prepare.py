@@ -124,14 +124,14 @@ def refuse_taken(out: Path) -> None:
     if os.path.ismount(out):
         raise Act24Error(f"{out} is where a disk is mounted: name a folder on it")
     with reading(f"cannot write {out}"):
-        if out.is_dir() and (out / JOURNAL).exists() and not _foreign(out):
+        if out.is_dir() and (out / LOCK).is_file() and not _foreign(out):
             _remove_notes(out)  # a kill came just behind the last rename
         if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
             raise Act24Error(f"{out} exists already")
 
 
 def _remove_notes(folder: Path) -> None:
-    """What only an unfinished folder has."""
+    """What only an unfinished folder has; the lock last, by which a kill in between is known."""
     for path in folder.glob(f"{JOURNAL}*"):  # what a kill left of one that was being written, too
         path.unlink(missing_ok=True)
     (folder / LOCK).unlink(missing_ok=True)
