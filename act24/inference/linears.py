@@ -1,5 +1,6 @@
 """The linears of a decoding step, where bytes of weights are the time: rows that a zero meets are not read,
-2:4 weights are read packed, and weights of the same input are read as one. And those of prompts, where
+2:4 weights are read packed, weights of the same input are read as one, and those of one token by a kernel
+that does nothing else. And those of prompts, where
 products are the time: cuSPARSELt multiplies 2:4 weights."""
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from act24.sparse24.format.packed import TILE_ROWS
 from act24.sparse24.format.products import Table
+from act24.sparse24.kernels.dense_decode import dense_decode
 from act24.sparse24.kernels.packed_decode import INPUTS, TOKENS, packed_decode
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.skipping_product import skipping_product
@@ -52,6 +54,21 @@ def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None)
     return y.to(x.dtype).view(*x.shape[:-1], len(values))
 
 
+def streamed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear of one token, by a kernel of its own; of more of them cuBLAS's.
+
+    Args:
+        x: 16-bit `[..., K]`.
+        weight: `[N, K]`, contiguous.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) != 1:
+        return F.linear(x, weight, bias)
+    y = dense_decode(rows, weight)
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
 def prompt_algorithm(
     tokens: int, shape: tuple[int, int], table: Table, dtype: torch.dtype, device: torch.device
 ) -> int | None:
@@ -75,7 +92,8 @@ def product_linear(x: Tensor, packed: Tensor, bias: Tensor | None, algorithm: in
         algorithm: of the library's (`prompt_algorithm`).
     """
     rows = x.reshape(-1, x.shape[-1])
-    padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE_ROWS))
+    missing = -len(rows) % TILE_ROWS
+    padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows  # which copies, even by nothing
     y = product24(packed, padded.T, algorithm, True, None, None)[: len(rows)]
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], packed.shape[0])

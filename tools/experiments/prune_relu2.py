@@ -3,10 +3,12 @@
     python -m act24.tools.experiments.prune_relu2 WORK REPORT.md                   about 7 minutes on an H200
     python -m act24.tools.experiments.prune_relu2 WORK REPORT.md --seconds 300     five minutes a recipe
     python -m act24.tools.experiments.prune_relu2 WORK REPORT.md --jobs 8          several at once on one GPU
+    python -m act24.tools.experiments.prune_relu2 WORK REPORT.md --shards SHARDS   on text of `data prepare`
 
 The dense model is trained on for as many updates as each recipe makes: what pruning costs is the distance to
 it, and not to the model before. With activations 2:4 beside the weights, both are measured. The text is the
-built-in one, so that a machine without a network will do. Finished steps are kept in WORK.
+built-in one, so that a machine without a network will do, or token shards (those of `debian_text.py`, say):
+five minutes read the built-in text some fifty times. Finished steps are kept in WORK.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data
 from act24.tools.commands.recovery import calibration_data
 from act24.tools.pruning.blockwise import recover_blockwise
-from act24.tools.pruning.folder import pick_device, prune_model
+from act24.tools.pruning.folder import prune_model
+from act24.tools.run.processes import chosen_device
 from act24.tools.run.train import train
 
 _RECIPE = """
@@ -39,7 +42,7 @@ _RECIPE = """
 [tokenizer]
 {tokenizer}
 [data]
-source = "builtin"
+{data}
 max_length = 256
 [train]
 steps = {steps}
@@ -89,6 +92,7 @@ class Budget:
         samples: calibration rows.
         heldout: tokens of evaluation.
         jobs: steps that run at once, each in a process of its own.
+        shards: token shards that are read; None for the built-in text, with a vocabulary of 4,096.
     """
 
     preset: str
@@ -98,6 +102,16 @@ class Budget:
     samples: int
     heldout: int
     jobs: int
+    shards: Path | None = None
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Keys of `[data]`."""
+        return (
+            ('source = "builtin"',)
+            if self.shards is None
+            else ('source = "shards"', f'shards = "{self.shards.absolute()}"')
+        )
 
 
 def main() -> None:
@@ -111,6 +125,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration rows of 256 tokens")
     parser.add_argument("--heldout", type=int, default=400_000, help="tokens of evaluation")
     parser.add_argument("--jobs", type=int, default=1, help="methods and recipes at once, on the same device")
+    parser.add_argument("--shards", type=Path, help="of `act24 data prepare`; default: the built-in text")
     given = vars(parser.parse_args())
     run(given.pop("work"), given.pop("report"), Budget(**given))
 
@@ -119,8 +134,10 @@ def run(work: Path, report: Path, budget: Budget) -> None:
     """All steps that are not finished, and the report after each."""
     work.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
-    data = calibration_data("builtin", ())
-    model, tokenizer = f'preset = "{budget.preset}"\nvocab_size = 4096', "vocab_size = 4096"
+    data = calibration_data("builtin", [f"data.{key}" for key in budget.data])
+    model, tokenizer = f'preset = "{budget.preset}"', 'name = "bpe"'
+    if budget.shards is None:
+        model, tokenizer = f"{model}\nvocab_size = 4096", "vocab_size = 4096"
 
     def make(steps: dict[str, Step]) -> None:
         """Run what has no result yet, and write the report after each."""
@@ -178,7 +195,7 @@ def _text(model: str, tokenizer: str, passes: tuple[str, ...], steps: int, lr: f
     tables = "".join(f'[[passes]]\nuse = "{name}"\n' for name in passes)
     return _RECIPE.format(
         model=model, tokenizer=tokenizer, steps=steps, rows=budget.rows, lr=lr, warmup=steps // 20,
-        heldout=budget.heldout, passes=tables,
+        heldout=budget.heldout, passes=tables, data="\n".join(budget.data),
     )  # fmt: skip
 
 
@@ -211,7 +228,11 @@ def _trained(recipe: str, out: Path) -> dict[str, float]:
 
 def _pruned(source: str, out: Path, *, method: str, data: Data, budget: Budget) -> dict[str, float]:
     if not out.exists():
-        options: dict[str, Any] = {"samples": budget.samples, "seqlen": 256, "device": pick_device(None)}
+        options: dict[str, Any] = {
+            "samples": budget.samples,
+            "seqlen": 256,
+            "device": str(chosen_device(None)),
+        }
         prune_model(source, out, method=method, pattern="2:4", data=data, **options)
     return {"loss": _evaluated(out, budget)}
 
@@ -219,7 +240,11 @@ def _pruned(source: str, out: Path, *, method: str, data: Data, budget: Budget) 
 def _blockwise(pruned: str, dense: str, out: Path, *, data: Data, budget: Budget) -> dict[str, float]:
     began = time.perf_counter()
     if not out.exists():
-        options: dict[str, Any] = {"samples": budget.samples, "seqlen": 256, "device": pick_device(None)}
+        options: dict[str, Any] = {
+            "samples": budget.samples,
+            "seqlen": 256,
+            "device": str(chosen_device(None)),
+        }
         recover_blockwise(pruned, out, data=data, dense=dense, **options)
     seconds = time.perf_counter() - began
     return {"loss": _evaluated(out, budget), "seconds": seconds}
@@ -235,10 +260,11 @@ def _report(found: dict[str, dict[str, float]], budget: Budget) -> str:
     """Held-out losses, and the distance of each to the dense model that was trained for as long."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     reached = found.get("dense, trained on", {}).get("loss")
+    text = "built-in text" if budget.shards is None else "token shards"
     lines = [
         f"# A relu² {budget.preset}, pruned 2:4 and recovered",
         "",
-        f"Written by `tools/experiments/prune_relu2.py` on {device}; built-in text, updates of "
+        f"Written by `tools/experiments/prune_relu2.py` on {device}; {text}, updates of "
         f"{budget.rows} rows of 256 tokens, held-out loss in nats a token. The last column is the "
         "perplexity beside that of the dense model trained on for as many updates.",
         "",

@@ -8,6 +8,7 @@ Every parameter that is missing, left over or of another shape is refused by nam
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.files import save_file, whole_file
+from act24.tools.huggingface.by_transformers import config_fields
 from act24.tools.huggingface.config import (
     ACT24,
     ARCEE,
@@ -33,6 +35,8 @@ from act24.tools.huggingface.config import (
     read_config,
     read_json,
 )
+
+logger = logging.getLogger("act24")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -140,14 +144,15 @@ def write_pretrained(
         shard: bytes of a file.
 
     Raises:
-        Act24Error: `state` does not fit the configuration, or writing fails.
+        Act24Error: `state` does not fit the configuration, `transformers` would not open it, or writing
+            fails.
     """
     folder = Path(folder)
     state = {name: value.detach().contiguous() for name, value in state.items()}
     model, _ = unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
     check_state(state, model, f"this is no {kind} model")
     dtype = state["model.embed_tokens.weight"].dtype
-    content = config_json(config, kind, dtype, passes, pattern)
+    content = config_fields(config_json(config, kind, dtype, passes, pattern))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, state, metadata, shard)
@@ -162,7 +167,7 @@ def write_pretrained(
 def write_weights(
     folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, shard: int = SHARD
 ) -> None:
-    """model.safetensors, or shards with their index, in an existing folder.
+    """model.safetensors, or shards with their index, in an existing folder, in the place of the other.
 
     Raises:
         OSError, safetensors.SafetensorError: writing fails.
@@ -176,6 +181,7 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with whole_file(folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / (WEIGHTS if split.is_sharded else INDEX)).unlink(missing_ok=True)
 
 
 def _under_our_name(name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -202,17 +208,25 @@ def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
     refuse_packed(folder)
-    if (folder / INDEX).exists():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        names = [WEIGHTS]
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in weight_files(folder):
         try:
             state.update(safetensors.torch.load_file(folder / name))
         except (OSError, safetensors.SafetensorError) as error:
             raise Act24Error(f"cannot read {folder / name}: {error}") from error
     return state
+
+
+def weight_files(folder: Path, whole: str = WEIGHTS, index: str = INDEX) -> list[str]:
+    """The files of a checkpoint's weights: the whole one, or else the shards that the index lists. Of both,
+    which other writers leave, `transformers` reads the whole one."""
+    if not (folder / index).is_file():
+        return [whole]
+    if (folder / whole).is_file():
+        told = "warning: %s has %s and shards of %s: the first is read, as transformers does"
+        logger.warning(told, folder, whole, index)
+        return [whole]
+    return sorted(set(read_json(folder / index).get("weight_map", {}).values()))
 
 
 def refuse_packed(folder: Path) -> None:

@@ -8,31 +8,49 @@ from pathlib import Path
 from typing import Any
 
 from act24.tools.data import Tokenizer
+from act24.tools.huggingface.by_transformers import generation_fields, tokenizer_fields
 
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:
-    """tokenizer.json, tokenizer_config.json and generation_config.json in an existing folder.
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, config: Any, positions: int) -> None:
+    """tokenizer.json and tokenizer_config.json in an existing folder, and generation_config.json where there
+    is none yet.
 
     Args:
+        config: of the model, stock or `transformers`' own: may name a token that begins a text, and several
+            that end it.
         positions: the longest sequence.
 
     Raises:
         OSError: writing fails.
     """
     ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    config: dict[str, Any] = {
+    begin = getattr(config, "bos_token_id", None)
+    if isinstance(begin, int) and begin >= 0 and tokenizer.known_ids(begin + 1)[begin]:
+        ids["bos_token"] = begin
+    fields: dict[str, Any] = {
         # Not the name that transformers 5 writes, which 4 does not know.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: tokenizer.token(id) for name, id in ids.items()},
         "model_max_length": positions,
         "clean_up_tokenization_spaces": False,
     }
-    generation = {f"{name}_id": id for name, id in ids.items()}
-    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / GENERATION, generation)
+    content = tokenizer.to_json()
+    (folder / TOKENIZER).write_text(content, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", tokenizer_fields(fields, content))
+    if not (folder / GENERATION).exists():
+        generation = {f"{name}_id": id for name, id in ids.items()} | {
+            "eos_token_id": ends(config, tokenizer)
+        }
+        _write_json(folder / GENERATION, generation_fields(generation))
+
+
+def ends(config: Any, tokenizer: Tokenizer) -> int | tuple[int, ...]:
+    """The tokens that end a text: several, as of chat models, of which the tokenizer names one."""
+    known = getattr(config, "eos_token_id", None)
+    several = isinstance(known, tuple | list) and tokenizer.eos_id in known
+    return tuple(known) if several else tokenizer.eos_id
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
