@@ -40,6 +40,7 @@ logger = logging.getLogger("act24")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PACKED = "packed.safetensors"  # of `act24 pack` (tools/pruning/packed.py)
 
 #: Bytes of a file of weights; what does not fit goes into more of them.
@@ -91,7 +92,8 @@ def open_pretrained(
 
 
 def without_tied_head(state: Mapping[str, Tensor], config: LlamaConfig, subject: str) -> dict[str, Tensor]:
-    """A state dict, that of `subject`, without the head that is the embedding: `transformers` lists it twice.
+    """A state dict, that of `subject`, without the head that is the embedding: `transformers` lists it twice,
+    and some files have it under the head's name alone.
 
     Raises:
         Act24Error: the configuration ties the two, and their weights differ.
@@ -99,7 +101,7 @@ def without_tied_head(state: Mapping[str, Tensor], config: LlamaConfig, subject:
     state = dict(state)
     if config.tie_word_embeddings and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
-        if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
+        if not torch.equal(head, state.setdefault("model.embed_tokens.weight", head)):
             raise Act24Error(
                 f"{subject}: tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight"
             )
@@ -234,6 +236,13 @@ def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
     refuse_packed(folder)
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).is_file()]
+        told = f", only {pickles[0]}, whose pickles are read of run_c4.py's folders alone" if pickles else ""
+        raise Act24Error(
+            f"{folder} has no {WEIGHTS} and no {INDEX}{told}. Where transformers opens the model, its "
+            f"AutoModelForCausalLM.from_pretrained(…).save_pretrained(OUT) writes a folder that has"
+        )
     state: dict[str, Tensor] = {}
     for name in weight_files(folder):
         try:

@@ -219,6 +219,24 @@ def test_tied_head_in_the_file_must_be_the_embedding(saved: Path) -> None:
     assert load_pretrained(saved).lm_head is None
 
 
+def test_a_tied_head_may_be_stored_under_its_own_name_alone(saved: Path) -> None:
+    edit_config(saved, tie_word_embeddings=True)
+    edit_weights(saved, lambda s: s.update({"lm_head.weight": s.pop("model.embed_tokens.weight")}))
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not any(told.values()), told
+    close(load_pretrained(saved)(INPUT_IDS), theirs(INPUT_IDS).logits)
+
+
+def test_a_folder_of_pickles_is_told_the_way_to_safetensors(saved: Path) -> None:
+    torch.save(safetensors.torch.load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(Act24Error, match=r"only pytorch_model\.bin.*from_pretrained\(…\)\.save_pretrained"):
+        load_pretrained(saved)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    theirs.save_pretrained(saved / "out")
+    close(load_pretrained(saved / "out")(INPUT_IDS), theirs(INPUT_IDS).logits)
+
+
 def test_missing_and_broken_files_are_named(saved: Path) -> None:
     weights = saved / "model.safetensors"
     whole = weights.read_bytes()
