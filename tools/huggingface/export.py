@@ -78,6 +78,13 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     if out.exists():
         raise Act24Error(f"{out} exists already")
     built = load(path)
+    if dense_weights and (form == PEFT or not _pattern(built.pipeline)):
+        why = (
+            "an adapter is written without the weights"
+            if form == PEFT
+            else f"{path} has no weight24 in force"
+        )
+        raise Act24Error(f"--dense-weights would be ignored: {why}")
     if form == PEFT:
         return write_adapter(built, out)
     if not isinstance(built.model, LlamaForCausalLM):
@@ -318,7 +325,7 @@ def _remarks(path: Path, built: Built, kind: str, pattern: str, dense_weights: b
         )
     if pattern:
         remarks.append("Its weights are 2:4: two of every four along the inputs are zero")
-    elif dense_weights and _pattern(built.pipeline):
+    elif dense_weights:
         remarks.append("Its weights are the dense masters behind 2:4 ones, not the function that was trained")
     return remarks
 

@@ -29,7 +29,7 @@ from act24.optim import AdamWOptions
 from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN, Weight24
 from act24.recipes.flags import BY_NAME
 from act24.recipes.from_flags import recipe_from_flags
-from act24.recipes.load import dump_recipe, parse_recipe
+from act24.recipes.load import dump_recipe, parse_recipe, read_utf8
 from act24.recipes.schema import Recipe
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.tools.huggingface.config import COLA, CONFIG, read_json
@@ -140,7 +140,7 @@ def _as_it_was_trained(recipe: Recipe, old: Mapping[str, Tensor], folder: Path) 
 def _flags(folder: Path) -> list[str]:
     """The options of the command that trained it, without the model's."""
     if (folder / COMMAND).is_file():
-        words = shlex.split((folder / COMMAND).read_text(encoding="utf-8"), comments=True)
+        words = shlex.split(read_utf8(folder / COMMAND), comments=True)
         while "--model_config" in words:
             index = words.index("--model_config")
             del words[index : index + 2]

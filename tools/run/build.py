@@ -343,9 +343,10 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
 def _with_manifest(folder: Path) -> tuple[Path, bytes | None]:
     """The folder, and what tells which checkpoint of that name it is; None where there is none."""
     try:
-        return folder, (folder / MANIFEST).read_bytes()
+        text = (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else None
     except OSError:
-        return folder, None
+        text = None
+    return folder, text
 
 
 def _beside(folder: Path) -> Tokenizer | None:
