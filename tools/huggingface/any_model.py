@@ -72,6 +72,7 @@ class AnyModel:
         passes: that rewrote the stock model.
         pipeline: the same, applied; None for others.
         tokenizer_json: the content of its tokenizer.json; None if there is none.
+        generation: settings for its generation_config.json, of a run that began with them.
     """
 
     source: str
@@ -82,6 +83,7 @@ class AnyModel:
     passes: tuple[Pass, ...]
     pipeline: Pipeline | None
     tokenizer_json: str | None
+    generation: Mapping[str, Any] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -181,7 +183,7 @@ def write_any(
             copied |= name == TOKENIZER
     if not copied and opened.tokenizer_json is not None:
         config = opened.config or opened.model.config
-        write_tokenizer(folder, opened.open_tokenizer(), config, opened.positions)
+        write_tokenizer(folder, opened.open_tokenizer(), config, opened.positions, opened.generation)
 
 
 def stock_kind(passes: tuple[Pass, ...], config: LlamaConfig) -> str:

@@ -35,9 +35,9 @@ from act24.tools.huggingface.adapter import PEFT, write_adapter
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA, config_of, uneven_heads
 from act24.tools.huggingface.folder import without_tied_head, write_pretrained
 from act24.tools.huggingface.gguf_file import write_gguf
-from act24.tools.huggingface.tokenizer_files import GENERATION, ends, write_tokenizer
+from act24.tools.huggingface.tokenizer_files import GENERATION, ends, padding, write_tokenizer
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
-from act24.tools.run.build import Built, load
+from act24.tools.run.build import Built, generation_of, load
 
 GGUF = "gguf"
 FORMS = ("auto", LLAMA, ARCEE, ACT24, GGUF, PEFT)
@@ -93,7 +93,7 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     exported = exported_form(built, "auto" if form == GGUF else form, dense_weights)
     config = exported.config
     if tokenizer is not None:
-        named = {"eos_token_id": ends(config, tokenizer), "pad_token_id": tokenizer.pad_id}
+        named = {"eos_token_id": ends(config, tokenizer), "pad_token_id": padding(config, tokenizer)}
         config = dataclasses.replace(config, **named)
     remarks = _remarks(path, built, exported.kind, exported.pattern, dense_weights)
     if form == GGUF:
@@ -106,7 +106,8 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
         if exported.masks is not None:
             write_masks(written, exported.masks)
         if tokenizer is not None:
-            write_tokenizer(written, tokenizer, config, config.max_position_embeddings)
+            positions = config.max_position_embeddings
+            write_tokenizer(written, tokenizer, config, positions, generation_of(built))
         if (path / GENERATION).is_file():  # of a Hugging Face folder
             shutil.copyfile(path / GENERATION, written / GENERATION)
         _write_card(written, out.name, remarks)
@@ -254,7 +255,8 @@ def _export_foreign(path: Path, built: Built, out: Path, form: str, dense_weight
     with whole_folder(out) as written:
         pattern = _write_foreign(model, written, built.pipeline, pattern)
         if built.tokenizer is not None:
-            write_tokenizer(written, built.tokenizer, model.config, model.config.max_position_embeddings)
+            positions = model.config.max_position_embeddings
+            write_tokenizer(written, built.tokenizer, model.config, positions, generation_of(built))
         remarks = _remarks(path, built, type(model).__name__, pattern, dense_weights)
         _write_card(written, out.name, remarks)
     return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))

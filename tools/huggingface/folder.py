@@ -40,6 +40,7 @@ logger = logging.getLogger("act24")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PACKED = "packed.safetensors"  # of `act24 pack` (tools/pruning/packed.py)
 
 #: Bytes of a file of weights; what does not fit goes into more of them.
@@ -62,10 +63,12 @@ def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
 def open_pretrained(
     folder: str | Path, state: Mapping[str, Tensor] | None = None
 ) -> tuple[LlamaForCausalLM, Pipeline]:
-    """The LLaMA, Arcee, act24 or CoLA model stored in `folder`, in the dtype it is stored in, on the CPU, and
-    the pipeline that rewrote the stock LLaMA into it.
+    """The LLaMA, Arcee, act24 or CoLA model stored in `folder`, on the CPU, and the pipeline that
+    rewrote the stock LLaMA into it.
 
-    Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists.
+    Its parameters have the dtype in which they are stored; of several, that of config.json, as
+    `transformers` has it. Reads config.json and model.safetensors, or the shards that
+    model.safetensors.index.json lists.
 
     Args:
         state: the weights, where they lie otherwise in the folder.
@@ -82,13 +85,15 @@ def open_pretrained(
     state = dict(_under_our_name(*item) for item in state.items())
     state = without_tied_head(state, config, str(folder))
     check_state(state, model, str(folder))
+    state = _of_one_dtype(state, model, folder)
     model.load_state_dict(state, assign=True)
     fill_buffers_(model)
     return model, pipeline
 
 
 def without_tied_head(state: Mapping[str, Tensor], config: LlamaConfig, subject: str) -> dict[str, Tensor]:
-    """A state dict, that of `subject`, without the head that is the embedding: `transformers` lists it twice.
+    """A state dict, that of `subject`, without the head that is the embedding: `transformers` lists it twice,
+    and some files have it under the head's name alone.
 
     Raises:
         Act24Error: the configuration ties the two, and their weights differ.
@@ -96,11 +101,34 @@ def without_tied_head(state: Mapping[str, Tensor], config: LlamaConfig, subject:
     state = dict(state)
     if config.tie_word_embeddings and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
-        if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
+        if not torch.equal(head, state.setdefault("model.embed_tokens.weight", head)):
             raise Act24Error(
                 f"{subject}: tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight"
             )
     return state
+
+
+def _of_one_dtype(state: dict[str, Tensor], model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
+    """A state dict whose parameters can be computed with together; buffers as they are.
+
+    Raises:
+        Act24Error: several dtypes are stored, and config.json does not say in which to compute.
+    """
+    parameters = [name for name, _ in model.named_parameters()]
+    stored = sorted({str(state[name].dtype).removeprefix("torch.") for name in parameters})
+    if len(stored) == 1:
+        return state
+    raw = read_json(folder / CONFIG)
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise Act24Error(
+            f"{folder} has parameters in {' and '.join(stored)}, and dtype in its {CONFIG} is {name!r}: "
+            'write there which one to compute in, "float32" or "bfloat16"'
+        )
+    told = "warning: %s has parameters in %s: all are read as %s, the dtype of its config.json"
+    logger.warning(told, folder, " and ".join(stored), name)
+    return state | {name: state[name].to(dtype) for name in parameters}
 
 
 def fill_buffers_(model: torch.nn.Module) -> None:
@@ -208,6 +236,13 @@ def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
     refuse_packed(folder)
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).is_file()]
+        told = f", only {pickles[0]}, whose pickles are read of run_c4.py's folders alone" if pickles else ""
+        raise Act24Error(
+            f"{folder} has no {WEIGHTS} and no {INDEX}{told}. Where transformers opens the model, its "
+            f"AutoModelForCausalLM.from_pretrained(…).save_pretrained(OUT) writes a folder that has"
+        )
     state: dict[str, Tensor] = {}
     for name in weight_files(folder):
         try:

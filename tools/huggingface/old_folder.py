@@ -33,14 +33,12 @@ from act24.recipes.load import dump_recipe, parse_recipe, read_utf8
 from act24.recipes.schema import Recipe
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.tools.huggingface.config import COLA, CONFIG, read_json
-from act24.tools.huggingface.folder import INDEX, WEIGHTS, read_state, weight_files
+from act24.tools.huggingface.folder import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, read_state, weight_files
 
 FLAGS, STATE, COMMAND = "optimizer.pt", "training_state.json", "command.txt"
-PICKLE = "pytorch_model.bin"
 
 #: In the names of what `SparseOverlayLinear` wrapped.
 _OVERLAY = ".loro_linear."
-PICKLE_INDEX = f"{PICKLE}.index.json"
 
 logger = logging.getLogger("act24")
 

@@ -4,6 +4,8 @@ with which generation begins and ends."""
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,30 @@ from act24.tools.huggingface.by_transformers import generation_fields, tokenizer
 
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
+logger = logging.getLogger("act24")
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, config: Any, positions: int) -> None:
+
+def write_tokenizer(
+    folder: Path,
+    tokenizer: Tokenizer,
+    config: Any,
+    positions: int,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
     """tokenizer.json and tokenizer_config.json in an existing folder, and generation_config.json where there
-    is none yet.
+    is none yet or settings for it are given.
 
     Args:
         config: of the model, stock or `transformers`' own: may name a token that begins a text, and several
             that end it.
         positions: the longest sequence.
+        generation: the settings of the model that a run began with. They are left out, and a warning says so,
+            where another tokenizer's tokens have other ids.
 
     Raises:
         OSError: writing fails.
     """
-    ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    ids = {"eos_token": tokenizer.eos_id, "pad_token": padding(config, tokenizer)}
     begin = getattr(config, "bos_token_id", None)
     if isinstance(begin, int) and begin >= 0 and tokenizer.known_ids(begin + 1)[begin]:
         ids["bos_token"] = begin
@@ -39,11 +51,18 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, config: Any, positions: 
     content = tokenizer.to_json()
     (folder / TOKENIZER).write_text(content, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", tokenizer_fields(fields, content))
-    if not (folder / GENERATION).exists():
-        generation = {f"{name}_id": id for name, id in ids.items()} | {
-            "eos_token_id": ends(config, tokenizer)
-        }
-        _write_json(folder / GENERATION, generation_fields(generation))
+    own = {f"{name}_id": id for name, id in ids.items()} | {"eos_token_id": ends(config, tokenizer)}
+    if generation and tokenizer.eos_id not in _listed(generation.get("eos_token_id", own["eos_token_id"])):
+        logger.warning(
+            "warning: %s has none of the generation settings that its model began with: they end a text at "
+            "%s, its tokenizer at %d",
+            folder,
+            generation["eos_token_id"],
+            tokenizer.eos_id,
+        )
+        generation = None
+    if generation or not (folder / GENERATION).exists():
+        _write_json(folder / GENERATION, generation_fields(own | dict(generation or {})))
 
 
 def ends(config: Any, tokenizer: Tokenizer) -> int | tuple[int, ...]:
@@ -51,6 +70,18 @@ def ends(config: Any, tokenizer: Tokenizer) -> int | tuple[int, ...]:
     known = getattr(config, "eos_token_id", None)
     several = isinstance(known, tuple | list) and tokenizer.eos_id in known
     return tuple(known) if several else tokenizer.eos_id
+
+
+def padding(config: Any, tokenizer: Tokenizer) -> int:
+    """The token that fills rows: the model's own, if it knows the tokenizer's end of a text."""
+    known = getattr(config, "pad_token_id", None)
+    same = tokenizer.eos_id in _listed(getattr(config, "eos_token_id", None))
+    own = isinstance(known, int) and known >= 0 and same and bool(tokenizer.known_ids(known + 1)[known])
+    return known if own else tokenizer.pad_id  # type: ignore[return-value]
+
+
+def _listed(ids: Any) -> tuple[Any, ...]:
+    return tuple(ids) if isinstance(ids, tuple | list) else (ids,)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from act24.tools.huggingface.config import ACT24, ARCEE, CONFIG
 from act24.tools.huggingface.export import computes_24, exported_form, foreign_model
 from act24.tools.huggingface.folder import check_state, fill_buffers_, unset
 from act24.tools.huggingface.old_folder import is_old
-from act24.tools.run.build import load
+from act24.tools.run.build import generation_of, load
 
 logger = logging.getLogger("act24")
 
@@ -38,10 +39,11 @@ def _of_run(path: Path, as_trained: bool) -> AnyModel:
     built = load(path)
     sparse = computes_24(built.pipeline)
     tokenizer_json = built.tokenizer.to_json() if built.tokenizer else None
+    began = generation_of(built)
     if not isinstance(built.model, LlamaForCausalLM):
         model: Any = built.model if sparse and as_trained else foreign_model(built.pipeline)
         _warn(path, sparse and not as_trained)
-        return AnyModel(str(path), None, FOREIGN, model.eval(), None, (), None, tokenizer_json)
+        return AnyModel(str(path), None, FOREIGN, model.eval(), None, (), None, tokenizer_json, began)
     exported = exported_form(built, ACT24 if sparse and as_trained else "auto")
     _warn(path, sparse and exported.kind != ACT24)
     passes = (Relu2FFN(width="keep"),) if exported.kind == ARCEE else exported.passes
@@ -49,7 +51,8 @@ def _of_run(path: Path, as_trained: bool) -> AnyModel:
     check_state(exported.state, model, str(path))
     model.load_state_dict({n: v.detach().clone() for n, v in exported.state.items()}, assign=True)
     fill_buffers_(model)
-    return stock_model(str(path), None, model, passes, pipeline, tokenizer_json)
+    opened = stock_model(str(path), None, model, passes, pipeline, tokenizer_json)
+    return dataclasses.replace(opened, generation=began)
 
 
 def _warn(path: Path, dense: bool) -> None:

@@ -21,6 +21,7 @@ from act24.tools.huggingface import model_type  # noqa: F401  (registers it)
 from act24.tools.huggingface.any_model import write_any
 from act24.tools.huggingface.export import export_run
 from act24.tools.huggingface.folder import save_pretrained, write_pretrained
+from act24.tools.huggingface.tokenizer_files import write_tokenizer
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
 from act24.tools.run.train import train
@@ -153,7 +154,7 @@ def test_what_transformers_would_not_open_is_not_written(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["Llama", pytest.param("Qwen2", marks=pytest.mark.slow)])
 def test_a_model_of_several_ends_keeps_them(folder: Path, kind: str, tmp_path: Path) -> None:
-    """Its generation ended at the tokenizer's only. As the stock model, and as `transformers`' own class."""
+    """And what it samples with. As the stock model, and as `transformers`' own class."""
     torch.manual_seed(0)
     tokens = {"bos_token_id": 7, "eos_token_id": [0, 9], "pad_token_id": 1}
     config = getattr(transformers, f"{kind}Config")(**SIZES, **tokens)
@@ -162,14 +163,32 @@ def test_a_model_of_several_ends_keeps_them(folder: Path, kind: str, tmp_path: P
     assert first.tokenizer is not None
     end = first.tokenizer.eos_id
     (tmp_path / "source" / "tokenizer.json").write_text(first.tokenizer.to_json())
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    began = {**sampling, "eos_token_id": [0, 9], "bos_token_id": 7, "pad_token_id": 3}
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(began))
     train(branch(folder, tmp_path / "source", [], "train.steps=1", "eval.every=0"), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     write_any(open_any(tmp_path / "run"), tmp_path / "again")
     assert end == 0
+    sampled = {**sampling, "pad_token_id": 3, "eos_token_id": [0, 9]}
     for name in ("out", "again"):
         found = GenerationConfig.from_pretrained(tmp_path / name)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert found.eos_token_id == model.config.eos_token_id == [0, 9], name
         assert found.bos_token_id == 7
+        assert {key: getattr(found, key) for key in sampled} == sampled, name
+        assert model.config.pad_token_id == 1
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 7)
+
+
+def test_generation_settings_of_another_tokenizer_are_left_out(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load(run_of(folder, "llama", f"passes={PASSES['llama']}")).tokenizer
+    assert tokenizer is not None
+    began = {"eos_token_id": [5, 9], "pad_token_id": 9, "bad_words_ids": [[4]]}
+    write_tokenizer(tmp_path, tokenizer, LlamaConfig(300, 32, 48, 1, 4), 64, began)
+    assert "they end a text at [5, 9], its tokenizer at 0" in caplog.text
+    found = GenerationConfig.from_pretrained(tmp_path)
+    assert (found.eos_token_id, found.pad_token_id, found.bad_words_ids) == (0, tokenizer.pad_id, None)
