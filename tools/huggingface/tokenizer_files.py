@@ -69,7 +69,7 @@ def ends(config: Any, tokenizer: Tokenizer) -> int | tuple[int, ...]:
     """The tokens that end a text: several, as of chat models, of which the tokenizer names one."""
     known = getattr(config, "eos_token_id", None)
     several = isinstance(known, tuple | list) and tokenizer.eos_id in known
-    return tuple(known) if several else tokenizer.eos_id
+    return _listed(known) if several else tokenizer.eos_id
 
 
 def padding(config: Any, tokenizer: Tokenizer) -> int:
