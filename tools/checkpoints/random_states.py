@@ -6,6 +6,7 @@ JSON, because reading a pickle runs code. The whole is about 20 kB.
 from __future__ import annotations
 
 import base64
+import hashlib
 import random
 from typing import Any
 
@@ -27,6 +28,12 @@ def random_states() -> dict[str, Any]:
         "torch": _encode(torch.get_rng_state()),
         "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None,
     }
+
+
+def seed_random_states_(seed: int, rank: int) -> None:
+    """Begin torch's global generators, from which dropout draws, anew. A process starts with a seed of its
+    own, so that two runs of a recipe would differ. Ranks draw from different seeds."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:7], "little"))
 
 
 def set_random_states_(states: dict[str, Any]) -> None:

@@ -9,19 +9,23 @@ write what came of it (`make recover-demo`; docs/results/prune-recover.md).
 The model is a file in a wheel and no dependency of act24. Calibration and training draw windows of the first
 2.5 million characters of the texts, as token shards, whose rows are shuffled: the first windows of one long
 file are all of one page. Evaluation reads the last twentieth: perplexity at 512 tokens by
-`act24 eval --protocol wikitext`. Finished steps are kept in WORK, so that the command goes on where it was.
+`act24 eval --protocol wikitext`.
+
+Each finished row is kept in a file beside the page, with a hash of the code that made it: a row is not made
+again unless the budget or that code changed. Models are kept in WORK, and made again where a missing row
+begins with one.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import ast
+import hashlib
 import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data
 from act24.tools.data.prepare import prepare_shards
 from act24.tools.experiments.debian_text import documents
+from act24.tools.files import whole_file
 from act24.tools.huggingface.export import export_run
 from act24.tools.pruning.blockwise import recover_blockwise
 from act24.tools.pruning.folder import prune_model
@@ -46,6 +51,30 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 
 #: By row of the table: the shipped recipe.
 RECIPES = {"sparse_mask": "recover-mask", "lora": "recover-lora", "masked_lora": "recover-masked-lora"}
+
+#: Where the code of a row is: files of the package, whole or the functions that are named.
+_EVALUATION = ("tools/run/protocol.py:window_ids,perplexity,window_loss", "loss.py")
+_PRUNING = (
+    "pruning/methods.py",
+    "pruning/pattern.py",
+    "pruning/statistics.py",
+    "tools/pruning/blocks.py",
+    "tools/pruning/calibration.py:calibration_rows",
+    "tools/pruning/prune.py:_observe,_prune_block_,_prune_linear",
+)
+_TRAINING = ("passes/recovery.py", "optim/adamw.py")
+_CODE = {
+    "sparsegpt": ("pruning/sparsegpt.py",),
+    "blockwise": ("tools/pruning/blockwise.py:_recover_,_fit_,_size,_difference,_relative",),
+    "sparse_mask": (*_TRAINING, "passes/sparse_mask.py", "recipes/recover-mask.toml"),
+    "lora": (*_TRAINING, "passes/lora.py", "recipes/recover-lora.toml"),
+    "masked_lora": (
+        *_TRAINING,
+        "passes/lora.py",
+        "pruning/adapters.py",
+        "recipes/recover-masked-lora.toml",
+    ),
+}
 
 #: What another implementation measured on the same model and texts with the default budget, windows drawn
 #: otherwise, training in float32. No part of what is made here: the report has it beside ours.
@@ -131,7 +160,11 @@ def model_file() -> Path:
 
 
 def run(texts: Path, work: Path, report: Path, budget: Budget) -> None:
-    """All steps that are not finished, and the report of those that are after each."""
+    """All rows that are not there, and the page after each.
+
+    Raises:
+        Act24Error: no text, rows of another evaluation text, or whatever goes wrong with a row.
+    """
     work.mkdir(parents=True, exist_ok=True)
     whole = "\n\n".join(documents(texts))
     if len(whole) < 2 * CHARACTERS:
@@ -140,30 +173,84 @@ def run(texts: Path, work: Path, report: Path, budget: Budget) -> None:
     (work / "train.txt").write_text(whole[:CHARACTERS], encoding="utf-8")
     heldout.write_text(whole[-(len(whole) // HELD_OUT) :], encoding="utf-8")
     source = str(model_file())
-    data = _shards(source, work, heldout)
-    rows: dict[str, dict[str, Any]] = {}
+    kept = report.with_suffix(".json")
+    rows = _kept_rows(kept, budget)
     for name in STEPS:
-        out, result = work / name, work / f"{name}.json"
-        if not result.is_file():
-            seconds = _timed(out, functools.partial(_make, name, source, work, data, budget))
-            where = source if name == "dense" else out
-            found = perplexity(open_any(where), [str(heldout)], SEQLEN, budget.windows)
-            print(f"{name}: {found} ({seconds:.0f} s)", flush=True)
-            content = {"perplexity": found.perplexity, "seconds": seconds, "text": found.text}
-            result.write_text(json.dumps(content), encoding="utf-8")
-        rows[name] = json.loads(result.read_text(encoding="utf-8"))
+        if name in rows:
+            print(f"{name}: {rows[name]['perplexity']:.2f}, found in {kept}", flush=True)
+            continue
+        out, seconds = _made(name, source, work, heldout, budget)
+        found = perplexity(open_any(out), [str(heldout)], SEQLEN, budget.windows)
+        print(f"{name}: {found} ({seconds:.0f} s)", flush=True)
+        row = {"perplexity": found.perplexity, "seconds": seconds, "text": found.text}
+        rows[name] = {**row, "budget": asdict(budget), "code": code_of(name)}
+        if len({own["text"] for own in rows.values()}) > 1:
+            raise Act24Error(
+                f"{kept} has rows of another evaluation text: move it away to measure on this one"
+            )
+        with whole_file(kept) as file:
+            file.write_text(json.dumps({n: rows[n] for n in STEPS if n in rows}, indent=1) + "\n", "utf-8")
         report.write_text(_report(rows, budget), encoding="utf-8")
+    report.write_text(_report(rows, budget), encoding="utf-8")
 
 
-def _timed(out: Path, make: Callable[[Path], None]) -> float:
-    """Seconds of processor time that a step took; NaN where an earlier call had a part in it."""
+def _kept_rows(file: Path, budget: Budget) -> dict[str, dict[str, Any]]:
+    """The rows that need not be made again."""
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept = {}
+    for name, row in rows.items():
+        if row["budget"] != asdict(budget):
+            print(f"{name}: of another budget, made again", flush=True)
+        elif row["code"] != code_of(name):
+            print(f"{name}: the code of its method changed, made again", flush=True)
+        else:
+            kept[name] = row
+    return kept
+
+
+def code_of(name: str) -> str:
+    """A hash of the code of a row's method: what it does, without docstrings and comments. The loop that
+    trains and the reading of text are no part of it."""
+    kind = name.partition(" ")[0]
+    places = [*_EVALUATION, *(_PRUNING if name != "dense" else ()), *_CODE.get(kind, ())]
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for place in places:
+        path, _, names = place.partition(":")
+        text = (root / path).read_text(encoding="utf-8")
+        digest.update((_statements(text, names) if path.endswith(".py") else text).encode())
+    return digest.hexdigest()[:16]
+
+
+def _statements(source: str, names: str) -> str:
+    """What a module does, or those of its functions whose names are given, with commas between them."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    if not names:
+        return ast.dump(tree)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return "".join(ast.dump(functions[name]) for name in names.split(","))
+
+
+def _made(name: str, source: str, work: Path, heldout: Path, budget: Budget) -> tuple[str, float]:
+    """Where the model of a row is, and the seconds of processor time that it took; NaN where an earlier call
+    had a part in it. Folders are named after code and budget, so that none is taken for another's."""
+    if name == "dense":
+        return source, 0.0
+    key = hashlib.sha256(json.dumps([code_of(name), asdict(budget)]).encode()).hexdigest()[:8]
+    out = work / f"{name} {key}"
+    data = _shards(source, work, heldout)
+    recovers = name in RECIPES or name == "blockwise"
+    pruned = _made("wanda 2of4", source, work, heldout, budget)[0] if recovers else source
     begun = out.with_name(f"{out.name}.begun")
     whole = not begun.exists()
     begun.touch()
     before = time.process_time()
     if not out.exists():
-        make(out)
-    return time.process_time() - before if whole else math.nan
+        _make(name, source, pruned, data, budget, out)
+    return str(out), time.process_time() - before if whole else math.nan
 
 
 def _shards(source: str, work: Path, heldout: Path) -> Data:
@@ -175,16 +262,13 @@ def _shards(source: str, work: Path, heldout: Path) -> Data:
     return Data(source="shards", shards=str(folder))
 
 
-def _make(name: str, source: str, work: Path, data: Data, budget: Budget, out: Path) -> None:
-    """One row of the table: a folder with its model."""
-    pruned = work / "wanda 2of4"
-    if name == "dense":
-        return
+def _make(name: str, source: str, pruned: str, data: Data, budget: Budget, out: Path) -> None:
+    """The model of a row."""
     if name in RECIPES:
-        _train(RECIPES[name], pruned, work / f"run-{name}", out, data, budget)
+        _train(RECIPES[name], pruned, out.with_name(f"run-{out.name}"), out, data, budget)
     elif name == "blockwise":
         options: dict[str, Any] = {"samples": budget.fitted, "epochs": budget.epochs}
-        recover_blockwise(str(pruned), out, dense=source, data=data, seqlen=SEQLEN, say=_say, **options)
+        recover_blockwise(pruned, out, dense=source, data=data, seqlen=SEQLEN, say=_say, **options)
     else:
         method, pattern = name.replace("of", ":").split()
         options = {"method": method, "pattern": pattern, "samples": budget.samples}
@@ -195,7 +279,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _train(recipe: str, pruned: Path, run_dir: Path, out: Path, data: Data, budget: Budget) -> None:
+def _train(recipe: str, pruned: str, run_dir: Path, out: Path, data: Data, budget: Budget) -> None:
     made = load_recipe(
         recipe,
         [
@@ -259,6 +343,9 @@ def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
         f"{budget.fitted} windows of {SEQLEN} tokens ({budget.fitted * SEQLEN:,} tokens), "
         f"{'once' if budget.epochs == 1 else f'{budget.epochs} times over'}.",
         "Seconds are processor time of pruning or recovery, reading and writing included, evaluation not.",
+        "",
+        "The JSON file beside this page has the rows, each with a hash of the code of its method; what "
+        "begins again when that or the budget changes is that row alone.",
         "",
     ]
     if missing := [name for name in STEPS if name not in rows]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from act24.errors import Act24Error, reading
 from act24.passes import Lora, MaskedLora
-from act24.tools.files import save_file, whole_folder
+from act24.tools.files import check_hash, save_file, weights_hash, whole_folder
+from act24.tools.huggingface.folder import SEAL
 from act24.tools.run.build import Built
 
 PEFT = "peft"
@@ -89,7 +90,7 @@ def write_adapter(built: Built, out: Path) -> str:
             path = name.removesuffix(".weight")
             tensors[f"{_PREFIX}{path}.lora_{letter}.weight"] = value.detach().cpu().contiguous()
     with whole_folder(out) as written:
-        save_file(tensors, written / WEIGHTS, metadata)
+        save_file(tensors, written / WEIGHTS, {**metadata, SEAL: weights_hash(tensors)})
         (written / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size = sum(value.numel() for value in tensors.values())
     told = "; its base is needed with its masks, PEFT would leave them out" if adapter.masked else ""
@@ -110,6 +111,7 @@ def read_adapter(folder: Path) -> Adapter:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        check_hash(tensors, metadata, folder / WEIGHTS, SEAL)
         factors = {}
         for name in tensors:
             if name.endswith(".lora_A.weight"):

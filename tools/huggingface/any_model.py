@@ -7,7 +7,6 @@ opens stays its own class.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -23,7 +22,7 @@ from act24.errors import Act24Error, reading
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.data.tokenizer import Tokenizer as OpenTokenizer
-from act24.tools.files import even_modes_
+from act24.tools.files import even_modes_, weights_hash
 from act24.tools.huggingface.config import (
     ACT24,
     ARCEE,
@@ -34,6 +33,7 @@ from act24.tools.huggingface.config import (
     uneven_heads,
 )
 from act24.tools.huggingface.folder import (
+    check_seal,
     check_state,
     open_pretrained,
     refuse_packed,
@@ -125,16 +125,6 @@ class AnyModel:
         return weights_hash(self.state())
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 of names, dtypes, shapes and bytes, whatever their order."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
 def open_folder(source: str | Path) -> AnyModel:
     """Open a Hugging Face folder, a Hub name or a GGUF file.
 
@@ -211,6 +201,9 @@ def stock_model(
 def _foreign(source: str, folder: Path) -> AnyModel:
     transformers = _transformers(source)
     refuse_packed(folder)
+    check_seal(folder)
+    if read_json(folder / CONFIG).get("is_encoder_decoder"):
+        raise Act24Error(f"{source} has an encoder beside its decoder, which is not supported")
     with reading(f"transformers cannot open {source}", Exception):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return AnyModel(source, folder, FOREIGN, model.eval(), None, (), None, _read_tokenizer(folder))

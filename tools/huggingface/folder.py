@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
-from act24.tools.files import save_file, whole_file
+from act24.tools.files import check_hash, save_file, weights_hash, whole_file
 from act24.tools.huggingface.by_transformers import config_fields
 from act24.tools.huggingface.config import (
     ACT24,
@@ -42,6 +41,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PACKED = "packed.safetensors"  # of `act24 pack` (tools/pruning/packed.py)
+
+#: In the header of a file of weights that act24 wrote and nobody wrote over: the hash of its tensors.
+SEAL = "act24_sha256"
 
 #: Bytes of a file of weights; what does not fit goes into more of them.
 SHARD = 5 * 10**9
@@ -245,10 +247,9 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for name in weight_files(folder):
-        try:
-            state.update(safetensors.torch.load_file(folder / name))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise Act24Error(f"cannot read {folder / name}: {error}") from error
+        tensors, metadata = _read(folder / name)
+        check_hash(tensors, metadata, folder / name, SEAL)
+        state.update(tensors)
     return state
 
 
@@ -262,6 +263,37 @@ def weight_files(folder: Path, whole: str = WEIGHTS, index: str = INDEX) -> list
         logger.warning(told, folder, whole, index)
         return [whole]
     return sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+
+
+def seal_(folder: Path) -> None:
+    """Put the hash of its tensors into the header of each file of weights in a folder.
+
+    Raises:
+        Act24Error, OSError, safetensors.SafetensorError: reading or writing fails.
+    """
+    for file in (folder / name for name in weight_files(folder)):
+        tensors, metadata = _read(file)
+        with whole_file(file) as partial:
+            save_file(tensors, partial, {**metadata, SEAL: weights_hash(tensors)})
+
+
+def check_seal(folder: Path) -> None:
+    """Check the files of weights that are sealed; what another program writes over them is not.
+
+    Raises:
+        Act24Error: one is damaged.
+    """
+    for file in (folder / name for name in weight_files(folder)):
+        if file.is_file():
+            check_hash(*_read(file), file, SEAL)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Act24Error(f"cannot read {file}: {error}") from error
 
 
 def refuse_packed(folder: Path) -> None:

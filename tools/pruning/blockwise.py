@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from act24.errors import Act24Error
 from act24.pruning.methods import masked
 from act24.recipes.schema import Data
-from act24.tools.huggingface.any_model import weights_hash
+from act24.tools.files import weights_hash
 from act24.tools.huggingface.config import read_json
 from act24.tools.pruning.blocks import Chain
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
 from act24.tools.pruning.folder import REPORT, write_pruned
 from act24.tools.pruning.kept import BlockFiles, clear
-from act24.tools.pruning.masks import Masks, read_masks
+from act24.tools.pruning.masks import Masks, masks_beside
 from act24.tools.run.opening import open_any
 
 #: Tokens of an update, or one row. Small: what a block kept needs many updates more than exact ones.
@@ -67,7 +67,7 @@ def recover_blockwise(
         raise Act24Error(f"{out} exists already")
     began = time.perf_counter()
     opened = open_any(source)
-    masks = read_masks(opened.folder) if opened.folder else None
+    masks = masks_beside(opened.folder, opened.state()) if opened.folder else None
     if masks is None or opened.folder is None:
         raise Act24Error(f"{source} has no masks: blockwise recovery begins with a folder of act24 prune")
     dense = dense or read_json(opened.folder / REPORT).get("source")

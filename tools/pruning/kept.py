@@ -11,7 +11,7 @@ import safetensors
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
-from act24.tools.files import plain_text, save_file, whole_file
+from act24.tools.files import plain_text, save_file, weights_hash, whole_file
 
 _JOURNAL = "interrupted.json"
 
@@ -53,8 +53,11 @@ class BlockFiles:
         damaged = f"cannot read {file} (remove it, and the block is made again)"
         kinds = (safetensors.SafetensorError, KeyError, TypeError)
         with reading(damaged, *kinds), safetensors.safe_open(file, "pt") as opened:
-            content = json.loads(opened.metadata()["content"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, content  # noqa: SIM118
+            metadata = opened.metadata()
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if metadata.get("sha256") not in (None, weights_hash(tensors)):
+                raise ValueError("its tensors are not those that were written")
+            return tensors, json.loads(metadata["content"])
 
     def write(self, index: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """
@@ -69,7 +72,7 @@ class BlockFiles:
                 with whole_file(journal) as file:
                     file.write_text(json.dumps(self._asked, indent=1), encoding="utf-8")
             with whole_file(self._file(index)) as file:
-                save_file(whole, file, {"content": json.dumps(content)})
+                save_file(whole, file, {"content": json.dumps(content), "sha256": weights_hash(whole)})
         except (OSError, safetensors.SafetensorError) as error:
             raise Act24Error(f"cannot write {self._file(index)}: {error}") from error
 

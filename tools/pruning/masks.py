@@ -13,8 +13,8 @@ from torch import Tensor
 from act24.errors import Act24Error, reading
 from act24.pruning.pattern import Pattern, follows, parse_pattern
 from act24.pruning.stored import fault, packed_bits, unpacked_bits
-from act24.tools.files import save_file, whole_file
-from act24.tools.huggingface.any_model import weights_hash
+from act24.tools.files import check_hash, save_file, weights_hash, whole_file
+from act24.tools.huggingface.folder import seal_
 
 MASKS = "masks.safetensors"
 FORMAT = "act24-masks-1"
@@ -68,7 +68,8 @@ def check_pruned(state: Mapping[str, Tensor], masks: Masks, subject: str) -> Non
 
 
 def write_masks(folder: Path, masks: Masks) -> None:
-    """
+    """Write the masks of the weights that are in the folder, which are sealed.
+
     Raises:
         OSError, safetensors.SafetensorError: writing fails.
     """
@@ -84,16 +85,19 @@ def write_masks(folder: Path, masks: Masks) -> None:
     with whole_file(folder / MASKS) as partial:
         metadata = {"format": FORMAT, "masks": json.dumps(table), "sha256": weights_hash(tensors)}
         save_file(tensors, partial, metadata)
+    seal_(folder)
 
 
-def check_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> None:
-    """A flipped bit of a share's mask, or of a value, would be another one of its kind.
+def masks_beside(folder: Path, state: Mapping[str, Tensor]) -> Masks | None:
+    """The masks in a folder, of its weights `state`; None if it has none.
 
     Raises:
-        Act24Error: the tensors are not those of which the file has the hash; one without is an older file.
+        Act24Error: of `read_masks`, or they are of other weights (`check_pruned`).
     """
-    if metadata.get("sha256") not in (None, weights_hash(tensors)):
-        raise Act24Error(f"{file} is damaged: its tensors are not those that were written")
+    masks = read_masks(folder)
+    if masks is not None:
+        check_pruned(state, masks, str(folder))
+    return masks
 
 
 def read_masks(folder: Path) -> Masks | None:

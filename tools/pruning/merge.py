@@ -9,12 +9,12 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.pruning.adapters import merged
-from act24.tools.files import whole_folder
+from act24.tools.files import weights_hash, whole_folder
 from act24.tools.huggingface.adapter import Adapter, adapter_of, read_adapter
-from act24.tools.huggingface.any_model import AnyModel, weights_hash
+from act24.tools.huggingface.any_model import AnyModel
 from act24.tools.pruning.blocks import decoder_blocks
 from act24.tools.pruning.folder import write_pruned
-from act24.tools.pruning.masks import Masks, read_masks
+from act24.tools.pruning.masks import Masks, masks_beside
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
 
@@ -64,7 +64,7 @@ def _of_folder(source: str, adapter: Path) -> tuple[AnyModel, Adapter, Masks | N
     base, found = open_any(source), read_adapter(adapter)
     if found.base and found.base != weights_hash(dict(base.model.named_parameters())):
         raise Act24Error(f"{adapter} was trained on other weights than those of {source}")
-    return base, found, read_masks(base.folder) if base.folder else None
+    return base, found, masks_beside(base.folder, base.state()) if base.folder else None
 
 
 def _of_run(source: str) -> tuple[AnyModel, Adapter, Masks | None]:
@@ -76,7 +76,7 @@ def _of_run(source: str) -> tuple[AnyModel, Adapter, Masks | None]:
     opened = open_any(began)
     if weights_hash(dict(opened.model.named_parameters())) != built.recipe.model.sha256:
         raise Act24Error(f"{began} has other weights than the run {source} began with")
-    return opened, found, read_masks(opened.folder) if opened.folder else None
+    return opened, found, masks_beside(opened.folder, opened.state()) if opened.folder else None
 
 
 def _check_fits(adapter: Adapter, state: dict[str, torch.nn.Parameter], source: str) -> None:

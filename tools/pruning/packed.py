@@ -21,23 +21,20 @@ from torch import Tensor
 from act24.errors import Act24Error, reading
 from act24.pruning.pattern import follows, parse_pattern
 from act24.pruning.stored import compressed, expanded
-from act24.tools.files import save_file, whole_file, whole_folder
-from act24.tools.huggingface.any_model import weights_hash
+from act24.tools.files import check_hash, save_file, weights_hash, whole_file, whole_folder
 from act24.tools.huggingface.folder import INDEX, PACKED, WEIGHTS, read_state, write_weights
-from act24.tools.pruning.masks import MASKS, Masks, check_hash, check_pruned, read_masks, write_masks
+from act24.tools.pruning.masks import MASKS, Masks, check_pruned, read_masks, write_masks
 
 FORMAT = "act24-packed-1"
 _VALUES, _POSITIONS = ".values", ".positions"
 
 
 def write_packed(folder: Path, state: dict[str, Tensor], masks: Masks) -> None:
-    """Write the weights of a pruned model.
+    """Write the weights of a pruned model, each of them what its mask says (`check_pruned`).
 
     Raises:
-        Act24Error: a weight is not what its mask says.
         OSError, safetensors.SafetensorError: writing fails.
     """
-    check_pruned(state, masks, str(folder))
     tensors = {name: value.contiguous() for name, value in state.items() if name not in masks.masks}
     table = {}
     for name, mask in masks.masks.items():
@@ -107,6 +104,7 @@ def pack(source: Path, out: Path) -> str:
         if found is None:
             raise Act24Error(f"{source} has no {MASKS}: prune a model first (act24 prune)")
         state, masks = read_state(source), found
+        check_pruned(state, masks, str(source))
     weights = (WEIGHTS, INDEX, PACKED, MASKS)
     with whole_folder(out) as written:
         for file in sorted(source.iterdir()):

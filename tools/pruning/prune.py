@@ -146,6 +146,7 @@ def prune_(
     try:
         chain = Chain(model, batches, pads or [None] * len(batches), torch.device(device))
         _refuse_shared(chain, model)
+        _check(chain, usual, table)
         for index, name in enumerate(chain.blocks):
             began = time.perf_counter()
             with chain.on_device(index):
@@ -155,7 +156,7 @@ def prune_(
                     _restore_(chain.blocks[name], name, weights)
                 else:
                     done = _prune_block_(chain, index, name, record, usual, table)
-                    if kept:
+                    if kept and done.masks:
                         parameters = dict(chain.blocks[name].named_parameters(prefix=name))
                         kept.save(index, {n: parameters[n].detach() for n in done.masks}, done)
                 chain.advance(index)
@@ -307,6 +308,28 @@ def _refuse_shared(chain: Chain, model: nn.Module) -> None:
             raise Act24Error(
                 f"{names[0]} is also {names[1]}: a shared matrix cannot be pruned for one of them"
             )
+
+
+def _check(chain: Chain, usual: Pattern, table: Mapping[str, Pattern | None]) -> None:
+    """What can be known before the first block is changed, so that no other is either."""
+    unused, full = set(table), ""
+    for name, block in chain.blocks.items():
+        for path, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or weight.ndim != 2:
+                continue
+            full, class_name = f"{name}.{path}", type(module).__name__
+            unused -= {selector for selector in table if matches(selector, full, class_name)}
+            pattern = _pattern_of(block, name, f"{path}.weight", usual, table)
+            if pattern is None or isinstance(module, nn.Embedding):
+                continue
+            rows, columns = weight.shape
+            stored = (columns, rows) if class_name == "Conv1D" else (rows, columns)
+            pattern.check(stored, f"{full}.weight")
+            if not torch.isfinite(weight).all():
+                raise Act24Error(f"{full}.weight is not finite")
+    if unused:
+        raise Act24Error(f"by_layer: {min(unused)!r} takes none of the model's linears; one is {full}")
 
 
 def _restore_(block: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:

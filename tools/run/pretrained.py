@@ -23,7 +23,8 @@ from act24.passes import Lora, Pass, Pipeline, Weight24
 from act24.passes.base import StructuralPass
 from act24.passes.recovery import has_masks, kept_masks, set_masks_
 from act24.recipes.schema import Recipe
-from act24.tools.huggingface.any_model import open_folder, weights_hash
+from act24.tools.files import weights_hash
+from act24.tools.huggingface.any_model import open_folder
 from act24.tools.huggingface.config import CONFIG, LLAMA, config_json, read_json
 from act24.tools.huggingface.old_folder import is_old
 from act24.tools.huggingface.tokenizer_files import GENERATION as GENERATION_FILE

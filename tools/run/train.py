@@ -20,6 +20,7 @@ from act24.recipes.checks import oddities
 from act24.recipes.load import dump_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
+from act24.tools.checkpoints.random_states import seed_random_states_
 from act24.tools.checkpoints.reading import contents_of
 from act24.tools.data import TokenRows, heldout_rows, open_rows, pinned
 from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
@@ -184,6 +185,8 @@ class TrainingRun:
             checkpoint.restore_(start, self._built.model, self._optimizer)
             with position_of(start), contents_of(start.folder / checkpoint.rank_file(0)):
                 self._rows.load_state_dict(position, grow)
+        else:
+            seed_random_states_(recipe.train.seed, rank)
         self._count, self._waited = accumulation(recipe.train, world_size), 0.0
         with position_of(start):
             self._rows.start(self._count)
@@ -341,14 +344,11 @@ class TrainingRun:
         window = self.monitor.flush(self._step)
         self._tokens += window.tokens
         if window.first_bad_step is not None:
+            last = self._last_checkpoint
+            good = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
             raise TrainingError(
-                f"the loss or its gradient is not finite at step {window.first_bad_step}; "
-                + (
-                    f"the last good checkpoint is {self._last_checkpoint}"
-                    if self._last_checkpoint
-                    else "there is no checkpoint before it"
-                )
-                + '; train.on_nonfinite = "skip" leaves such batches out'
+                f"the loss or its gradient is not finite at step {window.first_bad_step}; {good}"
+                '; train.on_nonfinite = "skip" leaves such batches out'
             )
         progress.update(self._step, window.shown())
         for alarm in window.alarms:

@@ -1,6 +1,7 @@
 """Packed folders: size, and bit for bit back."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from act24.errors import Act24Error
 from act24.tools.pruning.folder import prune_model
+from act24.tools.pruning.masks import read_masks, write_masks
 from act24.tools.pruning.packed import pack, read_packed
 from act24.tools.run.opening import open_any
 from tests.tools.pruning.test_prune_command import (  # noqa: F401
@@ -71,6 +73,11 @@ def test_damage_is_refused(model_folder, words, tmp_path):  # noqa: F811
         open_any(file.parent)
     with pytest.raises(Act24Error, match=r"has no masks.safetensors"):
         pack(source, tmp_path / "other")
+    masks = read_masks(tmp_path / "pruned")
+    name = next(iter(masks.masks))
+    write_masks(tmp_path / "pruned", replace(masks, masks={**masks.masks, name: ~masks.masks[name]}))
+    with pytest.raises(Act24Error, match=rf"/pruned: {name}: .* pruned are not zero"):
+        pack(tmp_path / "pruned", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

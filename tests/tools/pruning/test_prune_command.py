@@ -10,11 +10,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 
 from act24.errors import Act24Error
 from act24.tools.pruning.calibration import window
 from act24.tools.pruning.folder import prune_model
+from act24.tools.pruning.kept import BlockFiles
 from act24.tools.pruning.masks import check_pruned, read_masks
 from act24.tools.run.opening import open_any
 from act24.tools.run.protocol import compared, perplexity
@@ -220,6 +221,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(model_folder, words, tmp_path)
     refused(
         "fewer than one row|holds nothing|no document", prune_model, source, out, **options(words, data=few)
     )
+    for table, why in (
+        ({"*": "dense"}, "no linear was pruned"),
+        ({"*.1.mlp.*": "3:7"}, r"layers\.1\.mlp\.gate_proj.* multiple of 7, not 32"),
+        ({"*.2.mlp.*": "dense"}, r"by_layer: '\*\.2\.mlp\.\*' takes none .* one is model\.layers\.1\."),
+    ):
+        refused(why, prune_model, source, out, **options(words, by_layer=table))
     refused("takes data", calibration_data, "builtin", ("train.steps=3",))
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
@@ -247,6 +254,36 @@ def test_a_damaged_file_of_masks_is_refused(model_folder, words, tmp_path):
     state[name] = state[name].clone()
     state[name][~masks.masks[name]] = 1
     refused(f"{name}: .* pruned are not zero", check_pruned, state, masks, "out")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_flipped_weights_are_refused(kind, model_folder, words, tmp_path):
+    """Of a file that act24 wrote; what another program has written over it is not judged."""
+    out = tmp_path / "out"
+    prune_model(str(model_folder(kind)), out, **options(words, method="magnitude"))
+    file = out / "model.safetensors"
+    whole, state = file.read_bytes(), load(file.read_bytes())  # no map of the file
+    assert file.stat().st_mode == (out / "config.json").stat().st_mode
+    flipped = bytearray(whole)
+    flipped[-3] ^= 4
+    file.write_bytes(flipped)
+    refused(r"model\.safetensors is damaged", open_any, out)
+    save_file({name: value + 0 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    open_any(out)
+    file.write_bytes(whole)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(theirs[name], value) for name, value in state.items())
+
+
+def test_a_flipped_block_of_an_interrupted_call_is_refused(tmp_path):
+    kept = BlockFiles(tmp_path / "out.partial", {"method": "wanda"})
+    kept.write(0, {"weight": torch.ones(4, 4)}, {"layers": []})
+    file = tmp_path / "out.partial" / "block-00000.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[-3] ^= 4
+    assert torch.equal(kept.read(0)[0]["weight"], torch.ones(4, 4))
+    file.write_bytes(flipped)
+    refused(r"block-00000\.safetensors \(remove it, .* not those that were written", kept.read, 0)
 
 
 # ------------------------------------------------------------------------------------------ eval

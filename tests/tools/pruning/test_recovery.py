@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from act24.tools.commands.recovery import calibration_data
 from act24.tools.huggingface.export import export_run
 from act24.tools.pruning.blockwise import _relative, recover_blockwise
 from act24.tools.pruning.folder import prune_model
-from act24.tools.pruning.masks import read_masks
+from act24.tools.pruning.masks import read_masks, write_masks
 from act24.tools.pruning.merge import merge
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
@@ -122,7 +123,10 @@ def test_adapters_of_another_base_or_damaged_are_refused(folder, tmp_path):
 
     refused("trained on other weights", str(tmp_path / "base"), out, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    whole = load_file(file)
+    whole, content = load_file(file), bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    refused("adapter_model.safetensors is damaged", str(folder / "pruned"), out, tmp_path / "adapter")
     save_file({name: value[..., :3].contiguous() for name, value in whole.items()}, file)
     refused("the adapter is of another base", str(folder / "pruned"), out, tmp_path / "adapter")
     file.write_bytes(file.read_bytes()[:-9])
@@ -130,6 +134,33 @@ def test_adapters_of_another_base_or_damaged_are_refused(folder, tmp_path):
     refused("has an adapter, and this one has 0", str(folder / "warm"), out)
     with pytest.raises(Act24Error, match="this one has 0"):
         export_run(folder / "warm", out, "peft")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda mask: mask[:16].contiguous(), r"its mask is \[16, 32\], and it is \[32, 32\]"),
+        (lambda mask: mask.roll(1, 0), "pruned are not zero"),
+    ],
+    ids=["of another shape", "of other weights"],
+)
+def test_masks_of_another_model_are_refused(change, why, folder, tmp_path):
+    """Merging under them would drop weights that the model has, without a word."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(folder / "pruned", base)
+    masks, name = read_masks(base), "model.layers.1.self_attn.q_proj.weight"
+    write_masks(base, replace(masks, masks={**masks.masks, name: change(masks.masks[name])}))
+    export_run(folder / "masked_lora", tmp_path / "adapter", "peft")
+    for call in (
+        lambda: merge(str(base), out, tmp_path / "adapter"),
+        lambda: recover_blockwise(str(base), out, **options(folder)),
+        lambda: train(branch(folder, base, [{"use": "sparse_mask"}]), out),
+    ):
+        with pytest.raises(Act24Error, match=rf"{name}: .*{why}|{name} is not zero where its mask says so"):
+            call()
+        assert not (out / "config.json").exists()
+        assert not (out / "checkpoints").exists()
+        assert not out.with_name("out.partial").exists()
 
 
 def test_an_export_of_dense_training_brings_its_masks(folder, tmp_path):

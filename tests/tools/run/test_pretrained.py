@@ -339,6 +339,19 @@ def test_killed_and_resumed_in_the_middle(use, folder, pruned, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_two_runs_of_an_adapter_with_dropout_are_one(folder, pruned, tmp_path):
+    """Dropout draws from torch's global generator, which starts otherwise in every process."""
+    made = branch(folder, pruned, [{"use": "lora", "dropout": 0.3}], "train.steps=3")
+    for name, start in (("one", 1), ("other", 2)):
+        torch.manual_seed(start)
+        train(made, tmp_path / name)
+    other = branch(folder, pruned, [{"use": "lora", "dropout": 0.3}], "train.steps=3", "train.seed=7")
+    train(other, tmp_path / "another seed")
+    one, other, another = (weights(tmp_path / name) for name in ("one", "other", "another seed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not all(torch.equal(one[name], another[name]) for name in one)
+
+
 def test_bad_input_is_one_line(folder, warm, pruned, tmp_path):
     run = tmp_path / "run"
 

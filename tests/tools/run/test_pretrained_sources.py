@@ -7,8 +7,10 @@ import shutil
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from act24 import LlamaForCausalLM
 from act24.errors import Act24Error
 from act24.tools.huggingface.export import export_run
 from act24.tools.run.build import load
@@ -63,6 +65,25 @@ def test_a_folder_of_the_old_code(name, folder, tmp_path, monkeypatch):
         torch.testing.assert_close(load(tmp_path / "run").model(ids), model(ids), rtol=1e-4, atol=1e-5)
     assert not any(key.endswith(("_in", "_out")) for key in after)
     assert load(tmp_path / "run").step == 1  # not 41
+
+
+def test_an_arcee_folder(folder, tmp_path):
+    """A relu² network of transformers is the stock model with relu2_ffn; without the pass it is refused."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = transformers.ArceeForCausalLM(
+        transformers.ArceeConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=0)
+    ).eval()
+    model.save_pretrained(tmp_path / "arcee")
+    shutil.copyfile(folder / "exported" / "tokenizer.json", tmp_path / "arcee" / "tokenizer.json")
+    passes = [{"use": "relu2_ffn", "width": "keep"}]
+    train(branch(folder, tmp_path / "arcee", passes, *STILL), tmp_path / "run")
+    ours, ids = load(tmp_path / "run").model, torch.arange(24).view(2, 12)
+    assert isinstance(ours, LlamaForCausalLM)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), model(ids).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Act24Error, match=r"has no stock form.*same passes \(relu2_ffn\)"):
+        train(branch(folder, tmp_path / "arcee", []), tmp_path / "other")
 
 
 def test_a_gguf_file(folder, tmp_path):

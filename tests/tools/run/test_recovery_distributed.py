@@ -32,7 +32,7 @@ def run(folder, use, parallel, out):
     train(branch(folder, folder / "pruned", [{"use": use}], "train.steps=4", *batch), out)
 
 
-@pytest.mark.parametrize("use", ["sparse_mask", "masked_lora"])
+@pytest.mark.parametrize("use", ["sparse_mask", "lora", "masked_lora"])
 def test_two_processes_keep_the_zeros(use, folder, tmp_path):
     """Sharded parameters take their part of each mask: they end where replicas do."""
     for parallel in ("ddp", "fsdp"):
@@ -42,7 +42,7 @@ def test_two_processes_keep_the_zeros(use, folder, tmp_path):
     for name, mask in masks.items():
         for state in (replicas, shards):
             assert (state[name][~mask] == 0).all()
-            assert torch.equal(state[name], before[name]) is (use == "masked_lora")
+            assert torch.equal(state[name], before[name]) is (use != "sparse_mask")
     for name, value in replicas.items():
         if value.is_floating_point():
             torch.testing.assert_close(shards[name], value, rtol=1e-3, atol=1e-4)
