@@ -16,7 +16,7 @@ recover-demo: .venv/installed
 	test -d $(RECOVER)/debian || (cd $(RECOVER) && apt-get download anarchism && dpkg-deb -x anarchism_*.deb debian)
 	$(BIN)/python -m act24.tools.experiments.prune_recover $(RECOVER)/debian $(RECOVER)/work docs/results/prune-recover.md
 
-.PHONY: demo recover-demo browser-check test test-slow test-torch fuzz soak mutate lint clean
+.PHONY: demo recover-demo browser-check test test-slow test-torch test-others fuzz soak mutate lint clean
 
 # Passive waiting: torch's threads spin by default, which on a machine that does anything else halves the speed
 # or worse, and on an idle one gains nothing.
@@ -45,6 +45,19 @@ test-torch:
 	.venv-torch$(TORCH)/bin/python -m pip install --upgrade --upgrade-strategy only-if-needed \
 		torch$(if $(TORCH),==$(TORCH)) --editable '.[hf,test]'
 	OMP_NUM_THREADS=1 .venv-torch$(TORCH)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(TESTS)
+
+# The tests of what other packages do with act24 (the Trainer, accelerate, PEFT, lm-eval, Lightning, llama.cpp), in an
+# environment of its own. Without these packages, as in `make test`, they are skipped.
+OTHERS := accelerate peft lm_eval lightning xllamacpp
+INSTALL_OTHERS := .venv-others/bin/python -m pip install --constraint constraints.txt
+test-others:
+	$(PYTHON) -m venv .venv-others
+	command -v nvidia-smi >/dev/null \
+		|| $(INSTALL_OTHERS) --no-deps --no-index torch 2>/dev/null \
+		|| $(INSTALL_OTHERS) --no-deps --extra-index-url $(CPU_BUILDS) torch
+	$(INSTALL_OTHERS) --editable '.[hf,test]' $(OTHERS)
+	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow" \
+		$$(grep -rlE '"(accelerate|peft|lm_eval|lightning|xllamacpp)"' tests --include='test_*.py')
 
 # Bad input of every kind, thousands of tries of each; `make test` makes few. Ends in the table of
 # docs/reliability.md. A quarter of an hour; FUZZ=100000 for a night.
@@ -85,5 +98,5 @@ lint: .venv/installed
 
 # Runs stay: they are yours.
 clean:
-	rm -rf .venv .venv-torch* build dist act24.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* .venv-others build dist act24.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

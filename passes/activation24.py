@@ -34,6 +34,7 @@ from act24.passes.graph.activation_sites import (
     activation_sites,
     adapters_beside,
     add_site_buffer,
+    between_convolutions,
     keep_site,
     pads_node,
 )
@@ -193,7 +194,7 @@ class Activation24(OperationalPass):
                 )
             )
         absent = _NO_RELU[gate_in(region)]
-        if any(True for _ in nodes_of(region.graph, F.relu)):
+        if any(between_convolutions(region, node) for node in nodes_of(region.graph, F.relu)):
             absent = "its relu stands between convolutions, whose features lie elsewhere: leave it"
         return Plan(tuple(matches), tuple(misses), absent=absent)
 

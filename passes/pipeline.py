@@ -18,7 +18,7 @@ from act24.passes.graph.frozen import watch_
 from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
-from act24.passes.state import Reduce, evaluation, set_pads_
+from act24.passes.state import Reduce, Replayed, evaluation, set_pads_
 from act24.passes.updates import Rows, Updates, updates_of
 
 
@@ -69,7 +69,8 @@ def plan(
     model: nn.Module, passes: Sequence[Pass], *, check: bool = True, probe: Probe | None = None
 ) -> Report:
     """What `apply_` would do. Touches nothing and allocates no weights; the model may be on `meta`, where
-    nothing can be checked."""
+    nothing can be checked. The check runs a double of the model: what a forward writes outside of it, into
+    globals and files, it writes there too, unless check=False."""
     return Pipeline(model, passes, check=check, probe=probe).report
 
 
@@ -155,6 +156,7 @@ class Pipeline(Rewriting):
         rank: int | None = None,
         without: Sequence[str] = (),
         loop_decays: bool = False,
+        replayed: Replayed | None = None,
     ) -> str | None:
         """All that a training loop owes, once an update and before its first forward: lower the model for the
         step, renew masks and scales that are due, and set seeds.
@@ -178,6 +180,9 @@ class Pipeline(Rewriting):
             loop_decays: the loop calls `decay_gradients_` itself. For gradients that are scaled, captured in
                 a CUDA graph, or summed over processes and not averaged: there, what autograd's hooks add to
                 the first gradient of an update would be another amount.
+            replayed: calls what packs and casts weights, given a key and a function over tensors at fixed
+                addresses; a loop with CUDA graphs captures it and replays the capture where the key is the
+                same. None: it is called at once.
 
         Returns:
             at the first measurement of a scale, a line that says what it is and what naive 2:4 would cost.
@@ -186,7 +191,7 @@ class Pipeline(Rewriting):
             Act24Error: a scale is due, and there is no batch; or `torch.distributed` has several processes
                 and `reduce` or `rank` is missing, of which a pass makes use.
         """
-        return self._updates.begin_(step, batch, reduce, forward, rank, without, loop_decays)
+        return self._updates.begin_(step, batch, reduce, forward, rank, without, loop_decays, replayed)
 
     def decay_gradients_(self) -> None:
         """Add the masked decay that is a part of the gradient (`sr_ste`), once an update, before gradients

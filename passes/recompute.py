@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_importer
 from torch.utils.checkpoint import checkpoint
@@ -40,11 +41,11 @@ from act24.sparse24.feed_forward.operation import activation24
 
 #: The parts of a weight that read a bottleneck: the second factor, and columns, whose input is narrow too.
 _READERS = ("out", "columns")
-#: Functions and methods that draw, without the underscore of those that write in place.
-_RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
-_RANDOM |= {"feature_dropout", "rrelu", "rand", "randn", "randint", "randperm", "rand_like", "randn_like"}
-_RANDOM |= {"randint_like", "bernoulli", "multinomial", "normal", "poisson", "gumbel_softmax"}
-_RANDOM |= {"uniform", "exponential", "geometric", "cauchy", "log_normal", "random"}
+#: Operators of torch that draw, or are called with what was drawn, beside those that say so.
+_RANDOM = {"uniform", "exponential", "geometric", "cauchy", "log_normal", "random"}
+_RANDOM |= {"fractional_max_pool2d", "fractional_max_pool3d"}
+#: Packages of whose functions it is known which draw.
+_KNOWN = ("torch", "act24", "operator", "_operator", "builtins", "math")
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p")
 #: What to do where the pass does nothing.
 _OTHERWISE = "leave it out with ignore, or checkpoint whole blocks (gradient_checkpointing_enable)"
@@ -295,9 +296,29 @@ def make_recomputed(source: str, draws: bool, importable: bool) -> Callable[...,
 
 
 def _draws(node: fx.Node) -> bool:
-    """Whether a node draws from the generators of the process, whose state then has to be kept."""
+    """Whether a node may draw from the generators of the process, whose state then has to be kept: torch says
+    it of its operators, and of anybody else's functions nobody knows."""
+    if node.op not in ("call_function", "call_method"):
+        return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name == "scaled_dot_product_attention":
         given = dict(zip(_ATTENTION, node.args, strict=False)) | node.kwargs
         return bool(given.get("dropout_p", 0.0) != 0.0)
-    return node.op in ("call_function", "call_method") and name.rstrip("_") in _RANDOM
+    if isinstance(node.target, OpOverload | OpOverloadPacket):
+        return any(map(_is_seeded, _overloads(node.target)))
+    package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    if node.op == "call_function" and package not in _KNOWN:
+        return True
+    operator_ = getattr(torch.ops.aten, name, None)
+    return name.rstrip("_") in _RANDOM or (
+        operator_ is not None and any(map(_is_seeded, _overloads(operator_)))
+    )
+
+
+def _overloads(of: OpOverload | OpOverloadPacket) -> list[OpOverload]:
+    return [of] if isinstance(of, OpOverload) else [getattr(of, name) for name in of.overloads()]
+
+
+def _is_seeded(overload: OpOverload) -> bool:
+    """Whether an operator draws; of one that is none of torch's own nobody knows."""
+    return overload.namespace not in ("aten", "prims") or torch.Tag.nondeterministic_seeded in overload.tags

@@ -21,7 +21,7 @@ from act24.options import check_options
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
 from act24.passes.graph.coverage import Coverage
-from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks
+from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks, refuse_wrapped
 from act24.passes.graph.lowering import lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
 from act24.passes.graph.normal_form import is_linear
@@ -78,6 +78,7 @@ class Rewriting:
         self._active = [p for p in self._operational if p.active(step)]
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
+        refuse_wrapped(model)
         self._check = Check(model, probe) if check else None
         regions, self._unclean = trace(model, self._check)
         if self._check:

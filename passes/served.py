@@ -12,12 +12,15 @@ from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24
 from act24.passes.activation24 import SCALE
 from act24.passes.graph.region import buffers_of, joined
 from act24.passes.state import SparseWeight, as_evaluated, new_places, sparse_weights
+from act24.passes.updates import updates_of
 from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
 
 
 def lower_to_serve_(pipeline: Pipeline, step: int) -> None:
     """`Pipeline.lower_` to the operations of evaluation, which neither draw nor count, for one text a row."""
     pipeline.lower_to_([p for p in as_evaluated(pipeline.in_force(step)) if not p.of_rows])
+    if (updates := updates_of(pipeline.model)) is not None:
+        updates.serves = True
 
 
 def served_passes(pipeline: Pipeline, without: Sequence[str] = ()) -> tuple[Pass, ...]:

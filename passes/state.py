@@ -9,9 +9,10 @@ line that `calibrate_` returns at a scale's first measurement.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,10 @@ from act24.sparse24.weight.packed import packed_operands
 
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
+
+#: Calls a function that reads and writes tensors at fixed addresses and waits for nothing; or replays what an
+#: earlier call with an equal key has launched.
+Replayed = Callable[[Hashable, Callable[[], tuple[Tensor, ...]]], object]
 
 
 @dataclass(frozen=True)
@@ -230,51 +235,74 @@ def _unmeasured(pipeline: Rewriting, step: int | None) -> list[Due]:
     return found
 
 
-@torch.no_grad()
-def pack_weights_(pipeline: Rewriting, p: Weight24) -> None:
-    """Pack the weights of a `weight24` in force that keeps them packed, as they and their masks are now, into
-    the buffers that forward and backward read: the same memory from the first time on, as CUDA graphs want
-    it. `Pipeline.begin_update_` does it for every such pass. Parameters must not be sharded."""
-    if not p.keep_packed:
+def renew_weights_to_read_(pipeline: Rewriting, replayed: Replayed | None = None) -> None:
+    """Make the weights that forward and backward read in another form, packed 2:4 or in e4m3, of the passes
+    in force that keep them so; `Pipeline.begin_update_` does. Parameters must not be sharded.
+
+    Args:
+        replayed: launched one by one this takes longer than its kernels do.
+    """
+
+    def renew() -> tuple[Tensor, ...]:
+        for one in _weights_to_read(pipeline):
+            one()
+        return ()
+
+    if next(_weights_to_read(pipeline), None) is None:
         return
-    for weight in sparse_weights(pipeline, p):
-        turned = (lambda t: t.T) if weight.transposed else (lambda t: t)
-        dense = turned(weight.parameter)
-        if not p.packs(*dense.shape):
-            continue
-        mask = None if p.record.soft else turned(weight.buffer(weight24.MASK))
-        scale = weight.buffer(weight24.SCALE) if p.record.soft else None
-        packed, transposed = packed_operands(dense, mask, scale, p.record.both_ways)
-        weight.fill_buffer_(weight24.PACKED, packed)
-        if transposed is not None:
-            weight.fill_buffer_(weight24.TRANSPOSED, transposed)
+    renew() if replayed is None else replayed(("weights to read", pipeline.active), renew)
+
+
+def _weights_to_read(pipeline: Rewriting) -> Iterator[Callable[[], None]]:
+    """What makes each of them, as a weight and its mask are when it is called, in the same memory from its
+    second call on, as CUDA graphs want it."""
+    for p in pipeline.active:
+        if isinstance(p, Weight24) and p.keep_packed:
+            for weight in sparse_weights(pipeline, p):
+                if p.packs(*_turned(weight, weight.parameter).shape):
+                    yield partial(_pack_, p, weight)
+        elif isinstance(p, Fp8) and p.keep_cast:
+            yield from (partial(_cast_linear_, p, weight) for weight in sparse_weights(pipeline, p))
+        elif isinstance(p, Activation24) and p.keep_cast:
+            for fqn in dict.fromkeys(fqn for fqn, _ in pipeline.matches(p)):
+                module = pipeline.regions[fqn]
+                for node in nodes_of(module.graph, activation24_operation):
+                    if node.kwargs.get("casts"):
+                        names = [str(parameter_name(node.args[place])) for place in (1, 3)]
+                        weights = [SparseWeight(module, joined(fqn, n), n, transposed=False) for n in names]
+                        yield partial(_cast_network_, p, weights)
+
+
+def _turned(weight: SparseWeight, tensor: Tensor) -> Tensor:
+    """As a linear has its weight, `[out, in]`."""
+    return tensor.T if weight.transposed else tensor
 
 
 @torch.no_grad()
-def cast_weights_(pipeline: Rewriting, p: Fp8 | Activation24) -> None:
-    """Cast the weights of a pass in force that keeps them in e4m3, as they are now, into the buffers that
-    forward and backward read: the same memory from the first time on. `Pipeline.begin_update_` does it for
-    every such pass. Parameters must not be sharded."""
-    if not p.keep_cast:
-        return
-    if isinstance(p, Fp8):
-        for weight in sparse_weights(pipeline, p):
-            dense = weight.parameter.T if weight.transposed else weight.parameter
-            # In bfloat16, as forward has them: under autocast parameters are float32.
-            kernels = uses_kernels(dense.device, p.kernels)
-            _fill_cast_(weight, cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=kernels))
-        return
-    for fqn in dict.fromkeys(fqn for fqn, _ in pipeline.matches(p)):
-        module = pipeline.regions[fqn]
-        for node in nodes_of(module.graph, activation24_operation):
-            if not node.kwargs.get("casts"):
-                continue
-            names = [str(parameter_name(node.args[place])) for place in (1, 3)]
-            weights = [SparseWeight(module, joined(fqn, name), name, transposed=False) for name in names]
-            dense = [weight.parameter.to(torch.bfloat16) for weight in weights]
-            casts = cast_weights(*dense, kernels=uses_kernels(dense[0].device, p.kernels))
-            for weight, start in zip(weights, (0, len(PARTS)), strict=True):
-                _fill_cast_(weight, casts[start : start + len(PARTS)])
+def _pack_(p: Weight24, weight: SparseWeight) -> None:
+    mask = None if p.record.soft else _turned(weight, weight.buffer(weight24.MASK))
+    scale = weight.buffer(weight24.SCALE) if p.record.soft else None
+    dense = _turned(weight, weight.parameter)
+    packed, transposed = packed_operands(dense, mask, scale, p.record.both_ways)
+    weight.fill_buffer_(weight24.PACKED, packed)
+    if transposed is not None:
+        weight.fill_buffer_(weight24.TRANSPOSED, transposed)
+
+
+@torch.no_grad()
+def _cast_linear_(p: Fp8, weight: SparseWeight) -> None:
+    dense = _turned(weight, weight.parameter)
+    # In bfloat16, as forward has them: under autocast parameters are float32.
+    kernels = uses_kernels(dense.device, p.kernels)
+    _fill_cast_(weight, cast_weight(dense.to(torch.bfloat16), p.scaling, kernels=kernels))
+
+
+@torch.no_grad()
+def _cast_network_(p: Activation24, weights: Sequence[SparseWeight]) -> None:
+    weight_in, weight_out = (weight.parameter.to(torch.bfloat16) for weight in weights)
+    casts = cast_weights(weight_in, weight_out, kernels=uses_kernels(weight_in.device, p.kernels))
+    for weight, start in zip(weights, (0, len(PARTS)), strict=True):
+        _fill_cast_(weight, casts[start : start + len(PARTS)])
 
 
 def _fill_cast_(weight: SparseWeight, cast: Sequence[Tensor]) -> None:

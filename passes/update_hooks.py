@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,10 @@ class Watcher(Protocol):
 
     def settle(self) -> None:
         """State is to be read: it has to be what it is between forwards."""
+
+    def as_served(self) -> AbstractContextManager[None] | None:
+        """What to enter so that the model's operations and state are those that are served, for who runs them
+        without its forward; None: they are."""
 
     def copied(self) -> str | None:
         """A copy of the model is made: why its forwards in evaluation mode are refused; empty if they are
@@ -108,6 +113,9 @@ class _Before(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.watcher.before_forward(module, kwargs)
+
+    def as_served(self) -> AbstractContextManager[None] | None:
+        return self.watcher.as_served()
 
 
 class _Harmless(_Hook):

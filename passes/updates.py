@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from act24.operation import in_functorch
 from act24.passes.activation24 import SCALE, Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.changed_weights import Unchanged
-from act24.passes.fp8 import Fp8
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.region import buffers_of
 from act24.passes.read_weights import ReadWeights
@@ -41,16 +40,16 @@ from act24.passes.seeds import Seeds
 from act24.passes.state import (
     Due,
     Reduce,
+    Replayed,
     SparseWeight,
     as_evaluated,
     calibrate_,
     calibration_text,
-    cast_weights_,
     decay_gradient_,
     decaying_weights,
     new_places,
-    pack_weights_,
     renew_masks_,
+    renew_weights_to_read_,
     set_pads_,
 )
 from act24.passes.update_hooks import (
@@ -78,6 +77,7 @@ class Updates:
         self.renews = False  # any pass ever
         self._begun = False
         self._held = False
+        self.serves = False  # what was read is lowered and renewed to be served, and trained no further
         #: Updates already made, where somebody has said so and none was begun since.
         self.made = pipeline.step or None
         self._last = -1  # the last update that was begun
@@ -205,17 +205,17 @@ class Updates:
         rank: int | None,
         without: Sequence[str],
         loop_decays: bool,
+        replayed: Replayed | None,
     ) -> str | None:
         self.settle()
+        self.serves = False
         pipeline = self.pipeline
         _refuse_to_guess(pipeline, reduce, rank)
         pipeline.lower_(step, without)
         for p in pipeline.active:
             if isinstance(p, Weight24):
                 renew_masks_(pipeline, p, step)
-                pack_weights_(pipeline, p)
-            elif isinstance(p, Fp8 | Activation24):
-                cast_weights_(pipeline, p)
+        renew_weights_to_read_(pipeline, replayed)
         note = None
         due = [one for one in measured_at(pipeline, step) if one.of in pipeline.active]
         if due:
@@ -339,6 +339,15 @@ class Updates:
         elif self._masked:
             set_pads_(self.pipeline, None)
             self._masked = False
+
+    def as_served(self) -> AbstractContextManager[None] | None:
+        """As `Watcher.as_served`, at the addresses of the update's state, which CUDA graphs read."""
+        self.settle()
+        active = [*self.pipeline.active]
+        renewed = any(isinstance(p, Weight24) for p in active)
+        if self._held or self.serves or (as_evaluated(active) == active and not renewed):
+            return None
+        return self.pipeline.evaluation()  # type: ignore[attr-defined]
 
     def copied(self) -> str | None:
         """What a copy of the model, which has no pipeline, has to be told."""

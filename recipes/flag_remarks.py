@@ -154,10 +154,14 @@ def _idle_of_sparsity(flag: Flag, command: Command) -> str:
 def _why_no_sparse_weights(command: Command) -> str:
     if not command.enable_2to4_sparse:
         return "2:4 weights need --enable_2to4_sparse True"
-    if command.exact_steps or (command.optimizer == "adamw" and command.activation_2by4):
+    if command.weights24:
         return "left out, see above"
+    if command.use_hf_model:
+        return "beside --use_hf_model"
     if not (command.attn_2by4 or command.mlp_2by4):
         return "neither --attn_2by4 nor --mlp_2by4"
+    if command.optimizer == "loro_adamw":
+        return "with loro_adamw run_c4.py had them for factors only, and of these linears none has any"
     return "run_c4.py had 2:4 weights for adamw and loro_adamw only"
 
 
@@ -259,7 +263,13 @@ def _in_sparsity(command: Command) -> Iterator[str]:
             "cast to "
             "float16"
         )
-    elif command.enable_2to4_sparse and command.exact_steps:
+        if command.method:
+            yield (
+                "--enable_2to4_sparse True: factors are 2:4 along the inputs of each, with the scale of "
+                "least squared error, and dX is that of the 2:4 factor; run_c4.py grouped along the rank and "
+                "along the outputs, scaled by ‖W‖/‖S‖, and took dX of the dense factor"
+            )
+    elif command.weights24 and command.exact_steps:
         yield (
             "--enable_2to4_sparse True is left out: LORO's exact step mixes the columns of the factors, "
             "which "
@@ -267,7 +277,7 @@ def _in_sparsity(command: Command) -> Iterator[str]:
             "can "
             "use it"
         )
-    elif command.enable_2to4_sparse and command.optimizer == "adamw" and command.activation_2by4:
+    elif command.weights24 and command.sparse_inputs:
         yield (
             "--enable_2to4_sparse True is left out: run_c4.py made the dense inputs of linears 2:4 here, "
             "which "

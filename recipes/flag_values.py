@@ -21,7 +21,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         RecipeError: an option that is unknown or ambiguous, lacks its value or has one it cannot have.
     """
     words = [word for word in arguments if word.strip() not in ("", "\\")]
-    script = next((i for i, word in enumerate(words) if word.endswith((".py", "act24.run_c4"))), -1)
+    before = next((i for i, word in enumerate(words) if _is_option(word)), len(words))
+    script = next((i for i in range(before) if words[i].endswith((".py", "act24.run_c4"))), -1)
     remarks = []
     if any(word.startswith(("--nproc_per_node", "--nproc-per-node")) for word in words[: script + 1]):
         remarks.append("processes are not of the recipe: torchrun --nproc-per-node N -m act24 train …")
@@ -34,6 +35,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         written, equals, value = word[2:].partition("=")
         name = _full_name(written.replace("-", "_"))
         if name in BY_NAME and BY_NAME[name].kind == "flag":
+            if equals:
+                raise RecipeError(f"--{written} takes no value, not '{value}': leave it out for False")
             given[name] = True
             continue
         if not equals:
@@ -51,9 +54,19 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return given, remarks
 
 
+def _is_option(word: str) -> bool:
+    """Whether a word is an option of the script, and not one of what starts it."""
+    name = word[2:].partition("=")[0].replace("-", "_")
+    return word.startswith("--") and bool(name) and any(known.startswith(name) for known in _names())
+
+
+def _names() -> set[str]:
+    return {*BY_NAME, *(old for old, _ in OLD_SPELLINGS)}
+
+
 def _full_name(written: str) -> str:
     """The option that was meant: itself, an old name, or as argparse does the one that begins so."""
-    names = {*BY_NAME, *(old for old, _ in OLD_SPELLINGS)}
+    names = _names()
     if written in names:
         return written
     beginnings = [name for name in BY_NAME if name.startswith(written)]

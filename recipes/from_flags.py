@@ -14,6 +14,7 @@ from typing import Any
 
 from act24.errors import nearest, reading
 from act24.llama import PRESETS, LlamaConfig, llama_config
+from act24.options import shown
 from act24.recipes.checks import oddities
 from act24.recipes.flag_remarks import Remark, changes, remarks, unread_of_model
 from act24.recipes.flag_values import parse_flags
@@ -178,18 +179,23 @@ def _model(config: str) -> dict[str, Any]:
         raise RecipeError(f"--model_config {config}: has to hold an object of settings, such as hidden_size")
     if missing := [name for name in _SIZES if name not in settings]:
         raise RecipeError(f"--model_config {config}: {missing[0]} is missing")
+    rope = settings.get("rope_parameters") or {}  # of transformers 5
+    if not isinstance(rope, dict):
+        raise RecipeError(f"--model_config {config}: rope_parameters = {shown(rope)} is no object")
+    for name, value in (*settings.items(), *rope.items()):
+        if name in _CONFIG_FIELDS and isinstance(value, list | dict):
+            raise RecipeError(f"--model_config {config}: {name} = {shown(value)} is no single value")
     for name, only in _ONLY.items():
         if settings.get(name) not in (None, only):
             raise RecipeError(
-                f"--model_config {config}: {name} = {settings[name]!r} is not supported; only {only!r} is"
+                f"--model_config {config}: {name} = {shown(settings[name])} is not supported: only {only!r}"
             )
     defaults = {name: getattr(LlamaConfig, name) for name in _CONFIG_FIELDS if hasattr(LlamaConfig, name)}
     values = {"vocab_size": 32000} | defaults  # as transformers has it where the file says nothing
     values |= {name: settings[name] for name in _CONFIG_FIELDS if settings.get(name) is not None}
-    rope = settings.get("rope_parameters") or {}  # of transformers 5
-    if rope.get("rope_type", "default") != "default":
+    if (kind := rope.get("rope_type", "default")) != "default":
         raise RecipeError(
-            f"--model_config {config}: rope_type {rope['rope_type']!r} is not supported; only 'default' is"
+            f"--model_config {config}: rope_type {shown(kind)} is not supported; only 'default' is"
         )
     if (theta := rope.get("rope_theta")) is not None:
         if settings.get("rope_theta") not in (None, theta):
@@ -293,12 +299,8 @@ def _passes(command: Command) -> Iterator[dict[str, Any]]:
     if command.sparse_activations:
         yield _activation24(command)
     if command.sparse_weights:
-        scope = {(True, True): "all", (True, False): "attn", (False, True): "mlp"}
-        yield {
-            "use": "weight24",
-            "method": "soft_threshold",
-            "scope": scope[command.attn_2by4, command.mlp_2by4],
-        }
+        scope = "all" if len(command.weights24) == 2 else command.weights24[0]
+        yield {"use": "weight24", "method": "soft_threshold", "scope": scope}
 
 
 def _cola(command: Command) -> dict[str, Any]:

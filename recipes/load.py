@@ -7,6 +7,7 @@ replaces the one it overrides, and so does a `[model]` with `pretrained`.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import re
@@ -57,6 +58,21 @@ def recipe_names() -> list[str]:
     return sorted(_toml_names(root, ""))
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file that a person wrote, without the mark that some editors put in front of it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("it is UTF-16 text: save it as UTF-8") from None
+        raise
+
+
 def recipe_source(reference: str) -> tuple[str, str]:
     """The text of a recipe and where it came from.
 
@@ -69,7 +85,7 @@ def recipe_source(reference: str) -> tuple[str, str]:
     if reference.endswith(".toml"):
         try:
             with reading(f"recipe file '{reference}' cannot be read", error=RecipeError):
-                return Path(reference).read_text(encoding="utf-8"), reference
+                return read_utf8(Path(reference)), reference
         except RecipeError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise RecipeError(f"recipe file '{reference}' does not exist") from None

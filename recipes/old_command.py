@@ -50,12 +50,24 @@ class Command:
         return self.loro_refresh not in (None, "None") and self.loro_refresh_freq > 0
 
     @property
+    def weights24(self) -> tuple[str, ...]:
+        """The linears whose weights run_c4.py made 2:4, `attn` and `mlp`: LORO's are those with factors."""
+        if not self.enable_2to4_sparse or self.use_hf_model:
+            return ()
+        factors = {"all": ("attn", "mlp")}.get(self.loro_scope, (self.loro_scope,))
+        reached = {"adamw": ("attn", "mlp"), "loro_adamw": factors if self.method else ()}
+        asked = {"attn": self.attn_2by4, "mlp": self.mlp_2by4}
+        return tuple(kind for kind in reached.get(self.optimizer, ()) if asked[kind])
+
+    @property
+    def sparse_inputs(self) -> bool:
+        """Whether run_c4.py made the inputs of these linears 2:4 in place of their weights."""
+        return self.optimizer == "adamw" and self.activation_2by4
+
+    @property
     def sparse_weights(self) -> bool:
-        """Whether run_c4.py would have had 2:4 weights, and they can be had."""
-        trained = self.optimizer in ("adamw", "loro_adamw") and not self.use_hf_model
-        inputs = self.optimizer == "adamw" and self.activation_2by4  # 2:4 inputs then, instead of weights
-        scope = self.attn_2by4 or self.mlp_2by4
-        return self.enable_2to4_sparse and trained and scope and not inputs and not self.exact_steps
+        """Whether run_c4.py had 2:4 weights, and they can be had."""
+        return bool(self.weights24) and not self.sparse_inputs and not self.exact_steps
 
     @property
     def bottleneck(self) -> str:

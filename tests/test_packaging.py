@@ -6,6 +6,7 @@ other tests run in a checkout.
 """
 
 import email
+import re
 import shutil
 import subprocess
 import sys
@@ -186,3 +187,14 @@ def test_torchrun_trains_the_demo_on_two_processes(python, elsewhere):
     torchrun = (python, "-m", "torch.distributed.run", "--nproc-per-node", 2)
     run(*torchrun, "-m", "act24", "train", "demo", "--dry-run", cwd=elsewhere)
     assert not any(elsewhere.iterdir())  # a dry run writes nothing
+
+
+def test_what_a_test_is_skipped_without_is_installed_by_some_make_target(root):
+    """Tests of lm-eval were skipped everywhere, and had long failed."""
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = {re.split(r"[^\w-]", package)[0] for packages in extras.values() for package in packages}
+    (others,) = re.findall(r"^OTHERS := (.*)$", (root / "Makefile").read_text(), re.M)
+    tests = [path.read_text(encoding="utf-8") for path in (root / "tests").rglob("test_*.py")]
+    wanted = {name for text in tests for name in re.findall(r'importorskip\(\s*"(\w+)"', text)}
+    assert {"transformers", "lm_eval", "accelerate"} <= wanted
+    assert wanted <= installed | {*others.split()}

@@ -69,6 +69,23 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     path.chmod(mode)
 
 
+def is_plain(path: Path) -> bool:
+    """Whether there is a file, and no link, device or pipe: reading those may wait for ever, and writing
+    goes elsewhere."""
+    return path.is_file() and not path.is_symlink()
+
+
+def plain_text(path: Path) -> str:
+    """The text of a file that a program wrote.
+
+    Raises:
+        OSError, ValueError: it cannot be read; or it is a pipe, which would be waited for.
+    """
+    if path.is_fifo():
+        raise ValueError(f"{path.name} is a pipe")
+    return path.read_text(encoding="utf-8")
+
+
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """sha256 of names, dtypes, shapes and bytes, whatever their order."""
     digest = hashlib.sha256()

@@ -30,8 +30,9 @@ from act24.inference.layer import (
     lay_out_,
     step_choices,
     weights_of,
+    why_not_streamed,
 )
-from act24.inference.linears import prompt_algorithm
+from act24.inference.linears import prompt_algorithm, streamed_linear
 from act24.inference.sampling import Sampling, next_token
 from act24.llama import LlamaForCausalLM
 from act24.rotary import rotary_embedding
@@ -88,7 +89,7 @@ class Decoder:
                 device.
             choice: how every block of a step multiplies. None: on a CUDA device, for each number of rows and
                 each block, what is fastest; elsewhere `DENSE`. Measuring costs a compilation of each kind of
-                block for each choice that is tried, five at most, and two more captures of a step.
+                block for each choice that is tried, six at most, and two more captures of a step.
             memory: bytes of a CPU's machine, beyond which a batch is refused; None: not looked at.
             table: what a tuner found of the products of prompts with 2:4 weights on this device. They are 2:4
                 where they are faster, unless `choice` leaves weights dense; a packed copy of each is kept.
@@ -205,8 +206,14 @@ class Decoder:
             # Blocks read the same weights either way, so one answer does for all, and for the other choices.
             tried[Choice(fused=True)] = seconds = self._block_seconds(batch, Choice(fused=True))
             fused = sum(seconds) < sum(tried[DENSE])
+        streamed = False
+        if not why_not_streamed(batch.rows, self._dtype, self._device):
+            tried[Choice(fused=fused, streamed=True)] = seconds = self._block_seconds(
+                batch, Choice(fused=fused, streamed=True)
+            )
+            streamed = sum(seconds) < sum(tried[Choice(fused=fused)])
         for choice in step_choices(batch.rows, self._there, self._dtype, self._device):
-            choice = choice._replace(fused=fused)
+            choice = choice._replace(fused=fused, streamed=streamed)
             if choice not in tried:
                 tried[choice] = self._block_seconds(batch, choice)
         mixed = tuple(min(tried, key=lambda c: tried[c][block]) for block in range(len(dense)))
@@ -312,7 +319,8 @@ class Decoder:
     def _advance(self, batch: Batch, sampling: Sampling, plan: Plan) -> None:
         hidden = self._through_blocks(batch, plan)
         batch.slot.add_(1)
-        batch.tokens.copy_(self._choose(hidden, batch, sampling))
+        streamed = any(choice.streamed for choice in plan)
+        batch.tokens.copy_(self._choose(hidden, batch, sampling, streamed))
 
     def _through_blocks(
         self, batch: Batch, plan: Plan, calls: list[Callable[[], Tensor]] | None = None
@@ -378,9 +386,10 @@ class Decoder:
             hidden = call()
         return hidden
 
-    def _choose(self, hidden: Tensor, batch: Batch, sampling: Sampling) -> Tensor:
+    def _choose(self, hidden: Tensor, batch: Batch, sampling: Sampling, streamed: bool = False) -> Tensor:
         """The token that goes into the slot of the batch."""
-        logits = F.linear(self._model.model.norm(hidden[:, -1]), self._model.head_weight)
+        hidden, weight = self._model.model.norm(hidden[:, -1]), self._model.head_weight
+        logits = streamed_linear(hidden, weight, None) if streamed else F.linear(hidden, weight)
         return next_token(logits, sampling, batch.seeds, batch.slot - batch.first, self._allowed)
 
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -91,7 +92,8 @@ class Generator:
     ) -> None:
         """
         Args:
-            model: act24's LLaMA, rewritten by passes or not; put into evaluation.
+            model: act24's LLaMA, rewritten by passes or not; put into evaluation. One that is being trained
+                generates as its pipeline evaluates it.
             tokenizer: None where prompts and continuations are ids (`generate_ids`).
             compiled, choice, memory, table: as for `act24.inference.decoder.Decoder`.
 
@@ -110,7 +112,9 @@ class Generator:
             allowed = torch.as_tensor(tokenizer.known_ids(self._config.vocab_size))
             if not allowed.any():
                 raise Act24Error("the tokenizer has no token that the model knows")
-        self.decoder = Decoder(model, allowed, compiled, choice, memory, table)
+        self._model = model
+        with _as_served(model):
+            self.decoder = Decoder(model, allowed, compiled, choice, memory, table)
 
     def __call__(
         self,
@@ -244,7 +248,19 @@ class Generator:
     def _tokens(self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling, seed: int) -> _Steps:
         self._check(prompts, tokens)
         in_range("generation", "seed", seed, SEEDS)
-        return _Steps(self.decoder, prompts, tokens, sampling, [seed + row for row in range(len(prompts))])
+        seeds = [seed + row for row in range(len(prompts))]
+        return _Steps(self._model, self.decoder, prompts, tokens, sampling, seeds)
+
+
+def _as_served(model: LlamaForCausalLM) -> AbstractContextManager[None]:
+    """The context in which the model's blocks are those that are served. Whoever rewrote it and renews its
+    state knows, and says so by a hook of the module that calls them."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            context = hook.as_served() if hasattr(hook, "as_served") else None  # type: ignore[attr-defined]
+            if context is not None:
+                return context
+    return nullcontext()
 
 
 class _Steps:
@@ -252,6 +268,7 @@ class _Steps:
 
     def __init__(
         self,
+        model: LlamaForCausalLM,
         decoder: Decoder,
         prompts: Sequence[Sequence[int]],
         tokens: int,
@@ -259,7 +276,7 @@ class _Steps:
         seeds: Sequence[int],
     ) -> None:
         self._going = set(range(len(prompts)))
-        self._decoder, self._sampling = decoder, sampling
+        self._model, self._decoder, self._sampling = model, decoder, sampling
         self._prompts, self._tokens, self._seeds = prompts, tokens, seeds
 
     def send(self, row: int) -> None:
@@ -267,6 +284,10 @@ class _Steps:
         self._going.discard(row)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        with _as_served(self._model):
+            yield from self._generated()
+
+    def _generated(self) -> Iterator[tuple[int, int]]:
         if not self._going:
             return
         length = max(map(len, self._prompts)) + self._tokens

@@ -5,6 +5,7 @@
     activation24(x, W_in, W_out, …)   ==>   skipping_linear(activation24(…), W_out)    if skipping
     linear(x, W), linear(x, V)        ==>   split(linear(x, rows of W and V))          if fused
     linear(x, W), W 2:4               ==>   packed_linear(x, values, codes)            if packed
+    linear(x, W), x one token         ==>   streamed_linear(x, W)                      if streamed
     linear(x, W), W 2:4, of a prompt  ==>   product_linear(x, packed)                  where that is faster
 
 All else stays as it is, whatever passes made of the block. Blocks with equal code share one function, so that
@@ -32,12 +33,14 @@ from act24.inference.linears import (
     product_linear,
     skipping_linear,
     store_by_feature_,
+    streamed_linear,
     why_not_read_packed,
 )
 from act24.relu2 import relu2
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.kernels.pack_weight import pack_weight_rows
 from act24.sparse24.kernels.packed_decode import packed_for_decode
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle
 
 #: (block, hidden [B, S, D], cos, sin [B, 1, S, d / 2], keys, values [B, H_kv, L, d], place) -> [B, S, D]
 LayerForm = Callable[..., Tensor]
@@ -63,14 +66,21 @@ class Choice(NamedTuple):
         skipping: leave out rows of weights behind relu² that zeros would multiply.
         packed: read 2:4 weights packed.
         fused: multiply one input with several weights, as those of q, k and v, in one product.
+        streamed: multiply one token with a weight that is read whole by a kernel of ours, not by cuBLAS.
     """
 
     skipping: bool = False
     packed: bool = False
     fused: bool = False
+    streamed: bool = False
 
     def __str__(self) -> str:
-        told = {"skipping": self.skipping, "2:4 weights": self.packed, "fused products": self.fused}
+        told = {
+            "skipping": self.skipping,
+            "2:4 weights": self.packed,
+            "fused products": self.fused,
+            "streamed weights": self.streamed,
+        }
         return " and ".join(part for part, used in told.items() if used) or "dense"
 
 
@@ -104,6 +114,8 @@ def cached_layers(
             _pack(graph, layer)
         if products:
             _multiply(graph, layer, products)
+        if choice.streamed:
+            _stream(graph)
         graph.eliminate_dead_code()
         graph.lint()
         code = graph.python_code("self")
@@ -180,6 +192,15 @@ def step_choices(rows: int, there: Choice, dtype: torch.dtype, device: torch.dev
     skipping = (False, True) if kernels and there.skipping and rows <= SKIPPING_TOKENS else (False,)
     packed = (False, True) if kernels and there.packed and rows <= PACKED_TOKENS else (False,)
     return tuple(Choice(s, p) for s in skipping for p in packed)
+
+
+def why_not_streamed(rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a step does not try the kernel for one token; empty if it does."""
+    if rows != 1:
+        return f"the kernel is for one row, these are {rows}"
+    if dtype.itemsize != 2:
+        return f"the kernel is for 16 bits, the model is {dtype}"
+    return kernel_obstacle(device, ("dense_decode",))
 
 
 def _traced(layer: nn.Module, name: str) -> fx.Graph:
@@ -353,6 +374,13 @@ def _pack(graph: fx.Graph, layer: nn.Module) -> None:
             parts = [graph.get_attr(name + ending) for ending in (VALUES, CODES)]
             arguments = (linear.args[0], *parts, _argument(linear, 2, "bias"))
             linear.replace_all_uses_with(graph.call_function(packed_linear, arguments))
+
+
+def _stream(graph: fx.Graph) -> None:
+    for linear in _linears(graph):
+        with graph.inserting_before(linear):
+            arguments = (linear.args[0], _argument(linear, 1, "weight"), _argument(linear, 2, "bias"))
+            linear.replace_all_uses_with(graph.call_function(streamed_linear, arguments))
 
 
 def _multiply(graph: fx.Graph, layer: nn.Module, products: Mapping[tuple[int, int], int]) -> None:

@@ -1,5 +1,6 @@
 """The linears of a decoding step, where bytes of weights are the time: rows that a zero meets are not read,
-2:4 weights are read packed, and weights of the same input are read as one. And those of prompts, where
+2:4 weights are read packed, weights of the same input are read as one, and those of one token by a kernel
+that does nothing else. And those of prompts, where
 products are the time: cuSPARSELt multiplies 2:4 weights."""
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from act24.sparse24.format.packed import TILE_ROWS
 from act24.sparse24.format.products import Table
+from act24.sparse24.kernels.dense_decode import dense_decode
 from act24.sparse24.kernels.packed_decode import INPUTS, TOKENS, packed_decode
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.skipping_product import skipping_product
@@ -50,6 +52,21 @@ def packed_linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None)
     y = packed_decode(x.reshape(-1, x.shape[-1]), values, codes).sum(0)
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], len(values))
+
+
+def streamed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear of one token, by a kernel of its own; of more of them cuBLAS's.
+
+    Args:
+        x: 16-bit `[..., K]`.
+        weight: `[N, K]`, contiguous.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) != 1:
+        return F.linear(x, weight, bias)
+    y = dense_decode(rows, weight)
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
 def prompt_algorithm(

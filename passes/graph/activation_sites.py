@@ -85,7 +85,7 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
     for node in list(region.graph.nodes):
         if node.op != "call_function" or node.target not in _FUNCTIONS:
             continue
-        if _between_convolutions(region, node):
+        if between_convolutions(region, node):
             continue
         source, users = node.args[0], list(node.users)
         before = source if is_call(source, F.linear) and len(source.users) == 1 else None
@@ -201,7 +201,7 @@ def pads_node(region: Region) -> fx.Node:
     return region.graph.get_attr(PADS)
 
 
-def _between_convolutions(region: Region, node: fx.Node) -> bool:
+def between_convolutions(region: Region, node: fx.Node) -> bool:
     """Whether a convolution is what comes first on either side: its features lie along another dimension."""
     for up in (True, False):
         frontier, seen = [node], {node}

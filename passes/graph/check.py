@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +28,7 @@ from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.probe import Arguments, Probe, arguments_of, device_of, features, guesses
 from act24.passes.graph.proxies import PLAIN, Unclean
 from act24.passes.graph.shadow import Shadow, plain_call
-from act24.passes.graph.tracer import random_state, set_random_state
+from act24.passes.graph.surroundings import random_state, set_random_state
 from act24.passes.graph.writes import buffer_writes
 
 
@@ -59,6 +60,9 @@ class Check:
             recorder = _Recorder()
             try:
                 self._output, self._read = _run(model, arguments, recorder)
+            except _Shares as error:
+                self.not_run = f"it holds {error}, which cannot be copied, and its forward might write to it"
+                return
             except _Writes as error:
                 raise PassError(
                     f"the model writes to its parameter {error} in forward, which a rewritten one could "
@@ -187,11 +191,13 @@ class _Outcome:
         outputs: the tensors in what it returns.
         gradients: in training, of its inputs.
         left: what its arguments and buffers are afterwards.
+        outline: what it returns beside tensors.
     """
 
     outputs: Sequence[Tensor]
     gradients: Sequence[Tensor | None] = ()
     left: Sequence[Tensor] = ()
+    outline: Any = None
 
 
 class _Recorder:
@@ -226,6 +232,10 @@ class _Writes(Exception):
     """A parameter would be written to; its name."""
 
 
+class _Shares(Exception):
+    """A double would share something with the model; what."""
+
+
 class _Reads(TorchDispatchMode):
     """Notes which storages operations are given, and lets none write to a parameter."""
 
@@ -254,6 +264,8 @@ def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> 
     """What the double of a model returns in evaluation mode, and the storages that it reads; in training mode
     it runs too, as what happens between the modes shows only there."""
     shadow = Shadow(model, buffers=True)
+    if shadow.uncopied:
+        raise _Shares(shadow.uncopied)
     _set_mode(shadow.root, False)
     if recorder is not None:
         recorder.shadow = shadow
@@ -279,7 +291,7 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
     autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
     with _undisturbed(module), torch.set_grad_enabled(training), autocast, _Reads(module):
         # No leaves: autograd lets nobody write to those, and callers hand over what they have computed.
-        given = own.map(torch.clone)
+        given = own.map(_cloned)
         if graph is None:
             output = shadow.root(*given.args, **given.kwargs)
         else:
@@ -296,7 +308,7 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
             total = sum(v.float().sin().sum() for v in differentiable)
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)  # type: ignore[arg-type]
     held = [leaf for leaf in tree_leaves((given.args, given.kwargs)) if isinstance(leaf, Tensor)]
-    return _Outcome(outputs, gradients, [*held, *shadow.root.buffers()])
+    return _Outcome(outputs, gradients, [*held, *shadow.root.buffers()], _outline(output))
 
 
 def _has_nothing_finite(outcome: _Outcome) -> bool:
@@ -332,6 +344,8 @@ def _difference(expected: _Outcome, found: _Outcome) -> str:
     """In what two outcomes differ, or the empty string."""
     if len(expected.outputs) != len(found.outputs):
         return "returns another number of tensors"
+    if expected.outline != found.outline:
+        return "returns another container, or other values beside the tensors in it,"
     for a, b in zip(expected.outputs, found.outputs, strict=True):
         if a.dtype != b.dtype:
             return f"returns {b.dtype} where the module returns {a.dtype}"
@@ -359,8 +373,29 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    """A copy that remembers nothing, for a forward that may write to it."""
-    return tensor.detach().clone()
+    """A copy that remembers nothing of how it came about, for a forward that may write to it."""
+    return _cloned(tensor.detach(), vars(tensor))
+
+
+def _cloned(tensor: Tensor, hung: Mapping[str, Any] | None = None) -> Tensor:
+    """A copy, with the attributes that were hung on it too."""
+    clone = tensor.clone()
+    vars(clone).update(vars(tensor) if hung is None else hung)
+    return clone
+
+
+def _outline(value: Any) -> Any:
+    """What a value is beside the tensors in it, as data that compares. fx has lists and dictionaries of its
+    own."""
+    kind = next((k for k in (list, dict) if type(value) in (k, _OF_FX[k])), type(value))
+    if isinstance(value, Mapping):
+        return kind, [(key, _outline(part)) for key, part in value.items()]
+    if isinstance(value, list | tuple):
+        return kind, [_outline(part) for part in value]
+    return kind, value if isinstance(value, bool | int | float | str) else None
+
+
+_OF_FX = {list: immutable_list, dict: immutable_dict}
 
 
 def _set_mode(root: nn.Module, training: bool) -> None:

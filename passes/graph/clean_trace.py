@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
@@ -101,7 +101,7 @@ def clean_trace(module: nn.Module) -> Trace:
     adapters = any(is_adapter(module.get_submodule(path)) for path in stays)
     if not any(is_call(node, F.linear) for node in graph.nodes) and not adapters:
         raise Unclean("calls no linear: write its products as F.linear(x, weight), or leave it")
-    return Trace(graph, frozen_values(module, ran, stays))
+    return Trace(graph, replace(frozen_values(module, ran, stays), sized=frozenset(tracer.sized)))
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
-from act24.passes.graph.roles import Role, role_by_name
+from act24.passes.graph.roles import Role, computed, role_by_name
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
 
@@ -19,6 +19,10 @@ HIDES = "its relu"
 
 #: Why a pass leaves experts whose matrices lie in one tensor.
 STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
+
+#: Why a pass leaves a matrix that no linear reads as it is.
+_COMPUTED = "its weight is computed in forward, not read: make it a weight first, or leave it out with ignore"
+_BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
 #: Names of modules that are neither attention nor feed-forward networks.
 _NEITHER = re.compile(r"(^|[._])(lm_head|head|classifier|score|pooler|embed\w*)([._]|$)")
@@ -41,6 +45,7 @@ class Matrix:
         region: it lies in one, by the fully qualified name of that.
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
+        computed: linears read what is computed of it.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Matrix:
     stacked: bool
     region: str | None
     unknown: bool = False
+    computed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ class Coverage:
         scope: what its name promises, in words; "other" are linears that `targets` names, and those of which
             nobody knows what they are for.
         reached, total: elements of matrices in that scope.
-        left: (names, share, reason) of what it leaves there, the largest group first; behind them routers,
-            which are no part of the scope.
+        left: (names, share, reason) of what it leaves there, the largest group first; behind them what is no
+            part of the scope: routers, and linears beside those that it reaches.
         promised: the pass means to reach all of it; else the share is for information.
     """
 
@@ -92,6 +98,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     """
     around = dict(model.named_modules(remove_duplicate=False))
     roles: dict[str, Role] = {joined(r.fqn, name): role for r in regions for name, role in r.roles.items()}
+    made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
     found = []
     for name, parameter in model.named_parameters():
@@ -110,7 +117,17 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         unknown = unknown and _NEITHER.search(path) is None
         stacked, region = parameter.ndim > 2, inside.get(name)
         found.append(
-            Matrix(name, path, type(owner).__name__, parameter.numel(), role, stacked, region, unknown)
+            Matrix(
+                name,
+                path,
+                type(owner).__name__,
+                parameter.numel(),
+                role,
+                stacked,
+                region,
+                unknown,
+                computed=name in made,
+            )
         )
     return found
 
@@ -188,6 +205,16 @@ def coverage(
     stay = dict.fromkeys(_pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
     if stay and promised:
         shown += ((_listed(list(stay)), 0.0, "a router"),)
+    with_some = {m.region for m in matrices if any(_within(m, place) for place in hit)}
+    beside = dict.fromkeys(
+        _pattern(m.name)
+        for m in matrices
+        if m.role == "other" and not m.unknown and m.region in with_some and m.path not in named
+        if _NEITHER.search(m.path) is None and selects(m.path, m.class_name)
+        if not any(_within(m, place) for place in hit)
+    )
+    if beside and promised:
+        shown += ((_listed(list(beside)), 0.0, _BESIDE),)
     *first, last = (_NAMES[role] for role in ((*roles, "other") if "other" in seen else roles))
     words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)
@@ -203,6 +230,8 @@ def _within(matrix: Matrix, place: str) -> bool:
 def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> str:
     if matrix.stacked:
         return STACKED
+    if matrix.computed:
+        return _COMPUTED
     parts = matrix.path.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(".".join(parts[:end])):

@@ -13,7 +13,11 @@ from dis import Instruction
 from functools import cache
 from types import CodeType, FrameType
 
-_FUNCTIONS = ("type", "id", "callable")
+_FUNCTIONS = ("type", "id", "callable", "vars", "dir")
+#: Of torch, and no functions but classes, which take a proxy's dtype for another one.
+_CLASSES = ("finfo", "iinfo")
+_UNPACKS = ("UNPACK_SEQUENCE", "UNPACK_EX")
+_PATTERNS = ("MATCH_SEQUENCE", "MATCH_MAPPING")
 
 
 @cache
@@ -28,6 +32,14 @@ def identity_questions(code: CodeType) -> tuple[tuple[str, tuple[str, ...]], ...
                 found.append(("'is not'" if instruction.arg else "'is'", _names(operands)))
         elif instruction.argval in _FUNCTIONS and instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             found.append((f"{instruction.argval}()", _names(_call(instructions, place))))
+        elif instruction.argval in _CLASSES and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found.append((f"{instruction.argval}()", _names(_call(instructions, place, depth=2))))
+        elif instruction.opname in _PATTERNS:  # whose subject may have been put there long before
+            found.append(("for a pattern of its parts", code.co_varnames))
+        elif instruction.opname in ("UNPACK_SEQUENCE", "UNPACK_EX") and _is_caught(
+            instruction, instructions, code
+        ):
+            found.append(("for the number of parts", _names(_before(instructions, place, 1))))
     return tuple((question, names) for question, names in found if names)
 
 
@@ -45,13 +57,27 @@ def _before(instructions: list[Instruction], end: int, values: int) -> list[Inst
     return instructions[start:end]
 
 
-def _call(instructions: list[Instruction], start: int) -> list[Instruction]:
-    """The instructions from one that loads a function to the call of it; none where it is not called."""
-    depth, end = _effect(instructions[start]), start
+def _call(instructions: list[Instruction], start: int, depth: int | None = None) -> list[Instruction]:
+    """The instructions from one that loads a function to the call of it; none where it is not called.
+
+    Args:
+        depth: what is on the stack then; None: what that instruction puts there.
+    """
+    depth, end = _effect(instructions[start]) if depth is None else depth, start
     while depth > 1 and end + 1 < len(instructions):
         end += 1
         depth += _effect(instructions[end])
     return instructions[start:end]
+
+
+def _is_caught(instruction: Instruction, instructions: list[Instruction], code: CodeType) -> bool:
+    """Whether what an instruction raises is looked at by an `except`, which is none of a `with`."""
+    place = {one.offset: index for index, one in enumerate(instructions)}
+    for entry in dis._parse_exception_table(code):  # type: ignore[attr-defined]
+        if entry.start <= instruction.offset < entry.end:
+            handler = [one.opname for one in instructions[place[entry.target] :][:4]]
+            return handler[0] == "PUSH_EXC_INFO" and "WITH_EXCEPT_START" not in handler
+    return False
 
 
 def _effect(instruction: Instruction) -> int:

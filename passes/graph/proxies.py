@@ -14,11 +14,18 @@ from torch.fx.proxy import Attribute
 
 from act24.passes.graph.identity import reads_class
 
-#: What a tensor, a shape or a number has.
-_ATTRIBUTES = {*dir(Tensor), *dir(torch.Size), *dir(float)}
+#: What a tensor has, and what a value has that is none: a shape or a number.
+_TENSORS = {*dir(Tensor)}
+_OTHERS = {*dir(torch.Size), *dir(float), *dir(int)}
+_ATTRIBUTES = {*_TENSORS, *_OTHERS}
+#: By which a module asks for an attribute that may not be there.
+_NAMES = (hasattr, getattr)
 
-#: Those that are None or another tensor, by where a value comes from.
-_HISTORY = ("grad", "grad_fn", "_base", "_backward_hooks")
+#: Whose attributes are of the classes that those of any tensor are.
+_SAMPLE = torch.zeros(1, 1)
+
+#: Attributes of a tensor that are None or another tensor, by where it comes from.
+_HISTORY = ("grad", "grad_fn", "_grad", "_grad_fn", "_base", "name", "_backward_hooks")
 
 #: What a parameter is asked for and never changes. A pass may put others in its place.
 _SIZES = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
@@ -63,6 +70,28 @@ class _Written:
         for function in AUGMENTED:
             setattr(cls, f"__{function.__name__}__", _augmented(function))
 
+    @property
+    def __class__(self: Any) -> type:  # type: ignore[override]
+        """Asked by isinstance() where the answer is not yet yes."""
+        if self.tracer.asks != isinstance:
+            if reads_class(frame := self.tracer.asker()) and not is_internal(frame):
+                self.tracer.refuse(f"asks what kind of value {self.node.name} is: {OUTSIDE}")
+            return type(self)
+        return self._is_a()
+
+    def _attribute(self: Any, name: str, text: str) -> ValueAttribute:
+        """An attribute of what may be a tensor, a shape or a number."""
+        if name not in _ATTRIBUTES:
+            raise AttributeError(f"no tensor has an attribute '{name}'")
+        unsure = name.startswith("__") or (name not in _TENSORS and self.tracer.asks in _NAMES)
+        if unsure and not is_internal(self.tracer.asker(3)):
+            self.tracer.refuse(f"asks for {text}.{name}, which some values have: {OUTSIDE}")
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in _HISTORY:
+            self.tracer.refuse(f"asks for {text}.{name}, how it came about: {OUTSIDE}")
+        return ValueAttribute(self, name)
+
     def __setattr__(self: Any, name: str, value: object) -> None:
         if name not in ("tracer", "node", "_node", "root", "attr"):  # fx's own
             self.tracer.refuse(f"sets {name} of the value {self.node.name}: {PLAIN}")
@@ -88,25 +117,16 @@ class Proxy(_Written, fx.Proxy):
 
     tracer: Any  # `act24.passes.graph.tracer.Tracer`
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """Asked by isinstance() where the answer is not yet yes."""
-        if not self.tracer.asks_kind:
-            if reads_class(frame := self.tracer.asker()) and not is_internal(frame):
-                self.tracer.refuse(f"asks what kind of value {self.node.name} is: {OUTSIDE}")
-            return type(self)
+    def _is_a(self) -> type:
         if self.node.op == "get_attr":
             return nn.Parameter
         return self.tracer.refuse(f"asks what kind of value {self.node.name} is: {OUTSIDE}")
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _ATTRIBUTES or name.startswith("__"):
-            raise AttributeError(f"no tensor has an attribute '{name}'")
         if name in _SIZES and (parameter := self.tracer.parameter(self.node)) is not None:
+            self.tracer.sized.add(str(self.node.target))
             return getattr(parameter, name)
-        if name in _HISTORY:
-            self.tracer.refuse(f"asks for {self.node.name}.{name}, how it came about: {OUTSIDE}")
-        return ValueAttribute(self, name)
+        return self._attribute(name, self.node.name)
 
     def __len__(self) -> int:
         return self.tracer.refuse("asks a value for its length: write x.shape[0], and do not branch on it")
@@ -116,14 +136,31 @@ class Proxy(_Written, fx.Proxy):
 
 
 class ValueAttribute(_Written, Attribute):
-    """An attribute of a value, which may be a method, a number or a shape."""
+    """An attribute of a value, which may be a method, a number or a shape; or one of an attribute."""
+
+    def _is_a(self) -> type:
+        sample = self._sample()
+        if sample is None or isinstance(sample, Tensor):
+            return self.tracer.refuse(f"asks what kind of value {self.attr} of a value is: {OUTSIDE}")
+        return type(sample)
+
+    def _sample(self) -> Any:
+        """What this attribute is, of another tensor; None where it may be of another class."""
+        of = self.root._sample() if issubclass(type(self.root), ValueAttribute) else None
+        if of is None and self.attr not in _OTHERS:
+            of = _SAMPLE
+        return getattr(of, self.attr, None)
 
     def __bool__(self) -> bool:
         return self.tracer.to_bool(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        of, text = self._sample(), f"a value's {self.attr}"
+        if of is None or isinstance(of, Tensor):
+            return self._attribute(name, text)
+        found = getattr(of, name)  # or the AttributeError that the module would meet
+        if found is None:
+            self.tracer.refuse(f"asks for {text}.{name}, which is None for some: {OUTSIDE}")
         return ValueAttribute(self, name)
 
     def __repr__(self) -> str:

@@ -177,6 +177,12 @@ class Region:
                     f"{self.name(name)} is there already, and a pass needs a parameter of this name: "
                     "rename it"
                 )
+            if name in self.frozen.sized and self.parameters[name].shape != specs[name].shape:
+                raise PassError(
+                    f"{self.name('')} [{self.class_name('')}] asks in forward for the shape of {name}, which "
+                    "a pass would change: ask where the module is made, let the pass keep its width, or "
+                    f'leave it out, ignore = ["{self.name("")}"]'
+                )
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
         for role in [self.roles[name] for name in replaces if name in self.roles][:1]:
             self.roles.update({name: role for name in specs if name not in self.roles})

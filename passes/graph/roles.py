@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from act24.passes.graph.normal_form import is_call, is_product, weight_name
+from act24.passes.graph.normal_form import asks_kind, is_call, is_product, weight_name
 from act24.relu2 import relu2
 
 Role = Literal["attn", "mlp", "router", "lora", "head", "other"]
@@ -98,49 +98,80 @@ def roles_of(
     shown = roles_in_graph(graph, module)
     roles: dict[str, Role] = {}
     head = head_of(around[""])
-    for node in graph.nodes:
-        if is_call(node, F.linear) and (name := weight_name(node)):
-            path = ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
-            named = role_by_name(path, around)
-            roles[name] = named if named == "lora" else shown.get(name, named)
-            if head is not None and around.get(path) is head:
-                roles[name] = "head"
+    for name in dict.fromkeys(name for names in _linears(graph, module).values() for name in names):
+        path = ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
+        named = role_by_name(path, around)
+        roles[name] = named if named == "lora" else shown.get(name, named)
+        if head is not None and around.get(path) is head:
+            roles[name] = "head"
     return roles
+
+
+def computed(graph: fx.Graph, module: nn.Module) -> set[str]:
+    """The parameters that linears read by way of something else, which makes their weight in forward."""
+    linears = _linears(graph, module)
+    read = {name for node in linears if node.op != "call_module" and (name := weight_name(node))}
+    return {name for names in linears.values() for name in names} - read
+
+
+def _linears(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[str]]:
+    """The linears of a graph, each with the parameters that its weight is made of; those that are called as
+    modules have a weight that is computed."""
+    found = {node: _weights_of(node) for node in graph.nodes if is_call(node, F.linear)}
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(called := module.get_submodule(node.target), nn.Linear):
+            found[node] = [f"{node.target}.{name}" for name, p in called.named_parameters() if p.ndim > 1]
+    return {node: names for node, names in found.items() if names}
+
+
+def _weights_of(linear: fx.Node) -> list[str]:
+    """The parameters that the weight of a linear is, or is made of."""
+    if name := weight_name(linear):
+        return [name]
+    frontier, seen = [linear.args[1]], list[fx.Node]()
+    while frontier:
+        node = frontier.pop()
+        if isinstance(node, fx.Node) and node not in seen and not asks_kind(node):
+            seen.append(node)
+            frontier += node.all_input_nodes
+    made = any(node.op == "placeholder" or is_call(node, F.linear) for node in seen)
+    return [] if made else [str(node.target) for node in seen if node.op == "get_attr"]
 
 
 def roles_in_graph(graph: fx.Graph, module: nn.Module) -> dict[str, Role]:
     """The roles that a graph shows, by the weight's name."""
     found: dict[str, Role] = {}
-    calls = {node: name for node in graph.nodes if is_call(node, F.linear) and (name := weight_name(node))}
+    calls = _linears(graph, module)
     if len(calls) < 2:
         return found
     behind = {node: _behind(node, module) for node in calls}
-    for node, name in calls.items():
-        seen, ends = _walk(node, up=False)
-        before, _ = _walk(node, up=True)
+    for node, names in calls.items():
+        seen, ends = _walk(node, module, up=False)
+        before, _ = _walk(node, module, up=True)
         if any(n.target in _CHOICES for n in seen):
-            found[name] = "router"
+            found |= dict.fromkeys(names, "router")
         elif any(map(_is_scores, (*seen, *before))):
-            found[name] = "attn"
+            found |= dict.fromkeys(names, "attn")
         elif any(_is_activation(n, module) for n in (*seen, *before)) or (
             any(map(is_product, seen)) and ends
         ):
-            found.setdefault(name, "mlp")
-    for node, name in calls.items():  # a gate of what attention gives belongs to attention
-        if found.get(name) == "mlp" and any(found.get(calls.get(n, "")) == "attn" for n in behind[node]):
-            found[name] = "attn"
+            found = dict.fromkeys(names, "mlp") | found
+    for node, names in calls.items():  # a gate of what attention gives belongs to attention
+        to = [found.get(name) for n in behind[node] for name in calls.get(n, ())]
+        if "attn" in to:
+            found |= dict.fromkeys((name for name in names if found.get(name) == "mlp"), "attn")
     return found
 
 
 def _behind(node: fx.Node, module: nn.Module) -> list[fx.Node]:
     """The linears that read what becomes of a linear by way of an activation or a product."""
-    seen, ends = _walk(node, up=False)
+    seen, ends = _walk(node, module, up=False)
     return ends if any(_is_activation(n, module) or is_product(n) for n in seen) else []
 
 
-def _walk(node: fx.Node, up: bool) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What lies between a linear and the next ones, without sums, behind which other things begin; and those
-    next ones."""
+def _walk(node: fx.Node, module: nn.Module, up: bool) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What lies between a linear and the next ones, and those next ones. Behind sums other things begin, but
+    for those that lead into an activation."""
     seen, ends, frontier = list[fx.Node](), list[fx.Node](), [node]
     while frontier:
         current = frontier.pop()
@@ -153,15 +184,17 @@ def _walk(node: fx.Node, up: bool) -> tuple[list[fx.Node], list[fx.Node]]:
                 continue
             if is_call(other, F.linear):
                 ends.append(other)
-            elif not _is_sum(other):
+            elif not _is_sum(other, module):
                 seen.append(other)
                 frontier.append(other)
     return seen, ends
 
 
-def _is_sum(node: fx.Node) -> bool:
+def _is_sum(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node adds two values, other than into an activation alone."""
     both = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    return node.target in (operator.add, torch.add, "add") and len(both) == 2
+    into = bool(node.users) and all(_is_activation(user, module) for user in node.users)
+    return node.target in (operator.add, torch.add, "add") and len(both) == 2 and not into
 
 
 def _is_scores(node: fx.Node) -> bool:

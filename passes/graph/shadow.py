@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+
+from act24.passes.graph.surroundings import FOREIGN
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, FunctionType, BuiltinFunctionType)
 _PLAIN += (torch.dtype, torch.device, torch.Size)
@@ -146,24 +148,43 @@ def contents(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
     return held
 
 
-def holds_plain(value: Any) -> bool:
-    """Whether a value is a number, a text or a container."""
-    return isinstance(value, int | float | str | list | dict | set | deque)
+def can_be_written(value: Any) -> bool:
+    """Whether a value is a number, a text, a container, or an object that is neither of torch's nor of
+    Python's own."""
+    if isinstance(value, int | float | str | list | dict | set | deque):
+        return True
+    own = type(value).__module__.partition(".")[0] not in FOREIGN
+    return own and not isinstance(value, (*_PLAIN, nn.Module, Tensor, ModuleType, fx.Proxy))
 
 
-def content(value: Any, depth: int = 4) -> Any:
-    """What a value is and holds, as data that compares."""
-    if isinstance(value, int | float | str | bool | None):
+def content(value: Any, depth: int = 4, identity: bool = True) -> Any:
+    """What a value is and holds, as data that compares.
+
+    Args:
+        identity: another object that holds the same is another content.
+    """
+    if isinstance(value, int | float | complex | str | bytes | bool | None):
         return (type(value), value)
     if isinstance(value, (*_PLAIN, Tensor, nn.Module, fx.Proxy)) or not depth:
-        return id(value)
-    if isinstance(value, dict):
-        own = tuple((key, content(v, depth - 1)) for key, v in value.items())
-    elif isinstance(value, list | tuple | set | frozenset | deque):
-        own = tuple(content(v, depth - 1) for v in value)
-    else:
-        own = ()
+        return id(value) if identity else type(value)
     held = getattr(value, "__dict__", None)
+    if isinstance(value, dict):
+        own = tuple((key, content(v, depth - 1, identity)) for key, v in value.items())
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        own = tuple(content(v, depth - 1, identity) for v in value)
+    elif isinstance(held, dict) or type(value).__module__.partition(".")[0] in FOREIGN:
+        own = ()
+    else:  # with slots, or an array: what a copy is made from
+        own = content(_state(value), depth + 6 * identity - 1, identity=False)
     if isinstance(held, dict):
-        own += tuple((key, content(v, depth - 1)) for key, v in held.items())
-    return (id(value), own)
+        own += tuple((key, content(v, depth - 1, identity)) for key, v in held.items())
+    return (id(value) if identity else type(value), own)
+
+
+def _state(value: Any) -> Any:
+    """What a copy of an object is made from; None where it does not say."""
+    try:
+        made = value.__reduce_ex__(2)
+    except Exception:  # whatever a foreign object raises
+        return None
+    return made[1:3] if isinstance(made, tuple) else None

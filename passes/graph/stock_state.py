@@ -73,8 +73,7 @@ def to_stock(changes: Sequence[Change], state: Mapping[str, Tensor]) -> dict[str
     for change in reversed(changes):
         if change.state.to_stock is None:
             raise PassError(
-                f"{change.region.name(change.path)} has no stock form: {change.state.why}. Save it as "
-                "act24's own"
+                f"{change.region.name(change.path)} has no stock form: {change.state.why}. Keep that pass"
             )
         for fqn in change.region.fqns:
             created = _take(result, {name: joined(fqn, name) for name in change.state.creates})

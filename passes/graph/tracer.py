@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import inspect
 import operator
-import random
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -22,18 +21,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Function
-from torch.backends import cuda
 from torch.utils.checkpoint import checkpoint
 
 from act24.passes.graph.identity import identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
+from act24.passes.graph.outside import Outside
 from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal
 from act24.passes.graph.shadow import Shadow
+from act24.passes.graph.surroundings import (
+    ENVIRONMENT,
+    FOREIGN,
+    asks_in_c,
+    asks_in_python,
+    draws,
+    modes,
+    names_numpy,
+    own_generator,
+    package,
+    random_state,
+    set_random_state,
+)
 
-#: Packages whose functions read nothing that a user sets.
-FOREIGN = {"torch", *sys.stdlib_module_names}
-
-_KIND = vars(Proxy)["__class__"].fget.__code__
+#: What proxies do to answer is no question of the module's.
+_PROXIES = Proxy._attribute.__globals__
+_QUESTIONS = (isinstance, hasattr, getattr)
+_NUMBERS = (bool, int, float, str)
+#: Exceptions that a value in a proxy's place would raise too.
+_SAME = (AttributeError, LookupError, ImportError, StopIteration, Unclean)
 
 
 class Tracer(fx.Tracer):
@@ -41,9 +55,10 @@ class Tracer(fx.Tracer):
 
     Attributes:
         refused: the first question that had no answer, or the empty string.
+        sized: the parameters whose sizes the module asks for, by name.
         casts: the questions whether two dtypes differ, one of them a value's, that were answered by yes: a
             dtype, or the node that it is of.
-        asks_kind: whether the module calls isinstance() at this moment.
+        asks: isinstance(), hasattr() or getattr(), where the module calls it at this moment.
     """
 
     proxy_buffer_attributes = True
@@ -60,7 +75,8 @@ class Tracer(fx.Tracer):
         self.refused = ""
         self.casts: list[tuple[fx.Node | torch.dtype, fx.Node | torch.dtype]] = []
         self._note = note
-        self.asks_kind = False
+        self.sized = set[str]()
+        self.asks: Callable[..., Any] | None = None
         self._shadow = shadow
         self._closed = closed
         self._proxies: dict[int, fx.Proxy] = {}
@@ -69,6 +85,9 @@ class Tracer(fx.Tracer):
         self._of_functions: dict[CodeType, bool] = {}
         self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
+        self._raised = ""
+        self._asking: dict[int, str] = {}
+        self._imports: FrameType | None = None
 
     def record(self, values: dict[str, Any] | None = None, equal: int | None = None) -> fx.Graph:
         """The graph of the double's forward.
@@ -88,18 +107,25 @@ class Tracer(fx.Tracer):
             for tensors in (root.named_buffers, root.named_parameters)
             for name, t in tensors(remove_duplicate=True)
         }
-        self._modes = _modes()
+        self._modes = modes()
         function, args = self.create_args_for_root(type(root).forward, True, values)
-        before, collects = sys.getprofile(), gc.isenabled()
+        before, traces, collects = sys.getprofile(), sys.gettrace(), gc.isenabled()
         gc.disable()  # what others do when garbage is collected is not asked by the module
         self._shadow.observer = self
-        sys.setprofile(self._on_event)
         try:
-            result = function(*args)
-            sys.setprofile(before)
+            with Outside(self):
+                sys.setprofile(self._on_event)
+                result = function(*args)
+                sys.setprofile(before)
+            if self._raised:
+                self.refuse(
+                    f"catches {self._raised}, which tracing raises and a tensor may not: take the try: away, "
+                    f"or {OWN}"
+                )
             self.create_node("output", "output", (self.create_arg(result),), {})
         finally:
             sys.setprofile(before)
+            sys.settrace(traces)
             self._shadow.observer = None
             if collects:
                 gc.enable()
@@ -119,9 +145,13 @@ class Tracer(fx.Tracer):
         self.refused = self.refused or reason
         raise Unclean(reason)
 
-    def asker(self) -> FrameType:
-        """Who asks a proxy what the proxy takes here."""
-        return sys._getframe(2)
+    def asker(self, above: int = 2) -> FrameType:
+        """Who asks a proxy what the proxy takes here.
+
+        Args:
+            above: how many calls above.
+        """
+        return sys._getframe(above)
 
     def undo_draws(self) -> None:
         """Put generators back that the module drew from, and refuse if it did."""
@@ -134,30 +164,70 @@ class Tracer(fx.Tracer):
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
-        if frame.f_code is _KIND:
+        if frame.f_globals is _PROXIES:
+            return
+        if self._imports is not None:  # what modules ask as they are imported is asked once anyway
+            self._imports = None if event == "return" and frame is self._imports else self._imports
+            return
+        if event == "call" and _imports(frame):
+            self._imports = frame
             return
         if event in ("call", "return"):
             self._check_identities(frame)
         # Parsing the arguments of torch's functions asks too, and is no question of the module's.
-        self.asks_kind = event == "c_call" and argument is isinstance and _asks(frame)
+        self.asks = argument if event == "c_call" and argument in _QUESTIONS and _asks(frame) else None
         if event == "c_call":
-            if self._before_draw is None and argument.__name__ in _DRAWS:
-                self._before_draw = random_state()
-            name, caller = _asked(argument, frame), frame
+            self._check_draw(argument)
+            if name := asks_in_c(argument, frame):
+                self._refuse_to_ask(name)
         elif event == "call":
-            self._note(frame)
-            if frame.f_code is _CHECKPOINT:
-                self.refuse(
-                    "calls torch.utils.checkpoint, and its graph would recompute nothing: call it around the "
-                    "module, or leave it out and give the pass recompute"
-                )
-            name, caller = _ASKED_CODE.get(frame.f_code) or _environment(frame), frame.f_back
-            while name and caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
-                caller = caller.f_back
-        else:
+            self._begins(frame)
+        elif event == "return" and (name := self._asking.pop(id(frame), None)) and type(argument) in _NUMBERS:
+            self._refuse_to_ask(name)
+
+    def _begins(self, frame: FrameType) -> None:
+        """A function in Python begins."""
+        self._note(frame)
+        if sys.gettrace() != self._on_raise and (local := self._on_raise(frame, "call", None)):
+            sys.settrace(self._on_raise)
+            frame.f_trace = local
+        if frame.f_code is _CHECKPOINT:
+            self.refuse(
+                "calls torch.utils.checkpoint, and its graph would recompute nothing: call it around the "
+                "module, or leave it out and give the pass recompute"
+            )
+        if self._before_draw is None and names_numpy(frame):
+            self._before_draw = random_state()
+        if (name := asks_in_python(frame)) == ENVIRONMENT:
+            self._refuse_to_ask(name)
+        elif name:
+            self._asking[id(frame)] = name
+
+    def _check_draw(self, function: Any) -> None:
+        """Of a function in C that is called: remember where generators stand that it may draw from."""
+        if not draws(function):
             return
-        if name and caller is not None and not is_internal(caller):
-            self.refuse(f"asks {name}, which tracing would freeze: {OUTSIDE}")
+        if self._before_draw is None:
+            self._before_draw = random_state()
+        if (generator := own_generator(function)) is not None:
+            self.refuse(
+                f"draws from a {type(generator).__name__} of its own, which tracing would freeze: draw for a "
+                "value (torch.rand_like(x))"
+            )
+
+    def _refuse_to_ask(self, name: str) -> NoReturn:
+        self.refuse(f"asks {name}, which tracing would freeze: {OUTSIDE}")
+
+    def _on_raise(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        """Of the interpreter's tracing, this thread's own too, from the first function on that may catch what
+        is raised in it: one begins, or something is."""
+        if event == "call":
+            if not frame.f_code.co_exceptiontable or package(frame) in FOREIGN:
+                return None
+            frame.f_trace_lines = False
+        elif event == "exception" and not issubclass(argument[0], _SAME):
+            self._raised = self._raised or f"a {argument[0].__name__}"
+        return self._on_raise
 
     def _check_identities(self, frame: FrameType) -> None:
         """Of a function that begins or ends: whether it asks which object a value is."""
@@ -225,7 +295,7 @@ class Tracer(fx.Tracer):
                         "with it one node (act24.operation.operation)"
                     )
                 frame = frame.f_back  # type: ignore[assignment]
-            if _modes() != self._modes:
+            if modes() != self._modes:
                 self.refuse(
                     "computes under a mode of its own (gradients, autocast, saved tensors, attention "
                     f"kernels, precision), which its graph has not: set it around the model, or {OWN}"
@@ -272,6 +342,10 @@ class Tracer(fx.Tracer):
         parameter = self.parameter(value)
         return None if parameter is None else parameter.dtype
 
+    def name(self, tensor: Tensor) -> str | None:
+        """That of a parameter or buffer."""
+        return self._names.get(id(tensor))
+
     def parameter(self, node: fx.Node) -> nn.Parameter | None:
         """The parameter that a node is."""
         return dict(self.root.named_parameters()).get(str(node.target)) if node.op == "get_attr" else None
@@ -284,45 +358,21 @@ def _dtype_of(value: Any) -> fx.Node | torch.dtype | None:
     return value if isinstance(value, torch.dtype) else None
 
 
-def random_state() -> tuple[Any, ...]:
-    """Where the process's generators stand that a forward draws from."""
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Let the generators stand there again."""
-    random.setstate(state[0])
-    torch.set_rng_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
-
-
 class RegionTracer(fx.Tracer):
     """Whom fx asks to make a graph again, as when it is unpickled: buffers are nodes there too."""
 
     proxy_buffer_attributes = True
 
 
+def _imports(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "_find_and_load" and package(frame) == "importlib"
+
+
 def _asks(frame: FrameType) -> bool:
-    """Whether isinstance() is called for the module: by its own code, or by torch.is_tensor."""
+    """Whether a question is asked for the module: by its own code, or by torch.is_tensor."""
     if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
         return False
     return not is_internal(frame) or frame.f_code is torch.is_tensor.__code__
-
-
-def _environment(frame: FrameType) -> str | None:
-    """The name of the environment, if a function that begins looks something up there."""
-    looks = frame.f_code.co_name == "__getitem__" and frame.f_globals.get("__name__") == "os"
-    return "os.environ" if looks else None
-
-
-def _asked(function: Any, caller: FrameType) -> str | None:
-    """The name of a function in C whose answer is another one elsewhere."""
-    name = function.__name__
-    if function in (operator.is_, operator.is_not):
-        return f"operator.{name}()"
-    if function.__module__ == "time":
-        asker = caller.f_globals.get("__name__", "").partition(".")[0]
-        return None if asker in FOREIGN else f"time.{name}()"
-    return f"torch.{name}()" if name in _ASKED and function.__self__ is torch._C else None
 
 
 def _forwards(of: type) -> Iterator[CodeType]:
@@ -334,49 +384,4 @@ def _forwards(of: type) -> Iterator[CodeType]:
         yield from _forwards(function)
 
 
-def _modes() -> tuple[Any, ...]:
-    """All that `with` may set around a part of a forward, and that a node of a graph does not say."""
-    autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    kernels = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
-    saving = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_anomaly_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        saving._top_saved_tensors_default_hooks(True),
-        saving._saved_tensors_hooks_get_disabled_error_message(),
-        torch._C._len_torch_dispatch_stack(),
-        *autocast,
-        *(enabled() for enabled in (*kernels, cuda.cudnn_sdp_enabled)),
-    )
-
-
-#: Functions of torch's C++ side, and Python functions by their code.
-_ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
-_ASKED += ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype", "get_default_dtype")
-#: Functions that draw where they are given no value to draw for, of torch and of Python.
-_DRAWS = {
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "normal",
-    "bernoulli",
-    "multinomial",
-    "random",
-    "getrandbits",
-}
-_DRAWS |= {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
 _CHECKPOINT = inspect.unwrap(checkpoint).__code__
-#: Where the environment is looked up for whoever asks.
-_LOOKS_UP = ("os", "collections.abc", "_collections_abc")
-_ASKED_CODE = {
-    function.__code__: f"torch.compiler.{function.__name__}()"
-    for function in (
-        torch.compiler.is_compiling,
-        torch.compiler.is_dynamo_compiling,
-        torch.compiler.is_exporting,
-    )
-}

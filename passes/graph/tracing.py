@@ -20,7 +20,6 @@ from act24.errors import PassError
 from act24.passes.graph.check import Check
 from act24.passes.graph.clean_trace import Trace, clean_trace, is_closed, matrices
 from act24.passes.graph.coverage import HIDES, STACKED
-from act24.passes.graph.hooks import refuse_wrapped
 from act24.passes.graph.normal_form import is_adapter, is_linear
 from act24.passes.graph.region import ParameterSpec, Region, RegionModule, joined
 from act24.passes.graph.roles import roles_of
@@ -40,7 +39,6 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
     Raises:
         PassError: the model was already rewritten, or is compiled or wrapped.
     """
-    refuse_wrapped(model)
     places: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RegionModule):
@@ -146,11 +144,32 @@ def _holds(module: nn.Module) -> bool:
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of every parameter, by the identity of the tensor."""
+    """Every name of every parameter, by the identity of the tensor; of those that lie on the same memory,
+    too, as one that is a view of another does."""
     owners: dict[int, list[str]] = {}
+    tensors: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = parameter
+    last, end = 0, (0, 0)
+    for where, stop, one in sorted((*_memory(p), key) for key, p in tensors.items()):
+        if where < end:
+            owners[last] += [name for name in owners[one] if name not in owners[last]]
+            owners[one] = owners[last]
+        if stop > end:
+            last, end = one, stop
     return owners
+
+
+def _memory(tensor: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where a tensor begins and ends, each as a storage and a byte of it; nowhere if it has no memory."""
+    if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta or not tensor.numel():
+        return (id(tensor), 0), (id(tensor), 0)
+    storage, size = tensor.untyped_storage().data_ptr(), tensor.element_size()
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((count - 1) * stride for count, stride in strides)
+    begin = tensor.storage_offset() * size
+    return (storage, begin), (storage, begin + elements * size)
 
 
 def _region(

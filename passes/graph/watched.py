@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import PassError
-from act24.passes.graph.shadow import content, holds_plain
-from act24.passes.graph.tracer import FOREIGN
+from act24.passes.graph.shadow import can_be_written, content
+from act24.passes.graph.surroundings import FOREIGN
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 PLAIN += (Enum, numbers.Number, range, slice)
@@ -134,12 +134,14 @@ class Frozen:
         names: what the code of the forward names: attributes of the module that can no longer be set are
             among them.
         dynamic: the code also makes up names, so that it may read any attribute.
+        sized: parameters whose sizes it asks for, by local name.
     """
 
     facts: tuple[Fact, ...] = ()
     unwatched: tuple[str, ...] = ()
     names: frozenset[str] = frozenset()
     dynamic: bool = False
+    sized: frozenset[str] = frozenset()
 
 
 #: Of a linear alone.
@@ -165,9 +167,11 @@ class Ran:
             return
         self.codes[code] = scope
         named = {n: scope[n] for n in code.co_names if n in scope and not n.startswith("__")}
-        self._held += [(f"{n} of {name}", (scope, n), content(v)) for n, v in named.items() if holds_plain(v)]
+        self._held += [
+            (f"{n} of {name}", (scope, n), content(v)) for n, v in named.items() if can_be_written(v)
+        ]
         if code.co_freevars:
-            inner = {n: v for n, v in frame.f_locals.items() if n in code.co_freevars and holds_plain(v)}
+            inner = {n: v for n, v in frame.f_locals.items() if n in code.co_freevars and can_be_written(v)}
             self._held += [(f"{n} in the closure of {code.co_name}", v, content(v)) for n, v in inner.items()]
 
     @property

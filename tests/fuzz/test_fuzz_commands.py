@@ -60,7 +60,8 @@ LINES = st.one_of(
     line(*SAMPLE, st.sampled_from(["--temperature", "--top-k", "--seed"]), PLAIN),
     line("data", "prepare", PLAIN, "out"),
     line(*PREPARE, "--vocab-size", PLAIN),
-    line(*PREPARE, st.sampled_from(["--tokenizer", "--max-tokens", "--text-field", "--encoding"]), PLAIN),
+    line(*PREPARE, st.sampled_from(["--tokenizer", "--max-tokens", "--encoding"]), PLAIN),
+    line("data", "prepare", "lines.jsonl", "out", st.sampled_from(["--text-field", "--encoding"]), PLAIN),
     st.lists(PLAIN, max_size=4).map(tuple),
 )
 
@@ -70,6 +71,7 @@ LINES = st.one_of(
 def test_command_lines(tried, run_dir, tmp_path_factory, monkeypatch, words):
     folder = tmp_path_factory.mktemp("here")
     (folder / "text.txt").write_text("low rank, two of four\n" * 40)
+    (folder / "lines.jsonl").write_text('{"text": "low rank, two of four"}\n' * 40)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = [str(run_dir) if word == "RUN" else word for word in words]

@@ -68,6 +68,7 @@ CONFIG = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "model_type": "llama",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
 

@@ -342,6 +342,11 @@ def test_a_whole_command_line() -> None:
     translation = translate("torchrun --nproc_per_node 4 run_c4.py", BASE, "--lr 0.01")
     assert translation.recipe.optimizer.lr == 0.01
     assert "processes are not of the recipe" in translation.spellings[0]
+    assert translate("--lr 0.5 --tag a.py", BASE, "--name b.py").recipe.optimizer.lr == 0.5  # no script
+    assert (
+        translate("A=1 python -m torch.distributed.run --nnodes=1 a.py", BASE, "--lr 0.5").recipe.optimizer.lr
+        == 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -353,6 +358,7 @@ def test_a_whole_command_line() -> None:
         (f"{BASE} --lr", "--lr needs a value"),
         (f"{BASE} --lr --seed 3", "--lr needs a value"),
         (f"{BASE} --lr fast", "--lr takes a number, not 'fast'"),
+        (f"{BASE} --use_hf_model=False", "--use_hf_model takes no value, not 'False'"),
         (f"{BASE} --seed 1.5", "--seed takes a whole number"),
         (f"{BASE} --flip_rate maybe", "--flip_rate takes True or False"),
         (f"{BASE} --cola_init maybe", "--cola_init takes True or False"),

@@ -110,6 +110,9 @@ def test_all_that_a_file_says_of_the_model_is_taken_and_what_the_script_never_re
             SIZES % '"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}',
             "two values of rope_theta",
         ),
+        (SIZES % '"vocab_size": [null]', r"vocab_size = \[None\] is no single value"),
+        (SIZES % '"rope_parameters": [1]', r"rope_parameters = \[1\] is no object"),
+        (SIZES % '"rope_parameters": {"rope_theta": {}}', r"rope_theta = \{\} is no single value"),
     ],
 )
 def test_a_model_configuration_that_cannot_be_had(tmp_path: Path, content: str, message: str) -> None:

@@ -84,6 +84,10 @@ def everything(name: str, parameter: Tensor) -> bool:
     return True
 
 
+def nothing(name: str, parameter: Tensor) -> bool:
+    return False
+
+
 def two_dimensional(name: str, parameter: Tensor) -> bool:
     """Embeddings too, norms not."""
     return parameter.ndim >= 2
@@ -120,6 +124,7 @@ LORO = "--optimizer loro_adamw --loro_scope all"
 WIDE, NARROW = (0.9, 0.999), (0.9, 0.95)
 BRANCHES = [
     Branch("--optimizer adamw", "torch", WIDE, everything),
+    Branch("--weight_decay 0", "torch", WIDE, nothing),  # torch's Adam, whose decay is another: said
     Branch("--optimizer adamw --squ_relu relu2 --activation_2by4 True", "torch", WIDE, everything),
     Branch("--optimizer adamw --enable_2to4_sparse True", "torch", NARROW, two_dimensional),
     Branch("--optimizer cola_adamw --loro_scope all", "torch", NARROW, everything),

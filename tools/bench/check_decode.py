@@ -26,11 +26,15 @@ from act24.sparse24.feed_forward.forms import network_of
 from act24.sparse24.feed_forward.operation import activation24, form_of
 from act24.sparse24.feed_forward.options import Options24
 from act24.sparse24.format.products import feed_forward_products
+from act24.sparse24.kernels.dense_decode import dense_decode
 from act24.sparse24.kernels.packed_decode import Tiling, launch, packed_for_decode, tilings, unpacked
 from act24.sparse24.kernels.skipping_product import skipping_product
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.tools.bench.decode import copies_of, microseconds
 from act24.tools.bench.rows import needed_gpu
+
+#: Dense weights, [outputs, inputs], that are timed with one token.
+DENSE_WEIGHTS = ((4096, 4096), (12288, 4096), (16512, 4096), (4096, 16512), (32000, 4096), (8192, 2048))
 
 #: 2:4 weights, [outputs, inputs], that are timed.
 PACKED = ((4096, 4096), (16512, 4096), (4096, 16512), (8192, 2048))
@@ -56,6 +60,13 @@ def _checks(device: torch.device) -> Iterator[tuple[str, bool]]:
             y = skipping_product(hidden, weight, "relu2").sum(0)
             exact = hidden.relu().square().double() @ weight.double()
             yield f"skipping {tokens} {features} {width}", _close(y, exact, 1e-5)
+    for outputs, inputs in (*DENSE_WEIGHTS, (768, 3072), (37, 300)):
+        weight = torch.randn(outputs, inputs, device=device).bfloat16()
+        x = torch.randn(1, inputs, device=device).bfloat16()
+        yield (
+            f"dense {outputs}×{inputs}",
+            _close(dense_decode(x, weight), x.double() @ weight.double().T, 1e-5),
+        )
     for outputs, inputs in (*PACKED, (768, 3072), (37, 640)):
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
         weight = torch.where(top2_of_4(weight.abs()), weight, 0)
@@ -119,6 +130,12 @@ def _generation(device: torch.device) -> Iterator[tuple[str, bool]]:
             plan_text(tried): f"{s * 1e6:.0f} µs" for tried, s in generator.decoder.times.get(3, {}).items()
         }
         print(f"{choice or 'measured'} in bfloat16: {plan}: {share:.2f} of the tokens {times}", flush=True)
+    alone = Generator(model, compiled=False).generate_ids(prompts[:1], 60, Sampling(0))
+    for choice in (Choice(streamed=True), None):
+        generator = Generator(model, choice=choice)
+        share = _share(generator.generate_ids(prompts[:1], 60, Sampling(0)), alone)
+        plan = plan_text(generator.decoder.plans[1])
+        print(f"one row, {choice or 'measured'} in bfloat16: {plan}: {share:.2f} of the tokens", flush=True)
     # In float32 rounding leaves every token what it is, whatever was measured and laid out before.
     model.float()
     expected = Generator(model, compiled=False).generate_ids(prompts, 60, Sampling(0))
@@ -150,6 +167,13 @@ def _skip(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _times(device: torch.device) -> Iterator[str]:
+    for outputs, inputs in DENSE_WEIGHTS:
+        weights = copies_of(torch.randn(outputs, inputs, device=device).bfloat16())
+        x = torch.randn(1, inputs, device=device).bfloat16()
+        dense, ours = (microseconds(of, [(x, w) for w in weights]) for of in (F.linear, dense_decode))
+        rates = [outputs * inputs * 2 / taken / 1e6 for taken in (dense, ours)]
+        told = " and ".join(f"{rate:.2f}" for rate in rates)
+        yield f"dense {outputs}×{inputs}, one token: cuBLAS {dense:.1f} µs, ours {ours:.1f}: {told} TB/s"
     for features, width in ((16512, 4096), (8192, 2048)):
         weight = torch.randn(features, width, device=device).bfloat16()
         plain, rows = copies_of(weight.T.contiguous()), copies_of(weight)

@@ -37,15 +37,16 @@ from act24.tools.bench.train import commit
 from act24.tools.run.tuning import tuned_table
 
 SIZES = {"130m": "llama-130m", "1b": "llama-1b", "7b": "llama-7b"}
-PACKED = Choice(packed=True, fused=True)
+PACKED = Choice(packed=True, fused=True, streamed=True)
 #: Those without sparsity come first: the others are beside the faster of them. None: what the decoder
 #: measures and takes, block by block.
 SIDES = (
     DENSE,
     Choice(fused=True),
-    Choice(skipping=True, fused=True),
+    Choice(fused=True, streamed=True),
+    Choice(skipping=True, fused=True, streamed=True),
     PACKED,
-    Choice(skipping=True, packed=True, fused=True),
+    Choice(skipping=True, packed=True, fused=True, streamed=True),
     None,
 )
 GREEDY = Sampling(temperature=0)
@@ -231,6 +232,8 @@ def _tuned(model: LlamaForCausalLM, prompts: Sequence[tuple[int, int]], device: 
 
 def most_rows(side: Choice) -> float:
     """Of a batch for which the decoder would try this choice."""
+    if side.streamed and not (side.skipping or side.packed):
+        return 1  # the same as without
     skipping = SKIPPING_TOKENS if side.skipping else math.inf
     return min(skipping, PACKED_TOKENS if side.packed else math.inf)
 

@@ -14,6 +14,7 @@ after a kill before the rename it is read where it is, and whoever holds the run
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -124,15 +125,19 @@ def _order_of(path: Path, step: int, kind: str | None) -> tuple[int, int] | None
     return None if kind == "tmp" and manifest["step"] != step else _order(manifest)
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raises CheckpointError where no save of a run could write beside the checkpoints that it has."""
+def check_writable(run_dir: Path, dry_run: bool = False) -> None:
+    """Raises CheckpointError where no save of a run could write beside the checkpoints that it has; in a dry
+    run as far as that shows without an attempt."""
     parent = run_dir / "checkpoints"
     if not parent.is_dir():
         return
     attempt = temporary(folder_of(run_dir, 0))  # left by a kill, it is what a save left
     try:
-        attempt.mkdir()
-        attempt.rmdir()
+        if not dry_run:
+            attempt.mkdir()
+            attempt.rmdir()
+        elif not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
         raise CheckpointError(
             f"{parent} cannot be written: {error.strerror}; make it writable, or choose another folder with "

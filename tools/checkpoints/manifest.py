@@ -95,6 +95,8 @@ def read_manifest_alone(folder: Path) -> dict[str, Any]:
     """The manifest alone: its own bytes are as they were written, and every field is of its type."""
     path = folder / MANIFEST
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{path} is damaged: it is no file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None

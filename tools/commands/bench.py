@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from act24.tools.commands.options import JsonOption, RecipeArgument, SetOption
+from act24.tools.commands.options import JsonOption, RecipeArgument, SetOption, refuse_ignored_keys
 
 bench_app = typer.Typer(help="Benchmarks on this machine's GPU.", no_args_is_help=True)
 
@@ -29,6 +29,8 @@ def bench_step(
     from act24.tools.bench.step import bench_step as run_bench
     from act24.tools.commands.show import show_step_bench
 
+    of_rows = ["train.batch_size", "train.total_batch_size"]
+    refuse_ignored_keys(set_ or (), of_rows, "--rows says how many rows a step has")
     other = load_recipe(beside, set_ or ()) if beside else None
     show_step_bench(run_bench(load_recipe(recipe, set_ or ()), rows, steps, beside=other), as_json)
 
@@ -56,6 +58,9 @@ def bench_train(
     from act24.tools.commands.show import show_train_bench
 
     numbers = row_numbers(rows)
+    refuse_ignored_keys(set_ or (), ["train.batch_size"], "--rows says how many rows a micro-batch has")
+    of_text = ["data.source", "data.shards", "tokenizer.name", "tokenizer.vocab_size"]
+    refuse_ignored_keys(set_ or (), of_text, "bench train reads tokens of its own")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

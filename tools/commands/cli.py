@@ -15,7 +15,13 @@ from act24.tools.commands.bench import bench_app
 from act24.tools.commands.chinese import LangOption, comments, speaker
 from act24.tools.commands.cli_generate import bench_decode, bench_generate, generate, sample
 from act24.tools.commands.edge import ends_in_one_line
-from act24.tools.commands.options import RecipeArgument, ScaleOption, SetOption
+from act24.tools.commands.options import (
+    RecipeArgument,
+    ScaleOption,
+    SetOption,
+    refuse_ignored,
+    refuse_ignored_keys,
+)
 
 if TYPE_CHECKING:
     from act24.recipes.schema import Recipe
@@ -104,7 +110,8 @@ def train(
 ) -> None:
     """Train a recipe. Several GPUs: torchrun --nproc-per-node N -m act24 train …
 
-    Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on.
+    Exits with 75 when a signal stopped it: start it again with --resume auto, and it goes on. torchrun makes
+    1 of 75, so below it a stop that was saved leaves the file RUN/stopped, which the next start deletes.
     """
     from act24.tools.run.signals import STOPPED_STATUS, stop_on_signal, stopped_status
 
@@ -195,6 +202,7 @@ def probe_decay(
         if own_rank() == 0:
             print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
+    refuse_ignored_keys(set_ or (), ["passes.weight24.decay"], "--decay says which are tried")
     loaded = load_recipe(recipe, set_ or ())
     steps = steps or default_steps(loaded)
     probes = probe_decays(loaded, decay, steps, say)
@@ -345,6 +353,7 @@ def recipe_from_flags(
 
     say, given = speaker(lang), arguments or ()
     if as_markdown:
+        refuse_ignored({"ARGUMENTS": arguments}, "--markdown prints what becomes of every option")
         return print(old_flags(say), end="")
     text = translated(given) if script_of(given) is not None else translate(given).text
     print(comments(text, say), end="")
@@ -358,9 +367,17 @@ def data_prepare(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     tokenizer: Annotated[
-        str, typer.Option(help="bpe (trained on the source), a tokenizer.json, a Hub name.")
-    ] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=257, max=2**20, help="Of the trained BPE.")] = 32000,
+        str | None,
+        typer.Option(
+            help="bpe (trained on the source), a tokenizer.json, a Hub name; default bpe, or the recipe's."
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            min=257, max=2**20, help="Of the trained BPE; default 32000, or the recipe's.", show_default=False
+        ),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop the training split there.")] = None,
     max_heldout_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the held-out split there.")

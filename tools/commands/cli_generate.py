@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from act24.tools.commands.options import refuse_ignored
+
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens to add at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
 TopKOption = Annotated[int | None, typer.Option(min=1, help="Draw among the k most likely.")]
@@ -34,7 +36,9 @@ def generate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**62 - 1, help="Of the draws; prompt i draws from seed + i.")
     ] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at once, of --prompts; default 16.")
+    ] = None,
     activations: ActivationsOption = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
@@ -53,13 +57,15 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise Act24Error("give one of --prompt TEXT and --prompts FILE.jsonl")
+    if prompt is not None:
+        refuse_ignored({"--batch": batch}, "--prompt gives one prompt")
     request = Request(tokens, Sampling(temperature, top_k, top_p), tuple(stop or ()), seed)
     several = read_prompts(prompts) if prompts is not None else []
     generator = open_generator(open_model(path, activations, device, dtype))
     if prompt is not None:
         print_text(generator, prompt, request)
     else:
-        print_lines(generator, several, request, batch)
+        print_lines(generator, several, request, batch or 16)
 
 
 def sample(

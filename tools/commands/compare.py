@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from act24.errors import Act24Error, reason
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.checkpoints.reading import read_text
+from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.files import whole_file
 from act24.tools.run.folder import RECIPE
 from act24.tools.watch.charts import COLOURS, Curve, Panel, chart
 from act24.tools.watch.monitor import hyperparameters
+
+logger = logging.getLogger("act24")
+_tensorboard = logging.getLogger("tensorboard")
 
 _LOSS, _HELDOUT, _RATE = "loss/train", "loss/val", "perf/tokens_per_s"
 _ZEROS, _DROPPED = "sparsity_relu/mean_across_layers", "sparsity_dropped_energy/mean_across_layers"
@@ -56,11 +61,50 @@ def open_run(run_dir: Path) -> Run:
     recipe = run_dir / RECIPE
     if not recipe.is_file():
         raise Act24Error(f"{run_dir} is no run: there is no {RECIPE} in it")
-    events = EventAccumulator(str(run_dir), {"scalars": 0, "images": 1}).Reload()
+    events = _events(run_dir)
     curves = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
     return Run(run_dir, parse_recipe(read_text(recipe), str(recipe)), curves)
+
+
+def _events(run_dir: Path) -> EventAccumulator:
+    """What a run logged; a file that is read no further because it is damaged is a warning, a record that is
+    still being written, or that a kill cut off, is not.
+
+    Raises:
+        Act24Error: something is called as an event file and is none.
+    """
+    for path in sorted(run_dir.glob("*tfevents*")):
+        if not path.is_file():
+            raise Act24Error(f"{path} is no file, and is called as one of TensorBoard's: move it away")
+    damage = _Damage()
+    _tensorboard.addHandler(damage)
+    level, propagates = _tensorboard.level, _tensorboard.propagate
+    _tensorboard.setLevel(logging.DEBUG)
+    _tensorboard.propagate = False
+    try:
+        with contents_of(run_dir / "events.out.tfevents.*"):
+            return EventAccumulator(str(run_dir), {"scalars": 0, "images": 1}).Reload()
+    finally:
+        _tensorboard.removeHandler(damage)
+        _tensorboard.setLevel(level)
+        _tensorboard.propagate = propagates
+        for file in dict.fromkeys(damage.files):
+            logger.warning("warning: %s is damaged: what it logged from there on is left out", file)
+
+
+class _Damage(logging.Handler):
+    """Files of which TensorBoard's reader, which tells nobody else, finds that a record has changed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.files: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        match = re.match(r"Truncated record in (.+?) \((.*)\)", record.getMessage(), re.DOTALL)
+        if match and "truncated record" not in match[2]:
+            self.files.append(match[1])
 
 
 def compare_runs(runs: Sequence[Run]) -> list[list[str]]:

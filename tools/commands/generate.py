@@ -18,7 +18,9 @@ from act24.inference.sampling import Sampling
 from act24.options import one_of
 from act24.passes import Activation24
 from act24.passes.served import fold_weights_
+from act24.recipes.load import read_utf8
 from act24.tools.run.build import Built, load
+from act24.tools.run.processes import chosen_device
 from act24.tools.run.tuning import known_table, use_table_
 
 Activations = Literal["24", "dense"]
@@ -54,7 +56,7 @@ def open_model(
         Act24Error: nothing there that can be opened, no tokenizer, or no 2:4 activations that `"24"` keeps.
     """
     one_of("generate", "dtype", dtype, ("auto", *DTYPES))
-    device = _device(device)
+    device = chosen_device(device)
     built = load(path, device)
     if built.tokenizer_section is None:
         raise Act24Error(f"{path} has no tokenizer.json, without which there is no text")
@@ -75,17 +77,6 @@ def open_model(
         for parameter in built.model.parameters():  # buffers are scales, which stay float32
             parameter.data = parameter.data.to(DTYPES[dtype])
     return built
-
-
-def _device(named: torch.device | str | None) -> torch.device:
-    name = named or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has tensors, but no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        told = str(error).partition("\n")[0].partition(". ")[0]
-        raise Act24Error(f"device {str(name)!r}: {told}") from error
-    return device
 
 
 def open_generator(built: Built) -> Generator:
@@ -144,7 +135,7 @@ def read_prompts(file: Path) -> list[str]:
         Act24Error: names the line that is none.
     """
     with reading(f"cannot read {file}"):
-        text = file.read_text(encoding="utf-8")
+        text = read_utf8(file)
     prompts = list(_prompts(text, file))
     if not prompts:
         raise Act24Error(f'{file} has no prompts; each line is {{"prompt": "…"}}')

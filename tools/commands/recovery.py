@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from act24.tools.commands.options import refuse_ignored, refuse_ignored_keys
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -65,7 +67,8 @@ def prune(
 
     Interrupted, the same command goes on with the next block.
     """
-    from act24.tools.pruning.folder import pick_device, prune_model
+    from act24.tools.pruning.folder import prune_model
+    from act24.tools.run.processes import chosen_device
 
     done = prune_model(
         model,
@@ -76,7 +79,7 @@ def prune(
         samples=samples,
         seqlen=seqlen,
         by_layer=_table(table),
-        device=pick_device(device),
+        device=str(chosen_device(device)),
         say=lambda line: print(line, flush=True),
     )
     for name, why in done.left.items():
@@ -99,6 +102,7 @@ def calibration_data(source: str, overrides: Any) -> Any:
 
     if wrong := [o for o in overrides if not o.strip().startswith("data.")]:
         raise Act24Error(f"--set takes data.* here, not {wrong[0]}")
+    refuse_ignored_keys(overrides, ["data.max_length"], "--seqlen says how many tokens a row has")
     named = source.endswith(".toml") or source in recipe_names()
     data = load_recipe(source).data if named else data_from_argument(source)
     recipe = load_recipe("demo").model_copy(update={"data": data})
@@ -107,11 +111,12 @@ def calibration_data(source: str, overrides: Any) -> Any:
 
 def _table(path: Path | None) -> dict[str, str]:
     from act24.errors import Act24Error, reading
+    from act24.recipes.load import read_utf8
 
     if path is None:
         return {}
     with reading(f"cannot read {path}", tomllib.TOMLDecodeError):
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_utf8(path))
     for selector, pattern in content.items():
         if not isinstance(pattern, str):
             raise Act24Error(
@@ -139,8 +144,12 @@ def evaluate(
 ) -> None:
     """Held-out loss of a checkpoint, with and without 2:4; with --protocol, perplexity of any model."""
     if protocol is not None:
+        whole = {"--set": set_, "--legacy-average": legacy_average}
+        refuse_ignored(whole, "with --protocol the text is --text, and the mean that of the papers")
         options = (protocol, seqlen, text or [], windows, beside, device, as_json)
         return evaluate_by_protocol(str(path), *options)
+    of_protocol = {"--seqlen": seqlen, "--text": text, "--windows": windows, "--beside": beside}
+    refuse_ignored(of_protocol | {"--device": device}, "they belong to --protocol wikitext")
     from act24.tools.commands.show import show_evaluations
     from act24.tools.run.evaluate import evaluate_checkpoint
     from act24.tools.run.processes import own_rank
@@ -163,14 +172,15 @@ def evaluate_by_protocol(
     """`act24 eval --protocol`."""
     from act24.errors import Act24Error
     from act24.options import one_of
-    from act24.tools.pruning.folder import pick_device
     from act24.tools.run.opening import open_any
+    from act24.tools.run.processes import chosen_device
     from act24.tools.run.protocol import PROTOCOLS, compared, perplexity
 
     one_of("eval", "--protocol", protocol, PROTOCOLS)
     if seqlen is None:
         raise Act24Error("--protocol wikitext needs --seqlen, without which a perplexity says nothing")
-    found = perplexity(open_any(model), text, seqlen, windows, pick_device(device))
+    on = str(chosen_device(device))
+    found = perplexity(open_any(model, as_trained=True), text, seqlen, windows, on)
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
     if beside is not None:
         print(compared(found, beside), file=sys.stderr if as_json else sys.stdout)
@@ -200,7 +210,7 @@ def recover(
     """
     from act24.errors import Act24Error
     from act24.tools.pruning.blockwise import recover_blockwise
-    from act24.tools.pruning.folder import pick_device
+    from act24.tools.run.processes import chosen_device
 
     if not blockwise:
         raise Act24Error(
@@ -216,7 +226,7 @@ def recover(
         seqlen=seqlen,
         epochs=epochs,
         lr=lr,
-        device=pick_device(device),
+        device=str(chosen_device(device)),
         say=lambda line: print(line, flush=True),
     )
     print(f"{out}: {len(errors)} blocks recovered, the last one's error {[*errors.values()][-1]:.4f}")

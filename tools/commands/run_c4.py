@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 from act24.errors import Act24Error, nearest
-from act24.tools.commands.chinese import Language, comments, speaker
+from act24.tools.commands.chinese import Language, chinese, comments, speaker
 from act24.tools.commands.edge import ends_in_one_line
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def run(arguments: Sequence[str]) -> Outcome:
     from act24.recipes.from_flags import recipe_from_flags
     from act24.recipes.load import parse_recipe
     from act24.tools.commands.show import show_outcome
+    from act24.tools.files import whole_file
     from act24.tools.run.processes import own_rank
     from act24.tools.run.train import train
 
@@ -80,11 +81,28 @@ def run(arguments: Sequence[str]) -> Outcome:
         for line in overrides:
             print(say(f"set: {line}"), file=sys.stderr)
     weights = Path(translation.continue_from) if translation.continue_from else None
+    _refuse_others_file(folder / TRANSLATED, comments(translation.text, str).partition("\n")[0])
     outcome = train(recipe, folder, resume="auto", weights=weights)
     if outcome.is_main:
-        (folder / TRANSLATED).write_text(comments(translation.text, say), encoding="utf-8")
+        with whole_file(folder / TRANSLATED) as partial:
+            partial.write_text(comments(translation.text, say), encoding="utf-8")
     show_outcome(recipe, outcome, folder)
     return outcome
+
+
+def _refuse_others_file(path: Path, head: str) -> None:
+    """Raises Act24Error for a file that no run wrote where this one will write."""
+    from act24.tools.checkpoints.reading import contents_of
+    from act24.tools.files import is_plain
+    from act24.tools.run.history import in_the_way
+
+    if os.path.lexists(path):
+        with contents_of(path):
+            mine = is_plain(path) and path.read_text(encoding="utf-8").startswith(
+                (head, comments(head, chinese))
+            )
+        if not mine:
+            raise Act24Error(in_the_way(path))
 
 
 def _default_folder(recipe: Recipe) -> Path:

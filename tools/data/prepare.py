@@ -35,7 +35,7 @@ from act24.tools.data.rows import encoded
 from act24.tools.data.shard import Split
 from act24.tools.data.shards import FORMAT, token_dtype
 from act24.tools.data.tokenizer import Tokenizer
-from act24.tools.files import whole_file
+from act24.tools.files import plain_text, whole_file
 
 SHARD_TOKENS = 2**28  # after which a new shard begins: half a gigabyte in uint16
 JOURNAL_TOKENS = 2**24  # lost at most by a kill: well below a minute's work
@@ -124,14 +124,14 @@ def refuse_taken(out: Path) -> None:
     if os.path.ismount(out):
         raise Act24Error(f"{out} is where a disk is mounted: name a folder on it")
     with reading(f"cannot write {out}"):
-        if out.is_dir() and (out / JOURNAL).exists() and not _foreign(out):
+        if out.is_dir() and (out / LOCK).is_file() and not _foreign(out):
             _remove_notes(out)  # a kill came just behind the last rename
         if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
             raise Act24Error(f"{out} exists already")
 
 
 def _remove_notes(folder: Path) -> None:
-    """What only an unfinished folder has."""
+    """What only an unfinished folder has; the lock last, by which a kill in between is known."""
     for path in folder.glob(f"{JOURNAL}*"):  # what a kill left of one that was being written, too
         path.unlink(missing_ok=True)
     (folder / LOCK).unlink(missing_ok=True)
@@ -258,7 +258,7 @@ class _Journal:
         self._unwritten = 0
         if self._path.exists():
             with reading(f"cannot go on from {self._path}; remove {folder} to begin anew"):
-                self._splits = json.loads(self._path.read_text(encoding="utf-8"))
+                self._splits = json.loads(plain_text(self._path))
                 check_saved(_Entries, self._splits)
 
     def revision(self) -> str | None:

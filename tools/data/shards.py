@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from act24.errors import Act24Error, reading
+from act24.tools.files import plain_text
 
 FORMAT = "act24 token shards 1"
 BOUNDARY_BYTES = 8
@@ -169,7 +170,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / "index.json"
     with reading(f"{folder} is not a folder written by `act24 data prepare`"):
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(plain_text(path))
     found = index.get("format") if isinstance(index, dict) else None
     if found != FORMAT:
         raise Act24Error(f"{path}: format {found!r}, expected {FORMAT!r}; prepare the data again")

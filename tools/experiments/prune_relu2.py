@@ -32,7 +32,8 @@ from act24.recipes.load import load_recipe
 from act24.recipes.schema import Data
 from act24.tools.commands.recovery import calibration_data
 from act24.tools.pruning.blockwise import recover_blockwise
-from act24.tools.pruning.folder import pick_device, prune_model
+from act24.tools.pruning.folder import prune_model
+from act24.tools.run.processes import chosen_device
 from act24.tools.run.train import train
 
 _RECIPE = """
@@ -227,7 +228,11 @@ def _trained(recipe: str, out: Path) -> dict[str, float]:
 
 def _pruned(source: str, out: Path, *, method: str, data: Data, budget: Budget) -> dict[str, float]:
     if not out.exists():
-        options: dict[str, Any] = {"samples": budget.samples, "seqlen": 256, "device": pick_device(None)}
+        options: dict[str, Any] = {
+            "samples": budget.samples,
+            "seqlen": 256,
+            "device": str(chosen_device(None)),
+        }
         prune_model(source, out, method=method, pattern="2:4", data=data, **options)
     return {"loss": _evaluated(out, budget)}
 
@@ -235,7 +240,11 @@ def _pruned(source: str, out: Path, *, method: str, data: Data, budget: Budget) 
 def _blockwise(pruned: str, dense: str, out: Path, *, data: Data, budget: Budget) -> dict[str, float]:
     began = time.perf_counter()
     if not out.exists():
-        options: dict[str, Any] = {"samples": budget.samples, "seqlen": 256, "device": pick_device(None)}
+        options: dict[str, Any] = {
+            "samples": budget.samples,
+            "seqlen": 256,
+            "device": str(chosen_device(None)),
+        }
         recover_blockwise(pruned, out, data=data, dense=dense, **options)
     seconds = time.perf_counter() - began
     return {"loss": _evaluated(out, budget), "seconds": seconds}

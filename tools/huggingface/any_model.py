@@ -23,7 +23,15 @@ from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.data.tokenizer import Tokenizer as OpenTokenizer
 from act24.tools.files import even_modes_, weights_hash
-from act24.tools.huggingface.config import ACT24, ARCEE, CONFIG, LLAMA, config_of, read_json
+from act24.tools.huggingface.config import (
+    ACT24,
+    ARCEE,
+    CONFIG,
+    LLAMA,
+    config_of,
+    read_json,
+    uneven_heads,
+)
 from act24.tools.huggingface.folder import (
     check_seal,
     check_state,
@@ -64,6 +72,7 @@ class AnyModel:
         passes: that rewrote the stock model.
         pipeline: the same, applied; None for others.
         tokenizer_json: the content of its tokenizer.json; None if there is none.
+        generation: settings for its generation_config.json, of a run that began with them.
     """
 
     source: str
@@ -74,6 +83,7 @@ class AnyModel:
     passes: tuple[Pass, ...]
     pipeline: Pipeline | None
     tokenizer_json: str | None
+    generation: Mapping[str, Any] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -162,11 +172,14 @@ def write_any(
             shutil.copyfile(opened.folder / name, folder / name)
             copied |= name == TOKENIZER
     if not copied and opened.tokenizer_json is not None:
-        write_tokenizer(folder, opened.open_tokenizer(), opened.positions)
+        config = opened.config or opened.model.config
+        write_tokenizer(folder, opened.open_tokenizer(), config, opened.positions, opened.generation)
 
 
-def stock_kind(passes: tuple[Pass, ...]) -> str:
+def stock_kind(passes: tuple[Pass, ...], config: LlamaConfig) -> str:
     """What a stock model with these passes is as a folder."""
+    if uneven_heads(config):
+        return ACT24
     if not passes:
         return LLAMA
     return ARCEE if passes == (Relu2FFN(width="keep"),) else ACT24
@@ -181,7 +194,7 @@ def stock_model(
     tokenizer_json: str | None,
 ) -> AnyModel:
     """A stock model and the passes that rewrote it."""
-    kind = stock_kind(passes)
+    kind = stock_kind(passes, model.config)
     return AnyModel(source, folder, kind, model.eval(), model.config, passes, pipeline, tokenizer_json)
 
 

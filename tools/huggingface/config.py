@@ -242,6 +242,16 @@ def config_json(
     return content
 
 
+def uneven_heads(config: LlamaConfig) -> str:
+    """Why `transformers` opens no LLaMA or Arcee of this configuration, though it would compute it; or ""."""
+    if config.hidden_size % config.num_attention_heads == 0:
+        return ""
+    return (
+        f"transformers wants a hidden_size that is a multiple of num_attention_heads, which "
+        f"{config.hidden_size} is not of {config.num_attention_heads}"
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

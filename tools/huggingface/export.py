@@ -12,8 +12,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,12 @@ from act24.passes.served import served_passes, served_weights
 from act24.tools.data import Tokenizer
 from act24.tools.files import even_modes_, whole_folder
 from act24.tools.huggingface.adapter import PEFT, write_adapter
-from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA
+from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA, config_of, uneven_heads
 from act24.tools.huggingface.folder import without_tied_head, write_pretrained
 from act24.tools.huggingface.gguf_file import write_gguf
-from act24.tools.huggingface.tokenizer_files import GENERATION, write_tokenizer
+from act24.tools.huggingface.tokenizer_files import GENERATION, ends, padding, write_tokenizer
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
-from act24.tools.run.build import Built, load
+from act24.tools.run.build import Built, generation_of, load
 
 GGUF = "gguf"
 FORMS = ("auto", LLAMA, ARCEE, ACT24, GGUF, PEFT)
@@ -76,18 +78,24 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     if out.exists():
         raise Act24Error(f"{out} exists already")
     built = load(path)
+    if dense_weights and (form == PEFT or not _pattern(built.pipeline)):
+        why = (
+            "an adapter is written without the weights"
+            if form == PEFT
+            else f"{path} has no weight24 in force"
+        )
+        raise Act24Error(f"--dense-weights would be ignored: {why}")
     if form == PEFT:
         return write_adapter(built, out)
     if not isinstance(built.model, LlamaForCausalLM):
-        return _export_foreign(built, out, form)
+        return _export_foreign(path, built, out, form, dense_weights)
     tokenizer = built.tokenizer
     exported = exported_form(built, "auto" if form == GGUF else form, dense_weights)
     config = exported.config
     if tokenizer is not None:
-        known = config.eos_token_id  # several, as of chat models, of which the tokenizer names one
-        ends = known if isinstance(known, tuple) and tokenizer.eos_id in known else tokenizer.eos_id
-        config = dataclasses.replace(config, eos_token_id=ends, pad_token_id=tokenizer.pad_id)
-    remarks = _remarks(path, built, exported, dense_weights)
+        named = {"eos_token_id": ends(config, tokenizer), "pad_token_id": padding(config, tokenizer)}
+        config = dataclasses.replace(config, **named)
+    remarks = _remarks(path, built, exported.kind, exported.pattern, dense_weights)
     if form == GGUF:
         _write_gguf(out, exported, tokenizer)
         remarks[0] = f'a GGUF of architecture "{exported.kind}", step {built.step}'
@@ -98,12 +106,17 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
         if exported.masks is not None:
             write_masks(written, exported.masks)
         if tokenizer is not None:
-            write_tokenizer(written, tokenizer, config.max_position_embeddings)
+            positions = config.max_position_embeddings
+            write_tokenizer(written, tokenizer, config, positions, generation_of(built))
         if (path / GENERATION).is_file():  # of a Hugging Face folder
             shutil.copyfile(path / GENERATION, written / GENERATION)
-        card = "\n\n".join(remarks)
-        (written / "README.md").write_text(f"# {out.name}\n\n{card}\n", encoding="utf-8")
+        _write_card(written, out.name, remarks)
     return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
+
+
+def _write_card(folder: Path, title: str, remarks: Sequence[str]) -> None:
+    card = "\n\n".join(remarks)
+    (folder / "README.md").write_text(f"# {title}\n\n{card}\n", encoding="utf-8")
 
 
 def _write_gguf(out: Path, exported: Exported, tokenizer: Tokenizer | None) -> None:
@@ -119,39 +132,56 @@ def save_pretrained(pipeline: Pipeline, folder: str | Path) -> None:
     act24 installed: `transformers`' own `save_pretrained` would leave out what the passes did.
 
     Args:
-        pipeline: what `act24.apply_` returned, for a stock LLaMA or `transformers`' LlamaForCausalLM.
+        pipeline: what `act24.apply_` returned, for a stock LLaMA or `transformers`' LlamaForCausalLM or
+            ArceeForCausalLM. Another of its causal models is written as itself, where its passes have a form
+            in it: low rank is multiplied out, 2:4 weights are masked.
         folder: must not exist.
 
     Raises:
-        Act24Error: another model, what was pruned is not zero any more, or `folder` exists or cannot be
-            written.
+        Act24Error: another model that has no such form, what was pruned is not zero any more, or `folder`
+            exists or cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
         raise Act24Error(f"{folder} exists already")
     check_zeros(pipeline)
-    config = _stock_config(pipeline.model)
+    if (found := _stock_config(pipeline.model)) is None:
+        return _save_foreign(pipeline, folder)
+    config, began = found
     state = without_tied_head(served_weights(pipeline), config, "this model")
-    passes = served_passes(pipeline, without=(Weight24.name,))
+    passes = (*began, *served_passes(pipeline, without=(Weight24.name,)))
     write_pretrained(folder, config, ACT24, state, passes=passes, pattern=_pattern(pipeline))
     # What `transformers` generates with: a stock model has none.
     if (generation := getattr(pipeline.model, "generation_config", None)) is not None:
         generation.save_pretrained(folder)
 
 
-def _stock_config(model: torch.nn.Module) -> LlamaConfig:
-    """The stock configuration of a model that was rewritten."""
+def _stock_config(model: torch.nn.Module) -> tuple[LlamaConfig, tuple[Pass, ...]] | None:
+    """The stock configuration of a model that was rewritten, and what makes the model of it that the pipeline
+    began with: Arcee is a LLaMA with relu² networks. None for other classes."""
     config: Any = getattr(model, "config", None)
     if isinstance(config, LlamaConfig):
-        return config
-    if getattr(config, "model_type", None) != LLAMA:
-        raise Act24Error(
-            f"{type(model).__name__} is no LLaMA, for which alone there is a folder that brings passes back; "
-            "keep its state_dict() and apply the same passes before load_state_dict()"
-        )
-    from act24.tools.huggingface.config import config_of
+        return config, ()
+    kind = getattr(config, "model_type", None)
+    if kind not in (LLAMA, ARCEE, ACT24):
+        return None
+    found, passes = config_of(config.to_dict(), "this model's config")
+    return found, () if kind == ACT24 else passes  # its pipeline has them
 
-    return config_of(config.to_dict(), "this model's config")[0]
+
+def _save_foreign(pipeline: Pipeline, folder: Path) -> None:
+    kind = type(pipeline.model).__name__
+    instead = "keep its state_dict() and apply the same passes before load_state_dict()"
+    try:
+        if computes_24(pipeline):
+            raise PassError("it would compute 2:4 activations dense")
+        model = foreign_model(pipeline)
+    except (PassError, ValueError, AttributeError) as error:  # of `transformers`, where it is no model of its
+        raise Act24Error(f"there is no folder that brings this {kind} back: {error}; {instead}") from error
+    if not isinstance(pipeline.model, type(model)):
+        raise Act24Error(f"there is no folder that brings a {kind} back; {instead}")
+    with whole_folder(folder) as written:
+        _write_foreign(model, written, pipeline, _pattern(pipeline))
 
 
 def exported_form(built: Built, form: str = "auto", dense_weights: bool = False) -> Exported:
@@ -181,19 +211,29 @@ def exported_form(built: Built, form: str = "auto", dense_weights: bool = False)
     return Exported(ACT24, built.model.config, state, passes, pattern, masks)
 
 
-def foreign_model(built: Built) -> Any:
+def computes_24(pipeline: Pipeline) -> bool:
+    """Whether the model's activations are 2:4, which no stock form computes."""
+    return any(isinstance(p, Activation24) for p in pipeline.active)
+
+
+def foreign_model(pipeline: Pipeline, masked: bool = True) -> Any:
     """A model of another class than the stock one, as a plain one of that class.
+
+    Args:
+        masked: as for `served_weights`.
 
     Raises:
         PassError: a pass has no stock form.
     """
     import transformers
 
-    state = built.pipeline.state_to_stock(served_weights(built.pipeline))
-    model = transformers.AutoModelForCausalLM.from_config(built.model.config, dtype=_dtype(state))
+    rewritten: Any = pipeline.model
+    state = pipeline.state_to_stock(served_weights(pipeline, masked))
+    config = copy.deepcopy(rewritten.config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=_dtype(state))
     expected = model.state_dict()
     model.load_state_dict({name: value for name, value in state.items() if name in expected})
-    if (generation := getattr(built.model, "generation_config", None)) is not None:
+    if (generation := getattr(rewritten, "generation_config", None)) is not None:
         model.generation_config = generation
     return model
 
@@ -202,24 +242,37 @@ def _dtype(state: dict[str, Tensor]) -> torch.dtype:
     return next(value.dtype for value in state.values() if value.is_floating_point())
 
 
-def _export_foreign(built: Built, out: Path, form: str) -> str:
+def _export_foreign(path: Path, built: Built, out: Path, form: str, dense_weights: bool) -> str:
     """Another class than the stock one leaves as itself."""
     if form != "auto":
         raise Act24Error(f"a {type(built.model).__name__} is exported as what it is: leave --as {form} out")
     try:
-        model = foreign_model(built)
+        model = foreign_model(built.pipeline, masked=not dense_weights)
     except PassError as error:
-        raise Act24Error(f"the model has no form that transformers opens: {error}") from error
-    masks = Masks(*kept_masks(built.pipeline)) if has_masks(built.pipeline) else None
+        instead = "act24.load opens the run itself"
+        raise Act24Error(f"the model has no form that transformers opens: {error}; {instead}") from error
+    pattern = "" if dense_weights else _pattern(built.pipeline)
     with whole_folder(out) as written:
-        model.save_pretrained(written)
-        even_modes_(written)
-        if masks is not None:
-            check_pruned(model.state_dict(), masks, "what is exported")
-            write_masks(written, masks)
+        pattern = _write_foreign(model, written, built.pipeline, pattern)
         if built.tokenizer is not None:
-            write_tokenizer(written, built.tokenizer, model.config.max_position_embeddings)
-    return f"{out}: a Hugging Face checkpoint ({type(model).__name__}), step {built.step}"
+            positions = model.config.max_position_embeddings
+            write_tokenizer(written, built.tokenizer, model.config, positions, generation_of(built))
+        remarks = _remarks(path, built, type(model).__name__, pattern, dense_weights)
+        _write_card(written, out.name, remarks)
+    return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
+
+
+def _write_foreign(model: Any, folder: Path, pipeline: Pipeline, pattern: str) -> str:
+    """A plain model, its pattern in config.json, and its masks; the pattern."""
+    masks = Masks(*kept_masks(pipeline)) if has_masks(pipeline) else None
+    if pattern := masks.pattern if masks is not None else pattern:
+        model.config.act24_weight_pattern = pattern
+    model.save_pretrained(folder)
+    even_modes_(folder)
+    if masks is not None:
+        check_pruned(model.state_dict(), masks, "what is exported")
+        write_masks(folder, masks)
+    return pattern
 
 
 def _stock(
@@ -230,6 +283,8 @@ def _stock(
     Raises:
         PassError: it is neither, and why.
     """
+    if uneven := uneven_heads(config):
+        raise PassError(uneven)
     relu2 = [p for p in pipeline.passes if isinstance(p, Relu2FFN)]
     if not relu2:
         return LLAMA, config, pipeline.state_to_stock(state)
@@ -238,42 +293,39 @@ def _stock(
         raise PassError(f"Arcee has relu² in every layer, and {left[0]} has none")
     if any(p.activation != "relu2" for p in relu2):
         raise PassError("Arcee's activation is relu², this model's is relu")
-    if config.hidden_size % config.num_attention_heads:
-        raise PassError(
-            f"Arcee's hidden_size is a multiple of its heads, which {config.hidden_size} is not of "
-            f"{config.num_attention_heads}"
-        )
     stock = pipeline.state_to_stock(state, keep=(Relu2FFN.name,))
-    width = stock["model.layers.0.mlp.up_proj.weight"].shape[0]
-    return ARCEE, dataclasses.replace(config, intermediate_size=width), stock
+    widths = {stock[f"{network}.up_proj.weight"].shape[0] for network in networks}
+    if len(widths) > 1:
+        raise PassError(f"Arcee has one width of networks, and these have {sorted(widths)}")
+    return ARCEE, dataclasses.replace(config, intermediate_size=widths.pop()), stock
 
 
 def _pattern(pipeline: Pipeline) -> str:
     return "2:4" if any(isinstance(p, Weight24) for p in pipeline.active) else ""
 
 
-def _remarks(path: Path, built: Built, exported: Exported, dense_weights: bool) -> list[str]:
-    """What was written and what its readers compute: the model card, and what the command says."""
+def _remarks(path: Path, built: Built, kind: str, pattern: str, dense_weights: bool) -> list[str]:
+    """What was written and what its readers compute: the model card, and what the command says. `kind` may be
+    the name of another class."""
     classes = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", ACT24: "the model type act24"}
-    remarks = [f"a Hugging Face checkpoint ({classes[exported.kind]}), step {built.step}"]
-    if exported.kind == ACT24:
+    remarks = [f"a Hugging Face checkpoint ({classes.get(kind, kind)}), step {built.step}"]
+    if kind == ACT24:
         remarks.append(
             "It computes the function that was trained, where act24 is installed: import "
             "act24.tools.huggingface.model_type, or trust_remote_code=True"
         )
-    elif any(isinstance(p, Activation24) for p in built.pipeline.active):
-        remarks.append(
-            "It was trained with 2:4 activations, which its readers compute dense; --as act24 keeps them. "
-            + _cost_of_dense(path)
-        )
+    elif computes_24(built.pipeline):
+        kept = "; --as act24 keeps them. " if kind in classes else ", and no form of this class keeps them. "
+        told = "It was trained with 2:4 activations, which its readers compute dense"
+        remarks.append(told + kept + _cost_of_dense(path))
     if built.recipe is not None and built.recipe.data.attention == "document":
         remarks.append(
             "It was trained with attention within documents: it computes that function for one text a row, "
             "an end-of-text token in front, and who packs texts into a row has to keep them apart there"
         )
-    if exported.pattern:
+    if pattern:
         remarks.append("Its weights are 2:4: two of every four along the inputs are zero")
-    elif dense_weights and _pattern(built.pipeline):
+    elif dense_weights:
         remarks.append("Its weights are the dense masters behind 2:4 ones, not the function that was trained")
     return remarks
 

@@ -8,12 +8,12 @@ Every parameter that is missing, left over or of another shape is refused by nam
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
@@ -22,6 +22,7 @@ from act24.errors import Act24Error
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.files import check_hash, save_file, weights_hash, whole_file
+from act24.tools.huggingface.by_transformers import config_fields
 from act24.tools.huggingface.config import (
     ACT24,
     ARCEE,
@@ -34,8 +35,11 @@ from act24.tools.huggingface.config import (
     read_json,
 )
 
+logger = logging.getLogger("act24")
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PACKED = "packed.safetensors"  # of `act24 pack` (tools/pruning/packed.py)
 
 #: In the header of a file of weights that act24 wrote and nobody wrote over: the hash of its tensors.
@@ -61,10 +65,12 @@ def load_pretrained(folder: str | Path) -> LlamaForCausalLM:
 def open_pretrained(
     folder: str | Path, state: Mapping[str, Tensor] | None = None
 ) -> tuple[LlamaForCausalLM, Pipeline]:
-    """The LLaMA, Arcee, act24 or CoLA model stored in `folder`, in the dtype it is stored in, on the CPU, and
-    the pipeline that rewrote the stock LLaMA into it.
+    """The LLaMA, Arcee, act24 or CoLA model stored in `folder`, on the CPU, and the pipeline that
+    rewrote the stock LLaMA into it.
 
-    Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists.
+    Its parameters have the dtype in which they are stored; of several, that of config.json, as
+    `transformers` has it. Reads config.json and model.safetensors, or the shards that
+    model.safetensors.index.json lists.
 
     Args:
         state: the weights, where they lie otherwise in the folder.
@@ -81,13 +87,15 @@ def open_pretrained(
     state = dict(_under_our_name(*item) for item in state.items())
     state = without_tied_head(state, config, str(folder))
     check_state(state, model, str(folder))
+    state = _of_one_dtype(state, model, folder)
     model.load_state_dict(state, assign=True)
     fill_buffers_(model)
     return model, pipeline
 
 
 def without_tied_head(state: Mapping[str, Tensor], config: LlamaConfig, subject: str) -> dict[str, Tensor]:
-    """A state dict, that of `subject`, without the head that is the embedding: `transformers` lists it twice.
+    """A state dict, that of `subject`, without the head that is the embedding: `transformers` lists it twice,
+    and some files have it under the head's name alone.
 
     Raises:
         Act24Error: the configuration ties the two, and their weights differ.
@@ -95,11 +103,34 @@ def without_tied_head(state: Mapping[str, Tensor], config: LlamaConfig, subject:
     state = dict(state)
     if config.tie_word_embeddings and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
-        if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
+        if not torch.equal(head, state.setdefault("model.embed_tokens.weight", head)):
             raise Act24Error(
                 f"{subject}: tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight"
             )
     return state
+
+
+def _of_one_dtype(state: dict[str, Tensor], model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
+    """A state dict whose parameters can be computed with together; buffers as they are.
+
+    Raises:
+        Act24Error: several dtypes are stored, and config.json does not say in which to compute.
+    """
+    parameters = [name for name, _ in model.named_parameters()]
+    stored = sorted({str(state[name].dtype).removeprefix("torch.") for name in parameters})
+    if len(stored) == 1:
+        return state
+    raw = read_json(folder / CONFIG)
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise Act24Error(
+            f"{folder} has parameters in {' and '.join(stored)}, and dtype in its {CONFIG} is {name!r}: "
+            'write there which one to compute in, "float32" or "bfloat16"'
+        )
+    told = "warning: %s has parameters in %s: all are read as %s, the dtype of its config.json"
+    logger.warning(told, folder, " and ".join(stored), name)
+    return state | {name: state[name].to(dtype) for name in parameters}
 
 
 def fill_buffers_(model: torch.nn.Module) -> None:
@@ -143,14 +174,15 @@ def write_pretrained(
         shard: bytes of a file.
 
     Raises:
-        Act24Error: `state` does not fit the configuration, or writing fails.
+        Act24Error: `state` does not fit the configuration, `transformers` would not open it, or writing
+            fails.
     """
     folder = Path(folder)
     state = {name: value.detach().contiguous() for name, value in state.items()}
     model, _ = unset(config, (Relu2FFN(width="keep"),) if kind == ARCEE else passes)
     check_state(state, model, f"this is no {kind} model")
     dtype = state["model.embed_tokens.weight"].dtype
-    content = config_json(config, kind, dtype, passes, pattern)
+    content = config_fields(config_json(config, kind, dtype, passes, pattern))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, state, metadata, shard)
@@ -165,7 +197,7 @@ def write_pretrained(
 def write_weights(
     folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, shard: int = SHARD
 ) -> None:
-    """model.safetensors, or shards with their index, in an existing folder.
+    """model.safetensors, or shards with their index, in an existing folder, in the place of the other.
 
     Raises:
         OSError, safetensors.SafetensorError: writing fails.
@@ -179,6 +211,7 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with whole_file(folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / (WEIGHTS if split.is_sharded else INDEX)).unlink(missing_ok=True)
 
 
 def _under_our_name(name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -205,12 +238,31 @@ def unset(config: LlamaConfig, passes: Sequence[Pass]) -> tuple[LlamaForCausalLM
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by name, from one file or from all shards of the index."""
     refuse_packed(folder)
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).is_file()]
+        told = f", only {pickles[0]}, whose pickles are read of run_c4.py's folders alone" if pickles else ""
+        raise Act24Error(
+            f"{folder} has no {WEIGHTS} and no {INDEX}{told}. Where transformers opens the model, its "
+            f"AutoModelForCausalLM.from_pretrained(…).save_pretrained(OUT) writes a folder that has"
+        )
     state: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        tensors, metadata = _read(file)
-        check_hash(tensors, metadata, file, SEAL)
+    for name in weight_files(folder):
+        tensors, metadata = _read(folder / name)
+        check_hash(tensors, metadata, folder / name, SEAL)
         state.update(tensors)
     return state
+
+
+def weight_files(folder: Path, whole: str = WEIGHTS, index: str = INDEX) -> list[str]:
+    """The files of a checkpoint's weights: the whole one, or else the shards that the index lists. Of both,
+    which other writers leave, `transformers` reads the whole one."""
+    if not (folder / index).is_file():
+        return [whole]
+    if (folder / whole).is_file():
+        told = "warning: %s has %s and shards of %s: the first is read, as transformers does"
+        logger.warning(told, folder, whole, index)
+        return [whole]
+    return sorted(set(read_json(folder / index).get("weight_map", {}).values()))
 
 
 def seal_(folder: Path) -> None:
@@ -219,7 +271,7 @@ def seal_(folder: Path) -> None:
     Raises:
         Act24Error, OSError, safetensors.SafetensorError: reading or writing fails.
     """
-    for file in _weight_files(folder):
+    for file in (folder / name for name in weight_files(folder)):
         tensors, metadata = _read(file)
         with whole_file(file) as partial:
             save_file(tensors, partial, {**metadata, SEAL: weights_hash(tensors)})
@@ -231,17 +283,9 @@ def check_seal(folder: Path) -> None:
     Raises:
         Act24Error: one is damaged.
     """
-    for file in _weight_files(folder):
+    for file in (folder / name for name in weight_files(folder)):
         if file.is_file():
             check_hash(*_read(file), file, SEAL)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        return [
-            folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        ]
-    return [folder / WEIGHTS]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

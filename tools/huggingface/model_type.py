@@ -33,6 +33,10 @@ class Act24Config(LlamaConfig):
     def register_for_auto_class(cls, *_: Any) -> None:
         """Nothing: `transformers` would copy this file into every folder, and name it there."""
 
+    def validate_architecture(self) -> None:
+        """Nothing: `transformers` refuses its own LLaMA where heads do not divide the width, which it
+        computes all the same, as `head_dim` is given."""
+
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes. Raises Act24Error for tables that are none."""

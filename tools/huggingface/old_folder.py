@@ -29,18 +29,16 @@ from act24.optim import AdamWOptions
 from act24.passes import Activation24, Cola, Lost, LowRank, Pass, Relu2FFN, Weight24
 from act24.recipes.flags import BY_NAME
 from act24.recipes.from_flags import recipe_from_flags
-from act24.recipes.load import dump_recipe, parse_recipe
+from act24.recipes.load import dump_recipe, parse_recipe, read_utf8
 from act24.recipes.schema import Recipe
 from act24.sparse24.pattern.soft_threshold import soft_threshold24
 from act24.tools.huggingface.config import COLA, CONFIG, read_json
-from act24.tools.huggingface.folder import INDEX, WEIGHTS, read_state
+from act24.tools.huggingface.folder import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, read_state, weight_files
 
 FLAGS, STATE, COMMAND = "optimizer.pt", "training_state.json", "command.txt"
-PICKLE = "pytorch_model.bin"
 
 #: In the names of what `SparseOverlayLinear` wrapped.
 _OVERLAY = ".loro_linear."
-PICKLE_INDEX = f"{PICKLE}.index.json"
 
 logger = logging.getLogger("act24")
 
@@ -142,7 +140,7 @@ def _as_it_was_trained(recipe: Recipe, old: Mapping[str, Tensor], folder: Path) 
 def _flags(folder: Path) -> list[str]:
     """The options of the command that trained it, without the model's."""
     if (folder / COMMAND).is_file():
-        words = shlex.split((folder / COMMAND).read_text(encoding="utf-8"), comments=True)
+        words = shlex.split(read_utf8(folder / COMMAND), comments=True)
         while "--model_config" in words:
             index = words.index("--model_config")
             del words[index : index + 2]
@@ -171,11 +169,8 @@ def _flags(folder: Path) -> list[str]:
 def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return read_state(folder)
-    names = [PICKLE]
-    if (folder / PICKLE_INDEX).is_file():
-        names = sorted(set(read_json(folder / PICKLE_INDEX).get("weight_map", {}).values()))
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in weight_files(folder, PICKLE, PICKLE_INDEX):
         state |= _unpickled(folder / name)
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise Act24Error(f"{folder / PICKLE}: {strange[0]} is no tensor")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
@@ -163,8 +162,3 @@ def _log(folder: Path, done: Pruning) -> None:
         log.layers(tag, by_layer, 0)
     log.layers("prune_block_error/*", dict(enumerate(done.block_errors.values())), 0)
     log.close()
-
-
-def pick_device(name: str | None) -> str:
-    """As asked, or a GPU if there is one."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ import safetensors
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
-from act24.tools.files import save_file, weights_hash, whole_file
+from act24.tools.files import plain_text, save_file, weights_hash, whole_file
 
 _JOURNAL = "interrupted.json"
 
@@ -28,7 +28,7 @@ class BlockFiles:
         journal = folder / _JOURNAL
         if journal.exists():
             with reading(f"cannot read {journal}"):
-                before = json.loads(journal.read_text(encoding="utf-8"))
+                before = json.loads(plain_text(journal))
             different = [key for key in asked if before.get(key) != json.loads(json.dumps(asked[key]))]
             if different:
                 raise Act24Error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ from act24.tools.huggingface.folder import PACKED, check_state, is_pretrained, o
 from act24.tools.huggingface.old_folder import is_old, open_old
 from act24.tools.pruning.packed import read_packed
 from act24.tools.run.folder import last_checkpoint
-from act24.tools.run.language import config_from_json, unset_model
+from act24.tools.run.language import GENERATION, config_from_json, unset_model
 
 logger = logging.getLogger("act24")
 
@@ -84,6 +85,12 @@ def model_config(recipe: Recipe) -> Any:
             raise Act24Error("a recipe with model.pretrained has to be resolved: act24.tools.run.pretrained")
         return config_from_json(recipe.model.config, str(recipe.model.pretrained))
     return llama_config(recipe.model.preset, **recipe.model.overrides())
+
+
+def generation_of(built: Built) -> dict[str, Any] | None:
+    """The generation_config.json of the model that a run began with, if it had one."""
+    config = built.recipe.model.config if built.recipe else None
+    return json.loads(config).get(GENERATION) if config else None
 
 
 class Weights(Protocol):
@@ -336,9 +343,10 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
 def _with_manifest(folder: Path) -> tuple[Path, bytes | None]:
     """The folder, and what tells which checkpoint of that name it is; None where there is none."""
     try:
-        return folder, (folder / MANIFEST).read_bytes()
+        text = (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else None
     except OSError:
-        return folder, None
+        text = None
+    return folder, text
 
 
 def _beside(folder: Path) -> Tokenizer | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -188,10 +189,16 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     Raises:
         Act24Error: no checkpoint, a damaged one, or data that cannot be read.
     """
+    no_recipe = (
+        f"{path} holds a model and no recipe, which says on what to evaluate it; its perplexity on a text: "
+        f"act24 eval {shlex.quote(str(path))} --protocol wikitext --seqlen N --text FILE"
+    )
+    if path.suffix == ".gguf" and path.is_file():
+        raise Act24Error(no_recipe)
     with open_processes() as processes:
         built = load(path, processes.device)
         if built.recipe is None or built.tokenizer_section is None:
-            raise Act24Error(f"{path} holds a model and no recipe, which says on what to evaluate it")
+            raise Act24Error(no_recipe)
         check_overrides(overrides)
         recipe = parse_recipe(dump_recipe(built.recipe), str(path), overrides)
         rows = heldout_rows(

@@ -5,6 +5,7 @@ RUN/
     plan.txt            what the passes did
     history.jsonl       when it began, was taken up again, from where and with what changes
     .lock               held by the process that trains (`lock.py`)
+    stopped             below torchrun: a signal ended the last start, with a checkpoint (`note_stop`)
     checkpoints/        `tools/checkpoints/checkpoint.py`
     events.out.tfevents…
 """
@@ -19,7 +20,8 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,15 +36,18 @@ from act24.tools.checkpoints.checkpoint import version
 from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
-from act24.tools.files import whole_file
+from act24.tools.files import is_plain, whole_file
 from act24.tools.run.changes import Change, ScheduleChoice, are_scaled, changes, effects, schedule_line
 from act24.tools.run.history import HISTORY, History, in_the_way, origin_entry, origin_of, read_history
-from act24.tools.run.lock import LOCK, RunError, run_lock
+from act24.tools.run.lock import LOCK, Lock, RunError, run_lock
 
 _LONGEST_NAME = 100  # of a folder, in characters
 RECIPE, PLAN = "recipe.toml", "plan.txt"
+#: Where a stop is noted whose status `torchrun` hides: it makes 1 of whatever its processes exit with.
+STOPPED = "stopped"
+_NOTED = re.compile(r"SIG[A-Z]+: saved step [0-9]+\n")
 _OURS = re.compile(
-    r"recipe\.toml|plan\.txt|history\.jsonl|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
+    r"recipe\.toml|plan\.txt|history\.jsonl|stopped|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
 )
 
 logger = logging.getLogger("act24")
@@ -169,13 +174,16 @@ def _of_commit(manifest: dict[str, Any]) -> str:
 
 
 def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dry_run: bool) -> Path | None:
-    if dry_run and resume == "never":
+    if dry_run:
         try:
             _refuse_unwritable(run_dir)
-            return _chosen(run_dir, resume, recipe, weights, dry_run=False)
-        except RunError as error:
+            checkpoint_folder.check_writable(run_dir, dry_run)
+            if resume == "never":
+                return _chosen(run_dir, resume, recipe, weights, dry_run=False)
+        except (RunError, CheckpointError) as error:
             logger.warning("without --dry-run this would end here: %s", error)
-            return None
+            if resume == "never":
+                return None
     inside, history = run_dir / "checkpoints", read_history(run_dir)
     _refuse_others_files(run_dir, history, dump_recipe(recipe))
     holds_run = bool(history.entries) or os.path.lexists(inside)
@@ -186,6 +194,8 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dr
             )
         return None
     if not dry_run:
+        with _writing(run_dir):
+            (run_dir / STOPPED).unlink(missing_ok=True)
         checkpoint_folder.check_writable(run_dir)
         checkpoint_folder.put_back(run_dir)
     origin = origin_of(run_dir, history)
@@ -238,14 +248,18 @@ def _refuse_unwritable(run_dir: Path) -> None:
 
 
 def _refuse_others_files(run_dir: Path, history: History, recipe: str) -> None:
-    """Raises RunError for a recipe.toml or plan.txt that no run wrote here, or somebody has edited since."""
+    """Raises RunError for a recipe.toml or plan.txt that no run wrote here, or somebody has edited since; or
+    where something else is called as what `note_stop` leaves."""
+    mark = run_dir / STOPPED
+    if os.path.lexists(mark) and not (is_plain(mark) and _NOTED.fullmatch(read_text(mark))):
+        raise RunError(in_the_way(mark))
     if history.entries and "sha256" not in history.last:  # of an older act24, which kept no hashes
         return
     for name, equal in ((RECIPE, recipe), (PLAN, "")):
         path = run_dir / name
         if not os.path.lexists(path):
             continue
-        if path.is_symlink() or not path.is_file():
+        if not is_plain(path):
             raise RunError(in_the_way(path))
         with contents_of(path):
             content = path.read_bytes()
@@ -320,6 +334,26 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
             raise RunError(f"{run_dir} holds a run of another recipe ({others[0]})")
 
 
+def note_stop(lock: Lock | None, signal: str, step: int) -> None:
+    """Below `torchrun`, leave a file in a run's folder that says that a signal ended it, all processes
+    together and with a checkpoint: a loop that starts it again tells so from a failure. The next start
+    deletes it.
+
+    Not before the first step: where one process fails, `torchrun` stops the others by the same signal.
+    """
+    if lock and "TORCHELASTIC_RUN_ID" in os.environ:
+        with _writing(lock.run_dir), whole_file(lock.run_dir / STOPPED) as partial:
+            partial.write_text(f"{signal}: saved step {step}\n")
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
+
+
 def describe_run(
     run_dir: Path, recipe: Recipe, plan: str, start: Start | None, weights: Path | None = None
 ) -> None:
@@ -340,7 +374,7 @@ def describe_run(
     files = {RECIPE: dump_recipe(recipe).encode(), PLAN: f"{plan}\n".encode()}
     entry["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     history = run_dir / HISTORY
-    try:
+    with _writing(run_dir):
         past = history.read_bytes() if history.exists() else b""
         past += b"\n" if past and not past.endswith(b"\n") else b""
         # The history first: it says that the others, old and new, are of a run.
@@ -348,5 +382,3 @@ def describe_run(
         for name, content in files.items():
             with whole_file(run_dir / name) as partial:
                 partial.write_bytes(content)
-    except OSError as error:
-        raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None

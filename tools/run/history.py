@@ -20,6 +20,7 @@ from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.checkpoint import Checkpoint
 from act24.tools.checkpoints.manifest import CheckpointError, manifest_or_none, read_manifest
 from act24.tools.data.position import Count, Saved, check_saved
+from act24.tools.files import is_plain
 from act24.tools.run.lock import RunError
 
 HISTORY = "history.jsonl"
@@ -117,7 +118,7 @@ def read_history(run_dir: Path) -> History:
     path = run_dir / HISTORY
     if not os.path.lexists(path):
         return History(())
-    if path.is_symlink() or not path.is_file():
+    if not is_plain(path):
         raise RunError(in_the_way(path, "it is no file"))
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

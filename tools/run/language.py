@@ -13,6 +13,9 @@ from act24.errors import Act24Error, reading
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.tools.huggingface.config import ACT24, ARCEE, LLAMA, config_of
 
+#: In `model.config` of a recipe: the source's generation_config.json, which a run's exports have again.
+GENERATION = "generation_config"
+
 
 def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     """input_ids `[B, S]` to what the head reads, `[B, S, D]`."""
@@ -46,6 +49,7 @@ def config_from_json(text: str, origin: str) -> Any:
     """
     with reading(f"{origin}: model.config cannot be read"):
         content = json.loads(text)
+        content.pop(GENERATION, None)
     if content.get("model_type") in (LLAMA, ARCEE, ACT24):
         return config_of(content, f"{origin}: model.config")[0]
     import transformers

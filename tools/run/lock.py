@@ -21,6 +21,7 @@ from pathlib import Path
 
 from act24.errors import Act24Error
 from act24.tools.checkpoints.together import on_every_rank, on_the_first
+from act24.tools.files import is_plain
 
 LOCK = ".lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
@@ -84,8 +85,6 @@ def run_lock(run_dir: Path) -> Iterator[Lock]:
         descriptor = _locked(path)
         lock = Lock(run_dir, os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY), descriptor)
     except OSError as error:
-        if path.is_symlink():
-            raise RunError(_foreign(path)) from None
         raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
     try:
         yield lock
@@ -122,6 +121,8 @@ def lock_on_the_first(run_dir: Path) -> Iterator[Lock | None]:
 
 def _locked(path: Path) -> int:
     while True:
+        if os.path.lexists(path) and not is_plain(path):
+            raise RunError(_foreign(path))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

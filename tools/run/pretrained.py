@@ -25,11 +25,12 @@ from act24.passes.recovery import has_masks, kept_masks, set_masks_
 from act24.recipes.schema import Recipe
 from act24.tools.files import weights_hash
 from act24.tools.huggingface.any_model import open_folder
-from act24.tools.huggingface.config import CONFIG, LLAMA, config_json
+from act24.tools.huggingface.config import CONFIG, LLAMA, config_json, read_json
 from act24.tools.huggingface.old_folder import is_old
+from act24.tools.huggingface.tokenizer_files import GENERATION as GENERATION_FILE
 from act24.tools.pruning.masks import read_masks
-from act24.tools.run.build import Built, build, build_from_old, load, plan_recipe
-from act24.tools.run.language import check_loss
+from act24.tools.run.build import Built, build, build_from_old, generation_of, load, plan_recipe
+from act24.tools.run.language import GENERATION, check_loss
 
 logger = logging.getLogger("act24")
 
@@ -40,7 +41,7 @@ class Pretrained:
 
     Attributes:
         source: as the recipe has it.
-        config: JSON, of the stock model before passes, or of another class.
+        config: JSON, of the stock model before passes, or of another class; with its generation settings.
         passes: structural ones, that rewrote it.
         pipeline: they, applied; None for another class.
         state: parameters, after `passes`.
@@ -110,7 +111,7 @@ def _open(source: str) -> Pretrained:
     if path.is_dir() and (is_old(path) or not (path / CONFIG).is_file()):
         built = load(path)
         passes = tuple(p for p in built.pipeline.passes if isinstance(p, StructuralPass))
-        config = json.dumps(config_json(built.model.config, LLAMA, torch.float32))
+        config = _with(config_json(built.model.config, LLAMA, torch.float32), generation_of(built))
         state = _parameters(built.model)
         masks = kept_masks(built.pipeline)[0] if has_masks(built.pipeline) else None
         return Pretrained(source, config, passes, built.pipeline, state, masks, weights_hash(state))
@@ -118,14 +119,21 @@ def _open(source: str) -> Pretrained:
     state = _parameters(opened.model)
     beside = read_masks(opened.folder) if opened.folder else None
     masks = beside.masks if beside else None
+    began = opened.folder / GENERATION_FILE if opened.folder else None
+    generation = read_json(began) if began and began.is_file() else None
     if opened.config is None:
         check_loss(opened.model, source)
         foreign: Any = opened.model
-        config = json.dumps({**foreign.config.to_dict(), "model_type": foreign.config.model_type})
+        content = {**foreign.config.to_dict(), "model_type": foreign.config.model_type}
+        config = _with(content, generation)
         return Pretrained(source, config, (), None, state, masks, weights_hash(state))
-    config = json.dumps(config_json(opened.config, LLAMA, torch.float32))
+    config = _with(config_json(opened.config, LLAMA, torch.float32), generation)
     passes = tuple(p for p in opened.passes if isinstance(p, StructuralPass))
     return Pretrained(source, config, passes, opened.pipeline, state, masks, weights_hash(state))
+
+
+def _with(config: dict[str, Any], generation: dict[str, Any] | None) -> str:
+    return json.dumps({**config, **({GENERATION: generation} if generation else {})})
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.distributed.tensor import DTensor
 
+from act24.errors import Act24Error
+
 T = TypeVar("T")
 
 
@@ -78,6 +80,22 @@ class Processes:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as it is without sharding. Collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def chosen_device(named: torch.device | str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one.
+
+    Raises:
+        Act24Error: there is none of that name, or nothing can be computed on it.
+    """
+    name = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has tensors, but no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = str(error).partition("\n")[0].partition(". ")[0]
+        raise Act24Error(f"device {str(name)!r}: {told}") from error
+    return device
 
 
 def own_rank() -> int:

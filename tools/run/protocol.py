@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from act24.errors import Act24Error, reading
 from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
+from act24.recipes.load import read_utf8
 from act24.tools.huggingface.any_model import AnyModel
 
 PROTOCOLS = ("wikitext",)
@@ -69,7 +70,7 @@ def joined_text(files: Sequence[str]) -> str:
     parts = []
     for file in files:
         with reading(f"cannot read {file}"):
-            parts.append(Path(file).expanduser().read_text(encoding="utf-8"))
+            parts.append(read_utf8(Path(file).expanduser()))
     return "\n\n".join(parts)
 
 

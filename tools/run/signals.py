@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 #: What the command line exits with after a stop: EX_TEMPFAIL of sysexits.h. Whoever starts it again goes on;
-#: no crash and no kill has this status. (`torchrun` makes 1 of every status but 0.)
+#: no crash and no kill has this status. (`torchrun` makes 1 of every status but 0: `folder.note_stop`.)
 STOPPED_STATUS = 75
 
 _HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

@@ -145,7 +145,7 @@ class TrainingStep:
             without: names of passes to leave out.
 
         Raises:
-            Act24Error: a micro-batch cannot be captured, and has to be.
+            Act24Error: a step cannot be captured, and has to be.
         """
         with self._on_stream():
             note = self._begin_update(batches, step, without)
@@ -167,6 +167,7 @@ class TrainingStep:
                 rank=self._processes.rank,
                 without=without,
                 loop_decays=True,  # a captured backward calls no hooks, and its gradients are summed
+                replayed=self._graphs,
             )
 
     def _step(self, batches: Sequence[Batch], optimizer: Optimizer, note: str | None) -> StepResult:

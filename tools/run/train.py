@@ -26,7 +26,7 @@ from act24.tools.data import TokenRows, heldout_rows, open_rows, pinned
 from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
-from act24.tools.run.folder import Start, begun, describe_run, resume_point
+from act24.tools.run.folder import Start, begun, describe_run, note_stop, resume_point
 from act24.tools.run.lock import Lock, RunError, check_together, lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
@@ -425,6 +425,7 @@ class TrainingRun:
             raise TrainingError(f"{reasons[0]}; {saved}") from failure
         name = next(name for name, _ in reports if name)
         progress.say(f"{name}: {saved}")
+        note_stop(self._lock, name, self._step)
         return name
 
 

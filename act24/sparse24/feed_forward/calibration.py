@@ -67,7 +67,7 @@ def calibration_sums(
     one_of("calibration_sums", "function", function, get_args(Function))
     one_of("calibration_sums", "scale_from", scale_from, get_args(ScaleFrom))
     in_range("calibration_sums", "samples", samples, Range(ge=1))
-    rows = hidden.flatten(0, -2)
+    rows = hidden.reshape(-1, hidden.shape[-1])
     chosen = sample_rows(pads, len(rows), samples, rows.device)
     positive = torch.relu(rows[chosen].double())
     if pads is not None and pads.ndim:

@@ -13,6 +13,7 @@ token_order: the order in which tokens are grouped.
 pack_weight, pack_weight_rows: a 2:4 weight, and its transpose, from one read. best_transposable_mask: its
     mask.
 skipping_product: an activation times a weight by the rows of active features; packed_decode: a packed 2:4
-    weight times up to 16 tokens. Both for decoding, where bytes are the time.
+    weight times up to 16 tokens; dense_decode: a dense weight times one token. All for decoding, where bytes
+    are the time.
 pack_drawn: the output gradient of a linear, drawn 2:4 along the tokens.
 """

@@ -27,7 +27,7 @@ def token_permutation(shape: tuple[int, ...], kind: TokenPermutation, device: to
     """The order in which tokens are grouped.
 
     Args:
-        shape: of the tokens, `(B, S)` or `(T,)`, without features.
+        shape: of the tokens, `(B, S)` or `(T,)`, without features; `()` of a single one.
         kind: `"batch"` over all tokens, `"sequence"` within each sequence, the same in all; `"none"`.
 
     Returns:
@@ -35,7 +35,7 @@ def token_permutation(shape: tuple[int, ...], kind: TokenPermutation, device: to
     """
     if kind == "none":
         return None
-    *_, length = shape
+    length = shape[-1] if shape else 1
     count = math.prod(shape)
     if kind == "batch":
         return random_permutation(count, _PERMUTATION_SEED, device)

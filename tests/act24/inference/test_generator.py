@@ -278,6 +278,15 @@ MEASURED = {
         {DENSE: [3, 3, 3], FUSED: [4, 4, 4], Choice(True): [5, 4, 2]},
         (DENSE, DENSE, Choice(True)),
     ),
+    "one row, streamed": (
+        {
+            DENSE: [4, 4, 4],
+            FUSED: [3, 3, 3],
+            FUSED._replace(streamed=True): [2, 2, 4],
+            Choice(True, fused=True, streamed=True): [1, 2, 5],
+        },
+        (Choice(True, fused=True, streamed=True), FUSED._replace(streamed=True), FUSED),
+    ),
     "whole step says no": (
         {DENSE: [4, 4, 4], FUSED: [3, 3, 3], Choice(True, fused=True): [5, 2, 2]},
         None,
@@ -314,6 +323,8 @@ def test_each_block_takes_its_fastest_choice_and_it_is_remembered(monkeypatch, c
     monkeypatch.setattr(decoder_module.Decoder, "_block_seconds", seconds)
     monkeypatch.setattr(decoder_module.Decoder, "_seconds", step_seconds)
     monkeypatch.setattr(decoder_module, "step_choices", lambda *_: (DENSE, Choice(skipping=True)))
+    streams = any(choice.streamed for choice in block_seconds)
+    monkeypatch.setattr(decoder_module, "why_not_streamed", lambda *_: "" if streams else "not here")
     model = rewritten("relu2", num_key_value_heads=2, num_hidden_layers=3).bfloat16()
     generator = Generator(model, compiled=False)
     decoder = generator.decoder

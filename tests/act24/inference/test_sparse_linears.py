@@ -13,6 +13,7 @@ from act24.inference.generator import Generator
 from act24.inference.layer import DENSE, Choice, can_use, step_choices, weights_of
 from act24.passes import Pipeline, Weight24
 from act24.passes.served import fold_weights_, lower_to_serve_
+from act24.sparse24.kernels.dense_decode import dense_decode
 from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.weight.forms import LinearOptions24, product_algorithms, prompt_linear
@@ -44,6 +45,27 @@ def test_sparse_steps_are_the_dense_step(name, choice):
     assert equal_tokens(found, expected) >= 3 * 6 - 6, "more than a row goes another way: more than rounding"
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
+
+
+@pytest.mark.parametrize("choice", [Choice(streamed=True), Choice(True, True, True, True)], ids=str)
+@pytest.mark.parametrize("name", ["relu2", "relu2-act24", "lost"])
+def test_streamed_weights_of_one_row_are_the_dense_step(name, choice, monkeypatch):
+    """By the reference: one prompt, whose steps are of one token; and the head is streamed too."""
+    model = rewritten(name, num_key_value_heads=2, hidden_size=128, intermediate_size=128).bfloat16()
+    counted = []
+
+    def counting(x, weight):
+        counted.append(tuple(weight.shape))
+        return dense_decode(x, weight)
+
+    monkeypatch.setattr(linears_module, "dense_decode", counting)
+    for prompts in ([PROMPTS[0]], PROMPTS):
+        expected = Generator(model).generate_ids(prompts, 6, GREEDY)
+        counted.clear()
+        found = Generator(model, choice=choice).generate_ids(prompts, 6, GREEDY)
+        assert equal_tokens(found, expected) >= 6 * len(prompts) - 6
+        assert bool(counted) == (len(prompts) == 1)
+        assert counted.count(tuple(model.head_weight.shape)) == (5 if len(prompts) == 1 else 0)
 
 
 def test_weights_trained_2_4_are_read_packed_once_they_are_folded():

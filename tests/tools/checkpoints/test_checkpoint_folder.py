@@ -21,6 +21,7 @@ from act24.tools.checkpoints.manifest import (
     render,
     verify_files,
 )
+from act24.tools.run.build import open_checkpoint
 
 FILES = {
     "state.json": b'{"tokens": 7}',
@@ -247,6 +248,18 @@ def test_checkpoints_of_which_none_can_be_used_are_not_nothing(tmp_path, monkeyp
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(CheckpointError, match="checkpoints cannot be read: Permission denied"):
         cf.latest(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+def test_what_is_no_file_in_a_manifests_place_is_not_waited_for(tmp_path, make):
+    folder = write(tmp_path, 1)
+    (folder / MANIFEST).unlink()
+    make(folder / MANIFEST)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: it is no file"):
+        read_manifest(folder)
+    for path in (folder, tmp_path):
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: it is no file"):
+            open_checkpoint(path)
 
 
 def test_a_manifest_of_a_later_format_says_so(tmp_path):

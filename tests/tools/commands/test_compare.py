@@ -1,12 +1,16 @@
 """`act24 compare` shows what event files hold and in what recipes differ."""
 
+import io
 import itertools
+import os
+import random
 
 import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from act24.recipes.load import dump_recipe
 from act24.tools.watch import charts
@@ -101,6 +105,54 @@ def test_ticks_are_few_round_and_inside(low, width):
     steps = {f"{b - a:.3e}" for a, b in itertools.pairwise(found)}
     assert len(steps) <= 1 or width < 1e-6 * abs(low)
     assert all(step[0] in "125" for step in steps)
+
+
+def spoilt(path, how):
+    content = path.read_bytes()
+    if how == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        middle = content.index(b"loss/train", len(content) // 2)
+        changed = {
+            "garbage": random.Random(0).randbytes(len(content)),
+            "a changed byte": content[:middle] + b"L" + content[middle + 1 :],
+            "cut off": content[:-3],
+            "no event in a whole record": whole_record(b"\xff" * 20),
+        }
+        path.write_bytes(changed[how])
+
+
+def whole_record(content):
+    file = io.BytesIO()
+    RecordWriter(file).write(content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("garbage", 0, "is damaged: what it logged from there on is left out"),
+        ("a changed byte", 0, "is damaged: what it logged from there on is left out"),
+        ("no event in a whole record", 2, "does not hold what act24 writes there"),
+        ("a pipe", 2, "is no file, and is called as one of TensorBoard's"),
+        ("a folder", 2, "is no file, and is called as one of TensorBoard's"),
+        ("cut off", 0, ""),  # as a kill does, or what is still being written
+    ],
+)
+def test_an_event_file_that_cannot_be_read_is_named(tiny, tmp_path, act24, caplog, how, status, said):
+    a_run(tmp_path / "a", tiny(), [5.0, 4.0, 3.0, 2.0], [1.0] * 4)
+    (events,) = (tmp_path / "a").glob("events*")
+    spoilt(events, how)
+    found, _, errors = act24("compare", tmp_path / "a")
+    lines = [*errors, *(record.message for record in caplog.records)]
+    assert found == status
+    assert len(lines) == bool(said)
+    name = f"{tmp_path}/a/events" if how == "no event in a whole record" else str(events)
+    assert all(name in line and said in line for line in lines)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, act24):

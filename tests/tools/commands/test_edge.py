@@ -13,9 +13,12 @@ from act24.errors import Act24Error
 from act24.recipes.load import RecipeError, load_recipe, parse_recipe
 from act24.recipes.schema import Data, Tokenizer
 from act24.tools.commands.edge import ends_in_one_line
+from act24.tools.commands.generate import read_prompts
+from act24.tools.commands.recovery import _table
 from act24.tools.data import open_tokenizer
 from act24.tools.data.files import Reading, read_documents
 from act24.tools.run.evaluate import check_overrides
+from act24.tools.run.protocol import joined_text
 
 DEEP = "[" * 5000 + "]" * 5000
 
@@ -49,10 +52,47 @@ def test_hostile_recipes(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'description = "\xe9"')
     with pytest.raises(RecipeError, match=r"latin\.toml' cannot be read: 'utf-8' codec"):
         load_recipe(str(tmp_path / "latin.toml"))
+    (tmp_path / "utf16.toml").write_text("description = 'x'", encoding="utf-16")
+    with pytest.raises(
+        RecipeError, match=r"utf16\.toml' cannot be read: it is UTF-16 text: save it as UTF-8"
+    ):
+        load_recipe(str(tmp_path / "utf16.toml"))
     with pytest.raises(RecipeError, match="cannot be read: File name too long"):
         load_recipe("x" * 5000 + ".toml")
     with pytest.raises(RecipeError, match="cannot be read: embedded null byte"):
         load_recipe("\0.toml")
+
+
+def test_a_byte_order_mark_is_no_part_of_what_a_person_wrote(tmp_path):
+    """Some editors put one in front of every file that they save as UTF-8."""
+    files = {
+        name: tmp_path / name for name in ("base.toml", "own.toml", "patterns.toml", "p.jsonl", "text.txt")
+    }
+    files["base.toml"].write_text('extends = "demo"\ntrain.seed = 7\n', encoding="utf-8-sig")
+    files["own.toml"].write_text('extends = "base.toml"\n', encoding="utf-8-sig")
+    assert load_recipe(str(files["own.toml"])).train.seed == 7
+    files["patterns.toml"].write_text('"model.layers.0.*" = "dense"\n', encoding="utf-8-sig")
+    assert _table(files["patterns.toml"]) == {"model.layers.0.*": "dense"}
+    files["p.jsonl"].write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    assert read_prompts(files["p.jsonl"]) == ["a"]
+    files["text.txt"].write_text("a", encoding="utf-8-sig")
+    assert joined_text([str(files["text.txt"])]) == "a"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "x", "--out", "y"),
+        ("recover", "x", "--out", "y", "--blockwise"),
+        ("eval", "x", "--protocol", "wikitext", "--seqlen", "8", "--text", "z"),
+        ("generate", "x", "--prompt", "a"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_device_that_is_none(act24, words):
+    status, _, (line,) = act24(*words, "--device", "gpu")
+    assert status == 2
+    assert line.startswith("act24: device 'gpu': Expected one of cpu, cuda")
 
 
 def test_a_seed_of_more_than_63_bits(act24, tmp_path):

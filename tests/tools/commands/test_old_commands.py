@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,19 @@ def test_the_same_command_goes_on_where_it_was(
     assert "is the end of this run" in capsys.readouterr().out
     run([*words, "--seed", "7", *behind])
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("mine\n"), os.mkfifo], ids=["a file", "a pipe"]
+)
+def test_a_users_file_where_the_translation_goes_stays(
+    make: Callable[[Path], object], tiny_file: Path, tmp_path: Path
+) -> None:
+    words, overrides = toy("usage: LORO", tiny_file)
+    make(tmp_path / TRANSLATED)
+    with pytest.raises(Act24Error, match=rf"/{TRANSLATED} is not as act24 wrote it"):
+        run([*words, "--save_dir", str(tmp_path), "--", *(f"--set={line}" for line in overrides)])
+    assert [path.name for path in tmp_path.iterdir()] == [TRANSLATED]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`prepare_shards` interrupted: it goes on where it was, keeps little open, and leaves nothing."""
 
+import contextlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from children import exit_code
@@ -100,8 +102,33 @@ prepare_shards(
         kills += process.returncode == -signal.SIGKILL
         assert kills < 100, "it never gets on"
     assert kills > 0
+    with pytest.raises(
+        Act24Error, match="exists already"
+    ):  # the last kill may have come behind the last rename
+        prepare_shards(data, _named(str(tokenizer_file)), tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_kill_while_notes_are_removed_leaves_none(tmp_path, monkeypatch, moment):
+    """The journal went first, and without it nobody knew what its leftovers and the lock were."""
+    for name in ("index.json", module.JOURNAL, f"{module.JOURNAL}.tmp-0123456789ab", module.LOCK):
+        (tmp_path / name).write_text("{}")
+    unlink, calls = Path.unlink, [0]
+
+    def killed(path, **options):
+        calls[0] += 1
+        if calls[0] == moment:
+            raise Killed
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed, Act24Error):
+        patch.setattr(Path, "unlink", killed)
+        module.refuse_taken(tmp_path)
+    with pytest.raises(Act24Error, match="exists already"):
+        module.refuse_taken(tmp_path)
+    assert os.listdir(tmp_path) == ["index.json"]
 
 
 def prepares(data, tokenizer_file, out, documents):

@@ -22,12 +22,14 @@ from act24.tools.data import (
     open_documents,
     open_rows,
     open_tokenizer,
+    prepare,
     prepare_shards,
 )
 from act24.tools.data.permutation import permuted
 from act24.tools.data.rows import PackedRows, PaddedRows, ShardRows
 from act24.tools.data.shard import Split
-from act24.tools.data.shards import TokenShards
+from act24.tools.data.shards import TokenShards, read_index
+from act24.tools.pruning import kept
 
 
 @pytest.fixture(params=[2**28, 150], ids=["one shard", "many shards"])
@@ -267,3 +269,18 @@ def test_what_a_word_on_the_command_line_means(tmp_path, monkeypatch):
     assert data_from_argument("owner/name").subset == ""
     with pytest.raises(Act24Error, match="no data source 'bultin': expected 'builtin', a file"):
         data_from_argument("bultin")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("index.json", read_index),
+        (prepare.JOURNAL, prepare._Journal),
+        (kept._JOURNAL, lambda folder: kept.BlockFiles(folder, {})),
+    ],
+    ids=["an index", "a journal", "a journal of blocks"],
+)
+def test_a_pipe_is_not_waited_for(tmp_path, name, read):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(Act24Error, match=f"{name} is a pipe"):
+        read(tmp_path)

@@ -90,6 +90,24 @@ def test_round_trip_is_exact(change: dict, dtype: torch.dtype, tmp_path: Path) -
     assert back.config == dataclasses.replace(model.config, **resolved)
 
 
+@pytest.mark.parametrize("wide", ["lm_head.weight", "model.norm.weight"])
+def test_of_several_dtypes_that_of_the_config_is_computed_in(
+    wide: str, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`transformers` does; the product of two dtypes is a traceback."""
+    edit_weights(saved, lambda s: s.update({n: v.bfloat16() for n, v in s.items() if n != wide}))
+    edit_config(saved, torch_dtype="bfloat16", dtype="bfloat16")
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(saved), load_pretrained(saved)
+    assert "parameters in bfloat16 and float32: all are read as bfloat16" in caplog.text
+    for name, value in theirs.state_dict().items():
+        assert value.dtype == ours.state_dict()[name].dtype == torch.bfloat16
+        assert torch.equal(value, ours.state_dict()[name])
+    assert ours(INPUT_IDS).isfinite().all()
+    edit_config(saved, torch_dtype="absent", dtype="absent")
+    with pytest.raises(Act24Error, match=r"bfloat16 and float32, and dtype in its config\.json is None"):
+        load_pretrained(saved)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     save_pretrained(build_llama(CONFIG, seed=0), tmp_path)
@@ -199,6 +217,24 @@ def test_tied_head_in_the_file_must_be_the_embedding(saved: Path) -> None:
         load_pretrained(saved)
     edit_weights(saved, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
     assert load_pretrained(saved).lm_head is None
+
+
+def test_a_tied_head_may_be_stored_under_its_own_name_alone(saved: Path) -> None:
+    edit_config(saved, tie_word_embeddings=True)
+    edit_weights(saved, lambda s: s.update({"lm_head.weight": s.pop("model.embed_tokens.weight")}))
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not any(told.values()), told
+    close(load_pretrained(saved)(INPUT_IDS), theirs(INPUT_IDS).logits)
+
+
+def test_a_folder_of_pickles_is_told_the_way_to_safetensors(saved: Path) -> None:
+    torch.save(safetensors.torch.load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(Act24Error, match=r"only pytorch_model\.bin.*from_pretrained\(…\)\.save_pretrained"):
+        load_pretrained(saved)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    theirs.save_pretrained(saved / "out")
+    close(load_pretrained(saved / "out")(INPUT_IDS), theirs(INPUT_IDS).logits)
 
 
 def test_missing_and_broken_files_are_named(saved: Path) -> None:

@@ -22,7 +22,7 @@ from act24.tools.run.train import train
 pytest.importorskip("lm_eval")
 
 PASSES = (Relu2FFN(), Cola(attn_rank=8, mlp_rank=8, bottleneck="relu2"), Activation24(method="soft_dynamic"))
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "export.md"
 TEXTS = ("two of four are kept", "low rank and sparse tokens", "a graph of passes")
 QUESTIONS = [("two of", [" four", " zebras"]), ("low", [" rank", " xylophones"]), ("a", [" graph", " of"])]
 ROLLING = """
@@ -51,7 +51,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture(scope="module")
 def figures(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder, and what `python -m lm_eval` says of it, as README has the command."""
+    """A folder, and what lm_eval says of it, as the page has the command."""
     import tiny as tiny_recipe
 
     folder = tmp_path_factory.mktemp("lm_eval")
@@ -68,10 +68,10 @@ def figures(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         lines = tasks / f"{name}.jsonl"
         lines.write_text("".join(json.dumps(row) + "\n" for row in content))
         (tasks / f"local_{name}.yaml").write_text(yaml % lines)
-    (line,) = re.findall(r"^    python (-m lm_eval run .*?)  +#", README.read_text(encoding="utf-8"), re.M)
-    words = line.replace("=OUT,", f"={folder / 'model'},dtype=float32,").split()
+    lines = re.findall(r"^    lm_eval (.*=exported-act24,.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    words = lines[0].replace("=exported-act24,", f"={folder / 'model'},dtype=float32,").split()
     words[words.index("--tasks") + 1] = "local_text,local_choice"
-    command = [sys.executable, *words, "--include_path", str(tasks), "--device", "cpu"]
+    command = [sys.executable, "-m", "lm_eval", *words, "--include_path", str(tasks), "--device", "cpu"]
     command += ["--batch_size", "2", "--output_path", str(folder / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -102,6 +102,31 @@ def test_a_lightning_module() -> None:
     assert_same(model.state_dict(), plain_loop())
 
 
+@pytest.mark.slow
+def test_lightning_itself(tmp_path) -> None:
+    lightning = pytest.importorskip("lightning")
+    given, its = rewritten()
+    names: dict[str, Any] = {}
+    exec(LIGHTNING, names)
+
+    class Module(lightning.LightningModule):
+        model, pipeline = given, its
+        on_train_batch_start = names["on_train_batch_start"]
+
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(given.parameters(), lr=0.1)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=2, logger=False, barebones=True
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(batches(), batch_size=None))  # type: ignore[arg-type]
+    assert trainer.global_step == 3
+    assert_same(given.state_dict(), plain_loop())
+
+
 def test_the_trainer_saves_what_it_goes_on_from_and_nothing_that_opens_as_another_function(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

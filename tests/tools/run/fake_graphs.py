@@ -17,6 +17,7 @@ from act24.tools.run.graphs import GraphedCalls, why_not_captured
 class FakeGraph:
     def __init__(self, function, outputs, gradients):
         self._function, self._outputs, self._gradients = function, outputs, gradients
+        self.name = function.__name__
         self.replays = 0
 
     def replay(self):
@@ -51,8 +52,8 @@ class FakeCapture:
         def gradients():
             return [None if p.grad is None else p.grad.data_ptr() for p in parameters]
 
-        evaluated = function.__name__ == "forward"
-        outputs = (torch.zeros(()), torch.zeros((), dtype=torch.int64))[: 2 if evaluated else 1]
+        numbers = {"renew": 0, "accumulate": 1, "forward": 2}[function.__name__]
+        outputs = (torch.zeros(()), torch.zeros((), dtype=torch.int64))[:numbers]
         graph = FakeGraph(function, outputs, gradients).capture()
         self.made.append(graph)
         return graph, outputs

@@ -100,6 +100,16 @@ def test_a_folder_that_can_not_be_one_is_said(tiny, tmp_path, caplog):
     assert any("would end here: cannot write the run's folder" in line for line in lines)
 
 
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_checkpoints_that_could_not_be_written_are_said(tiny, tmp_path, caplog, resume):
+    (tmp_path / "checkpoints").symlink_to("/proc/1")  # where nobody may write, root included
+    assert train(tiny(*OVERRIDES), tmp_path, resume=resume, dry_run=True).step == 1
+    lines = [record.message for record in caplog.records if "would end here" in record.message]
+    assert [f"{tmp_path / 'checkpoints'} cannot be written: Permission denied" in line for line in lines] == [
+        True
+    ]
+
+
 def test_data_grow_and_the_schedule_are_those_of_the_run(act24, tmp_path):
     recipe = write_recipe(tmp_path)
     words = ("train", recipe, "--run-dir", tmp_path / "run", *SET)

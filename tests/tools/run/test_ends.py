@@ -412,6 +412,31 @@ def test_a_requeue_loop_comes_to_the_end(tiny_file, tmp_path, straight):
     assert starts == [0, 3, 6]
 
 
+def test_below_torchrun_a_stop_leaves_a_note_and_nothing_else_does(tiny, tmp_path, monkeypatch, straight):
+    """torchrun makes 1 of 75: `until torchrun …; do rm RUN/stopped || exit; done`."""
+    with monkeypatch.context() as patch:
+        kill_before(patch, train_module.TrainingRun, "advance", 2)
+        assert train(tiny(*RECIPE), tmp_path / "alone").stopped == "SIGTERM"  # its status says so
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    run_dir, note = tmp_path / "run", tmp_path / "run" / "stopped"
+    for step in (3, 6):
+        with monkeypatch.context() as patch:
+            kill_before(patch, train_module.TrainingRun, "advance", 3)
+            assert train(tiny(*RECIPE), run_dir, resume="auto").step == step
+        assert note.read_text() == f"SIGTERM: saved step {step}\n"
+    with monkeypatch.context() as patch:  # where one process fails, torchrun stops the others by SIGTERM
+        kill_before(patch, train_module, "build_optimizer", 1)
+        with pytest.raises(Stopped):
+            train(tiny(*RECIPE), run_dir, resume="auto")
+        assert not note.exists()
+    assert_goes_on_as(straight, run_dir, tiny(*RECIPE))
+    assert not any(path.name == "stopped" for path in tmp_path.rglob("*"))
+    note.write_text("SIGTERM: saved step 3\n")
+    with pytest.raises(Act24Error, match="already holds a run"):
+        train(tiny(*RECIPE), run_dir)
+    assert note.exists()  # a start that is refused leaves all as it was
+
+
 def test_an_ignored_signal_is_left_alone():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -1,6 +1,8 @@
 """What a captured step does, with graphs that only remember (`fake_graphs`). What a GPU does is checked by
 `act24.tools.bench.check_graphs`, by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from children import run_ranks
@@ -120,9 +122,22 @@ def test_a_capture_that_fails_is_said_once_or_an_error(must):
     assert calls.problem == "RuntimeError: operation not permitted when stream is capturing"
 
 
-def trained(recipe, pads, updates=6):
-    """Losses and parameters after some updates, past a boundary at the third."""
+def trained(recipe, pads, updates=6, evaluated=True, kept=False):
+    """Losses and parameters after some updates, past a boundary at the third. `kept`: weights in e4m3 and
+    packed ones are made once an update, as where there are kernels."""
     built = build(recipe, ALONE.device)
+    if kept:
+        # As where a tuner found 2:4 products faster.
+        table = tuple(
+            ((f"linear_{kind}", 64, *shape), (1, 1.0, 2.0))
+            for kind in ("y", "grad_x")
+            for shape in ((64, 64), (128, 64), (64, 128))
+        )
+        for p in built.pipeline.passes:
+            if p.name == "weight24":
+                built.pipeline.exchange_(p, replace(p, algorithms=table, keep_packed=True))
+            elif p.name in ("fp8", "activation24"):
+                built.pipeline.exchange_(p, replace(p, keep_cast=True))
     optimizer = build_optimizer(built.model, recipe.optimizer, pipeline=built.pipeline)
     step = TrainingStep(built.model, recipe.train, ALONE, built.pipeline)
     found = []
@@ -132,7 +147,8 @@ def trained(recipe, pads, updates=6):
         if not pads:
             batches = [Batch(b.input_ids, b.input_ids.roll(-1, 1)) for b in batches]
         found.append(step(batches, optimizer, number).loss)
-        found += step.evaluation_loss(batches[0])
+        if evaluated:
+            found += step.evaluation_loss(batches[0])
     return step, [*found, *(p.detach() for p in built.model.parameters())]
 
 
@@ -163,6 +179,33 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(tiny, monkeypatch, pas
     # Two states, each with a graph for training and, from its third held-out batch on, one for evaluation.
     assert len(fake.made) == 3
     assert [graph.replays for graph in fake.made] == [2, 6, 2]
+
+
+@pytest.mark.parametrize("passes", ["fp8", "activation24 in fp8", "weight24"])
+def test_weights_to_read_are_replayed_too(tiny, monkeypatch, passes):
+    """Once an update, and from the third update of a state on from a graph of their own."""
+    of_pass = {
+        "fp8": '{use="fp8",from_step=2}',
+        "activation24 in fp8": '{use="activation24",from_step=2,precision="fp8",backward="split_gemm"}',
+        "weight24": '{use="weight24",from_step=2,method="ste"}',
+    }
+    overrides = (
+        "train.dtype=bfloat16_autocast",
+        f'passes=[{{use="relu2_ffn",width="keep"}},{of_pass[passes]}]',
+        "model.hidden_size=64",
+        "model.intermediate_size=128",
+    )
+    _, expected = trained(tiny(*overrides, "train.cuda_graphs=off"), False, 7, False)
+    _, kept = trained(tiny(*overrides, "train.cuda_graphs=off"), False, 7, False, kept=True)
+    fake = use_fake_graphs(monkeypatch)
+    step, found = trained(tiny(*overrides), False, 7, False, kept=True)
+    assert not step.not_captured
+    for ours, launched, theirs in zip(found, kept, expected, strict=True):
+        assert torch.equal(ours, launched)
+        assert torch.equal(ours, theirs)
+    renewed = [graph.replays for graph in fake.made if graph.name == "renew"]
+    # Of five updates with the pass the first is before old graphs are dropped, and two are warm-ups.
+    assert renewed == [2]
 
 
 def test_what_no_longer_trains_gets_no_update(tiny, monkeypatch):

@@ -1,8 +1,12 @@
 """A run of two processes: text that grows, data that fail on one of them, a signal to one of them."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +179,34 @@ def is_stopped(recipe, run_dir):
 def test_a_signal_to_one_process_stops_both(tiny_file, tmp_path, straight):
     run_ranks(2, is_stopped, tiny_file, tmp_path)
     assert_goes_on_as(straight, tiny_file, tmp_path)
+
+
+def test_a_loop_around_torchrun_tells_a_stop_from_a_failure(tiny_file, tmp_path):
+    def started(steps):
+        words = ["train", tiny_file, "--run-dir", tmp_path, "--resume", "auto"]
+        words += ["--set", f"train.steps={steps}", "--set", "checkpoint.every=2", "--set", "eval.tokens=100"]
+        words += ["--set", "schedule.warmup_steps=1", "--set", "eval.every=0"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "act24"]
+        return subprocess.Popen([*launcher, *map(str, words)], start_new_session=True)
+
+    def ended(process):
+        try:
+            return process.wait(240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    first = started(20_000)
+    while not checkpoint_folder.folders(tmp_path) and first.poll() is None:
+        time.sleep(0.2)
+    first.terminate()
+    assert ended(first) == 1  # as of a failure
+    note = (tmp_path / "stopped").read_text()
+    step = checkpoint_folder.latest(tmp_path).name.removeprefix("step-")
+    assert note == f"SIGTERM: saved step {int(step)}\n"
+    assert ended(started(int(step) + 2)) == 0
+    assert ended(started(1)) == 1  # behind its end already
+    assert not (tmp_path / "stopped").exists()
 
 
 DRAWN = 'passes=[{use="relu2_ffn"}, {use="activation24", method="mvue", backward="sparse"}]'

@@ -53,6 +53,7 @@ FOREIGN = {
     "history.jsonl": '{"precious": 1}\n',
     "recipe.toml": "# my comment\n",
     ".lock": "my diary\n",
+    "stopped": "SIGTERM: why I did not\n",
 }
 
 
@@ -76,6 +77,15 @@ def test_a_run_writes_through_no_link(tiny, copied, tmp_path, name):
     with pytest.raises(RunError, match=re.escape(name)):
         train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto")
     assert there.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_pipe_in_the_place_of_a_runs_file_is_no_file_to_wait_for(tiny, copied, name):
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    with pytest.raises(RunError, match=rf"run/{re.escape(name)} is not .*move it "):
+        train(tiny(*OVERRIDES, "train.steps=7"), copied, resume="auto")
+    assert (copied / name).is_fifo()
 
 
 def test_a_recipe_that_was_edited_in_the_runs_folder_is_not_lost(tiny, copied):

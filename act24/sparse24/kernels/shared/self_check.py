@@ -269,6 +269,10 @@ def _best_transposable_mask(device: torch.device) -> Iterator[_Case]:
 
 
 #: A small call, or several, of every operator that is looked at.
+def _dense_decode(device: torch.device) -> Iterator[_Case]:
+    yield _Case((_draw(device, 1, 3000), _draw(device, 70, 3000)))
+
+
 _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "pack_activation": _pack_activation,
     DRAWN_ACTIVATION: _pack_drawn_activation,
@@ -290,4 +294,5 @@ _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "pack_weight_rows": _pack_weight_rows,
     "pack_drawn": _pack_drawn,
     "best_transposable_mask": _best_transposable_mask,
+    "dense_decode": _dense_decode,
 }

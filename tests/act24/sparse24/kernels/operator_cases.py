@@ -61,5 +61,6 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "pack_drawn": (grad, torch.tensor(3)),
         "best_transposable_mask": (hidden,),
         "skipping_product": (hidden[:3], draw(FEATURES, WIDTH), "relu2"),
+        "dense_decode": (x[:1], draw(7, WIDTH)),
         "packed_decode": (hidden[:1], *packed_for_decode(torch.where(top2_of_4(grad.abs()), grad, 0))),
     }

@@ -53,6 +53,18 @@ def test_the_backwards_agree_at_their_edges(
         assert torch.equal(split(0.05)[position], dense[position])
 
 
+@pytest.mark.parametrize("backward", ["dense", "split_gemm", "sparse"])
+@pytest.mark.parametrize("permutation", ["batch", "sequence", "none"])
+def test_a_single_token_is_a_row(backward: Any, permutation: Any) -> None:
+    options = Options24(backward=backward, token_permutation=permutation, statistics=True)
+    x, *others = inputs(1, 5)
+    grad = torch.randn(1, 6, dtype=torch.float64)
+    rows = run((x, *others), options, grad)
+    alone = run((x[0].detach().requires_grad_(), *others), options, grad[0])
+    assert torch.equal(alone[0], rows[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(alone[1:], rows[1:], strict=True))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tokens", [8, 11])
 def test_weight_gradients_by_hand(method: Any, tokens: int) -> None:

@@ -47,6 +47,32 @@ def test_nothing_active_and_what_is_not_finite(tokens, value):
         assert not y.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(7, 5000), (37, 300), (1, 8)])
+def test_one_token_by_a_program_a_row(outputs, inputs, dtype):
+    x, weight = draw(1, inputs).to(dtype), draw(outputs, inputs).to(dtype)
+    y = OPERATORS["dense_decode"].launch(x, weight)
+    assert y.shape == OPERATORS["dense_decode"].fake(x, weight).shape
+    assert torch.equal(y.double(), x.double() @ weight.double().T)
+    assert torch.equal(y, OPERATORS["dense_decode"].reference(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.ones(2, 8).bfloat16(), torch.ones(4, 8).bfloat16()),
+        (torch.ones(1, 8).bfloat16(), torch.ones(4, 6).bfloat16()),
+        (torch.ones(1, 8), torch.ones(4, 8)),
+        (torch.ones(1, 8).half(), torch.ones(4, 8).bfloat16()),
+    ],
+    ids=["two tokens", "another length", "float32", "two dtypes"],
+)
+def test_what_one_token_is_not_is_refused(x, weight):
+    for form in (OPERATORS["dense_decode"].launch, OPERATORS["dense_decode"].reference):
+        with pytest.raises(ValueError, match=r"dense_decode: .*one token, and both of one 16-bit dtype"):
+            form(x, weight)
+
+
 def weight24(outputs: int, inputs: int) -> torch.Tensor:
     weight = draw(outputs, inputs)
     weight = torch.where(top2_of_4(torch.rand(weight.shape)), weight, 0)
