@@ -86,8 +86,10 @@ BARS = {
     ],
     "whole step, 7b width, against": [
         told("step, 7b width in bfloat16 relu2, 2:4 / 7b width in bfloat16 dense"),
-        told(f"{PEER} relu², 2:4, fp8", beside="act24 dense") + " with fp8",
-        told(f"{PEER} relu², 2:4, fp8", beside="transformers, torchao tensorwise") + " of transformers",
+        told(f"{PEER} relu², 2:4, fp8 with head", beside="act24 dense") + " with fp8 and its head",
+        told(f"{PEER} relu², 2:4, fp8", beside="act24 dense") + " with fp8 alone",
+        told(f"{PEER} relu², 2:4, fp8 with head", beside="transformers, torchao tensorwise")
+        + " of transformers",
         "under autocast " + told("step, 7b width relu2, 2:4 / 7b width dense"),
     ],
     "whole step, 1b, CoLA": [
