@@ -337,9 +337,9 @@ def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
         "“Elsewhere” is what another implementation measured on this model and these texts, windows drawn "
         "otherwise and training in float32. Magnitude 2:4 needs no text and is further off than the rest: "
         "weights of 4 bits have few values, in 15% of the groups of four the second and third are equal, and "
-        "where `torch.topk` chooses between them, in place of the lower index, it is 1380. Wanda's "
-        "difference is the draw of 16 windows: with those that `random.seed(0)` draws from the tokens of the same "
-        "characters, Wanda 2:4 is 180.50 on the same evaluation windows.",
+        "where `torch.topk` chooses between them, in place of the lower index, it is 1380. What "
+        "Wanda 2:4 differs by, the draw of 16 windows changes: with those that `random.seed(0)` draws from "
+        "the tokens of the same characters it is 180.50 on the same evaluation windows.",
         "",
         "Recoveries begin with `wanda 2:4`. The recipes are those that ship (`recover-mask`, `recover-lora`, "
         f"`recover-masked-lora`: bfloat16 autocast), {budget.steps} updates of {budget.rows} rows of "

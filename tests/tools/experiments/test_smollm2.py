@@ -33,7 +33,7 @@ def test_perplexity_in_order_of_what_is_lost():
     except Act24Error as error:  # the package is not installed
         pytest.skip(str(error))
     opened = open_any(str(file))
-    data = calibration_data("builtin", (f"data.max_length={LENGTH}",))
+    data = calibration_data("builtin", ()).model_copy(update={"max_length": LENGTH})
     batches, _ = calibration_rows(data, opened.open_tokenizer(), 12, opened.vocab_size)
     rows = torch.cat(batches)
     calibration, heldout = rows[:8], rows[8:]
