@@ -99,6 +99,11 @@ def read_manifest_alone(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is damaged: it is no file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        if not folder.exists():
+            raise CheckpointError(
+                f"{folder} does not exist: name a checkpoint that is there, or its run for the last one; "
+                "which stay, checkpoint.keep, keep_every and keep_best say"
+            ) from None
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except UnicodeDecodeError:
         raise CheckpointError(f"{path} is damaged") from None

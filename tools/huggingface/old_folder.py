@@ -42,6 +42,9 @@ _OVERLAY = ".loro_linear."
 
 logger = logging.getLogger("act24")
 
+#: Of run_c4.py's own model, which read none from a file.
+_ROPE_THETA = 10000.0
+
 
 @dataclasses.dataclass(frozen=True)
 class OldModel:
@@ -106,6 +109,15 @@ def _recipe(folder: Path, old: Mapping[str, Tensor]) -> Recipe:
     text = recipe_from_flags(command).text
     recipe = parse_recipe(text, str(folder), overrides)
     recipe = _as_it_was_trained(recipe, old, folder)
+    if "--use_hf_model" not in command and recipe.model.rope_theta not in (None, _ROPE_THETA):
+        logger.warning(
+            "warning: %s: rope_theta %g in its %s is not used: run_c4.py's own model had %g whatever that "
+            "says. If the model was transformers', --use_hf_model belongs into %s",
+            *(folder, recipe.model.rope_theta, CONFIG, _ROPE_THETA, COMMAND),
+        )
+        recipe = recipe.model_copy(
+            update={"model": recipe.model.model_copy(update={"rope_theta": _ROPE_THETA})}
+        )
     return parse_recipe(dump_recipe(recipe), str(folder))
 
 
@@ -147,8 +159,8 @@ def _flags(folder: Path) -> list[str]:
         return words
     if not (folder / FLAGS).is_file():
         raise Act24Error(
-            f"{folder} does not say how it was trained, and its weights do not tell LORO from CoLA: write "
-            f"the run_c4.py command into {folder / COMMAND}"
+            f"{folder} has neither {FLAGS} nor {COMMAND}, which say how the old code trained it: weights do "
+            f"not tell LORO from CoLA. Write the run_c4.py command, as a line, into {folder / COMMAND}"
         )
     config = _unpickled(folder / FLAGS).get("config")
     if not isinstance(config, Mapping):

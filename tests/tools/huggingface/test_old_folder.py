@@ -196,7 +196,7 @@ def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
     model = old_model("cola")
     folder = write(tmp_path / "model_40", model, None)
     with pytest.raises(
-        Act24Error, match=r"do not tell LORO from CoLA: write the run_c4.py command into .*txt"
+        Act24Error, match=r"do not tell LORO from CoLA\. Write the run_c4.py command, as a line, into .*txt"
     ):
         act24.load(folder)
     (folder / "command.txt").write_text(
@@ -204,6 +204,18 @@ def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
         f"  --optimizer cola_adamw --loro_scope all --loro_attn_rank {RANK} --loro_mlp_rank {RANK}\n"
     )
     torch.testing.assert_close(act24.load(folder).model(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_settings_that_the_old_model_did_not_read_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = old_model("dense")
+    flags = {**FLAGS, "optimizer": "adamw"}
+    own = act24.load(write(tmp_path / "own", model, flags, "bin", rope_theta=50000.0))
+    torch.testing.assert_close(own.model.eval()(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+    assert "rope_theta 50000 in its config.json is not used" in caplog.text
+    theirs = write(tmp_path / "theirs", model, {**flags, "use_hf_model": True}, "bin", rope_theta=50000.0)
+    assert act24.load(theirs).recipe.model.rope_theta == 50000
 
 
 class Evil:
