@@ -77,8 +77,13 @@ def own_generator(function: Any) -> Any:
 
 def names_numpy(frame: FrameType) -> bool:
     """Whether a function that begins names numpy, whose draws nobody is told of."""
-    named = (frame.f_globals.get(name) for name in frame.f_code.co_names)
-    return any(isinstance(v, ModuleType) and v.__name__.partition(".")[0] == "numpy" for v in named)
+    return package(frame) not in FOREIGN and any(
+        _is_numpy(frame.f_globals.get(name)) for name in frame.f_code.co_names
+    )
+
+
+def _is_numpy(value: Any) -> bool:
+    return isinstance(value, ModuleType) and value.__name__.partition(".")[0] == "numpy"
 
 
 def random_state() -> tuple[Any, ...]:

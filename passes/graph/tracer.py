@@ -283,26 +283,31 @@ class Tracer(fx.Tracer):
             self.refuse(f"reads {what}, neither parameter nor buffer: {REGISTER}")
         return super().create_arg(a)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        watching = sys.getprofile()
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        watching, tracing = sys.getprofile(), sys.gettrace()
         sys.setprofile(None)  # nothing of the module's runs below, and each call would be looked at
+        sys.settrace(None)
         try:
-            frame = sys._getframe(1)
-            while frame is not None:
-                if self._is_of_function(frame.f_code):
-                    self.refuse(
-                        "calls an autograd.Function, whose backward tracing would drop: make a function "
-                        "with it one node (act24.operation.operation)"
-                    )
-                frame = frame.f_back  # type: ignore[assignment]
-            if modes() != self._modes:
-                self.refuse(
-                    "computes under a mode of its own (gradients, autocast, saved tensors, attention "
-                    f"kernels, precision), which its graph has not: set it around the model, or {OWN}"
-                )
-            return super().create_node(*args, **kwargs)
+            return super().create_proxy(*args, **kwargs)
         finally:
+            sys.settrace(tracing)
             sys.setprofile(watching)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if self._is_of_function(frame.f_code):
+                self.refuse(
+                    "calls an autograd.Function, whose backward tracing would drop: make a function "
+                    "with it one node (act24.operation.operation)"
+                )
+            frame = frame.f_back  # type: ignore[assignment]
+        if modes() != self._modes:
+            self.refuse(
+                "computes under a mode of its own (gradients, autocast, saved tensors, attention "
+                f"kernels, precision), which its graph has not: set it around the model, or {OWN}"
+            )
+        return super().create_node(*args, **kwargs)
 
     def _is_of_function(self, code: CodeType) -> bool:
         """Whether code is the forward of an autograd.Function; looked at once, when it first runs here."""
