@@ -101,8 +101,8 @@ def read_manifest_alone(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if not folder.exists():
             raise CheckpointError(
-                f"{folder} does not exist: name a checkpoint that is there, or its run for the last one; "
-                "which stay, checkpoint.keep, keep_every and keep_best say"
+                f"{folder} is not a checkpoint: it does not exist. Name one that is there, or its "
+                "run for the last; which stay, checkpoint.keep, keep_every and keep_best say"
             ) from None
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except UnicodeDecodeError:

@@ -162,7 +162,7 @@ def test_a_run_is_known_by_what_is_in_it_not_by_its_name(tiny, a_run, tmp_path, 
     with pytest.raises(CheckpointError, match=f"^{last} is not a checkpoint: it has no manifest.json"):
         build.open_checkpoint(last)
     gone = run_dir / "checkpoints" / "step-000003"
-    with pytest.raises(CheckpointError, match=f"^{gone} does not exist: name a checkpoint that is there"):
+    with pytest.raises(CheckpointError, match=f"^{gone} is not a checkpoint: it does not exist. Name one"):
         build.open_checkpoint(gone)
     with pytest.raises(RunError, match="'step-by-step' is neither a checkpoint nor a run with one"):
         last_checkpoint(Path("step-by-step"))
