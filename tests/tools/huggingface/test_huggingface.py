@@ -322,7 +322,11 @@ FOUND: list[dict] = [
 ]
 
 
-@pytest.mark.parametrize("settings", FOUND, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [s if n % 8 == 0 else pytest.param(s, marks=pytest.mark.slow) for n, s in enumerate(FOUND)],
+    ids=str,
+)
 def test_rotary_settings_are_read_as_transformers_reads_them(settings: dict, saved: Path) -> None:
     edit_config(saved, **settings)
     with torch.no_grad():

@@ -140,6 +140,7 @@ def test_the_run_goes_on_when_what_it_began_with_is_gone(folder, warm, tmp_path)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "killed before its first save"])
 def test_a_run_goes_on_when_what_it_began_with_was_moved(folder, warm, tmp_path, monkeypatch, saved):
     """By its new name it was "a run of another recipe"; and by its old name other weights were taken, without
