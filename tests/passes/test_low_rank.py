@@ -25,7 +25,9 @@ def on_meta(size):
         return LlamaForCausalLM(llama_config(f"llama-{size}"))
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=pytest.mark.slow) if s in ("350m", "1b") else s for s in PUBLISHED]
+)
 @pytest.mark.parametrize("method", [LowRank, Cola])
 def test_parameters_are_as_many_as_published(size, method):
     dense, rank, factorised = PUBLISHED[size]

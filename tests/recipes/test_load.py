@@ -85,7 +85,14 @@ def figures(name):
     return f"{dump_recipe(recipe)}\n{table}\n", pipeline
 
 
-@pytest.mark.parametrize("name", recipe_names())
+#: 24 layers are planned as 8 and 12 are, and take as long as all others together.
+_BY_SIZE = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("c4/350m", "c4/1b")) else name
+    for name in recipe_names()
+]
+
+
+@pytest.mark.parametrize("name", _BY_SIZE)
 def test_what_a_shipped_recipe_comes_to(name):
     """On a difference that is meant: ACT24_GOLDEN=write pytest tests/recipes, and read the diff."""
     text, pipeline = figures(name)
