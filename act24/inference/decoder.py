@@ -208,9 +208,8 @@ class Decoder:
             fused = sum(seconds) < sum(tried[DENSE])
         streamed = False
         if not why_not_streamed(batch.rows, self._dtype, self._device):
-            tried[Choice(fused=fused, streamed=True)] = seconds = self._block_seconds(
-                batch, Choice(fused=fused, streamed=True)
-            )
+            own = Choice(fused=fused, streamed=True)
+            tried[own] = seconds = self._block_seconds(batch, own)
             streamed = sum(seconds) < sum(tried[Choice(fused=fused)])
         for choice in step_choices(batch.rows, self._there, self._dtype, self._device):
             choice = choice._replace(fused=fused, streamed=streamed)

@@ -1,7 +1,7 @@
 """The linears of a decoding step, where bytes of weights are the time: rows that a zero meets are not read,
 2:4 weights are read packed, weights of the same input are read as one, and those of one token by a kernel
-that does nothing else. And those of prompts, where
-products are the time: cuSPARSELt multiplies 2:4 weights."""
+that does nothing else. And those of prompts, where products are the time: cuSPARSELt multiplies 2:4 weights.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def own_generator(function: Any) -> Any:
 
 
 def names_numpy(frame: FrameType) -> bool:
-    """Whether a function that begins names numpy, whose draws nobody is told of."""
+    """Whether a function that begins, none of torch's or Python's own, names numpy, whose draws nobody is
+    told of."""
     return package(frame) not in FOREIGN and any(
         _is_numpy(frame.f_globals.get(name)) for name in frame.f_code.co_names
     )

@@ -9,6 +9,16 @@ from act24.recipes.schema import Recipe
 
 WORDS = ["low", "rank", "sparse", "two", "of", "four", "tokens", "graph", "pass", "relu", "the", "a", "model"]
 
+#: Of a configuration of `transformers`, as small.
+TINY_SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 RECIPE = """
 [model]
 preset = "llama-9m"

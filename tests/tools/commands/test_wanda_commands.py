@@ -14,16 +14,9 @@ from act24.recipes.wanda_flags import translated
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
 from tests.recipes.test_wanda_flags import EVALUATE, PRUNE, TUNE
+from tests.tools.tiny import TINY_SIZES
 
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-}
+SIZES = {**TINY_SIZES, "num_key_value_heads": 4, "max_position_embeddings": 64}
 #: What the translation of finetune_lm.py is cut down by.
 TOY = ("train.steps=6", "train.total_batch_size=4", "data.max_length=16", "eval.tokens=200")
 

@@ -20,16 +20,12 @@ from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
 from act24.tools.run.train import train
 from tests.tools.run.test_pretrained import branch, recipe
-from tests.tools.tiny import write_recipe
+from tests.tools.tiny import TINY_SIZES, write_recipe
 
 IDS = torch.arange(24).reshape(2, 12)
 SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 32,
+    **TINY_SIZES,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "eos_token_id": 0,
     "bos_token_id": None,

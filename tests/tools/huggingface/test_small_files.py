@@ -26,17 +26,9 @@ from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
 from act24.tools.run.train import train
 from tests.tools.run.test_pretrained import branch, recipe
-from tests.tools.tiny import write_recipe
+from tests.tools.tiny import TINY_SIZES, write_recipe
 
 IDS = torch.arange(24).reshape(2, 12)
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 #: By form, the overrides of a run that leaves in it.
 PASSES = {"llama": "[]", "arcee": '[{use="relu2_ffn"}]', "act24": '[{use="cola", attn_rank=8, mlp_rank=8}]'}
 SMALL = ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -127,7 +119,7 @@ def test_of_a_whole_file_and_shards_that_is_read_which_transformers_reads(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever saves both ways into one folder leaves the index; and by our writer nothing is left."""
-    config = transformers.LlamaConfig(**SIZES)
+    config = transformers.LlamaConfig(**TINY_SIZES)
     sharded, whole = (transformers.LlamaForCausalLM(config) for _ in range(2))
     sharded.save_pretrained(tmp_path / "both", max_shard_size="20KB")
     whole.save_pretrained(tmp_path / "one")
@@ -157,7 +149,7 @@ def test_a_model_of_several_ends_keeps_them(folder: Path, kind: str, tmp_path: P
     """And what it samples with. As the stock model, and as `transformers`' own class."""
     torch.manual_seed(0)
     tokens = {"bos_token_id": 7, "eos_token_id": [0, 9], "pad_token_id": 1}
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **tokens)
+    config = getattr(transformers, f"{kind}Config")(**TINY_SIZES, **tokens)
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "source")
     first = load(run_of(folder, "llama", f"passes={PASSES['llama']}"))
     assert first.tokenizer is not None

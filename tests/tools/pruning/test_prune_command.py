@@ -19,15 +19,10 @@ from act24.tools.pruning.kept import BlockFiles
 from act24.tools.pruning.masks import check_pruned, read_masks
 from act24.tools.run.opening import open_any
 from act24.tools.run.protocol import compared, perplexity
-from tests.tools.tiny import text, write_recipe
+from tests.tools.tiny import TINY_SIZES, text, write_recipe
 
 SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **TINY_SIZES,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 0,

@@ -17,7 +17,7 @@ from act24.tools.pruning.masks import read_masks
 from act24.tools.run import train as train_module
 from act24.tools.run.build import load
 from act24.tools.run.train import train
-from tests.tools.tiny import write_recipe
+from tests.tools.tiny import TINY_SIZES, write_recipe
 
 DENSE = "passes=[]"
 
@@ -187,12 +187,7 @@ CONFIGS = {
 def test_other_classes_are_trained_by_the_same_loop(folder, warm, tmp_path, kind):
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **TINY_SIZES,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
