@@ -10,6 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,6 @@ from toys import Net, SwiGLU, features
 
 from act24.passes import LowRank, PassError, Relu2FFN, apply_, plan, trace
 from act24.passes.graph.check import Check
-
-np = pytest.importorskip("numpy")
 
 GAIN = contextvars.ContextVar("gain", default=1.0)
 RNG = random.Random(1)

@@ -63,20 +63,21 @@ def test_rows_of_every_side():
     steps = {
         (row["what"], row["rows"]): row["to dense"] for row in found["rows"] if "prefill" not in row["what"]
     }
-    both = "skipping and 2:4 weights and fused products"
+    streamed = "fused products and streamed weights"
     assert steps == {
         **{(what, rows): 1.0 for what in ("dense", "fused products") for rows in (1, 9, 17)},
-        ("skipping and fused products", 1): 1.0,
-        ("2:4 weights and fused products", 1): 2.0,
-        ("2:4 weights and fused products", 9): 2.0,
-        (both, 1): 2.0,
+        (streamed, 1): 1.0,
+        (f"skipping and {streamed}", 1): 1.0,
+        (f"2:4 weights and {streamed}", 1): 2.0,
+        (f"2:4 weights and {streamed}", 9): 2.0,
+        (f"skipping and 2:4 weights and {streamed}", 1): 2.0,
     }
     prompts = [row for row in found["rows"] if "prefill" in row["what"]]
     assert [(row["what"], row["rows"], row["tokens/s"]) for row in prompts] == [
         ("prefill of 64, dense", 1, 32),
         ("prefill of 64, dense", 8, 256),
-        ("prefill of 64, 2:4 weights and fused products", 1, 32),
-        ("prefill of 64, 2:4 weights and fused products", 8, 256),
+        (f"prefill of 64, 2:4 weights and {streamed}", 1, 32),
+        (f"prefill of 64, 2:4 weights and {streamed}", 8, 256),
     ]
     assert all(row["2:4 products"] == "none" for row in prompts), "a CPU has none"
     for row in found["rows"]:  # as it came, with its figures
@@ -90,7 +91,7 @@ def test_a_side_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch):
     def failing(decoder, batch):
         if decoder._choice == DENSE and batch == 9:
             raise torch.OutOfMemoryError("no memory\nand a long story")
-        if decoder._choice == Choice(skipping=True, fused=True):
+        if decoder._choice == Choice(skipping=True, fused=True, streamed=True):
             raise RuntimeError("no kernel")
         return step(decoder, batch)
 
@@ -101,12 +102,12 @@ def test_a_side_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch):
     failures = {row["what"]: row["failed"] for row in found["rows"] if "failed" in row}
     assert failures == {
         "dense": "OutOfMemoryError: no memory",
-        "skipping and fused products": "RuntimeError: no kernel",
+        "skipping and fused products and streamed weights": "RuntimeError: no kernel",
     }
     kept = [(row["what"], row["rows"]) for row in found["rows"] if "failed" not in row]
     assert ("dense", 1) in kept
     assert ("theirs", 1) in kept
-    assert ("2:4 weights and fused products", 9) in kept
+    assert ("2:4 weights and fused products and streamed weights", 9) in kept
     assert all(failure in told for failure in failures.values())
     printed = CliRunner().invoke(app, COMMAND)
     assert printed.exit_code == 1
