@@ -184,34 +184,49 @@ def trains(path, run_dir, resume, *overrides):
     train(load_tiny(path, *SHORT, *overrides), run_dir, resume=resume)
 
 
+KEPT = ("checkpoint.keep=5", "train.batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_file, tmp_path_factory):
+    """The folder of a whole run on so many processes, in that parallelism; made once."""
+
+    @functools.cache
+    def made(count, parallel):
+        run_dir = tmp_path_factory.mktemp("changes") / "straight"
+        run_ranks(count, trains, tiny_file, run_dir, "never", *KEPT, f"train.parallel={parallel}")
+        return run_dir
+
+    return made
+
+
 MOVES = {
-    "1 to 2, ddp": (1, 2, "ddp", "ddp"),
-    "2 to 1, ddp": (2, 1, "ddp", "ddp"),
-    "2 to 1, fsdp": (2, 1, "fsdp", "ddp"),
-    "1 to 2, fsdp": (1, 2, "ddp", "fsdp"),
-    "ddp to fsdp": (2, 2, "ddp", "fsdp"),
-    "fsdp to ddp": (2, 2, "fsdp", "ddp"),
-    "2 to 4": (2, 4, "ddp", "fsdp"),
+    "1 to 2, ddp": ((1, "ddp"), (2, "ddp")),
+    "2 to 1, ddp": ((2, "ddp"), (1, "ddp")),
+    "2 to 1, fsdp": ((2, "fsdp"), (1, "ddp")),
+    "1 to 2, fsdp": ((1, "ddp"), (2, "fsdp")),
+    "ddp to fsdp": ((2, "ddp"), (2, "fsdp")),
+    "fsdp to ddp": ((2, "fsdp"), (2, "ddp")),
+    "2 to 4": ((2, "ddp"), (4, "fsdp")),
 }
 
 
-@pytest.mark.parametrize(("before", "after", "old", "new"), MOVES.values(), ids=MOVES.keys())
-def test_a_run_moves_to_other_processes(tiny_file, tmp_path, before, after, old, new):
+@pytest.mark.parametrize(("then", "now"), MOVES.values(), ids=MOVES.keys())
+def test_a_run_moves_to_other_processes(tiny_file, tmp_path, straight, then, now):
     """The second half on other processes is the second half on those of before, up to rounding: the same
     rows in each step, so the same losses."""
-    half = ["checkpoint.keep=5", "train.batch_size=2"]
-    run_ranks(before, trains, tiny_file, tmp_path / "straight", "never", *half, f"train.parallel={old}")
-    begun = str(checkpoint_folder.folder_of(tmp_path / "straight", 4))
-    run_ranks(after, trains, tiny_file, tmp_path / "moved", begun, *half, f"train.parallel={new}")
-    straight = dict(logged(tmp_path / "straight", "loss/train"))
-    moved = logged(tmp_path / "moved", "loss/train")
+    (before, old), (after, new) = then, now
+    begun = str(checkpoint_folder.folder_of(straight(*then), 4))
+    run_ranks(after, trains, tiny_file, tmp_path, begun, *KEPT, f"train.parallel={new}")
+    losses = dict(logged(straight(*then), "loss/train"))
+    moved = logged(tmp_path, "loss/train")
     assert [step for step, _ in moved] == [5, 6, 7, 8]
     for step, loss in moved:
-        assert loss == pytest.approx(straight[step], rel=1e-5)
-    then, now = weights(tmp_path / "straight", 8), weights(tmp_path / "moved", 8)
-    for name in then:
-        torch.testing.assert_close(then[name], now[name], rtol=1e-3, atol=1e-4)
-    changed = json.loads((tmp_path / "moved" / "history.jsonl").read_text())["changes"]
+        assert loss == pytest.approx(losses[step], rel=1e-5)
+    first, second = weights(straight(*then), 8), weights(tmp_path, 8)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+    changed = json.loads((tmp_path / "history.jsonl").read_text())["changes"]
     assert changed.get("processes", [before, after]) == [before, after]
     assert changed.get("train.parallel", [old, new]) == [old, new]
     assert ("processes" in changed, "train.parallel" in changed) == (before != after, old != new)
