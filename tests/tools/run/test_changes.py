@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import shlex
 import shutil
 
@@ -306,11 +307,32 @@ def test_without_a_fault_skipping_changes_no_bit(tiny, short, tmp_path):
 def test_too_many_in_a_row_end_the_run_and_are_not_forgotten(tiny, tmp_path, monkeypatch):
     overflowing(monkeypatch, 3, 4, 5, 6, 7, 8)
     recipe = tiny(*SHORT, "train.on_nonfinite=skip", "train.max_skips=3", "checkpoint.every=0")
-    message = r"not finite at 3 steps in a row \(train.max_skips\); saved step 5 in .*step-000005"
+    message = r"not finite at 3 steps in a row \(train.max_skips\): .*; saved step 5 in .*step-000005"
     with pytest.raises(TrainingError, match=message):
         train(recipe, tmp_path)
     with pytest.raises(TrainingError, match=r"at 3 steps in a row.*step-000006"):  # one more try each time
         train(recipe, tmp_path, resume="auto")
+
+
+def test_a_run_that_gives_up_says_what_to_go_back_to(tiny, tmp_path, monkeypatch):
+    """Not to what it saved among the batches that it left out: the weights in there are those that fail."""
+    overflowing(monkeypatch, 5, 6, 7)
+    skips = ("train.on_nonfinite=skip", "train.max_skips=3", "checkpoint.keep=9")
+    recipe = tiny(*SHORT, *skips, "checkpoint.every=2")
+    with pytest.raises(TrainingError) as error:
+        train(recipe, tmp_path / "run")
+    way = re.search(
+        r": go back to (\S+) with --resume and a smaller optimizer\.lr, or .*max_skips; ", str(error.value)
+    )
+    assert way[1] == str(checkpoint_folder.folder_of(tmp_path / "run", 2))
+    monkeypatch.undo()
+    lower = tiny(*SHORT, *skips, "checkpoint.every=2", "optimizer.lr=0.001")
+    assert train(lower, tmp_path / "run", resume=way[1]).finished
+    overflowing(monkeypatch, 2, 3, 4)
+    with pytest.raises(
+        TrainingError, match=r": no checkpoint of this run is older .* begin anew .* train\.max_skips; "
+    ):
+        train(recipe, tmp_path / "early")
 
 
 def test_skips_that_are_not_in_a_row_are_counted_and_end_nothing(tiny, tmp_path, monkeypatch):
