@@ -1,8 +1,8 @@
 """What may change when a run goes on, and what that does.
 
 Of a recipe everything may change that is only watched or kept (`_WATCHED`), and the keys of `_EFFECTS`, each
-with what it does from here on. Anything else makes another run. The rows of an optimizer step and their order stay as they
-were, for any number of processes.
+with what it does from here on. Anything else makes another run. The rows of an optimizer step and their
+order stay as they were, for any number of processes.
 """
 
 from __future__ import annotations
