@@ -51,7 +51,8 @@ def recover_blockwise(
 
     Args:
         source: a folder that `act24 prune` wrote.
-        dense: the model that it was pruned from; None: what its prune.json says.
+        dense: the model whose blocks are fitted to; None: the one that its prune.json says, with the weights
+            that were pruned or fitted to then.
         data, samples, seqlen: the rows to fit on, as for `act24.tools.pruning.folder.prune_model`.
         epochs: how often each block sees all rows.
         lr: of AdamW, as a share of the root mean square of each tensor, so that it does not depend on how
@@ -61,7 +62,7 @@ def recover_blockwise(
         by block the relative error of its outputs on the first rows, after.
 
     Raises:
-        Act24Error: no masks, no dense model, one of other shapes, or a loss that is not finite.
+        Act24Error: no masks, no dense model, one of other shapes or weights, or a loss that is not finite.
     """
     if out.exists():
         raise Act24Error(f"{out} exists already")
@@ -70,10 +71,20 @@ def recover_blockwise(
     masks = masks_beside(opened.folder, opened.state()) if opened.folder else None
     if masks is None or opened.folder is None:
         raise Act24Error(f"{source} has no masks: blockwise recovery begins with a folder of act24 prune")
-    dense = dense or read_json(opened.folder / REPORT).get("source")
+    said, hashed = (None, None) if dense else _pruned_from(opened.folder / REPORT)
+    dense = dense or said
     if not dense:
         raise Act24Error(f"{source} does not say what it was pruned from: give --dense MODEL")
-    target = open_any(dense)
+    try:
+        target = open_any(dense)
+    except Act24Error as error:
+        raise Act24Error(f"the model that {source} was pruned from: {error}; --dense names it") from error
+    dense_weights = weights_hash(target.state())
+    if hashed not in (None, dense_weights):
+        raise Act24Error(
+            f"{dense} has other weights than {source} was pruned from: give --dense MODEL, as it was then, "
+            f"or --dense {dense} to fit to it as it is"
+        )
     shapes = [{n: tuple(p.shape) for n, p in m.model.named_parameters()} for m in (opened, target)]
     if shapes[0] != shapes[1]:
         raise Act24Error(f"{dense} is not what {source} was pruned from: its parameters are others")
@@ -84,7 +95,7 @@ def recover_blockwise(
         "source": source,
         "weights": opened.sha256(),
         "dense": dense,
-        "dense_weights": weights_hash(target.state()),
+        "dense_weights": dense_weights,
         "calibration": {
             "data": data.model_dump(mode="json"),
             "samples": samples,
@@ -107,6 +118,16 @@ def recover_blockwise(
     partial.rename(out)
     clear(out)
     return errors
+
+
+def _pruned_from(report: Path) -> tuple[str | None, str | None]:
+    """The dense model that a report names, and the hash of its weights: of a folder that was fitted already
+    the source is a pruned one."""
+    if not report.is_file():
+        return None, None
+    content = read_json(report)
+    keys = ("dense", "dense_weights") if "dense" in content else ("source", "weights")
+    return content.get(keys[0]), content.get(keys[1])
 
 
 def _recover_(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class Masks:
     def dense(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a weight's shape as `[out, in]`."""
         return tensor.T if name in self.transposed else tensor
+
+    def without(self, names: AbstractSet[str]) -> Masks:
+        """The masks of all other weights."""
+        masks = {name: mask for name, mask in self.masks.items() if name not in names}
+        return Masks(masks, {name: self.patterns[name] for name in masks}, self.transposed - names)
 
     @property
     def pattern(self) -> str:

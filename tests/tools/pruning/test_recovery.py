@@ -86,7 +86,8 @@ def test_a_plain_adapter_is_refused_with_the_sparsity_that_it_would_leave(folder
     with torch.no_grad():
         torch.testing.assert_close(logits, load(folder / "lora").model(IDS), rtol=1e-4, atol=1e-4)
     assert sparsity(model) == pytest.approx(0.5 * (1 - share), abs=1e-3)
-    assert read_masks(tmp_path / "merged") is None
+    kept = {n for n in read_masks(folder / "pruned").masks if not any(leaf in n for leaf in MODULES)}
+    assert set(read_masks(tmp_path / "merged").masks) == kept
 
 
 def test_peft_opens_the_adapter(folder, tmp_path):
@@ -226,6 +227,37 @@ def test_an_interrupted_recovery_goes_on(folder, tmp_path, monkeypatch):
     assert ["found finished" in line for line in lines] == [True, False]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_round_is_fitted_to_the_dense_model_too(folder, tmp_path):
+    """Not to the pruned one, whose outputs a fitted one left behind."""
+    lines = []
+    quick = options(folder, epochs=1)
+    first = recover_blockwise(str(folder / "pruned"), tmp_path / "one", **quick)
+    recover_blockwise(str(tmp_path / "one"), tmp_path / "two", **quick, say=lines.append)
+    assert json.loads((tmp_path / "two" / "prune.json").read_text())["dense"] == str(folder / "warm")
+    # It begins where the first round ended, by the same measure.
+    assert f"outputs {first['model.layers.0']:.4f} →" in lines[0]
+
+
+def test_a_dense_model_that_is_another_by_now_is_refused(folder, tmp_path):
+    """Trained on, or somewhere else: what a report names is not what it was."""
+    pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
+    report = json.loads((pruned / "prune.json").read_text())
+    for changed, why in (
+        ({"weights": "0" * 64}, "has other weights than .* was pruned from: give --dense"),
+        ({"source": "elsewhere"}, "was pruned from: there is no elsewhere.*--dense names it"),
+        ({"dense": str(folder / "warm"), "dense_weights": "0" * 64}, "has other weights"),
+    ):
+        (pruned / "prune.json").write_text(json.dumps(report | changed))
+        with pytest.raises(Act24Error, match=why):
+            recover_blockwise(str(pruned), tmp_path / "out", **options(folder))
+    (pruned / "prune.json").unlink()
+    with pytest.raises(Act24Error, match="does not say what it was pruned from: give --dense"):
+        recover_blockwise(str(pruned), tmp_path / "out", **options(folder))
+    assert not (tmp_path / "out").exists()
+    quick = options(folder, epochs=1)
+    assert recover_blockwise(str(pruned), tmp_path / "out", **quick, dense=str(folder / "warm"))
 
 
 def test_blockwise_refuses_what_it_cannot_begin_with(folder, tmp_path):
