@@ -128,7 +128,7 @@ def test_adapters_of_another_base_or_damaged_are_refused(folder, tmp_path):
     content[-3] ^= 4
     file.write_bytes(content)
     refused("adapter_model.safetensors is damaged", str(folder / "pruned"), out, tmp_path / "adapter")
-    save_file({name: value[..., :3].contiguous() for name, value in whole.items()}, file)
+    save_file({n: v[..., :3].contiguous() if "lora_A" in n else v for n, v in whole.items()}, file)
     refused("the adapter is of another base", str(folder / "pruned"), out, tmp_path / "adapter")
     file.write_bytes(file.read_bytes()[:-9])
     refused("cannot read the adapter", str(folder / "pruned"), out, tmp_path / "adapter")
