@@ -311,9 +311,8 @@ def _zeros(pipeline: Pipeline, masks: Masks | None, dense_weights: bool) -> Coun
     """How many weights have which pattern."""
     if masks is not None:
         return Counter(str(masks.patterns[name]) for name, mask in masks.masks.items() if not mask.all())
-    if dense_weights or not _pattern(pipeline):
-        return Counter()
-    return Counter({"2:4": len(pipeline.places(Weight24.name))})
+    in_force = [] if dense_weights else [p for p in pipeline.active if isinstance(p, Weight24)]
+    return Counter({"2:4": sum(len(pipeline.matches(p)) for p in in_force)} if in_force else {})
 
 
 def _remarks(path: Path, built: Built, kind: str, zeros: Mapping[str, int], dense_weights: bool) -> list[str]:

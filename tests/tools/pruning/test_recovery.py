@@ -285,3 +285,52 @@ def test_errors_are_of_tokens_and_not_of_the_longest_one():
         if not pads[i, t]
     ]
     assert float(_relative(output, wanted, pads)) == pytest.approx(sum(each) / 5, rel=1e-4)
+
+
+def test_what_fitting_makes_worse_stays_as_it_was(folder, tmp_path):
+    lines = []
+    recover_blockwise(
+        str(folder / "pruned"), tmp_path / "out", **options(folder, lr=1e4, epochs=1), say=lines.append
+    )
+    assert all("left as it was: fitting came to" in line for line in lines)
+    report = json.loads((tmp_path / "out" / "prune.json").read_text())
+    assert report["left"] == ["model.layers.0", "model.layers.1"]
+    state, before = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / "pruned"))
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+
+
+def test_biases_that_begin_as_zeros_learn_as_slowly_as_the_rest(folder, tmp_path):
+    """GPT-2's: with a rate as of values of size 1 they drowned what the weights had learnt."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=0))
+    model.save_pretrained(tmp_path / "gpt2")
+    shutil.copyfile(folder / "pruned" / "tokenizer.json", tmp_path / "gpt2" / "tokenizer.json")
+    chosen = options(folder, epochs=2, lr=1e-2)
+    rows = {key: chosen[key] for key in ("data", "samples", "seqlen")}
+    prune_model(str(tmp_path / "gpt2"), tmp_path / "pruned", method="sparsegpt", **rows)
+    lines = []
+    recover_blockwise(str(tmp_path / "pruned"), tmp_path / "out", **chosen, say=lines.append)
+    for line in lines:
+        before, after = (float(x) for x in line.split("outputs ")[1].split(",")[0].split(" → "))
+        assert after < before
+        assert "left as it was" not in line
+
+
+def test_two_calls_do_not_write_one_folder(folder, tmp_path):
+    """The second is told at once, and nothing of the first is lost."""
+    rows = {"data": options(folder)["data"], "samples": 4, "seqlen": 16}
+
+    def second(line):
+        with pytest.raises(
+            Act24Error, match=r"pruned.partial is in use by process .*another folder with --out"
+        ):
+            prune_model(str(folder / "warm"), tmp_path / "pruned", **rows)
+
+    prune_model(str(folder / "warm"), tmp_path / "pruned", **rows, say=second)
+    assert read_masks(tmp_path / "pruned") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    assert not (tmp_path / "pruned" / ".lock").exists()
+    with pytest.raises(Act24Error, match="exists already"):
+        prune_model(str(folder / "warm"), tmp_path / "pruned", **rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
