@@ -165,6 +165,8 @@ def follows(mask: Tensor, pattern: Pattern) -> bool:
     """Whether a mask `[out, in]` keeps N of every M, or, of a share, drops as many as the matrix has to lose
     by rows, as a whole, or within 0.001 of it."""
     if pattern.of:
+        if mask.shape[-1] % pattern.of:
+            return False
         kept = mask.unflatten(-1, (-1, pattern.of)).sum(-1)
         return bool((kept == pattern.keep).all())
     share = 1 - float(mask.double().mean())

@@ -82,6 +82,7 @@ def test_what_is_no_pattern_is_refused(text):
 
 
 def test_groups_have_to_divide():
+    assert not follows(torch.ones(2, 8, dtype=torch.bool), parse_pattern("2:5"))
     with pytest.raises(Act24Error, match=r"q_proj: pattern 2:4 needs .* multiple of 4, not 30"):
         parse_pattern("2:4").check((8, 30), "q_proj")
 
