@@ -46,6 +46,11 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return best
 
 
+def transposed_weights(model: nn.Module) -> set[str]:
+    """The names of weights that are stored `[in, out]`: GPT-2's Conv1D."""
+    return {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear as it was called.

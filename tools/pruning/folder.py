@@ -23,12 +23,12 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.pruning.methods import METHODS
-from act24.pruning.pattern import parse_pattern
+from act24.pruning.pattern import parse_pattern, stored_pattern
 from act24.recipes.schema import Data
 from act24.tools.files import whole_file
 from act24.tools.huggingface.any_model import AnyModel, write_any
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
-from act24.tools.pruning.kept import BlockFiles, clear
+from act24.tools.pruning.kept import BlockFiles, becoming
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
 from act24.tools.pruning.prune import LayerReport, Pruning, prune_
 from act24.tools.run.opening import open_any
@@ -62,46 +62,39 @@ def prune_model(
     Raises:
         Act24Error: whatever is wrong with the model, the options or the text; `out` exists.
     """
-    if out.exists():
-        raise Act24Error(f"{out} exists already")
     _ = METHODS[method], parse_pattern(pattern)  # before anything is read
     began = time.perf_counter()
-    opened = open_any(source)
-    data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
-    batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size)
-    calibration = {
-        "data": data.model_dump(mode="json"),
-        "samples": samples,
-        "seqlen": data.max_length,
-        "tokens": tokens_of(batches, pads),
-    }
-    weights = opened.sha256()
-    asked = {
-        "source": source,
-        "weights": weights,
-        "method": method,
-        "pattern": pattern,
-        "by_layer": dict(by_layer or {}),
-        "calibration": calibration,
-    }
-    partial = out.with_name(f"{out.name}.partial")
-    kept = _Kept(partial, asked)
-    done = prune_(
-        opened.model,
-        batches,
-        method=method,
-        pattern=pattern,
-        by_layer=by_layer,
-        pads=pads,
-        device=device,
-        say=say,
-        kept=kept,
-    )
-    report = {**asked, **done.as_dict(), "seconds": time.perf_counter() - began}
-    write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
-    _log(partial, done)
-    partial.rename(out)
-    clear(out)
+    with becoming(out) as partial:
+        opened = open_any(source)
+        data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
+        batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size)
+        asked = {
+            "source": source,
+            "weights": opened.sha256(),
+            "method": method,
+            "pattern": pattern,
+            "by_layer": dict(by_layer or {}),
+            "calibration": {
+                "data": data.model_dump(mode="json"),
+                "samples": samples,
+                "seqlen": data.max_length,
+                "tokens": tokens_of(batches, pads),
+            },
+        }
+        done = prune_(
+            opened.model,
+            batches,
+            method=method,
+            pattern=pattern,
+            by_layer=by_layer,
+            pads=pads,
+            device=device,
+            say=say,
+            kept=_Kept(partial, asked),
+        )
+        report = {**asked, **done.as_dict(), "seconds": time.perf_counter() - began}
+        write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
+        _log(partial, done)
     return done
 
 
@@ -135,7 +128,7 @@ class _Kept(BlockFiles):
             content["method"],
             content["pattern"],
             masks={x.name: tensors[f"{x.name}.mask"].bool() for x in layers},
-            patterns={x.name: parse_pattern(x.pattern) for x in layers},
+            patterns={x.name: stored_pattern(x.pattern) for x in layers},
             transposed=set(content["transposed"]),
             left=content["left"],
             layers=layers,
@@ -157,6 +150,8 @@ def _log(folder: Path, done: Pruning) -> None:
         leaf = layer.name.removeprefix(f"{block}.").removesuffix(".weight").replace(".", "_")
         for key in ("sparsity", "score_kept", "error"):
             values.setdefault(f"prune_{key}/*/{leaf}", {})[blocks.index(block)] = asdict(layer)[key]
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()  # of a call that was killed here
     log = RunLog(folder, layer_tags=list(values))
     for tag, by_layer in values.items():
         log.layers(tag, by_layer, 0)

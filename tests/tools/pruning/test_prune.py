@@ -219,6 +219,19 @@ def test_a_table_gives_layers_patterns_of_their_own():
         assert (layer.sparsity, layer.pattern) == ((0.25, "0.25") if ".0." in layer.name else (0.5, "4:8"))
 
 
+def test_experts_stay_dense_and_are_said_to():
+    """`transformers` keeps them in one tensor; what chooses among them is not pruned either."""
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    done = prune_(transformers.AutoModelForCausalLM.from_config(config), rows())
+    left = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert done.left.keys() == {f"model.layers.{i}.{leaf}" for i in range(3) for leaf in left}
+    attention = sum(mask.numel() for mask in done.masks.values())
+    experts, router = 4 * 3 * 32 * 48, 4 * 32
+    assert len(done.masks) == 4 * 3
+    assert done.sparsity_of_blocks == 0.5 * attention / (attention + 3 * (experts + router))
+    assert done.as_dict()["sparsity_of_blocks"] == done.sparsity_of_blocks
+
+
 class Store:
     def __init__(self):
         self.blocks, self.stop_at = {}, None
@@ -262,6 +275,7 @@ def test_bad_input_is_one_line_and_changes_nothing():
     refused("write the share that goes", pattern="3")
     refused(r"q_proj.weight: pattern 3:7 needs .* multiple of 7", pattern="3:7")
     refused("needs calibration rows", batches=[])
+    refused("wanda_cumulative .* give a share", method="wanda_cumulative", by_layer={"*.layers.0.*": "0.5"})
     refused("no linear was pruned", by_layer={"*": "dense"})
     refused("begins with no known prefix", by_layer={"clas:x": "dense"})
     refused("no list of blocks", model=torch.nn.Sequential(torch.nn.Linear(4, 4)))

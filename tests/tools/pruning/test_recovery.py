@@ -86,7 +86,8 @@ def test_a_plain_adapter_is_refused_with_the_sparsity_that_it_would_leave(folder
     with torch.no_grad():
         torch.testing.assert_close(logits, load(folder / "lora").model(IDS), rtol=1e-4, atol=1e-4)
     assert sparsity(model) == pytest.approx(0.5 * (1 - share), abs=1e-3)
-    assert read_masks(tmp_path / "merged") is None
+    kept = {n for n in read_masks(folder / "pruned").masks if not any(leaf in n for leaf in MODULES)}
+    assert set(read_masks(tmp_path / "merged").masks) == kept
 
 
 def test_peft_opens_the_adapter(folder, tmp_path):
@@ -127,7 +128,7 @@ def test_adapters_of_another_base_or_damaged_are_refused(folder, tmp_path):
     content[-3] ^= 4
     file.write_bytes(content)
     refused("adapter_model.safetensors is damaged", str(folder / "pruned"), out, tmp_path / "adapter")
-    save_file({name: value[..., :3].contiguous() for name, value in whole.items()}, file)
+    save_file({n: v[..., :3].contiguous() if "lora_A" in n else v for n, v in whole.items()}, file)
     refused("the adapter is of another base", str(folder / "pruned"), out, tmp_path / "adapter")
     file.write_bytes(file.read_bytes()[:-9])
     refused("cannot read the adapter", str(folder / "pruned"), out, tmp_path / "adapter")
@@ -228,6 +229,37 @@ def test_an_interrupted_recovery_goes_on(folder, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_second_round_is_fitted_to_the_dense_model_too(folder, tmp_path):
+    """Not to the pruned one, whose outputs a fitted one left behind."""
+    lines = []
+    quick = options(folder, epochs=1)
+    first = recover_blockwise(str(folder / "pruned"), tmp_path / "one", **quick)
+    recover_blockwise(str(tmp_path / "one"), tmp_path / "two", **quick, say=lines.append)
+    assert json.loads((tmp_path / "two" / "prune.json").read_text())["dense"] == str(folder / "warm")
+    # It begins where the first round ended, by the same measure.
+    assert f"outputs {first['model.layers.0']:.4f} →" in lines[0]
+
+
+def test_a_dense_model_that_is_another_by_now_is_refused(folder, tmp_path):
+    """Trained on, or somewhere else: what a report names is not what it was."""
+    pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
+    report = json.loads((pruned / "prune.json").read_text())
+    for changed, why in (
+        ({"weights": "0" * 64}, "has other weights than .* was pruned from: give --dense"),
+        ({"source": "elsewhere"}, "was pruned from: there is no elsewhere.*--dense names it"),
+        ({"dense": str(folder / "warm"), "dense_weights": "0" * 64}, "has other weights"),
+    ):
+        (pruned / "prune.json").write_text(json.dumps(report | changed))
+        with pytest.raises(Act24Error, match=why):
+            recover_blockwise(str(pruned), tmp_path / "out", **options(folder))
+    (pruned / "prune.json").unlink()
+    with pytest.raises(Act24Error, match="does not say what it was pruned from: give --dense"):
+        recover_blockwise(str(pruned), tmp_path / "out", **options(folder))
+    assert not (tmp_path / "out").exists()
+    quick = options(folder, epochs=1)
+    assert recover_blockwise(str(pruned), tmp_path / "out", **quick, dense=str(folder / "warm"))
+
+
 def test_blockwise_refuses_what_it_cannot_begin_with(folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Act24Error, match="has no masks"):
@@ -253,3 +285,52 @@ def test_errors_are_of_tokens_and_not_of_the_longest_one():
         if not pads[i, t]
     ]
     assert float(_relative(output, wanted, pads)) == pytest.approx(sum(each) / 5, rel=1e-4)
+
+
+def test_what_fitting_makes_worse_stays_as_it_was(folder, tmp_path):
+    lines = []
+    recover_blockwise(
+        str(folder / "pruned"), tmp_path / "out", **options(folder, lr=1e4, epochs=1), say=lines.append
+    )
+    assert all("left as it was: fitting came to" in line for line in lines)
+    report = json.loads((tmp_path / "out" / "prune.json").read_text())
+    assert report["left"] == ["model.layers.0", "model.layers.1"]
+    state, before = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / "pruned"))
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+
+
+def test_biases_that_begin_as_zeros_learn_as_slowly_as_the_rest(folder, tmp_path):
+    """GPT-2's: with a rate as of values of size 1 they drowned what the weights had learnt."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=0))
+    model.save_pretrained(tmp_path / "gpt2")
+    shutil.copyfile(folder / "pruned" / "tokenizer.json", tmp_path / "gpt2" / "tokenizer.json")
+    chosen = options(folder, epochs=2, lr=1e-2)
+    rows = {key: chosen[key] for key in ("data", "samples", "seqlen")}
+    prune_model(str(tmp_path / "gpt2"), tmp_path / "pruned", method="sparsegpt", **rows)
+    lines = []
+    recover_blockwise(str(tmp_path / "pruned"), tmp_path / "out", **chosen, say=lines.append)
+    for line in lines:
+        before, after = (float(x) for x in line.split("outputs ")[1].split(",")[0].split(" → "))
+        assert after < before
+        assert "left as it was" not in line
+
+
+def test_two_calls_do_not_write_one_folder(folder, tmp_path):
+    """The second is told at once, and nothing of the first is lost."""
+    rows = {"data": options(folder)["data"], "samples": 4, "seqlen": 16}
+
+    def second(line):
+        with pytest.raises(
+            Act24Error, match=r"pruned.partial is in use by process .*another folder with --out"
+        ):
+            prune_model(str(folder / "warm"), tmp_path / "pruned", **rows)
+
+    prune_model(str(folder / "warm"), tmp_path / "pruned", **rows, say=second)
+    assert read_masks(tmp_path / "pruned") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    assert not (tmp_path / "pruned" / ".lock").exists()
+    with pytest.raises(Act24Error, match="exists already"):
+        prune_model(str(folder / "warm"), tmp_path / "pruned", **rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
