@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from act24.compiler import jit, tl, triton
 from act24.errors import Act24Error
@@ -96,6 +97,8 @@ def update_(
             elements = tensors[0].numel()
             grid = (triton.cdiv(elements, _BLOCK),)
             _update[grid](*tensors, rate, elements, *numbers, weight_decay, BLOCK=_BLOCK)
+    # As PyTorch's own operations do: who keeps what was made of these tensors sees that they are others now.
+    increment_version([tensor for value, _, *moments in each for tensor in (value, *moments)])
 
 
 @constant_when_compiled

@@ -55,10 +55,16 @@ def test_an_optimizer_of_tensors_that_fit_and_others(dtype, as_tensor, monkeypat
     places = [(0, (2, 699)), (1, (4,)), (2, (3, 5))]
     moments = {place: (0.0, 0.0) for place in places}
     for step in (1, 2, 3):
-        before = [p.detach().clone() for p in parameters]
+        before, versions = [p.detach().clone() for p in parameters], [p._version for p in parameters]
         for parameter in parameters[:3]:
             parameter.grad = torch.randn(parameter.shape).to(dtype)
         optimizer.step()
+        assert [p._version > v for p, v in zip(parameters, versions, strict=True)] == [
+            True,
+            True,
+            True,
+            False,
+        ]
         for (index, where), (m, v) in moments.items():
             grad = parameters[index].grad[where].item()
             m, v = 0.8 * m + 0.2 * grad, 0.99 * v + 0.01 * grad * grad
