@@ -27,6 +27,7 @@ from act24.pruning.pattern import parse_pattern, stored_pattern
 from act24.recipes.schema import Data
 from act24.tools.files import whole_file
 from act24.tools.huggingface.any_model import AnyModel, write_any
+from act24.tools.huggingface.config import read_json
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
 from act24.tools.pruning.kept import BlockFiles, becoming
 from act24.tools.pruning.masks import Masks, check_pruned, write_masks
@@ -96,6 +97,20 @@ def prune_model(
         write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
         _log(partial, done)
     return done
+
+
+def pruned_from(folder: Path) -> tuple[str | None, str | None]:
+    """The dense model that the report in a folder names, and the hash of its weights: of a folder that was
+    fitted already the source is a pruned one. None: it does not say.
+
+    Raises:
+        Act24Error: the report cannot be read.
+    """
+    if not (folder / REPORT).is_file():
+        return None, None
+    content = read_json(folder / REPORT)
+    keys = ("dense", "dense_weights") if "dense" in content else ("source", "weights")
+    return content.get(keys[0]), content.get(keys[1])
 
 
 def write_pruned(opened: AnyModel, folder: Path, masks: Masks, report: Mapping[str, Any]) -> None:

@@ -81,6 +81,8 @@ def test_a_run_of_gpt2_merges_to_its_function(use, model_folder, words, tmp_path
             torch.testing.assert_close(
                 open_any(str(tmp_path / merged)).model(IDS).logits, trained, rtol=1e-4, atol=1e-4
             )
+        config = json.loads((tmp_path / merged / "config.json").read_text())
+        assert config.get("act24_weight_pattern") == "2:4"
         # Without an adapter are the two matrices of each MLP.
         assert len(read_masks(tmp_path / merged).masks) == (4 if dense else 8)
 
