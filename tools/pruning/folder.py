@@ -30,7 +30,7 @@ from act24.tools.huggingface.any_model import AnyModel, write_any
 from act24.tools.huggingface.config import read_json
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
 from act24.tools.pruning.kept import BlockFiles, becoming
-from act24.tools.pruning.masks import Masks, check_pruned, write_masks
+from act24.tools.pruning.masks import Masks, check_pruned, masks_beside, write_masks
 from act24.tools.pruning.prune import LayerReport, Pruning, prune_
 from act24.tools.run.opening import open_any
 from act24.tools.watch.tensorboard import RunLog
@@ -67,6 +67,7 @@ def prune_model(
     began = time.perf_counter()
     with becoming(out) as partial:
         opened = open_any(source)
+        dense = _pruned_before(opened, say)
         data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
         batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size)
         asked = {
@@ -93,10 +94,19 @@ def prune_model(
             say=say,
             kept=_Kept(partial, asked),
         )
-        report = {**asked, **done.as_dict(), "seconds": time.perf_counter() - began}
+        report = {**asked, **dense, **done.as_dict(), "seconds": time.perf_counter() - began}
         write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
         _log(partial, done)
     return done
+
+
+def _pruned_before(opened: AnyModel, say: Callable[[str], None]) -> dict[str, str]:
+    """Say that a model is pruned already; what its report says of the dense one."""
+    if opened.folder is None or masks_beside(opened.folder, opened.state()) is None:
+        return {}
+    say(f"{opened.source} is pruned already: new masks take the place of its own, which are not kept")
+    name, weights = pruned_from(opened.folder)
+    return {"dense": name, "dense_weights": weights} if name and weights else {}
 
 
 def pruned_from(folder: Path) -> tuple[str | None, str | None]:

@@ -264,6 +264,15 @@ def test_a_second_round_is_fitted_to_the_dense_model_too(folder, tmp_path):
     assert f"outputs {first['model.layers.0']:.4f} →" in lines[0]
 
 
+def test_what_is_pruned_twice_is_fitted_to_the_dense_model_too(folder, tmp_path):
+    lines = []
+    rows = {"data": options(folder)["data"], "samples": 4, "seqlen": 16, "say": lines.append}
+    prune_model(str(folder / "pruned"), tmp_path / "twice", pattern="1:4", **rows)
+    assert "is pruned already: new masks take the place of its own" in lines[0]
+    recover_blockwise(str(tmp_path / "twice"), tmp_path / "out", **options(folder, epochs=1))
+    assert json.loads((tmp_path / "out" / "prune.json").read_text())["dense"] == str(folder / "warm")
+
+
 def test_a_dense_model_that_is_another_by_now_is_refused(folder, tmp_path):
     """Trained on, or somewhere else: what a report names is not what it was."""
     pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
