@@ -322,7 +322,7 @@ def materialise(
             added = region.modules.get(node.target)
             stands = added() if added else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
-    module.graph = region.graph
+    module._graph = region.graph  # which is compiled when it is lowered
     remember(module, region.module, region.frozen)
     return module
 
