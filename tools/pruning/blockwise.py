@@ -22,10 +22,9 @@ from act24.pruning.methods import masked
 from act24.recipes.schema import Data
 from act24.tools.files import weights_hash
 from act24.tools.huggingface.any_model import AnyModel
-from act24.tools.huggingface.config import read_json
 from act24.tools.pruning.blocks import Chain
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
-from act24.tools.pruning.folder import REPORT, write_pruned
+from act24.tools.pruning.folder import pruned_from, write_pruned
 from act24.tools.pruning.kept import BlockFiles, becoming
 from act24.tools.pruning.masks import Masks, masks_beside
 from act24.tools.run.opening import open_any
@@ -106,7 +105,7 @@ def _open_both(source: str, dense: str | None) -> tuple[AnyModel, Masks, AnyMode
     masks = masks_beside(opened.folder, opened.state()) if opened.folder else None
     if masks is None or opened.folder is None:
         raise Act24Error(f"{source} has no masks: blockwise recovery begins with a folder of act24 prune")
-    said, hashed = (None, None) if dense else _pruned_from(opened.folder / REPORT)
+    said, hashed = (None, None) if dense else pruned_from(opened.folder)
     dense = dense or said
     if not dense:
         raise Act24Error(f"{source} does not say what it was pruned from: give --dense MODEL")
@@ -124,16 +123,6 @@ def _open_both(source: str, dense: str | None) -> tuple[AnyModel, Masks, AnyMode
     if shapes[0] != shapes[1]:
         raise Act24Error(f"{dense} is not what {source} was pruned from: its parameters are others")
     return opened, masks, target, {"dense": dense, "dense_weights": dense_weights}
-
-
-def _pruned_from(report: Path) -> tuple[str | None, str | None]:
-    """The dense model that a report names, and the hash of its weights: of a folder that was fitted already
-    the source is a pruned one."""
-    if not report.is_file():
-        return None, None
-    content = read_json(report)
-    keys = ("dense", "dense_weights") if "dense" in content else ("source", "weights")
-    return content.get(keys[0]), content.get(keys[1])
 
 
 def _recover_(
@@ -266,7 +255,7 @@ def _difference(sparse: Chain, dense: Chain, index: int, number: int) -> Tensor:
     as long as others, and a sum over tokens would fit little else.
     """
     dtype = next(sparse.blocks[list(sparse.blocks)[index]].parameters()).dtype
-    output = sparse.run(index, sparse.inputs(number).to(dtype))
+    output = sparse.run(index, sparse.inputs(number).to(dtype), number)
     return _relative(output, dense.inputs(number), sparse.pads[number])
 
 

@@ -27,9 +27,10 @@ from act24.pruning.pattern import parse_pattern, stored_pattern
 from act24.recipes.schema import Data
 from act24.tools.files import whole_file
 from act24.tools.huggingface.any_model import AnyModel, write_any
+from act24.tools.huggingface.config import read_json
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
 from act24.tools.pruning.kept import BlockFiles, becoming
-from act24.tools.pruning.masks import Masks, check_pruned, write_masks
+from act24.tools.pruning.masks import Masks, check_pruned, masks_beside, write_masks
 from act24.tools.pruning.prune import LayerReport, Pruning, prune_
 from act24.tools.run.opening import open_any
 from act24.tools.watch.tensorboard import RunLog
@@ -66,6 +67,7 @@ def prune_model(
     began = time.perf_counter()
     with becoming(out) as partial:
         opened = open_any(source)
+        dense = _pruned_before(opened, say)
         data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
         batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size)
         asked = {
@@ -92,10 +94,33 @@ def prune_model(
             say=say,
             kept=_Kept(partial, asked),
         )
-        report = {**asked, **done.as_dict(), "seconds": time.perf_counter() - began}
+        report = {**asked, **dense, **done.as_dict(), "seconds": time.perf_counter() - began}
         write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
         _log(partial, done)
     return done
+
+
+def _pruned_before(opened: AnyModel, say: Callable[[str], None]) -> dict[str, str]:
+    """Say that a model is pruned already; what its report says of the dense one."""
+    if opened.folder is None or masks_beside(opened.folder, opened.state()) is None:
+        return {}
+    say(f"{opened.source} is pruned already: new masks take the place of its own, which are not kept")
+    name, weights = pruned_from(opened.folder)
+    return {"dense": name, "dense_weights": weights} if name and weights else {}
+
+
+def pruned_from(folder: Path) -> tuple[str | None, str | None]:
+    """The dense model that the report in a folder names, and the hash of its weights: of a folder that was
+    fitted already the source is a pruned one. None: it does not say.
+
+    Raises:
+        Act24Error: the report cannot be read.
+    """
+    if not (folder / REPORT).is_file():
+        return None, None
+    content = read_json(folder / REPORT)
+    keys = ("dense", "dense_weights") if "dense" in content else ("source", "weights")
+    return content.get(keys[0]), content.get(keys[1])
 
 
 def write_pruned(opened: AnyModel, folder: Path, masks: Masks, report: Mapping[str, Any]) -> None:

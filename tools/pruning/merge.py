@@ -16,7 +16,7 @@ from act24.tools.files import weights_hash, whole_folder
 from act24.tools.huggingface.adapter import Adapter, adapter_of, read_adapter
 from act24.tools.huggingface.any_model import AnyModel
 from act24.tools.pruning.blocks import decoder_blocks, transposed_weights
-from act24.tools.pruning.folder import write_pruned
+from act24.tools.pruning.folder import pruned_from, write_pruned
 from act24.tools.pruning.masks import Masks, masks_beside
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
@@ -63,7 +63,13 @@ def merge(source: str, out: Path, adapter: Path | None = None, allow_dense: bool
                 raise Act24Error(f"{name} would not be finite: the adapter or the model is not")
             state[name].copy_(value)
     kept = masks.without(filled)
-    report = {"merged": str(adapter or source), "sparsity_before": before, "sparsity": after}
+    dense, weights = pruned_from(base.folder) if base.folder else (None, None)
+    report = {
+        "merged": str(adapter or source),
+        "sparsity_before": before,
+        "sparsity": after,
+        **({"dense": dense, "dense_weights": weights} if dense else {}),
+    }
     with whole_folder(out) as written:
         write_pruned(base, written, kept, report)
     return f"{out}: {len(found.factors)} adapters merged, sparsity {before:.4f} → {after:.4f}"

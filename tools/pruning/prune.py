@@ -262,7 +262,7 @@ def _prune_block_(
             result.transposed.add(full)
     for local, value in new.items():
         parameters[local].copy_(value)
-    changed = chain.run(index, chain.inputs(0)).double()
+    changed = chain.run(index, chain.inputs(0), 0).double()
     difference = (changed - dense.double()).norm() / dense.double().norm().clamp(min=1e-300)
     result.block_errors[name] = float(difference)
     return result

@@ -29,7 +29,7 @@ from act24.tools.huggingface.any_model import open_folder
 from act24.tools.huggingface.config import CONFIG, LLAMA, config_json, read_json
 from act24.tools.huggingface.old_folder import is_old
 from act24.tools.huggingface.tokenizer_files import GENERATION as GENERATION_FILE
-from act24.tools.pruning.masks import read_masks
+from act24.tools.pruning.masks import masks_beside
 from act24.tools.run.build import Built, build, build_from_old, generation_of, load, plan_recipe
 from act24.tools.run.language import GENERATION, check_loss
 
@@ -118,7 +118,7 @@ def _open(source: str) -> Pretrained:
         return Pretrained(source, config, passes, built.pipeline, state, masks, weights_hash(state))
     opened = open_folder(source)
     state = _parameters(opened.model)
-    beside = read_masks(opened.folder) if opened.folder else None
+    beside = masks_beside(opened.folder, opened.state()) if opened.folder else None
     masks = beside.masks if beside else None
     began = opened.folder / GENERATION_FILE if opened.folder else None
     generation = read_json(began) if began and began.is_file() else None

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from act24.errors import Act24Error
@@ -81,6 +82,8 @@ def test_a_run_of_gpt2_merges_to_its_function(use, model_folder, words, tmp_path
             torch.testing.assert_close(
                 open_any(str(tmp_path / merged)).model(IDS).logits, trained, rtol=1e-4, atol=1e-4
             )
+        config = json.loads((tmp_path / merged / "config.json").read_text())
+        assert config.get("act24_weight_pattern") == "2:4"
         # Without an adapter are the two matrices of each MLP.
         assert len(read_masks(tmp_path / merged).masks) == (4 if dense else 8)
 
@@ -151,3 +154,20 @@ def test_nothing_of_an_adapter_is_left_out(config, tensors, why, model_folder, t
         merge(str(source), tmp_path / "out", tmp_path / "adapter")
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "target"), [("gpt2", "c_attn"), ("llama", "down_proj")])
+def test_what_peft_trained_is_merged_as_peft_has_it(kind, target, model_folder, tmp_path):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    source = model_folder(kind)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    asked = peft.LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM", use_rslora=True)
+    adapted = peft.get_peft_model(model, asked).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge(str(source), tmp_path / "merged", tmp_path / "adapter")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=1e-4, atol=1e-5)

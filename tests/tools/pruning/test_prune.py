@@ -7,6 +7,7 @@ import transformers
 from act24 import LlamaForCausalLM, llama_config
 from act24.errors import Act24Error
 from act24.initialise import initialise_
+from act24.tools.pruning.blocks import Chain
 from act24.tools.pruning.prune import prune_
 
 SIZES = {
@@ -230,6 +231,40 @@ def test_experts_stay_dense_and_are_said_to():
     assert len(done.masks) == 4 * 3
     assert done.sparsity_of_blocks == 0.5 * attention / (attention + 3 * (experts + router))
     assert done.as_dict()["sparsity_of_blocks"] == done.sparsity_of_blocks
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32)
+
+    def forward(self, hidden, of_tokens=None):
+        return hidden + torch.tanh(self.linear(hidden) * of_tokens)
+
+
+class Gated(torch.nn.Module):
+    """Blocks that see the tokens beside the hidden states, as Gemma 4's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gates = torch.nn.Embedding(97, 32), torch.nn.Embedding(97, 32)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            hidden = block(hidden, of_tokens=self.gates(ids))
+        return hidden
+
+
+def test_what_blocks_are_called_with_is_of_each_batch():
+    model, batches = Gated(), rows(count=6)
+    chain = Chain(model, batches, [None] * 3, torch.device("cpu"))
+    for index in range(2):
+        chain.advance(index)
+    for number, ids in enumerate(batches):
+        with torch.no_grad():
+            torch.testing.assert_close(chain.inputs(number), model(ids))
 
 
 class Store:

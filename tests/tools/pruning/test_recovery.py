@@ -10,11 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from act24.errors import Act24Error
+from act24.pruning.pattern import Pattern
 from act24.tools.commands.recovery import calibration_data
 from act24.tools.huggingface.export import export_run
 from act24.tools.pruning.blockwise import _relative, recover_blockwise
 from act24.tools.pruning.folder import prune_model
-from act24.tools.pruning.masks import read_masks, write_masks
+from act24.tools.pruning.masks import Masks, read_masks, write_masks
 from act24.tools.pruning.merge import merge
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
@@ -164,6 +165,29 @@ def test_masks_of_another_model_are_refused(change, why, folder, tmp_path):
         assert not out.with_name("out.partial").exists()
 
 
+def test_masks_of_a_model_with_other_names_are_refused(folder, tmp_path):
+    """They said nothing of the weights that there are, which were trained dense."""
+    base = shutil.copytree(folder / "pruned", tmp_path / "base")
+    masks = read_masks(base)
+    other = {f"transformer.{name}": mask for name, mask in masks.masks.items()}
+    write_masks(base, Masks(other, {name: Pattern(0.5, 2, 4) for name in other}))
+    with pytest.raises(Act24Error, match=r"has no transformer.model.*, of which there is a mask"):
+        train(branch(folder, base, [{"use": "sparse_mask"}]), tmp_path / "run")
+
+
+def test_a_run_with_masks_is_a_base_too(folder, tmp_path):
+    """Masks of the run that an adapter's run began with, and the dense model, go on with what is merged."""
+    train(branch(folder, folder / "pruned", [{"use": "sparse_mask"}], "train.steps=2"), tmp_path / "masked")
+    made = branch(folder, tmp_path / "masked", [{"use": "masked_lora", "targets": TARGETS}], "train.steps=3")
+    train(made, tmp_path / "run")
+    merge(str(tmp_path / "run"), tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(tmp_path / "merged"), load(tmp_path / "run").model(IDS))
+    assert read_masks(tmp_path / "merged").sparsity == 0.5
+    merge(str(folder / "masked_lora"), tmp_path / "more")
+    assert recover_blockwise(str(tmp_path / "more"), tmp_path / "fitted", **options(folder, epochs=1))
+
+
 def test_an_export_of_dense_training_brings_its_masks(folder, tmp_path):
     made = branch(folder, folder / "pruned", [{"use": "sparse_mask"}], "train.steps=3")
     train(made, tmp_path / "run")
@@ -238,6 +262,15 @@ def test_a_second_round_is_fitted_to_the_dense_model_too(folder, tmp_path):
     assert json.loads((tmp_path / "two" / "prune.json").read_text())["dense"] == str(folder / "warm")
     # It begins where the first round ended, by the same measure.
     assert f"outputs {first['model.layers.0']:.4f} →" in lines[0]
+
+
+def test_what_is_pruned_twice_is_fitted_to_the_dense_model_too(folder, tmp_path):
+    lines = []
+    rows = {"data": options(folder)["data"], "samples": 4, "seqlen": 16, "say": lines.append}
+    prune_model(str(folder / "pruned"), tmp_path / "twice", pattern="1:4", **rows)
+    assert "is pruned already: new masks take the place of its own" in lines[0]
+    recover_blockwise(str(tmp_path / "twice"), tmp_path / "out", **options(folder, epochs=1))
+    assert json.loads((tmp_path / "out" / "prune.json").read_text())["dense"] == str(folder / "warm")
 
 
 def test_a_dense_model_that_is_another_by_now_is_refused(folder, tmp_path):
