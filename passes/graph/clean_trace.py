@@ -283,7 +283,7 @@ def _reads_training(cls: type) -> bool:
         value.__code__
         for base in cls.__mro__
         if base not in (nn.Module, object)
-        for value in vars(base).values()
+        for value in [*vars(base).values()]
         if inspect.isfunction(value)
     )
     return any("training" in code.co_names for function in functions for code in _codes(function))

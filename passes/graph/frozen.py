@@ -139,7 +139,7 @@ def become_(model: nn.Module, module: Remains, stock: nn.Module, frozen: Frozen)
     """
     held = vars(module)
     known = {*INTERNAL, *held, "_compiled_call_impl"}
-    kept = {n: v for n, v in vars(stock).items() if n not in known and not _has_modules(v)}
+    kept = {n: v for n, v in [*vars(stock).items()] if n not in known and not _has_modules(v)}
     vars(model).clear()
     vars(model).update({**kept, **held})
     if isinstance(stock, nn.Sequential):  # whose modules are counted, those too of which nothing remains
@@ -175,9 +175,9 @@ def _has_modules(value: Any, depth: int = 3) -> bool:
     """Whether a value is or holds modules or parameters, which are others in a rewritten model."""
     if isinstance(value, nn.Module | nn.Parameter):
         return True
-    held = value.values() if isinstance(value, dict) else value
     listed = isinstance(value, dict | list | tuple | set)
-    return listed and depth > 0 and any(_has_modules(one, depth - 1) for one in held)
+    held = [*(value.values() if isinstance(value, dict) else value)] if listed else []
+    return depth > 0 and any(_has_modules(one, depth - 1) for one in held)
 
 
 def _unchanged(module: nn.Module, name: str, value: Any) -> bool:

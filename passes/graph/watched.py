@@ -257,7 +257,7 @@ class _Search:
         """A module's own values cannot be set any more; its class and what it holds can be changed."""
         cls = type(module)
         if not _foreign(cls.__module__):
-            for name, value in vars(module).items():
+            for name, value in [*vars(module).items()]:
                 if name not in INTERNAL and self._reads(name) and not isinstance(value, PLAIN):
                     self._value(".".join(part for part in (path, name) if part), value, (), value)
             self._class(
@@ -345,7 +345,8 @@ class _Search:
                 if (k in value if mapping else type(k) is int and 0 <= k < size)
             ]
         for key in keys:
-            self._value(f"{text}[{key!r}]", root, (*steps, ("item", key)), value[key])
+            if (entry := _taken(value, "item", key)) is not _GONE:  # another thread may have taken it away
+                self._value(f"{text}[{key!r}]", root, (*steps, ("item", key)), entry)
 
     def _whole(self, how: str, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
         described, taken = _WHOLES[how]
@@ -407,7 +408,7 @@ def class_attributes(cls: type) -> Iterator[tuple[str, Any]]:
     Python."""
     for base in cls.__mro__:
         if base is not object and not _foreign(base.__module__):
-            yield from ((n, v) for n, v in vars(base).items() if not n.startswith("__") or n == "__call__")
+            yield from ((n, v) for n, v in [*vars(base).items()] if not n.startswith("__") or n == "__call__")
 
 
 def _functions(value: Any) -> list[FunctionType]:
@@ -417,4 +418,4 @@ def _functions(value: Any) -> list[FunctionType]:
 
 
 def _slots(cls: type) -> list[str]:
-    return [n for base in cls.__mro__ for n, v in vars(base).items() if inspect.ismemberdescriptor(v)]
+    return [n for base in cls.__mro__ for n, v in [*vars(base).items()] if inspect.ismemberdescriptor(v)]
