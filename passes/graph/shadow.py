@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -150,12 +151,16 @@ def contents(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
 
 
 def can_be_written(value: Any) -> bool:
-    """Whether a value is a number, a text, a container, or an object that is neither of torch's nor of
-    Python's own."""
-    if isinstance(value, int | float | str | list | dict | set | deque):
+    """Whether a value is a container, an iterator, or an object that is neither of torch's nor of Python's
+    own."""
+    if isinstance(value, MutableSequence | MutableMapping | MutableSet | Iterator | SimpleNamespace):
         return True
-    own = type(value).__module__.partition(".")[0] not in FOREIGN
-    return own and not isinstance(value, (*_PLAIN, nn.Module, Tensor, ModuleType, fx.Proxy))
+    return not is_foreign(value) and not isinstance(value, (*_PLAIN, nn.Module, Tensor, ModuleType, fx.Proxy))
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether a value's class is torch's or Python's own."""
+    return type(value).__module__.partition(".")[0] in FOREIGN
 
 
 def content(value: Any, depth: int = 4, identity: bool = True) -> Any:
@@ -169,13 +174,13 @@ def content(value: Any, depth: int = 4, identity: bool = True) -> Any:
     if isinstance(value, (*_PLAIN, Tensor, nn.Module, fx.Proxy)) or not depth:
         return id(value) if identity else type(value)
     held = getattr(value, "__dict__", None)
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         own = tuple((key, content(v, depth - 1, identity)) for key, v in [*value.items()])
-    elif isinstance(value, list | tuple | set | frozenset | deque):
+    elif isinstance(value, tuple | frozenset | MutableSequence | MutableSet):
         own = tuple(content(v, depth - 1, identity) for v in [*value])
-    elif isinstance(held, dict) or type(value).__module__.partition(".")[0] in FOREIGN:
+    elif isinstance(held, dict) or (is_foreign(value) and not isinstance(value, Iterator)):
         own = ()
-    else:  # with slots, or an array: what a copy is made from
+    else:  # with slots, an array, or an iterator: what a copy is made from
         own = content(_state(value), depth + 6 * identity - 1, identity=False)
     if isinstance(held, dict):
         own += tuple((key, content(v, depth - 1, identity)) for key, v in [*held.items()])
