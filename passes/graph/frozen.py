@@ -56,6 +56,10 @@ def attribute_names(module: nn.Module) -> set[str]:
     return {*held, *(name for name, _ in class_attributes(type(module)))} - INTERNAL
 
 
+#: How linears call the sizes of their weight, which a pass may change.
+SIZES = ("out_features", "in_features")
+
+
 class Remains(nn.Module):
     """What stands where a module was opened: its tensors, the modules in it that stayed, and its plain
     values, which can be read, not written."""
@@ -89,6 +93,8 @@ class Remains(nn.Module):
         """Be what remains of a module."""
         held = {*dir(type(self)), *vars(self)}
         vars(self).update({n: v for n, v in plain_values(module).items() if n not in held})
+        if isinstance(module, nn.Linear) and self._parameters.get("weight") is not None:
+            vars(self).update(zip(SIZES, self.weight.shape, strict=True))
         here = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
         # What its forward asked for and did not find is frozen too.
         vars(self)["_opened"] = frozenset((attribute_names(module) | frozen.names) - here - held)
