@@ -74,7 +74,7 @@ class Report:
 
     def remarks(self) -> list[str]:
         """What stands below the table."""
-        left = [f"{name} leaves {fqn} as it is: {reason}" for name, fqn, reason in self.misses]
+        left = [f"{name} leaves {fqn or 'the model'} as it is: {reason}" for name, fqn, reason in self.misses]
         figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
@@ -119,7 +119,7 @@ def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
 
 def _ranges(numbers: Sequence[str]) -> str:
     """`{0..3,7}` of 0, 1, 2, 3 and 7; a single number as it is."""
-    if len(numbers) == 1:
+    if len({*numbers}) == 1:  # of several parameters of one module there are several rows
         return numbers[0]
     parts: list[list[int]] = []
     for number in map(int, numbers):
@@ -221,7 +221,7 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
         return f"{p.name} matches nothing{where}, which leaves out {first}{others}: {' and '.join(todo)}"
     absent: list[tuple[str, str]] = []
     for region, planned in zip(regions, plans, strict=True):
-        absent += [(region.name(path), reason) for path, reason in planned.misses]
+        absent += [(region.name(path) or "the model", reason) for path, reason in planned.misses]
         if not planned.misses:
             absent.append((f"{region.fqn or 'the model'} [{region.class_name('')}]", planned.absent))
     text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
