@@ -151,7 +151,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _open_norms(region: Region) -> None:
-    """Norms as functions of their parameters, without identities: what is computed again may call no module."""
+    """Norms as functions of their parameters, and no identities: what is repeated may call no module."""
     graph = region.graph
     for node in list(graph.nodes):
         if node.op == "call_module":
