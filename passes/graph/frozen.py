@@ -72,6 +72,18 @@ class Remains(nn.Module):
             "one, or leave it out with ignore=[…]"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in vars(self).get("_opened", ()):
+                raise
+            raise AttributeError(
+                f"{name} of a {vars(self)['_kind']} is not there: a pass has made one graph of the module, "
+                "which has its parameters and is called as before. Use it before apply_, or leave the module "
+                "out with ignore=[…]"
+            ) from None
+
     def __setattr__(self, name: str, value: Any) -> None:
         stood = vars(self).get("_modules", {}).get(name)
         if isinstance(stood, Remains) and isinstance(value, nn.Module) and value is not stood:
