@@ -57,6 +57,7 @@ class Match:
         parameters_before, parameters_after: elements in the parameters that the expression reads.
         state: for passes that change parameters.
         note: one remark for the report.
+        reaches: the matrices in it that the pass acts on, by local name; None: all at the path.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Match:
     parameters_after: int
     state: StateMap | None = None
     note: str = ""
+    reaches: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

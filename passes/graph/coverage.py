@@ -222,7 +222,7 @@ def coverage(
 
 def _within(matrix: Matrix, place: str) -> bool:
     """Whether a matrix lies in a place; a place that is a whole region has only those of the region."""
-    if matrix.path == place or matrix.path.startswith(f"{place}.") or not place:
+    if place in (matrix.name, matrix.path, "") or matrix.path.startswith(f"{place}."):
         return matrix.region is not None
     return False
 

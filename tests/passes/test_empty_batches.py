@@ -1,5 +1,5 @@
-"""A batch without tokens, as an expert gets that nothing is routed to: outputs of the stock shapes and
-dtypes, gradients of zero, and nothing that spoils the batch behind it."""
+"""A batch without tokens, as an expert gets that nothing is routed to: outputs of stock shapes and dtypes,
+gradients of zero, and nothing that spoils the batch behind it."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ def write_tokenizer(
         **{name: tokenizer.token(id) for name, id in ids.items()},
         "model_max_length": positions,
         "clean_up_tokenization_spaces": False,
+        # Whoever generates goes on at the end of a row: `transformers`' own default, right, is for encoders.
+        "padding_side": "left",
     }
     content = tokenizer.to_json()
     (folder / TOKENIZER).write_text(content, encoding="utf-8")

@@ -50,6 +50,8 @@ _OURS = re.compile(
     r"recipe\.toml|plan\.txt|history\.jsonl|stopped|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
 )
 
+_UNDO = "; undo that, or begin another run in another folder with --run-dir"
+
 logger = logging.getLogger("act24")
 
 
@@ -129,10 +131,13 @@ def resume_point(
         own = folder.parent.parent / RECIPE
         raise RunError(
             f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}"
-            + _way_on(then, recipe, others, own if own.exists() else folder / RECIPE, run_dir, resume)
+            + _way_on(then, recipe, others, own if own.exists() else folder / RECIPE, run_dir, resume, _UNDO)
         )
     if recipe.train.steps < opened.step:
-        raise RunError(f"train.steps is {recipe.train.steps}, and {folder} is behind that already")
+        raise RunError(
+            f"train.steps is {recipe.train.steps}, and {folder} is behind that already: set it to "
+            f"{opened.step} or more, or go back to an earlier checkpoint with --resume"
+        )
     before = opened.manifest["world_size"]
     if before != world_size:
         different.append(Change("processes", before, world_size))
@@ -159,10 +164,18 @@ def begun(run_dir: Path, start: Start | None) -> Recipe | None:
     return parse_recipe(text, str(described)) if text else None
 
 
-def _way_on(then: Recipe, now: Recipe, others: list[Change], own: Path, run_dir: Path, resume: str) -> str:
+def _way_on(
+    then: Recipe,
+    now: Recipe,
+    others: list[Change],
+    own: Path,
+    run_dir: Path,
+    resume: str,
+    otherwise: str = "",
+) -> str:
     """What to do where only counts of steps differ: the command goes on with the run's `own` recipe."""
     if not are_scaled(then, now, others):
-        return ""
+        return otherwise
     command = ["act24", "train", str(own), "--set", f"train.steps={now.train.steps}"]
     command += ["--run-dir", str(run_dir), "--resume", resume]
     said = "; --scale-steps scales these: go on with the run's own recipe, and without it"

@@ -27,7 +27,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.files import weights_hash
 from act24.tools.huggingface.any_model import open_folder
 from act24.tools.huggingface.config import CONFIG, LLAMA, config_json, read_json
-from act24.tools.huggingface.old_folder import is_old
+from act24.tools.huggingface.old_folder import check_old, is_old
 from act24.tools.huggingface.tokenizer_files import GENERATION as GENERATION_FILE
 from act24.tools.pruning.masks import masks_beside
 from act24.tools.run.build import Built, build, build_from_old, generation_of, load, plan_recipe
@@ -96,10 +96,17 @@ def open_source(source: str) -> Opened:
 
 def beginning(recipe: Recipe, old: Path | None) -> Callable[..., Built]:
     """What makes the model of a run that begins: with weights of its own, of the model that the recipe names,
-    or of a folder that run_c4.py left."""
+    or of a folder that run_c4.py left.
+
+    Raises:
+        Act24Error: run_c4.py did not write that folder, or the model that the recipe names cannot be opened.
+    """
     if recipe.model.pretrained is not None:
         return functools.partial(build, weights=open_source(recipe.model.pretrained))
-    return build if old is None else functools.partial(build_from_old, old)
+    if old is None:
+        return build
+    check_old(old)
+    return functools.partial(build_from_old, old)
 
 
 def close_source() -> None:

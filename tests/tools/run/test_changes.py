@@ -137,7 +137,9 @@ def test_a_run_is_shortened_and_not_below_where_it_is(tiny, short, tmp_path, cap
     assert (outcome.step, outcome.finished) == (6, True)
     assert [v for _, v in logged(tmp_path / "a", "optim/lr")] == pytest.approx([cosine(4, 8), cosine(5, 8)])
     assert "the schedule is still that of 8 steps (--schedule stretch" in capsys.readouterr().out
-    with pytest.raises(RunError, match=r"train.steps is 3, and .*step-000004 is behind that already"):
+    with pytest.raises(
+        RunError, match=r"train.steps is 3, and .*step-000004 is behind that already: set it to 4 or more, or"
+    ):
         train(tiny(*SHORT, "train.steps=3"), tmp_path / "b", resume=str(begun))
 
 
@@ -177,7 +179,9 @@ def test_micro_batches_and_compilation_change_no_more_than_rounding(
 
 
 def test_the_rows_of_a_step_may_not_change(tiny, short, tmp_path):
-    with pytest.raises(RunError, match=r"another recipe: train.total_batch_size was 8 and is 16"):
+    with pytest.raises(
+        RunError, match=r"another recipe: train.total_batch_size was 8 and is 16; undo .*--run-dir"
+    ):
         train(tiny(*SHORT, "train.total_batch_size=16"), tmp_path, resume=str(short))
 
 
