@@ -46,9 +46,9 @@ test-torch:
 		torch$(if $(TORCH),==$(TORCH)) --editable '.[hf,test]'
 	OMP_NUM_THREADS=1 .venv-torch$(TORCH)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(TESTS)
 
-# The tests of what other packages do with act24 (the Trainer, accelerate, PEFT, lm-eval, Lightning, llama.cpp), in an
-# environment of its own. Without these packages, as in `make test`, they are skipped.
-OTHERS := accelerate peft lm_eval lightning xllamacpp
+# The tests of what other packages do with act24 (the Trainer, accelerate, PEFT, lm-eval, Lightning, llama.cpp, wandb),
+# in an environment of its own. Without these packages, as in `make test`, they are skipped.
+OTHERS := accelerate peft lm_eval lightning xllamacpp wandb
 INSTALL_OTHERS := .venv-others/bin/python -m pip install --constraint constraints.txt
 test-others:
 	$(PYTHON) -m venv .venv-others
@@ -57,7 +57,7 @@ test-others:
 		|| $(INSTALL_OTHERS) --no-deps --extra-index-url $(CPU_BUILDS) torch
 	$(INSTALL_OTHERS) --editable '.[hf,test]' $(OTHERS)
 	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow" \
-		$$(grep -rlE '"(accelerate|peft|lm_eval|lightning|xllamacpp)"' tests --include='test_*.py')
+		$$(grep -rlE '"(accelerate|peft|lm_eval|lightning|xllamacpp|wandb)"' tests --include='test_*.py')
 
 # Bad input of every kind, thousands of tries of each; `make test` makes few. Ends in the table of
 # docs/reliability.md. A quarter of an hour; FUZZ=100000 for a night.

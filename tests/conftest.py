@@ -43,8 +43,8 @@ def _disks_are_not_waited_for() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _signals_arrive() -> None:
-    """Below `nohup`, or in the background of a script, hangups and interrupts are ignored from the start, as runs
-    heed; the tests of what a run does with one send them."""
+    """Below `nohup`, or in the background of a script, hangups and interrupts are ignored from the start.
+    Runs heed that; the tests of what a run does with a signal send it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -182,6 +182,7 @@ def test_help(python, elsewhere, command):
     assert all(subcommand in text for subcommand in ("train", "eval", "plan", "recipe", "data"))
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_demo_on_two_processes(python, elsewhere):
     # torchrun is a script of the environment that holds torch; as a module it runs under this interpreter.
     torchrun = (python, "-m", "torch.distributed.run", "--nproc-per-node", 2)

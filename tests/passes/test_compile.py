@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 from toys import Relu2MLP, SwiGLU, Trunk, features, llama, tokens
@@ -48,7 +49,7 @@ def pipeline_for(model: nn.Module, passes: list[Any], **options: Any) -> Pipelin
     return pipeline
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", slow_but(("2:4 sparse backward",), PASSES))
 def test_twelve_equal_layers_are_one_graph(name: str) -> None:
     model, eager = llama(12), llama(12)
     compiled = Compiled(pipeline_for(model, PASSES[name]))
@@ -117,6 +118,7 @@ def test_evaluation_without_gradients_costs_one_graph_once() -> None:
     assert compiled.graphs == 2
 
 
+@pytest.mark.slow
 def test_more_pipelines_than_the_compilers_limit_for_one_function() -> None:
     """A limit of 8 graphs for one function would stop a run in the middle."""
     assert torch._dynamo.config.recompile_limit <= 8

@@ -95,6 +95,7 @@ def test_evaluation_is_of_the_weights_as_they_are() -> None:
     assert float((stale - expected).norm() / expected.norm()) > 5 * error
 
 
+@pytest.mark.slow
 def test_kernels_train_as_plain_pytorch_does() -> None:
     """60 updates on the same rows: losses of both come down together."""
     losses = []

@@ -84,7 +84,8 @@ def prune(
     )
     for name, why in done.left.items():
         print(f"left dense: {name}: {why}")
-    print(f"{out}: {len(done.masks)} weights pruned by {done.method}, sparsity {done.sparsity:.4f}")
+    of_all = f", of all in the blocks {done.sparsity_of_blocks:.4f}" if done.left else ""
+    print(f"{out}: {len(done.masks)} weights pruned by {done.method}, sparsity {done.sparsity:.4f}{of_all}")
     if done.pattern.count(":"):
         keep, of = done.pattern.split(":")
         print(f"{done.pattern}: {keep} of every {of} inputs stay")
@@ -229,7 +230,7 @@ def recover(
         device=str(chosen_device(device)),
         say=lambda line: print(line, flush=True),
     )
-    print(f"{out}: {len(errors)} blocks recovered, the last one's error {[*errors.values()][-1]:.4f}")
+    print(f"{out}: {len(errors)} blocks, the last one's error {[*errors.values()][-1]:.4f}")
 
 
 def merge(

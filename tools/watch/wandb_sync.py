@@ -19,7 +19,8 @@ def require_wandb(recipe: Recipe) -> None:
     """
     if recipe.log.wandb:
         try:
-            import wandb  # type: ignore[import-not-found]  # noqa: F401
+            # A folder of the package's own files, ./wandb, would pass for it.
+            from wandb import init  # type: ignore[import-not-found]  # noqa: F401
         except ImportError:
             raise Act24Error(
                 "log.wandb = true needs the package wandb, which is not installed: pip install wandb, or set "
@@ -31,14 +32,15 @@ def open_wandb(recipe: Recipe, run_dir: Path | None, run_id: str | None) -> str 
     """Begin a run there, or go on with one, and return its id; None where the recipe wants none. Collective,
     and to be called before event files are opened, whose writer it watches.
 
-    The project is that of WANDB_PROJECT, or `act24`; its files lie in the run's folder, or in WANDB_DIR.
+    The project is that of WANDB_PROJECT, or `act24`; its files lie in WANDB_DIR, or in `wandb` here.
 
     Args:
         run_dir: None for a dry run, which has none.
         run_id: what this returned when the run began; None for a new one.
 
     Raises:
-        Act24Error: it refuses; nobody is logged in, for instance.
+        Act24Error: it refuses; nobody is logged in, for instance. Or its files would lie in the run's folder:
+            the package links the event files there, finds the links, and takes every value many times.
     """
     if not recipe.log.wandb or run_dir is None:
         return None
@@ -56,11 +58,16 @@ def close_wandb(run_id: str | None) -> None:
 def _begun(recipe: Recipe, run_dir: Path, run_id: str | None) -> str:
     import wandb  # type: ignore[import-not-found]
 
+    own_files = Path(os.environ.get("WANDB_DIR") or ".").resolve()
+    if own_files.is_relative_to(run_dir.resolve()):
+        raise Act24Error(
+            f"log.wandb: {own_files}, where wandb keeps its files, is in the run's folder, of which it would "
+            "read them again; set WANDB_DIR to a folder outside"
+        )
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "act24"),
             name=run_dir.name,
-            dir=os.environ.get("WANDB_DIR", str(run_dir)),
             id=run_id,
             resume="allow",
             config=hyperparameters(recipe),

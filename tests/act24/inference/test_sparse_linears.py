@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from rewritten_models import GREEDY, PROMPTS, equal_tokens, llama, rewritten
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.inference import decoder as decoder_module
@@ -22,7 +23,12 @@ from act24.sparse24.weight.forms import LinearOptions24, product_algorithms, pro
 @pytest.mark.parametrize(
     "name", ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"]
 )
-@pytest.mark.parametrize("choice", [Choice(True, False), Choice(False, True), Choice(True, True, True)])
+@pytest.mark.parametrize(
+    "choice",
+    slow_but(
+        (Choice(True, True, True),), [Choice(True, False), Choice(False, True), Choice(True, True, True)]
+    ),
+)
 def test_sparse_steps_are_the_dense_step(name, choice):
     """In bfloat16, by the kernels' references: logits after a few tokens, beside those of the dense step."""
     model = rewritten(name, num_key_value_heads=2, hidden_size=128, intermediate_size=128).bfloat16()

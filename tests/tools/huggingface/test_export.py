@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from slow import slow_but
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import act24
@@ -49,6 +50,8 @@ FORMS = {
 }
 #: What a reader of the first form computes otherwise: activations that were 2:4 in training.
 DENSE_ACTIVATIONS = ("relu2-act24", "relu2-mvue", "relu2-soft")
+#: One of each form, one with 2:4 activations, and 2:4 weights.
+QUICK = ("dense", "relu2-act24", "loro-relu2", "cola-relu2-act24", "lost", "weight24-soft")
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +82,7 @@ def test_every_run_has_a_form():
     assert sorted(RUNS) == sorted(name for names in FORMS.values() for name in names)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(QUICK, RUNS))
 def test_the_first_form_is_the_trained_function_or_says_what_it_leaves_out(runs, name, tmp_path):
     message = export_run(runs(name), tmp_path / "out")
     kind = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
@@ -97,7 +100,7 @@ def test_the_first_form_is_the_trained_function_or_says_what_it_leaves_out(runs,
     assert all(line in card for line in message.splitlines()[1:])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(QUICK, RUNS))
 def test_the_form_act24_is_the_trained_function_and_comes_back_to_us(runs, name, tmp_path):
     export_run(runs(name), tmp_path / "out", "act24")
     expected = served(runs(name))

@@ -1,14 +1,17 @@
 """`log.wandb` hands over to the package what it needs, goes on with its run, and is refused without it.
 
-The package is a double here: what its real one makes of it was seen with `WANDB_MODE=offline`.
+The package is a double in most of them; the last has the real one, with `WANDB_MODE=offline`.
 """
 
 import json
+import struct
 import sys
 import types
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from act24.errors import Act24Error
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.run.train import train
 from act24.tools.watch.tensorboard import SummaryWriter
@@ -48,7 +51,7 @@ def test_a_run_is_begun_before_its_events_and_gone_on_with(tiny, tmp_path, doubl
     options, *rest = calls
     assert rest == ["events", "finish"]
     assert options["sync_tensorboard"] is True
-    assert (options["project"], options["name"], options["dir"]) == ("act24", "run", str(tmp_path / "run"))
+    assert (options["project"], options["name"]) == ("act24", "run")
     assert (options["id"], options["resume"]) == (None, "allow")
     assert options["config"]["optimizer.lr"] == 0.01
     state = json.loads((checkpoint_folder.latest(tmp_path / "run") / "state.json").read_text())
@@ -87,3 +90,60 @@ def test_without_the_package_it_says_what_to_install(tiny_file, tmp_path, act24,
         "log.wandb = false"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_its_files_does_not_pass_for_the_package(tiny_file, tmp_path, act24, monkeypatch):
+    """`./wandb`, which the package leaves behind, is importable where it was removed."""
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    status, _, lines = act24("train", tiny_file, "--set", "log.wandb=true", "--run-dir", tmp_path / "run")
+    assert (status, lines[0].partition(",")[0]) == (2, "act24: log.wandb = true needs the package wandb")
+
+
+@pytest.mark.parametrize("own", [".", "files"])
+def test_its_files_cannot_lie_in_the_runs_folder(tiny, tmp_path, double, monkeypatch, own):
+    """It links the event files there, and would find the links among the run's event files."""
+    _, calls = double
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    if own == "files":
+        monkeypatch.setenv("WANDB_DIR", own)
+    with pytest.raises(Act24Error, match=r"in the run's folder.*set WANDB_DIR to a folder outside"):
+        train(tiny(*SHORT), tmp_path / "run")
+    assert calls == []
+
+
+def records(path):
+    """What a `.wandb` file holds, LevelDB's log format behind seven bytes of its own."""
+    content, at, record = path.read_bytes(), 7, b""
+    while len(content) - at >= 7:
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<4xHB", content[at : at + 7])
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its end
+            yield record
+            record = b""
+
+
+def test_the_real_package_takes_every_value_once(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    train(tiny(*SHORT, "eval.every=2"), tmp_path / "runs" / "run")
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    losses = {"loss/train": [], "loss/val": []}
+    for content in records(log):
+        items = Record.FromString(content).history.item
+        named = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+        for tag in losses.keys() & named.keys():
+            losses[tag].append(named[tag])
+    events = EventAccumulator(str(tmp_path / "runs" / "run")).Reload()
+    for tag, values in losses.items():
+        assert values == pytest.approx([event.value for event in events.Scalars(tag)]), tag
+    assert [len(values) for values in losses.values()] == [2, 1]

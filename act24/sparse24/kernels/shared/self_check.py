@@ -268,11 +268,11 @@ def _best_transposable_mask(device: torch.device) -> Iterator[_Case]:
     yield _Case((weight.to(device),))
 
 
-#: A small call, or several, of every operator that is looked at.
 def _dense_decode(device: torch.device) -> Iterator[_Case]:
     yield _Case((_draw(device, 1, 3000), _draw(device, 70, 3000)))
 
 
+#: A small call, or several, of every operator that is looked at.
 _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "pack_activation": _pack_activation,
     DRAWN_ACTIVATION: _pack_drawn_activation,
