@@ -57,7 +57,7 @@ class Perplexity:
     def __str__(self) -> str:
         return (
             f"perplexity {self.perplexity:.3f} at {self.seqlen} tokens a window, {self.windows} windows, "
-            f"{self.dropped} tokens dropped, text {self.text[:12]} ({self.protocol}, {self.dtype})"
+            f"{self.dropped} tokens dropped, token ids {self.text[:12]} ({self.protocol}, {self.dtype})"
         )
 
 
