@@ -12,6 +12,7 @@ from act24.passes.base import Match, OperationalPass, Pass, Plan
 from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
+from act24.words import counted
 
 #: The first number that is a component of a name: the layer's.
 _NUMBERED = re.compile(r"(.*?\.|)(\d+)(\..*|)")
@@ -237,4 +238,5 @@ def _by_reason(entries: list[tuple[str, str]]) -> str:
         f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
         for reason, (first, *others) in places.items()
     ]
-    return "; ".join(groups[:4] + ([f"and {len(groups) - 4} more reasons"] if len(groups) > 4 else []))
+    others = [f"and {counted(len(groups) - 4, 'more reason')}"] if len(groups) > 4 else []
+    return "; ".join(groups[:4] + others)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from act24.tools.commands.options import refuse_ignored, refuse_ignored_keys
+from act24.words import counted
 
 ModelArgument = Annotated[
     str,
@@ -84,7 +85,8 @@ def prune(
     )
     for name, why in done.left.items():
         print(f"left dense: {name}: {why}")
-    print(f"{out}: {len(done.masks)} weights pruned by {done.method}, sparsity {done.sparsity:.4f}")
+    pruned = counted(len(done.masks), "weight")
+    print(f"{out}: {pruned} pruned by {done.method}, sparsity {done.sparsity:.4f}")
     if done.pattern.count(":"):
         keep, of = done.pattern.split(":")
         print(f"{done.pattern}: {keep} of every {of} inputs stay")
@@ -229,7 +231,8 @@ def recover(
         device=str(chosen_device(device)),
         say=lambda line: print(line, flush=True),
     )
-    print(f"{out}: {len(errors)} blocks recovered, the last one's error {[*errors.values()][-1]:.4f}")
+    *_, last = errors.values()
+    print(f"{out}: {counted(len(errors), 'block')} recovered, the last one's error {last:.4f}")
 
 
 def merge(

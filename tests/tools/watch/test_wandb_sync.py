@@ -107,7 +107,7 @@ def test_its_files_cannot_lie_in_the_runs_folder(tiny, tmp_path, double, monkeyp
     monkeypatch.chdir(tmp_path / "run")
     if own == "files":
         monkeypatch.setenv("WANDB_DIR", own)
-    with pytest.raises(Act24Error, match="in the run's folder.*set WANDB_DIR to a folder outside"):
+    with pytest.raises(Act24Error, match=r"in the run's folder.*set WANDB_DIR to a folder outside"):
         train(tiny(*SHORT), tmp_path / "run")
     assert calls == []
 
