@@ -39,7 +39,7 @@ from act24.passes.graph.activation_sites import (
     pads_node,
 )
 from act24.passes.graph.linear_sites import RESIZE
-from act24.passes.graph.normal_form import nodes_of, replace_node
+from act24.passes.graph.normal_form import nodes_of, replace_node, weight_name
 from act24.passes.graph.region import Region
 from act24.passes.relu2_ffn import gate_in
 from act24.sparse24.feed_forward.calibration import CALIBRATION
@@ -181,6 +181,7 @@ class Activation24(OperationalPass):
             if site.width is not None and site.width % 4:
                 misses.append((site.path, f"F is {site.width}, not a multiple of 4: {RESIZE}"))
                 continue
+            linears = (site.before, site.after)
             parts = ("linear" if site.before else "", site.function, "linear" if site.after else "")
             matches.append(
                 Match(
@@ -191,6 +192,7 @@ class Activation24(OperationalPass):
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
                     note=self._note(region, site),
+                    reaches=tuple(name for n in linears if n is not None and (name := weight_name(n))),
                 )
             )
         absent = _NO_RELU[gate_in(region)]

@@ -57,6 +57,7 @@ class Match:
         parameters_before, parameters_after: elements in the parameters that the expression reads.
         state: for passes that change parameters.
         note: one remark for the report.
+        reaches: the matrices in it that the pass acts on, by local name; None: all at the path.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Match:
     parameters_after: int
     state: StateMap | None = None
     note: str = ""
+    reaches: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,8 @@ def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
         if isinstance(p, type) and issubclass(p, Pass):
             raise PassError(f"{p.__name__} is the class of a pass: write {p.__name__}(...), with its options")
         if not isinstance(p, StructuralPass | OperationalPass):
+            if isinstance(p, str):
+                raise PassError(f"{_shown(p)} is text: write the pass, as Relu2FFN(), from act24.passes")
             raise PassError(f"{_shown(p)} is no pass: derive it from StructuralPass or OperationalPass")
         if p in given[:index]:
             raise PassError(f"{p.name} is given twice with the same options: leave one out")

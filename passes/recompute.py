@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from act24.errors import Act24Error
 from act24.operation import in_functorch, operation
 from act24.passes.base import Match, OperationalPass, Plan
-from act24.passes.graph.normal_form import parameter_name, replace_node
+from act24.passes.graph.normal_form import is_linear, parameter_name, replace_node
 from act24.passes.graph.region import Factor, Region
 from act24.passes.graph.writes import buffer_writes
 from act24.sparse24.feed_forward.operation import activation24
@@ -74,7 +74,10 @@ class Recompute(OperationalPass):
         if not kept:
             return Plan(absent="no bottleneck to keep: put low_rank, cola or lost in front")
         for node in region.graph.nodes:
-            if node.op == "call_module" and not _is_norm(module := _module(region, node.target)):
+            if node.op != "call_module":
+                continue
+            module = _module(region, node.target)
+            if not _is_norm(module) and type(module) is not nn.Identity:
                 kind = type(module).__name__
                 return Plan(
                     misses=(("", f"a second call of {node.target} [{kind}] may differ: {_OTHERWISE}"),)
@@ -88,7 +91,9 @@ class Recompute(OperationalPass):
         match = Match(
             path="",
             before="all activations kept",
-            after=f"{counted(len(kept), 'bottleneck')} and the residual stream",
+            after="input and bottleneck, which is little less"
+            if is_linear(region.module)
+            else f"{counted(len(kept), 'bottleneck')} and the residual stream",
             nodes=None,
             parameters_before=region.numel(),
             parameters_after=region.numel(),
@@ -147,11 +152,15 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _open_norms(region: Region) -> None:
-    """Norms as functions of their parameters: what is computed again may call no module."""
+    """Norms as functions of their parameters, and no identities: what is repeated may call no module."""
     graph = region.graph
     for node in list(graph.nodes):
         if node.op == "call_module":
-            norm: Any = region.module.get_submodule(node.target)
+            norm: Any = _module(region, node.target)
+            if isinstance(norm, nn.Identity):
+                (same,) = node.all_input_nodes
+                replace_node(graph, node, same)
+                continue
             with graph.inserting_before(node):
                 given = [name for name in ("weight", "bias") if norm._parameters.get(name) is not None]
                 parameters = {name: graph.get_attr(f"{node.target}.{name}") for name in given}
@@ -311,9 +320,9 @@ def _draws(node: fx.Node) -> bool:
     if node.op == "call_function" and package not in _KNOWN:
         return True
     operator_ = getattr(torch.ops.aten, name, None)
-    return name.rstrip("_") in _RANDOM or (
-        operator_ is not None and any(map(_is_seeded, _overloads(operator_)))
-    )
+    if operator_ is None:  # of torch's functions in Python nobody knows what they call
+        return name.rstrip("_") in _RANDOM or (node.op == "call_function" and package == "torch")
+    return name.rstrip("_") in _RANDOM or any(map(_is_seeded, _overloads(operator_)))
 
 
 def _overloads(of: OpOverload | OpOverloadPacket) -> list[OpOverload]:

@@ -103,6 +103,8 @@ class Relu2FFN(StructuralPass):
             if not self.selects(region, path):
                 continue
             reason = self._other_gate(found) or _obstacle(region, found) or self._unfit(region, found)
+            if not reason and not self.names(region, path):
+                reason = _partly_frozen(region, found)
             if reason:
                 misses.append((path, reason))
             else:
@@ -135,6 +137,9 @@ class Relu2FFN(StructuralPass):
         # Half of what a fused linear held was the gate, also where the new shape happens to be the old one.
         stale = _parameters(found.up) if found.fused else ()
         fresh = tuple(n for n in kept if n in stale or specs[n].shape != region.parameters[n].shape)
+        specs = {
+            n: replace(spec, requires_grad=n in fresh or spec.requires_grad) for n, spec in specs.items()
+        }
         after = sum(spec.numel() for spec in specs.values())
         carried = tuple(name for name in kept if name not in fresh)
         return Match(
@@ -250,6 +255,19 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
         if readers(region.graph, name) > 1:
             return f"{region.name(name)} is used more than once: {_LEAVE}"
     return ""
+
+
+def _partly_frozen(region: Region, found: _SwiGLU) -> str:
+    """Why a network that nobody has named stays as it is: the first of its parameters that is frozen."""
+    frozen = (
+        name
+        for name in _parameters(found.gate, found.up, found.down)
+        if not region.parameters[name].requires_grad
+    )
+    name = next(frozen, None)
+    return (
+        "" if name is None else f"{region.name(name)} is frozen: unfreeze it, or name the network in targets"
+    )
 
 
 def _parameters(*linears: fx.Node) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from act24.passes.graph.coverage import Coverage, coverage, matrices_of
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region
 from act24.words import counted
+
+#: Why a matrix beside an activation that a pass takes is none that it reaches.
+_DENSE = "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
 
 #: The first number that is a component of a name: the layer's.
 _NUMBERED = re.compile(r"(.*?\.|)(\d+)(\..*|)")
@@ -30,6 +33,7 @@ class Row:
     parameters_after: int
     steps: str
     note: str
+    reaches: tuple[str, ...] | None = field(default=None, compare=False)  # full names; None: all in the place
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Report:
 
     def remarks(self) -> list[str]:
         """What stands below the table."""
-        left = [f"{name} leaves {fqn} as it is: {reason}" for name, fqn, reason in self.misses]
+        left = [f"{name} leaves {fqn or 'the model'} as it is: {reason}" for name, fqn, reason in self.misses]
         figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
@@ -120,7 +124,7 @@ def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
 
 def _ranges(numbers: Sequence[str]) -> str:
     """`{0..3,7}` of 0, 1, 2, 3 and 7; a single number as it is."""
-    if len(numbers) == 1:
+    if len({*numbers}) == 1:  # of several parameters of one module there are several rows
         return numbers[0]
     parts: list[list[int]] = []
     for number in map(int, numbers):
@@ -145,6 +149,7 @@ def row(p: Pass, region: Region, match: Match) -> Row:
         parameters_after=match.parameters_after,
         steps=steps,
         note=match.note,
+        reaches=None if match.reaches is None else tuple(map(region.name, match.reaches)),
     )
 
 
@@ -193,9 +198,13 @@ def coverages(
     for p in passes:
         if p.covers:
             missed = {fqn: why for name, fqn, why in misses if name == p.name}
+            own = [
+                (row.fqn.removeprefix("the model"), row.reaches) for row in rows if row.pass_name == p.name
+            ]
+            places = [name for place, reaches in own for name in ((place,) if reaches is None else reaches)]
+            missed = {place: _DENSE for place, reaches in own if reaches is not None} | missed
             reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
-            places = [row.fqn.removeprefix("the model") for row in rows if row.pass_name == p.name]
-            named = {*places, *missed}
+            named = {*(place for place, _ in own), *missed}
             found.append(
                 coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone, named)
             )
@@ -222,7 +231,7 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
         return f"{p.name} matches nothing{where}, which leaves out {first}{others}: {' and '.join(todo)}"
     absent: list[tuple[str, str]] = []
     for region, planned in zip(regions, plans, strict=True):
-        absent += [(region.name(path), reason) for path, reason in planned.misses]
+        absent += [(region.name(path) or "the model", reason) for path, reason in planned.misses]
         if not planned.misses:
             absent.append((f"{region.fqn or 'the model'} [{region.class_name('')}]", planned.absent))
     text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")

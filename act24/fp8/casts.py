@@ -56,7 +56,8 @@ def cast_both_ways(
     by_row = narrow and scaling == "rowwise"
     by_column = turned and turned_scaling == "rowwise"
     rows, columns = find(matrix, by_row, by_column or not by_row)
-    one = scales_of((rows if by_row else columns).amax(0, keepdim=True))
+    found = rows if by_row else columns
+    one = scales_of(found.amax(0, keepdim=True) if len(found) else found.new_zeros(1))
     scale = scales_of(rows) if by_row else one
     turned_scale = scales_of(columns) if by_column else one
     results = cast(matrix, scale if narrow else None, turned_scale if turned else None)

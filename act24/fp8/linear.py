@@ -20,7 +20,7 @@ from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
 from act24.operation import cast, cast_for_autocast, once_differentiable, operation, refuse_second_derivatives
 from act24.sparse24.format.device import why_no_fp8
-from act24.sparse24.format.fp8 import SMALLEST, scales_of
+from act24.sparse24.format.fp8 import SMALLEST, largest_of, scales_of
 from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
 from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
@@ -175,7 +175,7 @@ def underflow_counts(x: Tensor, scaling: Scaling) -> Tensor:
         float32 `[2]`: entries that are not zero, and those of them that are in e4m3.
     """
     rows = x.detach().reshape(-1, x.shape[-1])[::_TOKEN_SAMPLE].float().abs()
-    largest = rows.amax(1, keepdim=True) if scaling == "rowwise" else rows.amax()
+    largest = largest_of(rows, 1)[:, None] if scaling == "rowwise" else largest_of(rows.flatten(), 0)
     nonzero = rows > 0
     # Half of the smallest number is a tie, which goes to zero.
     lost = nonzero & (rows <= scales_of(largest) * (SMALLEST / 2))

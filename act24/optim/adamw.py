@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from act24.optim.base import OptimizerOptions, Surroundings
+from act24.optim.one_pass import Tensors, fits, update_, why_not_one_pass
 from act24.options import OptionError, Range, Steps, check_values, in_range
 from act24.schedules import rewarm
 
@@ -158,7 +159,8 @@ def adamw_(
 
     Where all tensors are of one dtype this is PyTorch's fused kernel: 28 bytes a parameter in float32.
     Otherwise the update is computed in the moments' dtype and the parameter is rounded once, so that decay
-    survives in bfloat16; that takes several passes over memory, a part of the parameters at a time.
+    survives in bfloat16: on a GPU by a kernel of our own (`act24.optim.one_pass`), elsewhere in several
+    passes over memory, a part of the parameters at a time.
 
     Args:
         parameters, gradients, exp_avgs, exp_avg_sqs: lists of equal shapes, on one device.
@@ -193,13 +195,22 @@ def adamw_(
             maximize=False,
         )
         return
-    for part in _parts(parameters):
-        moments = (exp_avgs[part], exp_avg_sqs[part])
-        updates = adam_direction(gradients[part], *moments, step=step, betas=betas, eps=eps)
+    usable = not why_not_one_pass(parameters[0].device)
+    one_pass: list[Tensors] = []
+    several: list[Tensors] = []
+    for tensors in zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True):
+        (one_pass if usable and fits(tensors) else several).append(tensors)
+    if one_pass:
+        update_(one_pass, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if not several:
+        return
+    for part in _parts([parameter for parameter, *_ in several]):
+        values, grads, *moments = map(list, zip(*several[part], strict=True))
+        updates = adam_direction(grads, *moments, step=step, betas=betas, eps=eps)
         if weight_decay:
-            torch._foreach_add_(updates, parameters[part], alpha=weight_decay)
+            torch._foreach_add_(updates, values, alpha=weight_decay)
         torch._foreach_mul_(updates, -lr)
-        torch._foreach_add_(parameters[part], updates)
+        torch._foreach_add_(values, updates)
 
 
 def _check_numbers(owner: str, step: int, **options: object) -> None:

@@ -31,7 +31,7 @@ class Pattern:
     of: int = 0
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.of}" if self.of else f"{self.sparsity:g}"
+        return f"{self.keep}:{self.of}" if self.of else repr(self.sparsity).removesuffix(".0")
 
     def check(self, shape: tuple[int, int], name: str) -> None:
         """
@@ -66,6 +66,15 @@ def parse_pattern(text: str) -> Pattern:
         f"pattern {text!r}: write the share that goes, 0 or more and below 1 (0.5), or N:M for N of M that "
         "stay (2:4)"
     )
+
+
+def stored_pattern(text: str) -> Pattern:
+    """What `str` made of a pattern; of a matrix of zeros, whose mask keeps nothing, that is `"1"`.
+
+    Raises:
+        Act24Error: it is none.
+    """
+    return Pattern(1.0) if text == "1" else parse_pattern(text)
 
 
 def dropped(length: int, sparsity: float) -> int:
@@ -115,7 +124,8 @@ def mask_cumulative(scores: Tensor, pattern: Pattern) -> Tensor:
     with one α for the matrix, found by bisection, so that rows differ and the matrix has the sparsity within
     0.001.
 
-    Where equal scores keep bisection from that, it ends at its closest.
+    Where equal scores keep bisection from that, it ends below, by less than one weight a row. Where more
+    scores are zero than shall go, only such go, of equal ones the higher index first.
 
     Source: `--use_variant` of the public code of arXiv 2306.11695.
 
@@ -123,7 +133,10 @@ def mask_cumulative(scores: Tensor, pattern: Pattern) -> Tensor:
         Act24Error: a pattern N:M, which leaves rows no choice.
     """
     if pattern.of:
-        raise Act24Error(f"wanda_cumulative gives each row its own share, which pattern {pattern} fixes")
+        raise Act24Error(
+            f"wanda_cumulative gives each row its own share, which pattern {pattern} fixes: give a share, "
+            "such as 0.5, or the method wanda"
+        )
     ascending = scores.double().sort(dim=-1, stable=True, descending=True)
     # From the least: the last of a descending order, so that of equal scores the higher index goes first.
     order = ascending.indices.flip(-1)
@@ -135,10 +148,12 @@ def mask_cumulative(scores: Tensor, pattern: Pattern) -> Tensor:
         return float(goes.double().mean()), goes
 
     low, high, best = 0.0, 1.0, share(0.0)
+    if best[0] > pattern.sparsity:
+        return mask_by_layer(scores, pattern)
     for _ in range(60):
         alpha = (low + high) / 2
         found = share(alpha)
-        if abs(found[0] - pattern.sparsity) < abs(best[0] - pattern.sparsity):
+        if best[0] < found[0] <= pattern.sparsity + 0.0005:
             best = found
         if abs(best[0] - pattern.sparsity) <= 0.0005:
             break
@@ -150,6 +165,8 @@ def follows(mask: Tensor, pattern: Pattern) -> bool:
     """Whether a mask `[out, in]` keeps N of every M, or, of a share, drops as many as the matrix has to lose
     by rows, as a whole, or within 0.001 of it."""
     if pattern.of:
+        if mask.shape[-1] % pattern.of:
+            return False
         kept = mask.unflatten(-1, (-1, pattern.of)).sum(-1)
         return bool((kept == pattern.keep).all())
     share = 1 - float(mask.double().mean())

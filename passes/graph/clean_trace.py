@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 
+from act24.passes.graph.beside import Beside
 from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
 from act24.passes.graph.proxies import OWN, PLAIN, REGISTER, Unclean
 from act24.passes.graph.shadow import Shadow, contents
@@ -74,19 +75,26 @@ def clean_trace(module: nn.Module) -> Trace:
             "outside of the module"
         )
     before = contents(shadow.root)
-    ran = Ran()
-    tracer = Tracer(shadow, _is_leaf, ran.note)
+    ran, beside = Ran(), Beside({type(double) for double in shadow.originals})
+
+    def note(frame: FrameType) -> None:
+        ran.note(frame)
+        beside.note(frame)
+
+    tracer = Tracer(shadow, _is_leaf, note)
     try:
         graph = tracer.record()
-        _check_none(shadow, graph)
-        _check_casts(shadow, graph, tracer)
+        _check_none(shadow, graph, beside)
+        _check_casts(shadow, graph, tracer, beside)
     except Unclean:
         raise
     except Exception as error:  # whatever a forward may raise when it is given a proxy
         raise Unclean(tracer.refused or f"{type(error).__name__}: {error}: {PLAIN}") from error
     finally:
         tracer.undo_draws()
-    if written := _changed(before, contents(shadow.root)) or ", ".join(ran.written):
+        written = _changed(before, contents(shadow.root)) or ", ".join(beside.written)
+        beside.forget_proxies_()
+    if written:
         raise Unclean(f"forward writes {written}: write it in a forward hook, or {OWN}")
     if tracer.refused:
         raise Unclean(tracer.refused)
@@ -177,7 +185,12 @@ def _trace_linear(module: nn.Module) -> fx.Graph:
 
 def _check_signature(module: nn.Module) -> None:
     forward = type(module).forward
-    if hasattr(forward, "__wrapped__") or "forward" in vars(module):
+    if "forward" in vars(module):
+        raise Unclean(
+            "its forward was replaced or compiled: put back its own (del module.forward), apply the passes, "
+            "and do that then"
+        )
+    if hasattr(forward, "__wrapped__"):
         raise Unclean(f"its forward is decorated: {OWN}")
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -189,7 +202,7 @@ def _check_signature(module: nn.Module) -> None:
             )
 
 
-def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
+def _check_none(shadow: Shadow, graph: fx.Graph, beside: Beside) -> None:
     """Refuse a forward that asks whether an argument is None: tracing has given it a proxy, which never is.
 
     Traced again with None in its place, it either fails, and so would the graph, or says the same with None.
@@ -197,7 +210,7 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     for argument in arguments[1:]:  # the first is what the module works on
         try:
-            other = Tracer(shadow, _is_leaf, Ran().note).record({argument.target: None})
+            other = Tracer(shadow, _is_leaf, beside.note).record({argument.target: None})
         except Unclean:
             raise
         except Exception:  # None is no value that it takes
@@ -209,14 +222,14 @@ def _check_none(shadow: Shadow, graph: fx.Graph) -> None:
             )
 
 
-def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer) -> None:
+def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer, beside: Beside) -> None:
     """Refuse a forward that asks for the dtype of a value and does more than cast it.
 
     The graph is of the dtypes that differ. Traced again with the answer that they do not, it has to be the
     same but for casts of that value to that dtype, which then change nothing.
     """
     for number, pair in enumerate(tracer.casts):
-        other = Tracer(shadow, _is_leaf, Ran().note).record(equal=number)
+        other = Tracer(shadow, _is_leaf, beside.note).record(equal=number)
         needless = {node: node.args[0] for node in graph.nodes if _casts(node, *pair)}
         if _said(other) != _said(graph, needless=needless):
             one, two = (f"that of {of.name}" if isinstance(of, fx.Node) else str(of) for of in pair)
@@ -283,7 +296,7 @@ def _reads_training(cls: type) -> bool:
         value.__code__
         for base in cls.__mro__
         if base not in (nn.Module, object)
-        for value in vars(base).values()
+        for value in [*vars(base).values()]
         if inspect.isfunction(value)
     )
     return any("training" in code.co_names for function in functions for code in _codes(function))

@@ -182,6 +182,7 @@ def coverage(
     roles = tuple(scope)
     hit = tuple(reached)
     done, left, seen = 0, dict[tuple[str, str], int](), set[Role]()
+    alike: dict[tuple[str, str], list[str]] = {}
     for matrix in matrices:
         meant = matrix.role in roles or matrix.unknown or matrix.path in named
         if not meant or not selects(matrix.path, matrix.class_name):
@@ -194,10 +195,12 @@ def coverage(
             continue
         key = (_pattern(matrix.name), _reason(matrix, reasons))
         left[key] = left.get(key, 0) + matrix.numel
+        alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))
     total = done + sum(left.values())
     groups: dict[str, dict[str, int]] = {}
     for (pattern, reason), numel in sorted(left.items(), key=lambda item: -item[1]):
-        groups.setdefault(reason, {})[pattern] = numel
+        names = alike[pattern, reason]
+        groups.setdefault(reason, {})[pattern if len(names) > 1 else names[0]] = numel
     shown = tuple(
         (_listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
     )
@@ -222,7 +225,7 @@ def coverage(
 
 def _within(matrix: Matrix, place: str) -> bool:
     """Whether a matrix lies in a place; a place that is a whole region has only those of the region."""
-    if matrix.path == place or matrix.path.startswith(f"{place}.") or not place:
+    if place in (matrix.name, matrix.path, "") or matrix.path.startswith(f"{place}."):
         return matrix.region is not None
     return False
 

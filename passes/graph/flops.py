@@ -8,6 +8,7 @@ from torch import fx
 from act24.fp8.linear import linear_fp8
 from act24.passes.graph.normal_form import parameter_name
 from act24.passes.graph.region import Region
+from act24.pruning.adapters import masked_adapter_weight
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.weight.forms import LinearOptions24
 from act24.sparse24.weight.linear24 import linear24
@@ -30,6 +31,8 @@ def _node_flops(region: Region, node: fx.Node) -> int:
 
 
 def _numel(region: Region, weight: object) -> int:
+    if isinstance(weight, fx.Node) and weight.target is masked_adapter_weight:
+        weight = weight.args[0]  # made once a forward, whatever the tokens
     name = parameter_name(weight)
     return region.parameters[name].numel() if name in region.parameters else 0
 

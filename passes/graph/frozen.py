@@ -56,6 +56,10 @@ def attribute_names(module: nn.Module) -> set[str]:
     return {*held, *(name for name, _ in class_attributes(type(module)))} - INTERNAL
 
 
+#: How linears call the sizes of their weight, which a pass may change.
+SIZES = ("out_features", "in_features")
+
+
 class Remains(nn.Module):
     """What stands where a module was opened: its tensors, the modules in it that stayed, and its plain
     values, which can be read, not written."""
@@ -67,6 +71,18 @@ class Remains(nn.Module):
             "module around it is one graph, which may compute something else with its tensors. Call that "
             "one, or leave it out with ignore=[…]"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in vars(self).get("_opened", ()):
+                raise
+            raise AttributeError(
+                f"{name} of a {vars(self)['_kind']} is not there: a pass has made one graph of the module, "
+                "which has its parameters and is called as before. Use it before apply_, or leave the module "
+                "out with ignore=[…]"
+            ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         stood = vars(self).get("_modules", {}).get(name)
@@ -89,6 +105,8 @@ class Remains(nn.Module):
         """Be what remains of a module."""
         held = {*dir(type(self)), *vars(self)}
         vars(self).update({n: v for n, v in plain_values(module).items() if n not in held})
+        if isinstance(module, nn.Linear) and self._parameters.get("weight") is not None:
+            vars(self).update(zip(SIZES, self.weight.shape, strict=True))
         here = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
         # What its forward asked for and did not find is frozen too.
         vars(self)["_opened"] = frozenset((attribute_names(module) | frozen.names) - here - held)
@@ -139,7 +157,7 @@ def become_(model: nn.Module, module: Remains, stock: nn.Module, frozen: Frozen)
     """
     held = vars(module)
     known = {*INTERNAL, *held, "_compiled_call_impl"}
-    kept = {n: v for n, v in vars(stock).items() if n not in known and not _has_modules(v)}
+    kept = {n: v for n, v in [*vars(stock).items()] if n not in known and not _has_modules(v)}
     vars(model).clear()
     vars(model).update({**kept, **held})
     if isinstance(stock, nn.Sequential):  # whose modules are counted, those too of which nothing remains
@@ -175,9 +193,9 @@ def _has_modules(value: Any, depth: int = 3) -> bool:
     """Whether a value is or holds modules or parameters, which are others in a rewritten model."""
     if isinstance(value, nn.Module | nn.Parameter):
         return True
-    held = value.values() if isinstance(value, dict) else value
     listed = isinstance(value, dict | list | tuple | set)
-    return listed and depth > 0 and any(_has_modules(one, depth - 1) for one in held)
+    held = [*(value.values() if isinstance(value, dict) else value)] if listed else []
+    return depth > 0 and any(_has_modules(one, depth - 1) for one in held)
 
 
 def _unchanged(module: nn.Module, name: str, value: Any) -> bool:

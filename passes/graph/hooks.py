@@ -43,6 +43,11 @@ def refuse_wrapped(model: nn.Module) -> None:
         cls = type(module)
         if cls.__module__.startswith("torch.") and cls.__name__ in _WRAPPERS:
             raise PassError(f"{fqn or 'the model'} [{cls.__name__}] {_WRAPPERS[cls.__name__]}")
+        if any(b.__name__ == "FSDPModule" and b.__module__.startswith("torch.") for b in cls.__mro__):
+            raise PassError(
+                f"{fqn or 'the model'} [{cls.__name__}] is sharded: apply the passes first, and fully_shard "
+                "it then"
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise PassError(f"{name} has no shape yet: run the model once, and apply the passes then")

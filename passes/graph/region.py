@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import Remains, remember, standing
+from act24.passes.graph.frozen import SIZES, Remains, remember, standing
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
@@ -177,7 +177,8 @@ class Region:
                     f"{self.name(name)} is there already, and a pass needs a parameter of this name: "
                     "rename it"
                 )
-            if name in self.frozen.sized and self.parameters[name].shape != specs[name].shape:
+            asked = name in self.frozen.sized or not self.frozen.names.isdisjoint(SIZES)
+            if asked and name in self.parameters and self.parameters[name].shape != specs[name].shape:
                 raise PassError(
                     f"{self.name('')} [{self.class_name('')}] asks in forward for the shape of {name}, which "
                     "a pass would change: ask where the module is made, let the pass keep its width, or "
@@ -322,7 +323,7 @@ def materialise(
             added = region.modules.get(node.target)
             stands = added() if added else region.module.get_submodule(node.target)
             _namespace(module, node.target)._modules[_leaf(node.target)] = stands
-    module.graph = region.graph
+    module._graph = region.graph  # which is compiled when it is lowered
     remember(module, region.module, region.frozen)
     return module
 

@@ -2,14 +2,16 @@
 
 Tracing runs a module's forward on proxies, and a probe runs it on random numbers; either may write into
 attributes, lists, meters or buffers. The double has copies of all of them, so the module keeps nothing of it,
-and no class or function of the process is changed for it: another thread may train the model meanwhile.
+and no class or function of the process is changed for it: another thread may train the model meanwhile, and
+write into what is looked at here, which is therefore listed at once.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import deque
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +68,7 @@ class Shadow:
         for m in doubles if buffers else ():
             memo |= {id(b): b.detach().clone() for b in m._buffers.values() if b is not None}
         for m, double in doubles.items():
-            vars(double).update({name: self._copied(m, name, v, memo) for name, v in vars(m).items()})
+            vars(double).update({name: self._copied(m, name, v, memo) for name, v in [*vars(m).items()]})
             vars(double)["_shadow"] = self
 
     def _empty(self, module: nn.Module) -> nn.Module:
@@ -86,7 +88,7 @@ class Shadow:
         if name == "_parameters":
             return dict(value)
         if name in ("_buffers", "_modules"):
-            return {key: None if v is None else memo[id(v)] for key, v in value.items()}
+            return {key: None if v is None else memo[id(v)] for key, v in [*value.items()]}
         try:
             return copy.deepcopy(value, memo)
         except Exception as error:  # whatever a foreign object raises
@@ -143,18 +145,22 @@ def contents(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
     classes = {base: child for child in module.modules() for base in type(child).__mro__}
     for cls, child in classes.items():  # a class's own containers are the double's too
         if not cls.__module__.startswith(("torch.", "act24.passes.")):
-            lists = {n: v for n, v in vars(cls).items() if isinstance(v, list | dict | set | deque)}
+            lists = {n: v for n, v in [*vars(cls).items()] if isinstance(v, list | dict | set | deque)}
             held |= {(child, name): content(value) for name, value in lists.items() if name[:2] != "__"}
     return held
 
 
 def can_be_written(value: Any) -> bool:
-    """Whether a value is a number, a text, a container, or an object that is neither of torch's nor of
-    Python's own."""
-    if isinstance(value, int | float | str | list | dict | set | deque):
+    """Whether a value is a container, an iterator, or an object that is neither of torch's nor of Python's
+    own."""
+    if isinstance(value, MutableSequence | MutableMapping | MutableSet | Iterator | SimpleNamespace):
         return True
-    own = type(value).__module__.partition(".")[0] not in FOREIGN
-    return own and not isinstance(value, (*_PLAIN, nn.Module, Tensor, ModuleType, fx.Proxy))
+    return not is_foreign(value) and not isinstance(value, (*_PLAIN, nn.Module, Tensor, ModuleType, fx.Proxy))
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether a value's class is torch's or Python's own."""
+    return type(value).__module__.partition(".")[0] in FOREIGN
 
 
 def content(value: Any, depth: int = 4, identity: bool = True) -> Any:
@@ -168,16 +174,16 @@ def content(value: Any, depth: int = 4, identity: bool = True) -> Any:
     if isinstance(value, (*_PLAIN, Tensor, nn.Module, fx.Proxy)) or not depth:
         return id(value) if identity else type(value)
     held = getattr(value, "__dict__", None)
-    if isinstance(value, dict):
-        own = tuple((key, content(v, depth - 1, identity)) for key, v in value.items())
-    elif isinstance(value, list | tuple | set | frozenset | deque):
-        own = tuple(content(v, depth - 1, identity) for v in value)
-    elif isinstance(held, dict) or type(value).__module__.partition(".")[0] in FOREIGN:
+    if isinstance(value, MutableMapping):
+        own = tuple((key, content(v, depth - 1, identity)) for key, v in [*value.items()])
+    elif isinstance(value, tuple | frozenset | MutableSequence | MutableSet):
+        own = tuple(content(v, depth - 1, identity) for v in [*value])
+    elif isinstance(held, dict) or (is_foreign(value) and not isinstance(value, Iterator)):
         own = ()
-    else:  # with slots, or an array: what a copy is made from
+    else:  # with slots, an array, or an iterator: what a copy is made from
         own = content(_state(value), depth + 6 * identity - 1, identity=False)
     if isinstance(held, dict):
-        own += tuple((key, content(v, depth - 1, identity)) for key, v in held.items())
+        own += tuple((key, content(v, depth - 1, identity)) for key, v in [*held.items()])
     return (id(value) if identity else type(value), own)
 
 

@@ -82,7 +82,7 @@ class Tracer(fx.Tracer):
         self._proxies: dict[int, fx.Proxy] = {}
         self._questions: list[fx.Node] = []
         self._asked: dict[CodeType, tuple[tuple[str, tuple[str, ...]], ...]] = {}
-        self._of_functions: dict[CodeType, bool] = {}
+        self._made_nodes = set[CodeType]()
         self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
         self._raised = ""
@@ -108,27 +108,33 @@ class Tracer(fx.Tracer):
             for name, t in tensors(remove_duplicate=True)
         }
         self._modes = modes()
-        function, args = self.create_args_for_root(type(root).forward, True, values)
         before, traces, collects = sys.getprofile(), sys.gettrace(), gc.isenabled()
+        sys.setprofile(None)
         gc.disable()  # what others do when garbage is collected is not asked by the module
-        self._shadow.observer = self
         try:
+            function, args = self.create_args_for_root(type(root).forward, True, values)
+            self._shadow.observer = self
             with Outside(self):
                 sys.setprofile(self._on_event)
                 result = function(*args)
-                sys.setprofile(before)
+                sys.setprofile(None)
             if self._raised:
                 self.refuse(
                     f"catches {self._raised}, which tracing raises and a tensor may not: take the try: away, "
                     f"or {OWN}"
                 )
             self.create_node("output", "output", (self.create_arg(result),), {})
+        except Exception:
+            sys.setprofile(None)
+            self._refuse_functions()
+            raise
         finally:
-            sys.setprofile(before)
+            _profile_with(before)
             sys.settrace(traces)
             self._shadow.observer = None
             if collects:
                 gc.enable()
+        self._refuse_functions()
         if self.refused:
             raise Unclean(self.refused)
         for node in reversed(self._questions):
@@ -294,14 +300,10 @@ class Tracer(fx.Tracer):
             sys.setprofile(watching)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        frame = sys._getframe(1)
-        while frame is not None:
-            if self._is_of_function(frame.f_code):
-                self.refuse(
-                    "calls an autograd.Function, whose backward tracing would drop: make a function "
-                    "with it one node (act24.operation.operation)"
-                )
-            frame = frame.f_back  # type: ignore[assignment]
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not _RECORD:
+            self._made_nodes.add(frame.f_code)
+            frame = frame.f_back
         if modes() != self._modes:
             self.refuse(
                 "computes under a mode of its own (gradients, autocast, saved tensors, attention "
@@ -309,11 +311,15 @@ class Tracer(fx.Tracer):
             )
         return super().create_node(*args, **kwargs)
 
-    def _is_of_function(self, code: CodeType) -> bool:
-        """Whether code is the forward of an autograd.Function; looked at once, when it first runs here."""
-        if code not in self._of_functions:
-            self._of_functions[code] = code in _forwards(Function)
-        return self._of_functions[code]
+    def _refuse_functions(self) -> None:
+        """Refuse if a node was made in the forward of an autograd.Function; looked at once, at the end, for
+        there may be hundreds of them."""
+        if not self._made_nodes.isdisjoint(_forwards(Function)):
+            self.refused = (
+                "calls an autograd.Function, whose backward tracing would drop: make a function with it one "
+                "node (act24.operation.operation)"
+            )
+            raise Unclean(self.refused)
 
     def iter(self, obj: fx.Proxy) -> Any:
         self.refuse(f"loops over {obj.node.name}: loop over a fixed number, and index it")
@@ -389,4 +395,15 @@ def _forwards(of: type) -> Iterator[CodeType]:
         yield from _forwards(function)
 
 
+def _profile_with(profiler: Any) -> None:
+    """Put the interpreter's profiling back as it was. A cProfile.Profile is no function; Python 3.12 keeps it
+    elsewhere."""
+    if profiler is None or callable(profiler):
+        sys.setprofile(profiler)
+    else:
+        sys.setprofile(None)
+        profiler.enable()
+
+
+_RECORD = Tracer.record.__code__
 _CHECKPOINT = inspect.unwrap(checkpoint).__code__

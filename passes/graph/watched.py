@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import PassError
-from act24.passes.graph.shadow import can_be_written, content
 from act24.passes.graph.surroundings import FOREIGN
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -50,7 +49,7 @@ class _Gone:
         return "not there"
 
 
-_GONE = _Gone()
+GONE = _Gone()
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,17 @@ class Fact:
 
 
 def _taken(held: Any, how: str, which: Any) -> Any:
-    """What lies one step on, or `_GONE`."""
+    """What lies one step on, or `GONE`."""
     try:
         if how == "attribute":
-            return getattr(held, which, _GONE)
+            return getattr(held, which, GONE)
         if how == "item":
             return held[which]
         if how == "class":
-            return next((vars(base)[which] for base in held.__mro__ if which in vars(base)), _GONE)
+            return next((vars(base)[which] for base in held.__mro__ if which in vars(base)), GONE)
         return held.cell_contents if how == "cell" else _WHOLES[how][1](held)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return _GONE
+        return GONE
 
 
 def _values(held: Any) -> tuple[Any, ...]:
@@ -153,38 +152,15 @@ class Ran:
     """The functions that a forward ran, as the tracer notes them: their code, with their globals."""
 
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)
-    _seen: set[int] = field(default_factory=set)
-    _held: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def note(self, frame: FrameType) -> None:
-        """A function begins: remember it, and what lies in the containers outside that it names."""
-        code, scope = frame.f_code, frame.f_globals
-        if id(code) in self._seen:
-            return
-        self._seen.add(id(code))
-        name = scope.get("__name__", "?")
-        if _foreign(name):
-            return
-        self.codes[code] = scope
-        named = {n: scope[n] for n in code.co_names if n in scope and not n.startswith("__")}
-        self._held += [
-            (f"{n} of {name}", (scope, n), content(v)) for n, v in named.items() if can_be_written(v)
-        ]
-        if code.co_freevars:
-            inner = {n: v for n, v in frame.f_locals.items() if n in code.co_freevars and can_be_written(v)}
-            self._held += [(f"{n} in the closure of {code.co_name}", v, content(v)) for n, v in inner.items()]
-
-    @property
-    def written(self) -> list[str]:
-        """The containers and numbers outside that are no longer what they were."""
-        return [
-            text
-            for text, place, before in self._held
-            if content(place[0].get(place[1]) if isinstance(place, tuple) else place) != before
-        ]
+        """A function begins."""
+        if frame.f_code not in self.codes and not is_known(frame.f_globals.get("__name__", "?")):
+            self.codes[frame.f_code] = frame.f_globals
 
 
-def _foreign(module: str) -> bool:
+def is_known(module: str) -> bool:
+    """Whether code is torch's, Python's own or act24's, by the name of its module."""
     made_up = module.startswith(("act24.passes.", "namedtuple_"))
     return made_up or module.partition(".")[0] in FOREIGN
 
@@ -256,8 +232,8 @@ class _Search:
     def opened(self, path: str, module: nn.Module) -> None:
         """A module's own values cannot be set any more; its class and what it holds can be changed."""
         cls = type(module)
-        if not _foreign(cls.__module__):
-            for name, value in vars(module).items():
+        if not is_known(cls.__module__):
+            for name, value in [*vars(module).items()]:
                 if name not in INTERNAL and self._reads(name) and not isinstance(value, PLAIN):
                     self._value(".".join(part for part in (path, name) if part), value, (), value)
             self._class(
@@ -300,7 +276,7 @@ class _Search:
         elif isinstance(value, FunctionType):
             self._function(value)
         elif isinstance(value, type):
-            if not _foreign(value.__module__):
+            if not is_known(value.__module__):
                 self._class(value, root, steps)
         elif isinstance(value, MethodType):
             self._value(text, root, (*steps, ("attribute", "__self__")), value.__self__)
@@ -309,7 +285,7 @@ class _Search:
             for part in ("func", "args", "keywords"):
                 self._value(f"{text}.{part}", root, (*steps, ("attribute", part)), getattr(value, part))
         elif isinstance(value, ModuleType):
-            if not _foreign(value.__name__):
+            if not is_known(value.__name__):
                 self._attributes(text, root, steps, value)
         elif not isinstance(value, _SAME):
             self._object(text, root, steps, value)
@@ -345,7 +321,8 @@ class _Search:
                 if (k in value if mapping else type(k) is int and 0 <= k < size)
             ]
         for key in keys:
-            self._value(f"{text}[{key!r}]", root, (*steps, ("item", key)), value[key])
+            if (entry := _taken(value, "item", key)) is not GONE:  # another thread may have taken it away
+                self._value(f"{text}[{key!r}]", root, (*steps, ("item", key)), entry)
 
     def _whole(self, how: str, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
         described, taken = _WHOLES[how]
@@ -367,7 +344,7 @@ class _Search:
                 continue
             value = _taken(owner, "attribute", name)
             way = (*steps, ("attribute", name))
-            if value is _GONE:
+            if value is GONE:
                 if name in self.named.asked and hasattr(owner, "__dict__"):
                     self._add(f"{text}.{name}", root, way, value)
             elif not isinstance(owner, nn.Module) or isinstance(value, PLAIN):
@@ -406,8 +383,8 @@ def class_attributes(cls: type) -> Iterator[tuple[str, Any]]:
     """What a class and its bases have, from the class down, as it stands there; not that of torch or of
     Python."""
     for base in cls.__mro__:
-        if base is not object and not _foreign(base.__module__):
-            yield from ((n, v) for n, v in vars(base).items() if not n.startswith("__") or n == "__call__")
+        if base is not object and not is_known(base.__module__):
+            yield from ((n, v) for n, v in [*vars(base).items()] if not n.startswith("__") or n == "__call__")
 
 
 def _functions(value: Any) -> list[FunctionType]:
@@ -417,4 +394,4 @@ def _functions(value: Any) -> list[FunctionType]:
 
 
 def _slots(cls: type) -> list[str]:
-    return [n for base in cls.__mro__ for n, v in vars(base).items() if inspect.ismemberdescriptor(v)]
+    return [n for base in cls.__mro__ for n, v in [*vars(base).items()] if inspect.ismemberdescriptor(v)]

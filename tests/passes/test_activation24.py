@@ -31,6 +31,25 @@ def functions(module: nn.Module) -> list[Callable[..., object]]:
 # Rewrites
 
 
+class Cast(nn.Module):
+    """As T5 in half precision: something lies between the activation and the linear that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)).to(self.b.weight.dtype))
+
+
+def test_a_linear_that_does_not_read_the_activation_itself_is_not_reached() -> None:
+    (coverage,) = plan(Cast(), [Activation24()]).coverage
+    assert coverage.reached * 2 == coverage.total
+    ((name, share, reason),) = coverage.left
+    assert (name, share) == ("b", 0.5)
+    assert "its product stays dense" in reason
+
+
 def test_after_relu2_ffn_every_mlp_of_the_stock_llama_is_one_operation() -> None:
     model = llama(3)
     report = apply_(model, [Relu2FFN(), Activation24()]).report

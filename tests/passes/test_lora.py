@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from act24 import apply_
+from act24 import apply_, plan
 from act24.errors import PassError
 from act24.passes import Lora, LowRank, MaskedLora, Recompute
 from act24.passes.recovery import freeze_base_, set_masks_
@@ -75,6 +75,10 @@ def test_gradients_of_a_masked_adapter_see_kept_weights_only():
     whole = model.get_parameter(NAME).grad * masks[NAME]
     torch.testing.assert_close(b.grad, 2.0 * whole @ a.T, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(a.grad, 2.0 * b.T @ whole, rtol=1e-4, atol=1e-7)
+
+
+def test_products_are_counted_under_a_mask_too():
+    assert plan(dense_llama(), [MaskedLora()]).flops_after == plan(dense_llama(), []).flops_after
 
 
 def test_dropout_is_of_training_alone():

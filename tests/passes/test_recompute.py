@@ -153,16 +153,29 @@ def test_layer_norms_are_computed_again_too():
         torch.testing.assert_close(a, b)
 
 
-def test_what_draws_by_a_function_draws_the_same_again():
+def _several(h):
+    h = nn.functional.dropout(h, 0.5) + torch.rand_like(h)
+    return nn.functional.rrelu(h, training=True) * torch.bernoulli(torch.sigmoid(h))
+
+
+DRAWS = {
+    "several": _several,
+    "gumbel_softmax": nn.functional.gumbel_softmax,
+    "dropout1d": lambda h: nn.functional.dropout1d(h.unsqueeze(0)).squeeze(0),
+    "dropout2d": lambda h: nn.functional.dropout2d(h.view(3, 32, 1, 1)).flatten(1),
+    "dropout3d": lambda h: nn.functional.dropout3d(h.view(3, 32, 1, 1, 1)).flatten(1),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_what_draws_by_a_function_draws_the_same_again(draw):
     class MLP(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+            self.up, self.down, self.same = nn.Linear(16, 32), nn.Linear(32, 16), nn.Identity()
 
         def forward(self, x):
-            h = torch.tanh(self.up(x))
-            h = nn.functional.dropout(h, 0.5) + torch.rand_like(h)
-            return self.down(nn.functional.rrelu(h, training=True) * torch.bernoulli(torch.sigmoid(h)))
+            return self.down(draw(self.same(torch.tanh(self.up(x)))))
 
     gradients = []
     for passes in ([], [Recompute()]):

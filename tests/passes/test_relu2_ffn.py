@@ -334,3 +334,17 @@ def test_the_traced_model_is_the_only_one_that_changes() -> None:
     first, second = llama(), llama()
     Pipeline(first, [Relu2FFN()]).commit_()
     assert linear_names(second.model.layers[0]) > linear_names(first.model.layers[0])
+
+
+def test_a_network_with_a_frozen_weight_stays_unless_it_is_named() -> None:
+    model = Trunk(SwiGLU)
+    gate = model.blocks[0].mlp.gate.requires_grad_(False).weight
+    report = apply_(model, [Relu2FFN(optional=True)]).report
+    assert [row.fqn for row in report.rows] == ["blocks.1.mlp"]
+    assert model.blocks[0].mlp.gate.weight is gate
+    ((_, where, reason),) = report.misses
+    assert (where, reason.partition(":")[0]) == ("blocks.0.mlp", "blocks.0.mlp.gate.weight is frozen")
+    model = Trunk(SwiGLU)
+    model.blocks[0].mlp.up.requires_grad_(False)
+    assert len(apply_(model, [Relu2FFN(targets=("blocks.*.mlp",))]).report.rows) == 2
+    assert all(p.requires_grad for p in model.parameters())  # fresh ones that are frozen would stay as drawn

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch.multiprocessing import start_processes
 
 # One server imports once what a run imports, and forks: a child is there at once, and inherits no thread.
@@ -99,7 +100,11 @@ def _command(out: Connection, errors: Connection, words: list[str], before: Any)
 
 
 def run_ranks(count: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Run `function` on `count` processes, as torchrun would start them; raises what one of them raises."""
+    """Run `function` on `count` processes, as torchrun would start them; raises what one of them raises.
+
+    Each has one thread, as below torchrun: with more they spin for each other's cores, and on a machine with
+    as many processes as cores already, a run of a second took a minute.
+    """
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
@@ -110,5 +115,6 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], argum
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
     gc.freeze()
     os.environ |= {"MASTER_ADDR": "localhost", **{name: str(value) for name, value in places.items()}}
+    torch.set_num_threads(1)
     faulthandler.dump_traceback_later(120, exit=True)  # a rank that waits in vain says where
     function(*arguments)

@@ -15,6 +15,7 @@ from act24.fp8.casts import OPERATORS_E4M3
 from act24.inference.layer import Choice, step_choices
 from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
+from act24.optim.one_pass import why_not_one_pass
 from act24.passes import REGISTRY
 from act24.passes.relu2_ffn import parity_width
 from act24.passes.report import aligned
@@ -111,8 +112,9 @@ def _machine(device: torch.device) -> list[Finding]:
     findings.append(Finding("2:4 kernels", "run and checked on such a GPU" if proven else known))
     served = {form.name: form.operators for form in FORMS} | {"counting": COUNTING}
     served |= {"linears in e4m3": OPERATORS_E4M3}
-    for name, operators in served.items():
-        reason = kernel_obstacle(device, operators)
+    reasons = {name: kernel_obstacle(device, operators) for name, operators in served.items()}
+    reasons["AdamW of 16 bits"] = why_not_one_pass(device)
+    for name, reason in reasons.items():
         findings.append(
             Finding(f"kernels, {name}", f"no: {reason}" if reason else "agree with the reference")
         )

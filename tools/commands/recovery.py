@@ -86,7 +86,8 @@ def prune(
     for name, why in done.left.items():
         print(f"left dense: {name}: {why}")
     pruned = counted(len(done.masks), "weight")
-    print(f"{out}: {pruned} pruned by {done.method}, sparsity {done.sparsity:.4f}")
+    of_all = f", of all in the blocks {done.sparsity_of_blocks:.4f}" if done.left else ""
+    print(f"{out}: {pruned} pruned by {done.method}, sparsity {done.sparsity:.4f}{of_all}")
     if done.pattern.count(":"):
         keep, of = done.pattern.split(":")
         print(f"{done.pattern}: {keep} of every {of} inputs stay")
@@ -232,7 +233,7 @@ def recover(
         say=lambda line: print(line, flush=True),
     )
     *_, last = errors.values()
-    print(f"{out}: {counted(len(errors), 'block')} recovered, the last one's error {last:.4f}")
+    print(f"{out}: {counted(len(errors), 'block')}, the last one's error {last:.4f}")
 
 
 def merge(

@@ -15,7 +15,8 @@ import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -81,13 +82,32 @@ def run(arguments: Sequence[str]) -> Outcome:
         for line in overrides:
             print(say(f"set: {line}"), file=sys.stderr)
     weights = Path(translation.continue_from) if translation.continue_from else None
-    _refuse_others_file(folder / TRANSLATED, comments(translation.text, str).partition("\n")[0])
-    outcome = train(recipe, folder, resume="auto", weights=weights)
+    with _in_words_of_this_command(folder):
+        _refuse_others_file(folder / TRANSLATED, comments(translation.text, str).partition("\n")[0])
+    with _in_words_of_this_command(folder):
+        outcome = train(recipe, folder, resume="auto", weights=weights)
     if outcome.is_main:
         with whole_file(folder / TRANSLATED) as partial:
             partial.write_text(comments(translation.text, say), encoding="utf-8")
     show_outcome(recipe, outcome, folder)
     return outcome
+
+
+@contextmanager
+def _in_words_of_this_command(folder: Path) -> Iterator[None]:
+    """What is to be done about a run is said in options of `act24 train`: here its folder is that of
+    `--save_dir`, and `--resume` is the other command's alone."""
+    try:
+        yield
+    except Act24Error as error:
+        own = shlex.quote(str(folder))
+        text = (
+            str(error)
+            .replace("with --run-dir", "with --save_dir")
+            .replace("another --run-dir", "another --save_dir")
+        )
+        text = text.replace("with --resume", f"with act24 train {own}/recipe.toml --run-dir {own} --resume")
+        raise type(error)(text) from error
 
 
 def _refuse_others_file(path: Path, head: str) -> None:

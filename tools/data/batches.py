@@ -75,6 +75,7 @@ class TokenRows(Iterator[Batch]):
 
     Attributes:
         warnings: what is worth saying about the text, one line each.
+        grown: numbers of files, at the saved position and now, where some were added since.
 
     Args:
         within_documents: batches say where documents begin (`Batch.starts`).
@@ -101,6 +102,7 @@ class TokenRows(Iterator[Batch]):
         self._end = weakref.finalize(self, self._thread.close)  # at the latest as the interpreter ends
         self._prefetched: deque[Future[Batch]] = deque()
         self.warnings = [*rows.warnings]
+        self.grown: tuple[int, int] | None = None
         self._said: set[str] = set()
         self._state = self._state_of_rows()
 
@@ -169,11 +171,11 @@ class TokenRows(Iterator[Batch]):
         self._state = self._thread.submit(self._continue, state, grow).result()
 
     def _continue(self, state: dict[str, Any], grow: bool) -> dict[str, Any]:
-        was, now, position = state["fingerprint"], self._rows.fingerprint, state["position"]
+        was, own, position = state["fingerprint"], self._rows.fingerprint, state["position"]
         changed = [
-            _change(key, was.get(key), now.get(key))
-            for key in sorted((was.keys() | now.keys()) - {"files"})
-            if was.get(key) != now.get(key)
+            _change(key, was.get(key), own.get(key))
+            for key in sorted((was.keys() | own.keys()) - {"files"})
+            if was.get(key) != own.get(key)
         ]
         try:
             if changed:
@@ -182,7 +184,10 @@ class TokenRows(Iterator[Batch]):
         except Act24Error as error:
             raise type(error)(f"the data are not those of the saved position: {error}") from error
         self._rows.load_state_dict(position)
-        return self._state_of_rows()
+        state = self._state_of_rows()
+        before, now = _files(position), _files(state["position"])
+        self.grown = (before, now) if before != now else None
+        return state
 
     def close(self) -> None:
         """Stop the thread (`Background.close`)."""
@@ -211,6 +216,12 @@ class TokenRows(Iterator[Batch]):
             "position": self._rows.state_dict(),
             "epoch": self._rows.epoch,
         }
+
+
+def _files(position: dict[str, Any]) -> int:
+    """How many files the streams of a position list; 0 where the source has none of its own."""
+    listings = [stream["files"] for stream in position["streams"].values() if stream.get("files")]
+    return max((len(listing["files"]) for listing in listings), default=0)
 
 
 @dataclass(frozen=True)

@@ -327,8 +327,8 @@ def other_heldout_text(data: Data, saved: dict[str, Any]) -> str | None:
         return None if same else "the content of data.heldout_files is another"
     paths = _builtin_files() if data.source == "builtin" else _given_files(data, "heldout", Tally())
     count = changed(Listing.from_json(saved.get("files")).files, identities(paths))
-    files = "files of which a part is held out are others"
-    return counted(count, "file of which a part is held out is another", files) if count else None
+    others = "is another" if count == 1 else "are others"
+    return f"{count} of the files of which a part is held out {others}" if count else None
 
 
 def _from_record(start: int, records: Iterator[str | None]) -> Iterator[tuple[int, str | None]]:

@@ -119,7 +119,7 @@ def retried(
                     logger.warning("reading %s failed: %s; waited for %.0f s so far", name, why, waited)
                 if clock() - since >= seconds:
                     raise Act24Error(
-                        f"reading {name} failed {counted(failures, 'time', 'times in a row')}: "
+                        f"reading {name} failed {counted(failures, 'time')}: "
                         f"{reason(error)}. data.retry_seconds = 1e9 waits as long as an outage lasts; "
                         "`act24 data prepare` makes a local copy that needs no network"
                     ) from error

@@ -155,7 +155,7 @@ def matched(
         )
     more = f"{counted(len(added), 'file was', 'files were')} added ({shown})"
     if added and not grow:
-        raise Act24Error(f"{more}; --data {GROW} takes from the next epoch on what was added")
+        raise Act24Error(f"{more}; --data {GROW} reads what was added from the next epoch on")
     warnings = []
     if touched:
         first = f"{touched[0]}{', …' if len(touched) > 1 else ''}"

@@ -335,4 +335,4 @@ def truncated(tokens: np.ndarray, max_length: int) -> np.ndarray:
 def too_short(tokens: int, max_length: int) -> str:
     """The message for a corpus that does not fill one row."""
     there = counted(tokens, "token")
-    return f"the training text has {there}, fewer than one row (data.max_length = {max_length})"
+    return f"the text has {there}, fewer than one row of {max_length} (data.max_length, or --seqlen)"

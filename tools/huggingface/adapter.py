@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from torch import Tensor
@@ -22,6 +23,16 @@ from act24.tools.run.build import Built
 PEFT = "peft"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+
+#: Keys of adapter_config.json that are read, or say no more than the tensors do.
+_SELECTS = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+    "peft_version", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r",
+    "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "ensure_weight_tying", "eva_config",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+#: Values of other keys that plain LoRA has. Other initialisations change the weights of the base.
+_PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
 
 @dataclass(frozen=True)
@@ -101,22 +112,51 @@ def read_adapter(folder: Path) -> Adapter:
     """An adapter in PEFT's format.
 
     Raises:
-        Act24Error: it is none, damaged, or of a kind that is not read here.
+        Act24Error: it is none, damaged, or of a kind that is not read here: nothing of it is left out.
     """
     with reading(f"cannot read the adapter {folder}", safetensors.SafetensorError, KeyError, TypeError):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
-            raise Act24Error(f"{folder}: of PEFT's adapters, plain LoRA is read")
-        scale = float(config["lora_alpha"]) / int(config["r"]) ** (0.5 if config.get("use_rslora") else 1)
+        _refuse_what_is_not_read(config, folder)
+        rank = int(config["r"])
+        if rank < 1:
+            raise ValueError(f"r = {rank} in {CONFIG}")
+        scale = float(config["lora_alpha"]) / rank ** (0.5 if config.get("use_rslora") else 1)
         with safetensors.safe_open(folder / WEIGHTS, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         check_hash(tensors, metadata, folder / WEIGHTS, SEAL)
-        factors = {}
-        for name in tensors:
-            if name.endswith(".lora_A.weight"):
-                path = name.removesuffix(".lora_A.weight")
-                weight = f"{path.removeprefix(_PREFIX)}.weight"
-                factors[weight] = (tensors[name], tensors[f"{path}.lora_B.weight"])
+        factors = _pairs(tensors, rank, folder / WEIGHTS)
     masked = metadata.get("act24_masked") == "True"
     return Adapter(factors, scale, masked, metadata.get("act24_base_sha256", ""))
+
+
+def _refuse_what_is_not_read(config: dict[str, Any], folder: Path) -> None:
+    """Whatever PEFT's adapters can be beyond s B A beside linears is said in a key of its own."""
+    if config.get("peft_type") != "LORA":
+        raise Act24Error(f"{folder}: of PEFT's adapters, plain LoRA is read, not {config.get('peft_type')}")
+    for key, value in config.items():
+        if value and key not in _SELECTS and value not in _PLAIN.get(key, ()):
+            raise Act24Error(
+                f"{folder}: of PEFT's adapters, plain LoRA is read, and {CONFIG} has {key} = {value!r}: "
+                "merge it by PEFT"
+            )
+
+
+def _pairs(tensors: Mapping[str, Tensor], rank: int, file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by the name of the weight."""
+    factors = {}
+    for name in tensors:
+        path, _, kind = name.rpartition(".lora_")
+        other = {"A.weight": "B.weight", "B.weight": "A.weight"}.get(kind)
+        if not path or other is None:
+            raise Act24Error(f"{file}: {name} is no factor of a linear's adapter, which is all that is read")
+        if f"{path}.lora_{other}" not in tensors:
+            raise Act24Error(f"{file} has {name}, and no lora_{other} beside it")
+        lora_a, lora_b = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
+        if not (lora_a.ndim == lora_b.ndim == 2 and lora_a.shape[0] == lora_b.shape[1] == rank):
+            raise Act24Error(
+                f"{file}: {path} has factors {list(lora_a.shape)} and {list(lora_b.shape)}, expected "
+                f"[{rank}, in] and [out, {rank}]: r is {rank} in {CONFIG}"
+            )
+        factors[f"{path.removeprefix(_PREFIX)}.weight"] = (lora_a, lora_b)
+    return factors

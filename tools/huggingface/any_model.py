@@ -162,6 +162,7 @@ def write_any(
         write_pretrained(folder, opened.config, opened.kind, state, metadata, opened.passes, pattern)
     else:
         model: Any = opened.model
+        vars(model.config).pop("act24_weight_pattern", None)  # of the folder that it was opened from
         if pattern:
             model.config.act24_weight_pattern = pattern
         model.save_pretrained(folder)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def export_run(path: Path, out: Path, form: str = "auto", dense_weights: bool = 
     if tokenizer is not None:
         named = {"eos_token_id": ends(config, tokenizer), "pad_token_id": padding(config, tokenizer)}
         config = dataclasses.replace(config, **named)
-    remarks = _remarks(path, built, exported.kind, exported.pattern, dense_weights)
+    zeros = _zeros(built.pipeline, exported.masks, dense_weights)
+    remarks = _remarks(path, built, exported.kind, zeros, dense_weights)
     if form == GGUF:
         _write_gguf(out, exported, tokenizer)
         remarks[0] = f'a GGUF of architecture "{exported.kind}", step {built.step}'
@@ -253,17 +255,18 @@ def _export_foreign(path: Path, built: Built, out: Path, form: str, dense_weight
         raise Act24Error(f"the model has no form that transformers opens: {error}; {instead}") from error
     pattern = "" if dense_weights else _pattern(built.pipeline)
     with whole_folder(out) as written:
-        pattern = _write_foreign(model, written, built.pipeline, pattern)
+        masks = _write_foreign(model, written, built.pipeline, pattern)
         if built.tokenizer is not None:
             positions = model.config.max_position_embeddings
             write_tokenizer(written, built.tokenizer, model.config, positions, generation_of(built))
-        remarks = _remarks(path, built, type(model).__name__, pattern, dense_weights)
+        zeros = _zeros(built.pipeline, masks, dense_weights)
+        remarks = _remarks(path, built, type(model).__name__, zeros, dense_weights)
         _write_card(written, out.name, remarks)
     return "\n".join((f"{out}: {remarks[0]}", *remarks[1:]))
 
 
-def _write_foreign(model: Any, folder: Path, pipeline: Pipeline, pattern: str) -> str:
-    """A plain model, its pattern in config.json, and its masks; the pattern."""
+def _write_foreign(model: Any, folder: Path, pipeline: Pipeline, pattern: str) -> Masks | None:
+    """A plain model, its pattern in config.json, and its masks, which are returned."""
     masks = Masks(*kept_masks(pipeline)) if has_masks(pipeline) else None
     if pattern := masks.pattern if masks is not None else pattern:
         model.config.act24_weight_pattern = pattern
@@ -272,7 +275,7 @@ def _write_foreign(model: Any, folder: Path, pipeline: Pipeline, pattern: str) -
     if masks is not None:
         check_pruned(model.state_dict(), masks, "what is exported")
         write_masks(folder, masks)
-    return pattern
+    return masks
 
 
 def _stock(
@@ -304,7 +307,15 @@ def _pattern(pipeline: Pipeline) -> str:
     return "2:4" if any(isinstance(p, Weight24) for p in pipeline.active) else ""
 
 
-def _remarks(path: Path, built: Built, kind: str, pattern: str, dense_weights: bool) -> list[str]:
+def _zeros(pipeline: Pipeline, masks: Masks | None, dense_weights: bool) -> Counter[str]:
+    """How many weights have which pattern."""
+    if masks is not None:
+        return Counter(str(masks.patterns[name]) for name, mask in masks.masks.items() if not mask.all())
+    in_force = [] if dense_weights else [p for p in pipeline.active if isinstance(p, Weight24)]
+    return Counter({"2:4": sum(len(pipeline.matches(p)) for p in in_force)} if in_force else {})
+
+
+def _remarks(path: Path, built: Built, kind: str, zeros: Mapping[str, int], dense_weights: bool) -> list[str]:
     """What was written and what its readers compute: the model card, and what the command says. `kind` may be
     the name of another class."""
     classes = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", ACT24: "the model type act24"}
@@ -323,9 +334,12 @@ def _remarks(path: Path, built: Built, kind: str, pattern: str, dense_weights: b
             "It was trained with attention within documents: it computes that function for one text a row, "
             "an end-of-text token in front, and who packs texts into a row has to keep them apart there"
         )
-    if pattern:
-        remarks.append("Its weights are 2:4: two of every four along the inputs are zero")
-    elif dense_weights:
+    for pattern, count in sorted(zeros.items()):
+        keep, _, of = pattern.partition(":")
+        groups = f"{pattern}: of every {of} along the inputs {keep} stay, and the others are zero"
+        told = groups if of else f"pruned: a share of {pattern} of each is zero"
+        remarks.append(f"{count} of its weights are {told}")
+    if dense_weights:
         remarks.append("Its weights are the dense masters behind 2:4 ones, not the function that was trained")
     return remarks
 

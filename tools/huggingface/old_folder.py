@@ -17,7 +17,8 @@ import logging
 import pickle
 import shlex
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,34 @@ def is_old(folder: Path) -> bool:
     return files or "squ_relu" in read_json(folder / CONFIG)
 
 
+def check_old(folder: Path) -> None:
+    """
+    Raises:
+        Act24Error: run_c4.py did not write a folder: what it is, and what to do.
+    """
+    if is_old(folder):
+        return
+    inside = sorted(path.name for path in folder.iterdir() if is_old(path)) if folder.is_dir() else []
+    run = next((path for path in (folder, folder.parent.parent) if (path / "checkpoints").is_dir()), None)
+    if not folder.is_dir():
+        what = "it is none: name the folder of the weights"
+    elif inside:
+        what = f"it holds {', '.join(inside[:4])}: name one of them"
+    elif run:
+        on = shlex.join(
+            ["act24", "train", str(run / "recipe.toml"), "--run-dir", str(run), "--resume", "auto"]
+        )
+        what = f"it is of act24, which goes on with {on}"
+    else:
+        what = (
+            f"it has neither {FLAGS} nor {COMMAND}: write the run_c4.py command that trained it into "
+            f"{folder / COMMAND}, or begin with any other model by model.pretrained of a recipe (act24 train)"
+        )
+    raise Act24Error(
+        f"--continue_from {folder} takes a folder that run_c4.py left (model_<step>/), and {what}"
+    )
+
+
 def open_old(folder: Path) -> OldModel:
     """Read a folder.
 
@@ -106,8 +135,8 @@ def _recipe(folder: Path, old: Mapping[str, Tensor]) -> Recipe:
     biased = [name for name in old if name.endswith(".bias") and "_proj" in name]
     overrides += ["model.attention_bias=true"] if any(".self_attn." in name for name in biased) else []
     overrides += ["model.mlp_bias=true"] if any(".mlp." in name for name in biased) else []
-    text = recipe_from_flags(command).text
-    recipe = parse_recipe(text, str(folder), overrides)
+    with _told_by(folder):
+        recipe = parse_recipe(recipe_from_flags(command).text, "the recipe of this command", overrides)
     recipe = _as_it_was_trained(recipe, old, folder)
     if "--use_hf_model" not in command and recipe.model.rope_theta not in (None, _ROPE_THETA):
         logger.warning(
@@ -149,13 +178,33 @@ def _as_it_was_trained(recipe: Recipe, old: Mapping[str, Tensor], folder: Path) 
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "passes": tuple(passes)})
 
 
+def told_by(folder: Path) -> Path:
+    """The file of a folder that says how it was trained: the command, or else the flags."""
+    return folder / (COMMAND if (folder / COMMAND).is_file() else FLAGS)
+
+
+@contextmanager
+def _told_by(folder: Path) -> Iterator[None]:
+    """One line for a command, or flags, that cannot be read: the file, what is wrong and what to do."""
+    try:
+        with reading("it cannot be read"):
+            yield
+    except Act24Error as error:
+        raise Act24Error(
+            f"{told_by(folder)}: {error}; the run_c4.py command that trained the folder belongs into "
+            f"{folder / COMMAND}, as a line"
+        ) from error
+
+
 def _flags(folder: Path) -> list[str]:
     """The options of the command that trained it, without the model's."""
     if (folder / COMMAND).is_file():
-        words = shlex.split(read_utf8(folder / COMMAND), comments=True)
-        while "--model_config" in words:
-            index = words.index("--model_config")
-            del words[index : index + 2]
+        with _told_by(folder):
+            words = shlex.split(read_utf8(folder / COMMAND), comments=True)
+        for index in reversed(range(len(words))):
+            name, equals, _ = words[index].partition("=")
+            if name == "--model_config":
+                del words[index : index + (1 if equals else 2)]
         return words
     if not (folder / FLAGS).is_file():
         raise Act24Error(
@@ -164,7 +213,10 @@ def _flags(folder: Path) -> list[str]:
         )
     config = _unpickled(folder / FLAGS).get("config")
     if not isinstance(config, Mapping):
-        raise Act24Error(f"{folder / FLAGS} holds no flags under 'config': write the command into {COMMAND}")
+        raise Act24Error(
+            f"{folder / FLAGS} holds no flags under 'config': write the run_c4.py command, as a line, into "
+            f"{folder / COMMAND}"
+        )
     values = {"lr": config.get("max_lr"), **config}
     words = []
     for name, flag in BY_NAME.items():

@@ -47,6 +47,8 @@ def write_tokenizer(
         **{name: tokenizer.token(id) for name, id in ids.items()},
         "model_max_length": positions,
         "clean_up_tokenization_spaces": False,
+        # Whoever generates goes on at the end of a row: `transformers`' own default, right, is for encoders.
+        "padding_side": "left",
     }
     content = tokenizer.to_json()
     (folder / TOKENIZER).write_text(content, encoding="utf-8")
@@ -54,9 +56,8 @@ def write_tokenizer(
     own = {f"{name}_id": id for name, id in ids.items()} | {"eos_token_id": ends(config, tokenizer)}
     if generation and tokenizer.eos_id not in _listed(generation.get("eos_token_id", own["eos_token_id"])):
         logger.warning(
-            "warning: %s has none of the generation settings that its model began with: they end a text at "
-            "%s, its tokenizer at %d",
-            folder,
+            "warning: none of the generation settings that the model began with are written: they end a text "
+            "at %s, its tokenizer at %d",
             generation["eos_token_id"],
             tokenizer.eos_id,
         )

@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from act24.errors import Act24Error
 
+#: Arguments of a block behind the hidden states.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 class _Caught(Exception):
     """The first block was reached."""
@@ -44,6 +47,11 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not best:
         raise Act24Error(f"{type(model).__name__} has no list of blocks with linears")
     return best
+
+
+def transposed_weights(model: nn.Module) -> set[str]:
+    """The names of weights that are stored `[in, out]`: GPT-2's Conv1D."""
+    return {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,18 @@ class Chain:
         modules = list(self.blocks.values())
         home = next(model.parameters()).device
         self._hidden: list[Tensor] = []
-        self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        # What else blocks are called with, by batch: the same list for batches that it is equal for.
+        self._calls: list[list[_Call]] = []
+        distinct: list[list[_Call]] = []
         for ids in batches:
             hidden, calls = _catch(model, modules, ids.to(home), device)
             self._hidden.append(hidden.to("cpu"))
-            self._calls.setdefault(tuple(hidden.shape), calls)
+            equal = next((before for before in distinct if _same(before, calls)), None)
+            if equal is None:
+                # Of a model that calls its blocks with something of the tokens, as Gemma 4's, in host memory.
+                equal = calls if not distinct else _moved(calls, torch.device("cpu"))
+                distinct.append(equal)
+            self._calls.append(equal)
 
     @torch.no_grad()
     def forward(
@@ -138,10 +153,10 @@ class Chain:
         for number in range(len(self._hidden)):
             hidden, pads = self.inputs(number), self.pads[number]
             if see is None:
-                yield self.run(index, hidden)
+                yield self.run(index, hidden, number)
                 continue
             with _Observer(weights, partial(see, pads)):
-                output = self.run(index, hidden)
+                output = self.run(index, hidden, number)
             yield output
 
     def inputs(self, number: int) -> Tensor:
@@ -152,9 +167,9 @@ class Chain:
         """How many batches."""
         return len(self._hidden)
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """A block on hidden states `[B, S, D]`."""
-        args, kwargs = self._calls[tuple(hidden.shape)][index]
+    def run(self, index: int, hidden: Tensor, number: int) -> Tensor:
+        """A block on hidden states `[B, S, D]` of a batch, called as the model calls it for that batch."""
+        args, kwargs = _moved(self._calls[number][index], self._device)
         return _tensor(list(self.blocks.values())[index](hidden, *args, **kwargs))
 
     def advance(self, index: int) -> None:
@@ -174,6 +189,17 @@ class Chain:
             block.to(home)
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether calls of blocks are equal, value by value."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other.to(one.device))
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other))
+
+
 def _tensor(output: Any) -> Tensor:
     """Hidden states, which older blocks return in a tuple."""
     return output if isinstance(output, Tensor) else output[0]
@@ -182,10 +208,10 @@ def _tensor(output: Any) -> Tensor:
 @torch.no_grad()
 def _catch(
     model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, device: torch.device
-) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+) -> tuple[Tensor, list[_Call]]:
     """The hidden states that go into the first block, and what else each block is called with: no block runs
     but the first, on one row, to see whether it returns a tuple."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    seen: list[_Call] = []
     entered: list[Tensor] = []
     as_tuple = False
 

@@ -8,6 +8,7 @@ pruning: EBFT, arXiv 2402.12419; the target of the dense model's own chain is th
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,11 +21,11 @@ from act24.errors import Act24Error
 from act24.pruning.methods import masked
 from act24.recipes.schema import Data
 from act24.tools.files import weights_hash
-from act24.tools.huggingface.config import read_json
+from act24.tools.huggingface.any_model import AnyModel
 from act24.tools.pruning.blocks import Chain
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
-from act24.tools.pruning.folder import REPORT, write_pruned
-from act24.tools.pruning.kept import BlockFiles, clear
+from act24.tools.pruning.folder import pruned_from, write_pruned
+from act24.tools.pruning.kept import BlockFiles, becoming
 from act24.tools.pruning.masks import Masks, masks_beside
 from act24.tools.run.opening import open_any
 
@@ -51,7 +52,8 @@ def recover_blockwise(
 
     Args:
         source: a folder that `act24 prune` wrote.
-        dense: the model that it was pruned from; None: what its prune.json says.
+        dense: the model whose blocks are fitted to; None: the one that its prune.json says, with the weights
+            that were pruned or fitted to then.
         data, samples, seqlen: the rows to fit on, as for `act24.tools.pruning.folder.prune_model`.
         epochs: how often each block sees all rows.
         lr: of AdamW, as a share of the root mean square of each tensor, so that it does not depend on how
@@ -61,52 +63,66 @@ def recover_blockwise(
         by block the relative error of its outputs on the first rows, after.
 
     Raises:
-        Act24Error: no masks, no dense model, one of other shapes, or a loss that is not finite.
+        Act24Error: no masks, no dense model, one of other shapes or weights, or a loss that is not finite.
     """
-    if out.exists():
-        raise Act24Error(f"{out} exists already")
     began = time.perf_counter()
+    with becoming(out) as partial:
+        opened, masks, target, named = _open_both(source, dense)
+        data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
+        rows = max(1, _TOKENS // data.max_length)
+        batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size, rows=rows)
+        asked: dict[str, Any] = {
+            "source": source,
+            "weights": opened.sha256(),
+            **named,
+            "calibration": {
+                "data": data.model_dump(mode="json"),
+                "samples": samples,
+                "seqlen": data.max_length,
+                "tokens": tokens_of(batches, pads),
+            },
+            "epochs": epochs,
+            "lr": lr,
+        }
+        files = BlockFiles(partial, asked)
+        errors, left = _recover_(
+            opened.model, target.model, masks, batches, pads, epochs, lr, device, say, files
+        )
+        report = {
+            **asked,
+            "recovered": "blockwise",
+            "block_errors": errors,
+            "left": left,
+            "seconds": time.perf_counter() - began,
+        }
+        write_pruned(opened, partial, masks, report)
+    return errors
+
+
+def _open_both(source: str, dense: str | None) -> tuple[AnyModel, Masks, AnyModel, dict[str, str]]:
+    """The pruned model with its masks, and the dense one, with its name and hash."""
     opened = open_any(source)
     masks = masks_beside(opened.folder, opened.state()) if opened.folder else None
     if masks is None or opened.folder is None:
         raise Act24Error(f"{source} has no masks: blockwise recovery begins with a folder of act24 prune")
-    dense = dense or read_json(opened.folder / REPORT).get("source")
+    said, hashed = (None, None) if dense else pruned_from(opened.folder)
+    dense = dense or said
     if not dense:
         raise Act24Error(f"{source} does not say what it was pruned from: give --dense MODEL")
-    target = open_any(dense)
+    try:
+        target = open_any(dense)
+    except Act24Error as error:
+        raise Act24Error(f"the model that {source} was pruned from: {error}; --dense names it") from error
+    dense_weights = weights_hash(target.state())
+    if hashed not in (None, dense_weights):
+        raise Act24Error(
+            f"{dense} has other weights than {source} was pruned from: give --dense MODEL, as it was then, "
+            f"or --dense {dense} to fit to it as it is"
+        )
     shapes = [{n: tuple(p.shape) for n, p in m.model.named_parameters()} for m in (opened, target)]
     if shapes[0] != shapes[1]:
         raise Act24Error(f"{dense} is not what {source} was pruned from: its parameters are others")
-    data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
-    rows = max(1, _TOKENS // data.max_length)
-    batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size, rows=rows)
-    asked: dict[str, Any] = {
-        "source": source,
-        "weights": opened.sha256(),
-        "dense": dense,
-        "dense_weights": weights_hash(target.state()),
-        "calibration": {
-            "data": data.model_dump(mode="json"),
-            "samples": samples,
-            "seqlen": data.max_length,
-            "tokens": tokens_of(batches, pads),
-        },
-        "epochs": epochs,
-        "lr": lr,
-    }
-    partial = out.with_name(f"{out.name}.partial")
-    files = BlockFiles(partial, asked)
-    errors = _recover_(opened.model, target.model, masks, batches, pads, epochs, lr, device, say, files)
-    report = {
-        **asked,
-        "recovered": "blockwise",
-        "block_errors": errors,
-        "seconds": time.perf_counter() - began,
-    }
-    write_pruned(opened, partial, masks, report)
-    partial.rename(out)
-    clear(out)
-    return errors
+    return opened, masks, target, {"dense": dense, "dense_weights": dense_weights}
 
 
 def _recover_(
@@ -120,10 +136,12 @@ def _recover_(
     device: str,
     say: Callable[[str], None],
     files: BlockFiles,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[str]]:
+    """Errors by block, and the blocks that are as they were."""
     where = torch.device(device)
     sparse, dense = (Chain(m.eval(), batches, pads, where) for m in (model, target))
     errors: dict[str, float] = {}
+    left: list[str] = []
     # No cache: it would hold the weights of before an update.
     with torch.autocast(where.type, torch.bfloat16, cache_enabled=False):
         for index, name in enumerate(sparse.blocks):
@@ -138,15 +156,22 @@ def _recover_(
                     with torch.no_grad():
                         for full, value in tensors.items():
                             parameters[full].copy_(value)
-                    before = content["before"]
                 else:
-                    before = _fit_(sparse, dense, index, name, masks, epochs, lr)
-                    files.write(index, parameters, {"before": before})
+                    before, fitted = _fit_(sparse, dense, index, name, masks, epochs, lr)
+                    content = {"before": before, "fitted": fitted}
+                    files.write(index, parameters, content)
                 sparse.advance(index)
             errors[name] = after = _error(sparse, dense)
             how = "found finished" if found else f"{time.perf_counter() - began:.1f} s"
-            say(f"{name}: error of the outputs {before:.4f} → {after:.4f}, {how}")
-    return errors
+            line = f"{name}: error of the outputs {content['before']:.4f} → {after:.4f}, {how}"
+            if not content["fitted"] < content["before"]:
+                left.append(name)
+                line += (
+                    f"; left as it was: fitting came to {content['fitted']:.4f}. "
+                    "Give more --samples, or a smaller --lr"
+                )
+            say(line)
+    return errors, left
 
 
 def _error(sparse: Chain, dense: Chain) -> float:
@@ -158,11 +183,16 @@ def _error(sparse: Chain, dense: Chain) -> float:
     return float(torch.stack(each).mean().sqrt())
 
 
-def _fit_(sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epochs: int, lr: float) -> float:
-    """Fit what a block kept, float32 weights under bfloat16 autocast; the error of its outputs before, on the
-    first batches."""
+def _fit_(
+    sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epochs: int, lr: float
+) -> tuple[float, float]:
+    """Fit what a block kept, float32 weights under bfloat16 autocast; what makes it no better is undone.
+
+    Returns:
+        the errors of its outputs on the first batches, before, and after the fit.
+    """
     block = sparse.blocks[name]
-    dtypes = {local: p.dtype for local, p in block.named_parameters()}
+    as_it_was = {local: p.detach().to("cpu", copy=True) for local, p in block.named_parameters()}
     block.float()
     parameters = dict(block.named_parameters())
     device = next(iter(parameters.values())).device
@@ -172,9 +202,11 @@ def _fit_(sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epoc
     pruned = {local: ~mask for local, mask in own.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    with torch.no_grad():
-        before = [_difference(sparse, dense, index, number) for number in range(min(_MEASURED, len(sparse)))]
-    groups = [{"params": [p], "lr": lr * _size(p)} for p in parameters.values()]
+    before = _measured(sparse, dense, index)
+    sizes = {local: _size(p) for local, p in parameters.items()}
+    # A tensor of zeros, as biases may begin, has no size of its own.
+    usual = statistics.median([size for size in sizes.values() if size] or [1.0])
+    groups = [{"params": [p], "lr": lr * (sizes[local] or usual)} for local, p in parameters.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = epochs * len(sparse)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -193,16 +225,27 @@ def _fit_(sparse: Chain, dense: Chain, index: int, name: str, masks: Masks, epoc
     with torch.no_grad():
         for local, parameter in parameters.items():
             parameter.grad = None
-            parameter.data = parameter.data.to(dtypes[local])
+            parameter.data = parameter.data.to(as_it_was[local].dtype)
             if local in own:
                 parameter.copy_(masked(parameter, own[local]))
-    return float(torch.stack(before).mean().sqrt())
+        after = _measured(sparse, dense, index)
+        if not after < before:
+            for local, parameter in parameters.items():
+                parameter.copy_(as_it_was[local])
+    return before, after
+
+
+@torch.no_grad()
+def _measured(sparse: Chain, dense: Chain, index: int) -> float:
+    """The root of the mean of `_difference` over the first batches."""
+    each = [_difference(sparse, dense, index, number) for number in range(min(_MEASURED, len(sparse)))]
+    return float(torch.stack(each).mean().sqrt())
 
 
 def _size(parameter: Tensor) -> float:
-    """The root mean square of what is not zero; 1 where all is, as biases may begin."""
+    """The root mean square of what is not zero; 0 where all is."""
     kept = parameter.detach()[parameter.detach() != 0]
-    return float(kept.square().mean().sqrt()) if kept.numel() else 1.0
+    return float(kept.square().mean().sqrt()) if kept.numel() else 0.0
 
 
 def _difference(sparse: Chain, dense: Chain, index: int, number: int) -> Tensor:
@@ -212,7 +255,7 @@ def _difference(sparse: Chain, dense: Chain, index: int, number: int) -> Tensor:
     as long as others, and a sum over tokens would fit little else.
     """
     dtype = next(sparse.blocks[list(sparse.blocks)[index]].parameters()).dtype
-    output = sparse.run(index, sparse.inputs(number).to(dtype))
+    output = sparse.run(index, sparse.inputs(number).to(dtype), number)
     return _relative(output, dense.inputs(number), sparse.pads[number])
 
 

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.pruning.methods import METHODS
-from act24.pruning.pattern import parse_pattern
+from act24.pruning.pattern import parse_pattern, stored_pattern
 from act24.recipes.schema import Data
 from act24.tools.files import whole_file
 from act24.tools.huggingface.any_model import AnyModel, write_any
+from act24.tools.huggingface.config import read_json
 from act24.tools.pruning.calibration import calibration_rows, tokens_of, window
-from act24.tools.pruning.kept import BlockFiles, clear
-from act24.tools.pruning.masks import Masks, check_pruned, write_masks
+from act24.tools.pruning.kept import BlockFiles, becoming
+from act24.tools.pruning.masks import Masks, check_pruned, masks_beside, write_masks
 from act24.tools.pruning.prune import LayerReport, Pruning, prune_
 from act24.tools.run.opening import open_any
 from act24.tools.watch.tensorboard import RunLog
@@ -62,47 +63,64 @@ def prune_model(
     Raises:
         Act24Error: whatever is wrong with the model, the options or the text; `out` exists.
     """
-    if out.exists():
-        raise Act24Error(f"{out} exists already")
     _ = METHODS[method], parse_pattern(pattern)  # before anything is read
     began = time.perf_counter()
-    opened = open_any(source)
-    data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
-    batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size)
-    calibration = {
-        "data": data.model_dump(mode="json"),
-        "samples": samples,
-        "seqlen": data.max_length,
-        "tokens": tokens_of(batches, pads),
-    }
-    weights = opened.sha256()
-    asked = {
-        "source": source,
-        "weights": weights,
-        "method": method,
-        "pattern": pattern,
-        "by_layer": dict(by_layer or {}),
-        "calibration": calibration,
-    }
-    partial = out.with_name(f"{out.name}.partial")
-    kept = _Kept(partial, asked)
-    done = prune_(
-        opened.model,
-        batches,
-        method=method,
-        pattern=pattern,
-        by_layer=by_layer,
-        pads=pads,
-        device=device,
-        say=say,
-        kept=kept,
-    )
-    report = {**asked, **done.as_dict(), "seconds": time.perf_counter() - began}
-    write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
-    _log(partial, done)
-    partial.rename(out)
-    clear(out)
+    with becoming(out) as partial:
+        opened = open_any(source)
+        dense = _pruned_before(opened, say)
+        data = data.model_copy(update={"max_length": window(seqlen, opened.positions)})
+        batches, pads = calibration_rows(data, opened.open_tokenizer(), samples, opened.vocab_size)
+        asked = {
+            "source": source,
+            "weights": opened.sha256(),
+            "method": method,
+            "pattern": pattern,
+            "by_layer": dict(by_layer or {}),
+            "calibration": {
+                "data": data.model_dump(mode="json"),
+                "samples": samples,
+                "seqlen": data.max_length,
+                "tokens": tokens_of(batches, pads),
+            },
+        }
+        done = prune_(
+            opened.model,
+            batches,
+            method=method,
+            pattern=pattern,
+            by_layer=by_layer,
+            pads=pads,
+            device=device,
+            say=say,
+            kept=_Kept(partial, asked),
+        )
+        report = {**asked, **dense, **done.as_dict(), "seconds": time.perf_counter() - began}
+        write_pruned(opened, partial, Masks(done.masks, done.patterns, frozenset(done.transposed)), report)
+        _log(partial, done)
     return done
+
+
+def _pruned_before(opened: AnyModel, say: Callable[[str], None]) -> dict[str, str]:
+    """Say that a model is pruned already; what its report says of the dense one."""
+    if opened.folder is None or masks_beside(opened.folder, opened.state()) is None:
+        return {}
+    say(f"{opened.source} is pruned already: new masks take the place of its own, which are not kept")
+    name, weights = pruned_from(opened.folder)
+    return {"dense": name, "dense_weights": weights} if name and weights else {}
+
+
+def pruned_from(folder: Path) -> tuple[str | None, str | None]:
+    """The dense model that the report in a folder names, and the hash of its weights: of a folder that was
+    fitted already the source is a pruned one. None: it does not say.
+
+    Raises:
+        Act24Error: the report cannot be read.
+    """
+    if not (folder / REPORT).is_file():
+        return None, None
+    content = read_json(folder / REPORT)
+    keys = ("dense", "dense_weights") if "dense" in content else ("source", "weights")
+    return content.get(keys[0]), content.get(keys[1])
 
 
 def write_pruned(opened: AnyModel, folder: Path, masks: Masks, report: Mapping[str, Any]) -> None:
@@ -135,7 +153,7 @@ class _Kept(BlockFiles):
             content["method"],
             content["pattern"],
             masks={x.name: tensors[f"{x.name}.mask"].bool() for x in layers},
-            patterns={x.name: parse_pattern(x.pattern) for x in layers},
+            patterns={x.name: stored_pattern(x.pattern) for x in layers},
             transposed=set(content["transposed"]),
             left=content["left"],
             layers=layers,
@@ -157,6 +175,8 @@ def _log(folder: Path, done: Pruning) -> None:
         leaf = layer.name.removeprefix(f"{block}.").removesuffix(".weight").replace(".", "_")
         for key in ("sparsity", "score_kept", "error"):
             values.setdefault(f"prune_{key}/*/{leaf}", {})[blocks.index(block)] = asdict(layer)[key]
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()  # of a call that was killed here
     log = RunLog(folder, layer_tags=list(values))
     for tag, by_layer in values.items():
         log.layers(tag, by_layer, 0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error, reading
 from act24.tools.files import plain_text, save_file, weights_hash, whole_file
+from act24.tools.run.lock import LOCK, run_lock
 
 _JOURNAL = "interrupted.json"
 
@@ -35,7 +37,7 @@ class BlockFiles:
                     f"{folder} is of an interrupted call with another {', '.join(different)}: give the same "
                     "options, or remove it"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(file.name != LOCK for file in folder.iterdir()):
             raise Act24Error(f"{folder} exists, and is of no interrupted call: remove it")
 
     def _file(self, index: int) -> Path:
@@ -77,7 +79,18 @@ class BlockFiles:
             raise Act24Error(f"cannot write {self._file(index)}: {error}") from error
 
 
-def clear(folder: Path) -> None:
-    """Remove the files of blocks from what is whole."""
-    for file in (*folder.glob("block-*.safetensors"), folder / _JOURNAL):
-        file.unlink(missing_ok=True)
+@contextmanager
+def becoming(out: Path) -> Iterator[Path]:
+    """OUT.partial, which no other process writes meanwhile, and which is OUT where nothing is raised.
+
+    Raises:
+        Act24Error: `out` exists, or another process is making it.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    with run_lock(partial, "--out"):
+        if out.exists():
+            raise Act24Error(f"{out} exists already")
+        yield partial
+        partial.rename(out)
+        for file in (*out.glob("block-*.safetensors"), out / _JOURNAL, out / LOCK):
+            file.unlink(missing_ok=True)

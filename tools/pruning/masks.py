@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import safetensors
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
-from act24.pruning.pattern import Pattern, follows, parse_pattern
+from act24.pruning.pattern import Pattern, follows, stored_pattern
 from act24.pruning.stored import fault, packed_bits, unpacked_bits
 from act24.tools.files import check_hash, save_file, weights_hash, whole_file
 from act24.tools.huggingface.folder import seal_
@@ -38,6 +39,11 @@ class Masks:
     def dense(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a weight's shape as `[out, in]`."""
         return tensor.T if name in self.transposed else tensor
+
+    def without(self, names: AbstractSet[str]) -> Masks:
+        """The masks of all other weights."""
+        masks = {name: mask for name, mask in self.masks.items() if name not in names}
+        return Masks(masks, {name: self.patterns[name] for name in masks}, self.transposed - names)
 
     @property
     def pattern(self) -> str:
@@ -120,7 +126,7 @@ def read_masks(folder: Path) -> Masks | None:
         masks, patterns, transposed = {}, {}, set()
         for name, entry in table.items():
             mask = unpacked_bits(bits[name], int(entry["columns"]))
-            patterns[name] = parse_pattern(entry["pattern"])
+            patterns[name] = stored_pattern(entry["pattern"])
             if not follows(mask, patterns[name]):
                 raise Act24Error(
                     f"{file}: the mask of {name} does not follow {patterns[name]}: it is damaged"

@@ -19,7 +19,7 @@ import safetensors
 from torch import Tensor
 
 from act24.errors import Act24Error, reading
-from act24.pruning.pattern import follows, parse_pattern
+from act24.pruning.pattern import follows, stored_pattern
 from act24.pruning.stored import compressed, expanded
 from act24.tools.files import check_hash, save_file, weights_hash, whole_file, whole_folder
 from act24.tools.huggingface.folder import INDEX, PACKED, WEIGHTS, read_state, write_weights
@@ -69,7 +69,7 @@ def read_packed(folder: Path) -> tuple[dict[str, Tensor], Masks]:
         for name, entry in json.loads(metadata["packed"]).items():
             values, bits = tensors.pop(name + _VALUES), tensors.pop(name + _POSITIONS)
             weight, mask = expanded(values, bits, int(entry["shape"][1]))
-            patterns[name] = parse_pattern(entry["pattern"])
+            patterns[name] = stored_pattern(entry["pattern"])
             dtype = str(weight.dtype).removeprefix("torch.")
             if (
                 list(weight.shape) != entry["shape"]

@@ -59,6 +59,7 @@ class Pruning:
         left: matrices in blocks that stay dense, each with the reason.
         layers: in the order in which they were pruned.
         block_errors: by block: the change of its outputs, ‖f(x) - f̂(x)‖ / ‖f(x)‖, on the first batch.
+        elements: of all matrices and larger tensors in blocks, those that stay dense included.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Pruning:
     left: dict[str, str] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     block_errors: dict[str, float] = field(default_factory=dict)
+    elements: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -76,12 +78,19 @@ class Pruning:
         kept = sum(int(mask.sum()) for mask in self.masks.values())
         return 1 - kept / max(sum(mask.numel() for mask in self.masks.values()), 1)
 
+    @property
+    def sparsity_of_blocks(self) -> float:
+        """Of all that blocks have, what stays dense included."""
+        gone = sum(mask.numel() - int(mask.sum()) for mask in self.masks.values())
+        return gone / max(self.elements, 1)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON values, without the masks."""
         return {
             "method": self.method,
             "pattern": self.pattern,
             "sparsity": self.sparsity,
+            "sparsity_of_blocks": self.sparsity_of_blocks,
             "left": self.left,
             "layers": [asdict(layer) for layer in self.layers],
             "block_errors": self.block_errors,
@@ -146,7 +155,8 @@ def prune_(
     try:
         chain = Chain(model, batches, pads or [None] * len(batches), torch.device(device))
         _refuse_shared(chain, model)
-        _check(chain, usual, table)
+        _check(chain, usual, table, record)
+        result.elements = sum(p.numel() for b in chain.blocks.values() for p in b.parameters() if p.ndim > 1)
         for index, name in enumerate(chain.blocks):
             began = time.perf_counter()
             with chain.on_device(index):
@@ -226,9 +236,15 @@ def _prune_block_(
     parameters = dict(block.named_parameters())
     new: dict[str, Tensor] = {}
     for local, parameter in parameters.items():
-        if parameter.ndim != 2:
+        if parameter.ndim < 2:
             continue
         full = f"{name}.{local}"
+        if parameter.ndim > 2:
+            result.left[full] = f"a tensor of {parameter.ndim} dimensions, as of experts, is no linear"
+            continue
+        if _chooses_experts(local, parameters):
+            result.left[full] = "it chooses among experts"
+            continue
         if local not in seen:
             result.left[full] = "no linear that pruning knows reads it"
             continue
@@ -246,10 +262,19 @@ def _prune_block_(
             result.transposed.add(full)
     for local, value in new.items():
         parameters[local].copy_(value)
-    changed = chain.run(index, chain.inputs(0)).double()
+    changed = chain.run(index, chain.inputs(0), 0).double()
     difference = (changed - dense.double()).norm() / dense.double().norm().clamp(min=1e-300)
     result.block_errors[name] = float(difference)
     return result
+
+
+def _chooses_experts(local: str, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a matrix has a row for each expert: beside it lies one tensor of as many matrices."""
+    beside = local.split(".")[:-2]
+    return any(
+        p.ndim == 3 and len(p) == len(parameters[local]) and name.split(".")[: len(beside)] == beside
+        for name, p in parameters.items()
+    )
 
 
 def _prune_linear(
@@ -310,7 +335,7 @@ def _refuse_shared(chain: Chain, model: nn.Module) -> None:
             )
 
 
-def _check(chain: Chain, usual: Pattern, table: Mapping[str, Pattern | None]) -> None:
+def _check(chain: Chain, usual: Pattern, table: Mapping[str, Pattern | None], method: PruneMethod) -> None:
     """What can be known before the first block is changed, so that no other is either."""
     unused, full = set(table), ""
     for name, block in chain.blocks.items():
@@ -326,6 +351,7 @@ def _check(chain: Chain, usual: Pattern, table: Mapping[str, Pattern | None]) ->
             rows, columns = weight.shape
             stored = (columns, rows) if class_name == "Conv1D" else (rows, columns)
             pattern.check(stored, f"{full}.weight")
+            method.mask(torch.ones(1, pattern.of or 1), pattern)  # a method may refuse a pattern
             if not torch.isfinite(weight).all():
                 raise Act24Error(f"{full}.weight is not finite")
     if unused:

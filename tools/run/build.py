@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from act24.errors import Act24Error, PassError
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, SparseMask, Weight24
+from act24.passes.base import StructuralPass
 from act24.passes.document_attention import DocumentAttention
 from act24.passes.graph.measurements import Measurement
 from act24.passes.recovery import freeze_base_
@@ -34,7 +35,7 @@ from act24.tools.checkpoints.together import on_the_first
 from act24.tools.data import open_tokenizer
 from act24.tools.data import tokenizer as data_tokenizer
 from act24.tools.huggingface.folder import PACKED, check_state, is_pretrained, open_pretrained
-from act24.tools.huggingface.old_folder import is_old, open_old
+from act24.tools.huggingface.old_folder import is_old, open_old, told_by
 from act24.tools.pruning.packed import read_packed
 from act24.tools.run.folder import last_checkpoint
 from act24.tools.run.language import GENERATION, config_from_json, unset_model
@@ -224,9 +225,24 @@ def build_from_old(
     Raises:
         Act24Error: as `build`, and where the folder's model is not the recipe's.
     """
-    built = build(recipe, device, step, measure)
-    load_old_weights_(built, open_old(folder).state, str(folder))
+    built, old = build(recipe, device, step, measure), open_old(folder)
+    then, now = (_kinds(passes) for passes in (old.recipe.passes, recipe.passes))
+    if then != now:
+        logger.warning(
+            "warning: --continue_from %s was trained with %s, and this command has %s: its weights begin as "
+            "another function, unless --optimizer, --loro_scope, --cola_silu and --squ_relu are those of it",
+            *(folder, then or "no such pass", now or "none"),
+        )
+    way = "give the command the --model_config, --optimizer, --loro_scope and ranks of that run"
+    _load_old_weights_(built, old.state, f"--continue_from {folder}", way)
     return built
+
+
+def _kinds(passes: Sequence[Pass]) -> str:
+    """Structural passes, as far as they say what the same names of weights compute."""
+    structural = [p for p in passes if isinstance(p, StructuralPass)]
+    kinds = [(p.name, getattr(p, "scope", ""), getattr(p, "bottleneck", "")) for p in structural]
+    return ", ".join(" ".join(filter(None, kind)) for kind in sorted(kinds))
 
 
 def plan_recipe(recipe: Recipe) -> Pipeline:
@@ -291,14 +307,19 @@ def _without_values(recipe: Recipe, step: int, device: torch.device) -> tuple[Ll
 def _load_old(path: Path, device: torch.device) -> Built:
     old = open_old(path)
     model, pipeline = _without_values(old.recipe, old.step, device)
-    load_old_weights_(Built(old.recipe, model, pipeline, old.step, None), old.state, str(path))
+    built = Built(old.recipe, model, pipeline, old.step, None)
+    way = f"are --optimizer, --loro_scope and the ranks in {told_by(path)} those that it was trained with?"
+    _load_old_weights_(built, old.state, str(path), way)
     lower_to_serve_(pipeline, old.step)
     return Built(old.recipe, model, pipeline, old.step, _beside(path) or old.recipe.tokenizer)
 
 
-def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> None:
+def _load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str, way: str) -> None:
     """Copy what run_c4.py saved into a model of its recipe. Masks, which it saved nowhere, are those of the
     weights, and scales that it did not save are 1.
+
+    Args:
+        way: what to do where the model is another one.
 
     Raises:
         Act24Error: names or shapes differ.
@@ -306,7 +327,10 @@ def load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str) -> N
     expected = built.model.state_dict()
     kept = ("24_scale", "24_mask")
     unsaved = [name for name in expected if name not in state and name.endswith(kept)]
-    check_state({**state, **{name: expected[name] for name in unsaved}}, built.model, path)
+    try:
+        check_state({**state, **{name: expected[name] for name in unsaved}}, built.model, path)
+    except Act24Error as error:
+        raise Act24Error(f"{error}; {way}") from error
     with torch.no_grad():
         for name in unsaved:
             expected[name].fill_(1)

@@ -1,8 +1,8 @@
 """What may change when a run goes on, and what that does.
 
-Of a recipe everything may change that is only watched or kept, and the keys of `_EFFECTS`, each with what it
-does from here on. Anything else makes another run. The rows of an optimizer step and their order stay as they
-were, for any number of processes.
+Of a recipe everything may change that is only watched or kept (`_WATCHED`), and the keys of `_EFFECTS`, each
+with what it does from here on. Anything else makes another run. The rows of an optimizer step and their
+order stay as they were, for any number of processes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from act24.recipes.records import as_table
 from act24.recipes.schema import Recipe
 from act24.tools.run.optimizers import learning_rate
 
+_SEEN = "the values are the same, other figures of them are seen"
+
 #: Tables and keys that change what is watched and kept, not what is computed.
-_WATCHED = ("description", "log", "checkpoint", "eval")
+_WATCHED = {
+    "description": "the values are the same",
+    "log": _SEEN,
+    "checkpoint": "the values are the same, other checkpoints of them are kept",
+    "eval": _SEEN,
+}
 _ROUNDING = "sums are rounded otherwise, so no longer bit for bit as before"
 
 _ELSEWHERE = "it is compared by content"
@@ -69,7 +76,8 @@ def changes(then: Recipe, now: Recipe) -> tuple[list[Change], list[Change]]:
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     ]
-    return [c for c in different if c.key in _EFFECTS], [c for c in different if c.key not in _EFFECTS]
+    others = [c for c in different if _effect(c.key) is None]
+    return [c for c in different if c not in others], others
 
 
 def are_scaled(then: Recipe, now: Recipe, others: Sequence[Change]) -> bool:
@@ -85,7 +93,12 @@ def are_scaled(then: Recipe, now: Recipe, others: Sequence[Change]) -> bool:
 
 def effects(different: Sequence[Change]) -> list[str]:
     """For people: each change with what it does, but for that of the schedule."""
-    return [f"{change}: {_EFFECTS[change.key]}" for change in different if _EFFECTS[change.key]]
+    return [f"{change}: {effect}" for change in different if (effect := _effect(change.key))]
+
+
+def _effect(key: str) -> str | None:
+    """What a change of a key does; None if it makes another run."""
+    return _EFFECTS.get(key, _WATCHED.get(key.partition(".")[0]))
 
 
 def schedule_line(recipe: Recipe, step: int, old_steps: int, new_steps: int, before: int) -> str:
@@ -111,6 +124,6 @@ def schedule_line(recipe: Recipe, step: int, old_steps: int, new_steps: int, bef
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
     flat: dict[str, Any] = {f"passes.{i}": repr(p) for i, p in enumerate(recipe.passes)}
-    for name, value in recipe.model_dump(exclude={"passes", *_WATCHED}).items():
+    for name, value in recipe.model_dump(exclude={"passes"}).items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat

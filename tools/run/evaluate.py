@@ -26,10 +26,13 @@ from act24.passes import OperationalPass, Pipeline
 from act24.passes.document_attention import set_starts_
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
+from act24.tools.checkpoints.folder import is_named_like_one
 from act24.tools.checkpoints.manifest import CheckpointError
 from act24.tools.data import Batch, HeldoutRows, heldout_rows
 from act24.tools.data.documents import other_heldout_text
 from act24.tools.data.position import PositionError
+from act24.tools.huggingface.folder import is_pretrained
+from act24.tools.huggingface.old_folder import is_old
 from act24.tools.run.build import SPARSE_PASSES, Built, load
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.saved import saved_text
@@ -194,8 +197,10 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         f"{path} holds a model and no recipe, which says on what to evaluate it; its perplexity on a text: "
         f"act24 eval {shlex.quote(str(path))} --protocol wikitext --seqlen N --text FILE"
     )
-    if path.suffix == ".gguf" and path.is_file():
+    if (path.suffix == ".gguf" and path.is_file()) or (is_pretrained(path) and not is_old(path)):
         raise Act24Error(no_recipe)
+    if len(path.parts) <= 2 and not (path.is_absolute() or path.exists() or is_named_like_one(path)):
+        raise Act24Error(f"there is no '{path}' here, be it a run or a checkpoint; of the Hub, {no_recipe}")
     with open_processes() as processes:
         built = load(path, processes.device)
         if built.recipe is None or built.tokenizer_section is None:

@@ -33,7 +33,7 @@ from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints import folder as checkpoint_folder
 from act24.tools.checkpoints.checkpoint import version
-from act24.tools.checkpoints.manifest import CheckpointError
+from act24.tools.checkpoints.manifest import CheckpointError, manifest_or_none
 from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.files import is_plain, whole_file
@@ -49,6 +49,8 @@ _NOTED = re.compile(r"SIG[A-Z]+: saved step [0-9]+\n")
 _OURS = re.compile(
     r"recipe\.toml|plan\.txt|history\.jsonl|stopped|\.lock|checkpoints|events\.out\.tfevents\.\d+\..+\.\d+\.\d+\.act24"
 )
+
+_UNDO = "; undo that, or begin another run in another folder with --run-dir"
 
 logger = logging.getLogger("act24")
 
@@ -129,10 +131,13 @@ def resume_point(
         own = folder.parent.parent / RECIPE
         raise RunError(
             f"{folder} is a checkpoint of another recipe: {'; '.join(map(str, others[:4]))}"
-            + _way_on(then, recipe, others, own if own.exists() else folder / RECIPE, run_dir, resume)
+            + _way_on(then, recipe, others, own if own.exists() else folder / RECIPE, run_dir, resume, _UNDO)
         )
     if recipe.train.steps < opened.step:
-        raise RunError(f"train.steps is {recipe.train.steps}, and {folder} is behind that already")
+        raise RunError(
+            f"train.steps is {recipe.train.steps}, and {folder} is behind that already: set it to "
+            f"{opened.step} or more, or go back to an earlier checkpoint with --resume"
+        )
     before = opened.manifest["world_size"]
     if before != world_size:
         different.append(Change("processes", before, world_size))
@@ -159,10 +164,18 @@ def begun(run_dir: Path, start: Start | None) -> Recipe | None:
     return parse_recipe(text, str(described)) if text else None
 
 
-def _way_on(then: Recipe, now: Recipe, others: list[Change], own: Path, run_dir: Path, resume: str) -> str:
+def _way_on(
+    then: Recipe,
+    now: Recipe,
+    others: list[Change],
+    own: Path,
+    run_dir: Path,
+    resume: str,
+    otherwise: str = "",
+) -> str:
     """What to do where only counts of steps differ: the command goes on with the run's `own` recipe."""
     if not are_scaled(then, now, others):
-        return ""
+        return otherwise
     command = ["act24", "train", str(own), "--set", f"train.steps={now.train.steps}"]
     command += ["--run-dir", str(run_dir), "--resume", resume]
     said = "; --scale-steps scales these: go on with the run's own recipe, and without it"
@@ -244,7 +257,7 @@ def _refuse_unwritable(run_dir: Path) -> None:
     """Raises RunError where a run's folder could not be made or written, as `run_lock` does."""
     there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise RunError(f"cannot write the run's folder {run_dir}: {there} is no folder that can be written")
+        raise RunError(f"cannot write the folder {run_dir}: {there} is no folder that can be written")
 
 
 def _refuse_others_files(run_dir: Path, history: History, recipe: str) -> None:
@@ -281,6 +294,22 @@ def last_checkpoint(path: Path) -> Path:
     if latest is None:
         raise RunError(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
     return latest
+
+
+def way_back(run_dir: Path, last: Path | None, updated: int) -> str:
+    """What to do about weights whose loss is finite no more: they are those of step `updated`, the same in
+    each checkpoint since. `last`: the checkpoint that the run saved last, or went on from."""
+    saved = [*checkpoint_folder.complete(run_dir), *([last] if last else [])]
+    steps = {path: (manifest_or_none(path) or {}).get("step", updated) for path in saved}
+    older = [path for path in saved if steps[path] < updated]
+    if older:
+        way = f"go back to {max(older, key=steps.__getitem__)} with --resume and a smaller optimizer.lr"
+    else:
+        way = (
+            "no checkpoint of this run is older than these weights: begin anew in another --run-dir with a "
+            "smaller optimizer.lr, more schedule.warmup_steps or a train.grad_clip"
+        )
+    return f"{way}, or where it is the text that is bad, raise train.max_skips"
 
 
 def clear_run(run_dir: Path, recipe: Recipe) -> None:
@@ -351,14 +380,23 @@ def _writing(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
+        raise RunError(f"cannot write the folder {run_dir}: {error}") from None
 
 
 def describe_run(
-    run_dir: Path, recipe: Recipe, plan: str, start: Start | None, weights: Path | None = None
+    run_dir: Path,
+    recipe: Recipe,
+    plan: str,
+    start: Start | None,
+    weights: Path | None = None,
+    grown: tuple[int, int] | None = None,
 ) -> None:
     """Write into a run's folder what it is a run of, and that it begins, or from where it goes on and with
-    what changes. Wherever that is cut off, the run can be gone on with. `weights`: as for `resume_point`.
+    what changes. Wherever that is cut off, the run can be gone on with.
+
+    Args:
+        weights: as for `resume_point`.
+        grown: `TokenRows.grown`.
 
     Raises:
         RunError: the folder cannot be written.
@@ -367,6 +405,7 @@ def describe_run(
     if start:
         entry = origin_entry(run_dir, start.checkpoint)
         entry["changes"] = {change.key: [change.old, change.new] for change in start.changes}
+        entry["changes"] |= {"files": list(grown)} if grown else {}
         entry["schedule_steps"] = start.schedule_steps
     elif weights:
         entry["weights"] = os.path.abspath(weights)

@@ -72,8 +72,9 @@ def check_together(lock: Lock | None) -> None:
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[Lock]:
-    """Hold the folder of a run, which is made if it is missing, and gone again if nothing was written in it.
+def run_lock(run_dir: Path, option: str = "--run-dir") -> Iterator[Lock]:
+    """Hold the folder of a run, or what else writes one, which is made if it is missing, and gone again if
+    nothing was written in it. `option` is that which names another folder.
 
     Raises:
         RunError: another process holds it, it cannot be written, or its `.lock` is not of this program.
@@ -82,10 +83,10 @@ def run_lock(run_dir: Path) -> Iterator[Lock]:
     path = run_dir / LOCK
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(path)
+        descriptor = _locked(path, option)
         lock = Lock(run_dir, os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY), descriptor)
     except OSError as error:
-        raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
+        raise RunError(f"cannot write the folder {run_dir}: {error}") from None
     try:
         yield lock
     finally:
@@ -99,10 +100,10 @@ def run_lock(run_dir: Path) -> Iterator[Lock]:
         os.close(descriptor)
 
 
-def _foreign(path: Path) -> str:
+def _foreign(path: Path, option: str) -> str:
     return (
         f"{path} is not of act24, which writes a lock of that name: move it away, or choose another folder "
-        "with --run-dir"
+        f"with {option}"
     )
 
 
@@ -119,10 +120,10 @@ def lock_on_the_first(run_dir: Path) -> Iterator[Lock | None]:
         yield held[0] if held else None
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, option: str) -> int:
     while True:
         if os.path.lexists(path) and not is_plain(path):
-            raise RunError(_foreign(path))
+            raise RunError(_foreign(path, option))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +135,7 @@ def _locked(path: Path) -> int:
             os.close(descriptor)
             raise RunError(
                 f"{path.parent} is in use{' by ' + holder if holder else ''}: wait for that run to end, or "
-                "choose another folder with --run-dir"
+                f"choose another folder with {option}"
             ) from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
@@ -147,7 +148,7 @@ def _locked(path: Path) -> int:
             )
         if not b"process ".startswith(os.pread(descriptor, 8, 0)):  # a full disk may have cut it off
             os.close(descriptor)
-            raise RunError(_foreign(path))
+            raise RunError(_foreign(path, option))
         os.ftruncate(descriptor, 0)
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)

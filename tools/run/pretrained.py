@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from act24.errors import Act24Error, PassError
 from act24.passes import Lora, Pass, Pipeline, Weight24
 from act24.passes.base import StructuralPass
-from act24.passes.recovery import has_masks, kept_masks, set_masks_
+from act24.passes.recovery import has_masks, kept_masks, pruned_weights, set_masks_
+from act24.passes.sparse_mask import MASK_BITS
 from act24.recipes.schema import Recipe
 from act24.tools.files import weights_hash
 from act24.tools.huggingface.any_model import open_folder
 from act24.tools.huggingface.config import CONFIG, LLAMA, config_json, read_json
-from act24.tools.huggingface.old_folder import is_old
+from act24.tools.huggingface.old_folder import check_old, is_old
 from act24.tools.huggingface.tokenizer_files import GENERATION as GENERATION_FILE
-from act24.tools.pruning.masks import read_masks
+from act24.tools.pruning.masks import masks_beside
 from act24.tools.run.build import Built, build, build_from_old, generation_of, load, plan_recipe
 from act24.tools.run.language import GENERATION, check_loss
 
@@ -95,10 +96,17 @@ def open_source(source: str) -> Opened:
 
 def beginning(recipe: Recipe, old: Path | None) -> Callable[..., Built]:
     """What makes the model of a run that begins: with weights of its own, of the model that the recipe names,
-    or of a folder that run_c4.py left."""
+    or of a folder that run_c4.py left.
+
+    Raises:
+        Act24Error: run_c4.py did not write that folder, or the model that the recipe names cannot be opened.
+    """
     if recipe.model.pretrained is not None:
         return functools.partial(build, weights=open_source(recipe.model.pretrained))
-    return build if old is None else functools.partial(build_from_old, old)
+    if old is None:
+        return build
+    check_old(old)
+    return functools.partial(build_from_old, old)
 
 
 def close_source() -> None:
@@ -117,7 +125,7 @@ def _open(source: str) -> Pretrained:
         return Pretrained(source, config, passes, built.pipeline, state, masks, weights_hash(state))
     opened = open_folder(source)
     state = _parameters(opened.model)
-    beside = read_masks(opened.folder) if opened.folder else None
+    beside = masks_beside(opened.folder, opened.state()) if opened.folder else None
     masks = beside.masks if beside else None
     began = opened.folder / GENERATION_FILE if opened.folder else None
     generation = read_json(began) if began and began.is_file() else None
@@ -168,8 +176,8 @@ class Opened:
             ) from error
         parameters = dict(pipeline.model.named_parameters())
         if not pipeline.modules:  # planned only
-            fresh = [name for _, names in _created(pipeline) for name in names if name not in carried]
-            return carried, tuple(fresh)
+            fresh = [name for name in _created(pipeline) if name not in carried]
+            return carried, tuple(name for name in fresh if not name.endswith(MASK_BITS))
         carried = {name: value for name, value in carried.items() if name in parameters}
         for name, value in carried.items():
             if parameters[name].shape != value.shape:
@@ -216,26 +224,38 @@ class Opened:
         lines = []
         _, fresh = self.carried(pipeline)
         if fresh:
-            more = f" and {len(fresh) - 4} more" if len(fresh) > 4 else ""
-            lines.append(f"not of {self.source}, these start fresh: {', '.join(fresh[:4])}{more}")
+            lines.append(f"not of {self.source}, these start fresh: {_first(fresh)}")
         if self._pretrained.masks and any(isinstance(p, Weight24) for p in pipeline.passes):
             lines.append(
                 f"warning: {self.source} is pruned, and weight24 chooses masks of its own; to keep those "
                 "that there are use sparse_mask"
             )
-        elif self._pretrained.masks and pipeline.modules and not _keeps_zeros(pipeline):
-            lines.append(f"warning: {self.source} is pruned, and no pass keeps its zeros")
+        elif lost := self._lost(pipeline):
+            lines.append(f"warning: {self.source} is pruned, and no pass keeps the zeros of {_first(lost)}")
         return lines
 
+    def _lost(self, pipeline: Pipeline) -> list[str]:
+        """Pruned weights that are trained without their masks: neither a pass has them nor adapters freeze
+        them."""
+        if any(isinstance(p, Lora) for p in pipeline.passes):
+            return []
+        if pipeline.modules:
+            kept = {weight.name for weight in pruned_weights(pipeline)}
+        else:
+            kept = {n.removesuffix(MASK_BITS) for n in _created(pipeline) if n.endswith(MASK_BITS)}
+        masks = self._pretrained.masks or {}
+        return [name for name, mask in masks.items() if name not in kept and not bool(mask.all())]
 
-def _keeps_zeros(pipeline: Pipeline) -> bool:
-    """Whether weights have masks, or are frozen beside adapters."""
-    return has_masks(pipeline) or any(isinstance(p, Lora) for p in pipeline.passes)
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _created(pipeline: Pipeline) -> list[tuple[str, list[str]]]:
-    """What passes create, by pass, of a pipeline that is only planned."""
+def _created(pipeline: Pipeline) -> list[str]:
+    """What passes create, of a pipeline that is only planned."""
     return [
-        (change.pass_name, [f"{fqn}.{name}" for fqn in change.region.fqns for name in change.state.creates])
+        f"{fqn}.{name}"
         for change in pipeline.changes
+        for fqn in change.region.fqns
+        for name in change.state.creates
     ]

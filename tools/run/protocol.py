@@ -115,7 +115,7 @@ def perplexity(
     if not files:
         raise Act24Error("--protocol wikitext needs --text FILE, once or more")
     if opened.tokenizer_json is None:
-        raise Act24Error(f"{opened.source} has no tokenizer.json, without which there is no text")
+        raise Act24Error(f"{opened.source} has no tokenizer: put its tokenizer.json beside the weights")
     ids, dropped = window_ids(opened.tokenizer_json, joined_text(files), seqlen, windows)
     if int(ids.max()) >= opened.vocab_size:
         raise Act24Error(f"{opened.source}: its tokenizer has id {int(ids.max())}, beyond its vocabulary")

@@ -26,7 +26,7 @@ from act24.tools.data import TokenRows, heldout_rows, open_rows, pinned
 from act24.tools.run.build import Built, build, model_config, tokenizer_of_run
 from act24.tools.run.changes import ScheduleChoice
 from act24.tools.run.evaluate import Evaluation, EvaluationStopped, evaluate
-from act24.tools.run.folder import Start, begun, describe_run, note_stop, resume_point
+from act24.tools.run.folder import Start, begun, describe_run, note_stop, resume_point, way_back
 from act24.tools.run.lock import Lock, RunError, check_together, lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
@@ -195,7 +195,7 @@ class TrainingRun:
         check_together(lock)
         self._wandb = open_wandb(recipe, None if dry_run else run_dir, saved.get("wandb"))
         if processes.is_main and not dry_run:
-            describe_run(run_dir, recipe, str(self._built.pipeline), resumption, weights)
+            describe_run(run_dir, recipe, str(self._built.pipeline), resumption, weights, self._rows.grown)
         self.monitor = Monitor(
             recipe,
             self._built,
@@ -293,11 +293,10 @@ class TrainingRun:
     def _failure(self, progress: RunProgress, stop: StopRequest) -> BaseException | None:
         """What keeps the next step from being made, a stop aside. Asked for before that step, on which
         processes would wait for each other, and before the position is that of batches nobody trained on."""
-        limit = self._recipe.train.max_skips
+        limit, updated = self._recipe.train.max_skips, self._step - self._skips
         if self._skips >= limit:
-            return TrainingError(
-                f"the loss or its gradient was not finite at {limit} steps in a row (train.max_skips)"
-            )
+            why = f"the loss or its gradient was not finite at {limit} steps in a row (train.max_skips)"
+            return TrainingError(f"{why}: {way_back(self._run_dir, self._last_checkpoint, updated)}")
         if progress.silenced:
             return TrainingError(progress.silenced)
         began = time.perf_counter()

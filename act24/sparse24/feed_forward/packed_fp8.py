@@ -356,7 +356,8 @@ def fp8_activation24(
         rows = Reordered.apply(rows, order, inverse)
         real = None if real is None else real[order]
     tokens = len(rows)
-    more, wide = -tokens % _TILE, (-features % _TILE, -weight_in.shape[1] % _LOAD, -width_out % _LOAD)
+    more = -tokens % _TILE if tokens else _TILE
+    wide = (-features % _TILE, -weight_in.shape[1] % _LOAD, -width_out % _LOAD)
     if more:
         counted = rows.new_ones(tokens, dtype=torch.bool) if real is None else real
         real, rows = F.pad(counted, (0, more)), F.pad(rows, (0, 0, 0, more))

@@ -30,8 +30,9 @@ LEAST = 1e-30
 
 def largest_of(matrix: Tensor, dimension: int) -> Tensor:
     """The largest magnitudes of a matrix `[M, N]` along a dimension, float32 `[M]` or `[N]`; NaN where NaN is
-    among them."""
-    return matrix.float().abs().amax(dimension)
+    among them, and zero where there are none, as of no tokens."""
+    magnitudes = matrix.float().abs()
+    return magnitudes.amax(dimension) if matrix.shape[dimension] else magnitudes.sum(dimension)
 
 
 def scales_of(largest: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ def product_e4m3(left: Tensor, right: Tensor, scale: Tensor, right_scale: Tensor
         bfloat16 `[M, N]`.
     """
     rows, columns = left.shape[0], right.shape[0]
+    if not left.numel():  # of no tokens, whichever side they are on
+        return left.new_zeros((rows, columns), dtype=torch.bfloat16)
     if len(scale) > 1 or len(right_scale) > 1:
         scale, right_scale = scale.expand(rows)[:, None], right_scale.expand(columns)[None]
         scale, right_scale = scale.contiguous(), right_scale.contiguous()

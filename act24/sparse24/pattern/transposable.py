@@ -34,11 +34,8 @@ def choices() -> tuple[tuple[int, ...], ...]:
 
 def patterns(device: torch.device | str = "cpu") -> Tensor:
     """The 90 patterns, boolean `[90, 4, 4]`."""
-    table = torch.zeros(len(choices()), 4, 4, dtype=torch.bool)
-    for index, pairs in enumerate(choices()):
-        for row, pair in enumerate(pairs):
-            table[index, row, list(_PAIRS[pair])] = True
-    return table.to(device)
+    rows = torch.tensor([[column in pair for column in range(4)] for pair in _PAIRS], device=device)
+    return rows[torch.tensor(choices(), device=device)]
 
 
 def transposable_mask(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from act24.errors import Act24Error
 from act24.pruning.methods import METHODS, masked, prune_weight
 from act24.pruning.pattern import (
+    Pattern,
     dropped,
     follows,
     largest,
@@ -15,6 +16,7 @@ from act24.pruning.pattern import (
     mask_by_row,
     mask_cumulative,
     parse_pattern,
+    stored_pattern,
 )
 from act24.pruning.sparsegpt import sparsegpt
 from act24.pruning.statistics import gram, kept_tokens, squares
@@ -67,6 +69,12 @@ def test_the_largest_of_equal_ones_are_the_first():
     assert largest(torch.ones(2, 5), 2).tolist() == [[True, True, False, False, False]] * 2
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9999999, 1 - 2**-40, 1e-9, 7 / 9, 1.0])
+def test_what_is_stored_of_a_share_is_that_share(share):
+    """As text beside a mask: rounded, it was another share, or none at all."""
+    assert stored_pattern(str(Pattern(share))) == Pattern(share)
+
+
 @pytest.mark.parametrize("text", ["1", "-0.1", "nan", "inf", "4:4", "0:4", "5:4", "2:", "half", "", "2:4:8"])
 def test_what_is_no_pattern_is_refused(text):
     with pytest.raises(Act24Error, match="write the share that goes"):
@@ -74,6 +82,7 @@ def test_what_is_no_pattern_is_refused(text):
 
 
 def test_groups_have_to_divide():
+    assert not follows(torch.ones(2, 8, dtype=torch.bool), parse_pattern("2:5"))
     with pytest.raises(Act24Error, match=r"q_proj: pattern 2:4 needs .* multiple of 4, not 30"):
         parse_pattern("2:4").check((8, 30), "q_proj")
 
@@ -137,6 +146,25 @@ def test_the_variant_meets_the_sparsity_with_rows_of_their_own(sparsity):
     assert (torch.where(mask, 0, scores).amax(1) <= least_kept).all()
     alpha = shares.amax()
     assert ((shares * scores.sum(1) + least_kept) / scores.sum(1) >= alpha - 1e-6).all()
+
+
+@pytest.mark.parametrize("dead", [40, 64])
+def test_the_variant_takes_of_dead_inputs_no_more_than_shall_go(dead):
+    """ReLU leaves inputs that are always zero: all of their weights cost nothing."""
+    generator = torch.Generator().manual_seed(0)
+    weight, sums = torch.randn(32, 64, generator=generator), torch.rand(64, generator=generator)
+    sums[:dead] = 0
+    pruned = prune_weight(weight, sums, METHODS["wanda_cumulative"], parse_pattern("0.5"))
+    assert int(pruned.mask.sum()) == 32 * 32
+    assert pruned.mask[:, dead:].all()
+
+
+def test_the_variant_of_equal_scores_ends_below():
+    """Every row goes from 5 to 6 of ten at once: 0.55 is between them."""
+    mask = mask_cumulative(torch.ones(3, 10), parse_pattern("0.55"))
+    assert int(mask.sum()) == 3 * 5
+    assert mask[:, :5].all()
+    assert follows(mask, parse_pattern("0.55"))
 
 
 def test_the_variant_refuses_groups():

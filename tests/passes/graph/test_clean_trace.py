@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import gc
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def test_forward_replaced_on_the_instance() -> None:
     assert regions(model) == {"a.gate": "Linear", "a.down": "Linear"}
     own = SwiGLU()
     own.forward = own.forward  # type: ignore[method-assign]
-    assert "decorated" in trace(nn.ModuleDict({"a": own}))[1]["a [SwiGLU]"]
+    assert "replaced or compiled" in trace(nn.ModuleDict({"a": own}))[1]["a [SwiGLU]"]
 
 
 def test_branch_on_values() -> None:
@@ -282,6 +283,44 @@ def test_custom_backward_of_the_user_is_not_lost() -> None:
     model[0](features(3, 4)).sum().backward()
     assert model[0].a.weight.grad.abs().sum() > 0
     assert StraightThrough.apply(torch.tensor(0.6)).item() == 1  # and works again after tracing
+
+
+class Saving(StraightThrough):
+    """Fails on what is no tensor, once it has computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if (rounded := x.round()).data_ptr() + 0 == 0:
+            raise TypeError
+        ctx.save_for_backward(rounded)
+        return rounded
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_custom_backward_is_the_reason_where_its_forward_fails_on_a_proxy(caught: bool) -> None:
+    class Rounded(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not caught:
+                return self.b(Saving.apply(self.a(x)))
+            try:
+                return self.b(Saving.apply(self.a(x)))
+            except TypeError:
+                return self.b(self.a(x))
+
+    assert unclean(Rounded()).startswith("calls an autograd.Function")
+
+
+def test_a_model_is_traced_below_a_profiler_and_the_profiler_goes_on() -> None:
+    model, profiler = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), cProfile.Profile()
+    profiler.enable()
+    try:
+        (region,), _ = trace(model)
+        copy.copy(region)
+    finally:
+        profiler.disable()
+    assert region.module is model
+    called = {entry.code.co_name for entry in profiler.getstats() if not isinstance(entry.code, str)}
+    assert {"trace", "copy"} <= called
 
 
 # Leaves: what depends on the mode stays a module

@@ -50,6 +50,48 @@ def test_a_parent_that_reads_a_weight_of_its_child_is_found() -> None:
         apply_(model, [Relu2FFN()])
 
 
+def test_what_is_no_longer_there_says_so() -> None:
+    class Block(SwiGLU):
+        def __init__(self) -> None:
+            super().__init__(4, 8)
+            self.act = nn.SiLU()
+
+        def norm(self) -> float:
+            return float(self.up.weight.norm())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+    model = nn.Sequential(Block(), Block())
+    apply_(model, [Relu2FFN()])
+    for name in ("norm", "act"):
+        with pytest.raises(
+            AttributeError, match=f"^{name} of a Block is not there: a pass has made one graph"
+        ):
+            getattr(model[0], name)
+        assert not hasattr(model[0], name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = model[0].nothing
+
+
+def test_sizes_of_a_linear_are_those_of_the_weight_that_stands_there() -> None:
+    model = nn.Sequential(SwiGLU(4, 8), SwiGLU(4, 8))
+    apply_(model, [Relu2FFN()])
+    for linear in (model[0].up, model[0].down):
+        assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape)
+    assert model[0].up.out_features != 8
+
+    class Scaled(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.up.out_features**-0.5
+
+    scaled = nn.Sequential(Scaled(4, 8), Scaled(4, 8))
+    with pytest.raises(PassError, match=r"asks in forward for the shape of up\.weight"):
+        apply_(scaled, [Relu2FFN()])
+    apply_(scaled, [LowRank(**MLP_RANK)])  # which changes none of them
+    assert (scaled[0].up.out_features, scaled[0].up.in_features) == (8, 4)
+
+
 def test_plain_values_of_a_child_stay_readable_and_are_not_written() -> None:
     model = nn.Sequential(Reading("scale"), Reading("scale"))
     apply_(model, [Relu2FFN()])

@@ -55,3 +55,12 @@ def test_hooks_on_what_stands_afterwards_work() -> None:
     model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
     model(features(2, 16))
     assert seen == [1]
+
+
+def test_a_sharded_model_is_told_to_take_passes_first() -> None:
+    """As fully_shard does it, which needs processes: a class between the module's own and its name."""
+    sharding = type("FSDPModule", (), {"__module__": "torch.distributed.fsdp"})
+    model = Trunk(SwiGLU)
+    model.blocks[0].mlp.__class__ = type("FSDPSwiGLU", (sharding, SwiGLU), {})
+    with pytest.raises(PassError, match=r"blocks\.0\.mlp \[FSDPSwiGLU\] is sharded: apply the passes first"):
+        apply_(model, [Relu2FFN()])

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import types
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -358,6 +359,41 @@ def test_what_the_process_answers_otherwise_later_is_refused(kind: str) -> None:
     said = {"clock": r"asks time\.time", "default dtype": r"asks torch\.get_default_dtype"}
     with pytest.raises(PassError, match=said.get(kind, r"asks os\.environ")):
         plan(nn.Sequential(Asks(), Asks()), [Weight24(scope="mlp", targets=("none",))])
+
+
+class Restless:
+    """In the place of another thread: while it is looked at, something is added beside it."""
+
+    __slots__ = ("add",)
+
+    def __init__(self, add: Callable[[object], None]) -> None:
+        self.add = add
+
+    def __reduce_ex__(self, _: object) -> Any:
+        self.add(object())
+        return Restless, (self.add,)
+
+
+BUSY: Any = None
+
+
+@pytest.mark.parametrize("kind", ["dict", "set", "deque", "object"])
+def test_containers_that_others_write_into_meanwhile(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"dict": {}, "set": set(), "deque": deque(), "object": types.SimpleNamespace()}[kind]
+    entries: Any = held.__dict__ if kind == "object" else held
+    if isinstance(entries, dict):
+        entries["first"] = Restless(lambda one: entries.update({f"{id(one)}_{len(entries)}": one}))
+    else:
+        add = entries.add if kind == "set" else entries.append
+        add(Restless(add))
+    monkeypatch.setattr(HERE, "BUSY", held)
+
+    class Reads(Base):
+        def factor(self, x: Tensor) -> Tensor:
+            return x if BUSY else -x
+
+    with pytest.raises(PassError, match=f"forward writes BUSY of {__name__}"):
+        plan(nn.Sequential(Reads(), Reads()), [Weight24(scope="mlp", targets=("none",))])
 
 
 def test_watching_is_cheap() -> None:

@@ -303,7 +303,7 @@ BAD_INPUT = {
     ),
     "a file for a folder": (
         ("train", "RECIPE", "--run-dir", "EMPTY"),
-        r"cannot write the run's folder EMPTY: .*",
+        r"cannot write the folder EMPTY: .*",
     ),
     "an empty prompt": (
         ("sample", "RUN", "--prompt", ""),

@@ -69,12 +69,14 @@ def test_a_gpu_on_which_nothing_was_run_is_said_so(
     monkeypatch.setattr(
         doctor, "kernel_obstacle", lambda _, operators: "" if "linear_pack" in operators else "wrong"
     )
+    monkeypatch.setattr(doctor, "why_not_one_pass", lambda _: "the kernel is wrong on this GPU")
     monkeypatch.setattr(doctor, "obstacle", lambda _: "cuSPARSELt reads another layout")
     findings = {f.subject: f.finding for f in doctor._machine(torch.device("cuda", 0))}
     assert (said in findings["2:4 kernels"]) is True
     assert ("never run" in findings["2:4 kernels"]) is bool(said)
     assert findings["kernels, narrow"] == "agree with the reference"
     assert findings["kernels, masked"] == "no: wrong"
+    assert findings["kernels, AdamW of 16 bits"] == "no: the kernel is wrong on this GPU"
     assert findings["2:4 products"] == "no: cuSPARSELt reads another layout"
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     assert all(gpu in readme for gpu in PROVEN)

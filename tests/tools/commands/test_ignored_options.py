@@ -138,9 +138,20 @@ def test_what_is_given_beside_a_recipe_goes_before_it(act24, tiny_file, tmp_path
     assert then == now
 
 
-def test_eval_of_a_gguf_says_how(act24, tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    status, _, (line,) = act24("eval", tmp_path / "x.gguf")
+def exported(folder, kind):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "act24", "gpt2", "qwen2", ".gguf", "of the Hub"])
+def test_eval_of_a_model_without_a_recipe_says_how(act24, tmp_path, kind):
+    """Of other architectures it was said that the stock model does not compute them, of the Hub's nothing."""
+    source = {".gguf": tmp_path / "x.gguf", "of the Hub": "org/model"}.get(kind, tmp_path / "exported")
+    if kind == ".gguf":
+        source.write_bytes(b"GGUF")
+    elif kind != "of the Hub":
+        exported(source, kind)
+    status, _, (line,) = act24("eval", source)
     assert status == 2
-    assert "x.gguf holds a model and no recipe" in line
-    assert line.endswith(f"act24 eval {tmp_path}/x.gguf --protocol wikitext --seqlen N --text FILE")
+    assert f"{source} holds a model and no recipe" in line
+    assert line.endswith(f"act24 eval {source} --protocol wikitext --seqlen N --text FILE")

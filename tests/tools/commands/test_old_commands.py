@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -18,6 +19,7 @@ from act24.recipes.from_flags import recipe_from_flags
 from act24.recipes.load import parse_recipe
 from act24.tools.commands.cli import app
 from act24.tools.commands.run_c4 import SET, TRANSLATED, main, run
+from act24.tools.run.lock import RunError
 
 SHARED = (
     "torchrun --nproc_per_node 1 run_c4.py --model_config configs/llama_130m.json --dtype bfloat16 "
@@ -177,9 +179,24 @@ def test_a_users_file_where_the_translation_goes_stays(
 ) -> None:
     words, overrides = toy("usage: LORO", tiny_file)
     make(tmp_path / TRANSLATED)
-    with pytest.raises(Act24Error, match=rf"/{TRANSLATED} is not as act24 wrote it"):
+    with pytest.raises(Act24Error, match=rf"/{TRANSLATED} is not as act24 wrote it.*with --save_dir$"):
         run([*words, "--save_dir", str(tmp_path), "--", *(f"--set={line}" for line in overrides)])
     assert [path.name for path in tmp_path.iterdir()] == [TRANSLATED]
+
+
+def test_what_is_to_be_done_about_a_run_can_be_done_with_this_command(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    """It was said in options that run_c4.py has not."""
+    words, overrides = toy("usage: LORO", tiny_file)
+    entry = {"step": 6, "act24": "0.2.0", "time": "2026-11-29T07:35:38+00:00", "from": "/gone"}
+    (tmp_path / "history.jsonl").write_text(f"{json.dumps(entry)}\n")
+    with pytest.raises(RunError) as error:
+        run([*words, "--save_dir", str(tmp_path), "--", *(f"--set={line}" for line in overrides)])
+    assert str(error.value).endswith(
+        f"say where it is now with act24 train {tmp_path}/recipe.toml --run-dir {tmp_path} --resume, or "
+        "choose another folder with --save_dir"
+    )
 
 
 @pytest.mark.parametrize(

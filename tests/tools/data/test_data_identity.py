@@ -125,7 +125,7 @@ CHANGES = {
     "a file that was added": (
         "train9.txt",
         "a model",
-        r"1 file was added \(.*train9\.txt\); --data grow takes",
+        r"1 file was added \(.*train9\.txt\); --data grow reads",
     ),
 }
 

@@ -68,7 +68,7 @@ def test_a_run_says_that_readers_compute_its_activations_dense(run: Path, tmp_pa
             "2:4 activations, which its readers compute dense, and no form of this class keeps them" in told
         )
         assert "Held-out loss with 2:4" in told
-        assert "Its weights are 2:4" in told
+        assert "8 of its weights are 2:4: of every 4 along the inputs 2 stay" in told
     assert json.loads((tmp_path / "out" / "config.json").read_text())["act24_weight_pattern"] == "2:4"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():

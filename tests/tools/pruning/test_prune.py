@@ -7,6 +7,7 @@ import transformers
 from act24 import LlamaForCausalLM, llama_config
 from act24.errors import Act24Error
 from act24.initialise import initialise_
+from act24.tools.pruning.blocks import Chain
 from act24.tools.pruning.prune import prune_
 
 SIZES = {
@@ -219,6 +220,53 @@ def test_a_table_gives_layers_patterns_of_their_own():
         assert (layer.sparsity, layer.pattern) == ((0.25, "0.25") if ".0." in layer.name else (0.5, "4:8"))
 
 
+def test_experts_stay_dense_and_are_said_to():
+    """`transformers` keeps them in one tensor; what chooses among them is not pruned either."""
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    done = prune_(transformers.AutoModelForCausalLM.from_config(config), rows())
+    left = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert done.left.keys() == {f"model.layers.{i}.{leaf}" for i in range(3) for leaf in left}
+    attention = sum(mask.numel() for mask in done.masks.values())
+    experts, router = 4 * 3 * 32 * 48, 4 * 32
+    assert len(done.masks) == 4 * 3
+    assert done.sparsity_of_blocks == 0.5 * attention / (attention + 3 * (experts + router))
+    assert done.as_dict()["sparsity_of_blocks"] == done.sparsity_of_blocks
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32)
+
+    def forward(self, hidden, of_tokens=None):
+        return hidden + torch.tanh(self.linear(hidden) * of_tokens)
+
+
+class Gated(torch.nn.Module):
+    """Blocks that see the tokens beside the hidden states, as Gemma 4's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gates = torch.nn.Embedding(97, 32), torch.nn.Embedding(97, 32)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            hidden = block(hidden, of_tokens=self.gates(ids))
+        return hidden
+
+
+def test_what_blocks_are_called_with_is_of_each_batch():
+    model, batches = Gated(), rows(count=6)
+    chain = Chain(model, batches, [None] * 3, torch.device("cpu"))
+    for index in range(2):
+        chain.advance(index)
+    for number, ids in enumerate(batches):
+        with torch.no_grad():
+            torch.testing.assert_close(chain.inputs(number), model(ids))
+
+
 class Store:
     def __init__(self):
         self.blocks, self.stop_at = {}, None
@@ -262,6 +310,7 @@ def test_bad_input_is_one_line_and_changes_nothing():
     refused("write the share that goes", pattern="3")
     refused(r"q_proj.weight: pattern 3:7 needs .* multiple of 7", pattern="3:7")
     refused("needs calibration rows", batches=[])
+    refused("wanda_cumulative .* give a share", method="wanda_cumulative", by_layer={"*.layers.0.*": "0.5"})
     refused("no linear was pruned", by_layer={"*": "dense"})
     refused("begins with no known prefix", by_layer={"clas:x": "dense"})
     refused("no list of blocks", model=torch.nn.Sequential(torch.nn.Linear(4, 4)))

@@ -10,11 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from act24.errors import Act24Error
+from act24.pruning.pattern import Pattern
 from act24.tools.commands.recovery import calibration_data
 from act24.tools.huggingface.export import export_run
 from act24.tools.pruning.blockwise import _relative, recover_blockwise
 from act24.tools.pruning.folder import prune_model
-from act24.tools.pruning.masks import read_masks, write_masks
+from act24.tools.pruning.masks import Masks, read_masks, write_masks
 from act24.tools.pruning.merge import merge
 from act24.tools.run.build import load
 from act24.tools.run.opening import open_any
@@ -86,7 +87,8 @@ def test_a_plain_adapter_is_refused_with_the_sparsity_that_it_would_leave(folder
     with torch.no_grad():
         torch.testing.assert_close(logits, load(folder / "lora").model(IDS), rtol=1e-4, atol=1e-4)
     assert sparsity(model) == pytest.approx(0.5 * (1 - share), abs=1e-3)
-    assert read_masks(tmp_path / "merged") is None
+    kept = {n for n in read_masks(folder / "pruned").masks if not any(leaf in n for leaf in MODULES)}
+    assert set(read_masks(tmp_path / "merged").masks) == kept
 
 
 def test_peft_opens_the_adapter(folder, tmp_path):
@@ -127,7 +129,7 @@ def test_adapters_of_another_base_or_damaged_are_refused(folder, tmp_path):
     content[-3] ^= 4
     file.write_bytes(content)
     refused("adapter_model.safetensors is damaged", str(folder / "pruned"), out, tmp_path / "adapter")
-    save_file({name: value[..., :3].contiguous() for name, value in whole.items()}, file)
+    save_file({n: v[..., :3].contiguous() if "lora_A" in n else v for n, v in whole.items()}, file)
     refused("the adapter is of another base", str(folder / "pruned"), out, tmp_path / "adapter")
     file.write_bytes(file.read_bytes()[:-9])
     refused("cannot read the adapter", str(folder / "pruned"), out, tmp_path / "adapter")
@@ -161,6 +163,29 @@ def test_masks_of_another_model_are_refused(change, why, folder, tmp_path):
         assert not (out / "config.json").exists()
         assert not (out / "checkpoints").exists()
         assert not out.with_name("out.partial").exists()
+
+
+def test_masks_of_a_model_with_other_names_are_refused(folder, tmp_path):
+    """They said nothing of the weights that there are, which were trained dense."""
+    base = shutil.copytree(folder / "pruned", tmp_path / "base")
+    masks = read_masks(base)
+    other = {f"transformer.{name}": mask for name, mask in masks.masks.items()}
+    write_masks(base, Masks(other, {name: Pattern(0.5, 2, 4) for name in other}))
+    with pytest.raises(Act24Error, match=r"has no transformer.model.*, of which there is a mask"):
+        train(branch(folder, base, [{"use": "sparse_mask"}]), tmp_path / "run")
+
+
+def test_a_run_with_masks_is_a_base_too(folder, tmp_path):
+    """Masks of the run that an adapter's run began with, and the dense model, go on with what is merged."""
+    train(branch(folder, folder / "pruned", [{"use": "sparse_mask"}], "train.steps=2"), tmp_path / "masked")
+    made = branch(folder, tmp_path / "masked", [{"use": "masked_lora", "targets": TARGETS}], "train.steps=3")
+    train(made, tmp_path / "run")
+    merge(str(tmp_path / "run"), tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(tmp_path / "merged"), load(tmp_path / "run").model(IDS))
+    assert read_masks(tmp_path / "merged").sparsity == 0.5
+    merge(str(folder / "masked_lora"), tmp_path / "more")
+    assert recover_blockwise(str(tmp_path / "more"), tmp_path / "fitted", **options(folder, epochs=1))
 
 
 def test_an_export_of_dense_training_brings_its_masks(folder, tmp_path):
@@ -228,6 +253,46 @@ def test_an_interrupted_recovery_goes_on(folder, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_second_round_is_fitted_to_the_dense_model_too(folder, tmp_path):
+    """Not to the pruned one, whose outputs a fitted one left behind."""
+    lines = []
+    quick = options(folder, epochs=1)
+    first = recover_blockwise(str(folder / "pruned"), tmp_path / "one", **quick)
+    recover_blockwise(str(tmp_path / "one"), tmp_path / "two", **quick, say=lines.append)
+    assert json.loads((tmp_path / "two" / "prune.json").read_text())["dense"] == str(folder / "warm")
+    # It begins where the first round ended, by the same measure.
+    assert f"outputs {first['model.layers.0']:.4f} →" in lines[0]
+
+
+def test_what_is_pruned_twice_is_fitted_to_the_dense_model_too(folder, tmp_path):
+    lines = []
+    rows = {"data": options(folder)["data"], "samples": 4, "seqlen": 16, "say": lines.append}
+    prune_model(str(folder / "pruned"), tmp_path / "twice", pattern="1:4", **rows)
+    assert "is pruned already: new masks take the place of its own" in lines[0]
+    recover_blockwise(str(tmp_path / "twice"), tmp_path / "out", **options(folder, epochs=1))
+    assert json.loads((tmp_path / "out" / "prune.json").read_text())["dense"] == str(folder / "warm")
+
+
+def test_a_dense_model_that_is_another_by_now_is_refused(folder, tmp_path):
+    """Trained on, or somewhere else: what a report names is not what it was."""
+    pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
+    report = json.loads((pruned / "prune.json").read_text())
+    for changed, why in (
+        ({"weights": "0" * 64}, "has other weights than .* was pruned from: give --dense"),
+        ({"source": "elsewhere"}, "was pruned from: there is no elsewhere.*--dense names it"),
+        ({"dense": str(folder / "warm"), "dense_weights": "0" * 64}, "has other weights"),
+    ):
+        (pruned / "prune.json").write_text(json.dumps(report | changed))
+        with pytest.raises(Act24Error, match=why):
+            recover_blockwise(str(pruned), tmp_path / "out", **options(folder))
+    (pruned / "prune.json").unlink()
+    with pytest.raises(Act24Error, match="does not say what it was pruned from: give --dense"):
+        recover_blockwise(str(pruned), tmp_path / "out", **options(folder))
+    assert not (tmp_path / "out").exists()
+    quick = options(folder, epochs=1)
+    assert recover_blockwise(str(pruned), tmp_path / "out", **quick, dense=str(folder / "warm"))
+
+
 def test_blockwise_refuses_what_it_cannot_begin_with(folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Act24Error, match="has no masks"):
@@ -253,3 +318,52 @@ def test_errors_are_of_tokens_and_not_of_the_longest_one():
         if not pads[i, t]
     ]
     assert float(_relative(output, wanted, pads)) == pytest.approx(sum(each) / 5, rel=1e-4)
+
+
+def test_what_fitting_makes_worse_stays_as_it_was(folder, tmp_path):
+    lines = []
+    recover_blockwise(
+        str(folder / "pruned"), tmp_path / "out", **options(folder, lr=1e4, epochs=1), say=lines.append
+    )
+    assert all("left as it was: fitting came to" in line for line in lines)
+    report = json.loads((tmp_path / "out" / "prune.json").read_text())
+    assert report["left"] == ["model.layers.0", "model.layers.1"]
+    state, before = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / "pruned"))
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+
+
+def test_biases_that_begin_as_zeros_learn_as_slowly_as_the_rest(folder, tmp_path):
+    """GPT-2's: with a rate as of values of size 1 they drowned what the weights had learnt."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=0))
+    model.save_pretrained(tmp_path / "gpt2")
+    shutil.copyfile(folder / "pruned" / "tokenizer.json", tmp_path / "gpt2" / "tokenizer.json")
+    chosen = options(folder, epochs=2, lr=1e-2)
+    rows = {key: chosen[key] for key in ("data", "samples", "seqlen")}
+    prune_model(str(tmp_path / "gpt2"), tmp_path / "pruned", method="sparsegpt", **rows)
+    lines = []
+    recover_blockwise(str(tmp_path / "pruned"), tmp_path / "out", **chosen, say=lines.append)
+    for line in lines:
+        before, after = (float(x) for x in line.split("outputs ")[1].split(",")[0].split(" → "))
+        assert after < before
+        assert "left as it was" not in line
+
+
+def test_two_calls_do_not_write_one_folder(folder, tmp_path):
+    """The second is told at once, and nothing of the first is lost."""
+    rows = {"data": options(folder)["data"], "samples": 4, "seqlen": 16}
+
+    def second(line):
+        with pytest.raises(
+            Act24Error, match=r"pruned.partial is in use by process .*another folder with --out"
+        ):
+            prune_model(str(folder / "warm"), tmp_path / "pruned", **rows)
+
+    prune_model(str(folder / "warm"), tmp_path / "pruned", **rows, say=second)
+    assert read_masks(tmp_path / "pruned") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    assert not (tmp_path / "pruned" / ".lock").exists()
+    with pytest.raises(Act24Error, match="exists already"):
+        prune_model(str(folder / "warm"), tmp_path / "pruned", **rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]

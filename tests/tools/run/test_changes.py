@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import shlex
 import shutil
 
@@ -136,7 +137,9 @@ def test_a_run_is_shortened_and_not_below_where_it_is(tiny, short, tmp_path, cap
     assert (outcome.step, outcome.finished) == (6, True)
     assert [v for _, v in logged(tmp_path / "a", "optim/lr")] == pytest.approx([cosine(4, 8), cosine(5, 8)])
     assert "the schedule is still that of 8 steps (--schedule stretch" in capsys.readouterr().out
-    with pytest.raises(RunError, match=r"train.steps is 3, and .*step-000004 is behind that already"):
+    with pytest.raises(
+        RunError, match=r"train.steps is 3, and .*step-000004 is behind that already: set it to 4 or more, or"
+    ):
         train(tiny(*SHORT, "train.steps=3"), tmp_path / "b", resume=str(begun))
 
 
@@ -176,7 +179,9 @@ def test_micro_batches_and_compilation_change_no_more_than_rounding(
 
 
 def test_the_rows_of_a_step_may_not_change(tiny, short, tmp_path):
-    with pytest.raises(RunError, match=r"another recipe: train.total_batch_size was 8 and is 16"):
+    with pytest.raises(
+        RunError, match=r"another recipe: train.total_batch_size was 8 and is 16; undo .*--run-dir"
+    ):
         train(tiny(*SHORT, "train.total_batch_size=16"), tmp_path, resume=str(short))
 
 
@@ -184,34 +189,49 @@ def trains(path, run_dir, resume, *overrides):
     train(load_tiny(path, *SHORT, *overrides), run_dir, resume=resume)
 
 
+KEPT = ("checkpoint.keep=5", "train.batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_file, tmp_path_factory):
+    """The folder of a whole run on so many processes, in that parallelism; made once."""
+
+    @functools.cache
+    def made(count, parallel):
+        run_dir = tmp_path_factory.mktemp("changes") / "straight"
+        run_ranks(count, trains, tiny_file, run_dir, "never", *KEPT, f"train.parallel={parallel}")
+        return run_dir
+
+    return made
+
+
 MOVES = {
-    "1 to 2, ddp": (1, 2, "ddp", "ddp"),
-    "2 to 1, ddp": (2, 1, "ddp", "ddp"),
-    "2 to 1, fsdp": (2, 1, "fsdp", "ddp"),
-    "1 to 2, fsdp": (1, 2, "ddp", "fsdp"),
-    "ddp to fsdp": (2, 2, "ddp", "fsdp"),
-    "fsdp to ddp": (2, 2, "fsdp", "ddp"),
-    "2 to 4": (2, 4, "ddp", "fsdp"),
+    "1 to 2, ddp": ((1, "ddp"), (2, "ddp")),
+    "2 to 1, ddp": ((2, "ddp"), (1, "ddp")),
+    "2 to 1, fsdp": ((2, "fsdp"), (1, "ddp")),
+    "1 to 2, fsdp": ((1, "ddp"), (2, "fsdp")),
+    "ddp to fsdp": ((2, "ddp"), (2, "fsdp")),
+    "fsdp to ddp": ((2, "fsdp"), (2, "ddp")),
+    "2 to 4": ((2, "ddp"), (4, "fsdp")),
 }
 
 
-@pytest.mark.parametrize(("before", "after", "old", "new"), MOVES.values(), ids=MOVES.keys())
-def test_a_run_moves_to_other_processes(tiny_file, tmp_path, before, after, old, new):
+@pytest.mark.parametrize(("then", "now"), MOVES.values(), ids=MOVES.keys())
+def test_a_run_moves_to_other_processes(tiny_file, tmp_path, straight, then, now):
     """The second half on other processes is the second half on those of before, up to rounding: the same
     rows in each step, so the same losses."""
-    half = ["checkpoint.keep=5", "train.batch_size=2"]
-    run_ranks(before, trains, tiny_file, tmp_path / "straight", "never", *half, f"train.parallel={old}")
-    begun = str(checkpoint_folder.folder_of(tmp_path / "straight", 4))
-    run_ranks(after, trains, tiny_file, tmp_path / "moved", begun, *half, f"train.parallel={new}")
-    straight = dict(logged(tmp_path / "straight", "loss/train"))
-    moved = logged(tmp_path / "moved", "loss/train")
+    (before, old), (after, new) = then, now
+    begun = str(checkpoint_folder.folder_of(straight(*then), 4))
+    run_ranks(after, trains, tiny_file, tmp_path, begun, *KEPT, f"train.parallel={new}")
+    losses = dict(logged(straight(*then), "loss/train"))
+    moved = logged(tmp_path, "loss/train")
     assert [step for step, _ in moved] == [5, 6, 7, 8]
     for step, loss in moved:
-        assert loss == pytest.approx(straight[step], rel=1e-5)
-    then, now = weights(tmp_path / "straight", 8), weights(tmp_path / "moved", 8)
-    for name in then:
-        torch.testing.assert_close(then[name], now[name], rtol=1e-3, atol=1e-4)
-    changed = json.loads((tmp_path / "moved" / "history.jsonl").read_text())["changes"]
+        assert loss == pytest.approx(losses[step], rel=1e-5)
+    first, second = weights(straight(*then), 8), weights(tmp_path, 8)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+    changed = json.loads((tmp_path / "history.jsonl").read_text())["changes"]
     assert changed.get("processes", [before, after]) == [before, after]
     assert changed.get("train.parallel", [old, new]) == [old, new]
     assert ("processes" in changed, "train.parallel" in changed) == (before != after, old != new)
@@ -291,11 +311,32 @@ def test_without_a_fault_skipping_changes_no_bit(tiny, short, tmp_path):
 def test_too_many_in_a_row_end_the_run_and_are_not_forgotten(tiny, tmp_path, monkeypatch):
     overflowing(monkeypatch, 3, 4, 5, 6, 7, 8)
     recipe = tiny(*SHORT, "train.on_nonfinite=skip", "train.max_skips=3", "checkpoint.every=0")
-    message = r"not finite at 3 steps in a row \(train.max_skips\); saved step 5 in .*step-000005"
+    message = r"not finite at 3 steps in a row \(train.max_skips\): .*; saved step 5 in .*step-000005"
     with pytest.raises(TrainingError, match=message):
         train(recipe, tmp_path)
     with pytest.raises(TrainingError, match=r"at 3 steps in a row.*step-000006"):  # one more try each time
         train(recipe, tmp_path, resume="auto")
+
+
+def test_a_run_that_gives_up_says_what_to_go_back_to(tiny, tmp_path, monkeypatch):
+    """Not to what it saved among the batches that it left out: the weights in there are those that fail."""
+    overflowing(monkeypatch, 5, 6, 7)
+    skips = ("train.on_nonfinite=skip", "train.max_skips=3", "checkpoint.keep=9")
+    recipe = tiny(*SHORT, *skips, "checkpoint.every=2")
+    with pytest.raises(TrainingError) as error:
+        train(recipe, tmp_path / "run")
+    way = re.search(
+        r": go back to (\S+) with --resume and a smaller optimizer\.lr, or .*max_skips; ", str(error.value)
+    )
+    assert way[1] == str(checkpoint_folder.folder_of(tmp_path / "run", 2))
+    monkeypatch.undo()
+    lower = tiny(*SHORT, *skips, "checkpoint.every=2", "optimizer.lr=0.001")
+    assert train(lower, tmp_path / "run", resume=way[1]).finished
+    overflowing(monkeypatch, 2, 3, 4)
+    with pytest.raises(
+        TrainingError, match=r": no checkpoint of this run is older .* begin anew .* train\.max_skips; "
+    ):
+        train(recipe, tmp_path / "early")
 
 
 def test_skips_that_are_not_in_a_row_are_counted_and_end_nothing(tiny, tmp_path, monkeypatch):

@@ -180,6 +180,23 @@ def test_every_entry_that_is_written_can_be_read(tiny, a_run, tmp_path):
     assert written["from_sha256"] == checkpoint.load(checkpoint_folder.latest(a_run)).manifest["sha256"]
 
 
+def test_what_is_watched_and_kept_is_a_change_like_any_other(tiny, a_run, tmp_path):
+    """None of these stood in the history, and a smaller checkpoint.keep deletes checkpoints."""
+    watched = {
+        "checkpoint.keep": [2, 1],
+        "eval.every": [5, 2],
+        "log.every": [1, 2],
+        "description": ["", "b"],
+    }
+    now = tiny(*OVERRIDES, *(f"{key}={value}" for key, (_, value) in watched.items()))
+    start = resume_point(tmp_path, str(a_run), now)
+    describe_run(tmp_path, now, "a plan", start)
+    assert read_history(tmp_path).last["changes"] == watched
+    said = "checkpoint.keep was 2 and is 1: the values are the same, other checkpoints of them are kept"
+    assert said in start.remarks
+    assert len(start.remarks) == 4
+
+
 def test_a_run_that_began_with_weights_beside_its_recipe_does_not_begin_anew_without_them(tiny, tmp_path):
     """Killed before its first save and taken up by its recipe, it used to begin at random, without a word."""
     (tmp_path / "run").mkdir()

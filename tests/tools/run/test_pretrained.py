@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
+from act24.tools.huggingface.export import export_run
 from act24.tools.pruning.folder import prune_model
 from act24.tools.pruning.masks import read_masks
 from act24.tools.run import train as train_module
 from act24.tools.run.build import load
+from act24.tools.run.pretrained import plan
 from act24.tools.run.train import train
 from tests.tools.tiny import TINY_SIZES, write_recipe
 
@@ -362,6 +364,21 @@ def test_bad_input_is_one_line(folder, warm, pruned, tmp_path):
         load_recipe(str(folder / "branch.toml"), ["model.hidden_size=32"])
     with pytest.raises(Act24Error, match="needs preset, or else pretrained"):
         load_recipe(str(folder / "branch.toml"), ["model.preset=llama-9m"])
+
+
+def test_weights_whose_zeros_no_pass_keeps_are_named(folder, pruned, tmp_path, caplog):
+    """A mask of some weights is none of the others; what was exported then is not called 2:4 as a whole."""
+    networks = branch(folder, pruned, [{"use": "sparse_mask", "scope": "mlp"}], "train.steps=2")
+    plan(networks)
+    train(networks, tmp_path / "run")
+    told = "no pass keeps the zeros of model.layers.0.self_attn.q_proj.weight"
+    assert caplog.text.count(told) == 2
+    assert caplog.text.count("and 4 more") == 2
+    message = export_run(tmp_path / "run", tmp_path / "out")
+    assert "6 of its weights are 2:4: of every 4 along the inputs 2 stay" in message
+    caplog.clear()
+    plan(branch(folder, pruned, [{"use": "sparse_mask"}]))  # nor do masks start fresh
+    assert not caplog.text
 
 
 def test_weight24_on_a_pruned_model_says_that_it_chooses_its_own(folder, pruned, tmp_path, caplog):

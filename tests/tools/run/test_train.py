@@ -337,7 +337,7 @@ def test_an_empty_corpus_leaves_nothing_behind(tiny, tmp_path):
 
 def test_a_folder_that_cannot_be_written(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write the run's folder .*file: .*(exists|Not a directory)"):
+    with pytest.raises(RunError, match=r"cannot write the folder .*file: .*(exists|Not a directory)"):
         train(tiny(), tmp_path / "file")
 
 

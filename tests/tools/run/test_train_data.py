@@ -1,5 +1,6 @@
 """What a run says of its text: epochs, files that were added, a measure out of reach."""
 
+import json
 import re
 import shutil
 
@@ -98,6 +99,7 @@ def test_data_grow(own, act24, tmp_path, capsys):
     arguments += ("--set", "train.steps=5")
     assert act24(*arguments)[0] == 0
     shutil.rmtree(tmp_path / "run/checkpoints/step-000005")
+    files = len(list(tmp_path.glob("train-*.txt")))
     (tmp_path / "train-9.txt").write_text(text(100, 99))
     status, _, (line,) = act24(*arguments, "--resume", "auto")
     assert status == 2
@@ -106,6 +108,8 @@ def test_data_grow(own, act24, tmp_path, capsys):
     status, out, errors = act24(*arguments, "--resume", "auto", "--data", "grow")
     assert (status, errors) == (0, [])
     assert "train-9.txt): read from epoch 1 on" in out
+    changes = [json.loads(line).get("changes") for line in (tmp_path / "run/history.jsonl").open()]
+    assert changes == [None, {"files": [files, files + 1]}]
 
 
 def test_grow_leaves_an_epoch_that_was_begun_as_it_was(own, act24, tmp_path):
