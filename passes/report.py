@@ -13,6 +13,7 @@ from act24.passes.base import Match, OperationalPass, Pass, Plan
 from act24.passes.graph.coverage import Coverage, coverage, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region, joined
+from act24.words import counted
 
 #: Why a matrix beside an activation that a pass takes is none that it reaches.
 _DENSE = "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
@@ -263,4 +264,5 @@ def _by_reason(entries: list[tuple[str, str]]) -> str:
         f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
         for reason, (first, *others) in places.items()
     ]
-    return "; ".join(groups[:4] + ([f"and {len(groups) - 4} more reasons"] if len(groups) > 4 else []))
+    others = [f"and {counted(len(groups) - 4, 'more reason')}"] if len(groups) > 4 else []
+    return "; ".join(groups[:4] + others)
