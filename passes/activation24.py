@@ -96,7 +96,6 @@ class Activation24(OperationalPass):
     """
 
     name: ClassVar[str] = "activation24"
-    promises: ClassVar[bool] = False  # it takes the activations that there are
 
     method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"

@@ -77,7 +77,7 @@ class Recompute(OperationalPass):
             if node.op != "call_module":
                 continue
             module = _module(region, node.target)
-            if not _is_norm(module) and type(module) is not nn.Identity:
+            if not (_is_norm(module) or _is_identity(module)):
                 kind = type(module).__name__
                 return Plan(
                     misses=(("", f"a second call of {node.target} [{kind}] may differ: {_OTHERWISE}"),)
@@ -151,13 +151,17 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module) in (nn.RMSNorm, nn.LayerNorm)
 
 
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+
+
 def _open_norms(region: Region) -> None:
     """Norms as functions of their parameters, and no identities: what is repeated may call no module."""
     graph = region.graph
     for node in list(graph.nodes):
         if node.op == "call_module":
             norm: Any = _module(region, node.target)
-            if isinstance(norm, nn.Identity):
+            if _is_identity(norm):
                 (same,) = node.all_input_nodes
                 replace_node(graph, node, same)
                 continue

@@ -255,7 +255,10 @@ def check_zeros(pipeline: Pipeline) -> None:
         mask = weight.mask()
         pattern = found_pattern(mask.T if weight.transposed else mask)
         if (was := known.setdefault(weight.name, pattern)) != pattern:
-            raise PassError(f"{weight.name}: its mask was {was} and is {pattern}, and masks are fixed")
+            raise PassError(
+                f"{weight.name}: its mask was {was} and is {pattern}, and masks are fixed. Go back to the "
+                "last checkpoint before that"
+            )
         whole = weight.parameter.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if why := fault(whole, mask, None):

@@ -292,6 +292,10 @@ def _describe(region: Region) -> str:
     """What the region has instead of a gated network."""
     if any(True for _ in nodes_of(region.graph, relu2)):
         return "already relu²: use activation24 alone"
+    gated = (n for n in region.graph.nodes if _gate_kind(region, n) and any(map(is_product, n.users)))
+    if node := next(gated, None):
+        kind = _gate_kind(region, node)
+        return f"gated by {kind}, but something lies between its product and the linears around it: {_LEAVE}"
     linears = len(list(nodes_of(region.graph, F.linear)))
     if linears == 1:
         return "a single linear: leave it to other passes"

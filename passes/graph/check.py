@@ -93,7 +93,10 @@ class Check:
             )
         if self.agreeing:
             on = "random features" if self._probe is None else str(self._probe)
-            lines.append(f"checked on {on}: {self.agreeing} regions compute what their modules do")
+            computes = "1 region computes what its module does"
+            if self.agreeing > 1:
+                computes = f"{self.agreeing} regions compute what their modules do"
+            lines.append(f"checked on {on}: {computes}")
         lines += [f"not checked: {kind}: {why}" for kind, why in self.unchecked.items()]
         return "\n".join(lines)
 

@@ -162,8 +162,9 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
 
 def _named(region: Region, site: LinearSite) -> str:
     """A target that takes a linear, and those in its place in other layers."""
-    name = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
-    return f'targets = ["{name or "re:.*"}"]'
+    alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
+    target = region.name(site.path) if alike == "*" else alike  # "*" is what is there without it
+    return f'targets = ["{target or "re:.*"}"]'
 
 
 def tied(name: str) -> str:

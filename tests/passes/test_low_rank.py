@@ -247,3 +247,13 @@ def test_two_factorisations_of_one_linear_are_refused():
     assert issubclass(LowRank, FactorisingPass)
     with pytest.raises(PassError):
         plan(llama(), [LowRank(**ranks), Cola(**ranks)])
+
+
+def test_the_target_that_is_proposed_is_another_one():
+    class Halved(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) * 0.5
+
+    model = nn.Sequential(Halved(8, 8), nn.ReLU(), Halved(8, 8))
+    with pytest.raises(PassError, match=r'targets = \["0"\]'):
+        plan(model, [LowRank(attn_rank=2, mlp_rank=2)])

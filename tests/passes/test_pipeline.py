@@ -68,7 +68,7 @@ class Neither(Pass):
         (Relu2FFN, r"passes come as a list: .*, not Relu2FFN"),
         (Relu2FFN(), r"passes come as a list: .*, not Relu2FFN\(targets"),
         ("relu2_ffn", r"passes come as a list: .*, not 'relu2_ffn'"),
-        (["relu2_ffn"], "'relu2_ffn' is no pass"),
+        (["relu2_ffn"], "'relu2_ffn' is text: write the pass"),
         ([Relu2FFN(), None], "None is no pass"),
         (None, "passes come as a list: .*, not None"),
         ([Neither()], "is no pass: .*StructuralPass or OperationalPass"),

@@ -172,7 +172,8 @@ def test_what_draws_by_a_function_draws_the_same_again(draw):
     class MLP(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.down, self.same = nn.Linear(16, 32), nn.Linear(32, 16), nn.Identity()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+            self.same = nn.Sequential(nn.Identity(), nn.Dropout(0.0))
 
         def forward(self, x):
             return self.down(draw(self.same(torch.tanh(self.up(x)))))

@@ -348,3 +348,14 @@ def test_a_network_with_a_frozen_weight_stays_unless_it_is_named() -> None:
     model.blocks[0].mlp.up.requires_grad_(False)
     assert len(apply_(model, [Relu2FFN(targets=("blocks.*.mlp",))]).report.rows) == 2
     assert all(p.requires_grad for p in model.parameters())  # fresh ones that are frozen would stay as drawn
+
+
+def test_a_gated_network_with_something_between_says_what_stands_in_the_way() -> None:
+    class Dropped(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.dropout(F.silu(self.gate(x)) * self.up(x), 0.0))
+
+    with pytest.raises(
+        PassError, match="gated by silu, but something lies between its product and the linears"
+    ):
+        plan(Trunk(Dropped), [Relu2FFN()])

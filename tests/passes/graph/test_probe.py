@@ -62,7 +62,7 @@ def test_a_guess_that_does_not_fit_is_not_called_a_failure_of_the_module() -> No
     assert "not checked: Pictures: no input was found that it takes" in checked
     assert "fails" not in checked
     given = plan(Pictures(), [Activation24()], probe=torch.randn(2, 3, 8, 8)).checked
-    assert given == "checked on [2, 3, 8, 8]: 1 regions compute what their modules do"
+    assert given == "checked on [2, 3, 8, 8]: 1 region computes what its module does"
 
 
 def test_the_text_of_a_pass_is_no_pass() -> None:

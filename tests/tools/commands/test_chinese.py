@@ -92,7 +92,7 @@ OTHER = {
     "frozen, with {} adapter of rank {}",
     "a masked",
     "all activations kept",
-    "{} bottlenecks and the residual stream",
+    "{} and the residual stream",
     "its zeros stay",
     "2:4 weight, {}; 2:4 in {}",
     "2:4 weight, {}; e4m3 in y, dX, dW",
