@@ -1,11 +1,16 @@
-"""Whether weights are still those that an update began with."""
+"""Whether weights are still those that an update began with, and those that an optimizer was made for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from act24.errors import Act24Error
+from act24.passes.update_hooks import parameters_of
 
 
 class Unchanged:
@@ -37,6 +42,41 @@ class Unchanged:
                 return False
         self._answer = self._ready = None
         return answer is not None and bool(answer)
+
+
+class Replaced:
+    """Parameters that passes have taken out of a model, as far as somebody still holds them: an optimizer
+    that was made before does, and has none of those that stand there now."""
+
+    def __init__(self, model: nn.Module, stock: Mapping[str, Tensor]) -> None:
+        """
+        Args:
+            stock: the parameters that the model had, by name.
+        """
+        now, before = dict(model.named_parameters()), {id(p) for p in stock.values()}
+        self._new = [name for name, p in now.items() if id(p) not in before and p.requires_grad]
+        kept = {id(p) for p in now.values()}
+        gone = {name: p for name, p in stock.items() if id(p) not in kept and p.requires_grad}
+        self._gone = weakref.WeakValueDictionary[str, Tensor](gone if self._new else {})
+
+    def __len__(self) -> int:
+        return len(self._gone)
+
+    def refuse_optimizer(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Refuse a step that would leave all new parameters as they are."""
+        if not self._gone:
+            return
+        theirs = parameters_of(optimizer)
+        name = next((name for name, p in self._gone.items() if id(p) in theirs), None)
+        if name is None:
+            return
+        now = dict(model.named_parameters())
+        if not any(id(now[new]) in theirs for new in self._new if new in now):
+            raise Act24Error(
+                f"this optimizer was made before the passes were applied: it holds {name} as it was, which "
+                f"is no parameter of the model any more, and not {self._new[0]}: make it after apply_, of "
+                "model.parameters()"
+            )
 
 
 def _elements(parameter: Tensor) -> int:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from act24.errors import PassError
 from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.first_rows import Rows
 from act24.passes.graph.check import Probe
 from act24.passes.graph.frozen import watch_
 from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import Reduce, Replayed, evaluation, set_pads_
-from act24.passes.updates import Rows, Updates, updates_of
+from act24.passes.updates import Updates, updates_of
 
 
 def apply_(
@@ -116,8 +117,9 @@ class Pipeline(Rewriting):
                 "what passes make under torch.inference_mode() could not be renewed or trained: apply them "
                 "outside of it"
             )
+        stock = dict(self.model.named_parameters())
         super().commit_(measured)
-        self._updates.watch_()
+        self._updates.watch_(stock)
         watch_(self.model, self.facts)
 
     @property
@@ -128,8 +130,9 @@ class Pipeline(Rewriting):
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         self._updates.settle()
+        changed = super().lower_(step, without)
         self._updates.lowered_for(step)
-        return super().lower_(step, without)
+        return changed
 
     def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
         self._updates.settle()
@@ -162,7 +165,8 @@ class Pipeline(Rewriting):
         step, renew masks and scales that are due, and set seeds.
 
         Collective: every process calls it with the same step. Micro-batches, masked decay and the end of the
-        update need no call (`act24.passes.updates`). A training forward without it raises `Act24Error`. Masks
+        update need no call (`act24.passes.updates`). A training forward without it raises `Act24Error` where
+        a pass in force renews anything, and behind an optimizer's step where a pass has a step to come. Masks
         and scales of an update are those of the model's own weights as it begins, also where
         `torch.func.functional_call` brings others.
 
@@ -190,6 +194,7 @@ class Pipeline(Rewriting):
         Raises:
             Act24Error: a scale is due, and there is no batch; or `torch.distributed` has several processes
                 and `reduce` or `rank` is missing, of which a pass makes use.
+            OptionError: the step is no integer, or negative.
         """
         return self._updates.begin_(step, batch, reduce, forward, rank, without, loop_decays, replayed)
 

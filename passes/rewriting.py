@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.initialise import generator_for
-from act24.options import check_options
+from act24.options import check_options, check_values
 from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
 from act24.passes.graph.check import Check, Probe
 from act24.passes.graph.coverage import Coverage
@@ -222,7 +222,12 @@ class Rewriting:
 
     def in_force(self, step: int, without: Sequence[str] = ()) -> list[OperationalPass]:
         """The operational passes in force once `step` updates are made, those named in `without` left out
-        (`left_out`)."""
+        (`left_out`).
+
+        Raises:
+            OptionError: the step is no integer, or negative.
+        """
+        check_values(Start, "updates already made", step=step)
         return left_out([p for p in self._operational if p.active(step)], without)
 
     def lower_to_(self, passes: Sequence[OperationalPass]) -> None:

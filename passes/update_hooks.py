@@ -7,12 +7,18 @@ seeds: in the hooks' place it has one that refuses what it can no longer do.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from act24.errors import Act24Error
 from act24.passes.graph.frozen import Remains
@@ -55,6 +61,42 @@ def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) 
         module.register_state_dict_pre_hook(_Reads(watcher))
 
 
+class StepWatcher(Protocol):
+    """Who is told of optimizers' steps."""
+
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """An optimizer makes a step; what it is called with instead, or None."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """It has made it."""
+
+
+def watch_optimizers_(watcher: StepWatcher) -> None:
+    """Hook every optimizer there is, of whichever kind, wrapped or made anew, for as long as the watcher
+    lives: there is nothing to attach, and nothing to forget."""
+    this = weakref.ref(watcher)
+
+    def before(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        found = this()
+        return None if found is None else found.before_step(optimizer, args, kwargs)
+
+    def after(optimizer: Optimizer, *_: Any) -> None:
+        if (found := this()) is not None:
+            found.after_step(optimizer)
+
+    for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
+        weakref.finalize(watcher, hook.remove)
+
+
+def parameters_of(optimizer: Optimizer) -> set[int]:
+    """The parameters of an optimizer, by `id`."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def takes_attention_mask(model: nn.Module, regions: Sequence[str]) -> bool:
     """Whether the module that calls the regions is told of padding, as those of `transformers` are."""
     return "attention_mask" in inspect.signature(_trunk(model, regions).forward).parameters
@@ -76,13 +118,14 @@ def forget_orphans_(model: nn.Module) -> None:
 
 #: Why a copy that was made in training does not run.
 COPIED = (
-    "this model is a copy that was made in training, without the pipeline that knows its masks and seeds: "
-    "copy it inside `with pipeline.evaluation():`, or apply the same passes to a stock model and "
-    "load_state_dict()"
+    "this model is a copy that was made in training, without the pipeline that knows its masks, seeds and "
+    "steps: copy both, copy.deepcopy((model, pipeline)), or the model inside `with pipeline.evaluation():`, "
+    "or apply the same passes to a stock model and load_state_dict()"
 )
 _UNTRAINED = (
-    "this model is a copy without the pipeline that renews its masks, scales and seeds: to train it, apply "
-    "the same passes to a stock model and load_state_dict()"
+    "this model is a copy without the pipeline that renews its masks, scales and seeds and knows its steps: "
+    "to train it, copy both, copy.deepcopy((model, pipeline)), or apply the same passes to a stock model and "
+    "load_state_dict()"
 )
 
 

@@ -22,16 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from act24.errors import Act24Error
 from act24.operation import in_functorch
 from act24.passes.activation24 import SCALE, Activation24
 from act24.passes.base import OperationalPass, Pass
-from act24.passes.changed_weights import Unchanged
+from act24.passes.changed_weights import Replaced, Unchanged
+from act24.passes.first_rows import Rows, call_with, first_rows
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.region import buffers_of
 from act24.passes.read_weights import ReadWeights
@@ -55,18 +52,14 @@ from act24.passes.state import (
 from act24.passes.update_hooks import (
     COPIED,
     forget_orphans_,
+    parameters_of,
     takes_attention_mask,
     watch_forwards_,
+    watch_optimizers_,
     watcher_of,
 )
 from act24.passes.weight24 import MASK, Weight24
 from act24.sparse24.weight.methods import DecayPlace
-
-#: What a loop hands in to measure on: the arguments of a forward.
-Rows = Tensor | Sequence[Tensor] | Mapping[str, Any]
-
-#: Token rows that run for each one that is measured: neighbours in a text say much the same.
-_RUN_FOR_ONE = 16
 
 
 class Updates:
@@ -75,7 +68,10 @@ class Updates:
     def __init__(self, pipeline: Rewriting) -> None:
         self.pipeline = pipeline
         self.renews = False  # any pass ever
+        self.owed = False  # a call an update: a pass renews, or has a step to come
         self._begun = False
+        self._stepped = False  # an optimizer, since the model was lowered for a step
+        self._lowered_for = pipeline.step
         self._held = False
         self.serves = False  # what was read is lowered and renewed to be served, and trained no further
         #: Updates already made, where somebody has said so and none was begun since.
@@ -84,6 +80,7 @@ class Updates:
         self._read = ReadWeights(pipeline)
         self._seeds = Seeds(pipeline)
         self._unchanged: Unchanged | None = None  # the weights, since the update began
+        self._replaced = Replaced(pipeline.model, {})
         self._entered: ExitStack | None = None  # by a forward in evaluation mode
         self._running: nn.Module | None = None  # whose forward this is, of modules within each other
         self._masked = False  # the padding is that of an attention mask
@@ -91,51 +88,52 @@ class Updates:
         self._decayed: set[int] = set()  # parameters, by id, whose gradient of this update has its decay
         self._hooked: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
-    def watch_(self) -> None:
+    def watch_(self, stock: Mapping[str, Tensor]) -> None:
         """Hook the model and the optimizers, if any pass ever needs it; once. A model that is told of padding
-        by its caller is hooked for the passes that leave padding out, too."""
+        by its caller is hooked for the passes that leave padding out, too.
+
+        Args:
+            stock: the parameters that the model had, by name.
+        """
         model, regions = self.pipeline.model, list(self.pipeline.regions)
         self.renews = any(isinstance(p, OperationalPass) and p.renews for p in self.pipeline.passes)
+        self.owed = self.renews or self._waiting() is not None
+        self._replaced = Replaced(model, stock)
         pads = any(module._buffers.get(PADS) is not None for module in self.pipeline.modules)
-        if self.renews or (pads and takes_attention_mask(model, regions)):
+        if self.owed or (pads and takes_attention_mask(model, regions)):
             watch_forwards_(model, regions, self)
-        if self.renews:
-            self._watch_optimizers()
+        if self.owed or self._replaced:
+            watch_optimizers_(self)
 
     def of_copy(self, pipeline: Rewriting) -> Updates:
         """Who watches a copy of the pipeline, where its updates stand as they do here."""
         twin = Updates(pipeline)
         twin._begun, twin._last, twin.made = self._begun, self._last, self.made
+        twin._lowered_for, twin._stepped = self._lowered_for, self._stepped
         if pipeline.modules:
             forget_orphans_(pipeline.model)
-            twin.watch_()
+            twin.watch_({})
         return twin
 
-    def _watch_optimizers(self) -> None:
-        """Of whichever kind, wrapped or made anew: there is nothing to attach, and nothing to forget."""
-        this = weakref.ref(self)
-
-        def before(
-            optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if (updates := this()) is None or not updates._updated_by(optimizer):
-                return None
-            named = {**dict(zip(("self", "closure"), args, strict=False)), **kwargs}
-            if (closure := named.pop("closure", None)) is not None:  # that makes the gradients
-                return args[:1], {**kwargs, "closure": updates._decaying_closure(closure, optimizer)}
-            updates._decay_at_step(optimizer)
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._replaced.refuse_optimizer(self.pipeline.model, optimizer)
+        if not self.owed or not self._updated_by(optimizer):
             return None
+        named = {**dict(zip(("self", "closure"), args, strict=False)), **kwargs}
+        if (closure := named.pop("closure", None)) is not None:  # that makes the gradients
+            return args[:1], {**kwargs, "closure": self._decaying_closure(closure, optimizer)}
+        self._decay_at_step(optimizer)
+        return None
 
-        def after(optimizer: Optimizer, *_: Any) -> None:
-            if (updates := this()) is not None and updates._updated_by(optimizer):
-                updates._begun = False
-                updates._read.forget_cache()  # fused ones leave no trace in versions
-
-        for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
-            weakref.finalize(self, hook.remove)
+    def after_step(self, optimizer: Optimizer) -> None:
+        if self.owed and self._updated_by(optimizer):
+            self._begun, self._stepped = False, True
+            self._read.forget_cache()  # fused ones leave no trace in versions
 
     def _decay_at_step(self, optimizer: Optimizer) -> None:
-        self.decay_(_parameters(optimizer), "before_clipping", "after_clipping")
+        self.decay_(parameters_of(optimizer), "before_clipping", "after_clipping")
 
     def _decaying_closure(self, closure: Callable[[], object], optimizer: Optimizer) -> Callable[[], object]:
         """A closure of `optimizer.step` behind which gradients have their decay, each time it is called."""
@@ -154,7 +152,7 @@ class Updates:
 
     def _updated_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer makes a step of this model: the hooks see those of every model there is."""
-        theirs = _parameters(optimizer)
+        theirs = parameters_of(optimizer)
         return any(id(p) in theirs for p in self.pipeline.model.parameters())
 
     def decay_(self, parameters: Container[int] | None, *places: DecayPlace) -> None:
@@ -229,15 +227,15 @@ class Updates:
                 for name in new_places(pipeline, one.of, step):
                     scales[name].fill_(1)
             rows, run = first_rows(batch, due), forward or pipeline.model
-            measured = calibrate_(pipeline, due, lambda: _call(run, rows), reduce)
+            measured = calibrate_(pipeline, due, lambda: call_with(run, rows), reduce)
             first = any(step == one.of.from_step for one in due)
             note = calibration_text(*measured) if first else None
         self._seeds.begin_(step, rank or 0)
         self._read.forget_cache()
         self._decayed.clear()
         self._decaying = {} if loop_decays else self._watch_gradients()
-        renewing = any(self._trains(p) for p in pipeline.passes)
-        self._unchanged = Unchanged(pipeline.modules) if renewing else None
+        looks = self._waiting() is not None or any(self._trains(p) for p in pipeline.passes)
+        self._unchanged = Unchanged(pipeline.modules) if looks else None
         self._begun, self._last, self.made = True, step, None
         return note
 
@@ -245,6 +243,7 @@ class Updates:
         """Somebody has lowered the model for a step. Scales of an update that this pipeline has begun are
         set."""
         self.made = step if step > self._last else None
+        self._lowered_for, self._stepped = step, False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -280,6 +279,15 @@ class Updates:
                     f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
                     "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
+            waiting = self._waiting()
+            if waiting is not None and self._stepped:
+                raise Act24Error(
+                    f"{waiting.name} comes and goes at steps, and nobody has said that step "
+                    f"{self._lowered_for} is over: call pipeline.begin_update_(step, batch=…) before the "
+                    "first forward of every update"
+                )
+            if waiting is not None and self._last == self._lowered_for:
+                renewing.append(waiting)
             if renewing:
                 self._refuse_other_weights(renewing[0])
             self._refuse_scaled_gradients()
@@ -295,7 +303,7 @@ class Updates:
         if self._unchanged is not None and self._unchanged.violated():
             raise Act24Error(
                 f"weights have changed since update {self._last} began, by no step of an optimizer, and "
-                f"{p.name} would go on with its masks, scales and seeds: call pipeline.begin_update_(step, "
+                f"{p.name} would go on as that update has it: call pipeline.begin_update_(step, "
                 "batch=…) before the first forward of every update, also where weights are written by hand"
             )
 
@@ -309,6 +317,18 @@ class Updates:
                 "in bfloat16, or begin_update_(…, loop_decays=True) and call pipeline.decay_gradients_() "
                 "behind scaler.unscale_(optimizer)"
             )
+
+    def _waiting(self) -> OperationalPass | None:
+        """The first pass of which a step is still to come, where the model is trained on."""
+        return next(
+            (
+                p
+                for p in self.pipeline.passes
+                if isinstance(p, OperationalPass) and not self.serves
+                if max(p.from_step, p.until_step or 0) > self._lowered_for
+            ),
+            None,
+        )
 
     def _trains(self, p: Pass) -> bool:
         """Whether a pass is in force that renews state, also where its form of evaluation stands in for
@@ -354,7 +374,7 @@ class Updates:
         self.settle()
         if self._masked:  # nobody would take it out of the copy
             self._read_attention_mask(None)
-        if not self.renews:
+        if not self.renews and self._waiting() is None:
             return None
         return "" if self._held else COPIED
 
@@ -377,33 +397,10 @@ def _refuse_to_guess(pipeline: Rewriting, reduce: Reduce | None, rank: int | Non
         )
 
 
-def first_rows(batch: Rows, due: Sequence[Due]) -> Rows:
-    """The rows of a batch that are enough to measure on; the same ones, however many follow."""
-    tensors = (
-        batch.values() if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
-    )
-    first = next((t for t in tensors if isinstance(t, Tensor) and t.ndim), None)
-    if first is None:
-        raise Act24Error(
-            "begin_update_: give batch as a tensor, a sequence of them, or a mapping as of keyword arguments"
-        )
-    rows = rows_to_run(due, first.shape[1] if first.ndim > 1 else 1)
-
-    def cut(value: Any) -> Any:
-        fits = isinstance(value, Tensor) and value.ndim and value.shape[0] == first.shape[0]
-        return value[:rows] if fits else value
-
-    if isinstance(batch, Tensor):
-        return cut(batch)
-    if isinstance(batch, Mapping):
-        return {name: cut(value) for name, value in batch.items()}
-    return tuple(map(cut, batch))
-
-
 def updates_of(model: nn.Module) -> Updates | None:
-    """Who watches a model; None where nothing is to be renewed, and for a copy."""
+    """Who watches a model; None where no call an update is owed, and for a copy."""
     found = watcher_of(model)
-    return found if isinstance(found, Updates) and found.renews else None
+    return found if isinstance(found, Updates) and found.owed else None
 
 
 def measured_at(pipeline: Rewriting, step: int) -> list[Due]:
@@ -425,22 +422,6 @@ def first_measured_at(pipeline: Rewriting, step: int) -> list[Due]:
     return [one for one in measured_at(pipeline, step) if new_places(pipeline, one.of, step, in_force)]
 
 
-def rows_to_run(due: Sequence[Due], length: int) -> int:
-    """Rows of so many tokens that are run when scales are due."""
-    samples = max(one.of.calibration_samples for one in due)
-    return -(-_RUN_FOR_ONE * samples // length)
-
-
 def _in_backward() -> bool:
     """Whether a backward is at work, which computes a forward again."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _call(forward: Callable[..., object], rows: Rows) -> object:
-    if isinstance(rows, Mapping):
-        return forward(**rows)
-    return forward(rows) if isinstance(rows, Tensor) else forward(*rows)
-
-
-def _parameters(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,17 +1,18 @@
-"""Updates that no optimizer makes."""
+"""Updates that nobody began, and optimizers and copies that would not follow."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from rewritten_llama import IDS, loss_of, rewritten
+from rewritten_llama import IDS, llama, loss_of, rewritten
 from torch import nn
 
 from act24.errors import Act24Error
-from act24.passes import Activation24, Relu2FFN, Weight24
+from act24.passes import Activation24, LowRank, Relu2FFN, Weight24, apply_
 
 NEEDING: dict[str, tuple[Any, ...]] = {
     "masks": (Weight24(mask_every=1),),
@@ -72,9 +73,125 @@ def test_weights_that_are_exchanged_for_an_evaluation_and_put_back_are_no_update
     loss_of(model.train()).backward()
 
 
-def test_where_no_pass_is_in_force_nobody_looks() -> None:
-    model, pipeline = rewritten(Weight24(from_step=5))
+def test_where_no_pass_is_in_force_or_to_come_nobody_looks() -> None:
+    model, pipeline = rewritten(Weight24(until_step=1))
+    for step in (0, 1):
+        pipeline.begin_update_(step)
+        loss_of(model).backward()
+        through_data(model)
+    loss_of(model).backward()
+
+
+WAITING: dict[str, tuple[Any, ...]] = {
+    "begins": (Relu2FFN(), Activation24(from_step=2)),
+    "ends": (Relu2FFN(), Activation24(until_step=2)),
+    "masks": (Weight24(from_step=2),),
+}
+
+
+def by_optimizer(model: nn.Module) -> None:
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("update", "begun"), [(by_optimizer, False), (by_optimizer, True), (through_data, True)]
+)
+@pytest.mark.parametrize("waiting", WAITING)
+def test_updates_that_nobody_begins_before_a_step_to_come_are_noticed(
+    waiting: str, update: Callable[[nn.Module], None], begun: bool
+) -> None:
+    """A pass would never come into force, or never end. Where none was begun, weights may have been loaded:
+    only an optimizer tells."""
+    model, pipeline = rewritten(*WAITING[waiting])
+    if begun:
+        pipeline.begin_update_(0)
+    for _ in range(2):  # micro-batches
+        loss_of(model).backward()
+    update(model)
+    model.eval()(IDS)
+    model.train()
+    with pytest.raises(Act24Error, match=r"\w+24 .*call pipeline\.begin_update_\(step, batch=…\)"):
+        model(IDS)
+    pipeline.lower_(1)  # as a loop may that only has steps
+    loss_of(model).backward()
+    update(model)
+    pipeline.begin_update_(2)
+    loss_of(model).backward()
+
+
+def test_behind_its_last_step_a_pass_that_renews_nothing_asks_for_nothing() -> None:
+    model, pipeline = rewritten(*WAITING["begins"])
+    pipeline.begin_update_(2)
+    for _ in range(2):
+        loss_of(model).backward()
+        by_optimizer(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize("waiting", WAITING)
+def test_copies_that_would_not_follow_the_steps_say_so(
+    waiting: str, copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    model, pipeline = rewritten(*WAITING[waiting])
+    other = copied(model)
+    pipeline.begin_update_(2)
+    other.load_state_dict(model.state_dict() if copied is copy.deepcopy else other.state_dict())
+    for mode, match in ((False, r"copy\.deepcopy\(\(model, pipeline\)\)"), (True, "to train it, copy both")):
+        with pytest.raises(Act24Error, match=match):
+            other.train(mode)(IDS)
+
+
+def test_copies_that_have_no_step_to_come_run() -> None:
+    model, pipeline = rewritten(*WAITING["begins"])
+    with pipeline.evaluation():
+        dense = copy.deepcopy(model)
+    before = model.eval()(IDS)
+    assert torch.equal(dense.eval()(IDS), before)
+    pipeline.begin_update_(2)
+    sparse = copy.deepcopy(model)
+    assert torch.equal(sparse.train()(IDS), model(IDS))
+    assert not torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, None, "3", True])
+@pytest.mark.parametrize("calls", ["begin_update_", "lower_"])
+def test_a_step_that_is_none_is_refused_in_a_line(calls: str, step: Any) -> None:
+    _, pipeline = rewritten(*WAITING["begins"])
+    with pytest.raises(Act24Error, match=rf"^updates already made: step has to be .*, got {step!r}$"):
+        getattr(pipeline, calls)(step)
+    pipeline.begin_update_(2)
+    assert [p.name for p in pipeline.active] == ["activation24"]
+
+
+RANKS = {"attn_rank": 4, "mlp_rank": 4}
+
+
+@pytest.mark.parametrize("passes", [(LowRank(**RANKS),), (LowRank(**RANKS), Weight24()), (Relu2FFN(),)])
+def test_an_optimizer_that_was_made_before_the_passes_were_applied_is_told(passes: Any) -> None:
+    model = llama()
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    pipeline = apply_(model, passes)
     pipeline.begin_update_(0)
     loss_of(model).backward()
-    through_data(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    match = r"made before the passes.*holds model\.layers\..*weight as it was.*make it after apply_"
+    with pytest.raises(Act24Error, match=match):
+        early.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    pipeline.begin_update_(1)
+    held = {id(p) for group in early.param_groups for p in group["params"]}
+    early.add_param_group({"params": [p for p in model.parameters() if id(p) not in held]})
+    early.step()
+
+
+def test_an_optimizer_from_before_that_lacks_nothing_goes_on() -> None:
+    """Two of three matrices stay, and the third is gone."""
+    model = llama()
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    apply_(model, [Relu2FFN(width="keep")])
     loss_of(model).backward()
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    early.step()
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)

@@ -59,7 +59,7 @@ class Perplexity:
         return (
             f"perplexity {self.perplexity:.3f} at {self.seqlen} tokens a window, "
             f"{counted(self.windows, 'window')}, {counted(self.dropped, 'token')} dropped, "
-            f"text {self.text[:12]} ({self.protocol}, {self.dtype})"
+            f"token ids {self.text[:12]} ({self.protocol}, {self.dtype})"
         )
 
 
