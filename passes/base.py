@@ -250,6 +250,8 @@ def check_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
         if isinstance(p, type) and issubclass(p, Pass):
             raise PassError(f"{p.__name__} is the class of a pass: write {p.__name__}(...), with its options")
         if not isinstance(p, StructuralPass | OperationalPass):
+            if isinstance(p, str):
+                raise PassError(f"{_shown(p)} is text: write the pass, as Relu2FFN(), from act24.passes")
             raise PassError(f"{_shown(p)} is no pass: derive it from StructuralPass or OperationalPass")
         if p in given[:index]:
             raise PassError(f"{p.name} is given twice with the same options: leave one out")

@@ -38,6 +38,7 @@ from act24.passes.graph.linear_sites import (
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
+from act24.words import counted
 
 #: The measurement that `method = "gradient"` asks for.
 COLUMN_SCORES = "column_scores"
@@ -86,7 +87,7 @@ class Lost(FactorisingPass):
         return Match(
             path=site.path,
             before=f"linear {in_features}→{out_features}",
-            after=f"{in_features}→{rank} · {self.bottleneck} · →{out_features}, {kept} columns",
+            after=f"{in_features}→{rank} · {self.bottleneck} · →{out_features}, {counted(kept, 'column')}",
             nodes=(site, specs),
             parameters_before=before,
             parameters_after=before - dense.numel() + sum(spec.numel() for spec in specs.values()),

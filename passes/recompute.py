@@ -38,6 +38,7 @@ from act24.passes.graph.normal_form import is_linear, parameter_name, replace_no
 from act24.passes.graph.region import Factor, Region
 from act24.passes.graph.writes import buffer_writes
 from act24.sparse24.feed_forward.operation import activation24
+from act24.words import counted
 
 #: The parts of a weight that read a bottleneck: the second factor, and columns, whose input is narrow too.
 _READERS = ("out", "columns")
@@ -92,7 +93,7 @@ class Recompute(OperationalPass):
             before="all activations kept",
             after="input and bottleneck, which is little less"
             if is_linear(region.module)
-            else f"{len(kept)} bottlenecks and the residual stream",
+            else f"{counted(len(kept), 'bottleneck')} and the residual stream",
             nodes=None,
             parameters_before=region.numel(),
             parameters_after=region.numel(),

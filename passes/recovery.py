@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ from act24.passes.sparse_mask import MASK_BITS, TRANSPOSED, SparseMask
 from act24.pruning.methods import masked
 from act24.pruning.pattern import Pattern
 from act24.pruning.stored import bits_to_mask, fault, packed_bits
+
+#: The patterns that the masks of a model have, by weight.
+_PATTERNS: WeakKeyDictionary[Pipeline, dict[str, Pattern]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
         PassError: a pass wants masks and there are none, a weight has none or one of another shape, or is not
             zero where it is pruned.
     """
+    _PATTERNS.pop(pipeline, None)
     passes = [p for p in pipeline.passes if isinstance(p, SparseMask)]
     of_zeros = bool(passes) and all(p.masks == "zeros" for p in passes)
     for weight in pruned_weights(pipeline):
@@ -242,10 +247,16 @@ def check_zeros(pipeline: Pipeline) -> None:
     """What every save verifies, weight by weight; collective where parameters are sharded.
 
     Raises:
-        PassError: names a weight that is not finite, not zero where it is pruned, or -0.0.
+        PassError: names a weight that is not finite, not zero where it is pruned, or -0.0, or whose mask has
+            another pattern than at the first check since `set_masks_`.
     """
+    known = _PATTERNS.setdefault(pipeline, {})
     for weight in pruned_weights(pipeline):
+        mask = weight.mask()
+        pattern = found_pattern(mask.T if weight.transposed else mask)
+        if (was := known.setdefault(weight.name, pattern)) != pattern:
+            raise PassError(f"{weight.name}: its mask was {was} and is {pattern}, and masks are fixed")
         whole = weight.parameter.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        if why := fault(whole, weight.mask(), None):
+        if why := fault(whole, mask, None):
             raise PassError(f"{weight.name}: {why}. Go back to the last checkpoint before that")

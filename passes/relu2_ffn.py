@@ -137,6 +137,9 @@ class Relu2FFN(StructuralPass):
         # Half of what a fused linear held was the gate, also where the new shape happens to be the old one.
         stale = _parameters(found.up) if found.fused else ()
         fresh = tuple(n for n in kept if n in stale or specs[n].shape != region.parameters[n].shape)
+        specs = {
+            n: replace(spec, requires_grad=n in fresh or spec.requires_grad) for n, spec in specs.items()
+        }
         after = sum(spec.numel() for spec in specs.values())
         carried = tuple(name for name in kept if name not in fresh)
         return Match(

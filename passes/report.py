@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan
-from act24.passes.graph.coverage import Coverage, coverage, matrices_of
+from act24.passes.graph.coverage import Coverage, coverage, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops
-from act24.passes.graph.region import Region
+from act24.passes.graph.region import Region, joined
+from act24.words import counted
 
 #: Why a matrix beside an activation that a pass takes is none that it reaches.
 _DENSE = "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
@@ -47,6 +49,7 @@ class Report:
             products with a 2:4 operand count half. What no pass can change is left out: attention scores, and
             a head that the model computes itself from tied embeddings.
         checked: what was checked on numbers, and what was not.
+        uncounted: matrices that FLOPs leave out, as no linear that is traced reads them, by name.
         coverage: of each pass with a scope, what it reaches of the matrices in it, and what it leaves.
         unwatched: what tracing has frozen and nobody would notice a change of, by name.
     """
@@ -57,6 +60,7 @@ class Report:
     parameters_after: int
     flops_before: int
     flops_after: int
+    uncounted: tuple[str, ...] = ()
     checked: str = ""
     coverage: tuple[Coverage, ...] = ()
     unwatched: tuple[str, ...] = ()
@@ -83,8 +87,10 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
+        uncounted = [f"FLOPs leave out {listed(self.uncounted)}: no linear that is traced reads it"]
+        figures_and_rest = [figures, *(uncounted if self.uncounted else ())]
         unwatched = [f"frozen by tracing, and not watched: {what}" for what in self.unwatched]
-        return [*left, figures, *map(str, self.coverage), *self.checked.splitlines(), *unwatched]
+        return [*left, *figures_and_rest, *map(str, self.coverage), *self.checked.splitlines(), *unwatched]
 
     @property
     def partial(self) -> tuple[Coverage, ...]:
@@ -154,7 +160,7 @@ def row(p: Pass, region: Region, match: Match) -> Row:
 
 def figures(
     model: nn.Module, traced: Sequence[Region], base: Sequence[Region], lowered: Sequence[Region]
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """The figures of a report by name.
 
     Args:
@@ -163,7 +169,15 @@ def figures(
     tensors = {id(tensor): tensor.numel() for tensor in model.parameters()}
     before = sum(tensors.values())
     change = sum(new.numel() - old.numel() for old, new in zip(traced, base, strict=True))
+    counted = {joined(fqn, name) for region in traced for fqn in region.fqns for name in region.roles}
+    others = (
+        name
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and min(p.shape) > 1 and name not in counted
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding | nn.EmbeddingBag)
+    )
     return {
+        "uncounted": tuple(dict.fromkeys(pattern(name) if name.count(".") > 1 else name for name in others)),
         "parameters_before": before,
         "parameters_after": before + change,
         "flops_before": sum(region_flops(region) * len(region.fqns) for region in traced),
@@ -192,6 +206,8 @@ def coverages(
     # By full name; the model itself has none.
     left = {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
     matrices = matrices_of(model, regions, left)
+    stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
+    made = {name for row in rows for name in row.reaches or () if name not in stock}
     untraced = {place: f"not traced: {why}" for place, why in left.items()}
     found = []
     for p in passes:
@@ -200,7 +216,9 @@ def coverages(
             own = [
                 (row.fqn.removeprefix("the model"), row.reaches) for row in rows if row.pass_name == p.name
             ]
-            places = [name for place, reaches in own for name in ((place,) if reaches is None else reaches)]
+            reached = [name for place, reaches in own for name in ((place,) if reaches is None else reaches)]
+            # What another pass has made stands for the matrix that was there.
+            places = [name.rpartition(".")[0] if name in made else name for name in reached]
             missed = {place: _DENSE for place, reaches in own if reaches is not None} | missed
             reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
             named = {*(place for place, _ in own), *missed}
@@ -246,4 +264,5 @@ def _by_reason(entries: list[tuple[str, str]]) -> str:
         f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
         for reason, (first, *others) in places.items()
     ]
-    return "; ".join(groups[:4] + ([f"and {len(groups) - 4} more reasons"] if len(groups) > 4 else []))
+    others = [f"and {counted(len(groups) - 4, 'more reason')}"] if len(groups) > 4 else []
+    return "; ".join(groups[:4] + others)

@@ -39,6 +39,7 @@ from act24.sparse24.pattern.soft_threshold import scale_from_sums
 from act24.sparse24.weight.linear24 import flip_rate, masked_decay_
 from act24.sparse24.weight.methods import DecayPlace, weight_scale
 from act24.sparse24.weight.packed import packed_operands
+from act24.words import counted
 
 #: Sums a tensor over all processes, in place or not, and returns it.
 Reduce = Callable[[Tensor], Tensor]
@@ -124,8 +125,9 @@ def calibration_text(names: Sequence[str], table: Tensor) -> str:
     name, scale, best, error, naive = max(lines, key=lambda line: line[3])
     scales = [line[1] for line in lines]
     return (
-        f"2:4 scale β: {min(scales):.4f} to {max(scales):.4f} over {len(lines)} activations. Worst, {name}: "
-        f"β = {scale:.4f} (least error at {best:.4f}), relative error {error:.4f}; naive 2:4: {naive:.4f}"
+        f"2:4 scale β: {min(scales):.4f} to {max(scales):.4f} over {counted(len(lines), 'activation')}. "
+        f"Worst, {name}: β = {scale:.4f} (least error at {best:.4f}), relative error {error:.4f}; naive 2:4: "
+        f"{naive:.4f}"
     )
 
 

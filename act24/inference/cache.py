@@ -11,6 +11,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.llama import LlamaConfig
+from act24.words import counted
 
 
 @dataclass
@@ -84,14 +85,16 @@ def too_large(
     """What is said of a batch that does not fit: what it needs, and how many rows would."""
     row = cache_bytes(config, 1, length, dtype)
     told = (
-        f"{rows} rows of {length} tokens need {rows * row / 2**30:.2f} GiB of keys and values, and room "
-        f"for their activations, which {device} does not have"
+        f"{counted(rows, 'row')} of {counted(length, 'token')} need{'s' * (rows == 1)} "
+        f"{rows * row / 2**30:.2f} GiB of keys and values, and room for their activations, which {device} "
+        "does not have"
     )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
     fits = rows if free is None else free * 9 // 10 // row
     if fits >= rows:  # it was the activations, or nobody knows
         return f"{told}: take fewer rows at once, or fewer tokens"
-    return f"{told}: {fits} rows fit" if fits else f"{told}: not one row fits, take fewer tokens"
+    fitting = counted(fits, "row fits", "rows fit") if fits else "not one row fits, take fewer tokens"
+    return f"{told}: {fitting}"
 
 
 @contextmanager

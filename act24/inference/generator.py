@@ -19,6 +19,7 @@ from act24.inference.text import RowText
 from act24.llama import LlamaForCausalLM
 from act24.options import Range, in_range
 from act24.sparse24.format.products import Table
+from act24.words import counted
 
 #: Steps that a GPU may be ahead of the host. So many tokens are thrown away when the last row ends.
 AHEAD = 8
@@ -231,13 +232,13 @@ class Generator:
                 raise Act24Error(f"{told} is empty; give it at least one token")
             if len(prompt) >= positions:
                 raise Act24Error(
-                    f"{told} has {len(prompt)} tokens, and the model {positions} positions, with none "
-                    "left for a new one; shorten the prompt"
+                    f"{told} has {counted(len(prompt), 'token')}, and the model {positions} positions, with "
+                    "none left for a new one; shorten the prompt"
                 )
             if len(prompt) + tokens > positions:
                 raise Act24Error(
-                    f"{told} has {len(prompt)} tokens, and the model {positions} positions: "
-                    f"{positions - len(prompt)} tokens can be added, not {tokens}"
+                    f"{told} has {counted(len(prompt), 'token')}, and the model {positions} positions: "
+                    f"{counted(positions - len(prompt), 'token')} can be added, not {tokens}"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self._config.vocab_size:
                 raise Act24Error(

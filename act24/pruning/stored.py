@@ -7,6 +7,7 @@ from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.pruning.pattern import Pattern, follows
+from act24.words import counted
 
 
 def packed_bits(mask: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def fault(weight: Tensor, mask: Tensor, pattern: Pattern | None) -> str:
     if not torch.isfinite(weight).all():
         return "it is not finite"
     if (lost := int((weight[~mask] != 0).sum())) > 0:
-        return f"{lost} weights that were pruned are not zero"
+        return counted(lost, "weight that was pruned is not zero", "weights that were pruned are not zero")
     if torch.signbit(weight[weight == 0]).any():
         return "it has -0.0, which packed products do not take"
     if pattern is not None and not follows(mask, pattern):

@@ -92,7 +92,7 @@ class Check:
                 f"checked on {self._probe}: only single linears are traced, which are what they were"
             )
         if self.agreeing:
-            on = "the probe" if self._probe is None else str(self._probe)
+            on = "random features" if self._probe is None else str(self._probe)
             lines.append(f"checked on {on}: {self.agreeing} regions compute what their modules do")
         lines += [f"not checked: {kind}: {why}" for kind, why in self.unchecked.items()]
         return "\n".join(lines)
@@ -116,7 +116,10 @@ class Check:
             try:
                 expected = _outcome(module, None, arguments, mode)
             except Exception as error:  # whatever a foreign forward raises
-                self.unchecked[kind] = f"its forward fails in {mode}: {_line(error)}"
+                if module in self._given:
+                    self.unchecked[kind] = f"its forward fails in {mode}: {_line(error)}"
+                else:
+                    self.unchecked[kind] = f"no input was found that it takes ({_line(error)}): give a probe"
                 return
             if _has_nothing_finite(expected):
                 self.unchecked[kind] = f"it gives no finite number in {mode}"

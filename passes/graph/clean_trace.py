@@ -185,7 +185,12 @@ def _trace_linear(module: nn.Module) -> fx.Graph:
 
 def _check_signature(module: nn.Module) -> None:
     forward = type(module).forward
-    if hasattr(forward, "__wrapped__") or "forward" in vars(module):
+    if "forward" in vars(module):
+        raise Unclean(
+            "its forward was replaced or compiled: put back its own (del module.forward), apply the passes, "
+            "and do that then"
+        )
+    if hasattr(forward, "__wrapped__"):
         raise Unclean(f"its forward is decorated: {OWN}")
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -182,6 +182,7 @@ def coverage(
     roles = tuple(scope)
     hit = tuple(reached)
     done, left, seen = 0, dict[tuple[str, str], int](), set[Role]()
+    alike: dict[tuple[str, str], list[str]] = {}
     for matrix in matrices:
         meant = matrix.role in roles or matrix.unknown or matrix.path in named
         if not meant or not selects(matrix.path, matrix.class_name):
@@ -192,29 +193,31 @@ def coverage(
             continue
         if matrix.name in gone:
             continue
-        key = (_pattern(matrix.name), _reason(matrix, reasons))
+        key = (pattern(matrix.name), _reason(matrix, reasons))
         left[key] = left.get(key, 0) + matrix.numel
+        alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))
     total = done + sum(left.values())
     groups: dict[str, dict[str, int]] = {}
-    for (pattern, reason), numel in sorted(left.items(), key=lambda item: -item[1]):
-        groups.setdefault(reason, {})[pattern] = numel
+    for (like, reason), numel in sorted(left.items(), key=lambda item: -item[1]):
+        names = alike[like, reason]
+        groups.setdefault(reason, {})[like if len(names) > 1 else names[0]] = numel
     shown = tuple(
-        (_listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
+        (listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
     )
     routers = (m for m in matrices if m.role == "router" and selects(m.path, m.class_name))
-    stay = dict.fromkeys(_pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
+    stay = dict.fromkeys(pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
     if stay and promised:
-        shown += ((_listed(list(stay)), 0.0, "a router"),)
+        shown += ((listed(list(stay)), 0.0, "a router"),)
     with_some = {m.region for m in matrices if any(_within(m, place) for place in hit)}
     beside = dict.fromkeys(
-        _pattern(m.name)
+        pattern(m.name)
         for m in matrices
         if m.role == "other" and not m.unknown and m.region in with_some and m.path not in named
         if _NEITHER.search(m.path) is None and selects(m.path, m.class_name)
         if not any(_within(m, place) for place in hit)
     )
     if beside and promised:
-        shown += ((_listed(list(beside)), 0.0, _BESIDE),)
+        shown += ((listed(list(beside)), 0.0, _BESIDE),)
     *first, last = (_NAMES[role] for role in ((*roles, "other") if "other" in seen else roles))
     words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)
@@ -239,10 +242,11 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> str:
     return "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
     """A name with its numbers as stars: the same matrix of all layers."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name).removesuffix(".weight")
 
 
-def _listed(patterns: Sequence[str]) -> str:
+def listed(patterns: Sequence[str]) -> str:
+    """The first few of some names."""
     return ", ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")

@@ -261,8 +261,9 @@ def factor_specs(region: Region, site: LinearSite, rank: int) -> dict[str, Param
 
 
 def part_spec(region: Region, site: LinearSite, factor: Factor, shape: tuple[int, int]) -> ParameterSpec:
-    """A part of the weight, of another shape and otherwise like it."""
-    return replace(region.parameters[site.weight], shape=torch.Size(shape), factor=factor)
+    """A part of the weight, of another shape and otherwise like it; it trains, also where the weight is one
+    that is frozen and was named all the same."""
+    return replace(region.parameters[site.weight], shape=torch.Size(shape), factor=factor, requires_grad=True)
 
 
 def bottleneck(region: Region, site: LinearSite, call: fx.Node, activation: Target | None) -> fx.Node:

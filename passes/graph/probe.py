@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from act24.errors import PassError
+
 #: What a model is called with: a tensor, positional arguments, or keyword arguments.
 Probe = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -31,7 +33,7 @@ class Arguments:
 
     def __str__(self) -> str:
         named = [("", value) for value in self.args] + [(f"{n} ", v) for n, v in self.kwargs.items()]
-        return ", ".join(f"{n}{list(v.shape)}" for n, v in named if isinstance(v, Tensor))
+        return ", ".join(f"{n}{list(v.shape)}" for n, v in named if isinstance(v, Tensor)) or "the probe"
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -40,9 +42,18 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def arguments_of(probe: Probe) -> Arguments:
-    """A probe that the user gave, as what a model is called with."""
+    """A probe that the user gave, as what a model is called with.
+
+    Raises:
+        PassError: it is nothing of the kind.
+    """
     if isinstance(probe, Tensor):
         return Arguments((probe,))
+    if isinstance(probe, str) or not isinstance(probe, Sequence | Mapping):
+        raise PassError(
+            f"probe is {probe!r}: give what model(…) takes, a tensor, a list of positional arguments, or a "
+            "mapping of keyword arguments"
+        )
     return Arguments((), dict(probe)) if isinstance(probe, Mapping) else Arguments(tuple(probe))
 
 
@@ -84,8 +95,13 @@ def guesses(model: nn.Module) -> Iterator[Arguments]:
     if kwargs:
         yield Arguments((), kwargs)
         return
+    tried = set[int]()  # one of each kind: what comes first may be registered before what is called first
     for module in model.modules():
         weight = module._parameters.get("weight")
+        kind = 2 if isinstance(module, nn.Embedding) else 0 if weight is None else weight.ndim + 1
+        if kind in tried:
+            continue
+        tried.add(kind)
         if isinstance(module, nn.Embedding):
             yield Arguments((ids(module.num_embeddings),))
         elif isinstance(module, nn.Conv2d):
@@ -95,9 +111,6 @@ def guesses(model: nn.Module) -> Iterator[Arguments]:
         elif weight is not None:
             width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[-1]
             yield Arguments((numbers(_ROWS, _TOKENS, width),))
-        else:
-            continue
-        return
 
 
 def features(module: nn.Module, graph: fx.Graph) -> Arguments | None:

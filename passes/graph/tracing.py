@@ -120,7 +120,7 @@ def _search(
 
 
 def _stacks(module: nn.Module) -> bool:
-    return any(p is not None and p.ndim == 3 for p in module._parameters.values())
+    return any(p is not None and p.ndim == 3 and min(p.shape) > 1 for p in module._parameters.values())
 
 
 def _unseen(module: nn.Module) -> str:

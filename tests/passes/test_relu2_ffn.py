@@ -345,5 +345,6 @@ def test_a_network_with_a_frozen_weight_stays_unless_it_is_named() -> None:
     ((_, where, reason),) = report.misses
     assert (where, reason.partition(":")[0]) == ("blocks.0.mlp", "blocks.0.mlp.gate.weight is frozen")
     model = Trunk(SwiGLU)
-    model.blocks[0].mlp.gate.requires_grad_(False)
+    model.blocks[0].mlp.up.requires_grad_(False)
     assert len(apply_(model, [Relu2FFN(targets=("blocks.*.mlp",))]).report.rows) == 2
+    assert all(p.requires_grad for p in model.parameters())  # fresh ones that are frozen would stay as drawn

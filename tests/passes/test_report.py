@@ -15,6 +15,7 @@ from toys import SwiGLU, Trunk, llama, tokens
 from act24.passes import (
     Activation24,
     ActivationStatistics,
+    Cola,
     Fp8,
     LowRank,
     Pass,
@@ -70,7 +71,7 @@ def test_columns_that_say_nothing_are_left_out_and_misses_are_listed() -> None:
         for i in (0, 2)
     ]
     assert total.startswith("parameters ")
-    assert covered.startswith("relu2_ffn reaches 38% of the feed-forward matrices; left: blocks.*.mlp.gate")
+    assert covered.startswith("relu2_ffn reaches 38% of the feed-forward matrices; left: blocks.0.mlp.gate")
     assert f"(blocks.0.mlp.up.weight is tied to blocks.2.mlp.up.weight: {todo})" in covered
     assert checked == "checked on [2, 8, 16]: 3 regions compute what their modules do"
 
@@ -242,3 +243,26 @@ def test_the_report_is_data() -> None:
     row = report.rows[0]
     assert (row.pass_name, row.fqn) == ("relu2_ffn", "blocks.0.mlp")
     assert all(type(n) is int for n in (report.parameters_after, report.flops_after, row.parameters_after))
+
+
+def test_what_flops_leave_out_is_named() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x + self.attention(x, x, x)[0])
+
+    report = plan(nn.Sequential(Mixed(), Mixed()), [Activation24()])
+    assert report.uncounted == ("*.attention.in_proj_weight", "*.attention.out_proj")
+    assert "FLOPs leave out *.attention.in_proj_weight, *.attention.out_proj: no linear" in str(report)
+    assert plan(llama(), [Relu2FFN()]).uncounted == ()
+
+
+def test_factors_of_another_pass_stand_for_the_matrix_that_was_there() -> None:
+    passes = [Cola(scope="mlp", mlp_rank=4, bottleneck="relu2"), Activation24()]
+    made, dropped = plan(llama(), passes).coverage
+    assert made.reached == made.total
+    assert dropped.reached == dropped.total > 0

@@ -149,6 +149,19 @@ def test_float16_adamw_whose_eps_is_lost_is_refused(eps):
     assert all(model.get_parameter(name)[~mask].isnan().all() for name, mask in masks.items())
 
 
+def test_a_mask_that_changed_is_found_at_the_next_save():
+    model, masks = pruned_llama()
+    pipeline = apply_(model, [SparseMask()])
+    set_masks_(pipeline, masks)
+    check_zeros(pipeline)
+    bits = dict(model.named_buffers())["model.layers.0.mlp.up_proj.weight_mask_bits"]
+    bits[0, 0] = 255
+    with pytest.raises(PassError, match=r"layers.0.mlp.up_proj.weight: its mask was 2:4 and is 0\.49"):
+        check_zeros(pipeline)
+    set_masks_(pipeline, masks)
+    check_zeros(pipeline)
+
+
 def test_momentum_from_before_the_mask_does_not_bring_weights_back():
     """Measured for the reference: without the zeros written again none stays."""
     model, masks = pruned_llama()

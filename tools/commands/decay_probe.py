@@ -23,6 +23,7 @@ from act24.tools.run.optimizers import build_optimizer, learning_rate
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.step import TrainingStep, accumulation
 from act24.tools.watch.sparsity_watch import take_flip_rates_
+from act24.words import counted
 
 #: Where μ is healthy.
 BOUNDS = (0.60, 0.95)
@@ -78,7 +79,8 @@ def probe_decays(
     every = sparse.renewal
     if steps < 4 * every:
         raise Act24Error(
-            f"{steps} steps are too few: masks are renewed every {every}, take {4 * every} or more"
+            f"{counted(steps, 'step is', 'steps are')} too few: masks are renewed every {every}, take "
+            f"{4 * every} or more"
         )
     # All of them before the first run: a λ that is refused costs nothing.
     variants = [

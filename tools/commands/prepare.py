@@ -11,6 +11,7 @@ from act24.tools.commands.options import refuse_ignored
 from act24.tools.data import data_from_argument, open_tokenizer, pinned_for, prepare_shards, refuse_taken
 from act24.tools.data.files import LINES, TEXT, find_files, suffix
 from act24.tools.run.progress import console
+from act24.words import counted
 
 S = TypeVar("S", bound=Section)
 
@@ -51,11 +52,11 @@ def prepare_source(
             max_tokens=max_tokens,
             max_heldout_tokens=max_heldout_tokens,
             progress=lambda split, documents, tokens: status.update(
-                f"{split}: {documents:,} documents, {tokens:,} tokens"
+                f"{split}: {counted(documents, 'document')}, {counted(tokens, 'token')}"
             ),
         )
     for name, split in index["splits"].items():
-        print(f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents")
+        print(f"{name}: {counted(split['tokens'], 'token')} in {counted(split['documents'], 'document')}")
         for line in split["remarks"]:
             print(f"{name}: {line}")
     print(f'train on it with --set data.source=shards --set data.shards="{out}" --set tokenizer.name=bpe')

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from act24.tools.commands.options import refuse_ignored, refuse_ignored_keys
+from act24.words import counted
 
 ModelArgument = Annotated[
     str,
@@ -84,8 +85,9 @@ def prune(
     )
     for name, why in done.left.items():
         print(f"left dense: {name}: {why}")
+    pruned = counted(len(done.masks), "weight")
     of_all = f", of all in the blocks {done.sparsity_of_blocks:.4f}" if done.left else ""
-    print(f"{out}: {len(done.masks)} weights pruned by {done.method}, sparsity {done.sparsity:.4f}{of_all}")
+    print(f"{out}: {pruned} pruned by {done.method}, sparsity {done.sparsity:.4f}{of_all}")
     if done.pattern.count(":"):
         keep, of = done.pattern.split(":")
         print(f"{done.pattern}: {keep} of every {of} inputs stay")
@@ -230,7 +232,8 @@ def recover(
         device=str(chosen_device(device)),
         say=lambda line: print(line, flush=True),
     )
-    print(f"{out}: {len(errors)} blocks, the last one's error {[*errors.values()][-1]:.4f}")
+    *_, last = errors.values()
+    print(f"{out}: {counted(len(errors), 'block')}, the last one's error {last:.4f}")
 
 
 def merge(

@@ -19,7 +19,7 @@ from typing import Any
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
 from act24.tools.data.encoding import known_encoding
-from act24.tools.data.files import Reading, find_files, known_as, read_documents
+from act24.tools.data.files import TEXT, Reading, find_files, known_as, read_documents, suffix
 from act24.tools.data.hub import hub_shards
 from act24.tools.data.identity import (
     Listing,
@@ -34,6 +34,7 @@ from act24.tools.data.position import PositionError
 from act24.tools.data.shard import Shard, Split, is_heldout, part_by_hash, part_by_position, short_hash
 from act24.tools.data.shards import read_index
 from act24.tools.data.tally import REMEMBERED, Tally
+from act24.words import counted
 
 FRUITLESS = 100  # epochs in a row without a document for a rank, where others have some, that end the run
 
@@ -92,9 +93,12 @@ class Documents(Iterator[str]):
         self.load_state_dict({"epoch": 0, "shard": 0, "record": 0, "passed": 0})
 
     @property
-    def shards(self) -> int:
-        """How many there are: with one there is nothing to shuffle."""
-        return len(self._shards)
+    def only(self) -> str | None:
+        """What there is only one of, so that nothing can be shuffled: "file", or "document" where it is one
+        text; else None."""
+        if len(self._shards) > 1:
+            return None
+        return "document" if any(suffix(Path(name)) in TEXT for name in self._names) else "file"
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -273,7 +277,7 @@ def open_documents(
             held_out = identities(find_files(data.heldout_files))
             fingerprint["heldout_files"] = combined(held_out)
             how.tally.held_out += [str(paths[place]) for place in shared(files[0], held_out)]
-        what = f"{len(paths)} files ({paths[0]}{', …' if len(paths) > 1 else ''})"
+        what = f"{counted(len(paths), 'file')} ({paths[0]}{', …' if len(paths) > 1 else ''})"
     else:
         raise Act24Error(
             'data.source = "shards" holds tokens, not text; use the source they were prepared from'
@@ -323,7 +327,8 @@ def other_heldout_text(data: Data, saved: dict[str, Any]) -> str | None:
         return None if same else "the content of data.heldout_files is another"
     paths = _builtin_files() if data.source == "builtin" else _given_files(data, "heldout", Tally())
     count = changed(Listing.from_json(saved.get("files")).files, identities(paths))
-    return f"{count} of the files of which a part is held out are others" if count else None
+    others = "is another" if count == 1 else "are others"
+    return f"{count} of the files of which a part is held out {others}" if count else None
 
 
 def _from_record(start: int, records: Iterator[str | None]) -> Iterator[tuple[int, str | None]]:

@@ -30,6 +30,7 @@ ARROW = (".arrow",)
 KNOWN = TEXT + LINES + PARQUET + ARROW
 COMPRESSED = (".gz", ".zst")
 ROWS = 1024  # of a table at once
+_NO_KIND = f"not a kind of file that is read here ({', '.join(KNOWN)}; {', '.join(COMPRESSED)} of these)"
 ENOUGH = 10_000  # characters, of which a share means something
 
 Wanted = Callable[[int], bool]
@@ -69,13 +70,13 @@ def find_files(patterns: Iterable[str], unknown: set[str] | None = None) -> list
             files = {path for path in matches if path.is_file()}
         for path in files:
             if suffix(path) not in KNOWN:
-                raise Act24Error(
-                    f"{path}: not a kind of file that is read here ({', '.join(KNOWN)}; "
-                    f"{', '.join(COMPRESSED)} of these)"
-                )
+                raise Act24Error(f"{path}: {_NO_KIND}")
         if not files:  # only then look beneath folders: `data/*` means the files, `data` all that is in it
             beneath = [path for folder in matches if folder.is_dir() for path in _beneath(folder)]
             files = {path for path in beneath if suffix(path) in KNOWN}
+            if beneath and not files:
+                others = f" and {len(beneath) - 1} more" if len(beneath) > 1 else ""
+                raise Act24Error(f"{min(beneath)}{others}: {_NO_KIND}")
             if unknown is not None:
                 unknown.update(str(path) for path in beneath if path not in files)
         if not files:

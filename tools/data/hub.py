@@ -18,6 +18,7 @@ from act24.tools.data.background import pause
 from act24.tools.data.files import Reading, Wanted, text_of
 from act24.tools.data.shard import Shard
 from act24.tools.data.tally import Records
+from act24.words import counted
 
 LONGEST_WAIT = 60.0  # seconds; waits double from one second up to this
 _OWN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -118,8 +119,8 @@ def retried(
                     logger.warning("reading %s failed: %s; waited for %.0f s so far", name, why, waited)
                 if clock() - since >= seconds:
                     raise Act24Error(
-                        f"reading {name} failed {failures} times in a row: {reason(error)}. "
-                        "data.retry_seconds = 1e9 waits as long as an outage lasts; "
+                        f"reading {name} failed {counted(failures, 'time')}: "
+                        f"{reason(error)}. data.retry_seconds = 1e9 waits as long as an outage lasts; "
                         "`act24 data prepare` makes a local copy that needs no network"
                     ) from error
                 # Ranks must not all come back at once.

@@ -21,6 +21,7 @@ from typing import Any
 
 from act24.errors import Act24Error
 from act24.tools.data.position import PositionError
+from act24.words import counted
 
 WHOLE = 64 * 2**20  # bytes; larger files are sampled
 PIECES, PIECE = 16, 64 * 2**10
@@ -146,24 +147,26 @@ def matched(
     added = sorted(place for left in places.values() for place in left)
     shown = ", ".join(names[place] for place in added[:3]) + (", …" if len(added) > 3 else "")
     if lost:
+        gone = "is gone or its" if lost == 1 else "are gone or their"
         raise Act24Error(
-            f"{lost} of {len(saved.files)} files are gone or their content has changed"
+            f"{lost} of {counted(len(saved.files), 'file')} {gone} content has changed"
             + (f"; not known to the run: {shown}" if added else "")
             + f"; {_WAYS_ON}"
         )
+    more = f"{counted(len(added), 'file was', 'files were')} added ({shown})"
     if added and not grow:
-        raise Act24Error(
-            f"{len(added)} files were added ({shown}); --data {GROW} takes them from the next epoch on"
-        )
+        raise Act24Error(f"{more}; --data {GROW} reads what was added from the next epoch on")
     warnings = []
     if touched:
+        first = f"{touched[0]}{', …' if len(touched) > 1 else ''}"
         warnings.append(
-            f"{len(touched)} large files were modified or copied since the checkpoint ({touched[0]}, …): "
-            "size and sampled content are the same, what lies between the samples was not compared"
+            f"{counted(len(touched), 'large file was', 'large files were')} modified or copied since the "
+            f"checkpoint ({first}): size and sampled content are the same, what lies between the samples was "
+            "not compared"
         )
     epochs: tuple[tuple[int, int], ...] = saved.epochs
     if added:
-        warnings.append(f"{len(added)} files were added ({shown}): they are read from epoch {epoch + 1} on")
+        warnings.append(f"{more}: read from epoch {epoch + 1} on")
         epochs = (*(entry for entry in epochs if entry[0] <= epoch), (epoch + 1, len(present)))
     order += added
     return Listing(tuple(present[place] for place in order), epochs), order, warnings

@@ -21,6 +21,7 @@ from act24.tools.data.shards import TokenShards
 from act24.tools.data.shuffled import ShuffledDocuments
 from act24.tools.data.tally import Tally
 from act24.tools.data.tokenizer import Tokenizer
+from act24.words import counted
 
 GROUP_DOCUMENTS = 64  # encoded at once, so that all cores have work …
 GROUP_CHARACTERS = 1_000_000  # … but long documents do not pile up
@@ -168,7 +169,12 @@ def _warnings(documents: Texts) -> Iterator[str]:
             "there are too few documents to hold whole ones out: the last twentieth of each is held out; "
             "data.heldout_files names others"
         )
-    if documents.shards == 1 and given["shuffle_seed"] is not None and "shuffle_buffer" not in given:
+    if documents.only == "document" and given["shuffle_seed"] is not None:
+        yield (
+            "one document cannot be shuffled: each epoch reads it from its beginning to its end; "
+            "`act24 data prepare` makes token shards, whose rows are shuffled"
+        )
+    if documents.only == "file" and given["shuffle_seed"] is not None and "shuffle_buffer" not in given:
         yield (
             "one file cannot be shuffled: each epoch has its documents in their order; "
             "data.shuffle_buffer mixes them, `act24 data prepare` makes token shards, which are shuffled"
@@ -271,7 +277,8 @@ class ShardRows(Rows):
         if endless and layout == "packed" and shards.tokens <= max_length:
             raise Act24Error(too_short(shards.tokens - 1, max_length))
         if endless and self._count < world_size:
-            raise Act24Error(f"the training text has {self._count} rows for {world_size} processes")
+            rows = counted(self._count, "row")
+            raise Act24Error(f"the training text has {rows} for {world_size} processes")
         self.load_state_dict({"epoch": 0, "row": 0})
 
     @property
@@ -327,4 +334,5 @@ def truncated(tokens: np.ndarray, max_length: int) -> np.ndarray:
 
 def too_short(tokens: int, max_length: int) -> str:
     """The message for a corpus that does not fill one row."""
-    return f"the text has {tokens} tokens, fewer than one row of {max_length} (data.max_length, or --seqlen)"
+    there = counted(tokens, "token")
+    return f"the text has {there}, fewer than one row of {max_length} (data.max_length, or --seqlen)"

@@ -32,8 +32,9 @@ class ShuffledDocuments(Iterator[str]):
         return {**self._documents.fingerprint, "shuffle_buffer": self._size}
 
     @property
-    def shards(self) -> int:
-        return self._documents.shards
+    def only(self) -> str | None:
+        """See `Documents.only`."""
+        return self._documents.only
 
     @property
     def tally(self) -> Tally:

@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from act24.errors import Act24Error
+from act24.words import counted
 
 REMEMBERED = 2**18  # documents by which repeated ones are found: 25 MB, and no more for larger corpora
 TOO_MANY_DROPPED = 0.01  # of a file's records
 FEW = 10  # dropped records are never too many
+#: What `Tally.counts` counts, one and several of it.
+_FAULTS = {
+    "replaced_characters": ("replaced character", "replaced characters"),
+    "dropped_records": ("dropped record", "dropped records"),
+    "empty_documents": ("empty document", "empty documents"),
+    "repeated_documents": ("repeated document", "repeated documents"),
+    "retries": ("retry", "retries"),
+}
 _COUNTED = ("documents", "characters", "replaced", "dropped", "empty", "repeated", "retries")
 
 
@@ -78,25 +87,33 @@ class Tally:
     def lines(self) -> list[str]:
         """The same for people, one line each."""
         lines = [
-            f"{count} file{'s are' if count > 1 else ' is'} read as {name}, as detected; data.encoding sets "
+            f"{counted(count, 'file is', 'files are')} read as {name}, as detected; data.encoding sets "
             "another"
             for name, count in sorted(Counter(self.encodings.values()).items())
         ]
         if self.unknown:
-            lines.append(f"{len(self.unknown)} files of unknown kind are left out: {_some(self.unknown)}")
+            left = counted(len(self.unknown), "file of unknown kind is", "files of unknown kind are")
+            lines.append(f"{left} left out: {_some(self.unknown)}")
         if self.held_out:
-            lines.append(
-                f"{len(self.held_out)} files of data.train_files have the content of files in "
-                f"data.heldout_files, and are trained on: {_some(self.held_out)}"
+            trained_on = counted(
+                len(self.held_out),
+                "file of data.train_files has the content of one in data.heldout_files, and is",
+                "files of data.train_files have the content of files in data.heldout_files, and are",
             )
+            lines.append(f"{trained_on} trained on: {_some(self.held_out)}")
         if self.touched:
-            lines.append(
-                f"{len(self.touched)} large files were modified while they are read: size and sampled "
-                f"content are the same, what lies between the samples was not compared: {_some(self.touched)}"
+            modified = counted(
+                len(self.touched),
+                "large file was modified while it is read",
+                "large files were modified while they are read",
             )
-        counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.counts().items())
+            lines.append(
+                f"{modified}: size and sampled content are the same, what lies between the samples was not "
+                f"compared: {_some(self.touched)}"
+            )
+        counts = [counted(count, *_FAULTS[name]) for name, count in self.counts().items()]
         if counts:
-            lines.append(f"of {self.documents:,} documents read so far: {counts}")
+            lines.append(f"of {counted(self.documents, 'document')} read so far: {', '.join(counts)}")
         return lines
 
 
@@ -128,6 +145,7 @@ class Records:
         self._dropped += 1
         self._tally.dropped += 1
         if self._dropped > max(FEW, TOO_MANY_DROPPED * self._seen):
+            seen = counted(self._seen, "record")
             raise Act24Error(
-                f"{self._dropped} of the first {self._seen} records of {self._name} cannot be used: {error}"
+                f"{self._dropped} of the first {seen} of {self._name} cannot be used: {error}"
             ) from error

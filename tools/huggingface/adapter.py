@@ -88,7 +88,7 @@ def write_adapter(built: Built, out: Path) -> str:
         "r": p.rank,
         "lora_alpha": p.alpha,
         "lora_dropout": p.dropout,
-        "target_modules": sorted({name.split(".")[-2] for name in adapter.factors}),
+        "target_modules": _targets(adapter, built.model.state_dict()),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -106,6 +106,15 @@ def write_adapter(built: Built, out: Path) -> str:
     size = sum(value.numel() for value in tensors.values())
     told = "; its base is needed with its masks, PEFT would leave them out" if adapter.masked else ""
     return f"{out}: an adapter in PEFT's format, {size:,} parameters, step {built.step}{told}"
+
+
+def _targets(adapter: Adapter, state: Mapping[str, Tensor]) -> list[str]:
+    """The last names of the linears that have adapters; whole ones where others are called the same."""
+    whole = {name.removesuffix(".weight") for name in adapter.factors}
+    last = {name.rpartition(".")[2] for name in whole}
+    called = {name.removesuffix(".weight") for name in state if name.endswith(".weight")}
+    others = any(name.rpartition(".")[2] in last for name in called - whole)
+    return sorted(whole if others else last)
 
 
 def read_adapter(folder: Path) -> Adapter:

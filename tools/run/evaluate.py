@@ -38,6 +38,7 @@ from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.saved import saved_text
 from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import SummedLoss
+from act24.words import counted
 
 logger = logging.getLogger("act24")
 
@@ -87,7 +88,7 @@ class Evaluation:
     def extent(self) -> str:
         """How many tokens it is of, and of how many where it ended early."""
         early = f" of {self.asked:,}: eval.max_seconds ended it" if self.tokens < self.asked else ""
-        return f"{self.tokens:,} tokens{early}"
+        return f"{counted(self.tokens, 'token')}{early}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}

@@ -257,7 +257,7 @@ def _refuse_unwritable(run_dir: Path) -> None:
     """Raises RunError where a run's folder could not be made or written, as `run_lock` does."""
     there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise RunError(f"cannot write the run's folder {run_dir}: {there} is no folder that can be written")
+        raise RunError(f"cannot write the folder {run_dir}: {there} is no folder that can be written")
 
 
 def _refuse_others_files(run_dir: Path, history: History, recipe: str) -> None:
@@ -380,7 +380,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write the run's folder {run_dir}: {error}") from None
+        raise RunError(f"cannot write the folder {run_dir}: {error}") from None
 
 
 def describe_run(

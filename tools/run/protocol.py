@@ -25,6 +25,7 @@ from act24.llama import LlamaForCausalLM
 from act24.loss import cross_entropy_sum
 from act24.recipes.load import read_utf8
 from act24.tools.huggingface.any_model import AnyModel
+from act24.words import counted
 
 PROTOCOLS = ("wikitext",)
 
@@ -56,8 +57,9 @@ class Perplexity:
 
     def __str__(self) -> str:
         return (
-            f"perplexity {self.perplexity:.3f} at {self.seqlen} tokens a window, {self.windows} windows, "
-            f"{self.dropped} tokens dropped, text {self.text[:12]} ({self.protocol}, {self.dtype})"
+            f"perplexity {self.perplexity:.3f} at {self.seqlen} tokens a window, "
+            f"{counted(self.windows, 'window')}, {counted(self.dropped, 'token')} dropped, "
+            f"token ids {self.text[:12]} ({self.protocol}, {self.dtype})"
         )
 
 
@@ -89,7 +91,7 @@ def window_ids(tokenizer_json: str, text: str, seqlen: int, windows: int | None 
     ids = torch.tensor(backend.encode(text).ids, dtype=torch.int64)
     count = ids.numel() // seqlen
     if not count:
-        raise Act24Error(f"the text has {ids.numel()} tokens, fewer than one window of {seqlen}")
+        raise Act24Error(f"the text has {counted(ids.numel(), 'token')}, fewer than one window of {seqlen}")
     count = min(count, windows or count)
     return ids[: count * seqlen].view(count, seqlen), ids.numel() - count * seqlen
 

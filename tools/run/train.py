@@ -237,7 +237,7 @@ class TrainingRun:
             if self.training_step.capture_text:
                 progress.say(self.training_step.capture_text)
             if self._step == last and not self._evaluation_due:
-                progress.say(f"{self._last_checkpoint} is the end of this run: all {last} steps are made")
+                progress.say(f"{self._last_checkpoint} is the end of this run: step {last} was its last")
                 self._evaluation_due = not self._is_saved  # an end like any other
             stop.at_once = stopped = False  # from here on there is something to save
             if self._evaluation_due:  # it was due when the run was stopped

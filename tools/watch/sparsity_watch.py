@@ -13,6 +13,7 @@ from act24.passes.graph.normal_form import nodes_of, parameter_name
 from act24.passes.state import sparse_weights, without_counting
 from act24.sparse24.feed_forward.operation import activation24
 from act24.tools.watch.statistics import SiteStatistics
+from act24.words import counted
 
 #: Share of the squared activations that 2:4 may drop before it is said. About what it drops of activations
 #: of which half are zero; at 90% zeros it drops a thirtieth of this.
@@ -73,7 +74,9 @@ def alarms(sites: Sequence[SiteStatistics]) -> list[str]:
         loud = [s for s in sites if (getattr(s, name) or 0) > DROPPED_ENERGY_ALARM]
         if loud:
             worst = max(loud, key=lambda s: getattr(s, name))
-            others = f", and more than {DROPPED_ENERGY_ALARM:.0%} at {len(loud) - 1} others" * (len(loud) > 1)
+            others = ""
+            if len(loud) > 1:
+                others = f", and more than {DROPPED_ENERGY_ALARM:.0%} at {counted(len(loud) - 1, 'other')}"
             place = f"layer {worst.layer}, {worst.site}" if worst.layer is not None else worst.site
             texts.append(f"2:4 drops {getattr(worst, name):.1%} {what} at {place}{others}")
     return texts

@@ -33,6 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from act24.tools.watch.heatmap import History
+from act24.words import counted
 
 ACROSS_LAYERS = ("mean_across_layers", "min_across_layers", "max_across_layers")
 
@@ -192,7 +193,9 @@ class RunLog:
         self._close()
         self._put_back()
         if self.broken and self.unwritten:
-            logger.warning("TensorBoard lacks %d groups of values, pictures and texts", self.unwritten)
+            groups = "groups of values, pictures and texts"
+            lacking = counted(self.unwritten, "value by layer, picture or text", groups)
+            logger.warning("TensorBoard lacks %s", lacking)
         self.unwritten = 0
 
     @_never_fatal

@@ -175,7 +175,9 @@ def test_ids_beyond_the_vocabulary_and_other_models_are_refused():
 def test_a_batch_that_does_not_fit_says_what_it_needs():
     generator = Generator(llama(max_position_embeddings=10**9, num_key_value_heads=4))
     # 4 heads of 16, 2 blocks, keys and values, float32: 1 KiB a slot.
-    with pytest.raises(Act24Error, match=r"1 rows of 900\d{6} tokens need 858\.\d\d GiB of keys and values"):
+    with pytest.raises(
+        Act24Error, match=r"1 row of 900,\d{3},\d{3} tokens needs 858\.\d\d GiB of keys and values"
+    ):
         generator.generate_ids([[1]], 900_000_000)
 
 

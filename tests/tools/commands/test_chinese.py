@@ -45,7 +45,7 @@ SOURCES = {
     "recipes/checks.py": ("oddities",),
     "passes/report.py": ("Report", "row", "coverages", "_DENSE"),
     "passes/rewriting.py": ("__init__",),
-    "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_reason", "_listed"),
+    "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_reason", "listed"),
     "passes/graph/check.py": ("Check", "_obstacle"),
     "passes/graph/linear_sites.py": (
         "RESIZE",

@@ -279,7 +279,7 @@ BAD_INPUT = {
     ),
     "empty corpus": (
         (*TRAIN, "--set", 'data.train_files=["EMPTY"]'),
-        r"no document to train on in 1 files \(EMPTY\)",
+        r"no document to train on in 1 file \(EMPTY\)",
     ),
     "rows that do not divide": (
         (*TRAIN, "--set", "train.total_batch_size=9"),
@@ -303,7 +303,7 @@ BAD_INPUT = {
     ),
     "a file for a folder": (
         ("train", "RECIPE", "--run-dir", "EMPTY"),
-        r"cannot write the run's folder EMPTY: .*",
+        r"cannot write the folder EMPTY: .*",
     ),
     "an empty prompt": (
         ("sample", "RUN", "--prompt", ""),

@@ -141,7 +141,7 @@ def test_an_empty_corpus_says_so(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n')
     (tmp_path / "b.txt").write_text("one document")
     empty = Data(source="files", train_files=(str(tmp_path / "a.jsonl"),))
-    with pytest.raises(Act24Error, match=r"no document to train on in 1 files \(.*a\.jsonl\)"):
+    with pytest.raises(Act24Error, match=r"no document to train on in 1 file \(.*a\.jsonl\)"):
         next(open_documents(empty, "train", endless=True))
     one = Data(source="files", train_files=(str(tmp_path / "b.txt"),))
     assert not is_heldout("one document")

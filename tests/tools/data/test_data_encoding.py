@@ -155,9 +155,20 @@ def test_one_text_file_is_enough(tmp_path, tokenizer):
     with open_rows(data, tokenizer, batch_size=1, vocab_size=300) as rows:
         next(rows)
         remarks = rows.remarks()
-        assert any("one file cannot be shuffled" in line for line in remarks)
+        assert any("one document cannot be shuffled" in line for line in remarks)
         assert any("the last twentieth of each is held out" in line for line in remarks)
         assert rows.remarks() == [], "once"
+    with open_rows(
+        data.model_copy(update={"shuffle_buffer": 9}), tokenizer, batch_size=1, vocab_size=300
+    ) as rows:
+        next(rows)
+        assert any("one document cannot be shuffled" in line for line in rows.remarks()), "nor in a buffer"
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * 60)
+    for buffer in (0, 9):
+        records = files(tmp_path / "a.jsonl", shuffle_buffer=buffer)
+        with open_rows(records, tokenizer, batch_size=1, vocab_size=300) as rows:
+            next(rows)
+            assert any("one file cannot be shuffled" in line for line in rows.remarks()) == (not buffer)
     assert heldout_rows(data, tokenizer, 10, vocab_size=300).tokens >= 10
 
 
@@ -210,8 +221,8 @@ def test_what_is_wrong_is_counted_and_shown(tmp_path, tokenizer):
         "repeated_documents": 1,
     }
     assert remarks[0] == "1 file is read as gb18030, as detected; data.encoding sets another"
-    assert remarks[1] == f"1 files of unknown kind are left out: {tmp_path}/notes.pdf"
-    assert remarks[2].endswith("empty documents, 1 repeated documents")
+    assert remarks[1] == f"1 file of unknown kind is left out: {tmp_path}/notes.pdf"
+    assert remarks[2].endswith("empty documents, 1 repeated document")
 
 
 def test_counts_go_on_where_a_run_does(tmp_path, tokenizer):

@@ -72,6 +72,15 @@ def test_globs_files_and_folders(tmp_path):
         names("deep/*.pdf")
 
 
+def test_a_folder_of_unknown_kinds_only_names_them(tmp_path):
+    for name in ("b.docx", "a.pdf", ".hidden"):
+        (tmp_path / name).touch()
+    with pytest.raises(Act24Error, match=r"a\.pdf and 1 more: not a kind of file that is read here"):
+        find_files([str(tmp_path)])
+    with pytest.raises(Act24Error, match="no data file matches"):
+        find_files([str(tmp_path / "*.txt")])
+
+
 def truncated_gzip(path):
     path.write_bytes(gzip.compress(json.dumps({"text": "x" * 10_000}).encode())[:-12])
 

@@ -166,9 +166,7 @@ def test_a_network_that_stays_away_ends_in_one_line(seconds):
     read = hub.retried(shard, "allenai/c4, split 'train'", seconds, Reading(), outage.sleep, outage.clock)
     records = read(lambda index: True)
     assert next(records) == "first"
-    message = (
-        r"^reading allenai/c4, split 'train' failed \d+ times in a row: no route to host\. data\.retry_s"
-    )
+    message = r"^reading allenai/c4, split 'train' failed \d+ times?: no route to host\. data\.retry_s"
     with pytest.raises(Act24Error, match=message):
         next(records)
     assert seconds <= outage.clock() <= seconds + 1.5 * hub.LONGEST_WAIT

@@ -89,7 +89,7 @@ def test_a_copy_of_what_is_held_out_is_said(folder):
     shutil.copy(folder / "held.txt", folder / "train9.txt")
     (line,) = open_documents(section(folder), "train").tally.lines()
     assert line == (
-        "1 files of data.train_files have the content of files in data.heldout_files, and are trained on: "
+        "1 file of data.train_files has the content of one in data.heldout_files, and is trained on: "
         f"{folder}/train9.txt"
     )
 
@@ -115,17 +115,17 @@ def test_files_that_were_renamed_keep_the_order_of_the_run(folder, opened):
 
 
 CHANGES = {
-    "an edit of the same size": ("train3.txt", "LOW rank 3 two of four", "1 of 6 files are gone or their"),
+    "an edit of the same size": ("train3.txt", "LOW rank 3 two of four", "1 of 6 files is gone or its"),
     "the held-out text": ("held.txt", "SPARSE graph", r"the content of data\.heldout_files is another"),
     "a file that is gone": (
         "train3.txt",
         None,
-        "1 of 6 files are gone or their content has changed; put back",
+        "1 of 6 files is gone or its content has changed; put back",
     ),
     "a file that was added": (
         "train9.txt",
         "a model",
-        r"1 files were added \(.*train9\.txt\); --data grow takes",
+        r"1 file was added \(.*train9\.txt\); --data grow reads",
     ),
 }
 
@@ -161,10 +161,10 @@ def test_of_a_large_file_pieces_are_compared_and_another_time_is_said(folder, op
     content[15] ^= 1  # behind the first piece of ten bytes
     large.write_bytes(content)
     (warning,) = opened(section(folder), 1, state)[2]
-    assert warning.startswith(f"1 large files were modified or copied since the checkpoint ({large}, …)")
+    assert warning.startswith(f"1 large file was modified or copied since the checkpoint ({large})")
     content[5] ^= 1
     large.write_bytes(content)
-    with pytest.raises(Act24Error, match="1 of 6 files are gone or their content has changed"):
+    with pytest.raises(Act24Error, match="1 of 6 files is gone or its content has changed"):
         opened(section(folder), 1, state)
 
 
@@ -208,7 +208,7 @@ def test_a_large_file_that_is_touched_while_it_is_read_is_said(folder, monkeypat
     monkeypatch.setattr(identity, "PIECE", 2)
     documents, _, _ = read_on(folder, lambda: os.utime(folder / "train3.txt", (1, 1)), 12)
     (line,) = documents.tally.lines()
-    assert line.startswith("1 large files were modified while they are read")
+    assert line.startswith("1 large file was modified while it is read")
     assert line.endswith(f"not compared: {folder / 'train3.txt'}")
 
 
@@ -235,7 +235,7 @@ def test_added_files_are_read_from_the_next_epoch_on(folder, opened):
     write(folder, {"train0a.txt": "a new one", "train99.txt": "another new one"})
     grown, later, (warning,) = opened(section(folder), 4 + 8 + 8, state, grow=True)
     assert warning.startswith("2 files were added (")
-    assert warning.endswith("they are read from epoch 2 on")
+    assert warning.endswith("): read from epoch 2 on")
     assert first + grown[:4] == straight, "the epoch at hand is as it would have been"
     both = old + Counter(["a new one", "another new one"])
     assert Counter(grown[4:12]) == Counter(grown[12:]) == both

@@ -255,9 +255,9 @@ def test_a_bad_record_costs_nothing_that_was_written(tokenizer, tmp_path, often)
     index = prepare_shards(skipping, tokenizer, out, progress=lambda *where: written.append(where))
     assert index["splits"]["train"]["documents"] == 299
     assert next(documents for split, documents, _ in written if split == "train") > 150, "it went on"
-    assert index["splits"]["train"]["remarks"] == ["of 299 documents read so far: 1 dropped records"]
+    assert index["splits"]["train"]["remarks"] == ["of 299 documents read so far: 1 dropped record"]
     (said,) = (line for line in TokenShards(out, "train").remarks)
-    assert said.endswith("1 dropped records")
+    assert said.endswith("1 dropped record")
 
 
 @pytest.mark.parametrize("failure", ["a bad line", "the user"])

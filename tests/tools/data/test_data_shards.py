@@ -223,7 +223,7 @@ def test_too_few_rows_are_refused(corpora, tokenizer, tmp_path):
         open_rows(data, tokenizer, batch_size=1, vocab_size=300)
     data = data.model_copy(update={"max_length": tokens - 1})
     open_rows(data, tokenizer, batch_size=1, vocab_size=300)
-    with pytest.raises(Act24Error, match="has 1 rows for 2 processes"):
+    with pytest.raises(Act24Error, match="has 1 row for 2 processes"):
         open_rows(data, tokenizer, batch_size=1, vocab_size=300, world_size=2)
 
 

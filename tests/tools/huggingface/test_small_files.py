@@ -82,19 +82,19 @@ def test_with_transformers_the_files_say_the_same_and_what_transformers_adds(
 @pytest.mark.parametrize("form", forms("act24"))
 def test_a_batch_of_prompts_goes_on_as_each_of_them_alone(folder: Path, form: str, tmp_path: Path) -> None:
     """Filled at the right, which is the default of `transformers`, the shorter ones go on behind padding."""
-    export_run(run_of(folder, form, f"passes={PASSES[form]}"), tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["padding_side"] == "left"
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    export_run(run_of(folder, form, f"passes={PASSES[form]}"), out := tmp_path / "out")
+    assert json.loads((out / "tokenizer_config.json").read_text())["padding_side"] == "left"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
     prompts = ["two of four tokens graph pass", "low", "the rank"]
 
     def on(texts: list[str]) -> list[list[int]]:
         batch = tokenizer(texts, return_tensors="pt", padding=True)
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        out = model.generate(
+        rows = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False
         )
-        return out[:, ids.shape[1] :].tolist()
+        return rows[:, ids.shape[1] :].tolist()
 
     assert on(prompts) == [on([prompt])[0] for prompt in prompts]
 

@@ -1,5 +1,6 @@
 """`act24 merge`: adapters of any origin by the formula; nothing of them, or of masks, is lost."""
 
+import importlib.util
 import json
 
 import pytest
@@ -75,6 +76,15 @@ def test_a_run_of_gpt2_merges_to_its_function(use, model_folder, words, tmp_path
     assert not torch.allclose(base, trained, rtol=1e-2, atol=1e-2)
     export_run(tmp_path / "run", tmp_path / "adapter", "peft")
     dense = use == "lora"
+    if dense and importlib.util.find_spec("peft"):
+        import peft
+
+        under = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+        opened = peft.PeftModel.from_pretrained(under, tmp_path / "adapter").eval()
+        # The networks' c_proj, which are called as the attention's, have none.
+        assert sum("lora_A" in name for name, _ in opened.named_parameters()) == 4
+        with torch.no_grad():
+            torch.testing.assert_close(opened(IDS).logits, trained, rtol=1e-4, atol=1e-4)
     merge(str(tmp_path / "run"), tmp_path / "one", allow_dense=dense)
     merge(str(tmp_path / "pruned"), tmp_path / "two", tmp_path / "adapter", allow_dense=dense)
     for merged in ("one", "two"):

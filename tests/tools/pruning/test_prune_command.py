@@ -169,7 +169,7 @@ def test_one_file_is_said_to_give_its_first_rows(model_folder, words, tmp_path, 
 
     data = calibration_data(str(words / "train-0.txt"), ())
     prune_model(str(model_folder()), tmp_path / "out", **options(words, data=data, method="magnitude"))
-    assert "one file cannot be shuffled" in caplog.text
+    assert "one document cannot be shuffled" in caplog.text
 
 
 def test_attention_within_documents_is_not_calibrated_on(model_folder, words, tmp_path):

@@ -76,7 +76,7 @@ def test_what_a_save_had_not_yet_named_is_read_where_it_is(tiny, copied, tmp_pat
 def test_at_the_end_of_a_run_there_is_no_step(tiny, copied, tmp_path, capsys):
     before = content(tmp_path)
     assert train(tiny(*OVERRIDES), copied, resume="auto", dry_run=True).step == 6
-    assert "is the end of this run: all 6 steps are made" in capsys.readouterr().out
+    assert "is the end of this run: step 6 was its last" in capsys.readouterr().out
     assert content(tmp_path) == before
 
 
@@ -97,7 +97,7 @@ def test_a_folder_that_can_not_be_one_is_said(tiny, tmp_path, caplog):
     (tmp_path / "file").write_text("mine")
     assert train(tiny(*OVERRIDES), tmp_path / "file" / "run", dry_run=True).step == 1
     lines = [record.message for record in caplog.records]
-    assert any("would end here: cannot write the run's folder" in line for line in lines)
+    assert any("would end here: cannot write the folder" in line for line in lines)
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])
@@ -118,10 +118,10 @@ def test_data_grow_and_the_schedule_are_those_of_the_run(act24, tmp_path):
     before = content(tmp_path)
     words = (*words, *LONGER, "--resume", "auto", "--dry-run")
     status, _, errors = act24(*words)
-    assert (status, "1 files were added" in errors[-1]) == (2, True)
+    assert (status, "1 file was added" in errors[-1]) == (2, True)
     status, out, errors = act24(*words, "--data", "grow", "--schedule", "stretch")
     assert (status, errors) == (0, [])
-    assert "train-9.txt): they are read from epoch 1 on" in out
+    assert "train-9.txt): read from epoch 1 on" in out
     assert "the schedule is recomputed for 9 steps" in out
     assert "steps              7 of 9" in out
     assert content(tmp_path) == before

@@ -68,7 +68,7 @@ def trains(recipe, run_dir, resume, overrides, grow=False):
 
 
 def refused(recipe, run_dir, overrides):
-    with pytest.raises(Act24Error, match="1 files were added"):
+    with pytest.raises(Act24Error, match="1 file was added"):
         train(load_recipe(str(recipe), [*SHORT, *overrides]), run_dir, resume="auto")
 
 

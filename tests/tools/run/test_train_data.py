@@ -103,11 +103,11 @@ def test_data_grow(own, act24, tmp_path, capsys):
     (tmp_path / "train-9.txt").write_text(text(100, 99))
     status, _, (line,) = act24(*arguments, "--resume", "auto")
     assert status == 2
-    assert "1 files were added" in line
+    assert "1 file was added" in line
     assert line.endswith("from the next epoch on")
     status, out, errors = act24(*arguments, "--resume", "auto", "--data", "grow")
     assert (status, errors) == (0, [])
-    assert "train-9.txt): they are read from epoch 1 on" in out
+    assert "train-9.txt): read from epoch 1 on" in out
     changes = [json.loads(line).get("changes") for line in (tmp_path / "run/history.jsonl").open()]
     assert changes == [None, {"files": [files, files + 1]}]
 
@@ -137,7 +137,7 @@ def test_grow_leaves_an_epoch_that_was_begun_as_it_was(own, act24, tmp_path):
     status, out, errors = act24(*arguments, *grown)
     assert (status, errors) == (0, [])
     assert "3 files were added" in out
-    assert "they are read from epoch 2 on" in out
+    assert "read from epoch 2 on" in out
     before, after = (scalars(tmp_path / name, "loss/train") for name in ("straight", "grown"))
     assert all(after[step] == before[step] for step in range(17, begins[2]))
     assert after[40] != before[40]  # epoch 2 reads what was added

@@ -43,7 +43,7 @@ def test_alarms_name_the_worst() -> None:
     assert len(texts) == 2
     assert "5.0%" in texts[0]
     assert "layer 1" in texts[0]
-    assert "1 others" in texts[0]
+    assert "1 other" in texts[0]
     assert "30.0%" in texts[1]
     assert "layer 2" in texts[1]
     assert "others" not in texts[1]
