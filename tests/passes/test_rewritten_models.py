@@ -214,6 +214,26 @@ def test_from_meta_by_to_empty(rewritten: Any) -> None:
     assert torch.equal(twin.eval()(ids()).logits, model(ids()).logits)
 
 
+def test_what_to_empty_makes_has_the_first_values_of_buffers() -> None:
+    """Until a state dict brings others: no scale and no column may be what lay in memory."""
+    with torch.device("meta"):
+        model = Trunk(SwiGLU)
+        lost = Lost(scope="mlp", mlp_rank=4, sparsity=0.25, bottleneck="relu2")
+        apply_(model, [lost, Activation24(method="soft_dynamic")])
+    torch.use_deterministic_algorithms(True)  # which fills what is empty with the largest numbers
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(p.isnan().all() for p in model.parameters())
+    buffers = dict(model.named_buffers())
+    columns = [value.tolist() for name, value in buffers.items() if name.endswith("down.column_indices")]
+    assert columns == [[0, 4, 8, 12, 16, 20, 24, 28]] * 2
+    scales = [float(value) for name, value in buffers.items() if name.endswith("24_scale")]
+    assert scales == [1.0] * 6
+    assert all(value.isfinite().all() for value in buffers.values())
+
+
 def test_resizing_a_head_that_has_become_factors_is_refused_by_name() -> None:
     model = build()
     apply_(model, [LowRank(**RANKS, targets=("lm_head",))])
