@@ -244,10 +244,13 @@ class RegionModule(Remains, fx.GraphModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegionModule:
         """As PyTorch does it. What `to_empty` makes of buffers on meta has their first values."""
+        # Not those that were assigned since: they are what somebody loaded.
+        waiting = [name for name in vars(self).get("_unfilled", ()) if self.get_buffer(name).is_meta]
         super()._apply(fn, recurse)
-        for name in [name for name in vars(self).get("_unfilled", ()) if not self.get_buffer(name).is_meta]:
-            value = self._unfilled.pop(name)
-            self.get_buffer(name).copy_(torch.zeros(()) if value is None else value)
+        for name in waiting:
+            buffer, value = self.get_buffer(name), self._unfilled[name]
+            if not buffer.is_meta:
+                buffer.copy_(torch.zeros(()) if value is None else value)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
