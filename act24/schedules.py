@@ -26,6 +26,8 @@ from act24.options import (
 )
 from act24.records import Table
 
+#: Updates of `cosine_restart`'s climb, where it is not given.
+RESTART_WARMUP_STEPS = 5
 #: What `cosine_restart` restarts from, and what is left of the learning rate right after moments are reset.
 RESTART_FLOOR = 1e-6
 
@@ -240,7 +242,7 @@ def cosine_restart(
     warmup_steps: int,
     min_lr_ratio: float,
     restart_every: int,
-    restart_warmup_steps: int = 5,
+    restart_warmup_steps: int = RESTART_WARMUP_STEPS,
     lr_adjust_steps: int = 0,
     restart_in_warmup: bool = True,
 ) -> float:

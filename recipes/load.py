@@ -30,7 +30,7 @@ from act24.recipes.plugins import load_plugins
 from act24.recipes.records import Named, as_table, made, toml_text
 from act24.recipes.schema import Recipe
 from act24.records import Table
-from act24.schedules import SCHEDULES
+from act24.schedules import RESTART_WARMUP_STEPS, SCHEDULES
 
 T = TypeVar("T", bound=Named)
 
@@ -137,6 +137,10 @@ def _scaled(recipe: Recipe, overrides: Sequence[str]) -> Iterator[str]:
             if value:
                 scaled = max(1, round(abs(value) * factor))
                 yield f"{path}.{name}={scaled if value > 0 else -scaled}"
+                # A climb of few updates stays as it is, but it has to end before the next restart.
+                climb = getattr(owner, "restart_warmup_steps", None)
+                if name == "restart_every" and scaled < (RESTART_WARMUP_STEPS if climb is None else climb):
+                    yield f"{path}.restart_warmup_steps={scaled}"
 
 
 def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -7,6 +7,7 @@ allocates nothing and a failed plan leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -239,6 +240,18 @@ class RegionModule(Remains, fx.GraphModule):
     """
 
     buffer_kinds: dict[str, tuple[str, str]]
+    _unfilled: dict[str, Tensor | None]  # first values of what passes added on meta; None: zeros
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegionModule:
+        """As PyTorch does it. What `to_empty` makes of buffers on meta has their first values."""
+        # Not those that were assigned since: they are what somebody loaded.
+        waiting = [name for name in vars(self).get("_unfilled", ()) if self.get_buffer(name).is_meta]
+        super()._apply(fn, recurse)
+        for name in waiting:
+            buffer, value = self.get_buffer(name), self._unfilled[name]
+            if not buffer.is_meta:
+                buffer.copy_(torch.zeros(()) if value is None else value)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
         # GraphModule's own copy makes a class for each module, leaves out what the graph does not read, and
@@ -368,7 +381,7 @@ def _adopt_buffers(region: Region, module: RegionModule) -> None:
 
 def _add_buffers(region: Region, module: RegionModule, values: Mapping[str, Tensor]) -> None:
     """Register the buffers that passes ask for, with their first values."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters, module._unfilled = dict(module.named_parameters(remove_duplicate=False)), {}
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     for name, spec in region.buffers.items():
         buffer = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
@@ -376,6 +389,9 @@ def _add_buffers(region: Region, module: RegionModule, values: Mapping[str, Tens
             buffer.copy_(values[name])
         elif not buffer.is_meta:
             spec.reset_(buffer, parameters)
+        else:
+            with contextlib.suppress(KeyError), torch.device("cpu"):  # of parameters, which are to come
+                module._unfilled[name] = spec.initial and spec.initial({})
         _namespace(module, name).register_buffer(_leaf(name), buffer, persistent=spec.persistent)
     module.buffer_kinds = {name: (spec.kind, spec.of) for name, spec in region.buffers.items()}
 

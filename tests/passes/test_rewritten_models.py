@@ -214,6 +214,43 @@ def test_from_meta_by_to_empty(rewritten: Any) -> None:
     assert torch.equal(twin.eval()(ids()).logits, model(ids()).logits)
 
 
+def test_what_is_assigned_on_meta_stays_when_the_model_is_moved() -> None:
+    """Loading by `assign` leaves meta without `to_empty`; a later `.to` had put first values over it."""
+    passes = [Lost(scope="mlp", mlp_rank=4, sparsity=0.25)]
+    model = Trunk(SwiGLU)
+    apply_(model, passes)
+    for name, buffer in model.named_buffers():
+        if name.endswith("down.column_indices"):
+            buffer.add_(1)
+    with torch.device("meta"):
+        twin = Trunk(SwiGLU)
+        apply_(twin, passes)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.to(torch.float64).to(torch.float32)
+    loaded = dict(twin.named_buffers())
+    assert all(torch.equal(loaded[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_what_to_empty_makes_has_the_first_values_of_buffers() -> None:
+    """Until a state dict brings others: no scale and no column may be what lay in memory."""
+    with torch.device("meta"):
+        model = Trunk(SwiGLU)
+        lost = Lost(scope="mlp", mlp_rank=4, sparsity=0.25, bottleneck="relu2")
+        apply_(model, [lost, Activation24(method="soft_dynamic")])
+    torch.use_deterministic_algorithms(True)  # which fills what is empty with the largest numbers
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(p.isnan().all() for p in model.parameters())
+    buffers = dict(model.named_buffers())
+    columns = [value.tolist() for name, value in buffers.items() if name.endswith("down.column_indices")]
+    assert columns == [[0, 4, 8, 12, 16, 20, 24, 28]] * 2
+    scales = [float(value) for name, value in buffers.items() if name.endswith("24_scale")]
+    assert scales == [1.0] * 6
+    assert all(value.isfinite().all() for value in buffers.values())
+
+
 def test_resizing_a_head_that_has_become_factors_is_refused_by_name() -> None:
     model = build()
     apply_(model, [LowRank(**RANKS, targets=("lm_head",))])

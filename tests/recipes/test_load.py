@@ -385,6 +385,8 @@ def test_scale_steps_scales_what_is_a_part_of_the_run():
     assert short.optimizer.lr == 0.5
     kept = load_recipe("c4/60m-loro", ["train.steps=1000", "schedule.warmup_steps=7"], scale_steps=True)
     assert kept.schedule.warmup_steps == 7
+    restarts = load_recipe("c4/60m-low-rank-restarts", ["train.steps=100"], scale_steps=True).schedule
+    assert (restarts.restart_every, restarts.restart_warmup_steps) == (2, 2)  # 5 updates of climb do not fit
     demo = load_recipe("demo", ["train.steps=40"], scale_steps=True)
     assert [p.from_step for p in demo.passes if isinstance(p, Activation24)] == [10]
     assert demo.eval == load_recipe("demo").eval
