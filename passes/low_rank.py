@@ -9,7 +9,7 @@ weight of the same function, so the way back is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -49,6 +49,9 @@ class LowRank(FactorisingPass):
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         specs = factor_specs(region, site, rank)
+        if self.init == "svd":  # which is the weight itself, and stays frozen as it was
+            trains = region.parameters[site.weight].requires_grad
+            specs = {name: replace(spec, requires_grad=trains) for name, spec in specs.items()}
         before = parameters_before(region, site)
         after = before - region.parameters[site.weight].numel() + sum(s.numel() for s in specs.values())
         return Match(

@@ -257,3 +257,11 @@ def test_the_target_that_is_proposed_is_another_one():
     model = nn.Sequential(Halved(8, 8), nn.ReLU(), Halved(8, 8))
     with pytest.raises(PassError, match=r'targets = \["0"\]'):
         plan(model, [LowRank(attn_rank=2, mlp_rank=2)])
+
+
+@pytest.mark.parametrize("init", ["xavier", "svd"])
+def test_factors_of_a_frozen_weight_train_unless_they_are_that_weight(init):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
+    apply_(model, [LowRank(attn_rank=2, mlp_rank=2, init=init, targets=("0",))])
+    factors = [p.requires_grad for name, p in model.named_parameters() if "weight_" in name]
+    assert factors == [init == "xavier"] * 2
