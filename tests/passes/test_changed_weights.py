@@ -164,7 +164,7 @@ def test_a_step_that_is_none_is_refused_in_a_line(calls: str, step: Any) -> None
     assert [p.name for p in pipeline.active] == ["activation24"]
 
 
-RANKS = {"attn_rank": 4, "mlp_rank": 4}
+RANKS: dict[str, Any] = {"attn_rank": 4, "mlp_rank": 4}
 
 
 @pytest.mark.parametrize("passes", [(LowRank(**RANKS),), (LowRank(**RANKS), Weight24()), (Relu2FFN(),)])
@@ -192,6 +192,7 @@ def test_an_optimizer_from_before_that_lacks_nothing_goes_on() -> None:
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     apply_(model, [Relu2FFN(width="keep")])
     loss_of(model).backward()
-    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    up = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    before = up.clone()
     early.step()
-    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    assert not torch.equal(up, before)
