@@ -247,10 +247,9 @@ class RegionModule(Remains, fx.GraphModule):
         # Not those that were assigned since: they are what somebody loaded.
         waiting = [name for name in vars(self).get("_unfilled", ()) if self.get_buffer(name).is_meta]
         super()._apply(fn, recurse)
-        for name in waiting:
-            buffer, value = self.get_buffer(name), self._unfilled[name]
-            if not buffer.is_meta:
-                buffer.copy_(torch.zeros(()) if value is None else value)
+        for name in [name for name in waiting if not self.get_buffer(name).is_meta]:
+            value = self._unfilled[name]
+            self.get_buffer(name).copy_(torch.zeros(()) if value is None else value)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
