@@ -22,10 +22,10 @@ def test_a_recipes_data_train_from_shards(tiny_file, tiny, tmp_path, capsys, mon
         main()
     assert exit.value.code == 0
     said = capsys.readouterr().out
-    for split in ("train", "heldout"):
+    for split, documents in (("train", "4 documents"), ("heldout", "1 document")):
         shards = TokenShards(out, split)
-        assert f"{split}: {shards.tokens:,} tokens in {shards.documents} documents\n" in said
-    assert TokenShards(out, "train").documents == 4
+        assert shards.documents == int(documents.split()[0])
+        assert f"{split}: {shards.tokens:,} tokens in {documents}\n" in said
     overrides = re.findall(r"--set (\S+)", said.splitlines()[-1])
     assert overrides == ["data.source=shards", f'data.shards="{out}"', "tokenizer.name=bpe"]
     from_shards = train(tiny("train.steps=5", *overrides), tmp_path / "shards-run")
