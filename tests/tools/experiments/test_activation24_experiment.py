@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_but
 
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
 from act24.sparse24.pattern.selection import densest, top2_of_4
@@ -38,7 +39,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, smaller_modules: None) -> P
     return folder
 
 
-@pytest.mark.parametrize("name", experiment.VARIANTS)
+@pytest.mark.parametrize("name", slow_but(("full recipe", "fp8 in all products"), experiment.VARIANTS))
 def test_every_variant_trains(name: str, shards: Path) -> None:
     variant = experiment.VARIANTS[name]
     recipe = experiment.recipe_of(variant, shards, 12 * 4 * 256, rows=4, seed=1, overrides=TOY)
