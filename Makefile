@@ -23,10 +23,9 @@ recover-demo: .venv/installed
 demo: .venv/installed
 	OMP_WAIT_POLICY=passive $(BIN)/act24 demo
 
-# Three workers of one thread each, for two cores: a quarter of the time a test waits, for a process or a signal, and
-# torch's own threads would fight over the same cores. A file stays on one worker, so that what its tests share is
-# built once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+# Two workers of one thread each: torch's own threads would fight over the same cores. A file stays on one worker,
+# so that what its tests share is built once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: lint
 	$(PYTEST) -m "not slow"
