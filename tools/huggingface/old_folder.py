@@ -116,7 +116,7 @@ def open_old(folder: Path) -> OldModel:
     if overlaid:
         plain = tuple(p for p in recipe.passes if not isinstance(p, Weight24))
         recipe = recipe.model_copy(update={"passes": plain})
-    step = read_json(folder / STATE).get("update_step", 0) if (folder / STATE).is_file() else 0
+    step = _updates_made(folder / STATE)
     if any(isinstance(p, Activation24) and p.soft for p in recipe.passes):
         logger.warning(
             "warning: %s keeps no scale of its soft 2:4 activations, since the old code saved none: they are "
@@ -127,6 +127,17 @@ def open_old(folder: Path) -> OldModel:
 
 
 # ------------------------------------------------------------------------------------------- the recipe
+
+
+def _updates_made(state: Path) -> int:
+    """Those that the file of a folder says; 0 without it, as the old code began anew then."""
+    step = read_json(state).get("update_step", 0) if state.is_file() else 0
+    if type(step) is not int or step < 0:
+        raise Act24Error(
+            f"{state}: update_step is {step!r}, expected the number of updates that were made: mend it, or "
+            "take the file away to begin at 0"
+        )
+    return step
 
 
 def _recipe(folder: Path, old: Mapping[str, Tensor]) -> Recipe:

@@ -257,7 +257,10 @@ def _refuse_unwritable(run_dir: Path) -> None:
     """Raises RunError where a run's folder could not be made or written, as `run_lock` does."""
     there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise RunError(f"cannot write the folder {run_dir}: {there} is no folder that can be written")
+        raise RunError(
+            f"cannot write the folder {run_dir}: {there} is no folder that can be written; "
+            "choose another with --run-dir"
+        )
 
 
 def _refuse_others_files(run_dir: Path, history: History, recipe: str) -> None:

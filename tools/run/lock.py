@@ -86,7 +86,7 @@ def run_lock(run_dir: Path, option: str = "--run-dir") -> Iterator[Lock]:
         descriptor = _locked(path, option)
         lock = Lock(run_dir, os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY), descriptor)
     except OSError as error:
-        raise RunError(f"cannot write the folder {run_dir}: {error}") from None
+        raise RunError(f"cannot write the folder {run_dir}: {error}; choose another with {option}") from None
     try:
         yield lock
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_a_command_that_says_nothing_is_named_by_its_file(
     with pytest.raises(Act24Error, match=f"{said}.*; the run_c4.py command that .*, as a line$") as error:
         act24.load(folder)
     assert str(error.value).startswith(f"{folder}/command.txt: ")
+
+
+@pytest.mark.parametrize("step", ["a", -1, 1.5, None, True])
+def test_a_number_of_updates_that_is_none_is_named_by_its_file(step: object, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model_40", old_model("cola"), None)
+    (folder / "command.txt").write_text(COMMAND)
+    (folder / "training_state.json").write_text(json.dumps({"update_step": step}))
+    with pytest.raises(
+        Act24Error, match="expected the number of updates that were made: mend it, or"
+    ) as error:
+        act24.load(folder)
+    assert str(error.value).startswith(f"{folder}/training_state.json: update_step is {step!r}")
 
 
 def test_a_command_of_another_model_says_what_to_look_at(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write the folder"), run_lock(tmp_path / "file" / "a"):
+    folder, said = tmp_path / "file" / "a", r"cannot write the folder .*; choose another with --out$"
+    with pytest.raises(RunError, match=said), run_lock(folder, "--out"):
         pass
 
 
