@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from act24.passes import Pipeline
+from act24.passes.state import _weights_to_read
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.bench.rows import needed_gpu
@@ -164,13 +165,15 @@ def check(name: str, device: torch.device) -> str:
             parameter.grad = None
     (plain, _), (captured, graphs) = sides
     unequal = sum(not _same(a, b) for a, b in zip(plain, captured, strict=True))
-    if unequal or graphs != 2:
+    wanted = 2 + (next(_weights_to_read(pipeline), None) is not None)  # training, evaluation, casts or packing
+    if unequal or graphs != wanted:
         worst = max(
             (a.float() - b.float()).abs().max().item()
             for a, b in zip(plain, captured, strict=True)
             if a.numel()
         )
-        return f"FAILED {unequal} of {len(plain)} tensors differ, by {worst:.2g} at most; {graphs} graphs"
+        differ = f"{unequal} of {len(plain)} tensors differ, by {worst:.2g} at most"
+        return f"FAILED {differ}; {graphs} graphs, {wanted} expected"
     return f"ok     {len(plain)} tensors equal, {graphs} graphs"
 
 

@@ -68,6 +68,12 @@ def draw(preset: str, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT[0]).save_pretrained(folder)
 
 
+def _say(line: str) -> None:
+    """A line of the command, with the memory that it took so far: a run that is cut has said it."""
+    gpu, host = torch.cuda.max_memory_reserved() / 2**30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{line} [GPU {gpu:.1f} GiB, host {host:.1f}]", flush=True)
+
+
 def one(dense: Path, method: str, given: argparse.Namespace) -> dict[str, float]:
     """Seconds and peak memory of one `act24 prune`."""
     out = given.work / method
@@ -83,7 +89,7 @@ def one(dense: Path, method: str, given: argparse.Namespace) -> dict[str, float]
         samples=given.samples,
         seqlen=2048,
         device="cuda",
-        say=lambda line: print(line, flush=True),
+        say=_say,
     )
     free, total = torch.cuda.mem_get_info()
     seconds = time.perf_counter() - began
