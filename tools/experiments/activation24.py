@@ -75,6 +75,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "mvue": Variant(_sparse(method="mvue")),
     "fp8 in all products": Variant(_sparse(precision="fp8")),
+    "fp8 everywhere, 2:4": Variant((*_sparse(), {"use": "fp8", "head": True})),
     "dense backward, masked": Variant(_sparse(backward="dense")),
     "dense backward, straight-through": Variant(_sparse(backward="dense", estimator="ste")),
     "weight24 transposable": Variant(_weights(method="transposable", until_step=1 - DENSE_FINISH_SHARE)),
