@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from act24.sparse24.format.fp8 import scales_of
-from act24.sparse24.kernels import cast_e4m3, largest_magnitudes  # noqa: F401  (operators, found by name)
 from act24.sparse24.kernels.shared.registry import form
 
 #: One scale a matrix, or one for each row of an operand, which is what a product does not sum over.

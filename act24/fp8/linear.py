@@ -21,7 +21,6 @@ from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
 from act24.operation import cast, cast_for_autocast, once_differentiable, operation, refuse_second_derivatives
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import SMALLEST, largest_of, scales_of
-from act24.sparse24.kernels import product_e4m3  # noqa: F401  (an operator, found by name)
 from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 

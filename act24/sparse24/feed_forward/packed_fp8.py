@@ -55,13 +55,6 @@ from act24.sparse24.format.device import fp8_obstacle_on, obstacle_on
 from act24.sparse24.format.fp8 import LARGEST, power_scales, scales_of
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
-from act24.sparse24.kernels import (  # noqa: F401  (operators, found by name)
-    largest_magnitudes,
-    pack_activation,
-    pack_gradient_e4m3,
-    product24_e4m3,
-    product_e4m3,
-)
 from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
 from act24.sparse24.kernels.token_order import token_order

@@ -17,7 +17,6 @@ from act24.options import one_of
 from act24.sparse24.feed_forward.forms import why_never_packed
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.format.packed import Packed24
-from act24.sparse24.kernels import gather_features  # noqa: F401  (an operator, found by name)
 from act24.sparse24.kernels.count_activation import count_activation
 from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on

@@ -17,3 +17,29 @@ skipping_product: an activation times a weight by the rows of active features; p
     are the time.
 pack_drawn: the output gradient of a linear, drawn 2:4 along the tokens.
 """
+
+# Operators are found by name, so that all are there as soon as one of them can be asked for.
+from act24.sparse24.kernels import (  # noqa: F401
+    activation_gradient,
+    cast_e4m3,
+    count_activation,
+    dense_decode,
+    gather_features,
+    largest_magnitudes,
+    linear_gradient,
+    linear_pack,
+    pack_activation,
+    pack_drawn,
+    pack_gradient,
+    pack_gradient_e4m3,
+    pack_weight,
+    packed_decode,
+    product24,
+    product24_e4m3,
+    product_e4m3,
+    recompute_gradient,
+    skipping_product,
+    token_order,
+    transposable_mask,
+    unpack_gradient,
+)

@@ -43,7 +43,7 @@ class Operator(NamedTuple):
     ours: tuple[str, ...]
 
 
-#: Every operator whose file was imported, by name.
+#: Every operator, by name.
 OPERATORS: dict[str, Operator] = {}
 
 

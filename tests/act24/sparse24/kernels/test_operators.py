@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -16,6 +18,7 @@ from torch.library import opcheck
 
 from act24.options import OptionError
 from act24.relu2 import FUNCTIONS
+from act24.sparse24 import kernels
 from act24.sparse24.kernels.shared.registry import OPERATORS, _guard
 from act24.sparse24.kernels.token_order import _kept_order
 from act24.sparse24.pattern.feature_wise import token_permutation
@@ -23,6 +26,14 @@ from act24.sparse24.pattern.feature_wise import token_permutation
 
 def test_every_operator_has_a_case() -> None:
     assert set(operator_cases()) == set(OPERATORS)
+
+
+def test_every_operator_is_there_wherever_one_is_asked_for() -> None:
+    """By name, as self checks do, which import none."""
+    package = Path(kernels.__file__)
+    lines = ast.parse(package.read_text(encoding="utf-8")).body
+    imported = {name.name for line in lines if isinstance(line, ast.ImportFrom) for name in line.names}
+    assert imported == {path.stem for path in package.parent.glob("*.py")} - {"__init__"}
 
 
 @pytest.mark.parametrize("name", operator_cases())
