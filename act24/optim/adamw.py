@@ -376,15 +376,11 @@ class AdamW(torch.optim.Optimizer):
         and of each reason how many are; empty if none is."""
         reasons: Counter[str] = Counter()
         for group in filter(self._is_adamw, self.param_groups):
-            rows = [
-                (
-                    value,
-                    value,
-                    *(self._moment_like(parameter, group["state_dtype"], name) for name in MOMENTS),
-                )
-                for parameter in group["params"]
-                if (value := local(parameter)).numel()
-            ]
+            rows: list[Tensors] = []
+            for parameter in group["params"]:
+                if (value := local(parameter)).numel():
+                    mean, square = (self._moment_like(parameter, group["state_dtype"], n) for n in MOMENTS)
+                    rows.append((value, value, mean, square))
             if len({tensor.dtype for row in rows for tensor in row}) > 1:  # else PyTorch's kernel does it
                 reasons.update(why_not_one_pass(row[0].device) or misfit(row) for row in rows)
         del reasons[""]

@@ -86,7 +86,7 @@ def update_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`act24.optim.adamw_` of tensors without a `misfit`, on one CUDA device; launched for one after the other."""
+    """`act24.optim.adamw_` of tensors that fit, on one CUDA device; launched for one after the other."""
     device = each[0][0].device
     if isinstance(lr, Tensor):
         rate = lr.detach().to(device, torch.float32, non_blocking=True)
