@@ -18,6 +18,11 @@ class PassError(Act24Error):
     """A pass that cannot be applied to this model, and why."""
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had no memory left, in PyTorch's words, CUDA's or cuBLAS's. It may have some later on."""
+    return "out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A hint for an unknown `name`: the closest valid choice, or the whole list when none is close.
 

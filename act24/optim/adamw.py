@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from act24.optim.base import OptimizerOptions, Surroundings
-from act24.optim.one_pass import Tensors, fits, update_, why_not_one_pass
+from act24.optim.one_pass import Tensors, misfit, update_, why_not_one_pass
 from act24.options import OptionError, Range, Steps, check_values, in_range
 from act24.schedules import rewarm
 
@@ -199,7 +200,7 @@ def adamw_(
     one_pass: list[Tensors] = []
     several: list[Tensors] = []
     for tensors in zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True):
-        (one_pass if usable and fits(tensors) else several).append(tensors)
+        (several if not usable or misfit(tensors) else one_pass).append(tensors)
     if one_pass:
         update_(one_pass, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     if not several:
@@ -366,6 +367,25 @@ class AdamW(torch.optim.Optimizer):
         if reset_due(updates, self.momentum_reset_steps):
             reset_moments_(self)
 
+    def _is_adamw(self, group: dict[str, Any]) -> bool:
+        """Whether the rule of a group is AdamW's."""
+        return True
+
+    def why_several_passes(self) -> dict[str, int]:
+        """Why parameters are updated in several passes over memory where `adamw_` on a GPU can do it in one,
+        and of each reason how many are; empty if none is."""
+        reasons: Counter[str] = Counter()
+        for group in filter(self._is_adamw, self.param_groups):
+            rows: list[Tensors] = []
+            for parameter in group["params"]:
+                if (value := local(parameter)).numel():
+                    mean, square = (self._moment_like(parameter, group["state_dtype"], n) for n in MOMENTS)
+                    rows.append((value, value, mean, square))
+            if len({tensor.dtype for row in rows for tensor in row}) > 1:  # else PyTorch's kernel does it
+                reasons.update(why_not_one_pass(row[0].device) or misfit(row) for row in rows)
+        del reasons[""]
+        return dict(reasons)
+
     def _tensors(self, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
         """Parameters, gradients and the two moments of a group: this process's part, where there is any."""
         rows = []
@@ -382,6 +402,13 @@ class AdamW(torch.optim.Optimizer):
             if name not in state:
                 state[name] = torch.zeros_like(parameter, dtype=_state_dtype(parameter, choice))
         return tuple(state[name] for name in MOMENTS)
+
+    def _moment_like(self, parameter: Tensor, choice: StateDtype, name: str) -> Tensor:
+        """A moment, or one without memory where there is none yet."""
+        if name in (state := self.state.get(parameter, {})):
+            return local(state[name])
+        dtype = _state_dtype(parameter, choice)
+        return torch.empty_like(local(parameter), dtype=dtype, device="meta")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but the moments keep the dtype they have in `state_dict`, where torch.optim

@@ -89,8 +89,11 @@ class Muon(AdamW):
                 names = ("ns_coefficients", "eps")
                 group.update({name: self._rule.defaults[name] for name in names})
 
+    def _is_adamw(self, group: dict[str, Any]) -> bool:
+        return group["name"] != "muon"
+
     def _update(self, group: dict[str, Any]) -> None:
-        if group["name"] != "muon":
+        if self._is_adamw(group):
             return super()._update(group)
         self._rule.param_groups, self._rule.state = [group], self.state
         self._rule.step()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from act24.compiler import jit, tl, triton
-from act24.errors import Act24Error
+from act24.errors import Act24Error, ran_out_of_memory
 from act24.operation import constant_when_compiled
 
 #: Elements of a program. Each has four loads, which its threads have on their way at once.
@@ -61,16 +61,20 @@ def _update(
     tl.store(parameter + place, value.to(parameter.dtype.element_ty), inside)
 
 
-def fits(tensors: Tensors) -> bool:
-    """Whether the kernel takes them: float32 moments, all contiguous, nothing that is wider."""
+def misfit(tensors: Tensors) -> str:
+    """Why the kernel does not take them; empty if it does: float32 moments, all contiguous, nothing wider."""
     parameter, gradient, exp_avg, exp_avg_sq = tensors
-    return (
-        exp_avg.dtype is exp_avg_sq.dtype is torch.float32
-        and parameter.dtype in _DTYPES
-        and gradient.dtype in _DTYPES
-        and all(tensor.is_contiguous() for tensor in tensors)
-        and parameter.numel() > 0
-    )
+    for what, tensor, known in (
+        ("parameters", parameter, _DTYPES),
+        ("gradients", gradient, _DTYPES),
+        ("moments", exp_avg, (torch.float32,)),
+        ("moments", exp_avg_sq, (torch.float32,)),
+    ):
+        if tensor.dtype not in known:
+            return f"the kernel has no {what} in {str(tensor.dtype).removeprefix('torch.')}"
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return "the kernel takes contiguous tensors"
+    return "" if parameter.numel() else "the kernel takes no empty tensors"
 
 
 def update_(
@@ -82,7 +86,7 @@ def update_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`act24.optim.adamw_` of tensors that `fits`, on one CUDA device; launched for one after the other."""
+    """`act24.optim.adamw_` of tensors that fit, on one CUDA device; launched for one after the other."""
     device = each[0][0].device
     if isinstance(lr, Tensor):
         rate = lr.detach().to(device, torch.float32, non_blocking=True)
@@ -102,9 +106,10 @@ def update_(
 
 
 @constant_when_compiled
-@functools.cache
 def why_not_one_pass(device: torch.device) -> str:
-    """Why the kernel is not used on a device; empty if it is. On first use it is held against float64.
+    """Why the kernel is not used on a device; empty if it is. On first use it is held against float64, and
+    what was found then holds as long as the process lives. Memory that ran out tells nothing of the kernel:
+    the next to ask has it checked again.
 
     Raises:
         Act24Error: a CUDA graph is being captured, which cannot take the check.
@@ -118,8 +123,20 @@ def why_not_one_pass(device: torch.device) -> str:
             "the optimizer's kernel checks itself on first use: make one update before a capture"
         )
     try:
+        return _found(device)
+    except Exception as exception:
+        if not ran_out_of_memory(exception):
+            raise
+        return "no memory was left for the kernel's check of itself, which the next update repeats"
+
+
+@functools.cache  # of an answer; what is raised is not kept
+def _found(device: torch.device) -> str:
+    try:
         return "" if agrees(device) else "the kernel is wrong on this GPU"
     except Exception as exception:  # compilers and drivers raise whatever they like
+        if ran_out_of_memory(exception):
+            raise
         first, *_ = str(exception).strip().splitlines() or [""]
         return f"the kernel does not run on this GPU ({type(exception).__name__}: {first[:100]})"
 

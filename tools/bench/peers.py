@@ -118,7 +118,7 @@ def bench_peers(
     chosen = [side for side in every if side in sides] or list(every)
     device, found = needed_gpu(), []
     _need_packages(chosen)
-    with _stoppable():
+    with stoppable():
         try:
             for size in sizes:
                 for precision in precisions:
@@ -155,7 +155,7 @@ def _say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """SIGTERM, by which `timeout` ends a command, is as Ctrl-C."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

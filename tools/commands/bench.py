@@ -89,6 +89,24 @@ def bench_peers(
     show_bench_rows(found, as_json)
 
 
+@bench_app.command("limit")
+def bench_limit(
+    sizes: Annotated[str, typer.Option(help="130m, 350m or 7b (4 layers), by commas.")] = "130m,350m,7b",
+    kinds: Annotated[
+        str, typer.Option(help="relu2-act24, dense or relu2, by commas: recipes of each size.")
+    ] = "relu2-act24,dense",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
+) -> None:
+    """Where the time of a captured training step goes, beside what the machine could do."""
+    from act24.tools.bench.limit import bench_limit as run_bench
+    from act24.tools.commands.show import show_limit
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    show_limit(run_bench(sizes.split(","), kinds.split(","), say), as_json)
+
+
 @bench_app.command("pack")
 def bench_pack(as_json: JsonOption = False) -> None:
     """The elementwise passes of 2:4, as a share of what a copy moves."""

@@ -178,6 +178,38 @@ def show_train_bench(result: dict[str, Any], as_json: bool) -> None:
     )
 
 
+def show_limit(result: dict[str, Any], as_json: bool) -> None:
+    """`act24 bench limit`: a table a side, kernels that nobody knows beneath it."""
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    for side in result["sides"]:
+        print(f"\n{side['size']} {side['recipe']}, {side['rows']} rows of {side['length']} × ", end="")
+        print(f"{side['micro_batches']}; {side['path']}")
+        if side["not_captured"]:
+            print(f"not captured: {side['not_captured']}")
+        table = Table(box=None, pad_edge=False)
+        for column in ("ms a micro-batch", "took", "limit", "left", "launches"):
+            table.add_column(column, justify="left" if column == "ms a micro-batch" else "right")
+        for group in side["groups"]:
+            limit = group["limit_ms"]
+            left = "" if limit is None else f"{group['ms'] - limit:.2f}"
+            limited = "" if limit is None else f"{limit:.2f}"
+            table.add_row(group["group"], f"{group['ms']:.2f}", limited, left, f"{group['launches']:.0f}")
+        limits = sum(group["limit_ms"] or 0 for group in side["groups"])
+        table.add_row("gaps between kernels", f"{side['gaps_ms']:.2f}", "0.00", f"{side['gaps_ms']:.2f}", "")
+        table.add_row("all", f"{side['ms']:.2f}", f"{limits:.2f}", f"{side['ms'] - limits:.2f}", "")
+        console.print(table, highlight=False)
+        for group in side["groups"]:
+            for kernel in group["kernels"] if group["group"] == "unknown" else ():
+                print(f"unknown kernel: {kernel['name']}, {kernel['count']} of {kernel['ms']} ms in all")
+    print(
+        f"\n{result['gpu']}, torch {result['versions']['torch']}, commit {result['commit']}; a copy moves "
+        f"{result['copy_gb_s']:,.0f} GB/s, a large product does {result['large_product_tflop_s']:,.0f} "
+        "TFLOP/s"
+    )
+
+
 def show_bench_rows(rows: list[Row], as_json: bool) -> None:
     """`act24 bench pack`, `gemm` and `ffn`."""
     print(json.dumps([row.as_json() for row in rows], indent=1) if as_json else markdown_table(rows))

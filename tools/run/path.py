@@ -1,5 +1,5 @@
-"""Which path a run takes on this machine, and why: one line at its start, so that nobody learns from a slow
-run that kernels did not run."""
+"""Which path a run takes on this machine, and why: lines at its start, so that nobody learns from a slow run
+that kernels did not run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from torch.optim import Optimizer
 
 from act24.fp8.linear import why_in_plain_pytorch
+from act24.optim import AdamW
 from act24.passes import Activation24, Fp8, OperationalPass, Pipeline, Weight24
 from act24.passes.document_attention import DocumentAttention
 from act24.passes.graph.activation_sites import ActivationSite
@@ -19,7 +21,29 @@ from act24.sparse24.feed_forward.operation import FORMS as NETWORK_FORMS
 from act24.sparse24.feed_forward.operation import form_of
 from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms
 from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
-from act24.tools.run.step import uses_compile
+from act24.tools.run.build import Built
+from act24.tools.run.step import TrainingStep, uses_compile
+
+
+def path_lines(
+    built: Built, recipe: Recipe, device: torch.device, optimizer: Optimizer, step: TrainingStep
+) -> tuple[str, ...]:
+    """What a run says of its path at its start: a line for the passes, and one for everything else that is
+    slower here than it could be."""
+    lines = (path_text(built.pipeline, recipe, device), update_text(optimizer, device), step.capture_text)
+    return tuple(line for line in lines if line)
+
+
+def update_text(optimizer: Optimizer, device: torch.device) -> str:
+    """A line that says why updates on a GPU are not made in one pass over memory; empty where they are, and
+    without a GPU, which has a kernel for that."""
+    if device.type != "cuda" or not isinstance(optimizer, AdamW):
+        return ""
+    reasons = optimizer.why_several_passes()
+    if not reasons:
+        return ""
+    told = "; ".join(f"{number} parameters: {reason}" for reason, number in reasons.items())
+    return f"AdamW takes several passes over memory, some 100 bytes a parameter where one pass is 22: {told}"
 
 
 def path_text(pipeline: Pipeline, recipe: Recipe, device: torch.device) -> str:

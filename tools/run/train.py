@@ -30,7 +30,7 @@ from act24.tools.run.folder import Start, begun, describe_run, note_stop, resume
 from act24.tools.run.lock import Lock, RunError, check_together, lock_on_the_first
 from act24.tools.run.measurements import measure
 from act24.tools.run.optimizers import build_optimizer, learning_rate
-from act24.tools.run.path import path_text
+from act24.tools.run.path import path_lines
 from act24.tools.run.pretrained import beginning, close_source, resolved
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import RunProgress, run_progress
@@ -233,9 +233,10 @@ class TrainingRun:
                 progress.say(f"from step {self._step} on: {line}")
             for line in (*oddities(recipe), *self._rows.remarks(), *self._heldout.warnings):
                 progress.say(f"warning: {line}")
-            progress.say(path_text(self._built.pipeline, recipe, self._processes.device))
-            if self.training_step.capture_text:
-                progress.say(self.training_step.capture_text)
+            where = (self._processes.device, self._optimizer, self.training_step)
+            for line in (path := path_lines(self._built, recipe, *where)):
+                progress.say(line)
+            monitor.remark(path, self._step, "path")
             if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: step {last} was its last")
                 self._evaluation_due = not self._is_saved  # an end like any other

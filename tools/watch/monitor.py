@@ -188,11 +188,10 @@ class Monitor:
             self._write_weights(self._log, shares, step)
         self._began += time.perf_counter() - began
 
-    def remark(self, lines: Sequence[str], step: int) -> None:
-        """Write what changed when a run went on."""
-        if self._log is not None:
-            for line in lines:
-                self._log.text("changes", line, step)
+    def remark(self, lines: Sequence[str], step: int, tag: str = "changes") -> None:
+        """Write what changed when a run went on, or what else is said at its start."""
+        if self._log is not None and lines:
+            self._log.text(tag, "\n\n".join(lines), step)
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Write a held-out measure; its time is no training time."""

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from act24.errors import ran_out_of_memory
+
 #: Of CUDA's and cuSPARSELt's headers (0.8).
 _ORDER_COLUMN, _ORDER_ROW, _COMPUTE_32F, _HALF_SPARSE = 1, 2, 2, 0
 _CONFIG_ID, _ALIGNMENT = 0, 16
@@ -170,6 +172,8 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
             )
             if not torch.equal(multiply(packed, 128, dense, 0, transposed), expected):
                 return False
-    except (OSError, AttributeError, RuntimeError):
+    except (OSError, AttributeError, RuntimeError) as error:
+        if ran_out_of_memory(error):  # raised: False would be kept
+            raise
         return False
     return True

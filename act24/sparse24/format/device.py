@@ -7,6 +7,7 @@ import functools
 import torch
 
 from act24.compiler import triton
+from act24.errors import ran_out_of_memory
 from act24.operation import constant_when_compiled
 from act24.sparse24.format import cusparselt
 from act24.sparse24.format.multiply import TOLERANCE, library_product, relative_error
@@ -50,6 +51,8 @@ def obstacle(device: torch.device) -> str:
     try:
         error = layout_error(device)
     except RuntimeError as exception:
+        if ran_out_of_memory(exception):  # which is no fact about the machine, and would be kept as one
+            raise
         return f"cuSPARSELt {version} does not multiply bfloat16 here ({str(exception).splitlines()[0]})"
     if not error < TOLERANCE:
         return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
@@ -67,6 +70,8 @@ def fp8_obstacle(device: torch.device) -> str:
     try:
         error = layout_error(device, torch.float8_e4m3fn)
     except RuntimeError as exception:
+        if ran_out_of_memory(exception):
+            raise
         return f"cuSPARSELt {version} does not multiply e4m3 here ({str(exception).splitlines()[0]})"
     if not error < TOLERANCE:
         return f"cuSPARSELt {version} reads another 8-bit layout than ours (relative error {error:.2g})"

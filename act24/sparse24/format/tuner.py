@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from act24.errors import ran_out_of_memory
 from act24.sparse24.format.multiply import FP8_TOLERANCE, TOLERANCE, multiply24, relative_error
 from act24.sparse24.format.packed import Packed24, random_packed, unpack
 from act24.sparse24.format.products import Measured, Product
@@ -69,7 +70,9 @@ def candidates(
         ]
         try:
             results = [call().T if product.transposed else call() for call in calls]
-        except RuntimeError:  # this GPU does not have the id, or not for this shape
+        except RuntimeError as error:  # this GPU does not have the id, or not for this shape
+            if ran_out_of_memory(error):  # and the algorithm would be left out of what is kept in a file
+                raise
             continue
         if max(map(relative_error, results, expected)) < tolerance:
             yield algorithm, calls[0]

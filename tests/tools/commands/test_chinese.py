@@ -70,6 +70,7 @@ SOURCES = {
     "tools/commands/doctor.py": (),
     "tools/commands/old_flags.py": (),
     "act24/inference/layer.py": ("Choice",),
+    "act24/optim/one_pass.py": ("why_not_one_pass", "_found"),
     "act24/sparse24/feed_forward/forms.py": ("why_not", "why_never", "why_never_packed"),
     "act24/sparse24/feed_forward/narrow.py": (),
     "act24/sparse24/feed_forward/masked.py": (),

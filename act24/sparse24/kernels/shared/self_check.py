@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from act24.compiler import triton
-from act24.errors import Act24Error
+from act24.errors import Act24Error, ran_out_of_memory
 from act24.operation import constant_when_compiled
 from act24.sparse24.format.packed import Packed24, unpack, with_values
 from act24.sparse24.kernels.shared.registry import OPERATORS
@@ -52,7 +52,8 @@ def kernel_obstacle(device: torch.device, operators: tuple[str, ...]) -> str:
     """Why the kernels of these operators cannot be used on a device; empty if they can.
 
     Looked at once a process and device. It launches kernels and waits for them, so it cannot be asked for the
-    first time while a CUDA graph is captured.
+    first time while a CUDA graph is captured. Memory that runs out meanwhile tells nothing of the kernels: it
+    is raised as it is.
 
     Raises:
         Act24Error: a CUDA graph is being captured.
@@ -93,6 +94,8 @@ def check_operator(name: str, device: torch.device) -> str:
                         f"the kernel {name} is wrong on this GPU ({100 * wrong:.2g}% of the entries differ)"
                     )
     except Exception as exception:  # compilers and drivers raise whatever they like
+        if ran_out_of_memory(exception):
+            raise
         first, *_ = str(exception).strip().splitlines() or [""]
         return f"the kernel {name} does not run on this GPU ({type(exception).__name__}: {first[:100]})"
     return ""

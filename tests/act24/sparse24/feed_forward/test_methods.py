@@ -101,6 +101,22 @@ def test_kernels_check_themselves_and_are_not_used_where_they_are_wrong(
             assert "does not run on this GPU" in kernel_obstacle.__wrapped__(gpu, (case,))
 
 
+def test_memory_that_runs_out_is_raised_and_not_kept_as_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from act24.sparse24.kernels.shared import self_check
+
+    def none_left(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(self_check._CASES, "gather_features", none_left)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            kernel_obstacle(torch.device("cuda", 7), ("gather_features",))
+    monkeypatch.setitem(self_check._CASES, "gather_features", lambda _: iter(()))
+    assert kernel_obstacle(torch.device("cuda", 7), ("gather_features",)) == ""
+    kernel_obstacle.cache_clear()
+
+
 def _changed(result: torch.Tensor) -> torch.Tensor:
     if result.dtype is torch.bool:
         return ~result

@@ -33,6 +33,22 @@ def test_products_look_at_nothing_that_a_check_has_not_looked_at(monkeypatch: py
     assert set(asked[-2:]) == looked_at
 
 
+def test_memory_that_runs_out_is_raised_and_not_kept_as_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(device, "layout_error", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        device.obstacle.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(device, "obstacle", lambda _: "")
+    with pytest.raises(torch.OutOfMemoryError):
+        device.fp8_obstacle.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.ops.aten, "_cslt_compress", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        cusparselt.multiplies.__wrapped__(torch.device("cpu"), torch.bfloat16)
+
+
 def flipped(buffer: Tensor) -> Tensor:
     return buffer.view(torch.uint8).flip(-1).view(buffer.dtype)
 

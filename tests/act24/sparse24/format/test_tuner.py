@@ -55,6 +55,15 @@ def test_the_tuner_takes_the_fastest_of_those_that_are_right(
     assert times == {0: 5.0, 1: 4.0, 4: 6.0}
 
 
+def test_memory_that_runs_out_leaves_no_algorithm_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(tuner, "multiply24", multiply)
+    with pytest.raises(torch.OutOfMemoryError):
+        tuned(Product("y", 128, 64, 64), lambda call: 1.0, torch.device("cpu"))
+
+
 def test_a_library_without_a_right_algorithm_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def multiply(*_: object) -> Tensor:
         raise RuntimeError("not supported")

@@ -81,6 +81,35 @@ def test_an_optimizer_of_tensors_that_fit_and_others(dtype, as_tensor, monkeypat
     assert torch.equal(parameters[3], torch.ones(2, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried to allocate", "Triton Error [CUDA]: out of memory"]
+)
+def test_memory_that_ran_out_is_no_finding_about_the_kernel(words, monkeypatch):
+    """The check of a GPU, on a CPU that is taken for one: three times there is no memory, then there is."""
+    outcomes = iter([RuntimeError(words)] * 3)
+
+    def agrees(device: torch.device) -> bool:
+        for error in outcomes:
+            raise error
+        return check(torch.device("cpu"))
+
+    check = one_pass.agrees
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(one_pass, "agrees", agrees)
+    one_pass._found.cache_clear()
+    found = [one_pass.why_not_one_pass(torch.device("cuda", 0)) for _ in range(4)]
+    assert ["no memory was left" in reason for reason in found] == [True, True, True, False]
+    assert found[3] == ""
+    monkeypatch.setattr(one_pass, "agrees", lambda _: 1 / 0)  # not asked again
+    assert one_pass.why_not_one_pass(torch.device("cuda", 0)) == ""
+    one_pass._found.cache_clear()
+    for _ in range(2):  # kept, whatever comes of later checks
+        reason = one_pass.why_not_one_pass(torch.device("cuda", 0))
+        assert reason == "the kernel does not run on this GPU (ZeroDivisionError: division by zero)"
+        monkeypatch.setattr(one_pass, "agrees", lambda _: True)
+    one_pass._found.cache_clear()
+
+
 def test_what_is_not_finite_is_seen():
     """A gradient of NaN or infinity makes its own entry NaN, as in the passes, and no other."""
     value = torch.randn(2000).bfloat16()
