@@ -72,6 +72,11 @@ CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
         ('passes=[{use="relu2_ffn"},{use="activation24"},{use="fp8",head=true}]',),
         False,
     ),
+    "fp8 where it is faster": (
+        "c4/130m-dense",
+        ('passes=[{use="relu2_ffn"},{use="activation24"},{use="fp8",precision="auto",head=true}]',),
+        False,
+    ),
     "weight24 transposable": ("c4/130m-dense", (_WEIGHT % ",mask_every=2",), False),
     "weight24 soft_threshold": ("c4/130m-dense", (_WEIGHT % ',method="soft_threshold"',), False),
     "weight24 sr_ste": ("c4/130m-dense", (_WEIGHT % ',method="sr_ste"',), False),
