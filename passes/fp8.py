@@ -134,8 +134,8 @@ class Fp8(OperationalPass):
                 continue
             shape = " × ".join(map(str, site.shape))
             reason = f"its weight is {shape}, and casts would take what products gain, by its shape"
-            do = 'a run on a GPU times both; precision = "fp8" takes it all the same'
-            misses.append((site.path, f"{reason}: {do}"))
+            todo = 'a run on a GPU times both; precision = "fp8" takes it all the same'
+            misses.append((site.path, f"{reason}: {todo}"))
         return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region))
 
     def _layer(self, site: LinearSite, taken: Sequence[LinearSite]) -> Layer:

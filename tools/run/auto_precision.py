@@ -117,7 +117,7 @@ def decide(
     if len(found) == len(wanted):
         return found
     with alone(path):
-        known = {_key(entry): entry for entry in _entries(path, key)}
+        known = {_key(entry): entry for entry in known_layers(path, key)}
         before = len(known)
         for layer, make in wanted.items():
             under = of_layer(conditions, layer)
@@ -138,8 +138,8 @@ def layers_key(device: torch.device) -> str:
     return f"layers: {machine(device)}, torch {torch.__version__}, act24 {version()}"
 
 
-def _entries(path: Path, key: str) -> list[dict[str, Any]]:
-    """What is known of the layers of a machine.
+def known_layers(path: Path, key: str) -> list[dict[str, Any]]:
+    """What is known of the layers of a machine, as JSON values.
 
     Raises:
         TuningError: the file is damaged.
