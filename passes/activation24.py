@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch.fx.node import Argument
 
 from act24.options import OneOf, OptionError, Range, Steps
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
-from act24.passes.fp8 import PARTS, Fp8, add_cast_buffers, pays
+from act24.passes.fp8 import PARTS, Fp8, add_cast_buffers, by_shape
 from act24.passes.graph.activation_sites import (
     ActivationSite,
     activation_sites,
@@ -42,6 +42,7 @@ from act24.passes.graph.linear_sites import RESIZE
 from act24.passes.graph.normal_form import nodes_of, replace_node, weight_name
 from act24.passes.graph.region import Region
 from act24.passes.relu2_ffn import gate_in
+from act24.precision import Decided, Layer, decision
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
 from act24.sparse24.feed_forward.operation import activation24
@@ -83,16 +84,15 @@ class Activation24(OperationalPass):
         calibration_samples: token rows, without padding, in one measurement, by each process.
         backward, estimator, dense_ratio, token_permutation: as in
             `act24.sparse24.feed_forward.options.Options24`.
-        precision: as there; `"auto"`: `"fp8"` for the networks that are large enough to gain by it. None:
-        what
-            the pass `fp8` says, for all steps, where it stands in the list, and `"bfloat16"` where it does
-            not.
+        precision: as there; `"auto"`: `"fp8"` for the networks that are faster so: timed on the GPU when a
+            run begins, and until then told by the shape. None: what the pass `fp8` says, for all steps, where
+            it stands in the list, and `"bfloat16"` where it does not.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
             What is counted of a dense activation is not this pass's: a kernel may do it all the same.
         recompute: in networks with narrow linears keep nothing F-wide for backward, and make it again there.
         algorithms: what a tuner found for the products (`act24.sparse24.format.products`), of no meaning to
             the mathematics; no key of a recipe.
-        keep_cast: as in `act24.passes.fp8.Fp8`, of networks in e4m3; no key of a recipe.
+        keep_cast, decided: as in `act24.passes.fp8.Fp8`, of networks; no keys of a recipe.
     """
 
     name: ClassVar[str] = "activation24"
@@ -110,6 +110,7 @@ class Activation24(OperationalPass):
     recompute: bool = False
     algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
     keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
+    decided: Decided = field(default=(), repr=False, metadata=PYTHON_ONLY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +155,11 @@ class Activation24(OperationalPass):
         every = max(self.dynamic_steps, 1)
         return self.record.scaled and (since == 0 or (self.record.remeasured and since % every == 0))
 
+    @property
+    def fullest(self) -> Activation24:
+        decides = self.precision == "auto" and not self.recompute
+        return replace(self, precision="fp8") if decides else self
+
     def in_evaluation(self) -> Activation24:
         other = self.record.in_evaluation
         # What was cast for an update is not of the weights behind it.
@@ -163,14 +169,16 @@ class Activation24(OperationalPass):
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
         many tokens; none where the activation has no linear on both sides."""
         site: ActivationSite = match.nodes
-        options = self.options(site)
-        if not (site.width_in and site.width and site.width_out) or not (
-            PACKED.knows(options) or PACKED_FP8.knows(options)
-        ):
+        if not (site.width_in and site.width and site.width_out):
             return ()
-        shape = (tokens, site.width_in, site.width, site.width_out)
-        exact, fp8 = not BACKWARDS[self.backward].along_tokens, options.precision == "fp8"
-        return tuple(feed_forward_products(*shape, exact, fp8).values())
+        options, shape = self.options(site), (tokens, site.width_in, site.width, site.width_out)
+        exact, found = not BACKWARDS[self.backward].along_tokens, []
+        # Until it is decided, what either precision would have.
+        for precision in (options.precision,) if match.layer is None else get_args(Precision):
+            one = options._replace(precision=precision)
+            if PACKED.knows(one) or PACKED_FP8.knows(one):
+                found += feed_forward_products(*shape, exact, precision == "fp8").values()
+        return tuple(found)
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
@@ -192,6 +200,7 @@ class Activation24(OperationalPass):
                     parameters_after=site.parameters,
                     note=self._note(region, site),
                     reaches=tuple(name for n in linears if n is not None and (name := weight_name(n))),
+                    layer=self._layer(site),
                 )
             )
         absent = _NO_RELU[gate_in(region)]
@@ -217,6 +226,8 @@ class Activation24(OperationalPass):
             )
         if self.precision in ("fp8", "auto") and not site.after:
             notes.append("no fp8: several read the activation, or one that is no linear")
+        elif self.precision == "auto" and self.recompute:
+            notes.append("no fp8: recompute is of products that have none")
         if unread := self._unread_options():
             notes.append(f'method = "{self.method}" does not look at {", ".join(unread)}')
         if "scale_from" in self.record.options:
@@ -231,11 +242,25 @@ class Activation24(OperationalPass):
 
     def _precision(self, site: ActivationSite) -> Precision:
         """Of the products of a site."""
-        if self.precision == "auto":
-            sizes = (site.width, site.width_in, site.width_out)
-            large = all(sizes) and all(pays(site.width, size) for size in sizes[1:])  # type: ignore[arg-type]
-            return "fp8" if large else "bfloat16"
-        return self.precision or "bfloat16"
+        if self.precision != "auto":
+            return self.precision or "bfloat16"
+        if (layer := self._layer(site)) is None:
+            return "bfloat16"
+        width, features, width_out = layer.sizes
+        return decision(layer, self.decided) or by_shape((features, width), (width_out, features))
+
+    def _layer(self, site: ActivationSite) -> Layer | None:
+        """What is decided about a site under `"auto"`; None where it has no kernels in e4m3."""
+        sizes = [size for size in (site.width_in, site.width, site.width_out) if size]
+        if self.precision != "auto" or self.recompute or len(sizes) < 3 or not (site.before and site.after):
+            return None
+        backward = self._backward(site)
+        if not PACKED_FP8.knows(self._options(site, "fp8")):
+            return None
+        words = [site.function, self.method, backward]
+        if BACKWARDS[backward].along_tokens:
+            words += [f"{self.dense_ratio:g}", self.token_permutation]
+        return Layer("network", tuple(sizes), ", ".join(words if self.kernels else [*words, "plain"]))
 
     def _fp8_text(self, site: ActivationSite) -> str:
         """Which products are in e4m3."""
@@ -251,12 +276,15 @@ class Activation24(OperationalPass):
 
     def options(self, site: ActivationSite) -> Options24:
         """What the operation at a site is told."""
+        return self._options(site, self._precision(site))
+
+    def _options(self, site: ActivationSite, precision: Precision) -> Options24:
         return Options24(
             function=site.function,
             method=self.method,
             backward=self._backward(site),
             estimator=self.estimator,
-            precision=self._precision(site),
+            precision=precision,
             dense_ratio=self.dense_ratio,
             token_permutation=self.token_permutation,
             kernels=self.kernels,

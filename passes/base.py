@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from act24.errors import PassError
 from act24.options import PositiveSteps, Steps, check_options
 from act24.passes.graph.selectors import check_selectors, selected
+from act24.precision import Layer
 
 if TYPE_CHECKING:
     from act24.passes.graph.region import Region
@@ -58,6 +59,7 @@ class Match:
         state: for passes that change parameters.
         note: one remark for the report.
         reaches: the matrices in it that the pass acts on, by local name; None: all at the path.
+        layer: what `precision = "auto"` decides about it with; None: nothing is to be decided.
     """
 
     path: str
@@ -69,6 +71,7 @@ class Match:
     state: StateMap | None = None
     note: str = ""
     reaches: tuple[str, ...] | None = None
+    layer: Layer | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,12 @@ class OperationalPass(Pass):
         """Whether it reads state that has to be brought up to date for every update
         (`Pipeline.begin_update_`): masks, scales, seeds."""
         return False
+
+    @property
+    def fullest(self) -> OperationalPass:
+        """The pass as it takes most, of what `Rewriting.exchange_` may put in its place: whatever has a
+        buffer there has it from the start."""
+        return self
 
     def in_evaluation(self) -> OperationalPass | None:
         """The pass as evaluation has it, which neither draws nor counts; None: not at all."""

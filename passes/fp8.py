@@ -27,6 +27,8 @@ from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Plan
 from act24.passes.graph.linear_sites import RESIZE, LinearSite, linear_sites, no_linear, takes
 from act24.passes.graph.normal_form import parameter_name, replace_node
 from act24.passes.graph.region import Region, RegionModule
+from act24.precision import Decided, Layer, decision
+from act24.sparse24.feed_forward.options import Precision
 
 #: What the names of the buffers add to the weight's, in the order of `act24.fp8.casts.CastE4m3`.
 NARROW, SCALE, TURNED, TURNED_SCALE = "_e4m3", "_e4m3_scale", "_e4m3_turned", "_e4m3_turned_scale"
@@ -44,6 +46,11 @@ def pays(out_features: int, in_features: int) -> bool:
     return out_features * in_features >= LEAST_SIZE * (out_features + in_features)
 
 
+def by_shape(*shapes: tuple[int, int]) -> Precision:
+    """What `"auto"` comes to for weights `(out, in)` that nobody has timed."""
+    return "fp8" if all(pays(*shape) for shape in shapes) else "bfloat16"
+
+
 _IGNORED = "ignore names it, which head = true asks for: take it out of ignore, or set head = false"
 
 
@@ -53,13 +60,15 @@ class Fp8(OperationalPass):
 
     Attributes:
         precision: `"fp8"`: every linear whose sides are multiples of 16. `"auto"`: of these the ones that are
-            large enough to gain by it; the plan names the others.
+            faster so: timed on the GPU when a run begins, and until then told by the shape; the plan names
+            the others.
         head: also the linear from hidden states to logits, whatever `targets` names.
         scaling: as in `act24.fp8.linear.linear_fp8`.
         kernels: run on this machine's kernels and products where there are any; False for plain PyTorch.
         keep_cast: forward and backward read weights in e4m3 from buffers, which `begin_update_` fills for
             every update; else they cast them, in every micro-batch. For loops that call it without fail, and
             weights that are not sharded; no key of a recipe.
+        decided: of `"auto"`, what was found on a GPU (`act24.precision`); no key of a recipe.
     """
 
     name: ClassVar[str] = "fp8"
@@ -72,6 +81,7 @@ class Fp8(OperationalPass):
     scaling: Scaling = "rowwise"
     kernels: bool = True
     keep_cast: bool = field(default=False, metadata=PYTHON_ONLY)
+    decided: Decided = field(default=(), repr=False, metadata=PYTHON_ONLY)
 
     @property
     def covers(self) -> tuple[str, ...]:
@@ -81,11 +91,15 @@ class Fp8(OperationalPass):
     def renews(self) -> bool:
         return True
 
+    @property
+    def fullest(self) -> Fp8:
+        return replace(self, precision="fp8") if self.precision == "auto" else self
+
     def in_evaluation(self) -> None:
         return None
 
     def plan(self, region: Region) -> Plan:
-        matches, misses = [], []
+        matches, misses, taken = list[Match](), [], list[LinearSite]()
         for site in linear_sites(region, factors=True):
             if self.head and site.kind == "head":
                 if not replace(self, targets=("*",)).selects(region, site.path):
@@ -96,31 +110,40 @@ class Fp8(OperationalPass):
             if site.obstacle:
                 misses.append((site.path, site.obstacle))
                 continue
-            shape, size = " × ".join(map(str, site.shape)), region.parameters[site.weight].numel()
             if any(side % MULTIPLE for side in site.shape):
+                shape = " × ".join(map(str, site.shape))
                 misses.append(
                     (site.path, f"its weight is {shape}, and e4m3 wants multiples of {MULTIPLE}: {RESIZE}")
                 )
-            elif self.precision == "auto" and not pays(*site.shape):
-                reason = f"its weight is {shape}, and casts would take what products gain"
-                misses.append((site.path, f'{reason}: set precision = "fp8" to take it all the same'))
             else:
-                matches.append(
-                    Match(
-                        path=site.path,
-                        before=f"linear {site.shape[1]}→{site.shape[0]}",
-                        after=f"e4m3 in y, dX, dW, {self.scaling}",
-                        nodes=site,
-                        parameters_before=size,
-                        parameters_after=size,
-                        note=_note(region, site),
-                    )
-                )
-        return Plan(
-            tuple(matches),
-            tuple(misses),
-            absent=no_linear(self, region),
-        )
+                taken.append(site)
+        for site in taken:
+            size, layer = region.parameters[site.weight].numel(), self._layer(site, taken)
+            match = Match(
+                path=site.path,
+                before=f"linear {site.shape[1]}→{site.shape[0]}",
+                after=f"e4m3 in y, dX, dW, {self.scaling}",
+                nodes=site,
+                parameters_before=size,
+                parameters_after=size,
+                note=_note(region, site),
+                layer=layer,
+            )
+            if self.precision == "fp8" or (decision(layer, self.decided) or by_shape(site.shape)) == "fp8":
+                matches.append(match)
+                continue
+            shape = " × ".join(map(str, site.shape))
+            reason = f"its weight is {shape}, and casts would take what products gain, by its shape"
+            todo = 'a run on a GPU times both; precision = "fp8" takes it all the same'
+            misses.append((site.path, f"{reason}: {todo}"))
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region))
+
+    def _layer(self, site: LinearSite, taken: Sequence[LinearSite]) -> Layer:
+        """With what else reads the same input, of which there is one cast."""
+        of_input = [other for other in taken if other.nodes[0].args[0] is site.nodes[0].args[0]]
+        sizes = (site.shape[1], *(other.shape[0] for other in of_input))
+        options = self.scaling if self.kernels else f"{self.scaling}, plain"
+        return Layer("head" if site.kind == "head" else "linears", sizes, options)
 
     def missing(self, regions: Sequence[Region]) -> str:
         sites = (site for region in regions for site in linear_sites(region))

@@ -247,7 +247,8 @@ class Rewriting:
 
     def exchange_(self, old: OperationalPass, new: OperationalPass) -> None:
         """Put a pass in the place of another that differs only in how it computes: it has the same matches,
-        buffers and steps. Also where the other's form of evaluation is in force."""
+        or some of those of its `fullest`, and the same buffers and steps. Also where the other's form
+        of evaluation is in force."""
         self._passes = tuple(new if p is old else p for p in self._passes)
         self._operational = [new if p is old else p for p in self._operational]
         forms = {id(old): new}
@@ -360,11 +361,20 @@ class Rewriting:
                         lowered = [region.copy() for region in lowered]
                     self._plan_pass(p, lowered, report=index not in reported)
                     reported.add(index)
-            for site, region in zip(self._sites, lowered, strict=True):
-                site.base.buffers.update(region.buffers)
+            self._keep_buffers(lowered)
             if any(p.active(step) and not p.observes for p in self._operational):
                 final = counted
+            active = [p for p in self._operational if p.active(step)]
+            if any(p.fullest != p for p in active):
+                most = [site.base.copy() for site in self._sites]
+                for p in active:
+                    self._plan_pass(p.fullest, most, report=False)
+                self._keep_buffers(most)
         return final
+
+    def _keep_buffers(self, lowered: list[Region]) -> None:
+        for site, region in zip(self._sites, lowered, strict=True):
+            site.base.buffers.update(region.buffers)
 
     def _plan_pass(self, p: Pass, regions: list[Region], report: bool = True) -> None:
         """Plan a pass over all regions, one a site, and apply it to them.
@@ -373,7 +383,9 @@ class Rewriting:
             report: note what it does; once is enough for a pass that is in force in several intervals.
         """
         plans = [p.plan(region) for region in regions]
-        if not any(planned.matches for planned in plans) and not p.optional:
+        most = p.fullest if isinstance(p, OperationalPass) else p
+        taken = [planned.matches for planned in plans]
+        if not any(taken) and not p.optional and not any(most.plan(r).matches for r in regions if most != p):
             raise PassError(no_match(p, regions, plans, self._unclean))
         if missing := p.missing(regions):
             if not p.optional:

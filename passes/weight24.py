@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from act24.fp8.linear import MULTIPLE
 from act24.options import PositiveSteps, Range, check_options
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
-from act24.passes.fp8 import Fp8, pays
+from act24.passes.fp8 import Fp8, by_shape
 from act24.passes.graph.linear_sites import (
     FROZEN,
     RESIZE,
@@ -41,6 +41,7 @@ from act24.passes.graph.linear_sites import (
 )
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import Region
+from act24.precision import Decided, Layer, decision
 from act24.sparse24.format.products import Measured, Product, Table
 from act24.sparse24.weight.forms import LinearOptions24, tunable_products
 from act24.sparse24.weight.linear24 import linear24
@@ -83,15 +84,16 @@ class Weight24(OperationalPass):
         mask_every: optimizer updates between two masks; None: as published with the method.
         decay: λ of the masked decay; None: as published with the method.
         precision: `"fp8"`: y and dX, and dW where its gradient is not drawn, in e4m3, as dense products of
-            the 2:4 weight; `"auto"`: of linears that are large enough to gain by it. In training only. None:
-            what the pass `fp8` says, for all steps, where it stands in the list, and `"bfloat16"` where it
-            does not.
+            the 2:4 weight; `"auto"`: of linears that are faster so: timed on the GPU when a run begins, and
+            until then told by the shape. In training only. None: what the pass `fp8` says, for all steps,
+            where it stands in the list, and `"bfloat16"` where it does not.
         kernels: run on this machine's kernels and 2:4 products where there are any; False for plain PyTorch.
         keep_packed: forward and backward read packed weights from buffers, which `begin_update_` fills for
             every update; else they pack them, in every micro-batch. For loops that call it without fail, and
             weights that are not sharded; no key of a recipe.
         algorithms: what a tuner found for the products (`act24.sparse24.format.products`), of no meaning to
             the mathematics; no key of a recipe.
+        decided: as in `act24.passes.fp8.Fp8`; no key of a recipe.
     """
 
     name: ClassVar[str] = "weight24"
@@ -105,6 +107,7 @@ class Weight24(OperationalPass):
     kernels: bool = True
     keep_packed: bool = field(default=False, metadata=PYTHON_ONLY)
     algorithms: Table = field(default=(), repr=False, metadata=PYTHON_ONLY)
+    decided: Decided = field(default=(), repr=False, metadata=PYTHON_ONLY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,20 +157,37 @@ class Weight24(OperationalPass):
         """Whether masks are due once `step` updates are made."""
         return (step - self.from_step) % self.renewal == 0
 
+    @property
+    def fullest(self) -> Weight24:
+        return replace(self, precision="fp8") if self.precision == "auto" else self
+
     def in_evaluation(self) -> Weight24:
         """Packed weights are those of an update's beginning, and evaluation is of the weights as they are."""
         return replace(self, keep_packed=False, precision="bfloat16")
 
     def in_fp8(self, shape: Sequence[int]) -> bool:
         """Whether the products of a linear `[out, in]` are in e4m3."""
-        wanted = self.precision == "fp8" or (self.precision == "auto" and pays(*shape))
-        return wanted and not any(side % MULTIPLE for side in shape)
+        if any(side % MULTIPLE for side in shape):
+            return False
+        if (layer := self._layer(shape)) is None:
+            return self.precision == "fp8"
+        out, width = shape
+        return (decision(layer, self.decided) or by_shape((out, width))) == "fp8"
+
+    def _layer(self, shape: Sequence[int]) -> Layer | None:
+        """What is decided about a linear `[out, in]` under `"auto"`."""
+        if self.precision != "auto" or any(side % MULTIPLE for side in shape):
+            return None
+        words = [self.method, "mvue" if self.draws else "dense", *(() if self.kernels else ("plain",))]
+        return Layer("weight24", (shape[1], shape[0]), ", ".join(words))
 
     def products(self, match: Match, tokens: int) -> tuple[Product, ...]:
         """The products of a match that can be 2:4 (`act24.sparse24.format.products`), for micro-batches of so
         many tokens."""
         site: LinearSite = match.nodes
-        return tunable_products(tokens, *site.shape, self._sparse_in(site.shape))
+        # Until it is decided, those of bfloat16 too, which are more.
+        sparse = self._sparse_in(site.shape) if match.layer is None else self.sparse_products
+        return tunable_products(tokens, *site.shape, sparse)
 
     def _sparse_in(self, shape: Sequence[int]) -> tuple[LinearProduct, ...]:
         """The products of such a linear that may have a 2:4 operand; in fp8 a drawn gradient's alone."""
@@ -176,7 +196,11 @@ class Weight24(OperationalPass):
 
     def packs(self, out_features: int, in_features: int) -> bool:
         """Whether some product of such a linear reads its packed weight, as the tuner found."""
-        return not self.in_fp8((out_features, in_features)) and any(
+        return not self.in_fp8((out_features, in_features)) and self.finds_packing(out_features, in_features)
+
+    def finds_packing(self, out_features: int, in_features: int) -> bool:
+        """Whether a product of such a linear in bfloat16 would read its packed weight."""
+        return any(
             kind in ("linear_y", "linear_grad_x")
             and sizes == [out_features, in_features]
             and Measured(*measured).sparse < Measured(*measured).dense
@@ -211,6 +235,7 @@ class Weight24(OperationalPass):
                         parameters_before=spec.numel(),
                         parameters_after=spec.numel(),
                         note=self._note(site),
+                        layer=self._layer(site.shape),
                     )
                 )
         return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope))

@@ -30,6 +30,7 @@ from act24.passes import (
 )
 from act24.passes.fp8 import PARTS, pays
 from act24.passes.graph.normal_form import nodes_of
+from act24.precision import Decided
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.weight.linear24 import linear24
 from act24.tools.watch.fp8_watch import take_underflow_
@@ -74,9 +75,9 @@ def test_it_takes_what_others_leave() -> None:
 def test_targets_ignore_and_sizes_are_said() -> None:
     names = taken(Fp8(targets=("*mlp*",), ignore=("*down_proj",)))
     assert [n.rpartition(".")[2] for n in names] == ["gate_proj", "up_proj"]
-    report = plan(llama(), [Fp8(precision="auto", optional=True)])
+    report = plan(llama(), [Fp8(precision="auto")])  # too small, and no error: it may be decided otherwise
     assert not [r for r in report.rows if r.pass_name == "fp8"]
-    assert "casts would take what products gain" in str(report)
+    assert "casts would take what products gain, by its shape: a run on a GPU times both" in str(report)
     odd = plan(llama(intermediate_size=40), [Fp8()])
     assert "its weight is 40 × 32, and e4m3 wants multiples of 16" in str(odd)
 
@@ -84,6 +85,34 @@ def test_targets_ignore_and_sizes_are_said() -> None:
 def test_auto_takes_large_linears_only() -> None:
     assert all(pays(*shape) for shape in ((4096, 4096), (2048, 2048), (16384, 4096)))
     assert not any(pays(*shape) for shape in ((768, 768), (4096, 256)))
+
+
+def test_auto_takes_what_was_decided_of_the_very_layer() -> None:
+    """Whatever the shape says; the buffers that it then reads were there from the start."""
+    found: Decided = (
+        (("network", (32, 128, 32), "relu2, naive, dense"), ("fp8", 2.0, 1.0)),
+        (("linears", (32, 32, 32, 32), "rowwise"), ("fp8", 2.0, 1.0)),
+        (("linears", (32, 32), "rowwise"), ("bfloat16", 1.0, 2.0)),
+        (("weight24", (32, 32), "ste, dense"), ("fp8", 2.0, 1.0)),
+    )
+    for passes, expected in (
+        ((Relu2FFN(), Activation24(precision="auto"), Fp8(precision="auto")), (1, 3, 0)),
+        ((Weight24(method="ste", scope="attn", precision="auto"),), (0, 0, 4)),
+    ):
+        model = llama(1)
+        pipeline = apply_(model, [*passes, ActivationStatistics(optional=True)])
+        for p in pipeline.passes:
+            if isinstance(p, Activation24 | Fp8):
+                pipeline.exchange_(p, replace(p, keep_cast=True, decided=found))
+            elif isinstance(p, Weight24):
+                pipeline.exchange_(p, replace(p, decided=found))
+        nodes = [node for module in pipeline.modules for node in module.graph.nodes]
+        options = [n.args[-1].precision for n in nodes if n.target in (activation24, linear24)]
+        linears = sum(n.target is linear_fp8 for n in nodes)
+        counts = (options.count("fp8") * (expected[0] > 0), linears, options.count("fp8") * (expected[2] > 0))
+        assert counts == expected
+        assert all(torch.isfinite(loss) for loss in losses(model, pipeline, 2))
+        assert len(take_underflow_(pipeline)) > 2
 
 
 def test_it_trains_close_to_the_model_without_it_and_is_gone_in_evaluation() -> None:

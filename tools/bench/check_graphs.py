@@ -73,6 +73,11 @@ CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
         ('passes=[{use="relu2_ffn"},{use="activation24"},{use="fp8",head=true}]',),
         False,
     ),
+    "fp8 where it is faster": (
+        "c4/130m-dense",
+        ('passes=[{use="relu2_ffn"},{use="activation24"},{use="fp8",precision="auto",head=true}]',),
+        False,
+    ),
     "weight24 transposable": ("c4/130m-dense", (_WEIGHT % ",mask_every=2",), False),
     "weight24 soft_threshold": ("c4/130m-dense", (_WEIGHT % ',method="soft_threshold"',), False),
     "weight24 sr_ste": ("c4/130m-dense", (_WEIGHT % ',method="sr_ste"',), False),
@@ -165,7 +170,9 @@ def check(name: str, device: torch.device) -> str:
             parameter.grad = None
     (plain, _), (captured, graphs) = sides
     unequal = sum(not _same(a, b) for a, b in zip(plain, captured, strict=True))
-    wanted = 2 + (next(_weights_to_read(pipeline), None) is not None)  # training, evaluation, casts or packing
+    wanted = 2 + (
+        next(_weights_to_read(pipeline), None) is not None
+    )  # training, evaluation, casts or packing
     if unequal or graphs != wanted:
         worst = max(
             (a.float() - b.float()).abs().max().item()

@@ -134,6 +134,20 @@ def bench_fp8(as_json: JsonOption = False) -> None:
     show_bench_rows(run_bench(), as_json)
 
 
+@bench_app.command("precision")
+def bench_precision(
+    sizes: Annotated[str, typer.Option(help="60m, 130m, 350m, 1b or 7b, by commas.")] = "60m,130m,350m,1b,7b",
+    precisions: Annotated[str, typer.Option(help="autocast or bfloat16, by commas.")] = "autocast",
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows; by size if not given.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What precision = "auto" takes of each layer: e4m3 beside bfloat16, forward and backward."""
+    from act24.tools.bench.precision import bench_precision as run_bench
+    from act24.tools.commands.show import show_bench_rows
+
+    show_bench_rows(run_bench(sizes.split(","), precisions.split(","), rows), as_json)
+
+
 @bench_app.command("weight")
 def bench_weight(as_json: JsonOption = False) -> None:
     """A SwiGLU network with 2:4 weights beside the compiled dense one, and the passes that they need."""

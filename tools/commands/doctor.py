@@ -17,6 +17,7 @@ from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.optim.one_pass import why_not_one_pass
 from act24.passes import REGISTRY
+from act24.passes.fp8 import by_shape
 from act24.passes.relu2_ffn import parity_width
 from act24.passes.report import aligned
 from act24.recipes.plugins import load_plugins
@@ -41,6 +42,7 @@ from act24.sparse24.weight.forms import (
 )
 from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
 from act24.tools.bench.launches import is_launch_bound, launch_seconds, product_rate
+from act24.tools.run.auto_precision import known_layers, layers_key
 from act24.tools.run.tuning import cache_path, machine, read_table
 
 #: Tokens a micro-batch for which the paths are shown, and the presets and ranks.
@@ -130,7 +132,15 @@ def _machine(device: torch.device) -> list[Finding]:
         Finding("fp8 products", f"no: {reason}" if (reason := fp8_obstacle(device)) else "yes"),
         Finding("self-check", f"our packing against cuSPARSELt's compressor: relative error {error:.1g}"),
         Finding("tuned products", f"{len(_table(device))} in {cache_path()}"),
+        Finding("timed layers", f"{_timed_layers(device)} in {cache_path()}"),
     ]
+
+
+def _timed_layers(device: torch.device) -> int:
+    try:
+        return len(known_layers(cache_path(), layers_key(device)))
+    except Act24Error:  # training says so
+        return 0
 
 
 def _records() -> list[Finding]:
@@ -206,6 +216,9 @@ def _paths(device: torch.device) -> list[Finding]:
     findings = []
     for name in _SHOWN:
         width, features = PRESETS[name].hidden_size, parity_width(PRESETS[name].intermediate_size)
+        attention, network = by_shape((width, width)), by_shape((features, width), (width, features))
+        told = f"attention {attention}, network {network} by their shapes; a run on a GPU times both"
+        findings.append(Finding(f'{name}, precision = "auto"', told))
         # LoST's activation has two branches on either side, and no linear that the operation takes.
         findings += _weights(name, device, options.algorithms)
         for form, inner in (("full rank", width), (f"rank {_RANKS[name]}", _RANKS[name]), ("LoST", 0)):

@@ -57,7 +57,9 @@ def draw(preset: str, folder: Path) -> None:
     """A model with drawn weights and a tokenizer, as `transformers` writes it."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    known = {key: value for key, value in dataclasses.asdict(llama_config(preset)).items() if value is not None}
+    known = {
+        key: value for key, value in dataclasses.asdict(llama_config(preset)).items() if value is not None
+    }
     config = LlamaConfig(**known)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -70,7 +72,10 @@ def draw(preset: str, folder: Path) -> None:
 
 def _say(line: str) -> None:
     """A line of the command, with the memory that it took so far: a run that is cut has said it."""
-    gpu, host = torch.cuda.max_memory_reserved() / 2**30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    gpu, host = (
+        torch.cuda.max_memory_reserved() / 2**30,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    )
     print(f"{line} [GPU {gpu:.1f} GiB, host {host:.1f}]", flush=True)
 
 

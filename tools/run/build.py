@@ -37,6 +37,7 @@ from act24.tools.data import tokenizer as data_tokenizer
 from act24.tools.huggingface.folder import PACKED, check_state, is_pretrained, open_pretrained
 from act24.tools.huggingface.old_folder import is_old, open_old, told_by
 from act24.tools.pruning.packed import read_packed
+from act24.tools.run.auto_precision import held_layers, hold_
 from act24.tools.run.folder import last_checkpoint
 from act24.tools.run.language import GENERATION, config_from_json, unset_model
 
@@ -275,6 +276,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
         recipe = parse_recipe(opened.recipe_text, origin=str(opened.folder / "recipe.toml"))
     model, pipeline = _without_values(recipe, opened.step, torch.device(device))
     checkpoint.load_weights_(opened, model)
+    hold_(pipeline, held_layers(opened.state.get("products")))
     lower_to_serve_(pipeline, opened.step)
     for one in renew_to_read_(pipeline, opened.step):
         logger.warning(

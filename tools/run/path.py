@@ -21,6 +21,7 @@ from act24.sparse24.feed_forward.operation import FORMS as NETWORK_FORMS
 from act24.sparse24.feed_forward.operation import form_of
 from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorithms
 from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
+from act24.tools.run.auto_precision import decided_text
 from act24.tools.run.build import Built
 from act24.tools.run.step import TrainingStep, uses_compile
 
@@ -62,6 +63,7 @@ def path_text(pipeline: Pipeline, recipe: Recipe, device: torch.device) -> str:
             if isinstance(p, Activation24 | Weight24 | Fp8):
                 counted = Counter(_paths(p, pipeline, recipe, device))
                 parts += [f"{p.name} at {count}: {path}" for path, count in counted.items()]
+                parts += [f'{p.name}, precision = "auto": {told}' for told in _decided(p)]
     return "; ".join(parts)
 
 
@@ -77,6 +79,12 @@ def _paths(
             yield _in_fp8(p.kernels, device)
         else:
             yield _linear(p, match.nodes, tokens, dtype, device)
+
+
+def _decided(p: Activation24 | Weight24 | Fp8) -> Iterator[str]:
+    """What became of the layers whose precision the recipe leaves open."""
+    if p.precision == "auto":
+        yield ", ".join(decided_text(p)) or "by the shapes of weights, for nothing was timed"
 
 
 def _network(

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from act24.precision import Kind
+from act24.sparse24.feed_forward.options import Precision
 from act24.tools.checkpoints import checkpoint
 from act24.tools.checkpoints.checkpoint import Checkpoint
 from act24.tools.checkpoints.manifest import CheckpointError
@@ -40,11 +42,21 @@ class _Product(Saved):
     dense: float
 
 
+class _Layer(Saved):
+    kind: Kind
+    sizes: list[Count]
+    options: str
+    precision: Precision
+    bfloat16: float
+    fp8: float
+
+
 class _Products(Saved):
     """Of `tune_`, where it measured."""
 
-    machine: str
-    products: list[_Product]
+    machine: str = ""
+    products: list[_Product] = Field(default=[])
+    layers: list[_Layer] = Field(default=[])
 
 
 class _State(Saved):

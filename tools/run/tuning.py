@@ -1,17 +1,13 @@
 """Which algorithm of cuSPARSELt is fastest for which product on this machine: measured once, and kept.
 
-One JSON file for all machines, keyed by GPU and library version. The core measures
-(`act24.sparse24.format.tuner.tuned`) and is handed the table (`Options24.algorithms`); this file is all that
-touches the disk.
+The core measures (`act24.sparse24.format.tuner.tuned`) and is handed the table (`Options24.algorithms`).
+Behind the products come the layers whose precision is left open (`act24.tools.run.auto_precision`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,29 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act24.errors import Act24Error
 from act24.passes import Activation24, Fp8, Pipeline, Weight24
 from act24.recipes.schema import Recipe
 from act24.sparse24.feed_forward.forms import why_never_packed
 from act24.sparse24.format.device import obstacle
 from act24.sparse24.format.products import KINDS, Measured, Product, Table
 from act24.sparse24.format.tuner import tuned
-from act24.tools.files import whole_file
+from act24.tools.run.auto_precision import (
+    conditions_of,
+    decide,
+    held_layers,
+    hold_,
+    layer_entries,
+    layers,
+    why_not_timed,
+)
 from act24.tools.run.processes import Processes
-
-
-class TuningError(Act24Error):
-    """A cache of tuned products that cannot be read or written."""
-
-
-def cache_path() -> Path:
-    """Where the cache is: `$XDG_CACHE_HOME/act24/products.json`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "act24" / "products.json"
-
-
-def machine(device: torch.device) -> str:
-    """What figures hold for: the GPU and the library that runs the products."""
-    return f"{torch.cuda.get_device_name(device)}, cuSPARSELt {torch.backends.cusparselt.version()}"
+from act24.tools.run.tuning_cache import TuningError, alone, cache_path, machine, read_cache, write_cache
 
 
 def read_table(path: Path, key: str) -> Table:
@@ -50,7 +40,7 @@ def read_table(path: Path, key: str) -> Table:
     Raises:
         TuningError: the file is no such cache.
     """
-    return _parse(_read(path).get(key, []), path)
+    return _parse(read_cache(path).get(key, []), path)
 
 
 def write_table(path: Path, key: str, table: Table) -> None:
@@ -59,29 +49,25 @@ def write_table(path: Path, key: str, table: Table) -> None:
     Raises:
         TuningError: the file is no such cache, or cannot be written.
     """
-    content = _read(path)
+    content = read_cache(path)
     known = dict(_parse(content.get(key, []), path)) | dict(table)
-    content[key] = _entries(sorted(known.items()))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise TuningError(f"cannot write {path}: {error.strerror}") from None
+    write_cache(path, content | {key: _entries(sorted(known.items()))})
 
 
 def tune_(
     pipeline: Pipeline, recipe: Recipe, processes: Processes, saved: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Let the 2:4 activations and weights of a model run on the fastest products for the recipe's
-    micro-batches, and weights keep their packed forms and casts for an update, where they are not sharded.
+    micro-batches, decide what `precision = "auto"` leaves open, and let weights keep their packed forms and
+    casts for an update, where they are not sharded.
 
-    Where nobody measured those on this machine it takes some seconds. Collective: one process measures, the
-    others read what it found.
+    Where nobody measured that on this machine it takes some seconds, and a layer to decide about some more.
+    Collective: one process measures products, the others read what it found; what it decides holds for all.
 
     Args:
-        saved: what this returned when the run began. On the same kind of machine it holds, whatever is
-            measured now: another algorithm rounds otherwise, and a run goes on bit for bit.
+        saved: what this returned when the run began. Of products it holds on the same kind of machine,
+            whatever is measured now: another algorithm rounds otherwise, and a run goes on bit for bit. What
+            was decided of precisions holds on any.
 
     Returns:
         JSON values.
@@ -89,17 +75,42 @@ def tune_(
     Raises:
         TuningError: the cache is damaged.
     """
+    device, kept = processes.device, held_layers(saved)
+    hold_(pipeline, kept)
     if recipe.train.dtype == "float32":
         return {}
     sharded = recipe.train.parallel == "fsdp" and processes.world_size > 1
     for p in [p for p in pipeline.passes if isinstance(p, Fp8 | Activation24)]:
         pipeline.exchange_(p, replace(p, keep_cast=not sharded))
-    if obstacle(processes.device):
-        return {}
+    found: dict[str, Any] = {}
+    if not obstacle(device):
+        found = {"machine": machine(device), "products": _tune_products(pipeline, recipe, processes, saved)}
+    if why_not_timed(device):
+        return found | ({"layers": layer_entries(kept)} if kept else {})
     from act24.tools.bench.rows import graph_milliseconds
 
-    key = machine(processes.device)
-    held = _parse(saved["products"], Path("the checkpoint")) if saved and saved["machine"] == key else ()
+    wanted = layers(pipeline, device)
+    if wanted:
+        conditions = conditions_of(recipe, processes.world_size, device)
+        mine = None
+        if processes.is_main:
+            mine = decide(wanted, conditions, device, graph_milliseconds, kept)
+        (decided, *_) = processes.gather(mine)
+        assert decided is not None
+        hold_(pipeline, decided)
+        found["layers"] = layer_entries(decided)
+    return found
+
+
+def _tune_products(
+    pipeline: Pipeline, recipe: Recipe, processes: Processes, saved: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Hand every pass its table of products; what is in all of them."""
+    from act24.tools.bench.rows import graph_milliseconds
+
+    sharded = recipe.train.parallel == "fsdp" and processes.world_size > 1
+    same = saved and saved.get("machine") == machine(processes.device)
+    held = _parse(saved["products"], Path("the checkpoint")) if saved and same else ()
     used: dict[Any, Any] = {}
     tokens = recipe.train.batch_size * recipe.data.max_length
     for mains_turn in (True, False):
@@ -117,7 +128,7 @@ def tune_(
                 pipeline.exchange_(p, exchanged)
                 used |= dict(table)
         processes.any(False)  # the others wait here
-    return {"machine": key, "products": _entries(used.items())}
+    return _entries(used.items())
 
 
 def use_table_(pipeline: Pipeline, device: torch.device) -> None:
@@ -158,7 +169,7 @@ def tuned_table(
     """
     path, key = path or cache_path(), machine(device)
     wanted = list(dict.fromkeys(wanted))
-    with _alone(path):  # two that measure at a time on one GPU measure each other
+    with alone(path):
         known = dict(read_table(path, key)) | dict(held)
         missing = {product: tuned(product, time, device)[0] for product in wanted if product not in known}
         if missing:
@@ -168,31 +179,8 @@ def tuned_table(
     return tuple((product, known[product]) for product in wanted)
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, where there is a place for a lock."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _entries(table: Iterable[tuple[Any, Any]]) -> list[dict[str, Any]]:
     return [Product(*product)._asdict() | Measured(*measured)._asdict() for product, measured in table]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise TuningError(f"{path} cannot be read ({error}): delete it, and it is measured anew") from None
-    if not isinstance(content, dict):
-        raise TuningError(f"{path} holds no tuned products: delete it, and it is measured anew")
-    return content
 
 
 def _parse(entries: Any, path: Path) -> Table:

@@ -19,6 +19,14 @@ def test_on_a_cpu_every_path_is_plain_pytorch_and_says_why() -> None:
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
     assert findings["PyTorch"] == torch.__version__
     assert findings["GPU"].startswith("none")
+    auto = [subject for subject in findings if subject.endswith(', precision = "auto"')]
+    predicted = {subject.partition(",")[0]: findings.pop(subject).partition(" by")[0] for subject in auto}
+    # At 60m and 130m casts of D×D take what products gain, and at 60m those of the network.
+    assert predicted == {
+        "llama-60m": "attention bfloat16, network bfloat16",
+        "llama-130m": "attention bfloat16, network fp8",
+        **dict.fromkeys(("llama-350m", "llama-1b", "llama-7b"), "attention fp8, network fp8"),
+    }
     paths = [finding for subject, finding in findings.items() if subject.startswith("llama-")]
     assert len(paths) == 25
     assert all("plain PyTorch" in path and "CUDA" in path for path in paths)
