@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 
 class Place(NamedTuple):
@@ -40,7 +41,44 @@ def place_of(slots: Tensor, first: Tensor, length: int) -> Place:
     return Place(slots, ((causal & real) | itself)[:, None])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+class ChunkPlace(NamedTuple):
+    """Where in the cache a chunk of prompts goes, and what it sees. Of one shape wherever the chunk begins:
+    code that is compiled for a chunk's tokens serves all of them.
+
+    Attributes:
+        slots, seen: as for `Place`, of all slots; of a chunk that needs no mask, `seen` is memory that nobody
+            wrote or reads.
+        host: int64 `[2]` on the CPU, where nothing waits to read it: the slot of the chunk's first token, and
+            whether it needs the mask.
+    """
+
+    slots: Tensor
+    seen: Tensor
+    host: Tensor
+
+
+def chunk_place(start: int, new: int, first: Tensor, padded: bool, length: int, kernel: bool) -> ChunkPlace:
+    """The place of a chunk of prompts.
+
+    Args:
+        start: slot of its first token.
+        new: S, its tokens.
+        first: int64 `[B]`, the slot of each row's first token.
+        padded: one of them is not 0.
+        length: L, slots of the cache.
+        kernel: the device has one for causal attention in the model's dtype (`causal`).
+    """
+    slots = torch.arange(start, start + new, device=first.device)
+    masked = padded or not kernel
+    seen = slots.new_empty((len(first), 1, new, length), dtype=torch.bool)
+    if masked:
+        seen = place_of(slots, first, length).seen
+    return ChunkPlace(slots, seen, torch.tensor([start, masked]))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Place | ChunkPlace
+) -> Tensor:
     """Write new keys and values into the cache, and attend to what each new token sees of it.
 
     Args:
@@ -53,9 +91,52 @@ def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tens
     """
     keys.index_copy_(2, place.slots, key)
     values.index_copy_(2, place.slots, value)
+    if isinstance(place, ChunkPlace):
+        return chunk_attention(query, keys, values, place.seen, place.host).transpose(1, 2)
+    return _masked(query, keys, values, place.seen)
+
+
+def _masked(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     batch, heads, new, width = query.shape
     # The queries of a group share their keys: they are rows of one product, and nothing is repeated.
     group = heads // keys.shape[1]
-    seen = place.seen.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
+    seen = seen.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
     folded = query.reshape(batch, keys.shape[1], group * new, width)
     return F.scaled_dot_product_attention(folded, keys, values, attn_mask=seen).reshape(query.shape)
+
+
+@torch.library.custom_op("act24::chunk_attention", mutates_args=())
+def chunk_attention(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, host: Tensor) -> Tensor:
+    """Attention of a chunk of prompts to the slots up to its end: one node of a compiled graph, for what it
+    looks at grows from chunk to chunk.
+
+    Args:
+        query: `[B, H, S, d]`.
+        keys, values: `[B, H_kv, L, d]`, the cache, in which the chunk's are.
+        seen, host: as for `ChunkPlace`.
+
+    Returns:
+        `[B, S, H, d]`, contiguous, as the linear behind it reads it.
+    """
+    start, masked = host.tolist()
+    end = start + query.shape[2]
+    keys, values = (cache[:, :, :end] for cache in (keys, values))
+    y = _masked(query, keys, values, seen[..., :end]) if masked else causal(query, keys, values)
+    return y.transpose(1, 2).contiguous()
+
+
+@chunk_attention.register_fake
+def _(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, host: Tensor) -> Tensor:
+    batch, heads, new, width = query.shape
+    return query.new_empty((batch, new, heads, width))
+
+
+def causal(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of the last S tokens to all L, each to itself and those before it: by flash attention, in 16
+    bits on a GPU. What else there is for groups of heads writes all scores down. Shapes as for `attend`."""
+    new, length = query.shape[2], keys.shape[2]
+    groups = query.shape[1] != keys.shape[1]
+    if new == length:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=groups)
+    mask = causal_lower_right(new, length)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=groups)

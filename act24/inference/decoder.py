@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.inference.attention import Place, place_of
+from act24.inference.attention import ChunkPlace, Place, chunk_place, place_of
 from act24.inference.cache import Batch, kept, new_batch, too_large
 from act24.inference.layer import (
     DENSE,
@@ -32,14 +32,12 @@ from act24.inference.layer import (
     weights_of,
     why_not_streamed,
 )
-from act24.inference.linears import prompt_algorithm, streamed_linear
+from act24.inference.linears import streamed_linear
+from act24.inference.prompts import PromptForms, chunks, compiles_for
 from act24.inference.sampling import Sampling, next_token
 from act24.llama import LlamaForCausalLM
 from act24.rotary import rotary_embedding
 from act24.sparse24.format.products import Table
-
-#: Tokens of a prompt that go through the model at once; attention scores grow with them.
-CHUNK = 2048
 
 #: Replays of a captured step that are timed, twice; the faster turn counts.
 REPLAYS = 8
@@ -70,6 +68,7 @@ class Decoder:
     Attributes:
         plans: by rows, how each block of a step multiplies.
         times: by rows and plan, seconds of a step, where several were tried.
+        prompts: how chunks of prompts go through the blocks.
     """
 
     def __init__(
@@ -92,7 +91,8 @@ class Decoder:
                 block for each choice that is tried, six at most, and two more captures of a step.
             memory: bytes of a CPU's machine, beyond which a batch is refused; None: not looked at.
             table: what a tuner found of the products of prompts with 2:4 weights on this device. They are 2:4
-                where they are faster, unless `choice` leaves weights dense; a packed copy of each is kept.
+                where it has them faster, unless `choice` leaves weights dense, and without a `choice` where
+                the chunk is; a packed copy of each is kept.
 
         Raises:
             Act24Error: a block is not of `act24.llama`.
@@ -101,7 +101,6 @@ class Decoder:
         self._config = model.config
         self._device, self._dtype = model.head_weight.device, model.model.embed_tokens.weight.dtype
         self._allowed = None if allowed is None else allowed.to(self._device)
-        self._forms = cached_layers([*model.model.layers])
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         self._captures = self._compiled and self._device.type == "cuda"
         self._memory = memory
@@ -112,10 +111,17 @@ class Decoder:
         self._laid_out: Plan | None = None
         self._addresses, self._versions = self._addresses_and_versions()
         self._step_forms: dict[Choice, list[LayerForm]] = {}
-        self._table = table
-        self._sparse = frozenset[tuple[int, int]]().union(*(each.sparse for each in self._weights))
-        self._prompt_forms: dict[frozenset[tuple[tuple[int, int], int]], list[LayerForm]] = {}
-        self._compiled_forms: dict[tuple[LayerForm, int, int], LayerForm] = {}
+        dense_prompts = self._choice is not None and not self._choice.packed
+        sparse = frozenset[tuple[int, int]]().union(*(each.sparse for each in self._weights))
+        self.prompts = PromptForms(
+            self._blocks,
+            frozenset() if dense_prompts else sparse,
+            table,
+            self._dtype,
+            self._device,
+            measures=self._choice is None,
+        )
+        self._compiled_forms: dict[tuple[LayerForm, int, int, int], LayerForm] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
         self._batch: Batch | None = None
         self._graph: tuple[Sampling, torch.cuda.CUDAGraph] | None = None
@@ -155,7 +161,10 @@ class Decoder:
         padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
         batch.first.copy_(torch.tensor([longest - len(p) for p in prompts]))
         batch.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
-        hidden = self._prefill(batch, padded.to(self._device))
+        if self._choice is not None:  # as steps will have them: code is compiled for how weights lie
+            self._lay_out_((self._choice,) * len(self._blocks))
+        unequal = any(len(prompt) < longest for prompt in prompts)
+        hidden = self._prefill(batch, padded.to(self._device), unequal)
         batch.slot.fill_(longest)
         batch.tokens.copy_(self._choose(hidden, batch, sampling))
         return batch.tokens
@@ -187,6 +196,14 @@ class Decoder:
         else:
             self._advance(batch, sampling, plan)
         return batch.tokens
+
+    def take(self, rows: int, choice: Choice | None) -> None:
+        """Let every block of steps of so many rows multiply by a choice. None: as is fastest, measured at the
+        next one."""
+        self._graph = None
+        self.plans.pop(rows, None)
+        if choice is not None:
+            self.plans[rows] = (choice,) * len(self._blocks)
 
     def _plan(self, batch: Batch, sampling: Sampling) -> Plan:
         """For so many rows; measured on the first such batch, as it stands."""
@@ -281,7 +298,7 @@ class Decoder:
         if addresses != self._addresses:
             self._graph = self._laid_out = None
             self._addresses = addresses
-        packed = self._prompt_forms or any(choice.packed for choice in self._step_forms)
+        packed = self.prompts.packed or any(choice.packed for choice in self._step_forms)
         if versions != self._versions and packed:
             raise Act24Error("weights changed after they were packed: make a new Generator of this model")
         self._versions = versions
@@ -300,16 +317,20 @@ class Decoder:
         self._laid_out = plan
         self._addresses, self._versions = self._addresses_and_versions()
 
-    def _forms_for(self, plan: Plan, batch: Batch) -> list[LayerForm]:
+    def _forms_for(self, plan: Plan, batch: Batch) -> Sequence[LayerForm]:
         for choice in {*plan} - {*self._step_forms}:
             self._lay_out_((choice,) * len(plan))
             with torch.inference_mode(False):  # packed weights are ordinary tensors
                 self._step_forms[choice] = cached_layers(self._blocks, choice)
         self._lay_out_(plan)
         forms = [self._step_forms[choice][block] for block, choice in enumerate(plan)]
+        return self._compiled_for(forms, batch, 1)
+
+    def _compiled_for(self, forms: Sequence[LayerForm], batch: Batch, tokens: int) -> Sequence[LayerForm]:
+        """The functions for so many tokens a row of a batch, where they are compiled."""
         if not self._compiled:
             return forms
-        keys = [(form, batch.rows, batch.length) for form in forms]
+        keys = [(form, batch.rows, tokens, batch.length) for form in forms]
         for key in keys:
             if key not in self._compiled_forms:
                 self._compiled_forms[key] = _compiled(key[0])
@@ -326,51 +347,35 @@ class Decoder:
     ) -> Tensor:
         place = place_of(batch.slot, batch.first, batch.length)
         forms = self._forms_for(plan, batch)
-        return self._layers(forms, batch, batch.tokens[:, None], place, batch.keys, batch.values, calls)
+        return self._layers(forms, batch, batch.tokens[:, None], place, calls)
 
-    def _prefill(self, batch: Batch, padded: Tensor) -> Tensor:
-        """Prompts through the model, a chunk at a time. Returns the last hidden states, `[B, 1, D]`."""
-        for start in range(0, padded.shape[1], CHUNK):
-            chunk = padded[:, start : start + CHUNK]
-            end = start + chunk.shape[1]
-            place = place_of(torch.arange(start, end, device=self._device), batch.first, end)
-            keys, values = ([each[:, :, :end] for each in cache] for cache in (batch.keys, batch.values))
-            hidden = self._layers(self._forms_for_prompt(chunk.numel()), batch, chunk, place, keys, values)
-        return hidden[:, -1:]
-
-    def prompt_products(self, tokens: int) -> dict[tuple[int, int], int]:
-        """How prompts go through 2:4 weights: by the shape `[N, K]` of those that cuSPARSELt multiplies, its
-        algorithm.
+    def _prefill(self, batch: Batch, padded: Tensor, unequal: bool) -> Tensor:
+        """Prompts through the model, a chunk at a time. Returns the last hidden states, `[B, 1, D]`.
 
         Args:
-            tokens: that go through the model at once, of all rows.
+            padded: ids `[B, S]`.
+            unequal: some rows begin with padding.
         """
-        if self._choice is not None and not self._choice.packed:
-            return {}
-        found = {
-            shape: prompt_algorithm(tokens, shape, self._table, self._dtype, self._device)
-            for shape in self._sparse
-        }
-        return {shape: algorithm for shape, algorithm in found.items() if algorithm is not None}
+        kernel = self._device.type == "cuda" and self._dtype.itemsize == 2
+        for start, size in chunks(padded.shape[1], self._compiled):
+            place = chunk_place(start, size, batch.first, unequal, batch.length, kernel)
+            run = partial(self._through_chunk, batch, padded[:, start : start + size], place)
+            hidden = run(self.prompts.of(batch.rows, size, run))
+        return hidden[:, -1:]
 
-    def _forms_for_prompt(self, tokens: int) -> list[LayerForm]:
-        products = self.prompt_products(tokens)
-        if not products:
-            return self._forms
-        key = frozenset(products.items())
-        if key not in self._prompt_forms:
-            with torch.inference_mode(False), torch.no_grad():  # packed weights are ordinary tensors
-                self._prompt_forms[key] = cached_layers(self._blocks, products=products)
-        return self._prompt_forms[key]
+    def _through_chunk(
+        self, batch: Batch, ids: Tensor, place: ChunkPlace, forms: Sequence[LayerForm]
+    ) -> Tensor:
+        if compiles_for(ids.shape[1]):
+            forms = self._compiled_for(forms, batch, ids.shape[1])
+        return self._layers(forms, batch, ids, place)
 
     def _layers(
         self,
         forms: Sequence[LayerForm],
         batch: Batch,
         ids: Tensor,
-        place: Place,
-        keys: list[Tensor],
-        values: list[Tensor],
+        place: Place | ChunkPlace,
         calls: list[Callable[[], Tensor]] | None = None,
     ) -> Tensor:
         """Hidden states behind the blocks. `calls` gets each block's, with its arguments."""
@@ -378,7 +383,7 @@ class Decoder:
         cos, sin = (table[position][:, None] for table in self._rotary(batch.length))
         model = self._model.model
         hidden = model.embed_tokens(ids)
-        for layer, form, key, value in zip(model.layers, forms, keys, values, strict=True):
+        for layer, form, key, value in zip(model.layers, forms, batch.keys, batch.values, strict=True):
             call = partial(form, layer, hidden, cos, sin, key, value, place)
             if calls is not None:
                 calls.append(call)

@@ -15,15 +15,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from act24.errors import Act24Error
 from act24.inference.cache import cache_bytes
-from act24.inference.decoder import CHUNK, Decoder, plan_text
+from act24.inference.decoder import Decoder, plan_text
 from act24.inference.layer import DENSE, Choice
 from act24.inference.linears import PACKED_TOKENS, SKIPPING_TOKENS
+from act24.inference.prompts import chunks
 from act24.inference.sampling import Sampling
 from act24.llama import PRESETS, LlamaConfig, LlamaForCausalLM
 from act24.passes import Relu2FFN, apply_
@@ -38,8 +39,8 @@ from act24.tools.run.tuning import tuned_table
 
 SIZES = {"130m": "llama-130m", "1b": "llama-1b", "7b": "llama-7b"}
 PACKED = Choice(packed=True, fused=True, streamed=True)
-#: Those without sparsity come first: the others are beside the faster of them. None: what the decoder
-#: measures and takes, block by block.
+#: In the order in which they are timed. Those without sparsity come first: the others are beside the faster
+#: of them. None: what the decoder measures and takes, block by block, of what is compiled by then.
 SIDES = (
     DENSE,
     Choice(fused=True),
@@ -88,6 +89,7 @@ def bench_generate(
     if unknown := [size for size in sizes if size not in SIZES]:
         raise Act24Error(f"unknown size {unknown[0]!r}: choose from {', '.join(SIZES)}")
     device = needed_gpu()
+    begun = time.monotonic()
     read = _bandwidth(device)
     say(f"{torch.cuda.get_device_name(device)}: a copy moves {read / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
@@ -107,7 +109,8 @@ def bench_generate(
                 if "bytes" in row:
                     row["share of a copy's bandwidth"] = row.pop("bytes") / row["seconds"] / read
                 rows.append(row)
-                say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+                told = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+                say(f"{time.monotonic() - begun:.0f} s: {', '.join(told)}")
     except KeyboardInterrupt:
         result["interrupted"] = True
     return result
@@ -141,81 +144,86 @@ def _size(
     transformers: bool,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
+    """The first batch, prompts, `transformers`, then the other batches: whatever a run has time for comes in
+    this order."""
+
     def failed(what: str, error: Exception) -> dict[str, Any]:
         told = str(error).partition("\n")[0]
         return {"model": size, "what": what, "failed": f"{type(error).__name__}: {told}"}
 
+    prompts = [(1, length) for length in sorted(prefills, reverse=True)]  # one cache does for them
+    prompts += [(PROMPT_ROWS, length) for length in prefills[:1]]
+    table: Table = ()
     try:
         model = drawn_model(config, density, device)
     except Exception as error:  # whatever a model or a side meets, the others keep their figures
         yield failed("the model", error)
         return
-    prompts = [(1, length) for length in prefills]
-    prompts += [(PROMPT_ROWS, length) for length in prefills[:1]]
-    measured = _Measured({}, {})
-    for side in SIDES:
-        what = "measured, block by block" if side is None else str(side)
-        try:
-            table = _tuned(model, prompts, device) if side == PACKED else ()
-            read = prompts if side in (DENSE, PACKED) else []
-            for row in _side(model, side, batches, read, table, measured):
-                yield {"model": size, "what": what} | row
-        except Exception as error:
-            yield failed(what, error)
+    try:
+        table = _tuned(model, prompts, device)
+    except Exception as error:
+        yield failed("2:4 products of prompts", error)
+    decoder = Decoder(model, table=table)
+    weights = sum(p.numel() * p.itemsize for p in model.model.layers.parameters())
+    weights += model.head_weight.numel() * model.head_weight.itemsize
+    dense: dict[int, float] = {}
+    for batch in batches:
+        for side in SIDES:
+            if side is not None and batch > most_rows(side):
+                continue
+            what = "measured, block by block" if side is None else str(side)
+            try:
+                row = {"model": size, "what": what, "rows": batch} | _step(decoder, side, batch, dense)
+                if side == DENSE:
+                    cache = cache_bytes(config, batch, PROMPT + STEPS, torch.bfloat16)
+                    row["bytes"] = weights + cache
+                yield row
+            except Exception as error:
+                yield failed(what, error)
+        if batch == batches[0]:
+            for rows, length in prompts:
+                try:
+                    for row in _prompt(decoder, rows, length):
+                        yield {"model": size} | row
+                except Exception as error:
+                    yield failed(f"prefill of {length}", error)
         gc.collect()
         torch.cuda.empty_cache()
-        if side == DENSE and transformers:
+        if transformers:
             try:
-                for row in _theirs(model, batches, measured.steps):
-                    yield {"model": size} | row
+                yield {"model": size} | _theirs(model, batch, dense)
             except Exception as error:
                 yield failed("transformers", error)
 
 
-class _Measured(NamedTuple):
-    """Seconds without sparsity, which the other sides are beside.
+def _step(decoder: Decoder, side: Choice | None, batch: int, dense: dict[int, float]) -> dict[str, Any]:
+    """A step of one side. `dense` has the fastest without sparsity, by rows, which the others are beside."""
+    decoder.take(batch, side)
+    seconds = _step_seconds(decoder, batch)
+    row: dict[str, Any] = {"tokens/s": batch / seconds, "seconds": seconds}
+    row["to dense"] = dense.get(batch, seconds) / seconds
+    if side is None:
+        row["plan"] = plan_text(decoder.plans[batch])
+    elif not (side.skipping or side.packed):
+        dense[batch] = min(seconds, dense.get(batch, seconds))  # the faster of these is to be beaten
+    return row
 
-    Attributes:
-        steps: by rows.
-        prompts: by rows and tokens.
-    """
 
-    steps: dict[int, float]
-    prompts: dict[tuple[int, int], float]
-
-
-def _side(
-    model: LlamaForCausalLM,
-    side: Choice | None,
-    batches: Sequence[int],
-    prompts: Sequence[tuple[int, int]],
-    table: Table,
-    measured: _Measured,
-) -> Iterator[dict[str, Any]]:
-    decoder = Decoder(model, choice=side, table=table)
-    weights = sum(p.numel() * p.itemsize for p in model.model.layers.parameters())
-    weights += model.head_weight.numel() * model.head_weight.itemsize
-    dense = measured.steps
-    for batch in batches:
-        if side is not None and batch > most_rows(side):
-            continue
-        seconds = _step_seconds(decoder, batch)
-        row = {"rows": batch, "tokens/s": batch / seconds, "seconds": seconds}
-        row["to dense"] = dense.get(batch, seconds) / seconds
-        if side is None:
-            row["plan"] = plan_text(decoder.plans[batch])
-        if side == DENSE:
-            row["bytes"] = weights + cache_bytes(model.config, batch, PROMPT + STEPS, torch.bfloat16)
-        if side is not None and not (side.skipping or side.packed):
-            dense[batch] = min(seconds, dense.get(batch, seconds))  # the faster of these is to be beaten
-        yield row
-    for rows, length in prompts:
+def _prompt(decoder: Decoder, rows: int, length: int) -> Iterator[dict[str, Any]]:
+    """A prompt dense, with the 2:4 products of the table, and with what the decoder takes."""
+    sizes = {size for _, size in chunks(length, True)}
+    prompts = decoder.prompts
+    known = {size: prompts.products(rows, size) for size in sizes}
+    sides = {"dense": {size: {} for size in sizes}, "2:4 weights": known, "measured": None}
+    dense = None
+    for what, products in sides.items():
+        prompts.take(rows, products)
         seconds = _prefill_seconds(decoder, rows, length)
-        before = measured.prompts.setdefault((rows, length), seconds)
-        products = decoder.prompt_products(rows * min(CHUNK, length))
-        row = {"what": f"prefill of {length}, {side}", "rows": rows, "tokens/s": rows * length / seconds}
-        row |= {"seconds": seconds, "to dense": before / seconds}
-        yield row | {"2:4 products": ", ".join(f"{n}×{k}" for n, k in sorted(products)) or "none"}
+        dense = dense or seconds
+        row = {"what": f"prefill of {length}, {what}", "rows": rows, "tokens/s": rows * length / seconds}
+        taken = {shape for size in sizes for shape in prompts.products(rows, size)}
+        told = ", ".join(f"{n}×{k}" for n, k in sorted(taken)) or "none"
+        yield row | {"seconds": seconds, "to dense": dense / seconds, "2:4 products": told}
 
 
 def _tuned(model: LlamaForCausalLM, prompts: Sequence[tuple[int, int]], device: torch.device) -> Table:
@@ -224,8 +232,8 @@ def _tuned(model: LlamaForCausalLM, prompts: Sequence[tuple[int, int]], device: 
         return ()
     weights = [p for p in model.model.layers.parameters() if p.ndim == 2]
     shapes = dict.fromkeys((len(weight), weight.shape[1]) for weight in weights)
-    chunks = dict.fromkeys(rows * min(CHUNK, length) for rows, length in prompts)
-    linears = [prompt_linear(t, *shape, torch.bfloat16, device) for t in chunks for shape in shapes]
+    tokens = dict.fromkeys(rows * size for rows, length in prompts for _, size in chunks(length, True))
+    linears = [prompt_linear(t, *shape, torch.bfloat16, device) for t in tokens for shape in shapes]
     products = [tunable_products(n.tokens, n.out_features, n.in_features, ("y",)) for n in linears]
     return tuned_table(itertools.chain(*products), device, graph_milliseconds)
 
@@ -303,22 +311,18 @@ def _prefill_seconds(decoder: Decoder, rows: int, length: int) -> float:
     return min(turns)
 
 
-def _theirs(
-    model: LlamaForCausalLM, batches: Sequence[int], dense: dict[int, float]
-) -> Iterator[dict[str, Any]]:
+def _theirs(model: LlamaForCausalLM, batch: int, dense: dict[int, float]) -> dict[str, Any]:
     """`transformers`' Arcee with the same tensors: generation of two lengths, which differ by decoding."""
     from transformers import ArceeForCausalLM
 
     theirs = _arcee(ArceeForCausalLM, model)
-    for batch in batches:
-        lengths = (8, 3 * STEPS + 8)
-        for length in lengths:
-            _their_seconds(theirs, batch, length)
-        short, long = (min(_their_seconds(theirs, batch, length) for _ in range(2)) for length in lengths)
-        step = (long - short) / (3 * STEPS)
-        row = {"what": "transformers, static cache, compiled", "rows": batch}
-        yield row | {"tokens/s": batch / step, "seconds": step, "to dense": dense.get(batch, step) / step}
-    torch._dynamo.reset()
+    lengths = (8, 3 * STEPS + 8)
+    for length in lengths:
+        _their_seconds(theirs, batch, length)
+    short, long = (min(_their_seconds(theirs, batch, length) for _ in range(2)) for length in lengths)
+    step = (long - short) / (3 * STEPS)
+    row = {"what": "transformers, static cache, compiled", "rows": batch, "tokens/s": batch / step}
+    return row | {"seconds": step, "to dense": dense.get(batch, step) / step}
 
 
 def _their_seconds(theirs: Any, batch: int, tokens: int) -> float:
@@ -364,7 +368,10 @@ def _arcee(kind: Any, model: LlamaForCausalLM) -> Any:
     # Their rotary frequencies are a buffer that no state dict has.
     with torch.device(model.head_weight.device):
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
-    theirs.load_state_dict(model.state_dict(), strict=True, assign=True)
+    state = {
+        name: tensor.contiguous() for name, tensor in model.state_dict().items()
+    }  # whatever side was last
+    theirs.load_state_dict(state, strict=True, assign=True)
     return theirs.eval()
 
 

@@ -12,6 +12,7 @@ from rewritten_models import FUSED, GREEDY, PASSES, PROMPTS, ROTARY, UNFUSED, eq
 import act24
 from act24.errors import Act24Error
 from act24.inference import decoder as decoder_module
+from act24.inference import prompts as prompts_module
 from act24.inference.cache import kept
 from act24.inference.generator import Generator
 from act24.inference.layer import DENSE, Choice, can_use, weights_of
@@ -51,7 +52,7 @@ def test_rotary_scalings_and_odd_heads(name, heads):
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 9])
 def test_a_prompt_in_chunks_is_the_same_prompt(chunk, monkeypatch):
-    monkeypatch.setattr(decoder_module, "CHUNK", chunk)
+    monkeypatch.setattr(prompts_module, "CHUNK", chunk)
     model = llama(num_key_value_heads=2)
     assert Generator(model).generate_ids(PROMPTS, 6, GREEDY) == on_their_own(model, 6)
 
