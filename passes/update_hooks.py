@@ -129,6 +129,23 @@ _UNTRAINED = (
 )
 
 
+#: Why nothing that has to be one graph goes through a hook.
+_HIDDEN = (
+    "masks, scales and seeds are renewed beside the graph: torch.export with strict=False inside `with "
+    "pipeline.evaluation():`, torch.compile without fullgraph=True"
+)
+
+
+def refuse_to_export() -> None:
+    """To be called where a forward renews what an exported program would renew at every call, or never."""
+    if torch.compiler.is_exporting():
+        raise Act24Error(
+            "torch.export of a model whose masks, scales or seeds are renewed beside its forward: call "
+            "model.eval() and export inside `with pipeline.evaluation():`, where they are those of the "
+            "weights as they are"
+        )
+
+
 class _Hook:
     """A hook of a model; copies of it, which have no pipeline, have another in its place."""
 
@@ -152,7 +169,8 @@ class _Before(_Hook):
         if not hasattr(cls, "_hidden"):
             cls._hidden = True
             for kind in (_Before, _After):
-                kind.__call__ = torch.compiler.disable(kind.__call__)  # type: ignore[method-assign]
+                hidden = torch.compiler.disable(kind.__call__, reason=_HIDDEN)
+                kind.__call__ = hidden  # type: ignore[method-assign]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.watcher.before_forward(module, kwargs)

@@ -53,6 +53,7 @@ from act24.passes.update_hooks import (
     COPIED,
     forget_orphans_,
     parameters_of,
+    refuse_to_export,
     takes_attention_mask,
     watch_forwards_,
     watch_optimizers_,
@@ -269,17 +270,20 @@ class Updates:
             return
         self.settle()
         if not module.training:
+            if any(isinstance(p, Weight24) for p in self.pipeline.active):
+                refuse_to_export()
             entered = ExitStack()
             entered.enter_context(self._as_served(kwargs.get("past_key_values")))
             self._entered = entered
         elif torch.is_grad_enabled():
-            renewing = [p for p in self.pipeline.passes if self._trains(p)]
+            renewing, waiting = [p for p in self.pipeline.passes if self._trains(p)], self._waiting()
+            if renewing or waiting is not None:
+                refuse_to_export()
             if renewing and not self._begun:
                 raise Act24Error(
                     f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
                     "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
                 )
-            waiting = self._waiting()
             if waiting is not None and self._stepped:
                 raise Act24Error(
                     f"{waiting.name} comes and goes at steps, and nobody has said that step "

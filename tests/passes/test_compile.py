@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 from toys import Relu2MLP, SwiGLU, Trunk, features, llama, tokens
 
-from act24.passes import Activation24, ActivationStatistics, Pipeline, Relu2FFN, apply_
+from act24.errors import Act24Error
+from act24.passes import Activation24, ActivationStatistics, Pipeline, Relu2FFN, Weight24, apply_
 
 PASSES: dict[str, list[Any]] = {
     "dense": [],
@@ -179,3 +180,22 @@ def test_a_copy_compiles_to_the_same_graph() -> None:
         module.compile(backend=compiled._backend, fullgraph=True)
     torch.testing.assert_close(model(tokens()), duplicate(tokens()))
     assert compiled.graphs == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_renewed_beside_a_forward_is_not_exported_with_it(training: bool) -> None:
+    """The search for masks would be a part of the program: minutes to trace, and done again in every call."""
+    model, x = Trunk(SwiGLU).eval(), features(2, 8, 16)
+    pipeline = apply_(model, [Weight24()])
+    expected = model(x)
+    with pytest.raises(Act24Error, match=r"export inside `with pipeline\.evaluation\(\):`"):
+        torch.export.export(model.train(training), (x,), strict=False)
+    with pytest.raises(Exception, match=r"strict=False inside `with pipeline\.evaluation\(\):`"):
+        torch.export.export(model, (x,), strict=True)
+    model.eval()
+    assert torch.equal(model(x), expected)
+    if not training:
+        with pipeline.evaluation():
+            program = torch.export.export(model, (x,), strict=False)
+        assert not any("argmax" in str(node.target) for node in program.graph.nodes)
+        assert torch.equal(program.module()(x), expected)
