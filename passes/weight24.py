@@ -243,10 +243,10 @@ class Weight24(OperationalPass):
     def _products_text(self, site: LinearSite) -> str:
         sparse = ", ".join(_SYMBOLS[product] for product in self._sparse_in(site.shape))
         if not self.in_fp8(site.shape):
-            return f"2:4 weight, {self.method}; 2:4 in {sparse}"
+            return f"2:4 {self.method}; 2:4 in {sparse}"
         if sparse:
-            return f"2:4 weight, {self.method}; e4m3 in y, dX; 2:4 in {sparse}"
-        return f"2:4 weight, {self.method}; e4m3 in y, dX, dW"
+            return f"2:4 {self.method}; e4m3 in y, dX; 2:4 in {sparse}"
+        return f"2:4 {self.method}; e4m3 in y, dX, dW"
 
     def _note(self, site: LinearSite) -> str:
         notes, sparse = [], self._sparse_in(site.shape)

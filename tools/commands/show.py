@@ -10,7 +10,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.table import Table
 
-from act24.passes.report import Report, aligned
+from act24.passes.report import Report
 from act24.recipes.schema import Recipe
 from act24.tools.bench.rows import Row
 from act24.tools.bench.rows import table as markdown_table
@@ -67,8 +67,7 @@ def show_plan(recipe: Recipe, as_json: bool, say: Callable[[str], str] = str) ->
     if as_json:
         print(json.dumps(plan_table(report), indent=1))
         return
-    cells = [tuple(map(say, row)) for row in report.table()]
-    print("\n".join((*aligned(cells, cell_len), *map(say, report.remarks()))))
+    print("\n".join(report.lines(say, cell_len)))
 
 
 def plan_table(report: Report) -> dict[str, object]:
