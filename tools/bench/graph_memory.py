@@ -1,10 +1,10 @@
-"""`python -m act24.tools.bench.graph_memory [RECIPE…]`, by hand on a GPU: the memory that a training step with
-CUDA graphs reserves, update by update, where a micro-batch with padding comes among others.
+"""`python -m act24.tools.bench.graph_memory [RECIPE…]`, by hand on a GPU: the memory that a training step
+with CUDA graphs reserves, update by update, where a micro-batch with padding comes among others.
 
-Each recipe, 64 rows a micro-batch and two of them an update, its passes in force from the start: three updates
-without padding, four whose second micro-batch is padded, as where an epoch ends, each with one behind it that
-is not. Prints JSON: of every update its seconds, the graphs there are behind it, and GiB: allocated and
-reserved behind it, the most reserved in it, and what of that lies in pools of graphs.
+Each recipe, 64 rows a micro-batch and two of them an update, its passes in force from the start: three
+updates without padding, four whose second micro-batch is padded, as where an epoch ends, each with one behind
+it that is not. Prints JSON: of every update its seconds, the graphs there are behind it, and GiB: allocated
+and reserved behind it, the most reserved in it, and what of that lies in pools of graphs.
 """
 
 from __future__ import annotations

@@ -20,9 +20,8 @@ def test_the_recipe_of_a_case_loads(name):
 
 def test_memory_is_measured_behind_every_update(tiny, monkeypatch, capsys):
     """On a machine that is played: the script runs through, and every update says what it was."""
-    calls = {
-        name: lambda *_: 2**30 for name in ("memory_allocated", "memory_reserved", "max_memory_reserved")
-    }
+    sizes = ("memory_allocated", "memory_reserved", "max_memory_reserved")
+    calls = {name: lambda *_: 2**30 for name in sizes}
     calls |= {name: lambda *_: None for name in ("synchronize", "reset_peak_memory_stats", "empty_cache")}
     segments = [
         {"address": at, "total_size": 2**29, "segment_pool_id": pool}
@@ -35,6 +34,7 @@ def test_memory_is_measured_behind_every_update(tiny, monkeypatch, capsys):
     monkeypatch.setattr(graph_memory, "without_start", build)
     monkeypatch.setattr(graph_memory, "load_recipe", lambda _: tiny("passes=[]"))
     monkeypatch.setattr(graph_memory, "_ROWS", 2)
+    monkeypatch.setattr(graph_memory, "PADDED", (False, True))
     graph_memory.main("one")
     updates = json.loads(capsys.readouterr().out)["recipes"]["one"]
     assert tuple(update["padded"] for update in updates) == graph_memory.PADDED

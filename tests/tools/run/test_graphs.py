@@ -226,8 +226,8 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(tiny, monkeypatch, pas
     assert not step.not_captured
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
-    # Two states, each with a graph for training, captured again behind the second held-out batch, which ran as
-    # it was, and from its third held-out batch on one for evaluation.
+    # Two states, each with a graph for training, captured again behind the second held-out batch, which was
+    # launched, and from the third held-out batch on one for evaluation.
     made = [(graph.name, graph.replays) for graph in fake.made]
     assert made == [("accumulate", 2), ("accumulate", 2), ("accumulate", 4), ("forward", 2)]
 
