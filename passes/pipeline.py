@@ -14,6 +14,7 @@ from act24.errors import PassError
 from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.first_rows import Rows
+from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.check import Probe
 from act24.passes.graph.frozen import watch_
 from act24.passes.graph.region import buffers_of
@@ -254,6 +255,11 @@ class Pipeline(Rewriting):
         rows without padding. An `attention_mask` `[B, S]` among a forward's keyword arguments says it by
         itself."""
         set_pads_(self, pads)
+
+    @property
+    def asks_for_pads(self) -> bool:
+        """Whether a region reads what `set_pads_` says."""
+        return any(module._buffers.get(PADS) is not None for module in self.modules)
 
 
 def pipeline_of(model: nn.Module) -> Pipeline | None:

@@ -22,9 +22,9 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def smaller_modules() -> Iterator[None]:
     """`data.source = "builtin"` without the large modules, four fifths of what is hashed and encoded."""
-    files = [path for path in documents._builtin_files() if path.stat().st_size < 16_000]
+    files = [path for path in documents.builtin_files() if path.stat().st_size < 16_000]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_builtin_files", lambda: files)
+        patch.setattr(documents, "builtin_files", lambda: files)
         yield
 
 
