@@ -55,14 +55,13 @@ def apply_(
         OptionError: the model is no module, the seed no integer, the step none or negative.
 
     Warns:
-        PartialWarning: a pass that is not optional reaches less than its scope promises; the line of the
-            report that says what it leaves.
+        PartialWarning: a pass that is not optional reaches less than its scope and targets promise; the line
+            of the report that says what it leaves.
     """
     pipeline = Pipeline(model, passes, seed=seed, step=step, check=check, probe=probe)
     pipeline.commit_()
-    optional = {p.name for p in pipeline.passes if p.optional}
     for one in pipeline.report.partial:
-        if one.pass_name not in optional:
+        if not one.optional:
             warnings.warn(str(one), PartialWarning, stacklevel=2)
     return pipeline
 

@@ -12,6 +12,7 @@ from act24.passes.base import Match, OperationalPass, Pass, Plan
 from act24.passes.graph.coverage import Coverage, coverage, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region, joined
+from act24.passes.graph.selectors import selected
 from act24.passes.places import Pattern, patterns, shared, text
 from act24.words import counted
 
@@ -113,8 +114,8 @@ class Report:
 
     @property
     def partial(self) -> tuple[Coverage, ...]:
-        """Of passes that reach less than their scope promises."""
-        return tuple(one for one in self.coverage if one.promised and one.reached < one.total)
+        """Of passes that reach less than their scope and targets promise."""
+        return tuple(one for one in self.coverage if one.partial)
 
 
 def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) -> list[str]:
@@ -197,6 +198,7 @@ def coverages(
     misses: Sequence[tuple[str, str, str]],
     absent: Sequence[tuple[str, str, str]],
     gone: Collection[str],
+    single: Collection[str],
 ) -> tuple[Coverage, ...]:
     """What passes reach of a model, each once.
 
@@ -204,7 +206,8 @@ def coverages(
         regions: as they were.
         unclean: the modules that are no regions, and why.
         misses, absent: (pass, full name of a place or region, reason) of what is left there.
-        gone: the full names of parameters that passes take away.
+        gone: the full names of parameters that passes take away, with nothing in their place.
+        single: the regions that are single linears, whose surroundings say more than they.
     """
     # By full name; the model itself has none.
     left = {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
@@ -212,6 +215,7 @@ def coverages(
     stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
     made = {name for row in rows for name in row.reaches or () if name not in stock}
     untraced = {place: f"not traced: {why}" for place, why in left.items()}
+    around = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
     found = []
     for p in passes:
         if p.covers:
@@ -223,12 +227,31 @@ def coverages(
             # What another pass has made stands for the matrix that was there.
             places = [name.rpartition(".")[0] if name in made else name for name in reached]
             missed = {place: _DENSE for place, reaches in own if reaches is not None} | missed
-            reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
+            nothing = {fqn: why for name, fqn, why in absent if name == p.name}
+            reasons = {
+                **untraced,
+                **{fqn: why for fqn, why in nothing.items() if fqn not in single},
+                **missed,
+            }
             named = {*(place for place, _ in own), *missed}
-            found.append(
-                coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone, named)
+            reach = coverage(
+                p.name, p.covers, matrices, p.takes, places, reasons, nothing, p.promises, gone, named
             )
+            unmet = _unmet(p, {**around, **{place: around.get(place, "") for place in named}})
+            found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet))
     return tuple(found)
+
+
+def _unmet(p: Pass, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Which selectors of a pass take none of some modules, by name and class."""
+    given = dict.fromkeys((*p.targets, *p.ignore))
+    return tuple(one for one in given if not any(selected((one,), (), *module) for module in names.items()))
+
+
+def _where(p: Pass) -> str:
+    """Where a pass may act, as text."""
+    where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
+    return where + (f" without {list(p.ignore)}" if p.ignore else "")
 
 
 def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean: Mapping[str, str]) -> str:
@@ -238,8 +261,7 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
         plans: of the pass, without a match, one a region.
         unclean: the modules that are no regions, and why.
     """
-    where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
-    where += f" without {list(p.ignore)}" if p.ignore else ""
+    where = _where(p)
     everywhere = replace(p, targets=("*",), ignore=())
     left_out = [(region, match.path) for region in regions for match in everywhere.plan(region).matches]
     if left_out and not any(planned.misses for planned in plans):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, Scope, linear_sites, no_linear, takes, tied
+from act24.passes.graph.linear_sites import LinearSite, Scope, linear_sites, no_linear, roles_in, takes, tied
 from act24.passes.graph.region import Region
 from act24.pruning.stored import packed_bits
 
@@ -47,6 +47,10 @@ class SparseMask(StructuralPass):
 
     scope: Scope = "all"
     masks: Literal["saved", "zeros"] = "saved"
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return roles_in(self.scope)
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []

@@ -36,6 +36,7 @@ from act24.passes.graph.linear_sites import (
     linear_sites,
     no_linear,
     read_past,
+    roles_in,
     takes,
     tied,
 )
@@ -122,7 +123,7 @@ class Weight24(OperationalPass):
 
     @property
     def covers(self) -> tuple[str, ...]:
-        return ("attn", "mlp") if self.scope == "all" else (self.scope,)
+        return roles_in(self.scope)
 
     @property
     def record(self) -> WeightMethod:

@@ -23,7 +23,7 @@ from act24.recipes.load import (
 )
 from act24.recipes.schema import Recipe, Section
 from act24.tools.huggingface.config import config_json
-from act24.tools.run.build import plan_recipe
+from act24.tools.run.build import build, plan_recipe
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -133,6 +133,26 @@ def test_a_strict_recipe_refuses_what_a_pass_leaves():
                 (line,) = plan_recipe(recipe).report.partial
                 assert 0 < line.reached < line.total
     assert all(load_recipe(name).strict for name in recipe_names())
+
+
+def test_what_was_begun_under_other_rules_goes_on():
+    """A recipe is judged where a run begins, and not where its checkpoint is opened."""
+    leaves = '\n[[passes]]\nuse = "weight24"\n'
+    recipe = parse_recipe(f"strict = true\n{SMALL}{leaves}", "small", ["model.intermediate_size=62"])
+    with pytest.raises(Act24Error, match="The recipe is strict"):
+        build(recipe, torch.device("cpu"))
+    assert build(recipe, torch.device("cpu"), step=1).pipeline.report.partial
+
+
+def test_lost_leaves_2_4_activations_no_product_and_its_recipes_mean_that():
+    recipe = load_recipe("c4/60m-lost-relu2-act24", ["model.num_hidden_layers=1"])
+    *_, line = plan_recipe(recipe).report.coverage
+    assert (line.reached, line.optional) == (0, True)
+    recipe = load_recipe(
+        "c4/60m-lost-relu2-act24", ["model.num_hidden_layers=1", "passes.activation24.optional=false"]
+    )
+    with pytest.raises(Act24Error, match=r"activation24 reaches 0% .* The recipe is strict"):
+        plan_recipe(recipe)
 
 
 def test_planning_allocates_no_weights():
