@@ -24,13 +24,13 @@ from act24.sparse24.kernels.shared.keys import (
     as_signed,
     by_position,
     complement_field,
+    filled,
     load_bits,
     metadata_field,
     one_if_positive,
     round16,
     signed_keys,
     sort4,
-    spread,
     upper,
 )
 from act24.sparse24.kernels.shared.random_draw import draw2, factor_of
@@ -128,14 +128,6 @@ def _added(totals, of_tile, weight):
 
 
 @jit
-def _filled(field, pair):
-    """Two values of every group in a row of four with zeros: words of two columns, [rows, 2 · groups]."""
-    bits0, bits1 = [as_bits(round16(value, tl.bfloat16)) for value in pair]
-    y0, y1, y2, y3 = spread(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1, 0)
-    return as_signed(tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [field.shape[0], field.shape[1] * 2]))
-
-
-@jit
 def _side_by_side(pair, dtype: tl.constexpr):
     """The two values of every group next to each other, [rows, 2 · groups]."""
     return tl.reshape(tl.join(pair[0], pair[1]), [pair[0].shape[0], pair[0].shape[1] * 2]).to(dtype)
@@ -146,7 +138,8 @@ def _store_values(values, metadata, scales, target, token, field, pair, LARGEST:
     """The two values of every group at `target`: with their zeros where there is no metadata, over the scales
     of their tokens in e4m3 where there are scales."""
     if metadata is None:
-        tl.store(values + target, _filled(field, pair))
+        bits0, bits1 = [as_bits(round16(value, tl.bfloat16)) for value in pair]
+        tl.store(values + target, filled(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1))
     elif scales is not None:
         over = tl.div_rn(1.0, tl.load(scales + token))
         wide = _side_by_side(pair, tl.bfloat16).to(tl.float32)
