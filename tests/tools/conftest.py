@@ -5,11 +5,22 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import tiny as tiny_recipe
 
 from act24.tools.commands.cli import main
 from act24.tools.data import documents
+from act24.tools.watch.heatmap import History
+
+
+@pytest.fixture(autouse=True)
+def _pictures_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes some ten milliseconds, and a tiny run makes four at every step. What is on them is for
+    `tests/tools/watch`."""
+    if "watch" not in request.path.parts:
+        blank = numpy.zeros((1, 1, 3), numpy.uint8)
+        monkeypatch.setattr(History, "picture", lambda history: blank)
 
 
 @pytest.fixture(scope="session")
