@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range, Width
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, linear_sites, no_linear, read_past, roles_in, takes
+from act24.passes.graph.linear_sites import LinearSite, free_linears, no_linear, read_past, roles_in
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.sparse_mask import MASK_BITS, add_mask
@@ -63,12 +63,7 @@ class Lora(StructuralPass):
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for site in linear_sites(region):
-            if not takes(self, "all", region, site):
-                continue
-            if site.obstacle:
-                misses.append((site.path, site.obstacle))
-                continue
+        for site in free_linears(self, "all", region, misses):
             spec = region.parameters[site.weight]
             if spec.read_by:
                 misses.append((site.path, read_past(spec.read_by)))

@@ -32,12 +32,11 @@ from act24.passes.graph.linear_sites import (
     RESIZE,
     LinearSite,
     Scope,
+    free_linears,
     frozen,
-    linear_sites,
     no_linear,
     read_past,
     roles_in,
-    takes,
     tied,
 )
 from act24.passes.graph.normal_form import replace_node
@@ -210,12 +209,7 @@ class Weight24(OperationalPass):
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for site in linear_sites(region, factors=True):
-            if not takes(self, self.scope, region, site):
-                continue
-            if site.obstacle:
-                misses.append((site.path, site.obstacle))
-                continue
+        for site in free_linears(self, self.scope, region, misses, factors=True):
             spec = region.parameters[site.weight]
             if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))

@@ -217,3 +217,16 @@ def test_rows_are_added_with_what_they_are_of(tmp_path):
     new.write_text("{}")
     with pytest.raises(Act24Error, match="expected a list of rows"):
         keep(new, file)
+
+
+def test_the_first_edition_beside_this_one_is_of_the_rows():
+    rows = json.loads(read("docs/results/before-and-after.json"))["rows"]
+    ratios = {row["name"]: f"{row['here'] / row['there']:.3f}" for row in rows}
+    text = re.sub(r"\s+", " ", read("docs/results/training-speed.md"))
+    steps = [ratio for name, ratio in ratios.items() if name.startswith("step")]
+    titles = ("130m, 256 rows", "350m, 128 rows", "350m LORO", "1b CoLA, 64 rows")
+    quoted = "; ".join(f"{title} {ratio}" for title, ratio in zip(titles, steps, strict=True))
+    assert f"Whole steps, new over old: {quoted}." in text
+    ours = [r for name, r in ratios.items() if name.startswith("pack") and "PyTorch" not in name]
+    ours = sorted(float(ratio) for ratio in ours)
+    assert f"{ours[0]:.3f} to {ours[-3]:.3f}, and {ours[-1]:.2f} where MVUE draws" in text

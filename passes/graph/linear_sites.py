@@ -139,6 +139,24 @@ def roles_in(scope: Scope) -> tuple[Role, ...]:
     return ("attn", "mlp") if scope == "all" else (scope,)
 
 
+def free_linears(
+    p: Pass, scope: Scope, region: Region, misses: list[tuple[str, str]], factors: bool = False
+) -> Iterator[LinearSite]:
+    """The linears that a pass takes (`takes`) and nothing keeps as they are.
+
+    Args:
+        misses: gets those that something does, by path, and what.
+        factors: as `linear_sites` has it.
+    """
+    for site in linear_sites(region, factors):
+        if not takes(p, scope, region, site):
+            continue
+        if site.obstacle:
+            misses.append((site.path, site.obstacle))
+        else:
+            yield site
+
+
 #: What to do about a size that is no multiple of what is wanted.
 RESIZE = "make it one, or leave it out with ignore"
 
