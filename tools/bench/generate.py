@@ -213,6 +213,7 @@ def _prompt(decoder: Decoder, rows: int, length: int) -> Iterator[dict[str, Any]
     """A prompt dense, with the 2:4 products of the table, and with what the decoder takes."""
     sizes = {size for _, size in chunks(length, True)}
     prompts = decoder.prompts
+    prompts.take(rows, None)  # what another prompt was measured to be is not the table's
     known = {size: prompts.products(rows, size) for size in sizes}
     sides = {"dense": {size: {} for size in sizes}, "2:4 weights": known, "measured": None}
     dense = None
