@@ -359,8 +359,9 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     Raises:
         Act24Error: neither is there.
     """
+    nor = ", nor a Hugging Face folder with a config.json"
     while True:
-        folder, manifest = on_the_first(lambda: _with_manifest(last_checkpoint(path)))
+        folder, manifest = on_the_first(lambda: _with_manifest(last_checkpoint(path, nor)))
         try:
             return checkpoint.load(folder)
         except CheckpointError:
