@@ -8,7 +8,7 @@ changed nothing. CI runs one release and no GPU, so this is a command, to be run
 that matters. Exits with status 1 on a difference. Only operations with a WORD in their name, if given.
 
 Behind them each that has kernels or a library's products runs on a batch without tokens, eager and compiled:
-gradients of stock shapes, all zero.
+gradients of stock shapes, all zero. And those whose backward counts what becomes zero, with their counts.
 """
 
 from __future__ import annotations
@@ -181,6 +181,51 @@ def why_wrong_without_tokens(function: Callable[..., Tensor], inputs: tuple[Tens
     return ""
 
 
+def counted(device: str) -> Iterator[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], Tensor]]:
+    """Operations whose backward counts what e4m3 makes zero of a gradient, and where it is counted."""
+
+    def coarse(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).mul(4).round().div(4).bfloat16().requires_grad_()
+
+    probe, counter = torch.randn(64, 128, device=device).bfloat16(), torch.zeros(2, device=device)
+    probe *= torch.logspace(-8, 0, 128, device=device).bfloat16()
+    weights = (coarse(128, 128), coarse(128, 128))
+    mask = top2_of_4(weights[0].detach().abs())
+    network = Options24(precision="fp8", backward="sparse", token_permutation="none")
+    calls: dict[str, Callable[..., Tensor]] = {
+        "linear_fp8": lambda x, w, v: linear_fp8(x, w, None, counter=counter) + linear_fp8(x, v, None),
+        "linear24": lambda x, w, v: (
+            linear24(x, w, None, mask, options=LinearOptions24(precision="fp8"), counter=counter)
+            + linear_fp8(x, v, None)
+        ),
+        "activation24": lambda x, w, v: activation24(x, w, None, v, None, options=network, counter=counter)[
+            0
+        ],
+    }
+    for name, call in calls.items():
+        yield (
+            name,
+            lambda *leaves, call=call: (call(*leaves) * probe).sum(),
+            (coarse(64, 128), *weights),
+            counter,
+        )
+
+
+def why_counted_wrong(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], counter: Tensor) -> str:
+    """How eager and compiled counts, or gradients, of two backwards differ; empty if they do not."""
+    torch._dynamo.reset()
+    found = []
+    for call in (function, torch.compile(function, fullgraph=True)):
+        counter.zero_()
+        both = [gradients(call, inputs) for _ in range(2)]
+        found.append((counter.tolist(), both[1]))
+    (counts, eager), (others, compiled) = found
+    if counts != others or not 0 < counts[1] < counts[0]:
+        return f"counts are {counts} eager, {others} compiled"
+    worst = max(float((a - b).norm() / a.norm()) for a, b in zip(eager, compiled, strict=True))
+    return "" if worst < 5e-3 else f"gradients differ by {worst:.1e}"
+
+
 def _variants() -> Iterator[Options24]:
     """Every method, estimator, backward and precision, in every combination that there is."""
     for method, estimator, precision in itertools.product(METHODS, ESTIMATORS, get_args(Precision)):
@@ -215,6 +260,11 @@ def main() -> None:
             reason = why_wrong_without_tokens(function, inputs)
             failed |= bool(reason)
             print(f"{f'no tokens, {name}':72} {f'WRONG {reason}' if reason else 'ok'}")
+    for name, function, inputs, counter in counted(device):
+        if any(word in f"counted, {name}" for word in sys.argv[1:] or ("",)):
+            reason = why_counted_wrong(function, inputs, counter)
+            failed |= bool(reason)
+            print(f"{f'counted, {name}':72} {f'WRONG {reason}' if reason else 'ok'}")
     sys.exit(failed)
 
 

@@ -59,10 +59,18 @@ def test_casts(shape: tuple[int, int], dtype: torch.dtype) -> None:
     one = scales_of(matrix.abs().float().max()[None])
     for scales in ((rows, columns), (one, one / 8), (rows / 8, one), (None, columns), (one, None)):
         ours, expected = (
-            form(matrix, *scales)
+            form(matrix, *scales, True)
             for form in (OPERATORS["cast_e4m3"].launch, OPERATORS["cast_e4m3"].reference)
         )
         assert same(ours, expected)
+        lost = sum(
+            int((matrix.float().abs() / scale <= 2.0**-10)[matrix != 0].sum())  # a tie goes to zero
+            for scale in (None if scales[0] is None else scales[0][:, None], scales[1])
+            if scale is not None
+        )
+        made = sum(scale is not None for scale in scales)
+        assert ours[2].tolist() == [made * int((matrix != 0).sum()), lost]
+        assert lost
 
 
 def test_nan_and_infinity_spoil_what_shares_their_scale() -> None:
@@ -86,7 +94,7 @@ def test_of_nothing(shape: tuple[int, int]) -> None:
     matrix, one = torch.ones(shape).bfloat16(), torch.ones(1)
     for name, arguments in (
         ("largest_magnitudes", (matrix, True, True)),
-        ("cast_e4m3", (matrix, one, one)),
+        ("cast_e4m3", (matrix, one, one, True)),
         ("cast_e4m3", (matrix, torch.ones(shape[0]), torch.ones(shape[1]))),
     ):
         ours, expected = (getattr(OPERATORS[name], form)(*arguments) for form in ("launch", "reference"))
