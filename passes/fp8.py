@@ -211,4 +211,5 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
     for node in sums:
         head.get_buffer(str(parameter_name(node.args[0]))).add_(underflow_counts(hidden, scaling))
     tensors = (None if part is None else head.get_buffer(part.target) for part in ready)
-    return (*tensors, scaling, kernels)
+    counter = parameter_name(linears[0].kwargs.get("counter"))
+    return (*tensors, scaling, kernels, head.get_buffer(counter) if counter else None)

@@ -167,8 +167,10 @@ def test_what_becomes_zero_of_the_head_s_input_is_counted_in_the_loop() -> None:
     pipeline = apply_(model, [Fp8(head=True), ActivationStatistics(optional=True)])
     pipeline.begin_update_(0)
     summed(model).backward()
+    (counted,) = (b for n, b in model.named_buffers() if n == "lm_head.weight_e4m3_gradient_counts")
+    assert int(counted[0]) == 2 * tokens().numel() * 64  # as it lies and transposed; no entry is zero
     shares = take_underflow_(pipeline)
-    assert "lm_head" in shares
+    assert {"lm_head", "gradient/lm_head"} <= shares.keys()
     with pipeline.evaluation():
         summed(model)
     assert "lm_head" not in take_underflow_(pipeline)
