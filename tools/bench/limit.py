@@ -52,7 +52,7 @@ from act24.tools.bench.kernel_groups import (
     kernels_of,
 )
 from act24.tools.bench.launches import product_rate
-from act24.tools.bench.rows import commit, graph_milliseconds, milliseconds, needed_gpu, stoppable, versions
+from act24.tools.bench.rows import commit, milliseconds, needed_gpu, stoppable, versions
 from act24.tools.bench.step import without_start
 from act24.tools.bench.step_bytes import Shape, attention_operations, bytes_of
 from act24.tools.data import Batch
