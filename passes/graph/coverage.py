@@ -129,8 +129,9 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         linear = path.partition(".parametrizations.")[0]
         owner, parts = around[linear], linear.split(".")
         outside = {".".join(parts[:end]) for end in range(len(parts) + (not is_linear(owner)))}
-        # A linear of that kind alone makes no region, and has no reason why.
-        hidden = isinstance(owner, nn.Linear) and not is_linear(owner) and name not in inside
+        # A linear that computes its weight makes no region by itself, and has no reason why.
+        stored = owner._parameters.get("weight") is not None
+        hidden = isinstance(owner, nn.Linear) and not stored and name not in inside
         unknown = role == "other" and _calls_linear(owner) and (hidden or not outside.isdisjoint(untraced))
         unknown = unknown and _NEITHER.search(path) is None
         stacked, region = parameter.ndim > 2, inside.get(name)
