@@ -238,7 +238,7 @@ class Decoder:
         plain = (Choice(fused=fused, streamed=streamed),) * len(dense)
         self.times[batch.rows] = times = {
             plan: self._seconds(batch, self._captured(batch, sampling, plan))
-            for plan in (mixed, plain, dense)
+            for plan in dict.fromkeys((mixed, plain, dense))
         }
         return min(times, key=lambda plan: times[plan])
 

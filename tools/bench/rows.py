@@ -128,8 +128,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     finally:
-        if not stopped:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def needed_gpu() -> torch.device:
