@@ -59,8 +59,8 @@ reference = functools.partial(run, form="reference")
 LARGER = [
     ("relu2", "mvue", (64 * 3, 64)),
     ("relu", "naive", (64 * 3, 64)),
-    ("relu2", "soft_threshold", (128, 192)),
-    ("relu", "mvue", (128, 192)),
+    ("relu2", "soft_threshold", (128, 128)),
+    ("relu", "mvue", (128, 128)),
 ]
 
 
