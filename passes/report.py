@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,13 +12,14 @@ from act24.passes.base import Match, OperationalPass, Pass, Plan
 from act24.passes.graph.coverage import Coverage, coverage, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.region import Region, joined
+from act24.passes.graph.selectors import selected
+from act24.passes.places import Pattern, patterns, shared, text
 from act24.words import counted
 
 #: Why a matrix beside an activation that a pass takes is none that it reaches.
 _DENSE = "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
 
-#: The first number that is a component of a name: the layer's.
-_NUMBERED = re.compile(r"(.*?\.|)(\d+)(\..*|)")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,42 @@ class Report:
     unwatched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join((*aligned(self.table()), *self.remarks()))
+        return "\n".join(self.lines())
 
-    def table(self) -> list[tuple[str, ...]]:
-        """What is rewritten: the headings, then a row for each place, without the columns that are empty."""
+    def lines(self, say: Callable[[str], str] = str, width: Callable[[str], int] = len) -> list[str]:
+        """As text: a row a pass, and below the table what else there is to say.
+
+        A row has a line for each kind of place: what is alike there, layers too, has one, `{0..11}`. Below
+        stands what the pass makes of their parameters, from which step on, and its note.
+
+        Args:
+            say: what takes words to another language.
+            width: of a text on the terminal; a Chinese character takes two places.
+        """
+        return [*self._table(say, width), *map(say, self._remarks())]
+
+    def _table(self, say: Callable[[str], str], width: Callable[[str], int]) -> list[str]:
         if not self.rows:
-            return [("nothing to rewrite",)]
-        head = ("pass", "module", "before", "after", "parameters", "steps", "note")
-        body = [
-            (row.pass_name, fqn, row.before, row.after, parameters, row.steps, row.note)
-            for row, fqn, parameters in _collapsed(self.rows)
-        ]
-        used = [i for i in range(len(head)) if any(line[i] for line in body)]
-        return [tuple(line[i] for i in used) for line in (head, *body)]
+            return [say("nothing to rewrite")]
+        kinds: list[tuple[str, Pattern, str, str, str]] = []  # pass, places, before, after, what is below
+        by_pass = _grouped(self.rows, lambda row: (row.pass_name, row.steps, row.note))
+        for (name, steps, note), rows in by_pass:
+            for (before, after), alike in _grouped(rows, lambda row: (row.before, row.after)):
+                kinds += [(name, place, before, after, "") for place in patterns([row.fqn for row in alike])]
+            kinds[-1] = (*kinds[-1][:-1], "; ".join(filter(None, (_parameters(rows), steps, note))))
+        common = shared([place for _, place, *_ in kinds])
+        cells = [tuple(map(say, ("pass", "module", "before", "after")))]
+        for index, (name, place, before, after, _) in enumerate(kinds):
+            again = index > 0 and kinds[index - 1][0] == name
+            cells.append(("" if again else name, text(place[common:]), say(before), say(after)))
+        head, *lines = aligned(cells, width)
+        found = [say(f"in {text(kinds[0][1][:common])}:"), head] if common else [head]
+        indent = " " * (2 + max(width(name) for name, *_ in cells))
+        for line, (*_, below) in zip(lines, kinds, strict=True):
+            found += [line, indent + say(below)] if below else [line]
+        return found
 
-    def remarks(self) -> list[str]:
-        """What stands below the table."""
+    def _remarks(self) -> list[str]:
         left = [f"{name} leaves {fqn or 'the model'} as it is: {reason}" for name, fqn, reason in self.misses]
         figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
@@ -94,8 +114,8 @@ class Report:
 
     @property
     def partial(self) -> tuple[Coverage, ...]:
-        """Of passes that reach less than their scope promises."""
-        return tuple(one for one in self.coverage if one.promised and one.reached < one.total)
+        """Of passes that reach less than their scope and targets promise."""
+        return tuple(one for one in self.coverage if one.partial)
 
 
 def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) -> list[str]:
@@ -111,40 +131,24 @@ def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) ->
     ]
 
 
-def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
-    """Rows that differ in the number of their layer alone, as one: (one of them, places, parameters)."""
-    groups: dict[tuple[Row, str, str], list[str]] = {}
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> Iterable[tuple[Key, list[Row]]]:
+    found: dict[Key, list[Row]] = {}
     for row in rows:
-        match = _NUMBERED.fullmatch(row.fqn)
-        before, number, after = match.groups() if match else (row.fqn, "", "")
-        groups.setdefault((replace(row, fqn=""), before, after), []).append(number)
-    found = []
-    for (row, before, after), numbers in groups.items():
-        parameters = f"{row.parameters_before:,} → {row.parameters_after:,}"
-        if len(numbers) > 1:
-            parameters = f"{len(numbers)} × ({parameters})"
-        found.append((row, f"{before}{_ranges(numbers)}{after}", parameters))
-    return found
+        found.setdefault(key(row), []).append(row)
+    return found.items()
 
 
-def _ranges(numbers: Sequence[str]) -> str:
-    """`{0..3,7}` of 0, 1, 2, 3 and 7; a single number as it is."""
-    if len({*numbers}) == 1:  # of several parameters of one module there are several rows
-        return numbers[0]
-    parts: list[list[int]] = []
-    for number in map(int, numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return "{" + ",".join(f"{part[0]}..{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) + "}"
+def _parameters(rows: Sequence[Row]) -> str:
+    """Of all the places, where a pass changes them."""
+    before, after = sum(row.parameters_before for row in rows), sum(row.parameters_after for row in rows)
+    return f"{before:,} → {after:,} parameters" if before != after else ""
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:
     """What one match of a pass is in the report."""
     steps = ""
     if isinstance(p, OperationalPass) and (p.from_step or p.until_step is not None):
-        steps = f"from {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
+        steps = f"from step {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
     return Row(
         pass_name=p.name,
         fqn=region.name(match.path) or "the model",
@@ -194,6 +198,7 @@ def coverages(
     misses: Sequence[tuple[str, str, str]],
     absent: Sequence[tuple[str, str, str]],
     gone: Collection[str],
+    single: Collection[str],
 ) -> tuple[Coverage, ...]:
     """What passes reach of a model, each once.
 
@@ -201,7 +206,8 @@ def coverages(
         regions: as they were.
         unclean: the modules that are no regions, and why.
         misses, absent: (pass, full name of a place or region, reason) of what is left there.
-        gone: the full names of parameters that passes take away.
+        gone: the full names of parameters that passes take away, with nothing in their place.
+        single: the regions that are single linears, whose surroundings say more than they.
     """
     # By full name; the model itself has none.
     left = {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
@@ -209,6 +215,7 @@ def coverages(
     stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
     made = {name for row in rows for name in row.reaches or () if name not in stock}
     untraced = {place: f"not traced: {why}" for place, why in left.items()}
+    around = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
     found = []
     for p in passes:
         if p.covers:
@@ -220,12 +227,31 @@ def coverages(
             # What another pass has made stands for the matrix that was there.
             places = [name.rpartition(".")[0] if name in made else name for name in reached]
             missed = {place: _DENSE for place, reaches in own if reaches is not None} | missed
-            reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
+            nothing = {fqn: why for name, fqn, why in absent if name == p.name}
+            reasons = {
+                **untraced,
+                **{fqn: why for fqn, why in nothing.items() if fqn not in single},
+                **missed,
+            }
             named = {*(place for place, _ in own), *missed}
-            found.append(
-                coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone, named)
+            reach = coverage(
+                p.name, p.covers, matrices, p.takes, places, reasons, nothing, p.promises, gone, named
             )
+            unmet = _unmet(p, {**around, **{place: around.get(place, "") for place in named}})
+            found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet))
     return tuple(found)
+
+
+def _unmet(p: Pass, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Which selectors of a pass take none of some modules, by name and class."""
+    given = dict.fromkeys((*p.targets, *p.ignore))
+    return tuple(one for one in given if not any(selected((one,), (), *module) for module in names.items()))
+
+
+def _where(p: Pass) -> str:
+    """Where a pass may act, as text."""
+    where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
+    return where + (f" without {list(p.ignore)}" if p.ignore else "")
 
 
 def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean: Mapping[str, str]) -> str:
@@ -235,8 +261,7 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
         plans: of the pass, without a match, one a region.
         unclean: the modules that are no regions, and why.
     """
-    where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
-    where += f" without {list(p.ignore)}" if p.ignore else ""
+    where = _where(p)
     everywhere = replace(p, targets=("*",), ignore=())
     left_out = [(region, match.path) for region in regions for match in everywhere.plan(region).matches]
     if left_out and not any(planned.misses for planned in plans):

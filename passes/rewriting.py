@@ -28,7 +28,7 @@ from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
 from act24.passes.graph.sites import Lowered, Site
-from act24.passes.graph.stock_state import Change, from_stock, to_stock
+from act24.passes.graph.stock_state import Change, freeze_beside_, from_stock, to_stock
 from act24.passes.graph.tracing import trace
 from act24.passes.graph.watched import Fact
 from act24.passes.left_out import left_out
@@ -128,8 +128,11 @@ class Rewriting:
             site.traced.name(name)
             for site in self._sites
             for name in site.traced.parameters.keys() - site.base.parameters.keys()
+            # Of what stands for it as factors, passes behind may reach something.
+            if not any(spec.factor and made.startswith(name) for made, spec in site.base.parameters.items())
         }
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone)
+        single = {region.fqn for region in regions if is_linear(region.module)}
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -176,6 +179,8 @@ class Rewriting:
             recompile_(site.traced.module, site.module)
             # Or the plan would keep the stock tensors alive that a pass replaced.
             site.traced.module = site.base.module = site.module  # type: ignore[assignment]
+        alone = {p.name for p in self._structural if p.freezes}
+        freeze_beside_(self._model, [change for change in self.changes if change.pass_name in alone])
         matched = {row.pass_name for row in self.report.rows}
         changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
         refuse_to_save_(self._model, changed)
@@ -399,8 +404,7 @@ class Rewriting:
             if report and not p.observes:
                 self._rows += [row(p, region, match) for match in planned.matches]
                 self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]
-                if not is_linear(region.module):  # of a single linear its surroundings say more
-                    self._absent += [(p.name, region.fqn, planned.absent)]
+                self._absent += [(p.name, region.fqn, planned.absent)]
 
     def _claim(self, p: Pass, site: Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""

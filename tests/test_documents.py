@@ -85,7 +85,7 @@ def session(tmp_path, monkeypatch):
 
     def run(block: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "-euo", "pipefail", "-c", block]
-        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=600)
+        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=3600)
 
     return run
 

@@ -193,13 +193,13 @@ def test_activation24_goes_along_unless_it_says_otherwise() -> None:
 WEIGHT24 = {
     "dense gradient": (
         Weight24(method="ste"),
-        "2:4 weight, ste; 2:4 in y",
-        "2:4 weight, ste; e4m3 in y, dX, dW",
+        "2:4 ste; 2:4 in y",
+        "2:4 ste; e4m3 in y, dX, dW",
     ),
     "drawn": (
         Weight24(),
-        "2:4 weight, transposable; 2:4 in y, dX, dW",
-        "2:4 weight, transposable; e4m3 in y, dX; 2:4 in dW",
+        "2:4 transposable; 2:4 in y, dX, dW",
+        "2:4 transposable; e4m3 in y, dX; 2:4 in dW",
     ),
 }
 

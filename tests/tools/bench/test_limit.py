@@ -1,13 +1,16 @@
 """Kernels sorted by their names, and the bytes and products of a step's limit; a GPU measures the rest."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import act24
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.loss import CHUNK_TOKENS
@@ -52,9 +55,14 @@ NAMES = {
     "Memset (Device)": groups.CASTS,
     "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>": groups.OPTIMIZER,
     "_update": groups.OPTIMIZER,
+    "void at::native::lpnorm_cleanup<float, (at::native::NormType)1, float, true, float>": groups.OPTIMIZER,
+    "void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*)": groups.ATTENTION,
+    "void at::native::radixSortKVInPlace<-2, -1, 128, 32, int, long, unsigned int>": groups.OWN,
     "void at::native::(anonymous namespace)::embedding_backward_feature_kernel<>": groups.EMBEDDING,
     "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<>": groups.EMBEDDING,
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": groups.ELEMENTWISE,
+    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<>": groups.ELEMENTWISE,
+    "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<>": groups.ELEMENTWISE,
     "some_new_kernel": groups.UNKNOWN,
     "_update_everything": groups.UNKNOWN,
 }
@@ -65,13 +73,18 @@ def test_the_group_of_a_kernel(name):
     assert group_of(name) == NAMES[name]
 
 
-def test_own_kernels_are_those_in_the_files():
-    from act24.sparse24.kernels import pack_gradient, product24
-    from act24.sparse24.kernels.shared import keys
-
-    for module in (pack_gradient, product24, keys):
-        made = {n for n, v in vars(module).items() if type(v).__name__ == "JITFunction"}
-        assert {name for name in made if name.startswith("_")} <= own_kernels()
+def test_own_kernels_are_all_that_are_launched():
+    """By where they are launched, `_name[grid](`."""
+    package = Path(act24.__file__).parent
+    files = [path for folder in ("sparse24", "fp8", "inference") for path in (package / folder).rglob("*.py")]
+    launched = r"^ +(_\w+)\[[^\n]*\]\($"
+    found = {
+        name
+        for path in files
+        for name in re.findall(launched, path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert "_pack_activation" in found
+    assert found <= own_kernels()
     assert "_update" not in own_kernels()
 
 
@@ -96,6 +109,7 @@ def test_launches_are_read_from_a_trace_and_shared_out(tmp_path):
         ("nvjet_tst_2", 0.5, 0.001),
     ]
     assert sum(s.milliseconds for shares in shared.values() for s in shares) == pytest.approx(23e-3 / 2)
+    assert limit.groups_of(shared, {groups.PRODUCTS: 0.1})[0]["limit_ms"] == 0.007
     found = limit.groups_of(shared, {groups.PRODUCTS: 0.005, groups.LOSS: 1.0, groups.SPARSE: 0.0})
     assert [(g["group"], g["limit_ms"]) for g in found] == [
         (groups.PRODUCTS, 0.005),
@@ -255,7 +269,7 @@ def test_a_whole_side_on_a_machine_that_is_played(tiny, monkeypatch, capsys):
     monkeypatch.setattr(limit, "needed_gpu", lambda: ALONE.device)
     monkeypatch.setattr(limit, "copy_rate", lambda _: 4e12)
     monkeypatch.setattr(limit, "product_rate", lambda _: 8e14)
-    monkeypatch.setattr(limit, "graph_milliseconds", lambda call, _: (call(), 0.5)[1])
+    monkeypatch.setattr(limit, "burst_milliseconds", lambda call: (call(), 0.5)[1])
     monkeypatch.setattr(limit, "without_start", lambda recipe, device, step: build(recipe, device, step))
     monkeypatch.setattr(limit, "_profiled", profiled)
 
@@ -270,10 +284,12 @@ def test_a_whole_side_on_a_machine_that_is_played(tiny, monkeypatch, capsys):
     said = []
     result = limit.bench_limit(["130m"], ["relu2", "dense"], said.append)
     assert said[0] == "130m relu2 is left out: RuntimeError: no such kind here"
+    assert said[2].startswith("130m dense: ")
     (side,) = result["sides"]
     assert (side["ms"], side["kernels_ms"], side["gaps_ms"]) == (500.0, 225.0, 275.0)
     by_name = {group["group"]: group for group in side["groups"]}
-    assert by_name["dense products"]["limit_ms"] == 0.5 * 3 * (7 * 2 + 1)
+    assert sum(each["count"] * each["ms"] for each in side["products"]) == 0.5 * 3 * (7 * 2 + 1)
+    assert by_name["dense products"]["limit_ms"] == 0.5 * 3 * (7 * 2 + 1) < by_name["dense products"]["ms"]
     assert by_name["unknown"]["limit_ms"] is None
     assert "no CUDA GPU" in side["not_captured"]
     show_limit(result, as_json=False)

@@ -32,7 +32,7 @@ def saved(tokens: int, features: int, function: str, method: str) -> tuple[Tenso
     return packed, None if method == "naive" else slope
 
 
-WALKED, STRIPS = (64 * 9, 64), (64, 128)
+WALKED, STRIPS = (64 * 3, 64), (64, 128)
 #: Whether tokens are padded, and whether there are dense features.
 EXTRAS = ((False, False), (True, True), (False, True))
 
