@@ -27,7 +27,6 @@ from torch import Tensor
 from act24.fp8.casts import CastE4m3, Scaling, cast_both_ways
 from act24.fp8.linear import cast_weight, ready_cast, refuse_e4m3, uses_kernels
 from act24.operation import (
-    cast,
     cast_for_autocast,
     once_differentiable,
     operation,
@@ -67,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counts: bool,
     ):
         projection = weight.to(hidden.dtype)
-        head = None if scaling is None else _cast_head(projection, ready, scaling, kernels)
+        head = None if scaling is None else _cast_head(projection, ready, scaling, kernels, False)
         # Chunks add up in float32: summing them in bfloat16 would lose what one undivided product keeps.
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         loss = torch.zeros((), dtype=grad_weight.dtype, device=hidden.device)
@@ -91,18 +90,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = log_probabilities.exp_().to(rows.dtype)
             grad_logits.scatter_(1, target, chosen.expm1().where(keep, 0.0).to(rows.dtype))
             # Tokens without a target are dropped on the narrow side, [T, D], which spares a pass over [T, V].
-            if head is None or scaling is None or cast_rows is None:
-                grad_rows = grad_logits @ projection
+            # In e4m3 too: beside the target's entry most words are too small for it, and what a row would
+            # lose points the same way for every token. dW's operand has a scale for each word.
+            grad_rows = grad_logits @ projection
+            if head is None or cast_rows is None:
                 grad_weight = grad_weight + grad_logits.T @ rows.where(keep, 0.0)
             else:
                 counter = torch.zeros_like(lost) if counts else None
-                grad = cast_both_ways(grad_logits, scaling, scaling, kernels=kernels, counter=counter)
-                lost = lost if counter is None else lost + counter
-                multiply = form("product_e4m3", kernels)
-                grad_rows = cast(
-                    multiply(grad.narrow, head.turned, grad.scale, head.turned_scale), rows.dtype
+                grad = cast_both_ways(
+                    grad_logits, "rowwise", "rowwise", narrow=False, kernels=kernels, counter=counter
                 )
-                grad_weight = grad_weight + multiply(
+                lost = lost if counter is None else lost + counter
+                grad_weight = grad_weight + form("product_e4m3", kernels)(
                     grad.turned, cast_rows.turned, grad.turned_scale, cast_rows.turned_scale
                 )
             grad_hidden.append(grad_rows.where(keep, 0.0))
@@ -155,8 +154,9 @@ def cross_entropy_sum(
     tokens. `chunk_tokens` bounds memory: below 8192 the products lose speed, at 16384 the compiler was seen
     to hold all chunks at once. Without grad mode only the loss is computed.
 
-    `scaling`: the head's three products are in e4m3, each rounded to bfloat16, over scales as in
-    `act24.fp8.linear.linear_fp8`; None: in the dtype of `hidden`. V and D are multiples of 16 then.
+    `scaling`: the logits and the weight's gradient are products in e4m3, each rounded to bfloat16, over
+    scales as in `act24.fp8.linear.linear_fp8` with `exact_grad_x`; None: in the dtype of `hidden`. V and D
+    are multiples of 16 then.
     `narrow, scale, turned, turned_scale` are of this very weight (`cast_weight`), or None, and it is cast
     here, once a call. A hidden state with NaN or infinity makes the loss NaN, if its token has a target.
     `counter`: float32 `[2]`, to which is added what becomes zero of the gradient of the logits, as

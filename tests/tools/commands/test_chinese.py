@@ -90,7 +90,7 @@ OTHER = {
     "{}, counted",
     "linear {}→{}",
     " · silu",
-    "e4m3 in y, dX, dW, {}",
+    "e4m3 in y, {}dW, {}",
     "frozen, with {} adapter of rank {}",
     "a masked",
     "all activations kept",
