@@ -234,9 +234,8 @@ class TrainingRun:
                 progress.say(f"from step {self._step} on: {line}")
             for line in (*oddities(recipe), *self._rows.remarks(), *self._heldout.warnings):
                 progress.say(f"warning: {line}")
-            where = (self._processes.device, self._optimizer, self.training_step)
-            for line in (path := path_lines(self._built, recipe, *where)):
-                progress.say(line)
+            path = path_lines(self._built, recipe, self._processes, self._optimizer, self.training_step)
+            progress.say("\n".join(path))
             monitor.remark(path, self._step, "path")
             if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: step {last} was its last")
