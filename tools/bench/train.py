@@ -190,7 +190,7 @@ def _time_recipe(
                 recipe.log.activation_statistics,
             )
         finally:
-            run.close()
+            run.close(None, failed=False)
 
 
 def _together(timings: Sequence[LoopTiming]) -> LoopTiming:
