@@ -13,9 +13,9 @@ from act24.passes import Fp8
 from act24.passes.fp8 import by_shape
 from act24.precision import MARGIN, Layer, Timed
 from act24.recipes.load import load_recipe
-from act24.tools.bench.peers import PRECISIONS, Size, stoppable
+from act24.tools.bench.peers import PRECISIONS, Size
 from act24.tools.bench.peers import SIZES as PEER_SIZES
-from act24.tools.bench.rows import Row, needed_gpu
+from act24.tools.bench.rows import Row, needed_gpu, stoppable
 from act24.tools.bench.step import without_start
 from act24.tools.run.auto_precision import undecided
 from act24.tools.run.processes import Processes
