@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan
-from act24.passes.graph.coverage import Coverage, coverage, listed, matrices_of, pattern
+from act24.passes.graph.coverage import Coverage, coverage, left_alone, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops
+from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
 from act24.words import counted
 
@@ -82,7 +83,9 @@ class Report:
 
     def remarks(self) -> list[str]:
         """What stands below the table."""
-        left = [f"{name} leaves {fqn or 'the model'} as it is: {reason}" for name, fqn, reason in self.misses]
+        left = [
+            f"{name} leaves {fqn or 'the model'} as it is: {why}" for name, fqn, why in _alike(self.misses)
+        ]
         figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
@@ -124,6 +127,23 @@ def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
         if len(numbers) > 1:
             parameters = f"{len(numbers)} × ({parameters})"
         found.append((row, f"{before}{_ranges(numbers)}{after}", parameters))
+    return found
+
+
+def _alike(misses: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Misses that differ in the number of their layer alone, also where the reason names the place, as
+    one."""
+    groups: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
+    for name, fqn, reason in misses:
+        match = _NUMBERED.fullmatch(fqn)
+        before, number, after = match.groups() if match else (fqn, "", "")
+        like = reason.replace(f"{before}{number}{after}", f"{before}*{after}") if match else reason
+        groups.setdefault((name, before, after, like), []).append((number, reason))
+    found = []
+    for (name, before, after, like), alike in groups.items():
+        numbers, reasons = dict(alike), {reason for _, reason in alike}
+        reason = like if len(reasons) > 1 else alike[0][1]
+        found.append((name, f"{before}{_ranges([*numbers])}{after}", reason))
     return found
 
 
@@ -203,12 +223,11 @@ def coverages(
         misses, absent: (pass, full name of a place or region, reason) of what is left there.
         gone: the full names of parameters that passes take away.
     """
-    # By full name; the model itself has none.
-    left = {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+    left = _by_name(unclean)
     matrices = matrices_of(model, regions, left)
     stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
     made = {name for row in rows for name in row.reaches or () if name not in stock}
-    untraced = {place: f"not traced: {why}" for place, why in left.items()}
+    untraced = {place: f"{_UNTRACED}{why}" for place, why in left.items()}
     found = []
     for p in passes:
         if p.covers:
@@ -228,12 +247,32 @@ def coverages(
     return tuple(found)
 
 
-def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean: Mapping[str, str]) -> str:
+#: The beginning of a reason that is not of the pass.
+_UNTRACED = "not traced: "
+
+
+def _by_name(unclean: Mapping[str, str]) -> dict[str, str]:
+    """By full name, of which the model itself has none."""
+    return {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+
+
+def no_match(
+    p: Pass,
+    model: nn.Module,
+    traced: Sequence[Region],
+    regions: Sequence[Region],
+    plans: Sequence[Plan],
+    unclean: Mapping[str, str],
+    gone: Collection[str],
+) -> str:
     """Why a pass matches nothing: its selectors leave out what there is, or there is something else instead.
+    Of a pass with a scope only what keeps it from a matrix in that scope is named.
 
     Args:
+        traced, regions: as they were, and as the passes before have left them.
         plans: of the pass, without a match, one a region.
         unclean: the modules that are no regions, and why.
+        gone: the full names of parameters that passes take away.
     """
     where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
     where += f" without {list(p.ignore)}" if p.ignore else ""
@@ -246,13 +285,42 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
         todo += [] if replace(p, targets=("*",)).selects(region, path) else ["take it out of ignore"]
         first = region.name(path) or "the model"
         return f"{p.name} matches nothing{where}, which leaves out {first}{others}: {' and '.join(todo)}"
-    absent: list[tuple[str, str]] = []
-    for region, planned in zip(regions, plans, strict=True):
-        absent += [(region.name(path) or "the model", reason) for path, reason in planned.misses]
-        if not planned.misses:
-            absent.append((f"{region.fqn or 'the model'} [{region.class_name('')}]", planned.absent))
-    text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
-    return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
+    missed = [
+        (region.name(path), why)
+        for region, planned in zip(regions, plans, strict=True)
+        for path, why in planned.misses
+    ]
+    absent = {
+        region.fqn: planned.absent
+        for region, planned in zip(regions, plans, strict=True)
+        if not planned.misses
+    }
+    left = _by_name(unclean)
+    around = {place: f"{_UNTRACED}{why}" for place, why in left.items()}
+    reasons = {**absent, **around}
+    for region in regions:  # of a single linear its surroundings say more
+        inside = any(region.fqn.startswith(f"{place}.") or not place for place in around)
+        if region.fqn in absent and inside and is_linear(region.module):
+            del reasons[region.fqn]
+    reasons |= dict(missed)
+    found = (
+        left_alone(p.covers, matrices_of(model, traced, left), p.takes, reasons, gone, dict(missed))
+        if p.covers
+        else []
+    )
+    found = found or [*missed, *absent.items(), *around.items()]
+    named = [(_shown(model, place, place not in dict(missed)), why) for place, why in found]
+    here = [(place, why) for place, why in named if not why.startswith(_UNTRACED)]
+    there = [(place, why.removeprefix(_UNTRACED)) for place, why in named if why.startswith(_UNTRACED)]
+    text = f"{p.name} matches nothing{where}. "
+    text += _by_reason(here) or ("" if there else "The model has no region")
+    return text + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+
+
+def _shown(model: nn.Module, place: str, with_class: bool) -> str:
+    """A place by its name and, if wanted, its class."""
+    kind = f" [{type(model.get_submodule(place)).__name__}]" if with_class else ""
+    return f"{place or 'the model'}{kind}"
 
 
 def _by_reason(entries: list[tuple[str, str]]) -> str:

@@ -124,12 +124,16 @@ class Rewriting:
 
     def _coverage(self) -> tuple[Coverage, ...]:
         regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        gone = {
+        gone = self._replaced_names()
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone)
+
+    def _replaced_names(self) -> set[str]:
+        """The full names of parameters that passes take away."""
+        return {
             site.traced.name(name)
             for site in self._sites
             for name in site.traced.parameters.keys() - site.base.parameters.keys()
         }
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone)
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -386,7 +390,8 @@ class Rewriting:
         most = p.fullest if isinstance(p, OperationalPass) else p
         taken = [planned.matches for planned in plans]
         if not any(taken) and not p.optional and not any(most.plan(r).matches for r in regions if most != p):
-            raise PassError(no_match(p, regions, plans, self._unclean))
+            traced, gone = [site.traced for site in self._sites], self._replaced_names()
+            raise PassError(no_match(p, self._model, traced, regions, plans, self._unclean, gone))
         if missing := p.missing(regions):
             if not p.optional:
                 raise PassError(f"{p.name}: {missing}")

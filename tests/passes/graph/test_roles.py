@@ -331,7 +331,7 @@ def test_what_one_of_several_cannot_is_left_and_counted(other: type[Plain]) -> N
     (line,) = plan(model, [Activation24()], probe=features(2, 16)).coverage
     assert (line.reached, line.total) == (2 * 16 * 32, 4 * 16 * 32)
     (left,) = line.left
-    assert left[0] == "1.a, 1.b"
+    assert left[0] == "1.{a,b}"
     assert left[2].startswith("not traced: its relu is not seen")
 
 
