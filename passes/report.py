@@ -313,7 +313,7 @@ def no_match(
     here = [(place, why) for place, why in named if not why.startswith(_UNTRACED)]
     there = [(place, why.removeprefix(_UNTRACED)) for place, why in named if why.startswith(_UNTRACED)]
     text = f"{p.name} matches nothing{where}. "
-    text += _by_reason(here) or ("" if there else "The model has no region")
+    text += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
     return text + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
 
 

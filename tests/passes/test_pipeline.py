@@ -418,7 +418,7 @@ def test_no_match_names_what_the_selectors_leave_out() -> None:
 
 
 def test_no_match_where_there_is_no_linear_at_all() -> None:
-    with pytest.raises(PassError, match="The model has no region"):
+    with pytest.raises(PassError, match="The model has no linear"):
         apply_(nn.Sequential(nn.LayerNorm(4)), [Relu2FFN()])
 
 
