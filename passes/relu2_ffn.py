@@ -17,11 +17,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.activation_kinds import activation_kind
+from act24.passes.graph.activation_kinds import activation_kind, activations
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import (
     bias_name,
@@ -85,6 +85,7 @@ class Relu2FFN(StructuralPass):
     """
 
     name: ClassVar[str] = "relu2_ffn"
+    spares: ClassVar[str] = f"no part of a down(silu(gate(x)) * up(x)): {_NOT_GATED}"
 
     activation: Literal["relu2", "relu"] = "relu2"
     width: Literal["parity", "exact", "keep"] = "parity"
@@ -112,7 +113,8 @@ class Relu2FFN(StructuralPass):
                 misses.append((path, reason))
             else:
                 matches.append(self._match(region, path, found))
-        return Plan(tuple(matches), tuple(misses), absent=_describe(region))
+        absent = self.spares if matches or misses else _describe(region)
+        return Plan(tuple(matches), tuple(misses), absent)
 
     def _other_gate(self, found: _SwiGLU) -> str:
         """Why a network of this gate is none of those that are taken, or the empty string."""
@@ -158,6 +160,7 @@ class Relu2FFN(StructuralPass):
                 from_stock=None if fresh else lambda removed: {},
                 why=f"{'SwiGLU' if found.kind == 'silu' else 'GEGLU'} and relu² are different functions",
             ),
+            reaches=tuple(n for linear in (found.gate, found.up, found.down) if (n := weight_name(linear))),
             note=f"fresh: {', '.join(name.removeprefix(path + '.') for name in fresh)}"
             if fresh
             else "weights kept",
@@ -201,19 +204,36 @@ def _find(region: Region, product: fx.Node) -> _SwiGLU | None:
             continue
         gate, gate_half, chunk = _half(activation.source)
         up, up_half, other_chunk = _half(other)
-        down = next(iter(product.users), None)
+        end = _end(region, product)
+        down = next(iter(end.users), None)
         if not (is_call(gate, F.linear) and is_call(up, F.linear) and is_call(down, F.linear)):
             return None
         halves_fit = (gate_half, up_half) == ((0, 1) if gate is up else (None, None))
         if not halves_fit or chunk is not other_chunk:
             return None
-        if len(product.users) != 1 or down.args[0] is not product:
+        if len(end.users) != 1 or down.args[0] is not end:
             return None
         between = {*activation.nodes, product}
         if chunk is not None:
             between |= {activation.source, other, chunk}  # type: ignore[arg-type]
         return _SwiGLU(product, gate, up, down, activation.kind, frozenset(between))
     return None
+
+
+def _end(region: Region, product: fx.Node) -> fx.Node:
+    """The last of what stands between a product and its linear and does the same to any activation: dropout,
+    and a cast to the dtype of the weight."""
+    end = product
+    while len(end.users) == 1:
+        (user,) = end.users
+        dropout = (
+            user.op == "call_module" and type(region.module.get_submodule(str(user.target))) is nn.Dropout
+        )
+        cast = user.op == "call_method" and user.target == "to" and user.args[0] is end
+        if not (dropout or cast):
+            break
+        end = user
+    return end
 
 
 def gate_in(region: Region) -> str:
@@ -303,12 +323,12 @@ def _describe(region: Region) -> str:
             f"gated by {gated.kind}, but something lies between its product and the linears around it: "
             f"{_LEAVE}"
         )
+    plain = (one.kind for one in activations(region.graph, region.module) if is_call(one.source, F.linear))
+    if kind := next(plain, ""):
+        return f"its activation is {kind}, and nothing gates it: {_NOT_GATED}"
     linears = len(list(nodes_of(region.graph, F.linear)))
     if linears == 1:
         return "a single linear: leave it to other passes"
-    plain = (activation_kind(node.args[0], region.module) for node in nodes_of(region.graph, F.linear))
-    if kind := next((one.kind for one in plain if one and is_call(one.source, F.linear)), ""):
-        return f"its activation is {kind}, and nothing gates it: {_NOT_GATED}"
     adapted = any(map(is_adapter, region.module.modules()))
     todo = "merge its adapters first (merge_and_unload)" if adapted else _NOT_GATED
     return f"{linears} linears, but no down(silu(gate(x)) * up(x)): {todo}"

@@ -16,9 +16,6 @@ from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
 from act24.words import counted
 
-#: Why a matrix beside an activation that a pass takes is none that it reaches.
-_DENSE = "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
-
 #: The first number that is a component of a name: the layer's.
 _NUMBERED = re.compile(r"(.*?\.|)(\d+)(\..*|)")
 
@@ -238,7 +235,7 @@ def coverages(
             reached = [name for place, reaches in own for name in ((place,) if reaches is None else reaches)]
             # What another pass has made stands for the matrix that was there.
             places = [name.rpartition(".")[0] if name in made else name for name in reached]
-            missed = {place: _DENSE for place, reaches in own if reaches is not None} | missed
+            missed = {place: p.spares for place, reaches in own if reaches is not None} | missed
             reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
             named = {*(place for place, _ in own), *missed}
             found.append(

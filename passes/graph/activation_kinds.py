@@ -4,7 +4,7 @@ ways, most of them a handful of products. So the nodes are run on numbers, and t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,14 @@ def activation_kind(value: object, module: nn.Module) -> ActivationKind | None:
     (source,) = sources
     kind = _kind(source, nodes, module)
     return ActivationKind(kind, source, frozenset(nodes)) if kind else None
+
+
+def activations(graph: fx.Graph, module: nn.Module) -> Iterator[ActivationKind]:
+    """The activations in a graph, each as a whole."""
+    for node in graph.nodes:
+        ends = any(not _by_number(user, module) for user in node.users)
+        if ends and (found := activation_kind(node, module)) is not None:
+            yield found
 
 
 def _of_one_node(value: object, module: nn.Module) -> str:

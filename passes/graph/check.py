@@ -75,7 +75,8 @@ class Check:
             except _Writes as error:
                 raise PassError(
                     f"the model writes to its parameter {error} in forward, which a rewritten one could "
-                    "not: switch that off (rescale_every = 0 of RWKV), or check=False if it does not matter"
+                    "not: switch that off (rescale_every = 0 of RWKV, altup_coef_clip = None of Gemma 3n), "
+                    "or check=False if it does not matter"
                 ) from error
             except Exception as error:  # whatever a foreign model raises
                 failures.append(f"{arguments}: {_line(error)}")

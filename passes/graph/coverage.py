@@ -28,6 +28,9 @@ _BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 #: Names of modules that are neither attention nor feed-forward networks.
 _NEITHER = re.compile(r"(^|[._])(lm_head|head|classifier|score|pooler|embed\w*)([._]|$)")
 
+#: Names of what is added: biases of stacked experts, and of relative positions, have rows too.
+_BIAS = re.compile(r"(^|[._])bias(es)?$")
+
 #: Modules whose weights are no operands of matrix products.
 _OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
 
@@ -105,6 +108,8 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
         if parameter.ndim < 2 or isinstance(around[path], _OTHERWISE) or min(parameter.shape) < 2:
+            continue
+        if _BIAS.search(name):
             continue
         role: Role = roles.get(name) or role_by_name(path, around)
         if role == "other":

@@ -100,9 +100,12 @@ def test_an_activation_that_something_else_reads_stays() -> None:
 
 def test_a_plain_network_is_named_by_its_activation() -> None:
     for activation in (F.gelu, GELU["tanh, new"], GELU["quick"]):
-        parts = [nn.Linear(16, 32), _Function(activation), nn.Linear(32, 16)]
-        with pytest.raises(PassError, match="its activation is gelu, and nothing gates it: give it relu²"):
-            plan(nn.Sequential(*parts), [Relu2FFN(gate="gelu")])
+        parts = [nn.Linear(16, 32), _Function(activation), nn.Dropout(), nn.Linear(32, 16)]
+        for network in (nn.Sequential(*parts), nn.Sequential(nn.Sequential(*parts[:2]), parts[3])):
+            with pytest.raises(
+                PassError, match="its activation is gelu, and nothing gates it: give it relu²"
+            ):
+                plan(network, [Relu2FFN(gate="gelu")])
 
 
 class _Function(nn.Module):
