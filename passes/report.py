@@ -224,7 +224,7 @@ def coverages(
     matrices = matrices_of(model, regions, left)
     stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
     made = {name for row in rows for name in row.reaches or () if name not in stock}
-    untraced = {place: f"{_UNTRACED}{why}" for place, why in left.items()}
+    untraced = _untraced(left)
     found = []
     for p in passes:
         if p.covers:
@@ -244,13 +244,14 @@ def coverages(
     return tuple(found)
 
 
-#: The beginning of a reason that is not of the pass.
-_UNTRACED = "not traced: "
-
-
 def _by_name(unclean: Mapping[str, str]) -> dict[str, str]:
     """By full name, of which the model itself has none."""
     return {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+
+
+def _untraced(left: Mapping[str, str]) -> dict[str, str]:
+    """The same as reasons why a matrix is left."""
+    return {place: f"not traced: {why}" for place, why in left.items()}
 
 
 def no_match(
@@ -293,7 +294,7 @@ def no_match(
         if not planned.misses
     }
     left = _by_name(unclean)
-    around = {place: f"{_UNTRACED}{why}" for place, why in left.items()}
+    around = _untraced(left)
     reasons = {**absent, **around}
     for region in regions:  # of a single linear its surroundings say more
         inside = any(region.fqn.startswith(f"{place}.") or not place for place in around)
@@ -306,9 +307,12 @@ def no_match(
         else []
     )
     found = found or [*missed, *absent.items(), *around.items()]
-    named = [(_shown(model, place, place not in dict(missed)), why) for place, why in found]
-    here = [(place, why) for place, why in named if not why.startswith(_UNTRACED)]
-    there = [(place, why.removeprefix(_UNTRACED)) for place, why in named if why.startswith(_UNTRACED)]
+    here = [
+        (_shown(model, place, place not in dict(missed)), why)
+        for place, why in found
+        if why != around.get(place)
+    ]
+    there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
     text = f"{p.name} matches nothing{where}. "
     text += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
     return text + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")

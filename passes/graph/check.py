@@ -89,7 +89,7 @@ class Check:
                 "tensor, positional arguments, or a mapping of keyword arguments"
             )
         tried = f" ({failures[0][:160]})" if failures else ""
-        self.not_run = f"no input was found that it takes{tried}: give one, {wanted_text(model)}"
+        self.not_run = f"no input was found that it takes{tried}: give one, probe={wanted_text(model)}"
 
     def __str__(self) -> str:
         if self.not_run and not self.agreeing and {*self.unchecked.values()} <= {self.not_run}:

@@ -104,7 +104,7 @@ def wanted(model: nn.Module) -> tuple[str, ...]:
 
 def wanted_text(model: nn.Module) -> str:
     """How a probe for a model is written."""
-    return f"probe={{{', '.join(f'{name!r}: …' for name in wanted(model))}}}"
+    return f"{{{', '.join(f'{name!r}: …' for name in wanted(model))}}}"
 
 
 class _Guess:
