@@ -96,6 +96,9 @@ class Activation24(OperationalPass):
     """
 
     name: ClassVar[str] = "activation24"
+    spares: ClassVar[str] = (
+        "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
+    )
 
     method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"

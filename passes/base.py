@@ -112,6 +112,8 @@ class Pass:
     remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
     last: ClassVar[bool] = False
+    #: Why a matrix is left at a place that the pass rewrites, where its matches name those that it reaches.
+    spares: ClassVar[str] = ""
     #: Whether the pass is about how rows of training text are made: a model that is served goes without.
     of_rows: ClassVar[bool] = False
 

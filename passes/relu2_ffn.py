@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
+from act24.passes.graph.activation_kinds import activation_kind, activations
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import (
     bias_name,
@@ -50,6 +51,7 @@ class _SwiGLU:
     Attributes:
         gate, up: two linears, or twice the one that computes both, the gate in its first half.
         kind: the activation of the gate.
+        between: the nodes between these linears and the product, which goes away with them.
     """
 
     product: fx.Node
@@ -57,6 +59,7 @@ class _SwiGLU:
     up: fx.Node
     down: fx.Node
     kind: str
+    between: frozenset[fx.Node]
 
     @property
     def fused(self) -> bool:
@@ -82,6 +85,7 @@ class Relu2FFN(StructuralPass):
     """
 
     name: ClassVar[str] = "relu2_ffn"
+    spares: ClassVar[str] = f"no part of a down(silu(gate(x)) * up(x)): {_NOT_GATED}"
 
     activation: Literal["relu2", "relu"] = "relu2"
     width: Literal["parity", "exact", "keep"] = "parity"
@@ -109,7 +113,8 @@ class Relu2FFN(StructuralPass):
                 misses.append((path, reason))
             else:
                 matches.append(self._match(region, path, found))
-        return Plan(tuple(matches), tuple(misses), absent=_describe(region))
+        absent = self.spares if matches or misses else _describe(region)
+        return Plan(tuple(matches), tuple(misses), absent)
 
     def _other_gate(self, found: _SwiGLU) -> str:
         """Why a network of this gate is none of those that are taken, or the empty string."""
@@ -155,6 +160,7 @@ class Relu2FFN(StructuralPass):
                 from_stock=None if fresh else lambda removed: {},
                 why=f"{'SwiGLU' if found.kind == 'silu' else 'GEGLU'} and relu² are different functions",
             ),
+            reaches=tuple(n for linear in (found.gate, found.up, found.down) if (n := weight_name(linear))),
             note=_note(region, path, carried, fresh),
         )
 
@@ -201,22 +207,46 @@ def parity_width(width: int) -> int:
     return max(1, (3 * width + _MULTIPLE) // (2 * _MULTIPLE)) * _MULTIPLE
 
 
-def _find(region: Region, node: fx.Node) -> _SwiGLU | None:
-    """The gated network around an activation, in either order of the product."""
-    kind = _gate_kind(region, node)
-    users = list(node.users)
-    if not kind or len(users) != 1 or not is_product(users[0]):
+def _find(region: Region, product: fx.Node) -> _SwiGLU | None:
+    """The gated network around a product, in either order of it."""
+    if not is_product(product):
         return None
-    product = users[0]
-    gate, gate_half = _half(node.args[0])
-    up, up_half = _half(next((arg for arg in product.args if arg is not node), None))
-    down = next(iter(product.users), None)
-    if not (is_call(gate, F.linear) and is_call(up, F.linear) and is_call(down, F.linear)):
-        return None
-    halves_fit = (gate_half, up_half) == ((0, 1) if gate is up else (None, None))
-    if not halves_fit or len(product.users) != 1 or down.args[0] is not product:
-        return None
-    return _SwiGLU(product, gate, up, down, kind)
+    for gated, other in (product.args, product.args[::-1]):
+        activation = activation_kind(gated, region.module)
+        if activation is None:
+            continue
+        gate, gate_half, chunk = _half(activation.source)
+        up, up_half, other_chunk = _half(other)
+        end = _end(region, product)
+        down = next(iter(end.users), None)
+        if not (is_call(gate, F.linear) and is_call(up, F.linear) and is_call(down, F.linear)):
+            return None
+        halves_fit = (gate_half, up_half) == ((0, 1) if gate is up else (None, None))
+        if not halves_fit or chunk is not other_chunk:
+            return None
+        if len(end.users) != 1 or down.args[0] is not end:
+            return None
+        between = {*activation.nodes, product}
+        if chunk is not None:
+            between |= {activation.source, other, chunk}  # type: ignore[arg-type]
+        return _SwiGLU(product, gate, up, down, activation.kind, frozenset(between))
+    return None
+
+
+def _end(region: Region, product: fx.Node) -> fx.Node:
+    """The last of what stands between a product and its linear and does the same to any activation: dropout,
+    and a cast to the dtype of the weight."""
+    end = product
+    while len(end.users) == 1:
+        (user,) = end.users
+        dropout = (
+            user.op == "call_module" and type(region.module.get_submodule(str(user.target))) is nn.Dropout
+        )
+        cast = user.op == "call_method" and user.target == "to" and user.args[0] is end
+        if not (dropout or cast):
+            break
+        end = user
+    return end
 
 
 def gate_in(region: Region) -> str:
@@ -224,27 +254,20 @@ def gate_in(region: Region) -> str:
     return next((found.kind for node in region.graph.nodes if (found := _find(region, node))), "")
 
 
-def _gate_kind(region: Region, node: fx.Node) -> str:
-    """Which activation a node is, of those that gates have, or the empty string."""
-    if node.op == "call_module":
-        return "gelu" if isinstance(region.module.get_submodule(str(node.target)), nn.GELU) else ""
-    functions = {F.silu: "silu", F.gelu: "gelu"}
-    return functions.get(node.target, "") if node.op == "call_function" else ""  # type: ignore[arg-type]
-
-
-def _half(value: object) -> tuple[object, int | None]:
-    """The linear behind one half of its output, and which half; what is no half, and None."""
+def _half(value: object) -> tuple[object, int | None, fx.Node | None]:
+    """The linear behind one half of its output, which half, and what halves it; what is no half, None and
+    None."""
     if not is_call(value, operator.getitem):
-        return value, None
+        return value, None, None
     chunk, index = value.args
     by_method = isinstance(chunk, fx.Node) and chunk.op == "call_method" and chunk.target == "chunk"
     if not (by_method or is_call(chunk, torch.chunk)) or index not in (0, 1):
-        return value, None
+        return value, None, None
     assert isinstance(chunk, fx.Node)
     given = dict(zip(("input", "chunks", "dim"), chunk.args, strict=False)) | chunk.kwargs
     if given.get("chunks") != 2 or given.get("dim") != -1 or len(chunk.users) != 2:
-        return value, None
-    return chunk.args[0], index  # type: ignore[return-value]
+        return value, None, None
+    return chunk.args[0], index, chunk  # type: ignore[return-value]
 
 
 def _obstacle(region: Region, found: _SwiGLU) -> str:
@@ -253,7 +276,8 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
     if found.gate.args[0] is not found.up.args[0]:
         return f"gate and up read different inputs: {_LEAVE}"
     for linear in (found.gate, found.up):
-        if len(linear.users) != 1:
+        inside = {node for node in found.between if node is not found.product} | {linear}
+        if any(user not in found.between for node in inside for user in node.users):
             return f"the output of {weight_name(linear)} is used elsewhere too: {_LEAVE}"
     for linear in linears:
         name = weight_name(linear)
@@ -305,10 +329,16 @@ def _describe(region: Region) -> str:
     """What the region has instead of a gated network."""
     if any(True for _ in nodes_of(region.graph, relu2)):
         return "already relu²: use activation24 alone"
-    gated = (n for n in region.graph.nodes if _gate_kind(region, n) and any(map(is_product, n.users)))
-    if node := next(gated, None):
-        kind = _gate_kind(region, node)
-        return f"gated by {kind}, but something lies between its product and the linears around it: {_LEAVE}"
+    products = (n for n in region.graph.nodes if is_product(n) and len(n.all_input_nodes) == 2)
+    found = (activation_kind(value, region.module) for node in products for value in node.args)
+    if gated := next(filter(None, found), None):
+        return (
+            f"gated by {gated.kind}, but something lies between its product and the linears around it: "
+            f"{_LEAVE}"
+        )
+    plain = (one.kind for one in activations(region.graph, region.module) if is_call(one.source, F.linear))
+    if kind := next(plain, ""):
+        return f"its activation is {kind}, and nothing gates it: {_NOT_GATED}"
     linears = len(list(nodes_of(region.graph, F.linear)))
     if linears == 1:
         return "a single linear: leave it to other passes"

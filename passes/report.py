@@ -9,17 +9,15 @@ from typing import Any, TypeVar
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan
-from act24.passes.graph.coverage import Coverage, coverage, listed, matrices_of, pattern
+from act24.passes.graph.coverage import Coverage, coverage, left_alone, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops
+from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.selectors import selected
 from act24.passes.places import Pattern, patterns, shared, text
 from act24.words import counted
 
-#: Why a matrix beside an activation that a pass takes is none that it reaches.
-_DENSE = "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
-
-Key = TypeVar("Key")
+Item, Key = TypeVar("Item"), TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,9 @@ class Report:
         return found
 
     def _remarks(self) -> list[str]:
-        left = [f"{name} leaves {fqn or 'the model'} as it is: {reason}" for name, fqn, reason in self.misses]
+        left = [
+            f"{name} leaves {fqn or 'the model'} as it is: {why}" for name, fqn, why in _alike(self.misses)
+        ]
         figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
@@ -131,10 +131,10 @@ def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) ->
     ]
 
 
-def _grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> Iterable[tuple[Key, list[Row]]]:
-    found: dict[Key, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
+def _grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[tuple[Key, list[Item]]]:
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
     return found.items()
 
 
@@ -142,6 +142,16 @@ def _parameters(rows: Sequence[Row]) -> str:
     """Of all the places, where a pass changes them."""
     before, after = sum(row.parameters_before for row in rows), sum(row.parameters_after for row in rows)
     return f"{before:,} → {after:,} parameters" if before != after else ""
+
+
+def _alike(misses: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Misses that differ in numbers of their places alone, also where the reason names the place, as one."""
+    found = []
+    for (name, like), alike in _grouped(misses, lambda m: (m[0], m[2].replace(m[1], pattern(m[1])))):
+        reasons = {reason for *_, reason in alike}
+        why = like if len(reasons) > 1 else alike[0][2]
+        found += [(name, text(place), why) for place in patterns([fqn for _, fqn, _ in alike])]
+    return found
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:
@@ -209,12 +219,11 @@ def coverages(
         gone: the full names of parameters that passes take away, with nothing in their place.
         single: the regions that are single linears, whose surroundings say more than they.
     """
-    # By full name; the model itself has none.
-    left = {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+    left = _by_name(unclean)
     matrices = matrices_of(model, regions, left)
     stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
     made = {name for row in rows for name in row.reaches or () if name not in stock}
-    untraced = {place: f"not traced: {why}" for place, why in left.items()}
+    untraced = _untraced(left)
     around = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
     found = []
     for p in passes:
@@ -226,7 +235,7 @@ def coverages(
             reached = [name for place, reaches in own for name in ((place,) if reaches is None else reaches)]
             # What another pass has made stands for the matrix that was there.
             places = [name.rpartition(".")[0] if name in made else name for name in reached]
-            missed = {place: _DENSE for place, reaches in own if reaches is not None} | missed
+            missed = {place: p.spares for place, reaches in own if reaches is not None} | missed
             nothing = {fqn: why for name, fqn, why in absent if name == p.name}
             reasons = {
                 **untraced,
@@ -254,12 +263,33 @@ def _where(p: Pass) -> str:
     return where + (f" without {list(p.ignore)}" if p.ignore else "")
 
 
-def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean: Mapping[str, str]) -> str:
+def _by_name(unclean: Mapping[str, str]) -> dict[str, str]:
+    """By full name, of which the model itself has none."""
+    return {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+
+
+def _untraced(left: Mapping[str, str]) -> dict[str, str]:
+    """The same as reasons why a matrix is left."""
+    return {place: f"not traced: {why}" for place, why in left.items()}
+
+
+def no_match(
+    p: Pass,
+    model: nn.Module,
+    traced: Sequence[Region],
+    regions: Sequence[Region],
+    plans: Sequence[Plan],
+    unclean: Mapping[str, str],
+    gone: Collection[str],
+) -> str:
     """Why a pass matches nothing: its selectors leave out what there is, or there is something else instead.
+    Of a pass with a scope only what keeps it from a matrix in that scope is named.
 
     Args:
+        traced, regions: as they were, and as the passes before have left them.
         plans: of the pass, without a match, one a region.
         unclean: the modules that are no regions, and why.
+        gone: the full names of parameters that passes take away.
     """
     where = _where(p)
     everywhere = replace(p, targets=("*",), ignore=())
@@ -271,13 +301,45 @@ def no_match(p: Pass, regions: Sequence[Region], plans: Sequence[Plan], unclean:
         todo += [] if replace(p, targets=("*",)).selects(region, path) else ["take it out of ignore"]
         first = region.name(path) or "the model"
         return f"{p.name} matches nothing{where}, which leaves out {first}{others}: {' and '.join(todo)}"
-    absent: list[tuple[str, str]] = []
-    for region, planned in zip(regions, plans, strict=True):
-        absent += [(region.name(path) or "the model", reason) for path, reason in planned.misses]
-        if not planned.misses:
-            absent.append((f"{region.fqn or 'the model'} [{region.class_name('')}]", planned.absent))
-    text = f"{p.name} matches nothing{where}. " + (_by_reason(absent) or "The model has no region")
-    return text + (f". Not traced: {_by_reason(list(unclean.items()))}" if unclean else "")
+    missed = [
+        (region.name(path), why)
+        for region, planned in zip(regions, plans, strict=True)
+        for path, why in planned.misses
+    ]
+    absent = {
+        region.fqn: planned.absent
+        for region, planned in zip(regions, plans, strict=True)
+        if not planned.misses
+    }
+    left = _by_name(unclean)
+    around = _untraced(left)
+    reasons = {**absent, **around}
+    for region in regions:  # of a single linear its surroundings say more
+        inside = any(region.fqn.startswith(f"{place}.") or not place for place in around)
+        if region.fqn in absent and inside and is_linear(region.module):
+            del reasons[region.fqn]
+    reasons |= dict(missed)
+    found = (
+        left_alone(p.covers, matrices_of(model, traced, left), p.takes, reasons, gone, dict(missed))
+        if p.covers
+        else []
+    )
+    found = found or [*missed, *absent.items(), *around.items()]
+    here = [
+        (_shown(model, place, place not in dict(missed)), why)
+        for place, why in found
+        if why != around.get(place)
+    ]
+    there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
+    text = f"{p.name} matches nothing{where}. "
+    text += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
+    return text + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+
+
+def _shown(model: nn.Module, place: str, with_class: bool) -> str:
+    """A place by its name and, if wanted, its class."""
+    kind = f" [{type(model.get_submodule(place)).__name__}]" if with_class else ""
+    return f"{place or 'the model'}{kind}"
 
 
 def _by_reason(entries: list[tuple[str, str]]) -> str:

@@ -96,13 +96,11 @@ class Rewriting:
             refuse_hooks(site.traced)
             gone = site.traced.parameters.keys() - site.base.parameters.keys()
             refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
-        counts = figures(model, [site.traced for site in self._sites], base, lowered)
-        checked = str(self._check) if self._check else "nothing was checked: check=False"
         self.report = Report(
             tuple(self._rows),
             tuple(self._misses),
-            **counts,
-            checked=checked,
+            **figures(model, [site.traced for site in self._sites], base, lowered),
+            checked=str(self._check) if self._check else "nothing was checked: check=False",
             coverage=self._coverage(),
             unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
         )
@@ -124,15 +122,17 @@ class Rewriting:
 
     def _coverage(self) -> tuple[Coverage, ...]:
         regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        gone = {
+        gone, single = self._replaced_names(), {r.fqn for r in regions if is_linear(r.module)}
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
+
+    def _replaced_names(self) -> set[str]:
+        """The full names of what passes take away; in factors that stand for it others may reach something."""
+        return {
             site.traced.name(name)
             for site in self._sites
             for name in site.traced.parameters.keys() - site.base.parameters.keys()
-            # Of what stands for it as factors, passes behind may reach something.
             if not any(spec.factor and made.startswith(name) for made, spec in site.base.parameters.items())
         }
-        single = {region.fqn for region in regions if is_linear(region.module)}
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -391,7 +391,8 @@ class Rewriting:
         most = p.fullest if isinstance(p, OperationalPass) else p
         taken = [planned.matches for planned in plans]
         if not any(taken) and not p.optional and not any(most.plan(r).matches for r in regions if most != p):
-            raise PassError(no_match(p, regions, plans, self._unclean))
+            traced, gone = [site.traced for site in self._sites], self._replaced_names()
+            raise PassError(no_match(p, self._model, traced, regions, plans, self._unclean, gone))
         if missing := p.missing(regions):
             if not p.optional:
                 raise PassError(f"{p.name}: {missing}")

@@ -25,7 +25,16 @@ from torch.utils._pytree import tree_leaves
 
 from act24.errors import PassError
 from act24.passes.graph.normal_form import is_linear
-from act24.passes.graph.probe import Arguments, Probe, arguments_of, device_of, features, guesses
+from act24.passes.graph.probe import (
+    Arguments,
+    Probe,
+    arguments_of,
+    device_of,
+    features,
+    guesses,
+    obstacle,
+    wanted_text,
+)
 from act24.passes.graph.proxies import PLAIN, Unclean
 from act24.passes.graph.shadow import Shadow, plain_call
 from act24.passes.graph.surroundings import random_state, set_random_state
@@ -52,7 +61,7 @@ class Check:
         self._given: dict[nn.Module, Arguments] = {}
         self._readers: dict[int, set[nn.Module]] = {}
         self._probe: Arguments | None = None
-        self.not_run = _obstacle(model)
+        self.not_run = obstacle(model)
         if self.not_run:
             return
         failures = []
@@ -66,7 +75,8 @@ class Check:
             except _Writes as error:
                 raise PassError(
                     f"the model writes to its parameter {error} in forward, which a rewritten one could "
-                    "not: switch that off (rescale_every = 0 of RWKV), or check=False if it does not matter"
+                    "not: switch that off (rescale_every = 0 of RWKV, altup_coef_clip = None of Gemma 3n), "
+                    "or check=False if it does not matter"
                 ) from error
             except Exception as error:  # whatever a foreign model raises
                 failures.append(f"{arguments}: {_line(error)}")
@@ -78,8 +88,8 @@ class Check:
                 f"the model cannot be called with the probe: {failures[0]}. Give what model(…) takes: a "
                 "tensor, positional arguments, or a mapping of keyword arguments"
             )
-        tried = f" ({failures[0]})" if failures else ""
-        self.not_run = f"no input was found that it takes{tried}: give one, apply_(model, passes, probe=…)"
+        tried = f" ({failures[0][:160]})" if failures else ""
+        self.not_run = f"no input was found that it takes{tried}: give one, probe={wanted_text(model)}"
 
     def __str__(self) -> str:
         if self.not_run and not self.agreeing and {*self.unchecked.values()} <= {self.not_run}:
@@ -110,9 +120,9 @@ class Check:
             return  # the function that nn.Linear is
         kind = type(module).__name__
         arguments = self._given.get(module) or features(module, graph)
-        if arguments is None or _obstacle(module):
+        if arguments is None or obstacle(module):
             self.unchecked[kind] = (
-                _obstacle(module) or "the probe does not reach it, and its inputs are unknown"
+                obstacle(module) or "the probe does not reach it, and its inputs are unknown"
             )
             return
         for mode in ("evaluation", "training", "autocast"):
@@ -426,18 +436,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _obstacle(module: nn.Module) -> str:
-    """Why a module cannot be run here, or the empty string."""
-    for name, p in module.named_parameters():
-        if p.is_meta:
-            return "its parameters are on the meta device"
-        if type(p) not in (nn.Parameter, Tensor):
-            return f"{name} is a {type(p).__name__}"
-        if p.device.type not in ("cpu", "cuda"):
-            return f"its parameters are on {p.device}"
-    return ""
 
 
 def _line(error: Exception) -> str:

@@ -22,10 +22,14 @@ STACKED = "stacked parameters, which no pass takes apart: make linears of them, 
 
 #: Why a pass leaves a matrix that no linear reads as it is.
 _COMPUTED = "its weight is computed in forward, not read: make it a weight first, or leave it out with ignore"
+_UNREAD = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
 _BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
 #: Names of modules that are neither attention nor feed-forward networks.
 _NEITHER = re.compile(r"(^|[._])(lm_head|head|classifier|score|pooler|embed\w*)([._]|$)")
+
+#: Names of what is added: biases of stacked experts, and of relative positions, have rows too.
+_BIAS = re.compile(r"(^|[._])bias(es)?$")
 
 #: Modules whose weights are no operands of matrix products.
 _OTHERWISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
@@ -121,6 +125,8 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         path = name.rpartition(".")[0]
         if parameter.ndim < 2 or isinstance(around[path], _OTHERWISE) or min(parameter.shape) < 2:
             continue
+        if _BIAS.search(name):
+            continue
         role: Role = roles.get(name) or role_by_name(path, around)
         if role == "other":
             role = _role_beside(path, around, regions, untraced)
@@ -205,8 +211,7 @@ def coverage(
     done, left, seen = 0, dict[tuple[str, str], int](), set[Role]()
     alike: dict[tuple[str, str], list[str]] = {}
     for matrix in matrices:
-        meant = matrix.role in roles or matrix.unknown or matrix.path in named
-        if not meant or not selects(matrix.path, matrix.class_name):
+        if not _meant(matrix, roles, selects, named):
             continue
         seen.add(matrix.role if matrix.role in _NAMES else "other")
         if any(_within(matrix, place) for place in hit):
@@ -214,7 +219,7 @@ def coverage(
             continue
         if matrix.name in gone:
             continue
-        key = (pattern(matrix.name), _reason(matrix, reasons, otherwise))
+        key = (pattern(matrix.name), _reason(matrix, reasons, otherwise)[1])
         left[key] = left.get(key, 0) + matrix.numel
         alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))
     total = done + sum(left.values())
@@ -244,6 +249,29 @@ def coverage(
     return Coverage(pass_name, words, done, total, shown, promised)
 
 
+def left_alone(
+    scope: Iterable[str],
+    matrices: Sequence[Matrix],
+    selects: Callable[[str, str], bool],
+    reasons: Mapping[str, str],
+    gone: Collection[str] = (),
+    named: Collection[str] = (),
+) -> list[tuple[str, str]]:
+    """(place, reason) for the matrices in the scope of a pass that reaches nothing, each pair once: where the
+    reason lies. Arguments as for `coverage`."""
+    roles = tuple(scope)
+    meant = [m for m in matrices if m.name not in gone and _meant(m, roles, selects, named)]
+    return list(dict.fromkeys(_reason(matrix, reasons, {}) for matrix in meant))
+
+
+def _meant(
+    matrix: Matrix, roles: Collection[str], selects: Callable[[str, str], bool], named: Collection[str]
+) -> bool:
+    """Whether a pass means a matrix, reached or not."""
+    meant = matrix.role in roles or matrix.unknown or matrix.path in named
+    return meant and selects(matrix.path, matrix.class_name)
+
+
 def _within(matrix: Matrix, place: str) -> bool:
     """Whether a matrix lies in a place; a place that is a whole region has only those of the region."""
     if place in (matrix.name, matrix.path, "") or matrix.path.startswith(f"{place}."):
@@ -251,17 +279,17 @@ def _within(matrix: Matrix, place: str) -> bool:
     return False
 
 
-def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, str]) -> str:
+def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, str]) -> tuple[str, str]:
+    """The place that has the reason why a matrix is left, and the reason."""
     if matrix.stacked:
-        return STACKED
+        return matrix.path, STACKED
     if matrix.computed:
-        return _COMPUTED
+        return matrix.path, _COMPUTED
     parts = matrix.path.split(".")
     for end in range(len(parts), -1, -1):
-        if reason := reasons.get(".".join(parts[:end])):
-            return reason
-    unread = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
-    return otherwise.get(matrix.path) or unread
+        if reason := reasons.get(place := ".".join(parts[:end])):
+            return place, reason
+    return matrix.path, otherwise.get(matrix.path) or _UNREAD
 
 
 def pattern(name: str) -> str:
@@ -270,5 +298,14 @@ def pattern(name: str) -> str:
 
 
 def listed(patterns: Sequence[str]) -> str:
-    """The first few of some names."""
-    return ", ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+    """The first few of some names, those of one module in braces."""
+    leaves: dict[str, list[str]] = {}
+    for name in patterns:
+        path, dot, leaf = name.rpartition(".")
+        leaves.setdefault(path + dot, []).append(leaf)
+    texts = [
+        path + (f"{{{','.join(own)}}}" if path and len(own) > 1 else ", ".join(own))
+        for path, own in leaves.items()
+    ]
+    more = sum(map(len, [*leaves.values()][3:]))
+    return ", ".join(texts[:3]) + (f" and {more} more" if more else "")

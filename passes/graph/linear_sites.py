@@ -174,9 +174,9 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
     if elsewhere and scope != "all":
         kind = elsewhere[0].kind
         return f'no linear in scope "{scope}": set scope = "{kind}", or "all"'
-    if elsewhere:
+    if len(elsewhere) == len(targeted):
         return "no linear but the factors that another pass has made: leave it out with ignore"
-    named = _named(region, targeted[0])
+    named = _named(region, next(site for site in targeted if site.kind in _BY_NAME_ONLY))
     return (
         "no linear that is known to be attention's or a feed-forward network's: name those that are meant in "
         f"targets, as {named}"

@@ -191,8 +191,9 @@ def asks_kind(node: fx.Node) -> bool:
 
 
 def readers(graph: fx.Graph, name: str) -> int:
-    """How many nodes read a parameter. A module that is called twice reads its weight twice."""
-    return sum(len(node.users) for node in graph.nodes if node.op == "get_attr" and node.target == name)
+    """How many nodes read a parameter's values. A module that is called twice reads its weight twice."""
+    own = (node for node in graph.nodes if node.op == "get_attr" and node.target == name)
+    return sum(not asks_kind(user) for node in own for user in node.users)
 
 
 def weight_name(linear: fx.Node) -> str | None:

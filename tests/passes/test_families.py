@@ -100,7 +100,7 @@ _COMMON = re.compile(r"a single linear|not targeted|its forward is decorated|arg
 
 def _shortened(text: str) -> str:
     """The most telling of the reasons in an error."""
-    text = re.sub(r"^\w+ matches nothing\. ", "", text)
+    text = re.sub(r"^\w+ matches nothing\. (Not traced: )?", "", text)
     parts = re.split(r"; |\. Not traced: ", text)
     reasons = [re.sub(r"^\S+( \[\w+\])?( and \d+ more)?: ", "", part).partition(": ")[0] for part in parts]
     telling = [reason for reason in reasons if not _COMMON.match(reason)]

@@ -141,6 +141,20 @@ def test_a_linear_beside_is_named_and_not_counted() -> None:
     assert not any("neither" in reason for *_, reason in coverage.left)
 
 
+def test_biases_of_several_matrices_are_none() -> None:
+    class Biased(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp_bias = nn.Parameter(torch.zeros(4, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.mlp_bias.sum(0)
+
+    (coverage,) = plan(nn.Sequential(Biased(), Biased()), [LowRank(**RANKS)]).coverage
+    assert coverage.reached == coverage.total == 4 * 16 * 32
+    assert not coverage.left
+
+
 def test_a_size_that_a_pass_changes_is_not_frozen() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,5 +91,88 @@ def test_rows_of_one_module_are_printed() -> None:
             return self.inner(x)
 
     lines = str(plan(Listed(), [LowRank(attn_rank=2, mlp_rank=2)])).splitlines()
-    assert lines[1].split()[1] == "w"
-    assert lines[1].endswith("3 × (64 → 32)")
+    assert lines[1].split()[:2] == ["low_rank", "w"]
+    assert any(line.strip().endswith("parameters") or "parameters;" in line for line in lines)
+
+
+class Flat(nn.Module):
+    """A network of its day, whose last linear wants pictures of one size."""
+
+    def __init__(self, side: int, **told: Any) -> None:
+        super().__init__()
+        vars(self).update(told)
+        self.conv, self.a, self.b = nn.Conv2d(1, 4, 3), nn.Linear(4 * (side - 2) ** 2, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(torch.relu(self.conv(x)).flatten(1))))
+
+
+@pytest.mark.parametrize(("side", "told"), [(28, {}), (20, {"image_size": 20}), (20, {"img_size": (20, 20)})])
+def test_pictures_are_of_the_size_that_a_module_says_or_of_a_usual_one(side: int, told: Any) -> None:
+    checked = plan(Flat(side, **told), [Activation24()]).checked
+    assert checked == f"checked on [2, 1, {side}, {side}]: 1 region computes what its module does"
+
+
+class Configured(nn.Module):
+    """As models of `transformers` are: they have a configuration, and names for what they take."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config, self.inner = config_of(**config), network()
+
+
+def config_of(**values: Any) -> Any:
+    return SimpleNamespace(model_type="any", **values)
+
+
+class Both(Configured):
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids: Any = None, pixel_values: Any = None, labels: Any = None) -> Tensor:
+        assert input_ids.shape == (2, 8)
+        assert input_ids.max() < 30
+        assert pixel_values.shape == (2, 1, 12, 16)
+        return self.inner(pixel_values.mean((1, 2))[:, :8])
+
+
+class Either(Both):
+    def forward(self, input_ids: Any = None, pixel_values: Any = None) -> Tensor:
+        assert pixel_values is None
+        return self.inner(torch.nn.functional.one_hot(input_ids % 8, 8).float())
+
+
+class Sound(Configured):
+    main_input_name = "input_values"
+
+    def forward(self, input_values: Tensor, mask: Any = None) -> Tensor:
+        frames = input_values.unfold(1, 10, 5).mean(-1).unfold(1, 3, 2).mean(-1)
+        assert frames.shape == (2, 16 + 10)  # behind two convolutions
+        return self.inner(frames[:, :8])
+
+
+def test_inputs_are_those_that_a_configuration_tells_of() -> None:
+    text, pictures = config_of(vocab_size=30), config_of(image_size=(12, 16), num_channels=1)
+    two = {"text_config": text, "vision_config": pictures}
+    given = "pixel_values [2, 1, 12, 16], input_ids [2, 8]"
+    assert plan(Both(**two), [Activation24()]).checked.startswith(f"checked on {given}: ")
+    assert plan(Either(**two), [Activation24()]).checked.startswith("checked on input_ids [2, 8]: ")
+    sound = Sound(conv_kernel=(10, 3), conv_stride=(5, 2), mask_time_length=10)
+    assert plan(sound, [Activation24()]).checked.startswith("checked on input_values [2, 270]: ")
+
+
+def test_what_cannot_be_guessed_is_asked_for_by_name() -> None:
+    class Odd(Configured):
+        main_input_name = "states"
+
+        def forward(self, other: Tensor, states: Any = None, pixel_values: Any = None) -> Tensor:
+            return self.inner(states)
+
+    checked = plan(Odd(), [Activation24()]).checked
+    assert checked.partition("\n")[0].endswith("give one, probe={'states': …, 'other': …, 'pixel_values': …}")
+
+
+def test_a_model_of_convolutions_alone_is_said_to_have_no_linear() -> None:
+    with pytest.raises(
+        PassError, match=r"low_rank matches nothing\. The model has no linear: leave the pass"
+    ):
+        plan(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), [LowRank(attn_rank=2, mlp_rank=2)])
