@@ -126,7 +126,7 @@ class Rewriting:
         return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
 
     def _replaced_names(self) -> set[str]:
-        """The full names of what passes take away; in factors that stand for it others may reach something."""
+        """The full names of what passes take away; in factors that stand for it others reach something."""
         return {
             site.traced.name(name)
             for site in self._sites
