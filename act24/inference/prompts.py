@@ -8,7 +8,6 @@ a decoder that measures runs the first such chunk both ways, on the clock, and r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -147,12 +146,15 @@ def _size(tokens: int) -> int:
 
 
 def _seconds(run: Callable[[list[LayerForm]], Tensor], forms: list[LayerForm], device: torch.device) -> float:
-    """On the clock: a product that takes the host longer to launch than the device to compute counts so."""
+    """Between events around a run that an idle device waits for: a product that takes the host longer to launch
+    than the device to compute counts so."""
     taken = []
     for _ in range(1 + RUNS):  # the first compiles, and loads kernels
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        begun = time.perf_counter()
+        start.record()
         run(forms)
-        torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - begun)
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3)
     return min(taken[1:])
