@@ -3,7 +3,7 @@
 A chunk has one of a few numbers of tokens, so that the blocks are compiled once for each. Weights that are
 2:4 are multiplied by cuSPARSELt where the table of products says that it is faster for the tokens of the
 chunk. The table knows what the GPU alone takes; a call of the library may take the host longer than that. So
-a decoder that measures runs the first such chunk both ways, on the clock, and remembers the faster.
+a decoder that measures runs the first such chunk both ways, launches included, and remembers the faster.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def _size(tokens: int) -> int:
 
 
 def _seconds(run: Callable[[list[LayerForm]], Tensor], forms: list[LayerForm], device: torch.device) -> float:
-    """Between events around a run that an idle device waits for: a product that takes the host longer to launch
-    than the device to compute counts so."""
+    """Between events around a run that an idle device waits for: a product that takes the host longer to
+    launch than the device to compute counts so."""
     taken = []
     for _ in range(1 + RUNS):  # the first compiles, and loads kernels
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
