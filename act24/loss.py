@@ -27,7 +27,6 @@ from torch import Tensor
 from act24.fp8.casts import CastE4m3, Scaling, cast_both_ways
 from act24.fp8.linear import cast_weight, ready_cast, refuse_e4m3, uses_kernels
 from act24.operation import (
-    cast,
     cast_for_autocast,
     once_differentiable,
     operation,
@@ -64,13 +63,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ready: tuple[Tensor, ...] | None,
         scaling: Scaling | None,
         kernels: bool,
+        counts: bool,
     ):
         projection = weight.to(hidden.dtype)
-        head = None if scaling is None else _cast_head(projection, ready, scaling, kernels)
+        head = None if scaling is None else _cast_head(projection, ready, scaling, kernels, False)
         # Chunks add up in float32: summing them in bfloat16 would lose what one undivided product keeps.
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         loss = torch.zeros((), dtype=grad_weight.dtype, device=hidden.device)
-        grad_hidden = []
+        grad_hidden, lost = [], torch.zeros(2, device=hidden.device)
         for rows, target, keep in _chunks(chunk_tokens, hidden, targets, valid):
             cast_rows = None
             if head is None or scaling is None:
@@ -90,32 +90,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = log_probabilities.exp_().to(rows.dtype)
             grad_logits.scatter_(1, target, chosen.expm1().where(keep, 0.0).to(rows.dtype))
             # Tokens without a target are dropped on the narrow side, [T, D], which spares a pass over [T, V].
-            if head is None or scaling is None or cast_rows is None:
-                grad_rows = grad_logits @ projection
+            # In e4m3 too: beside the target's entry most words are too small for it, and what a row would
+            # lose points the same way for every token. dW's operand has a scale for each word.
+            grad_rows = grad_logits @ projection
+            if head is None or cast_rows is None:
                 grad_weight = grad_weight + grad_logits.T @ rows.where(keep, 0.0)
             else:
-                grad = cast_both_ways(grad_logits, scaling, scaling, kernels=kernels)
-                multiply = form("product_e4m3", kernels)
-                grad_rows = cast(
-                    multiply(grad.narrow, head.turned, grad.scale, head.turned_scale), rows.dtype
+                counter = torch.zeros_like(lost) if counts else None
+                grad = cast_both_ways(
+                    grad_logits, "rowwise", "rowwise", narrow=False, kernels=kernels, counter=counter
                 )
-                grad_weight = grad_weight + multiply(
+                lost = lost if counter is None else lost + counter
+                grad_weight = grad_weight + form("product_e4m3", kernels)(
                     grad.turned, cast_rows.turned, grad.turned_scale, cast_rows.turned_scale
                 )
             grad_hidden.append(grad_rows.where(keep, 0.0))
-        return loss, torch.cat(grad_hidden), grad_weight.to(weight.dtype)
+        return loss, torch.cat(grad_hidden), grad_weight.to(weight.dtype), lost
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, grad_hidden, grad_weight = output
-        ctx.mark_non_differentiable(grad_hidden, grad_weight)
+        _, grad_hidden, grad_weight, lost = output
+        ctx.mark_non_differentiable(grad_hidden, grad_weight, lost)
         ctx.save_for_backward(grad_hidden, grad_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *_: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, *(None,) * 6
+        return grad_hidden * grad_loss, grad_weight * grad_loss, *(None,) * 7
 
 
 def _cast_head(
@@ -141,6 +143,7 @@ def cross_entropy_sum(
     turned_scale: Tensor | None = None,
     scaling: Scaling | None = None,
     kernels: bool = True,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(hidden @ head_weightᵀ)[label] over the labels that are not -100, and their number.
 
@@ -151,10 +154,13 @@ def cross_entropy_sum(
     tokens. `chunk_tokens` bounds memory: below 8192 the products lose speed, at 16384 the compiler was seen
     to hold all chunks at once. Without grad mode only the loss is computed.
 
-    `scaling`: the head's three products are in e4m3, each rounded to bfloat16, over scales as in
-    `act24.fp8.linear.linear_fp8`; None: in the dtype of `hidden`. V and D are multiples of 16 then.
+    `scaling`: the logits and the weight's gradient are products in e4m3, each rounded to bfloat16, over
+    scales as in `act24.fp8.linear.linear_fp8` with `exact_grad_x`; None: in the dtype of `hidden`. V and D
+    are multiples of 16 then.
     `narrow, scale, turned, turned_scale` are of this very weight (`cast_weight`), or None, and it is cast
     here, once a call. A hidden state with NaN or infinity makes the loss NaN, if its token has a target.
+    `counter`: float32 `[2]`, to which is added what becomes zero of the gradient of the logits, as
+    `act24.fp8.casts.cast_both_ways` counts it.
 
     Raises:
         ValueError: in e4m3, V or D is no multiple of 16.
@@ -171,9 +177,10 @@ def cross_entropy_sum(
     targets = labels.where(valid, 0)
     ready = ready_cast(narrow, scale, turned, turned_scale)
     if torch.is_grad_enabled():
-        loss, _, _ = _LinearCrossEntropy.apply(
-            hidden, head_weight, targets, valid, chunk_tokens, ready, scaling, kernels
-        )
+        given = (targets, valid, chunk_tokens, ready, scaling, kernels, counter is not None)
+        loss, _, _, lost = _LinearCrossEntropy.apply(hidden, head_weight, *given)
+        if counter is not None:
+            counter.add_(lost)
     else:
         projection = head_weight.to(hidden.dtype)
         head = None if scaling is None else _cast_head(projection, ready, scaling, kernels, False)

@@ -118,7 +118,10 @@ def in_range(owner: str, name: str, value: float, bounds: Container[float] = FIN
     except OverflowError:  # an integer beyond every float
         inside = False
     if not inside:
-        raise _refused(owner, name, f"has to be {bounds}, got {shown(value)}")
+        # "above 0, got inf" would be true and no help.
+        endless = not isinstance(value, int) and not math.isfinite(value) and math.inf not in bounds
+        finite = "finite and " if endless and bounds != FINITE else ""
+        raise _refused(owner, name, f"has to be {finite}{bounds}, got {shown(value)}")
 
 
 def check_options(options: object, owner: str = "") -> None:

@@ -129,21 +129,22 @@ def linears(
         on = uses_kernels(device, kernels)
         return [cast_weight(weight.detach().bfloat16(), scaling, kernels=on) for weight in weights]
 
-    ready = cast() if conditions.kept else [()] * len(weights)
+    ready, exact = cast() if conditions.kept else [()] * len(weights), layer.kind == "head"
 
     def plain(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(F.linear(x, weight) for weight in weights)
 
     def narrow(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(
-            linear_fp8(x, weight, None, *made, scaling=scaling, kernels=kernels)
+            linear_fp8(x, weight, None, *made, scaling=scaling, kernels=kernels, exact_grad_x=exact)
             for weight, made in zip(weights, ready, strict=True)
         )
 
     leaves = (x, *weights)
     renew = cast if conditions.kept else None
     return {
-        "bfloat16": Side(_step(plain, leaves, conditions)),
+        # A product that nothing surrounds is the same uncompiled.
+        "bfloat16": Side(_step(plain, leaves, conditions._replace(compiled=False))),
         "fp8": Side(_step(narrow, leaves, conditions), renew),
     }
 

@@ -1,13 +1,15 @@
 """`activation_statistics`: count zeros after relu² or relu, and what 2:4 drops, without a host sync.
 
     relu2(h), activation24(...)   ==>   the same, and <site>.activation_statistics += counts
-    linear_fp8(x, W, ...)         ==>   the same, and <weight>_e4m3_counts += counts; in fp8 linear24 and the
-                                        first linear of activation24 too
+    linear_fp8(x, W, ...)         ==>   the same, and <weight>_e4m3_counts += counts, in backward
+                                        <weight>_e4m3_gradient_counts; in fp8 linear24 and activation24 too,
+                                        where they are of the network's x and the gradient of its y
 
 The 2:4 operation counts when asked to; for a dense activation the counts are made beside it, and say what 2:4
-would drop. Of linears in e4m3 it is what becomes zero of their inputs. Buffers add up until the shell reads
-and clears them, which it does once per logging interval. They are no part of a checkpoint, and evaluation
-runs without them. Put this pass last.
+would drop. Of linears in e4m3 it is what becomes zero of their inputs, in a sample, and of the gradients of
+their outputs, in all entries, as the kernels that cast these see them anyway. Buffers add up until the shell
+reads and clears them, which it does once per logging interval. They are no part of a checkpoint, and
+evaluation runs without them. Put this pass last.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from act24.sparse24.weight.linear24 import linear24
 
 #: The kind of every statistics buffer, and the last part of its name; and of counts of linears in e4m3.
 BUFFER, UNDERFLOW = "activation_statistics", "_e4m3_counts"
+GRADIENT_UNDERFLOW = "_e4m3_gradient_counts"
 
 
 #: The place of the scaling among the arguments of `linear_fp8`.
@@ -75,12 +78,15 @@ class ActivationStatistics(OperationalPass):
     def _rewrite(self, region: Region, match: Match) -> None:
         (node, of_input), graph = match.nodes, region.graph
         if of_input:
-            buffer, counter = match.path + UNDERFLOW, underflow_counts
-            region.add_buffer(buffer, (2,), torch.float32, False, kind=UNDERFLOW, of=match.path)
+            for kind in (UNDERFLOW, GRADIENT_UNDERFLOW):
+                region.add_buffer(match.path + kind, (2,), torch.float32, False, kind=kind, of=match.path)
+            with graph.inserting_before(node):
+                gradients = graph.get_attr(match.path + GRADIENT_UNDERFLOW)
+                node.kwargs = {**node.kwargs, "counter": gradients}
             with graph.inserting_before(node.next):
                 scaling = node.args[_SCALING] if node.target is linear_fp8 else "rowwise"
-                counts = graph.call_function(counter, (node.args[0], scaling))
-                graph.call_function(add_counts_, (graph.get_attr(buffer), counts))
+                counts = graph.call_function(underflow_counts, (node.args[0], scaling))
+                graph.call_function(add_counts_, (graph.get_attr(match.path + UNDERFLOW), counts))
             return
         buffer = add_site_buffer(region, match.path, BUFFER, (len(STATISTICS),), torch.float32)
         with graph.inserting_before(node.next):

@@ -97,7 +97,7 @@ class Pass:
     Attributes:
         targets: where the pass may act (`act24.passes.graph.selectors`).
         ignore: where it may not, even if targeted.
-        optional: no match is no error.
+        optional: no match is no error, nor is it one under `strict` to reach less than the scope promises.
     """
 
     name: ClassVar[str]
@@ -192,6 +192,9 @@ class Pass:
 @dataclass(frozen=True, kw_only=True)
 class StructuralPass(Pass):
     """A pass that changes parameters, and so holds for the whole run."""
+
+    #: Whether nothing trains but what the pass makes.
+    freezes: ClassVar[bool] = False
 
     kind: ClassVar[Literal["structural", "operational"]] = "structural"
 

@@ -62,7 +62,8 @@ class Fp8(OperationalPass):
         precision: `"fp8"`: every linear whose sides are multiples of 16. `"auto"`: of these the ones that are
             faster so: timed on the GPU when a run begins, and until then told by the shape; the plan names
             the others.
-        head: also the linear from hidden states to logits, whatever `targets` names.
+        head: also the linear from hidden states to logits, whatever `targets` names; its dX stays in
+            bfloat16.
         scaling: as in `act24.fp8.linear.linear_fp8`.
         kernels: run on this machine's kernels and products where there are any; False for plain PyTorch.
         keep_cast: forward and backward read weights in e4m3 from buffers, which `begin_update_` fills for
@@ -122,7 +123,7 @@ class Fp8(OperationalPass):
             match = Match(
                 path=site.path,
                 before=f"linear {site.shape[1]}→{site.shape[0]}",
-                after=f"e4m3 in y, dX, dW, {self.scaling}",
+                after=f"e4m3 in y, {'' if site.kind == 'head' else 'dX, '}dW, {self.scaling}",
                 nodes=site,
                 parameters_before=size,
                 parameters_after=size,
@@ -163,7 +164,8 @@ class Fp8(OperationalPass):
                     region.graph.get_attr(site.weight + part) if self.keep_cast else None for part in PARTS
                 ]
                 arguments = (*node.args, *ready, self.scaling, self.kernels)
-                narrow = region.graph.call_function(linear_fp8, arguments)
+                exact = {"exact_grad_x": True} if site.kind == "head" else {}
+                narrow = region.graph.call_function(linear_fp8, arguments, exact)
             replace_node(region.graph, node, narrow)
 
 
@@ -211,4 +213,5 @@ def head_arguments(head: nn.Module | None, hidden: Tensor) -> tuple[Any, ...]:
     for node in sums:
         head.get_buffer(str(parameter_name(node.args[0]))).add_(underflow_counts(hidden, scaling))
     tensors = (None if part is None else head.get_buffer(part.target) for part in ready)
-    return (*tensors, scaling, kernels)
+    counter = parameter_name(linears[0].kwargs.get("counter"))
+    return (*tensors, scaling, kernels, head.get_buffer(counter) if counter else None)

@@ -4,8 +4,9 @@
     masked_lora   linear(x, W, b)   ==>   linear(x, W + s M ∘ (B A), b)
 
 with s = alpha / rank, A `[r, in]` and B `[out, r]`; B is zero at first, so that the function is the same.
-All other parameters are frozen. Merging a plain adapter fills the zeros of a pruned weight; a masked one
-(arXiv 2312.15230, 2410.03750) merges without losing one, because M, the weight's mask, lies in its forward.
+`apply_` freezes all other parameters of the model. Merging a plain adapter fills the zeros of a pruned
+weight; a masked one (arXiv 2312.15230, 2410.03750) merges without losing one, because M, the weight's mask,
+lies in its forward.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range, Width
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, linear_sites, no_linear, read_past, takes
+from act24.passes.graph.linear_sites import LinearSite, free_linears, no_linear, read_past, roles_in
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.sparse_mask import MASK_BITS, add_mask
@@ -44,11 +45,16 @@ class Lora(StructuralPass):
 
     name: ClassVar[str] = "lora"
     keeps_function: ClassVar[bool] = False
+    freezes: ClassVar[bool] = True
 
     targets: tuple[str, ...] = ("*.q_proj", "*.v_proj")
     rank: Width = 8
     alpha: Annotated[float, Range(gt=0)] = 16.0
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.05
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return roles_in("all")
 
     @property
     def scale(self) -> float:
@@ -57,12 +63,7 @@ class Lora(StructuralPass):
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for site in linear_sites(region):
-            if not takes(self, "all", region, site):
-                continue
-            if site.obstacle:
-                misses.append((site.path, site.obstacle))
-                continue
+        for site in free_linears(self, "all", region, misses):
             spec = region.parameters[site.weight]
             if spec.read_by:
                 misses.append((site.path, read_past(spec.read_by)))
@@ -77,6 +78,7 @@ class Lora(StructuralPass):
                     parameters_before=spec.numel(),
                     parameters_after=spec.numel() + size,
                     state=self._state(site),
+                    note="all else in the model is frozen",
                 )
             )
         return Plan(

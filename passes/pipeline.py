@@ -14,6 +14,7 @@ from act24.errors import PassError
 from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.first_rows import Rows
+from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.check import Probe
 from act24.passes.graph.frozen import watch_
 from act24.passes.graph.region import buffers_of
@@ -54,14 +55,13 @@ def apply_(
         OptionError: the model is no module, the seed no integer, the step none or negative.
 
     Warns:
-        PartialWarning: a pass that is not optional reaches less than its scope promises; the line of the
-            report that says what it leaves.
+        PartialWarning: a pass that is not optional reaches less than its scope and targets promise; the line
+            of the report that says what it leaves.
     """
     pipeline = Pipeline(model, passes, seed=seed, step=step, check=check, probe=probe)
     pipeline.commit_()
-    optional = {p.name for p in pipeline.passes if p.optional}
     for one in pipeline.report.partial:
-        if one.pass_name not in optional:
+        if not one.optional:
             warnings.warn(str(one), PartialWarning, stacklevel=2)
     return pipeline
 
@@ -254,6 +254,11 @@ class Pipeline(Rewriting):
         rows without padding. An `attention_mask` `[B, S]` among a forward's keyword arguments says it by
         itself."""
         set_pads_(self, pads)
+
+    @property
+    def asks_for_pads(self) -> bool:
+        """Whether a region reads what `set_pads_` says."""
+        return any(module._buffers.get(PADS) is not None for module in self.modules)
 
 
 def pipeline_of(model: nn.Module) -> Pipeline | None:

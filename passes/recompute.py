@@ -34,6 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from act24.errors import Act24Error
 from act24.operation import in_functorch, operation
 from act24.passes.base import Match, OperationalPass, Plan
+from act24.passes.graph.kept import kept_for_backward, widths
+from act24.passes.graph.linear_sites import roles_in
 from act24.passes.graph.normal_form import is_linear, parameter_name, replace_node
 from act24.passes.graph.region import Factor, Region
 from act24.passes.graph.writes import buffer_writes
@@ -62,6 +64,10 @@ class Recompute(OperationalPass):
     last: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = True
 
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return roles_in("all")
+
     def in_evaluation(self) -> None:
         """There is no backward in evaluation."""
 
@@ -84,19 +90,19 @@ class Recompute(OperationalPass):
                 )
         if read := _read_buffers(region):
             return Plan(misses=(("", f"forward writes into {read}, which it also reads: {_OTHERWISE}"),))
-        if not _repeats(region):
-            return Plan(
-                misses=(("", f"nothing lies between its bottlenecks to compute again: {_OTHERWISE}"),)
-            )
+        opened = region.copy()
+        _open_norms(opened)
+        if not any(map(_is_repeated, _by_level(_levels(opened)))):
+            return Plan(absent=f"spares nothing, for nothing lies between its bottlenecks: {_OTHERWISE}")
+        stream = "input" if is_linear(region.module) else "the residual stream"
         match = Match(
             path="",
             before="all activations kept",
-            after="input and bottleneck, which is little less"
-            if is_linear(region.module)
-            else f"{counted(len(kept), 'bottleneck')} and the residual stream",
+            after=f"{counted(len(kept), 'bottleneck')} and {stream}",
             nodes=None,
             parameters_before=region.numel(),
             parameters_after=region.numel(),
+            note=_spared(opened),
         )
         return Plan((match,))
 
@@ -135,11 +141,17 @@ def _open_products(region: Region) -> None:
             node.args = (hidden, None, None, *node.args[3:])
 
 
-def _repeats(region: Region) -> bool:
-    """Whether anything is computed again."""
-    opened = region.copy()
-    _open_norms(opened)
-    return any(node.target not in _PLAIN for node in _levels(opened))
+def _spared(region: Region) -> str:
+    """What of a region, its norms opened, is kept for backward with the pass and without, a token."""
+    width, levels, kept = widths(region), _levels(region), kept_for_backward(region, region.graph.nodes)
+    left = set[fx.Node]()
+    for nodes in _by_level(levels):
+        read = {i for node in nodes for i in node.all_input_nodes if i not in nodes and i.op != "get_attr"}
+        left |= read if _is_repeated(nodes) else kept_for_backward(region, nodes)
+    if any(node not in width and node.op != "placeholder" for node in left):
+        return ""  # what comes in without a width are masks and rotations, which all blocks share
+    before, after = (sum(width.get(node, 0) for node in nodes) for nodes in (kept, left))
+    return f"a token keeps {after:,} values for backward, of {before:,} or more"
 
 
 def _module(region: Region, name: str) -> nn.Module:
@@ -193,6 +205,16 @@ def _levels(region: Region) -> dict[fx.Node, int]:
     return levels
 
 
+def _by_level(levels: dict[fx.Node, int]) -> list[list[fx.Node]]:
+    """The nodes of each level, in graph order."""
+    return [[node for node in levels if levels[node] == level] for level in sorted({*levels.values()})]
+
+
+def _is_repeated(nodes: list[fx.Node]) -> bool:
+    """Whether computing the nodes of a level again spares memory."""
+    return any(node.target not in _PLAIN for node in nodes)
+
+
 class _Copies(dict[fx.Node, fx.Node]):
     """Nodes of one graph by those of another that they are copies of; a missing one is copied into `graph`,
     and before it what it reads."""
@@ -216,9 +238,8 @@ def _segmented(graph: fx.Graph, levels: dict[fx.Node, int]) -> fx.Graph:
     for node in graph.nodes:
         if node.op == "placeholder":
             copies[node]
-    for level in range(max(levels.values()) + 1):
-        nodes = [node for node in graph.nodes if levels.get(node) == level]
-        if any(node.target not in _PLAIN for node in nodes):
+    for nodes in _by_level(levels):
+        if _is_repeated(nodes):
             _repeat(nodes, copies)
         else:
             for node in nodes:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from act24.errors import PassError
-from act24.passes.lora import LORA_A, LORA_B, Lora
+from act24.passes.lora import LORA_A, LORA_B
 from act24.passes.pipeline import Pipeline
 from act24.passes.sparse_mask import MASK_BITS, TRANSPOSED, SparseMask
 from act24.pruning.methods import masked
@@ -202,14 +202,6 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
 def _dense_shape(weight: PrunedWeight) -> tuple[int, int]:
     rows, columns = weight.parameter.shape
     return (columns, rows) if weight.transposed else (rows, columns)
-
-
-def freeze_base_(pipeline: Pipeline) -> None:
-    """Freeze whatever is no adapter, where the pipeline has adapters."""
-    if not any(isinstance(p, Lora) for p in pipeline.passes):
-        return
-    for name, parameter in pipeline.model.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
 
 
 def is_adapter(name: str) -> bool:

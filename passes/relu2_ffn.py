@@ -11,7 +11,7 @@ wider network comes from the old one: training starts anew.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -161,9 +161,7 @@ class Relu2FFN(StructuralPass):
                 why=f"{'SwiGLU' if found.kind == 'silu' else 'GEGLU'} and relu² are different functions",
             ),
             reaches=tuple(n for linear in (found.gate, found.up, found.down) if (n := weight_name(linear))),
-            note=f"fresh: {', '.join(name.removeprefix(path + '.') for name in fresh)}"
-            if fresh
-            else "weights kept",
+            note=_note(region, path, carried, fresh),
         )
 
     def _rewrite(self, region: Region, match: Match) -> None:
@@ -187,6 +185,21 @@ class Relu2FFN(StructuralPass):
             }
 
         return initialise
+
+
+def _note(region: Region, path: str, carried: Sequence[str], fresh: Sequence[str]) -> str:
+    """What becomes of the weights of a network, and of those among them that are frozen."""
+
+    def listed(names: Sequence[str]) -> str:
+        return ", ".join(name.removeprefix(f"{path}.") for name in names)
+
+    def frozen(names: Sequence[str]) -> list[str]:
+        return [name for name in names if not region.parameters[name].requires_grad]
+
+    notes = [f"fresh: {listed(fresh)}"] if fresh else ["weights kept"]
+    notes += [f"frozen before, and train: {listed(frozen(fresh))}"] if frozen(fresh) else []
+    notes += [f"stay frozen: {listed(frozen(carried))}"] if frozen(carried) else []
+    return "; ".join(notes)
 
 
 def parity_width(width: int) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,10 +13,11 @@ from act24.passes.graph.coverage import Coverage, coverage, left_alone, listed, 
 from act24.passes.graph.flops import region_flops
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
+from act24.passes.graph.selectors import selected
+from act24.passes.places import Pattern, patterns, shared, text
 from act24.words import counted
 
-#: The first number that is a component of a name: the layer's.
-_NUMBERED = re.compile(r"(.*?\.|)(\d+)(\..*|)")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,45 @@ class Report:
     unwatched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join((*aligned(self.table()), *self.remarks()))
+        return "\n".join(self.lines())
 
-    def table(self) -> list[tuple[str, ...]]:
-        """What is rewritten: the headings, then a row for each place, without the columns that are empty."""
+    def lines(self, say: Callable[[str], str] = str, width: Callable[[str], int] = len) -> list[str]:
+        """As text: a row a pass, and below the table what else there is to say.
+
+        A row has a line for each kind of place: what is alike there, layers too, has one, `{0..11}`. Below
+        stands what the pass makes of their parameters, from which step on, and its note.
+
+        Args:
+            say: what takes words to another language.
+            width: of a text on the terminal; a Chinese character takes two places.
+        """
+        return [*self._table(say, width), *map(say, self._remarks())]
+
+    def _table(self, say: Callable[[str], str], width: Callable[[str], int]) -> list[str]:
         if not self.rows:
-            return [("nothing to rewrite",)]
-        head = ("pass", "module", "before", "after", "parameters", "steps", "note")
-        body = [
-            (row.pass_name, fqn, row.before, row.after, parameters, row.steps, row.note)
-            for row, fqn, parameters in _collapsed(self.rows)
-        ]
-        used = [i for i in range(len(head)) if any(line[i] for line in body)]
-        return [tuple(line[i] for i in used) for line in (head, *body)]
+            return [say("nothing to rewrite")]
+        kinds: list[tuple[str, Pattern, str, str, str]] = []  # pass, places, before, after, what is below
+        by_pass = _grouped(self.rows, lambda row: (row.pass_name, row.steps, row.note))
+        for (name, steps, note), rows in by_pass:
+            for (before, after), alike in _grouped(rows, lambda row: (row.before, row.after)):
+                kinds += [(name, place, before, after, "") for place in patterns([row.fqn for row in alike])]
+            kinds[-1] = (*kinds[-1][:-1], "; ".join(filter(None, (_parameters(rows), steps, note))))
+        common = shared([place for _, place, *_ in kinds])
+        cells = [tuple(map(say, ("pass", "module", "before", "after")))]
+        for index, (name, place, before, after, _) in enumerate(kinds):
+            again = index > 0 and kinds[index - 1][0] == name
+            cells.append(("" if again else name, text(place[common:]), say(before), say(after)))
+        head, *lines = aligned(cells, width)
+        found = [say(f"in {text(kinds[0][1][:common])}:"), head] if common else [head]
+        indent = " " * (2 + max(width(name) for name, *_ in cells))
+        for line, (*_, below) in zip(lines, kinds, strict=True):
+            found += [line, indent + say(below)] if below else [line]
+        return found
 
-    def remarks(self) -> list[str]:
-        """What stands below the table."""
+    def _remarks(self) -> list[str]:
         left = [
-            f"{name} leaves {fqn or 'the model'} as it is: {why}" for name, fqn, why in _alike(self.misses)
+            f"{name} leaves {place or 'the model'} as it is: {why}"
+            for name, place, why in _alike(self.misses)
         ]
         figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
@@ -94,8 +115,8 @@ class Report:
 
     @property
     def partial(self) -> tuple[Coverage, ...]:
-        """Of passes that reach less than their scope promises."""
-        return tuple(one for one in self.coverage if one.promised and one.reached < one.total)
+        """Of passes that reach less than their scope and targets promise."""
+        return tuple(one for one in self.coverage if one.partial)
 
 
 def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) -> list[str]:
@@ -111,57 +132,39 @@ def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) ->
     ]
 
 
-def _collapsed(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
-    """Rows that differ in the number of their layer alone, as one: (one of them, places, parameters)."""
-    groups: dict[tuple[Row, str, str], list[str]] = {}
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> Iterable[tuple[Key, list[Row]]]:
+    found: dict[Key, list[Row]] = {}
     for row in rows:
-        match = _NUMBERED.fullmatch(row.fqn)
-        before, number, after = match.groups() if match else (row.fqn, "", "")
-        groups.setdefault((replace(row, fqn=""), before, after), []).append(number)
-    found = []
-    for (row, before, after), numbers in groups.items():
-        parameters = f"{row.parameters_before:,} → {row.parameters_after:,}"
-        if len(numbers) > 1:
-            parameters = f"{len(numbers)} × ({parameters})"
-        found.append((row, f"{before}{_ranges(numbers)}{after}", parameters))
-    return found
+        found.setdefault(key(row), []).append(row)
+    return found.items()
 
 
 def _alike(misses: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """Misses that differ in the number of their layer alone, also where the reason names the place, as
     one."""
-    groups: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name, fqn, reason in misses:
-        match = _NUMBERED.fullmatch(fqn)
-        before, number, after = match.groups() if match else (fqn, "", "")
-        like = reason.replace(f"{before}{number}{after}", f"{before}*{after}") if match else reason
-        groups.setdefault((name, before, after, like), []).append((number, reason))
+        like = reason.replace(fqn, pattern(fqn)) if fqn else reason
+        groups.setdefault((name, like), []).append((fqn, reason))
     found = []
-    for (name, before, after, like), alike in groups.items():
-        numbers, reasons = dict(alike), {reason for _, reason in alike}
+    for (name, like), alike in groups.items():
+        reasons = {reason for _, reason in alike}
         reason = like if len(reasons) > 1 else alike[0][1]
-        found.append((name, f"{before}{_ranges([*numbers])}{after}", reason))
+        found += [(name, text(places), reason) for places in patterns(list(dict(alike)))]
     return found
 
 
-def _ranges(numbers: Sequence[str]) -> str:
-    """`{0..3,7}` of 0, 1, 2, 3 and 7; a single number as it is."""
-    if len({*numbers}) == 1:  # of several parameters of one module there are several rows
-        return numbers[0]
-    parts: list[list[int]] = []
-    for number in map(int, numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return "{" + ",".join(f"{part[0]}..{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) + "}"
+def _parameters(rows: Sequence[Row]) -> str:
+    """Of all the places, where a pass changes them."""
+    before, after = sum(row.parameters_before for row in rows), sum(row.parameters_after for row in rows)
+    return f"{before:,} → {after:,} parameters" if before != after else ""
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:
     """What one match of a pass is in the report."""
     steps = ""
     if isinstance(p, OperationalPass) and (p.from_step or p.until_step is not None):
-        steps = f"from {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
+        steps = f"from step {p.from_step}" + (f" until {p.until_step}" if p.until_step is not None else "")
     return Row(
         pass_name=p.name,
         fqn=region.name(match.path) or "the model",
@@ -211,6 +214,7 @@ def coverages(
     misses: Sequence[tuple[str, str, str]],
     absent: Sequence[tuple[str, str, str]],
     gone: Collection[str],
+    single: Collection[str],
 ) -> tuple[Coverage, ...]:
     """What passes reach of a model, each once.
 
@@ -218,13 +222,15 @@ def coverages(
         regions: as they were.
         unclean: the modules that are no regions, and why.
         misses, absent: (pass, full name of a place or region, reason) of what is left there.
-        gone: the full names of parameters that passes take away.
+        gone: the full names of parameters that passes take away, with nothing in their place.
+        single: the regions that are single linears, whose surroundings say more than they.
     """
     left = _by_name(unclean)
     matrices = matrices_of(model, regions, left)
     stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
     made = {name for row in rows for name in row.reaches or () if name not in stock}
     untraced = _untraced(left)
+    around = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
     found = []
     for p in passes:
         if p.covers:
@@ -236,11 +242,18 @@ def coverages(
             # What another pass has made stands for the matrix that was there.
             places = [name.rpartition(".")[0] if name in made else name for name in reached]
             missed = {place: p.spares for place, reaches in own if reaches is not None} | missed
-            reasons = {**untraced, **{fqn: why for name, fqn, why in absent if name == p.name}, **missed}
+            nothing = {fqn: why for name, fqn, why in absent if name == p.name}
+            reasons = {
+                **untraced,
+                **{fqn: why for fqn, why in nothing.items() if fqn not in single},
+                **missed,
+            }
             named = {*(place for place, _ in own), *missed}
-            found.append(
-                coverage(p.name, p.covers, matrices, p.takes, places, reasons, p.promises, gone, named)
+            reach = coverage(
+                p.name, p.covers, matrices, p.takes, places, reasons, nothing, p.promises, gone, named
             )
+            unmet = _unmet(p, {**around, **{place: around.get(place, "") for place in named}})
+            found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet))
     return tuple(found)
 
 
@@ -252,6 +265,18 @@ def _by_name(unclean: Mapping[str, str]) -> dict[str, str]:
 def _untraced(left: Mapping[str, str]) -> dict[str, str]:
     """The same as reasons why a matrix is left."""
     return {place: f"not traced: {why}" for place, why in left.items()}
+
+
+def _unmet(p: Pass, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Which selectors of a pass take none of some modules, by name and class."""
+    given = dict.fromkeys((*p.targets, *p.ignore))
+    return tuple(one for one in given if not any(selected((one,), (), *module) for module in names.items()))
+
+
+def _where(p: Pass) -> str:
+    """Where a pass may act, as text."""
+    where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
+    return where + (f" without {list(p.ignore)}" if p.ignore else "")
 
 
 def no_match(
@@ -272,8 +297,7 @@ def no_match(
         unclean: the modules that are no regions, and why.
         gone: the full names of parameters that passes take away.
     """
-    where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
-    where += f" without {list(p.ignore)}" if p.ignore else ""
+    where = _where(p)
     everywhere = replace(p, targets=("*",), ignore=())
     left_out = [(region, match.path) for region in regions for match in everywhere.plan(region).matches]
     if left_out and not any(planned.misses for planned in plans):
@@ -295,17 +319,13 @@ def no_match(
     }
     left = _by_name(unclean)
     around = _untraced(left)
-    reasons = {**absent, **around}
-    for region in regions:  # of a single linear its surroundings say more
-        inside = any(region.fqn.startswith(f"{place}.") or not place for place in around)
-        if region.fqn in absent and inside and is_linear(region.module):
-            del reasons[region.fqn]
-    reasons |= dict(missed)
-    found = (
-        left_alone(p.covers, matrices_of(model, traced, left), p.takes, reasons, gone, dict(missed))
-        if p.covers
-        else []
-    )
+    single = {region.fqn for region in regions if is_linear(region.module)}
+    own = {place: why for place, why in absent.items() if place not in single}
+    reasons = {**own, **around, **dict(missed)}
+    found = []
+    if p.covers:
+        matrices = matrices_of(model, traced, left)
+        found = left_alone(p.covers, matrices, p.takes, reasons, absent, gone, dict(missed))
     found = found or [*missed, *absent.items(), *around.items()]
     here = [
         (_shown(model, place, place not in dict(missed)), why)
@@ -313,9 +333,9 @@ def no_match(
         if why != around.get(place)
     ]
     there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
-    text = f"{p.name} matches nothing{where}. "
-    text += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
-    return text + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    said = f"{p.name} matches nothing{where}. "
+    said += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
+    return said + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
 
 
 def _shown(model: nn.Module, place: str, with_class: bool) -> str:

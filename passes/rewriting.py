@@ -28,7 +28,7 @@ from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
 from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
 from act24.passes.graph.sites import Lowered, Site
-from act24.passes.graph.stock_state import Change, from_stock, to_stock
+from act24.passes.graph.stock_state import Change, freeze_beside_, from_stock, to_stock
 from act24.passes.graph.tracing import trace
 from act24.passes.graph.watched import Fact
 from act24.passes.left_out import left_out
@@ -97,12 +97,11 @@ class Rewriting:
             gone = site.traced.parameters.keys() - site.base.parameters.keys()
             refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
         counts = figures(model, [site.traced for site in self._sites], base, lowered)
-        checked = str(self._check) if self._check else "nothing was checked: check=False"
         self.report = Report(
             tuple(self._rows),
             tuple(self._misses),
             **counts,
-            checked=checked,
+            checked=str(self._check) if self._check else "nothing was checked: check=False",
             coverage=self._coverage(),
             unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
         )
@@ -124,15 +123,15 @@ class Rewriting:
 
     def _coverage(self) -> tuple[Coverage, ...]:
         regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        gone = self._replaced_names()
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone)
+        single, gone = {r.fqn for r in regions if is_linear(r.module)}, self._replaced_names()
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
 
     def _replaced_names(self) -> set[str]:
-        """The full names of parameters that passes take away."""
-        return {
+        return {  # of what stands for a parameter as factors, passes behind may reach something
             site.traced.name(name)
             for site in self._sites
             for name in site.traced.parameters.keys() - site.base.parameters.keys()
+            if not any(spec.factor and made.startswith(name) for made, spec in site.base.parameters.items())
         }
 
     @property
@@ -180,6 +179,8 @@ class Rewriting:
             recompile_(site.traced.module, site.module)
             # Or the plan would keep the stock tensors alive that a pass replaced.
             site.traced.module = site.base.module = site.module  # type: ignore[assignment]
+        alone = {p.name for p in self._structural if p.freezes}
+        freeze_beside_(self._model, [change for change in self.changes if change.pass_name in alone])
         matched = {row.pass_name for row in self.report.rows}
         changed = [p for p in self._passes if p.name in matched and not p.keeps_function]
         refuse_to_save_(self._model, changed)
@@ -404,8 +405,7 @@ class Rewriting:
             if report and not p.observes:
                 self._rows += [row(p, region, match) for match in planned.matches]
                 self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]
-                if not is_linear(region.module):  # of a single linear its surroundings say more
-                    self._absent += [(p.name, region.fqn, planned.absent)]
+                self._absent += [(p.name, region.fqn, planned.absent)]
 
     def _claim(self, p: Pass, site: Site, region: Region, matches: tuple[Match, ...]) -> None:
         """One structural pass a place: the second would take apart what the first one built."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, Scope, linear_sites, no_linear, takes, tied
+from act24.passes.graph.linear_sites import LinearSite, Scope, free_linears, no_linear, roles_in, tied
 from act24.passes.graph.region import Region
 from act24.pruning.stored import packed_bits
 
@@ -48,14 +48,13 @@ class SparseMask(StructuralPass):
     scope: Scope = "all"
     masks: Literal["saved", "zeros"] = "saved"
 
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return roles_in(self.scope)
+
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for site in linear_sites(region, factors=True):
-            if not takes(self, self.scope, region, site):
-                continue
-            if site.obstacle:
-                misses.append((site.path, site.obstacle))
-                continue
+        for site in free_linears(self, self.scope, region, misses, factors=True):
             spec = region.parameters[site.weight]
             if spec.shared:
                 misses.append((site.path, tied(spec.shared[0])))

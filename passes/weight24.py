@@ -32,11 +32,11 @@ from act24.passes.graph.linear_sites import (
     RESIZE,
     LinearSite,
     Scope,
+    free_linears,
     frozen,
-    linear_sites,
     no_linear,
     read_past,
-    takes,
+    roles_in,
     tied,
 )
 from act24.passes.graph.normal_form import replace_node
@@ -122,7 +122,7 @@ class Weight24(OperationalPass):
 
     @property
     def covers(self) -> tuple[str, ...]:
-        return ("attn", "mlp") if self.scope == "all" else (self.scope,)
+        return roles_in(self.scope)
 
     @property
     def record(self) -> WeightMethod:
@@ -209,12 +209,7 @@ class Weight24(OperationalPass):
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for site in linear_sites(region, factors=True):
-            if not takes(self, self.scope, region, site):
-                continue
-            if site.obstacle:
-                misses.append((site.path, site.obstacle))
-                continue
+        for site in free_linears(self, self.scope, region, misses, factors=True):
             spec = region.parameters[site.weight]
             if wrong := self.record.wrong_size(site.shape):
                 shown = " × ".join(map(str, site.shape))
@@ -243,10 +238,10 @@ class Weight24(OperationalPass):
     def _products_text(self, site: LinearSite) -> str:
         sparse = ", ".join(_SYMBOLS[product] for product in self._sparse_in(site.shape))
         if not self.in_fp8(site.shape):
-            return f"2:4 weight, {self.method}; 2:4 in {sparse}"
+            return f"2:4 {self.method}; 2:4 in {sparse}"
         if sparse:
-            return f"2:4 weight, {self.method}; e4m3 in y, dX; 2:4 in {sparse}"
-        return f"2:4 weight, {self.method}; e4m3 in y, dX, dW"
+            return f"2:4 {self.method}; e4m3 in y, dX; 2:4 in {sparse}"
+        return f"2:4 {self.method}; e4m3 in y, dX, dW"
 
     def _note(self, site: LinearSite) -> str:
         notes, sparse = [], self._sparse_in(site.shape)

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # No deadline: the first example compiles or imports, and the machine is shared. In CI the examples are fixed.
 settings.register_profile("act24", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("act24")
+
+
+_CASES = pytest.StashKey[Counter[tuple[str, str]]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Counted before `-m` leaves any out."""
+    config.stash[_CASES] = Counter((item.path.name, item.name.partition("[")[0]) for item in items)
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Counter[tuple[str, str]]:
+    """How many cases each test has of the files that this session was given, by file and test."""
+    return request.config.stash[_CASES]
 
 
 @pytest.fixture(autouse=True)

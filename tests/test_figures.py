@@ -10,6 +10,8 @@ import pytest
 
 from act24.errors import Act24Error
 from act24.tools.bench.keep import NEEDED, keep
+from act24.tools.bench.kernel_groups import CASTS
+from act24.tools.commands.show import limit_table
 
 ROOT = Path(__file__).parents[1]
 ROWS = json.loads((ROOT / "docs/results/kernels.json").read_text(encoding="utf-8"))
@@ -19,6 +21,42 @@ PEER = "step, 7b, bfloat16, 8 rows, act24"
 
 def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
+
+
+LIMIT = json.loads((ROOT / "docs/results/step-limit.json").read_text(encoding="utf-8"))
+
+
+def test_where_the_rest_of_a_step_goes_is_what_was_measured():
+    """The table as the command prints it; its groups and gaps add up to the step."""
+    page = read("docs/results/training-speed.md")
+    assert limit_table(LIMIT, "relu2-act24") in page
+    assert LIMIT["commit"] in page
+    assert f"{LIMIT['copy_gb_s'] / 1000:.2f} TB/s" in page
+    what_is_left = page.partition("| what | 130m, ms |")[2].partition("So the cheapest")[0]
+    left = {}
+    for side in LIMIT["sides"]:
+        groups = {group["group"]: group for group in side["groups"]}
+        assert sum(group["ms"] for group in groups.values()) == pytest.approx(side["kernels_ms"], rel=2e-3)
+        assert side["kernels_ms"] + side["gaps_ms"] == pytest.approx(side["ms"])
+        limits = sum(group["limit_ms"] for group in groups.values())
+        assert f"{limits / side['ms']:.0%}" == "76%"
+        for name, group in groups.items():
+            if f"| {name} | " in what_is_left:
+                left.setdefault(name, []).append(f"{group['ms'] - group['limit_ms']:.2f}")
+        moved = [k["ms"] for k in groups[CASTS]["kernels"] if "clone_transpose" in k["name"]]
+        left.setdefault("copies between layouts, around attention", []).append(f"{sum(moved):.2f}")
+    assert {"attention", "norms and elementwise", "softmax of the head"} <= {*left}
+    for name, figures in left.items():
+        assert f"| {name} | {' | '.join(figures)} | " in what_is_left
+
+
+def test_adamw_in_one_pass_is_told_as_it_was_timed():
+    one, fused = (r for r in ROWS if r["name"].startswith("AdamW in one pass"))
+    page = " ".join(read("docs/results/kernels.md").split())
+    assert f"{one['ours']} ms beside {fused['other']} for 1,072M parameters, at 4.17 TB/s" in page
+    assert f"{one['other']} in the several passes before" in page
+    assert 1072e6 * 22 / one["ours"] / 1e9 == pytest.approx(4.17, abs=0.03)
+    assert f"{one['ratio']:.1f} times as fast in one pass" in " ".join(read("README.md").split())
 
 
 def ratios(name: str, unit: str = "ms", beside: str | None = None) -> list[float]:
@@ -179,3 +217,16 @@ def test_rows_are_added_with_what_they_are_of(tmp_path):
     new.write_text("{}")
     with pytest.raises(Act24Error, match="expected a list of rows"):
         keep(new, file)
+
+
+def test_the_first_edition_beside_this_one_is_of_the_rows():
+    rows = json.loads(read("docs/results/before-and-after.json"))["rows"]
+    ratios = {row["name"]: f"{row['here'] / row['there']:.3f}" for row in rows}
+    text = re.sub(r"\s+", " ", read("docs/results/training-speed.md"))
+    steps = [ratio for name, ratio in ratios.items() if name.startswith("step")]
+    titles = ("130m, 256 rows", "350m, 128 rows", "350m LORO", "1b CoLA, 64 rows")
+    quoted = "; ".join(f"{title} {ratio}" for title, ratio in zip(titles, steps, strict=True))
+    assert f"Whole steps, new over old: {quoted}." in text
+    ours = [r for name, r in ratios.items() if name.startswith("pack") and "PyTorch" not in name]
+    ours = sorted(float(ratio) for ratio in ours)
+    assert f"{ours[0]:.3f} to {ours[-3]:.3f}, and {ours[-1]:.2f} where MVUE draws" in text

@@ -38,6 +38,7 @@ def cast_both_ways(
     narrow: bool = True,
     turned: bool = True,
     kernels: bool = True,
+    counter: Tensor | None = None,
 ) -> CastE4m3:
     """A matrix in e4m3 over scales that bring the largest magnitudes of now to 448: nothing is too large, and
     no state is kept.
@@ -50,6 +51,8 @@ def cast_both_ways(
         scaling, turned_scaling: of the matrix, and of its transpose.
         narrow, turned: which of the two to make.
         kernels: by kernels, where the device has them.
+        counter: float32 `[2]`, to which is added, in place, how many entries that are not zero were cast, and
+            how many of them became zero.
     """
     find, cast = form("largest_magnitudes", kernels), form("cast_e4m3", kernels)
     by_row = narrow and scaling == "rowwise"
@@ -59,5 +62,7 @@ def cast_both_ways(
     one = scales_of(found.amax(0, keepdim=True) if len(found) else found.new_zeros(1))
     scale = scales_of(rows) if by_row else one
     turned_scale = scales_of(columns) if by_column else one
-    results = cast(matrix, scale if narrow else None, turned_scale if turned else None)
-    return CastE4m3(results[0], scale, results[1], turned_scale)
+    made = cast(matrix, scale if narrow else None, turned_scale if turned else None, counter is not None)
+    if counter is not None:
+        counter.add_(made[2])
+    return CastE4m3(made[0], scale, made[1], turned_scale)

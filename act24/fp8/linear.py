@@ -81,6 +81,8 @@ class _LinearFp8(torch.autograd.Function):
         scaling: Scaling,
         training: bool,
         kernels: bool,
+        counter: Tensor | None,
+        exact_grad_x: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = cast_both_ways(x, scaling, scaling, turned=training, kernels=kernels)
         narrow, scale = ready[:2] if ready else cast_weight(weight, scaling, False, kernels)[:2]
@@ -89,11 +91,12 @@ class _LinearFp8(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ready, ctx.scaling, _, ctx.kernels = inputs
+        x, weight, _, ready, ctx.scaling, _, ctx.kernels, ctx.counter, ctx.exact_grad_x = inputs
         _, turned, turned_scale = output
         ctx.mark_non_differentiable(turned, turned_scale)
         # A weight that is not cast yet is cast again in backward: where it is sharded, nothing of it is kept.
-        ctx.save_for_backward(turned, turned_scale, *(ready[2:] if ready else (weight,)))
+        kept = ready[2:] if ready and not ctx.exact_grad_x else (weight,)
+        ctx.save_for_backward(turned, turned_scale, *kept)
         ctx.dtypes = x.dtype, weight.dtype
 
     @staticmethod
@@ -102,17 +105,23 @@ class _LinearFp8(torch.autograd.Function):
         turned, turned_scale, *rest = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_y, multiply = grad_y.contiguous(), form("product_e4m3", ctx.kernels)
-        grad = cast_both_ways(grad_y, ctx.scaling, ctx.scaling, need_x, need_weight, ctx.kernels)
+        by_feature: Scaling = "rowwise" if ctx.exact_grad_x else ctx.scaling
+        given = (ctx.scaling, by_feature, need_x and not ctx.exact_grad_x, need_weight)
+        grad = cast_both_ways(grad_y, *given, ctx.kernels, ctx.counter) if any(given[2:]) else None
         grad_x = grad_weight = None
-        if need_x:
+        if need_x and ctx.exact_grad_x:
+            grad_x = grad_y @ rest[0]
+        elif need_x:
+            assert grad is not None
             if len(rest) == 1:
                 weight = cast_both_ways(rest[0], ctx.scaling, ctx.scaling, narrow=False, kernels=ctx.kernels)
                 rest = [weight.turned, weight.turned_scale]
             grad_x = cast(multiply(grad.narrow, rest[0], grad.scale, rest[1]), ctx.dtypes[0])
         if need_weight:
+            assert grad is not None
             grad_weight = multiply(grad.turned, turned, grad.turned_scale, turned_scale)
             grad_weight = cast(grad_weight, ctx.dtypes[1])
-        return grad_x, grad_weight, grad_y.sum(0) if need_bias else None, *(None,) * 4
+        return grad_x, grad_weight, grad_y.sum(0) if need_bias else None, *(None,) * 6
 
 
 @operation
@@ -126,6 +135,8 @@ def linear_fp8(
     turned_scale: Tensor | None = None,
     scaling: Scaling = "rowwise",
     kernels: bool = True,
+    counter: Tensor | None = None,
+    exact_grad_x: bool = False,
 ) -> Tensor:
     """A linear in e4m3: y = x Wᵀ + b, dX = G W, dW = Gᵀ x, each product rounded to bfloat16.
 
@@ -138,6 +149,11 @@ def linear_fp8(
         scaling: `"rowwise"`: a scale for each row of an operand, that is for each token in y and dX, for each
             feature in dW; `"tensorwise"`: one for each tensor.
         kernels: by kernels and cuBLAS, where the device has them; False for plain PyTorch.
+        counter: float32 `[2]`, to which backward adds what becomes zero of the gradient of y, as
+            `act24.fp8.casts.cast_both_ways` counts it; None: nothing is counted.
+        exact_grad_x: dX is a product in the dtype of x, and in dW the gradient has a scale for each feature.
+            For the head: beside its target's entry the probabilities of most words are too small for e4m3,
+            and what is missing of them in dX points the same way for every token.
 
     Returns:
         `[..., out]` in the dtype of x. It can be differentiated once. A token with NaN or infinity comes out
@@ -157,7 +173,9 @@ def linear_fp8(
     # On a CPU the operators are their references.
     kernels = uses_kernels(x.device, kernels)
     rows = cast_x.reshape(-1, cast_x.shape[-1])
-    y, _, _ = _LinearFp8.apply(rows, cast_w, cast_bias, ready, scaling, training, kernels)
+    y, _, _ = _LinearFp8.apply(
+        rows, cast_w, cast_bias, ready, scaling, training, kernels, counter, exact_grad_x
+    )
     return y.view(*x.shape[:-1], len(weight))
 
 

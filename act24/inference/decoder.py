@@ -88,7 +88,7 @@ class Decoder:
                 device.
             choice: how every block of a step multiplies. None: on a CUDA device, for each number of rows and
                 each block, what is fastest; elsewhere `DENSE`. Measuring costs a compilation of each kind of
-                block for each choice that is tried, six at most, and two more captures of a step.
+                block for each choice that is tried, six at most, and three more captures of a step.
             memory: bytes of a CPU's machine, beyond which a batch is refused; None: not looked at.
             table: what a tuner found of the products of prompts with 2:4 weights on this device. They are 2:4
                 where it has them faster, unless `choice` leaves weights dense, and without a `choice` where
@@ -215,7 +215,7 @@ class Decoder:
         return self.plans[batch.rows]
 
     def _fastest(self, batch: Batch, sampling: Sampling) -> Plan:
-        """Each block as it is fastest by itself, or all of them dense, whichever step is faster."""
+        """Each block as it is fastest by itself, or all without sparsity, whichever step is faster."""
         dense = (DENSE,) * len(self._blocks)
         tried = {DENSE: self._block_seconds(batch, DENSE)}
         fused = False
@@ -235,8 +235,10 @@ class Decoder:
         mixed = tuple(min(tried, key=lambda c: tried[c][block]) for block in range(len(dense)))
         if mixed == dense:
             return dense
+        plain = (Choice(fused=fused, streamed=streamed),) * len(dense)
         self.times[batch.rows] = times = {
-            plan: self._seconds(batch, self._captured(batch, sampling, plan)) for plan in (dense, mixed)
+            plan: self._seconds(batch, self._captured(batch, sampling, plan))
+            for plan in dict.fromkeys((mixed, plain, dense))
         }
         return min(times, key=lambda plan: times[plan])
 

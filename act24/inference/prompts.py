@@ -61,6 +61,7 @@ class PromptForms:
     """How the blocks of a model compute chunks of prompts.
 
     Attributes:
+        table: what a tuner found of 2:4 products on this device.
         taken: by rows and tokens of a chunk, the products that were measured to be faster, or none.
         times: by rows and tokens of a chunk, its seconds dense, and with 2:4 products.
     """
@@ -77,11 +78,11 @@ class PromptForms:
         """
         Args:
             sparse: shapes `[N, K]` of the weights that are 2:4, and may be multiplied so.
-            table: what a tuner found of their products on this device.
+            table: as the attribute.
             dtype, device: of what goes through.
             measures: which form is faster.
         """
-        self._blocks, self._sparse, self._table, self._measures = blocks, sparse, table, measures
+        self._blocks, self._sparse, self.table, self._measures = blocks, sparse, table, measures
         self._dtype, self._device = dtype, device
         self._dense = cached_layers(blocks)
         self._by_products: dict[tuple[tuple[tuple[int, int], int], ...], list[LayerForm]] = {}
@@ -102,7 +103,7 @@ class PromptForms:
         if (rows, _size(tokens)) in self.taken:
             return self.taken[rows, _size(tokens)]
         found = {
-            shape: prompt_algorithm(rows * tokens, shape, self._table, self._dtype, self._device)
+            shape: prompt_algorithm(rows * tokens, shape, self.table, self._dtype, self._device)
             for shape in self._sparse
         }
         return {shape: algorithm for shape, algorithm in found.items() if algorithm is not None}

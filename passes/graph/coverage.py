@@ -69,12 +69,15 @@ class Coverage:
 
     Attributes:
         pass_name: of the pass.
-        scope: what its name promises, in words; "other" are linears that `targets` names, and those of which
-            nobody knows what they are for.
-        reached, total: elements of matrices in that scope.
+        scope: what its name promises, and what else it means, in words; "other" are linears that `targets`
+            names, and those of which nobody knows what they are for.
+        reached, total: elements of matrices in that scope, as far as targets and ignore leave it.
         left: (names, share, reason) of what it leaves there, the largest group first; behind them what is no
             part of the scope: routers, and linears beside those that it reaches.
         promised: the pass means to reach all of it; else the share is for information.
+        optional: the pass does not insist: less is no error, and no warning.
+        where: the targets and what is ignored, in words, where the pass has any.
+        unmet: selectors among these that name no module.
     """
 
     pass_name: str
@@ -83,10 +86,23 @@ class Coverage:
     total: int
     left: tuple[tuple[str, float, str], ...]
     promised: bool = True
+    optional: bool = False
+    where: str = ""
+    unmet: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is less than what was promised."""
+        return self.promised and (self.reached < self.total or bool(self.unmet))
 
     def __str__(self) -> str:
-        share = f"{self.reached / self.total:.0%}" if self.total else "none"
-        text = f"{self.pass_name} reaches {share} of the {self.scope} matrices"
+        text = f"{self.pass_name} finds no {self.scope} matrices{self.where}"
+        if self.total:
+            # What is left does not round to nothing.
+            share = f"{min(round(100 * self.reached / self.total), 100 - (self.reached < self.total))}%"
+            text = f"{self.pass_name} reaches {share} of the {self.scope} matrices{self.where}"
+        if self.unmet:
+            text += f"; no module is named {listed(self.unmet)}: correct that, or leave it out"
         if self.left:
             text += "; left: " + "; ".join(
                 f"{names} {f'{share:.0%} ' if share else ''}({reason})" for names, share, reason in self.left
@@ -116,10 +132,13 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
             role = _role_beside(path, around, regions, untraced)
         if "expert" in path and role == "other":
             role = "mlp"
-        owner = around[path]
-        parts = path.split(".")
+        linear = path.partition(".parametrizations.")[0]
+        owner, parts = around[linear], linear.split(".")
         outside = {".".join(parts[:end]) for end in range(len(parts) + (not is_linear(owner)))}
-        unknown = role == "other" and _calls_linear(owner) and not outside.isdisjoint(untraced)
+        # A linear that computes its weight makes no region by itself, and has no reason why.
+        stored = owner._parameters.get("weight") is not None
+        hidden = isinstance(owner, nn.Linear) and not stored and name not in inside
+        unknown = role == "other" and _calls_linear(owner) and (hidden or not outside.isdisjoint(untraced))
         unknown = unknown and _NEITHER.search(path) is None
         stacked, region = parameter.ndim > 2, inside.get(name)
         found.append(
@@ -132,7 +151,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 stacked,
                 region,
                 unknown,
-                computed=name in made,
+                computed=hidden or name in made,
             )
         )
     return found
@@ -169,6 +188,7 @@ def coverage(
     selects: Callable[[str, str], bool],
     reached: Iterable[str],
     reasons: Mapping[str, str],
+    otherwise: Mapping[str, str],
     promised: bool = True,
     gone: Collection[str] = (),
     named: Collection[str] = (),
@@ -180,9 +200,10 @@ def coverage(
         selects: whether its targets and what it ignores let it act on a module, by name and class.
         reached: the full names of the places that it rewrites.
         reasons: by full name of a place or module, why it is left.
+        otherwise: the same, of linears around which nothing has a reason.
         promised: as in `Coverage`.
-        gone: the names of matrices that passes take away; those that this one does not reach are no concern
-            of its.
+        gone: the names of matrices that passes take away, with nothing in their place; those that this one
+            does not reach are no concern of its.
         named: the full names of modules that it means, whatever they are for.
     """
     roles = tuple(scope)
@@ -192,13 +213,13 @@ def coverage(
     for matrix in matrices:
         if not _meant(matrix, roles, selects, named):
             continue
-        seen.add(matrix.role if matrix.role in roles else "other")
+        seen.add(matrix.role if matrix.role in _NAMES else "other")
         if any(_within(matrix, place) for place in hit):
             done += matrix.numel
             continue
         if matrix.name in gone:
             continue
-        key = (pattern(matrix.name), _reason(matrix, reasons)[1])
+        key = (pattern(matrix.name), _reason(matrix, reasons, otherwise)[1])
         left[key] = left.get(key, 0) + matrix.numel
         alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))
     total = done + sum(left.values())
@@ -223,7 +244,7 @@ def coverage(
     )
     if beside and promised:
         shown += ((listed(list(beside)), 0.0, _BESIDE),)
-    *first, last = (_NAMES[role] for role in ((*roles, "other") if "other" in seen else roles))
+    *first, last = (text for role, text in _NAMES.items() if role in roles or role in seen)
     words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)
 
@@ -233,6 +254,7 @@ def left_alone(
     matrices: Sequence[Matrix],
     selects: Callable[[str, str], bool],
     reasons: Mapping[str, str],
+    otherwise: Mapping[str, str],
     gone: Collection[str] = (),
     named: Collection[str] = (),
 ) -> list[tuple[str, str]]:
@@ -240,7 +262,7 @@ def left_alone(
     reason lies. Arguments as for `coverage`."""
     roles = tuple(scope)
     meant = [m for m in matrices if m.name not in gone and _meant(m, roles, selects, named)]
-    return list(dict.fromkeys(_reason(matrix, reasons) for matrix in meant))
+    return list(dict.fromkeys(_reason(matrix, reasons, otherwise) for matrix in meant))
 
 
 def _meant(
@@ -258,7 +280,7 @@ def _within(matrix: Matrix, place: str) -> bool:
     return False
 
 
-def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> tuple[str, str]:
+def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, str]) -> tuple[str, str]:
     """The place that has the reason why a matrix is left, and the reason."""
     if matrix.stacked:
         return matrix.path, STACKED
@@ -268,7 +290,7 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str]) -> tuple[str, str]:
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(place := ".".join(parts[:end])):
             return place, reason
-    return matrix.path, _UNREAD
+    return matrix.path, otherwise.get(matrix.path) or _UNREAD
 
 
 def pattern(name: str) -> str:

@@ -134,6 +134,29 @@ def takes(p: Pass, scope: Scope, region: Region, site: LinearSite) -> bool:
     return inside and p.selects(region, site.path)
 
 
+def roles_in(scope: Scope) -> tuple[Role, ...]:
+    """The roles that a scope means."""
+    return ("attn", "mlp") if scope == "all" else (scope,)
+
+
+def free_linears(
+    p: Pass, scope: Scope, region: Region, misses: list[tuple[str, str]], factors: bool = False
+) -> Iterator[LinearSite]:
+    """The linears that a pass takes (`takes`) and nothing keeps as they are.
+
+    Args:
+        misses: gets those that something does, by path, and what.
+        factors: as `linear_sites` has it.
+    """
+    for site in linear_sites(region, factors):
+        if not takes(p, scope, region, site):
+            continue
+        if site.obstacle:
+            misses.append((site.path, site.obstacle))
+        else:
+            yield site
+
+
 #: What to do about a size that is no multiple of what is wanted.
 RESIZE = "make it one, or leave it out with ignore"
 
@@ -210,7 +233,7 @@ class FactorisingPass(StructuralPass):
 
     @property
     def covers(self) -> tuple[str, ...]:
-        return ("attn", "mlp") if self.scope == "all" else (self.scope,)
+        return roles_in(self.scope)
 
     def plan(self, region: Region) -> Plan:
         sites = [site for site in linear_sites(region) if takes(self, self.scope, region, site)]
@@ -230,7 +253,9 @@ class FactorisingPass(StructuralPass):
                 misses.append((site.path, FROZEN))
         left = {path for path, _ in misses}
         free = [site for site in sites if site.path not in left]
-        matches = tuple(self._match(region, site, self._rank(region, site)) for site in free)
+        matches = tuple(
+            self._noted(region, self._match(region, site, self._rank(region, site))) for site in free
+        )
         return Plan(matches, tuple(misses), absent=no_linear(self, region, self.scope))
 
     def _rank(self, region: Region, site: LinearSite) -> int:
@@ -248,7 +273,18 @@ class FactorisingPass(StructuralPass):
             )
         return rank
 
+    def _noted(self, region: Region, match: Match) -> Match:
+        """A match with a word on what becomes of a weight that is frozen."""
+        site, specs = match.nodes
+        if region.parameters[site.weight].requires_grad:
+            return match
+        trains = any(spec.requires_grad for spec in specs.values())
+        return replace(
+            match, note="its weight was frozen, its factors train" if trains else "its factors stay frozen"
+        )
+
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
+        """The match of a linear; its nodes are the site, and what takes the place of its weight."""
         raise NotImplementedError
 
 

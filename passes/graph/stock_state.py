@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.passes.base import StateMap
@@ -87,3 +87,14 @@ def _take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tenso
     if missing := [fqn for fqn in names.values() if fqn not in state]:
         raise PassError(f"the state dict has no {missing[0]}: give one of the whole model")
     return {name: state.pop(fqn) for name, fqn in names.items()}
+
+
+def freeze_beside_(model: nn.Module, changes: Sequence[Change]) -> None:
+    """Let nothing of a rewritten model train but what some changes have made; without changes all stays."""
+    made = set[int]()
+    for change in changes:
+        held = dict(change.region.module.named_parameters())
+        made |= {id(held[name]) for name in {*change.state.creates} - {*change.state.removes} if name in held}
+    for parameter in model.parameters() if changes else ():
+        if id(parameter) not in made:
+            parameter.requires_grad_(False)

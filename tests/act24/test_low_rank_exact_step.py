@@ -203,7 +203,7 @@ def test_balance_is_the_ratio_of_norms():
         ({"direction_in": torch.zeros(2, 5, 3)}, r"as the factors are, got \[2, 5, 3\]"),
         ({"direction_out": torch.zeros(7, 3)}, r"and \[7, 3\]"),
         ({"lr": -0.1}, "lr has to be 0 or more"),
-        ({"lr": float("nan")}, "lr has to be 0 or more, got nan"),
+        ({"lr": float("nan")}, "lr has to be finite and 0 or more, got nan"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(change, named):

@@ -52,7 +52,7 @@ def test_what_fits_is_taken_as_it_is():
         ("backward", ["dense"], "choose from dense, sparse"),
         ("ratio", 1.0, "0 or more and below 1, got 1.0"),
         ("ratio", -1e-9, "0 or more"),
-        ("ratio", math.nan, "got nan"),
+        ("ratio", math.nan, "has to be finite and 0 or more and below 1, got nan"),
         ("ratio", "0.1", "a number, got '0.1'"),
         ("ratio", True, "a number, got True"),
         ("scale", math.inf, "finite, got inf"),

@@ -193,13 +193,13 @@ def test_activation24_goes_along_unless_it_says_otherwise() -> None:
 WEIGHT24 = {
     "dense gradient": (
         Weight24(method="ste"),
-        "2:4 weight, ste; 2:4 in y",
-        "2:4 weight, ste; e4m3 in y, dX, dW",
+        "2:4 ste; 2:4 in y",
+        "2:4 ste; e4m3 in y, dX, dW",
     ),
     "drawn": (
         Weight24(),
-        "2:4 weight, transposable; 2:4 in y, dX, dW",
-        "2:4 weight, transposable; e4m3 in y, dX; 2:4 in dW",
+        "2:4 transposable; 2:4 in y, dX, dW",
+        "2:4 transposable; e4m3 in y, dX; 2:4 in dW",
     ),
 }
 
@@ -249,6 +249,10 @@ def test_what_a_network_makes_zero_of_its_input_is_counted(precision: Literal["f
     assert second == 31 / 32
     assert shares["max"] == second
     assert len(shares) == 4
+    model(tokens()).square().sum().backward()
+    shares = take_underflow_(pipeline)
+    assert len(shares) == 8
+    assert 0 <= shares["gradient/model.layers.0.mlp.up_proj"] <= shares["gradient/max"] < 0.05
 
 
 def test_what_weight24_makes_zero_in_e4m3_is_counted() -> None:
@@ -258,7 +262,7 @@ def test_what_weight24_makes_zero_in_e4m3_is_counted() -> None:
         pipeline = apply_(model, passes)
         losses(model, pipeline, 1)
         shares = take_underflow_(pipeline)
-        assert len(shares) == (2 * len(LINEARS) + 2 if precision == "fp8" else 0)
+        assert len(shares) == (2 * (2 * len(LINEARS) + 2) if precision == "fp8" else 0)
         assert all(0 <= share < 0.05 for share in shares.values())
 
 
@@ -290,7 +294,9 @@ def test_what_becomes_zero_is_counted() -> None:
     pipeline = apply_(model, [Fp8(), ActivationStatistics(optional=True)])
     losses(model, pipeline, 1)
     shares = take_underflow_(pipeline)
-    assert len(shares) == 2 * len(LINEARS) + 2
+    gradients = {name for name in shares if name.startswith("gradient/")}
+    assert {name.removeprefix("gradient/") for name in gradients} == shares.keys() - gradients
+    assert len(gradients) == 2 * len(LINEARS) + 2
     assert all(0 <= share < 0.05 for share in shares.values())
     assert not take_underflow_(pipeline)
     with pipeline.evaluation():

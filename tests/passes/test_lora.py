@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from act24 import apply_, plan
 from act24.errors import PassError
 from act24.passes import Lora, LowRank, MaskedLora, Recompute
-from act24.passes.recovery import freeze_base_, set_masks_
+from act24.passes.recovery import set_masks_
 from tests.passes.test_sparse_mask import IDS, dense_llama, loss_of, pruned_llama
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -52,7 +52,6 @@ def test_at_first_nothing_changes_and_only_adapters_learn(p):
     pipeline = apply_(model, [p])
     if p.name == "masked_lora":
         set_masks_(pipeline, masks)
-    freeze_base_(pipeline)
     assert torch.equal(model(IDS), before)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sites = 14 if p.name == "masked_lora" else 4
@@ -62,12 +61,24 @@ def test_at_first_nothing_changes_and_only_adapters_learn(p):
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
 
 
+def test_only_what_it_makes_trains_and_what_is_optional_freezes_nothing():
+    model = dense_llama()
+    report = apply_(model, [LowRank(scope="mlp", mlp_rank=8), Lora(dropout=0.0)]).report
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"lora_A", "lora_B"}
+    assert {row.note for row in report.rows if row.pass_name == "lora"} == {"all else in the model is frozen"}
+    model = dense_llama()
+    apply_(model, [Lora(targets=("*.none",), optional=True)])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_gradients_of_a_masked_adapter_see_kept_weights_only():
     """dB = s (M ∘ G) Aᵀ with G the gradient of the whole weight, by autograd of the plain formula."""
     model, masks = pruned_llama()
     pipeline = apply_(model, [MaskedLora()])
     set_masks_(pipeline, masks)
     drawn_factors_(model)
+    model.get_parameter(NAME).requires_grad_(True)
     loss_of(model).backward()
     path = NAME.removesuffix("weight")
     a, b = model.get_parameter(f"{path}lora_A"), model.get_parameter(f"{path}lora_B")
@@ -95,7 +106,6 @@ def gradients_of(*passes):
     model = dense_llama()
     pipeline = apply_(model, passes)
     drawn_factors_(model)
-    freeze_base_(pipeline)
     pipeline.begin_update_(0)
     loss_of(model).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

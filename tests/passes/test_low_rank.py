@@ -1,5 +1,7 @@
 """low_rank: parameter counts as published, the function of the factors, the way back, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,6 +264,27 @@ def test_the_target_that_is_proposed_is_another_one():
 @pytest.mark.parametrize("init", ["xavier", "svd"])
 def test_factors_of_a_frozen_weight_train_unless_they_are_that_weight(init):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
-    apply_(model, [LowRank(attn_rank=2, mlp_rank=2, init=init, targets=("0",))])
+    report = apply_(model, [LowRank(attn_rank=2, mlp_rank=2, init=init, targets=("0",))]).report
+    said = {"xavier": "its weight was frozen, its factors train", "svd": "its factors stay frozen"}
+    assert [row.note for row in report.rows] == [said[init]]
+    assert not model[0].bias.requires_grad
     factors = [p.requires_grad for name, p in model.named_parameters() if "weight_" in name]
     assert factors == [init == "xavier"] * 2
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        Cola(attn_rank=2, mlp_rank=2),
+        Lost(attn_rank=2, mlp_rank=2),
+        Lost(attn_rank=2, mlp_rank=2, bottleneck="none"),
+    ],
+)
+def test_factors_of_a_frozen_weight_train_where_they_compute_something_else(passed):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
+    with pytest.raises(PassError, match="frozen: name it in targets"):
+        plan(model, [passed])
+    (row,) = apply_(model, [replace(passed, targets=("0",))]).report.rows
+    assert row.note == "its weight was frozen, its factors train"
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {name for name, _ in model.named_parameters() if name.startswith("0.weight_")}

@@ -1,6 +1,7 @@
 """recompute: the same gradients and names, and less kept for backward than by CoLA-M, 2 T D + 7 T R."""
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -189,6 +190,45 @@ def test_what_draws_by_a_function_draws_the_same_again(draw):
     assert "recomputed" in pipeline.modules[0].code
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("passes", MODELS.values(), ids=MODELS)
+def test_the_report_says_what_is_kept(passes):
+    """As autograd's own hooks count it; without the pass at least so many."""
+    width = 64
+    model = llama(layers=1, hidden_size=width, intermediate_size=96, num_attention_heads=4)
+    (row,) = [row for row in plan(model, [*passes, Recompute()]).rows if row.pass_name == "recompute"]
+    after, before = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", row.note))
+    kept, count = kept_elements(passes, width, 4)
+    assert after * count == kept_elements([*passes, Recompute()], width, 4)[0]
+    assert after < before <= kept / count
+
+
+def test_of_lone_linears_it_says_how_little_is_spared():
+    class Lone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x, flag=False):  # which is not traced
+            return self.down(torch.tanh(self.up(x)))
+
+    def lone():
+        return nn.Sequential(Lone(), Lone())
+
+    cola = Cola(scope="mlp", mlp_rank=4, targets=("*.up", "*.down"))
+    report = plan(lone(), [cola, Recompute()])
+    notes = [row.note for row in report.rows if row.pass_name == "recompute"][:2]
+    # x and the bottleneck behind silu, and not what is in front of it.
+    assert notes == [f"a token keeps {n + 4} values for backward, of {n + 8} or more" for n in (16, 32)]
+    low_rank = LowRank(scope="mlp", mlp_rank=4, targets=("*.up", "*.down"))
+    with pytest.raises(PassError, match="spares nothing, for nothing lies between its bottlenecks"):
+        plan(lone(), [low_rank, Recompute()])
+    report = plan(
+        nn.Sequential(Lone(), *Trunk(lambda: nn.Linear(16, 16)).blocks),
+        [LowRank(scope="mlp", mlp_rank=4, targets=("0.up", "0.down", "*.mlp")), Recompute()],
+    )
+    assert "recompute reaches 33%" in str(report)
 
 
 def test_where_nothing_can_be_computed_again_it_says_so():

@@ -385,8 +385,17 @@ def test_a_network_with_a_frozen_weight_stays_unless_it_is_named() -> None:
     assert (where, reason.partition(":")[0]) == ("blocks.0.mlp", "blocks.0.mlp.gate.weight is frozen")
     model = Trunk(SwiGLU)
     model.blocks[0].mlp.up.requires_grad_(False)
-    assert len(apply_(model, [Relu2FFN(targets=("blocks.*.mlp",))]).report.rows) == 2
+    report = apply_(model, [Relu2FFN(targets=("blocks.*.mlp",))]).report
+    assert [row.note for row in report.rows] == [
+        "fresh: up.weight, down.weight; frozen before, and train: up.weight",
+        "fresh: up.weight, down.weight",
+    ]
     assert all(p.requires_grad for p in model.parameters())  # fresh ones that are frozen would stay as drawn
+    model = Trunk(SwiGLU)
+    model.blocks[0].mlp.up.requires_grad_(False)
+    report = apply_(model, [Relu2FFN(width="keep", targets=("blocks.*.mlp",))]).report
+    assert report.rows[0].note == "weights kept; stay frozen: up.weight"
+    assert not model.blocks[0].mlp.up.weight.requires_grad
 
 
 def test_a_gated_network_with_something_between_says_what_stands_in_the_way() -> None:

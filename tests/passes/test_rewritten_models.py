@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import SwiGLU, Trunk, features, llama, tokens
+from toys import SwiGLU, Trunk, llama, tokens
 
 from act24.errors import Act24Error
 from act24.passes import (
+    REGISTRY,
     Activation24,
+    ActivationStatistics,
     Cola,
     Fp8,
     Lora,
@@ -48,6 +50,14 @@ PASSES: dict[str, Callable[[], list[Pass]]] = {
     "sparse_mask": lambda: [SparseMask()],
     "lora": lambda: [Lora(targets=("*",), dropout=0.0)],
     "masked_lora": lambda: [MaskedLora()],
+    "activation_statistics": lambda: [Relu2FFN(), ActivationStatistics()],
+    "activation24 scales": lambda: [Relu2FFN(), Activation24(method="soft_threshold_weights")],
+    "activation24 measures": lambda: [Relu2FFN(), Activation24(method="soft_dynamic", backward="split_gemm")],
+    "weight24 scales": lambda: [Weight24(method="soft_threshold", precision="fp8")],
+    "weight24 decays": lambda: [Weight24(method="sr_ste")],
+    "recompute lost": lambda: [Lost(**RANKS, bottleneck="relu2"), Activation24(), Recompute()],
+    "recompute low_rank": lambda: [Relu2FFN(), LowRank(**RANKS), Activation24(), Recompute()],
+    "lora low_rank": lambda: [LowRank(scope="mlp", mlp_rank=8), Lora(dropout=0.0)],
 }
 #: In the fast tests are those that change a graph most.
 FAST = ("activation24", "cola activation24", "lost", "weight24", "recompute")
@@ -57,9 +67,10 @@ def ids(rows: int = 2, length: int = 9) -> Tensor:
     return torch.randint(5, 90, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def build(**sizes: Any) -> Any:
+def build(kind: str = "LlamaForCausalLM", **sizes: Any) -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    model = getattr(transformers, kind)
+    config = model.config_class(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -68,7 +79,7 @@ def build(**sizes: Any) -> Any:
         vocab_size=97,
         **sizes,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    return model(config).eval()
 
 
 @pytest.fixture(
@@ -77,6 +88,10 @@ def build(**sizes: Any) -> Any:
 def rewritten(request: pytest.FixtureRequest) -> tuple[Any, Pipeline]:
     model = build()
     return model, apply_(model, PASSES[request.param]())
+
+
+def test_every_pass_is_here() -> None:
+    assert {p.name for make in PASSES.values() for p in make()} == {*REGISTRY}
 
 
 def _pickled(model: Any) -> Any:
@@ -118,7 +133,7 @@ def test_a_pipeline_is_copied_with_its_model(rewritten: Any) -> None:
         one.train()
         of_one.begin_update_(0, ids())
         one(ids()).logits.square().mean().backward()
-        gradients.append([p.grad for p in one.parameters()])
+        gradients.append([p.grad for p in one.parameters() if p.requires_grad])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():
@@ -167,19 +182,31 @@ def test_gradient_checkpointing(rewritten: Any) -> None:
         model.zero_grad()
         pipeline.begin_update_(0, ids())
         model(ids()).logits.square().mean().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         model.gradient_checkpointing_enable()
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_generate_with_every_cache(rewritten: Any) -> None:
-    model, _ = rewritten
+@pytest.mark.parametrize("window", [None, pytest.param(4, marks=pytest.mark.slow)])
+def test_generate_with_every_cache(rewritten: Any, window: int | None) -> None:
+    """Those that transformers makes on a CPU without other packages, of whole attention and of a sliding
+    window."""
+    model, pipeline = rewritten
+    if window is not None:
+        model = build("MistralForCausalLM", sliding_window=window)
+        apply_(model, pipeline.passes)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    without = model.generate(ids(1, 4), **options, use_cache=False)
-    assert without.shape == (1, 9)
+    without = model.generate(ids(1, 7), **options, use_cache=False)
+    assert without.shape == (1, 12)
     for cache in ("dynamic", "static"):
-        assert torch.equal(model.generate(ids(1, 4), **options, cache_implementation=cache), without)
+        assert torch.equal(model.generate(ids(1, 7), **options, cache_implementation=cache), without)
+    if window is None:
+        options |= {"output_logits": True, "return_dict_in_generate": True}
+        fp8 = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+        exact = model.generate(ids(1, 7), **options, use_cache=False).logits[1]
+        found = model.generate(ids(1, 7), **options, **fp8).logits[1]
+        torch.testing.assert_close(found, exact, rtol=0, atol=0.1 * float(exact.abs().max()))
 
 
 def test_export(rewritten: Any) -> None:
@@ -260,35 +287,30 @@ def test_resizing_a_head_that_has_become_factors_is_refused_by_name() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ddp_and_fsdp_after(tmp_path: Any) -> None:
+def test_ddp_and_fsdp_after(rewritten: Any, tmp_path: Any) -> None:
     """One process; their wrappers and what they replace."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    model, pipeline = rewritten
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         gradients = []
         for kind in ("plain", "ddp", "fsdp"):
-            model = Trunk(SwiGLU)
-            torch.manual_seed(0)
-            for p in model.parameters():
-                nn.init.normal_(p, std=0.1)
-            pipeline = apply_(model, [LowRank(scope="mlp", mlp_rank=4), Weight24(scope="mlp")])
-            run: Any = model
+            run, its = copy.deepcopy((model, pipeline))
             if kind == "ddp":
-                run = nn.parallel.DistributedDataParallel(model)
+                run = nn.parallel.DistributedDataParallel(run)
             if kind == "fsdp":
                 mesh = init_device_mesh("cpu", (1,))
-                for block in model.blocks:
+                for block in run.model.layers:
                     fully_shard(block, mesh=mesh)
-                run = fully_shard(model, mesh=mesh)
-            pipeline.begin_update_(0)
-            run(features(3, 16)).square().sum().backward()
-            whole = [
-                p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in run.parameters()
-            ]
-            gradients.append(whole)
+                run = fully_shard(run, mesh=mesh)
+            run.train()
+            its.begin_update_(0, ids(), forward=run, reduce=lambda tensor: tensor, rank=0)
+            run(ids()).logits.square().mean().backward()
+            parameters = [p for p in run.parameters() if p.requires_grad]
+            gradients.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in parameters])
         for other in gradients[1:]:
             for a, b in zip(gradients[0], other, strict=True):
                 torch.testing.assert_close(a, b)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from act24.recipes.load import (
 )
 from act24.recipes.schema import Recipe, Section
 from act24.tools.huggingface.config import config_json
-from act24.tools.run.build import plan_recipe
+from act24.tools.run.build import build, plan_recipe
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -77,12 +76,10 @@ def on_a_model(recipe):
 
 
 def figures(name):
-    """The resolved recipe, and its plan with one block standing for all: they are equal."""
+    """The resolved recipe, and its plan."""
     recipe = load_recipe(name)
     pipeline = plan_recipe(on_a_model(recipe))
-    lines = [line for line in str(pipeline).splitlines() if not re.search(r"layers\.[1-9]", line)]
-    table = "\n".join(re.sub(r" {2,}", "  ", line) for line in lines)
-    return f"{dump_recipe(recipe)}\n{table}\n", pipeline
+    return f"{dump_recipe(recipe)}\n{pipeline}\n", pipeline
 
 
 #: 24 layers are planned as 8 and 12 are, and take as long as all others together.
@@ -106,6 +103,15 @@ def test_what_a_shipped_recipe_comes_to(name):
         assert round(pipeline.report.parameters_before / 1e6, 2) == PUBLISHED[size]
 
 
+def test_a_plan_is_one_row_a_pass_and_fits_on_100_columns():
+    for path in GOLDEN.rglob("*.txt"):
+        lines = path.read_text(encoding="utf-8").partition("\nin model.layers.")[2].splitlines()[1:]
+        table = lines[: next((i for i, line in enumerate(lines) if line.startswith("parameters ")), 0)]
+        named = [line.split()[0] for line in table[1:] if not line.startswith(" ")]
+        assert len(named) == len({*named}), path
+        assert [line for line in table if len(line) > 100] == [], path
+
+
 def test_no_golden_file_is_left_over():
     found = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*.txt")}
     assert found == {f"{name}.txt" for name in recipe_names()}
@@ -127,6 +133,26 @@ def test_a_strict_recipe_refuses_what_a_pass_leaves():
                 (line,) = plan_recipe(recipe).report.partial
                 assert 0 < line.reached < line.total
     assert all(load_recipe(name).strict for name in recipe_names())
+
+
+def test_what_was_begun_under_other_rules_goes_on():
+    """A recipe is judged where a run begins, and not where its checkpoint is opened."""
+    leaves = '\n[[passes]]\nuse = "weight24"\n'
+    recipe = parse_recipe(f"strict = true\n{SMALL}{leaves}", "small", ["model.intermediate_size=62"])
+    with pytest.raises(Act24Error, match="The recipe is strict"):
+        build(recipe, torch.device("cpu"))
+    assert build(recipe, torch.device("cpu"), step=1).pipeline.report.partial
+
+
+def test_lost_leaves_2_4_activations_no_product_and_its_recipes_mean_that():
+    recipe = load_recipe("c4/60m-lost-relu2-act24", ["model.num_hidden_layers=1"])
+    *_, line = plan_recipe(recipe).report.coverage
+    assert (line.reached, line.optional) == (0, True)
+    recipe = load_recipe(
+        "c4/60m-lost-relu2-act24", ["model.num_hidden_layers=1", "passes.activation24.optional=false"]
+    )
+    with pytest.raises(Act24Error, match=r"activation24 reaches 0% .* The recipe is strict"):
+        plan_recipe(recipe)
 
 
 def test_planning_allocates_no_weights():

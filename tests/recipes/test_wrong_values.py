@@ -69,7 +69,7 @@ def wrong(name: str, annotation: Any) -> st.SearchStrategy[str]:
         return st.one_of(*drawn)
     (kind,) = kinds
     assert get_origin(kind) is tuple, f"{name}: what is wrong for {annotation}?"
-    wrong_entry = [f'["*", {value}]' for value in ("1", "true", "nan", "[]")]
+    wrong_entry = [f'["*", {value}]' for value in ("1", "true", "nan", "[]", '""', '"re:("', '"klass:A"')]
     wrong_pair = ["[0.9]", "[2, -1]", "[0.9, inf]", "[0.9, 0.95, 0.99]", '["0.9", 0.95]']
     entries = wrong_pair if float in plain(get_args(kind)[0]) else wrong_entry
     return st.one_of(numbers, truths, texts, st.sampled_from(entries), st.just(HUGE))
@@ -105,7 +105,7 @@ KEYS = keys()
 
 
 @pytest.mark.parametrize(("table", "path", "annotation"), [k[1:] for k in KEYS], ids=[k[0] for k in KEYS])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_a_wrong_value_is_refused_by_its_key(table, path, annotation, data):
     name = path.rpartition(".")[2]
@@ -113,6 +113,7 @@ def test_a_wrong_value_is_refused_by_its_key(table, path, annotation, data):
     with pytest.raises(RecipeError) as error:
         parse_recipe(BASE, "test", [*table, f"{path}={value}"])
     assert name in str(error.value)
+    assert str(error.value).startswith((f"test: {path.split('.')[0]}", f"override '{path}"))
     assert all(len(line) < 300 for line in str(error.value).splitlines())
 
 

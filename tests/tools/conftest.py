@@ -5,11 +5,47 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import tiny as tiny_recipe
+from torch import fx, nn
 
+from act24.passes.graph.check import Check
 from act24.tools.commands.cli import main
 from act24.tools.data import documents
+from act24.tools.watch.heatmap import History
+
+
+@pytest.fixture(autouse=True)
+def _pictures_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes some ten milliseconds, and a tiny run makes four at every step. What is on them is for
+    `tests/tools/watch`."""
+    if "watch" not in request.path.parts:
+        blank = numpy.zeros((1, 1, 3), numpy.uint8)
+        monkeypatch.setattr(History, "picture", lambda history: blank)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _equal_regions_are_compared_once() -> Iterator[None]:
+    """A run compares every region with its module, which is a seventh of what a tiny one takes. Here a region
+    of the same class, graph and sizes computes what it computed in the test before; `tests/passes` is where
+    regions are compared."""
+    compare, agreed = Check.region, set()
+
+    def region(check: Check, module: nn.Module, graph: fx.Graph) -> None:
+        sizes = tuple((name, t.shape, t.dtype) for name, t in module.state_dict(keep_vars=True).items())
+        key = type(module), str(graph), sizes
+        if key in agreed:
+            check.agreeing += 1
+            return
+        before = check.agreeing
+        compare(check, module, graph)
+        if check.agreeing > before:
+            agreed.add(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Check, "region", region)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +58,9 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def smaller_modules() -> Iterator[None]:
     """`data.source = "builtin"` without the large modules, four fifths of what is hashed and encoded."""
-    files = [path for path in documents._builtin_files() if path.stat().st_size < 16_000]
+    files = [path for path in documents.builtin_files() if path.stat().st_size < 16_000]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_builtin_files", lambda: files)
+        patch.setattr(documents, "builtin_files", lambda: files)
         yield
 
 

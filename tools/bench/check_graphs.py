@@ -45,8 +45,8 @@ _UPDATES = 4
 _RELU2 = 'passes=[{use="relu2_ffn"},{use="activation24",from_step=0%s}]'
 _WEIGHT = 'passes=[{use="weight24",from_step=0%s}]'
 
-#: Recipe, overrides, and whether rows are padded.
-CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
+#: Recipe, overrides, and whether rows are padded; None: those of the third update's second micro-batch.
+CASES: dict[str, tuple[str, tuple[str, ...], bool | None]] = {
     "dense": ("c4/130m-dense", (), False),
     "dense, bfloat16 parameters": ("c4/130m-dense", ("train.dtype=bfloat16",), False),
     "dense, activation checkpointing": ("c4/130m-dense", ("train.activation_checkpointing=true",), False),
@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "naive, within documents, padded": ("c4/130m-dense", (_RELU2 % "", "data.attention=document"), True),
     "naive": ("c4/130m-dense", (_RELU2 % "",), False),
     "naive, padded": ("c4/130m-dense", (_RELU2 % "",), True),
+    "naive, padded now and then": ("c4/130m-dense", (_RELU2 % "",), None),
     "naive from update 2 on": ("c4/130m-relu2-act24", ("passes.activation24.from_step=2",), False),
     "naive, sparse": ("c4/130m-dense", (_RELU2 % ',backward="sparse"',), False),
     "naive, split": ("c4/130m-dense", (_RELU2 % ',backward="split_gemm"',), False),
@@ -91,12 +92,12 @@ CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
 }
 
 
-def _batches(recipe: Recipe, padded: bool) -> list[list[Batch]]:
+def _batches(recipe: Recipe, padded: bool | None) -> list[list[Batch]]:
     """Of every update, and behind them three held-out ones."""
     generator = torch.Generator().manual_seed(0)
     rows, length = recipe.train.batch_size, recipe.data.max_length
 
-    def draw() -> Batch:
+    def draw(padded: bool | None = padded) -> Batch:
         ids, labels = torch.randint(32000, (2, rows, length), generator=generator)
         if padded:
             filled = torch.randint(2, length + 1, (rows, 1), generator=generator)
@@ -107,7 +108,10 @@ def _batches(recipe: Recipe, padded: bool) -> list[list[Batch]]:
             starts = torch.from_numpy(document_starts(ends.numpy(), -1))
         return Batch(ids, labels, starts)
 
-    return [[draw() for _ in range(2)] for _ in range(_UPDATES)] + [[draw() for _ in range(3)]]
+    updates = [[draw() for _ in range(2)] for _ in range(_UPDATES)]
+    if padded is None:
+        updates[2][1] = draw(True)
+    return [*updates, [draw() for _ in range(3)]]
 
 
 class _Recorded:

@@ -98,7 +98,9 @@ def _kernels(device: torch.device) -> Iterator[Check]:
         yield f"largest_magnitudes {tokens}×{features}", _same("largest_magnitudes", 0, (hidden, True, True))
         scales = scales_of(largest_of(hidden, 1)), scales_of(largest_of(hidden, 0))
         for name, given in (("by rows", scales), ("one", (scales[0][:1], scales[1][:1]))):
-            yield f"cast_e4m3 {tokens}×{features} {name}", _same("cast_e4m3", 0, (hidden, *given))
+            for count in (False, True):
+                title = f"cast_e4m3 {tokens}×{features} {name}{', counted' if count else ''}"
+                yield title, _same("cast_e4m3", 0, (hidden, *given, count))
 
 
 def _e4m3_kernels(

@@ -6,6 +6,9 @@ torch.compile inlines such backwards in its own way in each release, and can be 
 torch 2.11 an output that was accumulated in place got gradients of zero, and so did one behind a `.to` that
 changed nothing. CI runs one release and no GPU, so this is a command, to be run on each machine and release
 that matters. Exits with status 1 on a difference. Only operations with a WORD in their name, if given.
+
+Behind them each that has kernels or a library's products runs on a batch without tokens, eager and compiled:
+gradients of stock shapes, all zero. And those whose backward counts what becomes zero, with their counts.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from act24.document_attention import document_attention
 from act24.fp8.casts import Scaling
-from act24.fp8.linear import linear_fp8
+from act24.fp8.linear import cast_weight, linear_fp8
 from act24.loss import cross_entropy_sum
 from act24.low_rank.columns import select_columns
 from act24.sparse24.feed_forward.methods import ESTIMATORS, METHODS
@@ -120,6 +123,109 @@ def cases(device: str) -> Iterator[Case]:
     yield "activation24, no linear", bottleneck, (draw(64, 32),)
 
 
+def without_tokens(device: str) -> Iterator[Case]:
+    """Operations on no tokens, in bfloat16, which their kernels take."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).bfloat16().requires_grad_()
+
+    seed, scale = torch.tensor(7, device=device), torch.tensor(1.5, device=device)
+    for options in _variants():
+        name = f"activation24, {options.method}, {options.backward}, {options.estimator}, {options.precision}"
+
+        def network(x: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24 = options) -> Tensor:
+            return activation24(x, weight_in, None, weight_out, None, scale, seed, options=options)[0].sum()
+
+        yield name, network, (draw(2, 0, 64), draw(128, 64), draw(64, 128))
+    for scaling, kept in itertools.product(get_args(Scaling), (False, True)):
+        leaves = (draw(2, 0, 48), draw(32, 48), draw(32))
+        ready = cast_weight(leaves[1].detach(), scaling) if kept else (None,) * 4
+
+        def linear(
+            x: Tensor, weight: Tensor, bias: Tensor, scaling: Scaling = scaling, ready: tuple = ready
+        ) -> Tensor:
+            return linear_fp8(x, weight, bias, *ready, scaling=scaling).sum()
+
+        yield f"linear_fp8, {scaling}{', weights cast before' if kept else ''}", linear, leaves
+    for draws, precision in itertools.product((False, True), get_args(Precision)):
+        given = LinearOptions24(both_ways=True, precision=precision)
+        row, column = torch.arange(64, device=device), torch.arange(128, device=device)
+        mask = (row[:, None] + column) % 4 < 2
+
+        def sparse(
+            x: Tensor,
+            weight: Tensor,
+            draws: bool = draws,
+            given: LinearOptions24 = given,
+            mask: Tensor = mask,
+        ) -> Tensor:
+            return linear24(x, weight, None, mask, None, seed if draws else None, options=given).sum()
+
+        yield (
+            f"linear24, {precision}{', drawn gradient' if draws else ''}",
+            sparse,
+            (draw(2, 0, 128), draw(64, 128)),
+        )
+
+
+def why_wrong_without_tokens(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> str:
+    """What is wrong with gradients for no tokens, or with the call itself; empty if nothing."""
+    torch._dynamo.reset()
+    for name, call in (("eager", function), ("compiled", torch.compile(function, fullgraph=True))):
+        try:
+            found = gradients(call, inputs)
+        except Exception as error:  # whatever a kernel or a library says of no rows
+            return f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        if any(g.shape != t.shape or bool(g.any()) for g, t in zip(found, inputs, strict=True)):
+            return f"{name}: gradients are not zeros of the inputs' shapes"
+    return ""
+
+
+def counted(device: str) -> Iterator[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], Tensor]]:
+    """Operations whose backward counts what e4m3 makes zero of a gradient, and where it is counted."""
+
+    def coarse(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).mul(4).round().div(4).bfloat16().requires_grad_()
+
+    probe, counter = torch.randn(64, 128, device=device).bfloat16(), torch.zeros(2, device=device)
+    probe *= torch.logspace(-8, 0, 128, device=device).bfloat16()
+    weights = (coarse(128, 128), coarse(128, 128))
+    mask = top2_of_4(weights[0].detach().abs())
+    network = Options24(precision="fp8", backward="sparse", token_permutation="none")
+    calls: dict[str, Callable[..., Tensor]] = {
+        "linear_fp8": lambda x, w, v: linear_fp8(x, w, None, counter=counter) + linear_fp8(x, v, None),
+        "linear24": lambda x, w, v: (
+            linear24(x, w, None, mask, options=LinearOptions24(precision="fp8"), counter=counter)
+            + linear_fp8(x, v, None)
+        ),
+        "activation24": lambda x, w, v: activation24(x, w, None, v, None, options=network, counter=counter)[
+            0
+        ],
+    }
+    for name, call in calls.items():
+        yield (
+            name,
+            lambda *leaves, call=call: (call(*leaves) * probe).sum(),
+            (coarse(64, 128), *weights),
+            counter,
+        )
+
+
+def why_counted_wrong(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], counter: Tensor) -> str:
+    """How eager and compiled counts, or gradients, of two backwards differ; empty if they do not."""
+    torch._dynamo.reset()
+    found = []
+    for call in (function, torch.compile(function, fullgraph=True)):
+        counter.zero_()
+        both = [gradients(call, inputs) for _ in range(2)]
+        found.append((counter.tolist(), both[1]))
+    (counts, eager), (others, compiled) = found
+    if counts != others or not 0 < counts[1] < counts[0]:
+        return f"counts are {counts} eager, {others} compiled"
+    worst = max(float((a - b).norm() / a.norm()) for a, b in zip(eager, compiled, strict=True))
+    return "" if worst < 5e-3 else f"gradients differ by {worst:.1e}"
+
+
 def _variants() -> Iterator[Options24]:
     """Every method, estimator, backward and precision, in every combination that there is."""
     for method, estimator, precision in itertools.product(METHODS, ESTIMATORS, get_args(Precision)):
@@ -149,6 +255,16 @@ def main() -> None:
         wrong = not worst < (5e-3 if "fp8" in name else 2e-2 if "attention" in name else 1e-3)
         failed |= wrong
         print(f"{name:64} {worst:.1e} {'WRONG' if wrong else 'ok'}")
+    for name, function, inputs in without_tokens(device):
+        if any(word in f"no tokens, {name}" for word in sys.argv[1:] or ("",)):
+            reason = why_wrong_without_tokens(function, inputs)
+            failed |= bool(reason)
+            print(f"{f'no tokens, {name}':72} {f'WRONG {reason}' if reason else 'ok'}")
+    for name, function, inputs, counter in counted(device):
+        if any(word in f"counted, {name}" for word in sys.argv[1:] or ("",)):
+            reason = why_counted_wrong(function, inputs, counter)
+            failed |= bool(reason)
+            print(f"{f'counted, {name}':72} {f'WRONG {reason}' if reason else 'ok'}")
     sys.exit(failed)
 
 

@@ -8,6 +8,7 @@ measured of trained models is in `act24 bench decode`.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import math
@@ -54,6 +55,9 @@ GREEDY = Sampling(temperature=0)
 
 #: Tokens of the prompts, and steps that are timed, three times.
 PROMPT, STEPS = 128, 48
+
+#: Milliseconds of calls in each of ten graphs by which one of cuSPARSELt's algorithms is timed.
+TUNED_MILLISECONDS = 4
 
 #: Rows of the prompts that are timed beside single ones: together enough tokens for 2:4 products.
 PROMPT_ROWS = 8
@@ -153,17 +157,12 @@ def _size(
 
     prompts = [(1, length) for length in sorted(prefills, reverse=True)]  # one cache does for them
     prompts += [(PROMPT_ROWS, length) for length in prefills[:1]]
-    table: Table = ()
     try:
         model = drawn_model(config, density, device)
     except Exception as error:  # whatever a model or a side meets, the others keep their figures
         yield failed("the model", error)
         return
-    try:
-        table = _tuned(model, prompts, device)
-    except Exception as error:
-        yield failed("2:4 products of prompts", error)
-    decoder = Decoder(model, table=table)
+    decoder = Decoder(model)
     weights = sum(p.numel() * p.itemsize for p in model.model.layers.parameters())
     weights += model.head_weight.numel() * model.head_weight.itemsize
     dense: dict[int, float] = {}
@@ -181,6 +180,10 @@ def _size(
             except Exception as error:
                 yield failed(what, error)
         if batch == batches[0]:
+            try:
+                decoder.prompts.table = _tuned(model, prompts, device)
+            except Exception as error:
+                yield failed("2:4 products of prompts", error)
             for rows, length in prompts:
                 try:
                     for row in _prompt(decoder, rows, length):
@@ -213,6 +216,7 @@ def _prompt(decoder: Decoder, rows: int, length: int) -> Iterator[dict[str, Any]
     """A prompt dense, with the 2:4 products of the table, and with what the decoder takes."""
     sizes = {size for _, size in chunks(length, True)}
     prompts = decoder.prompts
+    prompts.take(rows, None)  # what another prompt was measured to be is not the table's
     known = {size: prompts.products(rows, size) for size in sizes}
     sides = {"dense": {size: {} for size in sizes}, "2:4 weights": known, "measured": None}
     dense = None
@@ -235,7 +239,8 @@ def _tuned(model: LlamaForCausalLM, prompts: Sequence[tuple[int, int]], device: 
     tokens = dict.fromkeys(rows * size for rows, length in prompts for _, size in chunks(length, True))
     linears = [prompt_linear(t, *shape, torch.bfloat16, device) for t in tokens for shape in shapes]
     products = [tunable_products(n.tokens, n.out_features, n.in_features, ("y",)) for n in linears]
-    return tuned_table(itertools.chain(*products), device, graph_milliseconds)
+    timed = functools.partial(graph_milliseconds, budget=TUNED_MILLISECONDS)
+    return tuned_table(itertools.chain(*products), device, timed)
 
 
 def most_rows(side: Choice) -> float:

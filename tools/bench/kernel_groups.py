@@ -27,13 +27,14 @@ GROUPS = (PRODUCTS, SPARSE, OWN, ATTENTION, ELEMENTWISE, LOSS, EMBEDDING, CASTS,
 #: What a name has in it, the first that fits. Libraries' kernels, then PyTorch's own.
 _PATTERNS = (
     (SPARSE, r"sparse|spgemm|spmma|cslt"),
-    (ATTENTION, r"flash|fmha|sdpa|attention"),
+    (ATTENTION, r"flash|fmha|sdpa|attention|cudnn::fusion"),
     (PRODUCTS, r"nvjet|gemm|gemv|splitkreduce|cublas|cutlass|^triton_(tem|mm)_"),
-    (OPTIMIZER, r"multi_tensor_apply"),
+    (OPTIMIZER, r"multi_tensor_apply|lpnorm"),
+    (OWN, r"radixsortkvinplace"),  # of a few thousand features; the embedding's of all tokens is another
     (EMBEDDING, r"embedding|radix|^void at_cuda_detail::cub|cub::|krn_partial|sum_and_scatter|segment"),
     (EMBEDDING, r"compute_grad_weight|gather_kernel|indexselect|compute_num_of_partial|write_num_of"),
     (CASTS, r"memcpy|memset|copy_kernel|catarray|fillfunctor|cudafunctor_add|cudafunctoronself_add"),
-    (ELEMENTWISE, r"elementwise_kernel|reduce_kernel"),
+    (ELEMENTWISE, r"elementwise_kernel|reduce_kernel|layer_norm|rms_?norm|gammabeta"),
 )
 
 #: Of the operations that Inductor writes into a kernel's name those that only move or round.

@@ -9,13 +9,11 @@ said and left out; a command that is stopped reports the sides that it has timed
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
-import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +26,7 @@ from act24.options import one_of
 from act24.passes import Activation24, Fp8
 from act24.recipes.load import load_recipe
 from act24.recipes.schema import Recipe
-from act24.tools.bench.rows import Row, needed_gpu
+from act24.tools.bench.rows import Row, needed_gpu, stoppable
 from act24.tools.bench.step import time_side, traced_side
 from act24.tools.data import Batch
 from act24.tools.run.build import model_config, parameter_dtype
@@ -152,16 +150,6 @@ class Timed:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM, by which `timeout` ends a command, is as Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _need_packages(sides: Sequence[str]) -> None:

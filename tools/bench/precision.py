@@ -15,7 +15,7 @@ from act24.precision import MARGIN, Layer, Timed
 from act24.recipes.load import load_recipe
 from act24.tools.bench.peers import PRECISIONS, Size
 from act24.tools.bench.peers import SIZES as PEER_SIZES
-from act24.tools.bench.rows import Row, needed_gpu
+from act24.tools.bench.rows import Row, needed_gpu, stoppable
 from act24.tools.bench.step import without_start
 from act24.tools.run.auto_precision import undecided
 from act24.tools.run.processes import Processes
@@ -27,7 +27,8 @@ SIZES = {"60m": Size("60m", 256), **PEER_SIZES}
 def bench_precision(
     sizes: Sequence[str] = tuple(SIZES), precisions: Sequence[str] = ("autocast",), rows: int | None = None
 ) -> list[Row]:
-    """What is in the cache of tuned products is taken from there; the rest is timed, and goes there.
+    """What is in the cache of tuned products is taken from there; the rest is timed, and goes there. Stopped,
+    it reports the sizes that it has timed.
 
     Args:
         sizes, precisions: names in `SIZES` and of `act24 bench peers`.
@@ -40,17 +41,27 @@ def bench_precision(
         for each in given:
             one_of("bench precision", name, each, known)
     device, found = needed_gpu(), list[Row]()
-    for size in sizes:
-        for precision in precisions:
-            for row in _rows(size, precision, rows or SIZES[size].rows, device):
-                print(f"{row.name}: {row.ours:.4g} ms beside {row.other:.4g}, {row.note}", file=sys.stderr)
-                found.append(row)
+    with stoppable():
+        try:
+            for size in sizes:
+                for precision in precisions:
+                    for row in _rows(size, precision, rows or SIZES[size].rows, device):
+                        told = f"{row.ours:.4g} ms beside {row.other:.4g}, {row.note}"
+                        print(f"{row.name}: {told}", file=sys.stderr, flush=True)
+                        found.append(row)
+        except KeyboardInterrupt:
+            print("stopped: what follows was timed", file=sys.stderr)
     return found
 
 
 def _rows(size: str, precision: str, rows: int, device: torch.device) -> Iterator[Row]:
     overrides = (*SIZES[size].overrides, *PRECISIONS[precision])
-    one_block = ("model.num_hidden_layers=1", "log.activation_statistics=false")
+    # Without what comes before 2:4 begins, which is timed for nothing here.
+    one_block = (
+        "model.num_hidden_layers=1",
+        "log.activation_statistics=false",
+        "passes.activation24.from_step=0",
+    )
     of_rows = (f"train.batch_size={rows}", f"train.total_batch_size={rows}")
     recipe = load_recipe(f"c4/{SIZES[size].family}-relu2-act24", (*overrides, *one_block, *of_rows))
     recipe = recipe.model_copy(update={"passes": (*recipe.passes, Fp8(precision="auto", head=True))})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
+import signal
 import subprocess
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -57,6 +61,9 @@ class Row:
         }
 
 
+#: Seconds within which a second SIGTERM is the first one again.
+_TWICE = 2.0
+
 #: Rows whose shape is that of a weight.
 _OF_WEIGHTS = ("pack a weight", "best transposable mask")
 
@@ -101,6 +108,27 @@ def graph_milliseconds(call: Callable[[], Any], budget: int = 20) -> float:
     from triton.testing import do_bench_cudagraph
 
     return float(do_bench_cudagraph(call, rep=budget, return_mode="median"))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM, by which `timeout` ends a command, is as Ctrl-C: what was measured so far can be printed.
+
+    `timeout` sends it twice, to the process and to its group. What follows the first within `_TWICE` seconds
+    says nothing new, and must not end what the first one lets be done.
+    """
+    stopped: list[float] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not stopped or time.monotonic() - stopped[-1] > _TWICE:
+            stopped.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def needed_gpu() -> torch.device:

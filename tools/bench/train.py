@@ -6,12 +6,14 @@ Left out are what a run does seldom: evaluation, checkpoints, and the start valu
 drawn at random. Passes are in force from the first step.
 
 Sides are built, warmed up for a window, timed and freed in turn, as often as there are turns; a rate is the
-median over the turns. The text is Python's standard library, tokenised once for all sides.
+median over the turns. The text is Python's standard library, tokenised once for all sides, and as often over
+as a turn is long: an epoch ends once in days elsewhere, and CUDA graphs are captured again then.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import tempfile
 import time
@@ -27,7 +29,7 @@ from act24.passes import OperationalPass
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.tools.bench.loop_timing import LoopTiming
 from act24.tools.bench.step import without_start
-from act24.tools.data import open_tokenizer, prepare_shards
+from act24.tools.data import documents, open_tokenizer, prepare_shards
 from act24.tools.run.build import SPARSE_PASSES, model_config
 from act24.tools.run.processes import Processes, open_processes
 from act24.tools.run.progress import run_progress
@@ -35,8 +37,8 @@ from act24.tools.run.signals import StopRequest
 from act24.tools.run.step import accumulation
 from act24.tools.run.train import TrainingRun
 
-#: Tokens of text that the sides train on, again and again.
-_TOKENS = 4_000_000
+#: A token of the text has no more characters than this, on average.
+_CHARACTERS = 8
 
 
 def bench_train(
@@ -70,7 +72,9 @@ def bench_train(
     with tempfile.TemporaryDirectory() as folder, open_processes() as processes:
         if processes.world_size > 1:
             raise Act24Error("bench train is for one process")
-        shards = _shards(Path(folder), min(model_config(recipe).vocab_size for recipe in recipes.values()))
+        vocabulary = min(model_config(recipe).vocab_size for recipe in recipes.values())
+        longest = max(_tokens(recipe, number, steps) for recipe in recipes.values() for number in rows)
+        shards = _shards(Path(folder), vocabulary, longest)
         for number in rows:
             sides: dict[str, Callable[[], LoopTiming]] = {
                 name: lambda n=name, r=recipe, b=number: _time_recipe(n, r, b, steps, shards, processes)
@@ -169,8 +173,7 @@ def _time_recipe(
                 run.after_step(progress, never, stopped=False, ends=False)
             begin = time.perf_counter() - begin
             tokens, seconds = run.monitor.tokens, run.monitor.seconds
-            # Whole windows: what is measured ends with the read from the device that ends a window.
-            for _ in range(-(-steps // every) * every):
+            for _ in range(_timed(recipe, steps)):
                 run.advance()
                 run.after_step(progress, never, stopped=False, ends=False)
             rate = (run.monitor.tokens - tokens) / (run.monitor.seconds - seconds)
@@ -187,7 +190,7 @@ def _time_recipe(
                 recipe.log.activation_statistics,
             )
         finally:
-            run.close()
+            run.close(None, failed=False)
 
 
 def _together(timings: Sequence[LoopTiming]) -> LoopTiming:
@@ -196,10 +199,28 @@ def _together(timings: Sequence[LoopTiming]) -> LoopTiming:
     return replace(timings[0], tokens_per_second=rates)
 
 
-def _shards(folder: Path, vocab_size: int) -> Path:
-    data = Data(source="builtin")
-    tokenizer = open_tokenizer(data, Tokenizer(vocab_size=vocab_size))
-    prepare_shards(data, tokenizer, folder / "shards", max_tokens=_TOKENS, max_heldout_tokens=2000)
+def _tokens(recipe: Recipe, rows: int, steps: int) -> int:
+    """More than a turn of a recipe reads."""
+    recipe = prepared(recipe, rows, steps, Path())
+    updates = recipe.log.every + _timed(recipe, steps)
+    return (updates + 1) * recipe.train.total_batch_size * (recipe.data.max_length + 1)
+
+
+def _timed(recipe: Recipe, steps: int) -> int:
+    """Steps that are timed: whole windows, so that what is measured ends with the read from the device that
+    ends a window."""
+    return -(-steps // recipe.log.every) * recipe.log.every
+
+
+def _shards(folder: Path, vocab_size: int, tokens: int) -> Path:
+    """Shards of at least so many tokens."""
+    tokenizer = open_tokenizer(Data(source="builtin"), Tokenizer(vocab_size=vocab_size))
+    text = [path.read_text(encoding="utf-8", errors="replace") for path in documents.builtin_files()]
+    for number in range(-(-tokens * _CHARACTERS // sum(map(len, text)))):
+        with open(folder / f"{number}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": document}) + "\n" for document in text)
+    data = Data(source="files", train_files=(str(folder / "*.jsonl"),))
+    prepare_shards(data, tokenizer, folder / "shards", max_tokens=tokens, max_heldout_tokens=2000)
     return folder / "shards"
 
 

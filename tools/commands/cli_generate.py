@@ -102,11 +102,11 @@ def bench_generate(
 ) -> None:
     """Whole models, tokens a second: dense, skipping zeros, 2:4 weights, both, and transformers'."""
     import json
-    import signal
     import sys
 
     from act24.tools.bench.generate import bench_generate as run_bench
     from act24.tools.bench.generate import table
+    from act24.tools.bench.rows import stoppable
     from act24.tools.bench.train import row_numbers
 
     def say(line: str) -> None:
@@ -114,9 +114,8 @@ def bench_generate(
 
     names = [name.strip() for name in sizes.split(",")]
     numbers = row_numbers(batches, "--batches"), row_numbers(prefill, "--prefill")
-    # As an interrupt, after which the figures so far are printed: `timeout` and schedulers end a run so.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    result = run_bench(names, *numbers, density, layers, transformers, say)
-    print(json.dumps(result, indent=1) if as_json else table(result))
+    with stoppable():
+        result = run_bench(names, *numbers, density, layers, transformers, say)
+        print(json.dumps(result, indent=1) if as_json else table(result))
     if "interrupted" in result or any("failed" in row for row in result["rows"]):
         raise typer.Exit(1)

@@ -271,7 +271,7 @@ def _prefill(device: torch.device) -> list[Finding]:
 def _prompt_product(tokens: int, shape: tuple[int, int], device: torch.device) -> str:
     linear = prompt_linear(tokens, *shape, torch.bfloat16, device)
     reason = why_not_packed(linear, LinearOptions24(algorithms=_table(device)))
-    return f"dense product ({reason})" if reason else "2:4 product"
+    return f"dense product ({reason})" if reason else "2:4 product where a chunk is faster so"
 
 
 def _weights(name: str, device: torch.device, table: Table) -> list[Finding]:

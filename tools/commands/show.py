@@ -10,8 +10,9 @@ from typing import Any
 from rich.cells import cell_len
 from rich.table import Table
 
-from act24.passes.report import Report, aligned
+from act24.passes.report import Report
 from act24.recipes.schema import Recipe
+from act24.tools.bench.kernel_groups import GROUPS, UNKNOWN
 from act24.tools.bench.rows import Row
 from act24.tools.bench.rows import table as markdown_table
 from act24.tools.run.evaluate import Evaluation
@@ -67,8 +68,7 @@ def show_plan(recipe: Recipe, as_json: bool, say: Callable[[str], str] = str) ->
     if as_json:
         print(json.dumps(plan_table(report), indent=1))
         return
-    cells = [tuple(map(say, row)) for row in report.table()]
-    print("\n".join((*aligned(cells, cell_len), *map(say, report.remarks()))))
+    print("\n".join(report.lines(say, cell_len)))
 
 
 def plan_table(report: Report) -> dict[str, object]:
@@ -179,35 +179,49 @@ def show_train_bench(result: dict[str, Any], as_json: bool) -> None:
 
 
 def show_limit(result: dict[str, Any], as_json: bool) -> None:
-    """`act24 bench limit`: a table a side, kernels that nobody knows beneath it."""
+    """`act24 bench limit`: a table a kind of recipe; paths, and kernels that nobody knows, beneath them."""
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
+    for kind in dict.fromkeys(side["recipe"] for side in result["sides"]):
+        print(limit_table(result, kind), end="\n\n")
     for side in result["sides"]:
-        print(f"\n{side['size']} {side['recipe']}, {side['rows']} rows of {side['length']} × ", end="")
+        print(f"{side['size']} {side['recipe']}: {side['rows']} rows of {side['length']} × ", end="")
         print(f"{side['micro_batches']}; {side['path']}")
         if side["not_captured"]:
-            print(f"not captured: {side['not_captured']}")
-        table = Table(box=None, pad_edge=False)
-        for column in ("ms a micro-batch", "took", "limit", "left", "launches"):
-            table.add_column(column, justify="left" if column == "ms a micro-batch" else "right")
+            print(f"  not captured: {side['not_captured']}")
         for group in side["groups"]:
-            limit = group["limit_ms"]
-            left = "" if limit is None else f"{group['ms'] - limit:.2f}"
-            limited = "" if limit is None else f"{limit:.2f}"
-            table.add_row(group["group"], f"{group['ms']:.2f}", limited, left, f"{group['launches']:.0f}")
-        limits = sum(group["limit_ms"] or 0 for group in side["groups"])
-        table.add_row("gaps between kernels", f"{side['gaps_ms']:.2f}", "0.00", f"{side['gaps_ms']:.2f}", "")
-        table.add_row("all", f"{side['ms']:.2f}", f"{limits:.2f}", f"{side['ms'] - limits:.2f}", "")
-        console.print(table, highlight=False)
-        for group in side["groups"]:
-            for kernel in group["kernels"] if group["group"] == "unknown" else ():
-                print(f"unknown kernel: {kernel['name']}, {kernel['count']} of {kernel['ms']} ms in all")
+            for kernel in group["kernels"] if group["group"] == UNKNOWN else ():
+                print(f"  unknown kernel: {kernel['name']}, {kernel['count']} of {kernel['ms']} ms in all")
     print(
         f"\n{result['gpu']}, torch {result['versions']['torch']}, commit {result['commit']}; a copy moves "
         f"{result['copy_gb_s']:,.0f} GB/s, a large product does {result['large_product_tflop_s']:,.0f} "
         "TFLOP/s"
     )
+
+
+def limit_table(result: Mapping[str, Any], kind: str) -> str:
+    """The sides of one kind as a Markdown table: ms a micro-batch of each group beside its limit."""
+    sides = [side for side in result["sides"] if side["recipe"] == kind]
+    lines = [[f"{kind}, ms a micro-batch", *(c for side in sides for c in (side["size"], "limit"))]]
+    lines.append(["---"] * len(lines[0]))
+    by_name = [{group["group"]: group for group in side["groups"]} for side in sides]
+    for group in (group for group in GROUPS if any(group in groups for groups in by_name)):
+        cells = [_took_and_limit(groups.get(group)) for groups in by_name]
+        lines.append([group, *(cell for pair in cells for cell in pair)])
+    gaps = [(f"{side['gaps_ms']:.2f}", "") for side in sides]
+    lines.append(["gaps between kernels", *(cell for pair in gaps for cell in pair)])
+    limits = [sum(group["limit_ms"] or 0 for group in side["groups"]) for side in sides]
+    sums = [(f"{side['ms']:.2f}", f"{limit:.2f}") for side, limit in zip(sides, limits, strict=True)]
+    lines.append(["all", *(cell for pair in sums for cell in pair)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _took_and_limit(group: Mapping[str, Any] | None) -> tuple[str, str]:
+    if group is None:
+        return "", ""
+    limit = group["limit_ms"]
+    return f"{group['ms']:.2f}", "" if limit is None else f"{limit:.2f}"
 
 
 def show_bench_rows(rows: list[Row], as_json: bool) -> None:

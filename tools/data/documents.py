@@ -265,7 +265,7 @@ def open_documents(
         shards, fingerprint = hub_shards(data, name, how)
         what = f"{data.dataset}, split {name!r}"
     elif data.source in ("files", "builtin"):
-        paths = _builtin_files() if data.source == "builtin" else _given_files(data, split, how.tally)
+        paths = builtin_files() if data.source == "builtin" else _given_files(data, split, how.tally)
         shards = [partial(read_documents, path, how) for path in paths]
         fingerprint = {"source": data.source, "text_field": data.text_field}
         files = (identities(paths), [str(path) for path in paths])
@@ -325,7 +325,7 @@ def other_heldout_text(data: Data, saved: dict[str, Any]) -> str | None:
             raise PositionError("its position does not say what was held out")
         same = saved["heldout_files"] == combined(identities(find_files(data.heldout_files)))
         return None if same else "the content of data.heldout_files is another"
-    paths = _builtin_files() if data.source == "builtin" else _given_files(data, "heldout", Tally())
+    paths = builtin_files() if data.source == "builtin" else _given_files(data, "heldout", Tally())
     count = changed(Listing.from_json(saved.get("files")).files, identities(paths))
     others = "is another" if count == 1 else "are others"
     return f"{count} of the files of which a part is held out {others}" if count else None
@@ -375,7 +375,7 @@ def _given_files(data: Data, split: Split, tally: Tally) -> list[Path]:
     return files
 
 
-def _builtin_files() -> list[Path]:
+def builtin_files() -> list[Path]:
     """The standard library's own modules: real text, code and prose, that is wherever Python is."""
     root = sysconfig.get_path("stdlib")
     elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

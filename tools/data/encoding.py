@@ -14,9 +14,8 @@ import re
 from typing import BinaryIO, TextIO
 
 from act24.errors import Act24Error
-from act24.tools.data.tally import Tally
+from act24.tools.data.tally import LIMIT, Tally
 
-LIMIT = 0.001  # of a file's characters: more replaced ones are refused
 SAMPLE = 2**18  # bytes by which a stream's encoding is detected
 _MARKS = (  # UTF-32's begins like UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -55,12 +54,11 @@ def decoded(content: bytes, encoding: str | None, name: str, tally: Tally) -> st
     """
     codec = encoding or _encoding_of(content, name, tally)
     text = content.decode(codec, "replace")
-    if codec != "utf-8" or "�" in text:  # which may also be in the file itself
+    if replaced := text.count("�"):  # which may also be in the file itself
+        tally.replaced += replaced
         try:
             content.decode(codec)
         except UnicodeDecodeError:
-            replaced = text.count("�")
-            tally.replaced += replaced
             check_replaced(replaced, len(text), codec, name)
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -95,7 +93,7 @@ def check_replaced(replaced: int, characters: int, encoding: str, name: str) -> 
     if replaced > LIMIT * characters:
         raise Act24Error(
             f"{name}: {replaced / characters:.1%} of its {characters:,} characters are no text in {encoding}"
-            "; set data.encoding to the one that it is in"
+            "; set data.encoding to the one that it is in, or convert a file that mixes several"
         )
 
 

@@ -146,7 +146,8 @@ def text_of(record: Any, how: Reading, where: str) -> str:
         )
     text = "" if record[text_field] is None else record[text_field]
     if not isinstance(text, str):
-        raise Act24Error(f"{where}: field {text_field!r} holds {type(text).__name__}, not text")
+        remedy = ": cast the column to strings" if isinstance(text, bytes) else ""
+        raise Act24Error(f"{where}: field {text_field!r} holds {type(text).__name__}, not text{remedy}")
     if text.isascii():
         return text
     try:
@@ -193,7 +194,7 @@ def _read_text(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None]
 
 
 def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None]:
-    records = Records(str(path), how.skip_bad, how.tally)
+    records = _records(path, how)
     replaced = characters = 0
     with _open(path) as binary:
         file, encoding = open_text(binary, how.encoding, str(path), how.tally)
@@ -201,10 +202,10 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
         if first.lstrip().startswith("["):
             content, replaced = take_stray(first + file.read())
             check_replaced(replaced, len(content), encoding, str(path))
-            how.tally.replaced += replaced
             for index, record in enumerate(_parse(content, str(path))):
                 where = f"{path}, item {index}"
                 yield _usable(record, how, where, records) if wanted(index) else None
+            records.check_replaced()
             return
         for index, line in enumerate(itertools.chain([first], file)):
             line, stray = take_stray(line)
@@ -214,7 +215,6 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
             if not (wanted(index) and line.strip()):
                 yield None
                 continue
-            how.tally.replaced += stray
             where = f"{path}, line {index + 1}"
             try:
                 record = _parse(line, where)
@@ -224,6 +224,12 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
                 continue
             yield _usable(record, how, where, records)
     check_replaced(replaced, characters, encoding, str(path))
+    records.check_replaced()
+
+
+def _records(path: Path, how: Reading) -> Records:
+    """To count those of a file in. Who names an encoding has looked at what is in it."""
+    return Records(str(path), how.skip_bad, how.tally, refuses=how.encoding is None)
 
 
 def _usable(record: Any, how: Reading, where: str, records: Records) -> str | None:
@@ -232,7 +238,7 @@ def _usable(record: Any, how: Reading, where: str, records: Records) -> str | No
     except Act24Error as error:
         records.bad(error)
         return None
-    records.good()
+    records.good(text)
     return text
 
 
@@ -244,7 +250,7 @@ def _parse(text: str, where: str) -> Any:
 def _read_parquet(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None]:
     from pyarrow.parquet import ParquetFile
 
-    records = Records(str(path), how.skip_bad, how.tally)
+    records = _records(path, how)
     with ParquetFile(path) as file:
         _check_column(file.schema_arrow.names, how, path)
         index = 0
@@ -257,12 +263,13 @@ def _read_parquet(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | No
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=[how.text_field]):
                 yield from _column(batch.column(0).to_pylist(), index, path, how, wanted, records)
                 index += batch.num_rows
+    records.check_replaced()
 
 
 def _read_arrow(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None]:
     import pyarrow
 
-    records = Records(str(path), how.skip_bad, how.tally)
+    records = _records(path, how)
     with pyarrow.memory_map(str(path)) as source:
         magic = source.read(6)
         source.seek(0)
@@ -278,6 +285,7 @@ def _read_arrow(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
             column.validate(full=True)  # Arrow trusts offsets in a file: a damaged one ends the process
             yield from _column(column.to_pylist(), index, path, how, wanted, records)
             index += batch.num_rows
+    records.check_replaced()
 
 
 def _check_column(names: list[str], how: Reading, path: Path) -> None:

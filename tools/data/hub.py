@@ -143,7 +143,7 @@ def _read(
             records.bad(error)
             yield None
             continue
-        records.good()
+        records.good(text)
         yield text
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from act24.errors import Act24Error
 from act24.words import counted
 
+LIMIT = 0.001  # of a file's characters: more replaced ones are refused
+MANY = 10**6  # characters, of which a share means something wherever in a file they stand
 REMEMBERED = 2**18  # documents by which repeated ones are found: 25 MB, and no more for larger corpora
 TOO_MANY_DROPPED = 0.01  # of a file's records
 FEW = 10  # dropped records are never too many
@@ -30,7 +32,8 @@ class Tally:
     Attributes:
         documents: that had text.
         characters: of them.
-        replaced: characters that stand for bytes that are no text, or for half a surrogate pair.
+        replaced: characters that stand for bytes that are no text, or for half a surrogate pair, and U+FFFD
+            that a file itself holds.
         dropped: records left out because they could not be used.
         empty: records without text.
         repeated: documents equal to one of the first `REMEMBERED`, in the first epoch.
@@ -122,14 +125,38 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Records:
-    """The records of one file or shard, and how many of them could not be used."""
+    """The records of one file or shard, and how many of them could not be used.
 
-    def __init__(self, name: str, skip: bool, tally: Tally) -> None:
-        self._name, self._skip, self._tally = name, skip, tally
-        self._seen = self._dropped = 0
+    Args:
+        refuses: a file that holds U+FFFD in place of more than `LIMIT` of its characters.
+    """
 
-    def good(self) -> None:
-        self._seen += 1
+    def __init__(self, name: str, skip: bool, tally: Tally, refuses: bool = False) -> None:
+        self._name, self._skip, self._tally, self._refuses = name, skip, tally, refuses
+        self._seen = self._dropped = self._characters = self._replaced = 0
+
+    def good(self, text: str) -> None:
+        """
+        Raises:
+            Act24Error: see `check_replaced`.
+        """
+        replaced = 0 if text.isascii() else text.count("\ufffd")
+        self._seen, self._characters = self._seen + 1, self._characters + len(text)
+        self._replaced, self._tally.replaced = self._replaced + replaced, self._tally.replaced + replaced
+        if self._characters >= MANY:  # not only at the end, when a model has read the file
+            self.check_replaced()
+
+    def check_replaced(self) -> None:
+        """
+        Raises:
+            Act24Error: the file holds too much U+FFFD, and is one to be refused for it.
+        """
+        if self._refuses and self._replaced > LIMIT * self._characters:
+            raise Act24Error(
+                f"{self._name}: {self._replaced / self._characters:.1%} of its {self._characters:,} "
+                "characters are U+FFFD, which whoever wrote it put in place of text: write it anew from its "
+                'source, or set data.encoding = "utf-8" to train on them'
+            )
 
     def bad(self, error: Act24Error) -> None:
         """

@@ -22,7 +22,6 @@ from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline
 from act24.passes.base import StructuralPass
 from act24.passes.document_attention import DocumentAttention
 from act24.passes.graph.measurements import Measurement
-from act24.passes.recovery import freeze_base_
 from act24.passes.served import lower_to_serve_
 from act24.passes.state import renew_masks_, renew_to_read_
 from act24.recipes.load import parse_recipe
@@ -179,6 +178,8 @@ def build(
     _check_device(recipe, device)
     model = _initial(recipe, device, weights)
     pipeline = _pipeline(recipe, model, step)
+    if not step:  # what was begun under other rules goes on, and opens
+        _as_strict(recipe, pipeline)
     wanted = pipeline.measurements
     if wanted and recipe.model.preset is None:
         raise PassError(
@@ -191,7 +192,6 @@ def build(
         isinstance(p, SparseMask) and p.masks == "saved" for p in recipe.passes
     ):
         raise PassError("sparse_mask keeps the zeros of a pruned model: name one with model.pretrained")
-    freeze_base_(pipeline)
     # Graphs are cyclic, and may hold the dense weights that passes replaced until Python next collects.
     gc.collect()
     return Built(recipe, model, pipeline, step, recipe.tokenizer)
@@ -250,7 +250,10 @@ def plan_recipe(recipe: Recipe) -> Pipeline:
     """What the recipe's passes would do, with no weights allocated."""
     with torch.device("meta"):
         model = unset_model(model_config(recipe), torch.float32)
-    return _as_strict(recipe, Pipeline(model, passes_of(recipe, counting=False)))
+    pipeline = Pipeline(model, passes_of(recipe, counting=False))
+    check_attention(recipe, pipeline)
+    _as_strict(recipe, pipeline)
+    return pipeline
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Built:
@@ -356,8 +359,9 @@ def open_checkpoint(path: Path) -> checkpoint.Checkpoint:
     Raises:
         Act24Error: neither is there.
     """
+    nor = ", nor a Hugging Face folder with a config.json"
     while True:
-        folder, manifest = on_the_first(lambda: _with_manifest(last_checkpoint(path)))
+        folder, manifest = on_the_first(lambda: _with_manifest(last_checkpoint(path, nor)))
         try:
             return checkpoint.load(folder)
         except CheckpointError:
@@ -415,17 +419,19 @@ def _check_device(recipe: Recipe, device: torch.device) -> None:
 
 def _pipeline(recipe: Recipe, model: LlamaForCausalLM, step: int) -> Pipeline:
     pipeline = Pipeline(model, passes_of(recipe), seed=recipe.train.seed, step=step, keep_all=True)
-    return _as_strict(recipe, pipeline)
-
-
-def _as_strict(recipe: Recipe, pipeline: Pipeline) -> Pipeline:
-    """The pipeline, if passes reach what the recipe insists on."""
     check_attention(recipe, pipeline)
-    optional = {p.name for p in pipeline.passes if p.optional}
+    return pipeline
+
+
+def _as_strict(recipe: Recipe, pipeline: Pipeline) -> None:
+    """Check that passes reach what the recipe insists on.
+
+    Raises:
+        Act24Error: one reaches less.
+    """
     for one in pipeline.report.partial if recipe.strict else ():
-        if one.pass_name not in optional:
+        if not one.optional:
             raise Act24Error(
                 f"{one}. The recipe is strict: narrow the pass by scope, targets or ignore to what it should "
-                "reach, or set strict = false"
+                "reach, give it optional = true if that little is meant, or set strict = false"
             )
-    return pipeline

@@ -285,8 +285,11 @@ def _refuse_others_files(run_dir: Path, history: History, recipe: str) -> None:
             raise RunError(in_the_way(path))
 
 
-def last_checkpoint(path: Path) -> Path:
+def last_checkpoint(path: Path, nor: str = "") -> Path:
     """`path`, if it is a checkpoint, or the last checkpoint of the run there.
+
+    Args:
+        nor: what else was looked for there, for whoever is told that it is nothing of all this.
 
     Raises:
         Act24Error: it is neither, or no checkpoint of the run can be used.
@@ -295,7 +298,7 @@ def last_checkpoint(path: Path) -> Path:
         return path
     latest = checkpoint_folder.latest(path)
     if latest is None:
-        raise RunError(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…)")
+        raise RunError(f"'{path}' is neither a checkpoint nor a run with one (RUN/checkpoints/step-…){nor}")
     return latest
 
 

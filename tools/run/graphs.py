@@ -12,6 +12,11 @@ compile, load kernels and make the gradients that capture may not make. Then the
 which computes nothing, and from there on replayed: the same kernels on the same addresses, so the results
 are the same bits (`act24.tools.bench.check_graphs`).
 
+A call that runs as it is beside graphs needs memory of its own, as much as theirs, while they have nothing to
+do: for it they are given up, and captured again at their next call, which takes the CPU as long as a launched
+call does. It happens twice a kind. Their memory is not lent to it: a tensor that it leaves there would be
+overwritten at the next replay, without a word.
+
 Everything that makes or uses a gradient runs on one stream (`capture_stream`): autograd remembers on which
 stream a parameter first got one, and a capture that has to wait for another stream fails.
 """
@@ -131,6 +136,7 @@ class GraphedCalls:
         if key not in self._graphs:
             if self.problem or self._warm[key] < WARM_UP:
                 self._warm[key] += 1
+                self._give_up()
                 return function()
             try:
                 self._graphs[key] = self._capture(function, self._stream, self._pool())
@@ -148,12 +154,20 @@ class GraphedCalls:
 
     def drop(self) -> None:
         """Forget all graphs and give their memory back: what they do is not done any more."""
-        if self._graphs and self._stream is not None:
+        self._give_up()
+        self._warm.clear()
+
+    def _give_up(self) -> None:
+        """Give the memory of all graphs back. What was warm is captured anew when it is next called."""
+        if not self._graphs:
+            return
+        if self._stream is not None:
             self._stream.synchronize()
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-        self._warm.clear()
+        if self._stream is not None:
+            torch.cuda.empty_cache()
 
     def _pool(self) -> Any:
         """The memory that all graphs share: they run in turn, and none keeps anything but its outputs."""

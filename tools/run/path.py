@@ -23,14 +23,16 @@ from act24.sparse24.weight.forms import Linear, LinearOptions24, product_algorit
 from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
 from act24.tools.run.auto_precision import decided_text
 from act24.tools.run.build import Built
+from act24.tools.run.processes import Processes
 from act24.tools.run.step import TrainingStep, uses_compile
 
 
 def path_lines(
-    built: Built, recipe: Recipe, device: torch.device, optimizer: Optimizer, step: TrainingStep
+    built: Built, recipe: Recipe, processes: Processes, optimizer: Optimizer, step: TrainingStep
 ) -> tuple[str, ...]:
     """What a run says of its path at its start: a line for the passes, and one for everything else that is
     slower here than it could be."""
+    device = processes.device
     lines = (path_text(built.pipeline, recipe, device), update_text(optimizer, device), step.capture_text)
     return tuple(line for line in lines if line)
 

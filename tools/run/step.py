@@ -294,8 +294,10 @@ class TrainingStep:
 
     def _key(self, batch: Batch) -> tuple[Hashable, ...]:
         """What the kernels of a micro-batch depend on, and its values do not."""
-        active = self._pipeline.active if self._pipeline is not None else ()
-        return batch.input_ids.shape, batch.pads is not None, active
+        if self._pipeline is None:
+            return batch.input_ids.shape, False, ()
+        padded = batch.pads is not None and self._pipeline.asks_for_pads
+        return batch.input_ids.shape, padded, self._pipeline.active
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Ids and labels on the device; where their documents begin comes into the model."""

@@ -110,16 +110,17 @@ def train(
     with stop_on_signal() as stop, open_processes() as processes:
         accumulation(recipe.train, processes.world_size)  # says what is wrong before anything is built
         with contextlib.nullcontext() if dry_run else lock_on_the_first(run_dir) as lock:
-            where = (run_dir, resume, recipe, schedule, processes.world_size, weights, dry_run)
-            start = resume_point(*where)
+            start = resume_point(run_dir, resume, recipe, schedule, processes.world_size, weights, dry_run)
             began = None if resume == "never" else begun(run_dir, start)
             recipe = _pinned(recipe, began, start, processes)
             make = build if start else beginning(recipe, weights)
             run = TrainingRun(recipe, run_dir, processes, start, dry_run, grow, make, lock, weights)
+            outcome = None
             try:
-                return run.go(stop)
+                outcome = run.go(stop)
+                return outcome
             finally:
-                run.close()
+                run.close(outcome.stopped if outcome else stop.signal, failed=outcome is None)
 
 
 class TrainingRun:
@@ -214,10 +215,10 @@ class TrainingRun:
         self._rows.load_state_dict(beginning)
         return measured
 
-    def close(self) -> None:
+    def close(self, signal: str | None, failed: bool) -> None:
         self._rows.close()
         self.monitor.close()
-        close_wandb(self._wandb)
+        close_wandb(self._wandb, signal, failed)
         # Data parallelism has to end before its processes part. The other way round its destructor is the one
         # to join gloo's threads, and holds the interpreter's lock for which one of them may be waiting.
         del self.training_step
@@ -233,9 +234,8 @@ class TrainingRun:
                 progress.say(f"from step {self._step} on: {line}")
             for line in (*oddities(recipe), *self._rows.remarks(), *self._heldout.warnings):
                 progress.say(f"warning: {line}")
-            where = (self._processes.device, self._optimizer, self.training_step)
-            for line in (path := path_lines(self._built, recipe, *where)):
-                progress.say(line)
+            path = path_lines(self._built, recipe, self._processes, self._optimizer, self.training_step)
+            progress.say("\n".join(path))
             monitor.remark(path, self._step, "path")
             if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: step {last} was its last")

@@ -8,6 +8,7 @@ from pathlib import Path
 from act24.errors import Act24Error, reason
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints.together import on_the_first, rank
+from act24.tools.run.signals import STOPPED_STATUS
 from act24.tools.watch.monitor import hyperparameters
 
 
@@ -47,12 +48,21 @@ def open_wandb(recipe: Recipe, run_dir: Path | None, run_id: str | None) -> str 
     return on_the_first(lambda: _begun(recipe, run_dir, run_id))
 
 
-def close_wandb(run_id: str | None) -> None:
-    """End the run there, if there is one. To be called by every process, when event files are closed."""
+def close_wandb(run_id: str | None, signal: str | None, failed: bool) -> None:
+    """End the run there, if there is one. To be called by every process, when event files are closed.
+
+    Its state becomes "preempted" behind a signal, as it goes on later; "failed", or "finished".
+
+    Args:
+        signal: what stopped it, by name.
+        failed: an exception did.
+    """
     if run_id and rank() == 0:
         import wandb  # type: ignore[import-not-found]
 
-        wandb.finish()
+        if signal:
+            wandb.run.mark_preempting()  # what makes "preempted" of a status other than 0
+        wandb.finish(exit_code=STOPPED_STATUS if signal else int(failed))
 
 
 def _begun(recipe: Recipe, run_dir: Path, run_id: str | None) -> str:

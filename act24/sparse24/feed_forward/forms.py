@@ -38,12 +38,14 @@ class State(NamedTuple):
         real: boolean `[T]`, the tokens that are no padding; None for all.
         casts: of both weights, as `packed_fp8.cast_weights` makes them; None: they are cast where they are
             read.
+        counter: in e4m3, as in `act24.fp8.linear.linear_fp8`.
     """
 
     scale: Tensor | None = None
     seed: Tensor | None = None
     real: Tensor | None = None
     casts: tuple[Tensor, ...] | None = None
+    counter: Tensor | None = None
 
 
 class Network(NamedTuple):

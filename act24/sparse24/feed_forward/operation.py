@@ -203,6 +203,7 @@ def activation24(
     pads: Tensor | None = None,
     options: Options24 = PLAIN,
     casts: tuple[Tensor, ...] = (),
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """linear → relu² → 2:4 → linear; either linear may be missing.
 
@@ -228,6 +229,7 @@ def activation24(
         casts: of these very weights, eight tensors (`packed_fp8.cast_weights`), which the products in e4m3
             then read; in e4m3 or its bytes. Empty, or without elements, and weights are cast where they are
             read.
+        counter: where all products are in e4m3, as in `act24.fp8.linear.linear_fp8`, of the gradient of y.
 
     Returns:
         y `[..., D_out]` and the statistics (`act24.sparse24.feed_forward.statistics.STATISTICS`).
@@ -252,12 +254,13 @@ def activation24(
         if form := form_of(network, forward):
             return _whole_tiles(form, tensors, State(scale, seed), forward, network.tokens)
     elif not is_mapped() and (form := form_of(network, options)):
-        return form.run(tensors, State(scale, seed, real_tokens(pads), ready_casts(casts)), options)
+        state = State(scale, seed, real_tokens(pads), ready_casts(casts), counter)
+        return form.run(tensors, state, options)
     if options.precision == "fp8" and not PACKED_FP8.why_never(network, options):
         if is_mapped():
             raise Act24Error(
                 'activation24: its fp8 has no rule for torch.func.vmap: set precision = "bfloat16"'
             )
-        state = State(scale, seed, real_tokens(pads), ready_casts(casts))
+        state = State(scale, seed, real_tokens(pads), ready_casts(casts), counter)
         return fp8_activation24(tensors, state, options, kernels=False)
     return _Activation24.apply(*tensors, scale, seed, pads, tuple(options))[:2]

@@ -88,6 +88,7 @@ class _PackedFp8(torch.autograd.Function):
         order: Tensor | None,
         settings: _Settings,
         casts: tuple[Tensor, ...] | None,
+        counter: Tensor | None,
     ) -> tuple[Tensor, ...]:
         options, training, kernels = settings
         rows = cast_both_ways(x, "rowwise", "tensorwise", turned=training, kernels=kernels)
@@ -121,7 +122,7 @@ class _PackedFp8(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, weight_in, _, weight_out, _, scale, _, real, _, settings, casts = inputs
+        _, weight_in, _, weight_out, _, scale, _, real, _, settings, casts, ctx.counter = inputs
         _, *kept, _ = output
         ctx.mark_non_differentiable(*output[1:])
         turned = (*casts[2:4], *casts[6:]) if casts else (None,) * 4
@@ -137,7 +138,8 @@ class _PackedFp8(torch.autograd.Function):
         need_x, need_weight_in, need_bias_in, need_weight_out, need_bias_out = ctx.needs_input_grad[:5]
         grad_y = grad_y.contiguous()
         grad = times_scale(grad_y, scale)
-        grad_rows = cast_both_ways(grad, "rowwise", "tensorwise", turned=need_weight_out, kernels=kernels)
+        given = ("rowwise", "tensorwise", True, need_weight_out, kernels, ctx.counter)
+        grad_rows = cast_both_ways(grad, *given)
         if turned_out is None:
             turned_out, scale_out = _cast(weight_out, "rowwise", True, kernels)
         grad_activation = form("product_e4m3", kernels)(
@@ -168,7 +170,7 @@ class _PackedFp8(torch.autograd.Function):
             if real is not None and backward_of(options).along_tokens:
                 grad_y = torch.where(real[:, None], grad_y, 0)
             grad_bias_out = grad_y.sum(0)
-        return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 6
+        return grad_x, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out, *(None,) * 7
 
 
 def cast_weights(weight_in: Tensor, weight_out: Tensor, kernels: bool = True) -> tuple[Tensor, ...]:
@@ -368,7 +370,7 @@ def fp8_activation24(
     settings = _Settings(options, training, kernels)
     casts = None if any(wide) else state.casts
     y, _, _, packed, over, _, _, counts, sums = _PackedFp8.apply(
-        *given, state.scale, state.seed, real, drawn, settings, casts
+        *given, state.scale, state.seed, real, drawn, settings, casts, state.counter
     )
     y = y[:tokens, :width_out]
     y = Reordered.apply(y, inverse, order[:tokens] if order is not None else None) if permuted else y

@@ -31,6 +31,7 @@ def _cast_e4m3(
     turned,
     row_scales,
     column_scales,
+    counts,
     rows,
     columns,
     turned_words,
@@ -40,11 +41,14 @@ def _cast_e4m3(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Pointers that are None stand for what is not wanted. Scales are one number, or one for each row of
-    `narrow` (BY_ROW) and for each row of `turned` (BY_COLUMN)."""
+    """Pointers that are None stand for what is not wanted, `counts` for two int32. Scales are one number, or
+    one for each row of `narrow` (BY_ROW) and for each row of `turned` (BY_COLUMN)."""
     four = tl.program_id(1) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < columns)[None, :]
+    if counts is not None:
+        nonzero = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+        lost = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
     if turned is not None:
         if BY_COLUMN:
             scale = tl.load(column_scales + column, mask=column < columns, other=1.0)[None, :]
@@ -62,47 +66,75 @@ def _cast_e4m3(
                 scale = tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
             else:
                 scale = tl.load(row_scales)
-            tl.store(narrow + place, e4m3_bits(value * tl.div_rn(1.0, scale), LARGEST), mask=mask)
+            byte = e4m3_bits(value * tl.div_rn(1.0, scale), LARGEST)
+            tl.store(narrow + place, byte, mask=mask)
+            if counts is not None:
+                nonzero += (value != 0).to(tl.int32)
+                lost += ((value != 0) & ((byte & 0x7F) == 0)).to(tl.int32)
         if turned is not None:
-            words |= e4m3_bits(value * column_factor, LARGEST).to(tl.uint32) << (8 * nth)
+            byte = e4m3_bits(value * column_factor, LARGEST)
+            words |= byte.to(tl.uint32) << (8 * nth)
+            if counts is not None:
+                nonzero += (value != 0).to(tl.int32)
+                lost += ((value != 0) & ((byte & 0x7F) == 0)).to(tl.int32)
+    if counts is not None:
+        tl.atomic_add(counts, tl.sum(nonzero), sem="relaxed")
+        tl.atomic_add(counts + 1, tl.sum(lost), sem="relaxed")
     if turned is not None:
         target = column.to(tl.int64)[:, None] * turned_words + four[None, :]
         mask = (column < columns)[:, None] & (four < turned_words)[None, :]
         tl.store(turned + target, tl.trans(words).to(tl.int32, bitcast=True), mask=mask)
 
 
-def _reference(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    narrow, turned = _fake(matrix, scale, turned_scale)
+def _reference(
+    matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None, count: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    narrow, turned, counts = _fake(matrix, scale, turned_scale, count)
     if scale is not None:
         narrow = narrowed(matrix, scale[:, None])
     if turned_scale is not None:
         turned = narrowed(F.pad(matrix.T, (0, -len(matrix) % MULTIPLE)), turned_scale[:, None]).contiguous()
-    return narrow, turned
+    if count:
+        nonzero = matrix != 0
+        made = [] if scale is None else [narrow]
+        made += [] if turned_scale is None else [turned[:, : len(matrix)].T]
+        lost = [(nonzero & (each.float() == 0)).sum() for each in made]
+        counts = torch.stack((nonzero.sum() * len(made), sum(lost, nonzero.new_zeros((), dtype=torch.int64))))
+    return narrow, turned, counts.to(torch.int32)
 
 
-def _fake(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(
+    matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None, count: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = matrix.shape
     filled = (rows + MULTIPLE - 1) // MULTIPLE * MULTIPLE
     return (
         matrix.new_empty((0,) if scale is None else (rows, columns), dtype=torch.float8_e4m3fn),
         matrix.new_empty((0,) if turned_scale is None else (columns, filled), dtype=torch.float8_e4m3fn),
+        matrix.new_empty(2 if count else 0, dtype=torch.int32),
     )
 
 
 @operator(_reference, _fake)
-def cast_e4m3(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def cast_e4m3(
+    matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None, count: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix over its scales in e4m3, as it lies and transposed.
 
     Args:
         matrix: `[M, N]`, bfloat16, float16 or float32.
         scale: float32 `[1]`, or `[M]`, one for each row; None: the first result is not wanted.
         turned_scale: float32 `[1]`, or `[N]`, one for each column; None: nor is the second.
+        count: count what becomes zero.
 
     Returns:
-        e4m3 `[M, N]`, and e4m3 `[N, M']`, where M' is M filled up to a multiple of 16 with zeros; what was
-        not asked for is empty. What is above 448 over its scale is 448. Over a scale that is NaN all is NaN.
+        e4m3 `[M, N]`, and e4m3 `[N, M']`, where M' is M filled up to a multiple of 16 with zeros; and int32
+        `[2]`: entries that are not zero, and those of them that are zero in e4m3, of both results together.
+        What was not asked for is empty. What is above 448 over its scale is 448. Over a scale that is NaN
+        all is NaN.
     """
-    narrow, turned = _fake(matrix, scale, turned_scale)
+    narrow, turned, _ = _fake(matrix, scale, turned_scale)
+    counts = matrix.new_zeros(2 if count else 0, dtype=torch.int32)
     rows, columns = matrix.shape
     if matrix.numel():
         words = None if turned_scale is None else turned.view(torch.int32)
@@ -112,6 +144,7 @@ def cast_e4m3(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None)
             words,
             scale,
             turned_scale,
+            counts if count else None,
             rows,
             columns,
             0 if words is None else words.shape[1],
@@ -122,4 +155,4 @@ def cast_e4m3(matrix: Tensor, scale: Tensor | None, turned_scale: Tensor | None)
             COLUMNS=COLUMNS,
             num_warps=4,
         )
-    return narrow, turned
+    return narrow, turned, counts

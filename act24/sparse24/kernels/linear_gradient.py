@@ -13,12 +13,7 @@ from torch import Tensor
 from act24.compiler import jit, tl
 from act24.relu2 import slope_from_value
 from act24.sparse24.format.fields import from_bytes, with_zeros
-from act24.sparse24.kernels.shared.keys import (
-    as_signed,
-    load_bits,
-    spread,
-    upper,
-)
+from act24.sparse24.kernels.shared.keys import filled, load_bits, upper
 from act24.sparse24.kernels.shared.masked_gradient import masked_gradient
 from act24.sparse24.kernels.shared.registry import operator
 from act24.sparse24.kernels.shared.tiled_product import (
@@ -66,12 +61,8 @@ def _linear_gradient(
     rounded = masked_gradient(pairs, both, both, low, high, "relu2", False)
     first, second = tl.split(rounded.to(tl.uint16, bitcast=True))
     half_row = start // 2 + (rows * (features // 2) + tl.arange(0, COLUMNS // 2)[None, :])
-    x0, x1, x2, x3 = spread(low, high, both << 16, upper(both), 0)
-    words = tl.reshape(tl.join(x0 >> 16 | x1, x2 >> 16 | x3), [ROWS, COLUMNS // 2])
-    tl.store(value_dense + half_row, as_signed(words))
-    x0, x1, x2, x3 = spread(low, high, first.to(tl.uint32) << 16, second.to(tl.uint32) << 16, 0)
-    words = tl.reshape(tl.join(x0 >> 16 | x1, x2 >> 16 | x3), [ROWS, COLUMNS // 2])
-    tl.store(grad_dense + half_row, as_signed(words))
+    tl.store(value_dense + half_row, filled(low, high, both << 16, upper(both)))
+    tl.store(grad_dense + half_row, filled(low, high, first.to(tl.uint32) << 16, second.to(tl.uint32) << 16))
 
 
 def _reference(grad: Tensor, weight: Tensor, values: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:

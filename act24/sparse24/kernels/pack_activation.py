@@ -24,13 +24,13 @@ from act24.sparse24.kernels.shared.keys import (
     as_signed,
     by_position,
     complement_field,
+    filled,
     load_bits,
     metadata_field,
     one_if_positive,
     round16,
     signed_keys,
     sort4,
-    spread,
     upper,
 )
 from act24.sparse24.kernels.shared.random_draw import draw2, factor_of
@@ -72,81 +72,107 @@ def _largest(keys, FUNCTION: tl.constexpr, SOFT: tl.constexpr):
     Returns:
         two each: keys by position, values and slopes, float32 [rows, groups].
     """
-    largest, next_largest, third, _ = sort4(keys[0], keys[1], keys[2], keys[3])
-    first, second = by_position(as_bits(largest), as_bits(next_largest))
-    x0 = as_float(upper(first))
-    x1 = as_float(upper(second))
-    value0 = _activation(x0, FUNCTION)
-    value1 = _activation(x1, FUNCTION)
+    largest, next_largest, third, _ = sort4(*keys)
+    chosen = by_position(as_bits(largest), as_bits(next_largest))
+    kept = [as_float(upper(key)) for key in chosen]
+    values = [_activation(x, FUNCTION) for x in kept]
     if SOFT:
         threshold = _activation(as_float(upper(as_bits(third))), FUNCTION)
         threshold = round16(threshold, tl.bfloat16)
-        value0 = _relu(round16(value0, tl.bfloat16) - threshold)
-        value1 = _relu(round16(value1, tl.bfloat16) - threshold)
-    return (first, second), (value0, value1), (_slope(x0, FUNCTION), _slope(x1, FUNCTION))
+        values = [_relu(round16(value, tl.bfloat16) - threshold) for value in values]
+    return chosen, values, [_slope(x, FUNCTION) for x in kept]
 
 
 @jit
 def _drawn(keys, number, seed, FUNCTION: tl.constexpr):
     """Two of four, drawn; as `_largest`, and the two factors: 1/π, 0 for a key that only fills up."""
-    key0, key1, key2, key3 = keys
-    a0 = round16(_activation(as_float(upper(as_bits(key0))), FUNCTION), tl.bfloat16)
-    a1 = round16(_activation(as_float(upper(as_bits(key1))), FUNCTION), tl.bfloat16)
-    a2 = round16(_activation(as_float(upper(as_bits(key2))), FUNCTION), tl.bfloat16)
-    a3 = round16(_activation(as_float(upper(as_bits(key3))), FUNCTION), tl.bfloat16)
-    chosen, kept, magnitudes = draw2((a0, a1, a2, a3), keys, number, seed)
-    first = as_bits(chosen[0])
-    second = as_bits(chosen[1])
-    factor0 = factor_of(kept[0], magnitudes[0])
-    factor1 = factor_of(kept[1], magnitudes[1])
-    x0 = as_float(upper(first))
-    x1 = as_float(upper(second))
-    value0 = round16(_activation(x0, FUNCTION), tl.bfloat16) * factor0
-    value1 = round16(_activation(x1, FUNCTION), tl.bfloat16) * factor1
-    slopes = (_slope(x0, FUNCTION) * factor0, _slope(x1, FUNCTION) * factor1)
-    return (first, second), (value0, value1), slopes, (factor0, factor1)
+    magnitudes = [round16(_activation(as_float(upper(as_bits(key))), FUNCTION), tl.bfloat16) for key in keys]
+    chosen, kept, magnitudes = draw2(magnitudes, keys, number, seed)
+    chosen = [as_bits(key) for key in chosen]
+    factors = [factor_of(kept[i], magnitudes[i]) for i in (0, 1)]
+    hidden = [as_float(upper(key)) for key in chosen]
+    values = [round16(_activation(hidden[i], FUNCTION), tl.bfloat16) * factors[i] for i in (0, 1)]
+    return chosen, values, [_slope(hidden[i], FUNCTION) * factors[i] for i in (0, 1)], factors
 
 
 @jit
 def _largest_statistics(keys, FUNCTION: tl.constexpr):
     """Of every group, float32: whether it has more than two non-zeros, how many the two largest leave out,
     the energy, and the energy left out."""
-    largest, next_largest, third, smallest = sort4(keys[0], keys[1], keys[2], keys[3])
-    a0 = _activation(as_float(largest), FUNCTION)
-    a1 = _activation(as_float(next_largest), FUNCTION)
-    a2 = _activation(as_float(third), FUNCTION)
-    a3 = _activation(as_float(smallest), FUNCTION)
-    more = one_if_positive(as_float(third))
+    largest, next_largest, third, smallest = [as_float(key) for key in sort4(*keys)]
+    a0 = _activation(largest, FUNCTION)
+    a1 = _activation(next_largest, FUNCTION)
+    a2 = _activation(third, FUNCTION)
+    a3 = _activation(smallest, FUNCTION)
+    more = one_if_positive(third)
     lower = a2 * a2 + a3 * a3
-    return more, more + one_if_positive(as_float(smallest)), a0 * a0 + a1 * a1 + lower, lower
+    return more, more + one_if_positive(smallest), a0 * a0 + a1 * a1 + lower, lower
 
 
 @jit
-def _drawn_statistics(keys, chosen, factors, gone, total, FUNCTION: tl.constexpr):
-    """The second and fourth result of `_largest_statistics` for a draw, from the second and third of
-    these."""
-    largest, next_largest, _, _ = sort4(keys[0], keys[1], keys[2], keys[3])
-    drawn0 = one_if_positive(factors[0])
-    drawn1 = one_if_positive(factors[1])
+def _drawn_statistics(keys, chosen, factors, FUNCTION: tl.constexpr):
+    """`_largest_statistics` with what a draw leaves out in the place of what the two largest do."""
+    more, gone, energy, _ = _largest_statistics(keys, FUNCTION)
+    largest, next_largest, _, _ = sort4(*keys)
+    drawn0, drawn1 = [one_if_positive(factor) for factor in factors]
     a0 = _activation(as_float(upper(chosen[0])), FUNCTION) * drawn0
     a1 = _activation(as_float(upper(chosen[1])), FUNCTION) * drawn1
     gone += one_if_positive(as_float(largest)) + one_if_positive(as_float(next_largest))
-    return gone - drawn0 - drawn1, total - (a0 * a0 + a1 * a1)
+    return more, gone - drawn0 - drawn1, energy, energy - (a0 * a0 + a1 * a1)
 
 
 @jit
-def _filled(field, pair):
-    """Two values of every group in a row of four with zeros: words of two columns, [rows, 2 · groups]."""
-    bits0 = as_bits(round16(pair[0], tl.bfloat16))
-    bits1 = as_bits(round16(pair[1], tl.bfloat16))
-    y0, y1, y2, y3 = spread(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1, 0)
-    return as_signed(tl.reshape(tl.join(y0 >> 16 | y1, y2 >> 16 | y3), [field.shape[0], field.shape[1] * 2]))
+def _added(totals, of_tile, weight):
+    """Four running totals, with what a tile adds to each."""
+    return [totals[i] + of_tile[i] * weight for i in (0, 1, 2, 3)]
 
 
 @jit
 def _side_by_side(pair, dtype: tl.constexpr):
     """The two values of every group next to each other, [rows, 2 · groups]."""
     return tl.reshape(tl.join(pair[0], pair[1]), [pair[0].shape[0], pair[0].shape[1] * 2]).to(dtype)
+
+
+@jit
+def _store_values(values, metadata, scales, target, token, field, pair, LARGEST: tl.constexpr):
+    """The two values of every group at `target`: with their zeros where there is no metadata, over the scales
+    of their tokens in e4m3 where there are scales."""
+    if metadata is None:
+        bits0, bits1 = [as_bits(round16(value, tl.bfloat16)) for value in pair]
+        tl.store(values + target, filled(field & 3 ^ 3, field & 12 ^ 12, bits0, bits1))
+    elif scales is not None:
+        over = tl.div_rn(1.0, tl.load(scales + token))
+        wide = _side_by_side(pair, tl.bfloat16).to(tl.float32)
+        tl.store(values + target, e4m3_bits(wide * over, LARGEST))
+    else:
+        tl.store(values + target, _side_by_side(pair, values.dtype.element_ty))
+
+
+@jit
+def _metadata_places(row, features, WIDE: tl.constexpr, STRIP: tl.constexpr):
+    """Where the metadata of values goes that are WIDE (16 bits) or in e4m3: by how much the fields of a group
+    are shifted in their word, and the place of the words in a slab."""
+    group = tl.arange(0, STRIP // 4)[None, :]
+    word = tl.arange(0, STRIP // 16)[None, :]
+    if WIDE:
+        shift = metadata_field(0, group * 4, features) % 8 * 4
+        place = metadata_field(row, word // 2 * 32 + word % 2 * 8, features) // 8
+    else:
+        shift = group % 2 * 4 + group % 16 // 8 * 16
+        place = (tl.arange(0, 32) * 4)[:, None] + word // 4 * 128 + word % 4
+    return shift, place
+
+
+@jit
+def _metadata_words(fields, WIDE: tl.constexpr, STRIP: tl.constexpr):
+    """Words of shifted fields, int32 [32, strip / 16]: a word holds those of two rows (8 bits), and of groups
+    16 and 4 columns apart where values are WIDE, 32 and 4 columns apart in e4m3."""
+    if WIDE:
+        words = tl.sum(tl.sum(tl.reshape(fields, [32, STRIP // 32, 2, 2, 2]), 4), 2)
+    else:
+        words = tl.sum(tl.sum(tl.reshape(fields, [32, STRIP // 64, 2, 4, 2]), 4), 2)
+    words = words ^ 0xFFFFFFFF
+    return as_signed(tl.reshape(words, [32, STRIP // 16]))
 
 
 @jit
@@ -174,25 +200,13 @@ def _pack_activation(
     written with their zeros, and with `scales` in e4m3."""
     strip = tl.program_id(0) * STRIP
     pair = tl.arange(0, STRIP // 2)[None, :]
-    group = tl.arange(0, STRIP // 4)[None, :]
     # The rows of a slab that hold the low four bits of a metadata byte; those of the high bits are 8 further.
     row = (tl.arange(0, 32) // 8 * 16 + tl.arange(0, 32) % 8)[:, None]
-    shift = metadata_field(0, group * 4, features) % 8 * 4
-    word = tl.arange(0, STRIP // 16)[None, :]
-    place = metadata_field(row, word // 2 * 32 + word % 2 * 8, features) // 8
-    if scales is not None:
-        shift = group % 2 * 4 + group % 16 // 8 * 16
-        place = (tl.arange(0, 32) * 4)[:, None] + word // 4 * 128 + word % 4
+    shift, place = _metadata_places(row, features, scales is None, STRIP)
 
     zero = tl.zeros([32, STRIP // 4], tl.float32)
-    count0 = zero
-    count1 = zero
-    count2 = zero
-    count3 = zero
-    crowded = zero
-    dropped = zero
-    energy = zero
-    lost = zero
+    counted = (zero, zero, zero, zero)
+    summed = (zero, zero, zero, zero)
     first_slab = tl.program_id(1) * SLABS
     for step in tl.range(0, tl.minimum(SLABS, slabs - first_slab), num_stages=STAGES):
         slab = first_slab + step
@@ -203,29 +217,21 @@ def _pack_activation(
         upper_rows = load_bits(hidden + start // 2 + ((row + 8) * (features // 2) + pair))
         for half in tl.static_range(2):
             rows = row + 8 * half
+            token = slab * 64 + rows
             bits = lower_rows if half == 0 else upper_rows
-            even, odd = tl.split(tl.reshape(bits, [32, STRIP // 4, 2]))
-            keys = signed_keys(even, odd)
+            keys = signed_keys(*tl.split(tl.reshape(bits, [32, STRIP // 4, 2])))
             if METHOD == "mvue":
-                token = slab * 64 + rows
-                if order is not None:
-                    token = tl.load(order + token)
-                number = token.to(tl.uint32) * (features // 4) + strip // 4 + group
-                chosen, value, slope, factor = _drawn(keys, number, seed, FUNCTION)
+                drawn_by = token if order is None else tl.load(order + token)
+                group = tl.arange(0, STRIP // 4)[None, :]
+                number = drawn_by.to(tl.uint32) * (features // 4) + strip // 4 + group
+                chosen, value, slope, factors = _drawn(keys, number, seed, FUNCTION)
             else:
                 chosen, value, slope = _largest(keys, FUNCTION, METHOD == "soft_threshold")
             target = start // 2 + (rows * (features // 2) + pair)
             # The lowest two bits of a key are all that this adds up.
-            field = complement_field(chosen[0], chosen[1]) & 15
+            field = complement_field(*chosen) & 15
             if values is not None:
-                if metadata is None:
-                    tl.store(values + target, _filled(field, value))
-                elif scales is not None:
-                    over = tl.div_rn(1.0, tl.load(scales + slab * 64 + rows))
-                    wide = _side_by_side(value, tl.bfloat16).to(tl.float32)
-                    tl.store(values + target, e4m3_bits(wide * over, LARGEST))
-                else:
-                    tl.store(values + target, _side_by_side(value, values.dtype.element_ty))
+                _store_values(values, metadata, scales, target, token, field, value, LARGEST)
             if slopes is not None:
                 tl.store(slopes + target, _side_by_side(slope, slopes.dtype.element_ty))
             # 4 bits of a byte in each of two rows; in e4m3 a byte for each.
@@ -233,40 +239,27 @@ def _pack_activation(
             if counts is not None:
                 weight = tl.full([32, 1], 1.0, tl.float32)
                 if real is not None:
-                    weight = tl.load(real + slab * 64 + rows).to(tl.float32)
-                count0 += one_if_positive(as_float(keys[0])) * weight
-                count1 += one_if_positive(as_float(keys[1])) * weight
-                count2 += one_if_positive(as_float(keys[2])) * weight
-                count3 += one_if_positive(as_float(keys[3])) * weight
+                    weight = tl.load(real + token).to(tl.float32)
+                counted = _added(counted, [one_if_positive(as_float(key)) for key in keys], weight)
                 if sums is not None:
-                    more, gone, total, lower = _largest_statistics(keys, FUNCTION)
                     if METHOD == "mvue":
-                        gone, lower = _drawn_statistics(keys, chosen, factor, gone, total, FUNCTION)
-                    crowded += more * weight
-                    dropped += gone * weight
-                    energy += total * weight
-                    lost += lower * weight
+                        of_tile = _drawn_statistics(keys, chosen, factors, FUNCTION)
+                    else:
+                        of_tile = _largest_statistics(keys, FUNCTION)
+                    summed = _added(summed, of_tile, weight)
         if metadata is not None:
-            # A word: the fields of two rows (8 bits), of groups 16 columns apart, of groups 4 columns apart.
-            fields = fields << shift.to(tl.uint32)
-            if scales is None:
-                words = tl.sum(tl.sum(tl.reshape(fields, [32, STRIP // 32, 2, 2, 2]), 4), 2)
-            else:  # of two rows, 32 columns apart, 4 columns apart
-                words = tl.sum(tl.sum(tl.reshape(fields, [32, STRIP // 64, 2, 4, 2]), 4), 2)
-            words = words ^ 0xFFFFFFFF
-            words = tl.reshape(words, [32, STRIP // 16]).to(tl.int32, bitcast=True)
+            words = _metadata_words(fields << shift.to(tl.uint32), scales is None, STRIP)
             tile = slab.to(tl.int64) * (2 * features) + strip * 2
             tl.store(metadata + tile + tl.max_contiguous(place, (1, 2)), words)
 
     if counts is not None:
-        count = tl.reshape(tl.join(tl.join(count0, count2), tl.join(count1, count3)), [32, STRIP])
-        tl.atomic_add(counts + strip + tl.arange(0, STRIP), tl.sum(count, 0).to(tl.int32), sem="relaxed")
+        even, odd = tl.join(counted[0], counted[2]), tl.join(counted[1], counted[3])
+        count = tl.sum(tl.reshape(tl.join(even, odd), [32, STRIP]), 0)
+        tl.atomic_add(counts + strip + tl.arange(0, STRIP), count.to(tl.int32), sem="relaxed")
     if sums is not None:
         program = sums + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 4
-        tl.store(program, tl.sum(crowded))
-        tl.store(program + 1, tl.sum(dropped))
-        tl.store(program + 2, tl.sum(energy))
-        tl.store(program + 3, tl.sum(lost))
+        for nth in tl.static_range(4):
+            tl.store(program + nth, tl.sum(summed[nth]))
 
 
 def activation_counts(positive: Tensor, sparse: Sparse24, real: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 dW = MVUE₂₄(G)ᵀ x (arXiv 2404.01847).
 
 Bytes an element: 2 read, 1.125 written. A thread holds 4 tokens of some features, so that a group lies inside
-    it;
-only the results cross threads, on their way to rows that run along the tokens.
+it; only the results cross threads, on their way to rows that run along the tokens.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -40,11 +39,6 @@ LARGEST = 3.3895313892515355e38
 
 
 @jit
-def _magnitude(bits):
-    return as_float(bits & 0x7FFFFFFF)
-
-
-@jit
 def _value(key, kept, finite, LARGEST: tl.constexpr):
     """A drawn entry as it is kept, in bfloat16, as the upper half of a word."""
     value = as_bits(round16(tl.minimum(4 * kept, LARGEST), tl.bfloat16)) | (key & 0x80000000)
@@ -52,19 +46,15 @@ def _value(key, kept, finite, LARGEST: tl.constexpr):
 
 
 @jit
-def _drawn(bits0, bits1, bits2, bits3, number, seed, LARGEST: tl.constexpr):
+def _drawn(tokens, number, seed, LARGEST: tl.constexpr):
     """Of four tokens, whose values are in the upper halves of words: the two drawn values in one word, and
     the metadata (inverted)."""
-    a0 = _magnitude(bits0)
-    a1 = _magnitude(bits1)
-    a2 = _magnitude(bits2)
-    a3 = _magnitude(bits3)
+    a0, a1, a2, a3 = [as_float(bits & 0x7FFFFFFF) for bits in tokens]
     infinity: tl.constexpr = float("inf")
     finite = (a0 < infinity) & (a1 < infinity) & (a2 < infinity) & (a3 < infinity)
-    keys, kept, _ = draw2((a0, a1, a2, a3), (bits0 | 3, bits1 | 2, bits2 | 1, bits3), number, seed)
-    low = _value(keys[0], kept[0], finite, LARGEST)
-    high = _value(keys[1], kept[1], finite, LARGEST)
-    return low >> 16 | upper(high), complement_field(keys[0], keys[1])
+    keys, kept, _ = draw2((a0, a1, a2, a3), [tokens[i] | (3 - i) for i in (0, 1, 2, 3)], number, seed)
+    low, high = [_value(keys[i], kept[i], finite, LARGEST) for i in (0, 1)]
+    return low >> 16 | upper(high), complement_field(*keys)
 
 
 @jit
@@ -91,18 +81,11 @@ def _pack_drawn(
         token = (first_tile + step) * TOKENS
         place = token.to(tl.int64) * (features // 2) + feature // 2
         place += row * (4 * (features // 2)) + pair
-        words0 = load_bits(grad + place)
-        words1 = load_bits(grad + place + features // 2)
-        words2 = load_bits(grad + place + 2 * (features // 2))
-        words3 = load_bits(grad + place + 3 * (features // 2))
+        words = [load_bits(grad + place + nth * (features // 2)) for nth in (0, 1, 2, 3)]
         number = group + (token // 4).to(tl.uint32)
-        even, even_field = _drawn(
-            words0 << 16, words1 << 16, words2 << 16, words3 << 16, number, seed, LARGEST
-        )
-        odd, odd_field = _drawn(
-            upper(words0), upper(words1), upper(words2), upper(words3),
-            number + (tokens // 4).to(tl.uint32), seed, LARGEST,
-        )  # fmt: skip
+        even, even_field = _drawn([word << 16 for word in words], number, seed, LARGEST)
+        number += (tokens // 4).to(tl.uint32)
+        odd, odd_field = _drawn([upper(word) for word in words], number, seed, LARGEST)
         both = tl.trans(tl.reshape(tl.join(even, odd), [rows, FEATURES]))
         start = feature.to(tl.int64) * (tokens // 4) + token // 4
         tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]

@@ -121,9 +121,9 @@ def _masked_keys(grad_values, fetched, nth: tl.constexpr, FUNCTION: tl.constexpr
 
 
 @jit
-def _pair(key0, key1, key2, key3, ROTATED: tl.constexpr):
+def _pair(keys, ROTATED: tl.constexpr):
     """The two largest of four keys: their values in one word, and their metadata (inverted)."""
-    larger, smaller, _, _ = sort4(key0, key1, key2, key3)
+    larger, smaller, _, _ = sort4(*keys)
     if ROTATED:
         larger = _rotate_right(larger)
         smaller = _rotate_right(smaller)
@@ -132,14 +132,17 @@ def _pair(key0, key1, key2, key3, ROTATED: tl.constexpr):
 
 
 @jit
-def _select(keys0, keys1, keys2, keys3, ROTATED: tl.constexpr):
+def _of_feature(by_token, nth: tl.constexpr):
+    """What four tokens have of the nth feature of every group."""
+    return [of_token[nth] for of_token in by_token]
+
+
+@jit
+def _select(keys, ROTATED: tl.constexpr):
     """Of the keys of four tokens the two largest in each of the four features of every group: the pairs of
     values by feature, and their metadata by feature."""
-    word0, field0 = _pair(keys0[0], keys1[0], keys2[0], keys3[0], ROTATED)
-    word1, field1 = _pair(keys0[1], keys1[1], keys2[1], keys3[1], ROTATED)
-    word2, field2 = _pair(keys0[2], keys1[2], keys2[2], keys3[2], ROTATED)
-    word3, field3 = _pair(keys0[3], keys1[3], keys2[3], keys3[3], ROTATED)
-    return (word0, word1, word2, word3), (field0, field1, field2, field3)
+    pairs = [_pair(_of_feature(keys, nth), ROTATED) for nth in (0, 1, 2, 3)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 @jit
@@ -150,16 +153,11 @@ def _along_tokens(by_feature, rows: tl.constexpr, FEATURES: tl.constexpr):
 
 
 @jit
-def _field_words(value_fields, grad_fields, rows: tl.constexpr, FEATURES: tl.constexpr):
-    """The metadata of both matrices along the tokens, words [tokens / 32, features]."""
-    # One byte a group holds both fields on the way to where the eight groups of a word meet.
-    v0, v1, v2, v3 = value_fields
-    g0, g1, g2, g3 = grad_fields
-    byte = _along_tokens((v0 + g0 * 16, v1 + g1 * 16, v2 + g2 * 16, v3 + g3 * 16), rows, FEATURES)
-    near, far = group_bytes(byte.to(tl.uint8))
-    shape: tl.constexpr = [rows // 8, FEATURES]
-    value_words = as_signed(tl.reshape(metadata_words(near, far), shape))
-    return value_words, as_signed(tl.reshape(metadata_words(near >> 4, far >> 4), shape))
+def _field_bytes(value_fields, grad_fields, rows: tl.constexpr, FEATURES: tl.constexpr):
+    """The metadata of both matrices along the tokens, as `group_bytes` has it: one byte a group holds both
+    fields on the way to where the eight groups of a word meet."""
+    both = [value_fields[nth] + grad_fields[nth] * 16 for nth in (0, 1, 2, 3)]
+    return group_bytes(_along_tokens(both, rows, FEATURES).to(tl.uint8))
 
 
 @jit
@@ -170,28 +168,23 @@ def _store_dense(dense, places, target, tokens, values, grads, rows: tl.constexp
     ones, as a thread has them. Transposed, since that is the layout that Triton picks for such a store by
     itself; any other would carry all the data through shared memory first.
     """
-    v0, v1, v2, v3 = values
-    g0, g1, g2, g3 = grads
-    pairs: tl.constexpr = [rows, FEATURES // 8, 2]
-    even0, odd0 = tl.split(tl.reshape(v0 >> 16 | upper(v1), pairs))
-    even1, odd1 = tl.split(tl.reshape(v2 >> 16 | upper(v3), pairs))
-    even2, odd2 = tl.split(tl.reshape(_rotate_right(g0) >> 16 | upper(_rotate_right(g1)), pairs))
-    even3, odd3 = tl.split(tl.reshape(_rotate_right(g2) >> 16 | upper(_rotate_right(g3)), pairs))
-    group = tl.arange(0, FEATURES // 8)[:, None] * 8
-    _store_chosen(dense, places + group, target, tokens, even0, even1, even2, even3)
-    _store_chosen(dense, places + group + 4, target, tokens, odd0, odd1, odd2, odd3)
-
-
-@jit
-def _store_chosen(dense, places, target, tokens, value0, value1, grad0, grad1):
     value_dense, grad_dense = dense
-    place = tl.load(places)
-    if tl.max(place) >= 0:
-        words = place.to(tl.int64) * (tokens // 2) + target
-        tl.store(value_dense + words, as_signed(tl.trans(value0)), mask=place >= 0)
-        tl.store(value_dense + words + 1, as_signed(tl.trans(value1)), mask=place >= 0)
-        tl.store(grad_dense + words, as_signed(tl.trans(grad0)), mask=place >= 0)
-        tl.store(grad_dense + words + 1, as_signed(tl.trans(grad1)), mask=place >= 0)
+    grads = [_rotate_right(grad) for grad in grads]
+    words = (
+        values[0] >> 16 | upper(values[1]),
+        values[2] >> 16 | upper(values[3]),
+        grads[0] >> 16 | upper(grads[1]),
+        grads[2] >> 16 | upper(grads[3]),
+    )
+    split = [tl.split(tl.reshape(word, [rows, FEATURES // 8, 2])) for word in words]
+    for odd in tl.static_range(2):
+        place = tl.load(places + odd * 4 + tl.arange(0, FEATURES // 8)[:, None] * 8)
+        if tl.max(place) >= 0:
+            row = place.to(tl.int64) * (tokens // 2) + target
+            tl.store(value_dense + row, as_signed(tl.trans(split[0][odd])), mask=place >= 0)
+            tl.store(value_dense + row + 1, as_signed(tl.trans(split[1][odd])), mask=place >= 0)
+            tl.store(grad_dense + row, as_signed(tl.trans(split[2][odd])), mask=place >= 0)
+            tl.store(grad_dense + row + 1, as_signed(tl.trans(split[3][odd])), mask=place >= 0)
 
 
 @jit
@@ -228,14 +221,13 @@ def _pack_gradient(
     for step in tl.range(0, tl.minimum(STEPS, tokens // TOKENS - first_tile), num_stages=STAGES):
         token = (first_tile + step) * TOKENS
         # All loads come first: the compiler moves none of them over a store.
-        fetched0 = _fetch(inputs, features, token, feature, 0, SLOPE, PADS, TOKENS, FEATURES)
-        fetched1 = _fetch(inputs, features, token, feature, 1, SLOPE, PADS, TOKENS, FEATURES)
-        fetched2 = _fetch(inputs, features, token, feature, 2, SLOPE, PADS, TOKENS, FEATURES)
-        fetched3 = _fetch(inputs, features, token, feature, 3, SLOPE, PADS, TOKENS, FEATURES)
-        values0, grads0 = _masked_keys(grad_values, fetched0, 0, FUNCTION, SLOPE)
-        values1, grads1 = _masked_keys(grad_values, fetched1, 1, FUNCTION, SLOPE)
-        values2, grads2 = _masked_keys(grad_values, fetched2, 2, FUNCTION, SLOPE)
-        values3, grads3 = _masked_keys(grad_values, fetched3, 3, FUNCTION, SLOPE)
+        fetched = [
+            _fetch(inputs, features, token, feature, nth, SLOPE, PADS, TOKENS, FEATURES)
+            for nth in (0, 1, 2, 3)
+        ]
+        keys = [_masked_keys(grad_values, fetched[nth], nth, FUNCTION, SLOPE) for nth in (0, 1, 2, 3)]
+        value_keys = [of_token[0] for of_token in keys]
+        grad_keys = [of_token[1] for of_token in keys]
 
         if DENSE:
             target = token // 2 + tl.arange(0, rows)[None, :] * 2
@@ -245,24 +237,26 @@ def _pack_gradient(
                     places + feature + nth,
                     target,
                     tokens,
-                    (values0[nth], values1[nth], values2[nth], values3[nth]),
-                    (grads0[nth], grads1[nth], grads2[nth], grads3[nth]),
+                    _of_feature(value_keys, nth),
+                    _of_feature(grad_keys, nth),
                     rows,
                     FEATURES,
                 )
 
         start = feature.to(tl.int64) * (tokens // 4) + token // 4
         tile = tl.arange(0, FEATURES)[:, None] * (tokens // 4) + tl.arange(0, rows)[None, :]
-        words, value_fields = _select(values0, values1, values2, values3, False)
+        words, value_fields = _select(value_keys, False)
         tl.store(value_rows + start + tile, as_signed(_along_tokens(words, rows, FEATURES)))
-        words, grad_fields = _select(grads0, grads1, grads2, grads3, True)
+        words, grad_fields = _select(grad_keys, True)
         tl.store(grad_rows + start + tile, as_signed(_along_tokens(words, rows, FEATURES)))
 
-        value_words, grad_words = _field_words(value_fields, grad_fields, rows, FEATURES)
+        near, far = _field_bytes(value_fields, grad_fields, rows, FEATURES)
+        value_words = tl.reshape(metadata_words(near, far), [rows // 8, FEATURES])
+        grad_words = tl.reshape(metadata_words(near >> 4, far >> 4), [rows // 8, FEATURES])
         slab = feature.to(tl.int64) * (tokens // 32) + token * 2
         place = slab + tl.arange(0, TOKENS // 32)[:, None] * 64 + tl.arange(0, FEATURES)[None, :]
-        tl.store(value_row_metadata + place, value_words)
-        tl.store(grad_row_metadata + place, grad_words)
+        tl.store(value_row_metadata + place, as_signed(value_words))
+        tl.store(grad_row_metadata + place, as_signed(grad_words))
 
         # Along the features dZ lies where the activation does.
         slab = token.to(tl.int64) * (features // 32) + feature * 2

@@ -17,13 +17,19 @@ from act24.relu2 import check_function
 from act24.sparse24.format.fp8 import LARGEST, narrowed
 from act24.sparse24.format.packed import Packed24, empty_packed, with_values
 from act24.sparse24.kernels import pack_gradient  # noqa: F401  (the reference of what this narrows)
-from act24.sparse24.kernels.pack_gradient import _along_tokens, _pair, _rotate_left, _rotate_right
+from act24.sparse24.kernels.pack_gradient import (
+    _along_tokens,
+    _field_bytes,
+    _of_feature,
+    _rotate_left,
+    _rotate_right,
+    _select,
+)
 from act24.sparse24.kernels.shared.e4m3 import e4m3_bits, from_e4m3, metadata_field8, metadata_words8
 from act24.sparse24.kernels.shared.keys import (
     as_bits,
     as_float,
     as_signed,
-    group_bytes,
     load_bits,
     spread,
     upper,
@@ -123,13 +129,10 @@ def _masked_keys(
 
 
 @jit
-def _select(
+def _store_selected(
     target,
     factors,
-    keys0,
-    keys1,
-    keys2,
-    keys3,
+    keys,
     ROTATED: tl.constexpr,
     LARGEST: tl.constexpr,
     rows: tl.constexpr,
@@ -137,21 +140,13 @@ def _select(
 ):
     """Of the keys of four tokens store the two largest in each feature, in e4m3; their metadata by
     feature."""
-    word0, field0 = _pair(keys0[0], keys1[0], keys2[0], keys3[0], ROTATED)
-    word1, field1 = _pair(keys0[1], keys1[1], keys2[1], keys3[1], ROTATED)
-    word2, field2 = _pair(keys0[2], keys1[2], keys2[2], keys3[2], ROTATED)
-    word3, field3 = _pair(keys0[3], keys1[3], keys2[3], keys3[3], ROTATED)
-    words = (
-        _narrow_pair(word0, factors[0], LARGEST),
-        _narrow_pair(word1, factors[1], LARGEST),
-        _narrow_pair(word2, factors[2], LARGEST),
-        _narrow_pair(word3, factors[3], LARGEST),
-    )
+    words, fields = _select(keys, ROTATED)
+    words = [_narrow_pair(words[nth], factors[nth], LARGEST) for nth in (0, 1, 2, 3)]
     # In words on their way across threads, as `pack_gradient` has them: in 16 bits some came out wrong on an
     # H200 under Triton 3.6.
     even, odd = tl.split(tl.reshape(_along_tokens(words, rows, FEATURES), [FEATURES, rows // 2, 2]))
     tl.store(target, as_signed(even | odd << 16))
-    return field0, field1, field2, field3
+    return fields
 
 
 @jit
@@ -162,20 +157,13 @@ def _narrow_pair(word, factor, LARGEST: tl.constexpr):
 
 
 @jit
-def _store_dense(
-    dense, place, target, tokens, factor, v0, v1, v2, v3, ROTATED: tl.constexpr, LARGEST: tl.constexpr
-):
+def _store_dense(dense, place, target, tokens, factor, keys, ROTATED: tl.constexpr, LARGEST: tl.constexpr):
     """Of one feature of every group the four tokens, a word, in rows of their own where the feature stays
     dense."""
     if ROTATED:
-        v0 = _rotate_right(v0)
-        v1 = _rotate_right(v1)
-        v2 = _rotate_right(v2)
-        v3 = _rotate_right(v3)
-    word = e4m3_bits(as_float(upper(v0)) * factor, LARGEST).to(tl.uint32)
-    word |= e4m3_bits(as_float(upper(v1)) * factor, LARGEST).to(tl.uint32) << 8
-    word |= e4m3_bits(as_float(upper(v2)) * factor, LARGEST).to(tl.uint32) << 16
-    word |= e4m3_bits(as_float(upper(v3)) * factor, LARGEST).to(tl.uint32) << 24
+        keys = [_rotate_right(key) for key in keys]
+    b0, b1, b2, b3 = [e4m3_bits(as_float(upper(key)) * factor, LARGEST).to(tl.uint32) for key in keys]
+    word = b0 | b1 << 8 | b2 << 16 | b3 << 24
     words = place.to(tl.int64)[:, None] * (tokens // 4) + target
     tl.store(dense + words, as_signed(tl.trans(word)), mask=(place >= 0)[:, None])
 
@@ -184,12 +172,7 @@ def _store_dense(
 def _factors(scales, feature, FEATURES: tl.constexpr):
     """One over the scale of each feature, [1, features / 4] for each of the four of a group."""
     group = feature + tl.arange(0, FEATURES // 4)[None, :] * 4
-    return (
-        tl.div_rn(1.0, tl.load(scales + group)),
-        tl.div_rn(1.0, tl.load(scales + group + 1)),
-        tl.div_rn(1.0, tl.load(scales + group + 2)),
-        tl.div_rn(1.0, tl.load(scales + group + 3)),
-    )
+    return [tl.div_rn(1.0, tl.load(scales + group + nth)) for nth in (0, 1, 2, 3)]
 
 
 @jit
@@ -234,77 +217,40 @@ def _pack_gradient_e4m3(
     for step in tl.range(0, tl.minimum(STEPS, tokens // TOKENS - first_tile), num_stages=STAGES):
         token = (first_tile + step) * TOKENS
         # All loads come first: the compiler moves none of them over a store.
-        fetched0 = _fetch(inputs, features, token, feature, 0, SLOPE, PADS, TOKENS, FEATURES)
-        fetched1 = _fetch(inputs, features, token, feature, 1, SLOPE, PADS, TOKENS, FEATURES)
-        fetched2 = _fetch(inputs, features, token, feature, 2, SLOPE, PADS, TOKENS, FEATURES)
-        fetched3 = _fetch(inputs, features, token, feature, 3, SLOPE, PADS, TOKENS, FEATURES)
-        values0, grads0 = _masked_keys(grad_values, fetched0, 0, FUNCTION, SLOPE, LARGEST)
-        values1, grads1 = _masked_keys(grad_values, fetched1, 1, FUNCTION, SLOPE, LARGEST)
-        values2, grads2 = _masked_keys(grad_values, fetched2, 2, FUNCTION, SLOPE, LARGEST)
-        values3, grads3 = _masked_keys(grad_values, fetched3, 3, FUNCTION, SLOPE, LARGEST)
+        fetched = [
+            _fetch(inputs, features, token, feature, nth, SLOPE, PADS, TOKENS, FEATURES)
+            for nth in (0, 1, 2, 3)
+        ]
+        keys = [
+            _masked_keys(grad_values, fetched[nth], nth, FUNCTION, SLOPE, LARGEST) for nth in (0, 1, 2, 3)
+        ]
+        value_keys = [of_token[0] for of_token in keys]
+        grad_keys = [of_token[1] for of_token in keys]
 
         if DENSE:
             target = token // 4 + tl.arange(0, rows)[None, :]
             for nth in tl.static_range(4):
                 place = tl.load(places + feature + nth + tl.arange(0, FEATURES // 4) * 4)
                 if tl.max(place) >= 0:
+                    of_values = _of_feature(value_keys, nth)
+                    of_grads = _of_feature(grad_keys, nth)
                     _store_dense(
-                        value_dense,
-                        place,
-                        target,
-                        tokens,
-                        value_factors[nth],
-                        values0[nth],
-                        values1[nth],
-                        values2[nth],
-                        values3[nth],
-                        False,
-                        LARGEST,
+                        value_dense, place, target, tokens, value_factors[nth], of_values, False, LARGEST
                     )
                     _store_dense(
-                        grad_dense,
-                        place,
-                        target,
-                        tokens,
-                        grad_factors[nth],
-                        grads0[nth],
-                        grads1[nth],
-                        grads2[nth],
-                        grads3[nth],
-                        True,
-                        LARGEST,
+                        grad_dense, place, target, tokens, grad_factors[nth], of_grads, True, LARGEST
                     )
 
         if SPARSE:
             start = feature.to(tl.int64) * (tokens // 8) + token // 8
-            tile = tl.arange(0, FEATURES)[:, None] * (tokens // 8) + tl.arange(0, rows // 2)[None, :]
-            v0, v1, v2, v3 = _select(
-                value_rows + start + tile,
-                value_factors,
-                values0,
-                values1,
-                values2,
-                values3,
-                False,
-                LARGEST,
-                rows,
-                FEATURES,
+            start += tl.arange(0, FEATURES)[:, None] * (tokens // 8) + tl.arange(0, rows // 2)[None, :]
+            value_fields = _store_selected(
+                value_rows + start, value_factors, value_keys, False, LARGEST, rows, FEATURES
             )
-            g0, g1, g2, g3 = _select(
-                grad_rows + start + tile,
-                grad_factors,
-                grads0,
-                grads1,
-                grads2,
-                grads3,
-                True,
-                LARGEST,
-                rows,
-                FEATURES,
+            grad_fields = _store_selected(
+                grad_rows + start, grad_factors, grad_keys, True, LARGEST, rows, FEATURES
             )
-            # One byte a group holds both fields on the way to where the groups of a word meet.
-            byte = _along_tokens((v0 + g0 * 16, v1 + g1 * 16, v2 + g2 * 16, v3 + g3 * 16), rows, FEATURES)
-            near, far = group_bytes(byte.to(tl.uint8))
+            near, far = _field_bytes(value_fields, grad_fields, rows, FEATURES)
             value_words = metadata_words8(near, far)
             grad_words = metadata_words8(near >> 4, far >> 4)
             place = feature.to(tl.int64) * (tokens // 32) + token * 2 + tl.arange(0, FEATURES * 2)

@@ -70,7 +70,7 @@ def product24_e4m3(
         ValueError: shapes, dtypes or layouts that the library would misread.
     """
     result = multiply24(packed, right.T, algorithm, transposed)
-    if rows is not None and index is not None:
+    if rows is not None and index is not None and len(rows):  # the library has no product of no rows
         one = torch.ones((), device=rows.device)
         exact = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             rows, right.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True

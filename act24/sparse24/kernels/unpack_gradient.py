@@ -12,7 +12,7 @@ from torch import Tensor
 from act24.compiler import jit, tl
 from act24.relu2 import check_function
 from act24.sparse24.format.packed import Packed24, unpack
-from act24.sparse24.kernels.shared.keys import as_signed, load_bits, metadata_field, spread, upper
+from act24.sparse24.kernels.shared.keys import filled, load_bits, metadata_field, upper
 from act24.sparse24.kernels.shared.masked_gradient import masked_gradient, masked_gradient_reference
 from act24.sparse24.kernels.shared.registry import operator
 
@@ -60,12 +60,8 @@ def _unpack_gradient(
     tl.store(grad_values + half_row, tl.reshape(rounded, [TOKENS, FEATURES // 2]))
     first, second = tl.split(rounded.to(tl.uint16, bitcast=True))
 
-    x0, x1, x2, x3 = spread(low, high, both << 16, upper(both), 0)
-    dense = tl.reshape(tl.join(x0 >> 16 | x1, x2 >> 16 | x3), [TOKENS, FEATURES // 2])
-    tl.store(value_dense + half_row, as_signed(dense))
-    x0, x1, x2, x3 = spread(low, high, first.to(tl.uint32) << 16, second.to(tl.uint32) << 16, 0)
-    dense = tl.reshape(tl.join(x0 >> 16 | x1, x2 >> 16 | x3), [TOKENS, FEATURES // 2])
-    tl.store(grad_dense + half_row, as_signed(dense))
+    tl.store(value_dense + half_row, filled(low, high, both << 16, upper(both)))
+    tl.store(grad_dense + half_row, filled(low, high, first.to(tl.uint32) << 16, second.to(tl.uint32) << 16))
 
     words = tl.arange(0, FEATURES * 2)
     tl.store(grad_metadata + tile + words, tl.load(metadata + tile + words))

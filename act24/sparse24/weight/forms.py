@@ -63,6 +63,7 @@ class LinearState(NamedTuple):
     seed: Tensor | None
     packed: Tensor | None = None
     transposed: Tensor | None = None
+    counter: Tensor | None = None
 
 
 class Linear(NamedTuple):

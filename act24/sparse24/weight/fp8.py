@@ -38,6 +38,7 @@ class _Linear24Fp8(torch.autograd.Function):
         options: LinearOptions24,
         training: bool,
         kernels: bool,
+        counter: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = cast_both_ways(x, "rowwise", "rowwise", turned=training and seed is None, kernels=kernels)
         sparse = sparse_weight(weight, mask, scale)
@@ -48,7 +49,7 @@ class _Linear24Fp8(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, mask, scale, seed, ctx.options, _, ctx.kernels = inputs
+        x, weight, _, mask, scale, seed, ctx.options, _, ctx.kernels, ctx.counter = inputs
         _, turned, turned_scale = output
         ctx.mark_non_differentiable(turned, turned_scale)
         # A drawn gradient multiplies x itself.
@@ -64,7 +65,8 @@ class _Linear24Fp8(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_y, multiply = grad_y.contiguous(), form("product_e4m3", ctx.kernels)
         narrow_weight_gradient = need_weight and seed is None  # else it is drawn, in bfloat16
-        grad = cast_both_ways(grad_y, "rowwise", "rowwise", need_x, narrow_weight_gradient, ctx.kernels)
+        given = ("rowwise", "rowwise", need_x, narrow_weight_gradient, ctx.kernels, ctx.counter)
+        grad = cast_both_ways(grad_y, *given)
         grad_x = grad_weight = None
         if need_x:
             sparse = sparse_weight(weight, mask, scale)
@@ -77,7 +79,7 @@ class _Linear24Fp8(torch.autograd.Function):
         elif need_weight:
             assert seed is not None
             grad_weight = _drawn_weight_gradient(grad_y, x, weight, seed, ctx.options)
-        return grad_x, grad_weight, grad_y.sum(0) if need_bias else None, *(None,) * 6
+        return grad_x, grad_weight, grad_y.sum(0) if need_bias else None, *(None,) * 7
 
 
 def _drawn_weight_gradient(
@@ -105,5 +107,6 @@ def linear24_fp8(
     training = torch.is_grad_enabled() and weight.requires_grad
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     given = (rows, weight, bias, state.mask, state.scale, state.seed)
-    y, _, _ = _Linear24Fp8.apply(*given, options, training, uses_kernels(x.device, options.kernels))
+    kernels = uses_kernels(x.device, options.kernels)
+    y, _, _ = _Linear24Fp8.apply(*given, options, training, kernels, state.counter)
     return y.view(*x.shape[:-1], len(weight))

@@ -88,6 +88,7 @@ def linear24(
     packed: Tensor | None = None,
     transposed: Tensor | None = None,
     options: LinearOptions24 = PLAIN,
+    counter: Tensor | None = None,
 ) -> Tensor:
     """A linear whose weight is 2:4: y = x W₂₄ᵀ + b, dX = G W₂₄, dW = Gᵀ x straight through.
 
@@ -104,6 +105,7 @@ def linear24(
             mask and scale, which 2:4 products then read. None, or no elements, and they are packed where they
             are needed.
         options: see `LinearOptions24`.
+        counter: in fp8, as in `act24.fp8.linear.linear_fp8`.
 
     Returns:
         `[..., out]`. It can be differentiated once.
@@ -127,7 +129,8 @@ def linear24(
             raise Act24Error(reason)
         if is_mapped():
             raise Act24Error('weight24: its fp8 has no rule for torch.func.vmap: set precision = "bfloat16"')
-        return linear24_fp8(cast_x, cast_weight, cast_bias, LinearState(mask, scale, seed), options)
+        state = LinearState(mask, scale, seed, counter=counter)
+        return linear24_fp8(cast_x, cast_weight, cast_bias, state, options)
     if not is_mapped():
         linear = linear_of(cast_x, cast_weight, seed)
         for form in FORMS:

@@ -108,6 +108,31 @@ def test_compiled_in_one_graph_under_autocast(scaling: Scaling) -> None:
     assert all(g.dtype is torch.float32 for g in results[0][1:])
 
 
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_what_becomes_zero_of_a_gradient_is_counted(scaling: Scaling) -> None:
+    """In dX's operand over scales of tokens and in dW's over those of features, by the definition: half of
+    2^-9 of a scale and less. Compiled it is the same, and so are gradients with and without."""
+    x, weight = torch.randn(24, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
+    grad = (torch.randn(24, 48) * torch.logspace(-7, 0, 48)).bfloat16().float()
+    grad[3] = 0
+    lost = 0
+    for dimension in (1, 0):
+        largest = grad.abs().amax(dimension, keepdim=True) if scaling == "rowwise" else grad.abs().max()
+        lost += int(((grad != 0) & (grad.abs() <= largest.clamp(min=1e-30) / 448 / 1024)).sum())
+    counter = torch.zeros(2)
+
+    def network(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_fp8(x, weight, None, scaling=scaling, counter=counter)
+
+    torch._dynamo.reset()
+    expected = torch.autograd.grad(linear_fp8(x, weight, None, scaling=scaling), (x, weight), grad)
+    for times, call in enumerate((network, torch.compile(network, fullgraph=True, backend="aot_eager")), 1):
+        found = torch.autograd.grad(call(x, weight), (x, weight), grad)
+        assert all(map(torch.equal, found, expected))
+        assert counter.tolist() == [times * 2 * 23 * 48, times * lost]
+    assert lost > 100
+
+
 def test_backward_keeps_a_byte_an_entry_of_the_input() -> None:
     x, weight = torch.randn(64, 32).bfloat16(), torch.randn(16, 32).bfloat16().requires_grad_()
     ready, kept = cast_weight(weight.detach(), "rowwise"), []

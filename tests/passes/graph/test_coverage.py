@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import spectral_norm
 from torch.nn.utils.parametrizations import weight_norm
-from toys import features
+from toys import SwiGLU, Trunk, features
 
-from act24.passes import Activation24, LowRank, PassError, Relu2FFN, Weight24, apply_, plan
+from act24.passes import (
+    REGISTRY,
+    Activation24,
+    Cola,
+    Fp8,
+    Lora,
+    Lost,
+    LowRank,
+    MaskedLora,
+    PartialWarning,
+    PassError,
+    Recompute,
+    Relu2FFN,
+    SparseMask,
+    Weight24,
+    apply_,
+    plan,
+)
 
 RANKS = {"attn_rank": 4, "mlp_rank": 4}
+EVERY = (
+    Relu2FFN(),
+    LowRank(**RANKS),
+    Cola(**RANKS),
+    Lost(**RANKS),
+    SparseMask(),
+    Lora(targets=("*",)),
+    MaskedLora(),
+    Activation24(),
+    Weight24(),
+    Fp8(),
+    Recompute(),
+)
 
 
 class Network(nn.Module):
@@ -185,3 +216,82 @@ def test_a_script_is_refused_before_anything_is_run() -> None:
     model[0].first = torch.jit.script(nn.Linear(16, 32))
     with pytest.raises(PassError, match=r"0\.first \[RecursiveScriptModule\] is a script"):
         plan(model, [Weight24()])
+
+
+# Every pass: what it reaches, what of nothing, and nothing of what there is
+
+
+def test_every_pass_is_here() -> None:
+    assert {p.name for p in EVERY} == {name for name, p in REGISTRY.items() if not p.observes}
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda p: p.name)
+def test_every_pass_says_what_it_reaches(one: Any) -> None:
+    passes = [one]
+    if one.name in ("activation24", "recompute"):
+        passes.insert(0, Relu2FFN() if one.name == "activation24" else Cola(**RANKS))
+    reach = plan(Trunk(SwiGLU), passes).coverage[-1]
+    assert (reach.pass_name, reach.reached) == (one.name, reach.total)
+    assert str(reach).startswith(f"{one.name} reaches 100% of the ")
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda p: p.name)
+def test_a_pass_that_reaches_nothing_of_what_there_is_says_so(one: Any) -> None:
+    class Computed(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            weight_norm(self.first)
+            weight_norm(self.second)
+
+    model = nn.Sequential(Computed(), Computed())
+    with pytest.raises(PassError, match="matches nothing"):
+        plan(model, [one])
+    report = plan(model, [replace(one, optional=True)])
+    (reach,) = report.coverage
+    assert reach.reached == 0 < reach.total
+    assert f"{one.name} reaches 0% of the " in str(report)
+    assert bool(report.partial) == one.promises
+    assert "its weight is computed in forward" in str(reach)
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda p: p.name)
+def test_a_pass_with_nothing_in_its_scope_promises_nothing(one: Any) -> None:
+    report = plan(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [replace(one, optional=True)])
+    assert f"{one.name} finds no " in str(report)
+    assert not report.partial
+
+
+def test_products_that_stay_dense_behind_lost_are_left() -> None:
+    """Its columns read the activation beside its factors, so that no product has it alone."""
+    passes = [Relu2FFN(), Lost(scope="mlp", mlp_rank=4), Activation24()]
+    with pytest.warns(PartialWarning, match=r"activation24 reaches 0% .*up.*its product stays dense"):
+        report = apply_(Trunk(SwiGLU), passes).report
+    assert [one.pass_name for one in report.partial] == ["activation24"]
+
+
+def test_of_two_passes_of_one_kind_the_one_that_insists_is_heard() -> None:
+    model = nn.Sequential(*Trunk(SwiGLU).blocks, Normed())
+    passes = [
+        LowRank(scope="mlp", mlp_rank=4, targets=("2", "2.*")),
+        LowRank(scope="mlp", mlp_rank=2, ignore=("2",), optional=True),
+    ]
+    with pytest.warns(PartialWarning, match="low_rank reaches 50%"):
+        apply_(model, passes)
+
+
+@pytest.mark.filterwarnings("ignore::act24.passes.PartialWarning")
+def test_targets_are_said_and_those_that_name_nothing_too() -> None:
+    report = plan(Trunk(SwiGLU), [Lora(targets=("*.up", "*.dwon"), ignore=("blocks.0.*",))])
+    (line,) = map(str, report.coverage)
+    where = "within targets ['*.up', '*.dwon'] without ['blocks.0.*']"
+    assert line == (
+        f"lora reaches 100% of the attention and feed-forward matrices {where}; no module is named *.dwon: "
+        "correct that, or leave it out"
+    )
+    assert report.partial
+
+
+def test_nearly_all_is_not_all() -> None:
+    model = nn.Sequential(*(Network() for _ in range(200)), Normed())
+    (line,) = map(str, plan(model, [LowRank(**RANKS)], check=False).coverage)
+    assert line.startswith("low_rank reaches 99% of the ")

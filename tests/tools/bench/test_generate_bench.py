@@ -115,8 +115,17 @@ def test_a_side_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("on_a_cpu")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_ended_prints_the_rows_so_far(monkeypatch: pytest.MonkeyPatch, number: int):
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_run_that_is_ended_prints_the_rows_so_far(monkeypatch: pytest.MonkeyPatch, number: int, times: int):
+    """`timeout` sends its signal twice: the second one comes while the first is heeded."""
+    dumps = json.dumps
+
+    def ended_again(*arguments, **named):
+        for _ in range(times - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return dumps(*arguments, **named)
+
+    monkeypatch.setattr(json, "dumps", ended_again)
     step = bench._step_seconds
 
     def ended(decoder, batch):

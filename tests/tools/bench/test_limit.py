@@ -1,13 +1,16 @@
 """Kernels sorted by their names, and the bytes and products of a step's limit; a GPU measures the rest."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import act24
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.loss import CHUNK_TOKENS
@@ -16,11 +19,8 @@ from act24.tools.bench import limit
 from act24.tools.bench.kernel_groups import Kernel, busy, by_group, group_of, kernels_of, own_kernels
 from act24.tools.bench.step_bytes import FORMS, Shape, attention_operations, bytes_of, norm_bytes
 from act24.tools.commands.show import show_limit
-from act24.tools.data import Batch
 from act24.tools.run.build import build
-from act24.tools.run.optimizers import build_optimizer
 from act24.tools.run.processes import Processes
-from act24.tools.run.step import TrainingStep
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -52,9 +52,14 @@ NAMES = {
     "Memset (Device)": groups.CASTS,
     "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>": groups.OPTIMIZER,
     "_update": groups.OPTIMIZER,
+    "void at::native::lpnorm_cleanup<float, (at::native::NormType)1, float, true, float>": groups.OPTIMIZER,
+    "void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*)": groups.ATTENTION,
+    "void at::native::radixSortKVInPlace<-2, -1, 128, 32, int, long, unsigned int>": groups.OWN,
     "void at::native::(anonymous namespace)::embedding_backward_feature_kernel<>": groups.EMBEDDING,
     "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<>": groups.EMBEDDING,
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": groups.ELEMENTWISE,
+    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<>": groups.ELEMENTWISE,
+    "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<>": groups.ELEMENTWISE,
     "some_new_kernel": groups.UNKNOWN,
     "_update_everything": groups.UNKNOWN,
 }
@@ -65,13 +70,18 @@ def test_the_group_of_a_kernel(name):
     assert group_of(name) == NAMES[name]
 
 
-def test_own_kernels_are_those_in_the_files():
-    from act24.sparse24.kernels import pack_gradient, product24
-    from act24.sparse24.kernels.shared import keys
-
-    for module in (pack_gradient, product24, keys):
-        made = {n for n, v in vars(module).items() if type(v).__name__ == "JITFunction"}
-        assert {name for name in made if name.startswith("_")} <= own_kernels()
+def test_own_kernels_are_all_that_are_launched():
+    """By where they are launched, `_name[grid](`."""
+    package = Path(act24.__file__).parent
+    files = [path for folder in ("sparse24", "fp8", "inference") for path in (package / folder).rglob("*.py")]
+    launched = r"^ +(_\w+)\[[^\n]*\]\($"
+    found = {
+        name
+        for path in files
+        for name in re.findall(launched, path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert "_pack_activation" in found
+    assert found <= own_kernels()
     assert "_update" not in own_kernels()
 
 
@@ -96,6 +106,7 @@ def test_launches_are_read_from_a_trace_and_shared_out(tmp_path):
         ("nvjet_tst_2", 0.5, 0.001),
     ]
     assert sum(s.milliseconds for shares in shared.values() for s in shares) == pytest.approx(23e-3 / 2)
+    assert limit.groups_of(shared, {groups.PRODUCTS: 0.1})[0]["limit_ms"] == 0.007
     found = limit.groups_of(shared, {groups.PRODUCTS: 0.005, groups.LOSS: 1.0, groups.SPARSE: 0.0})
     assert [(g["group"], g["limit_ms"]) for g in found] == [
         (groups.PRODUCTS, 0.005),
@@ -177,8 +188,7 @@ def test_the_bytes_of_stages_are_those_of_their_tensors(form, residual):
 
 def test_the_bytes_of_weights_and_updates():
     """Of a model that is built: casts of what linears multiply by, and all that AdamW reads and writes."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(SHAPE.config)
+    model = LlamaForCausalLM(SHAPE.config)
     shape = replace(SHAPE, config=model.config, features=model.config.intermediate_size, tokens=64)
     weights = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     parameters = sum(p.numel() for p in model.parameters())
@@ -207,29 +217,6 @@ def test_the_operations_of_attention_are_those_that_pytorch_counts():
     assert attention_operations(replace(SHAPE, config=llama_config("llama-9m"))) == 4 * counted / 2
 
 
-def recorded_step(recipe):
-    built = build(recipe, ALONE.device)
-    step = TrainingStep(built.model, recipe.train, ALONE, built.pipeline)
-    optimizer = build_optimizer(built.model, recipe.optimizer)
-    with limit.RecordedProducts() as recorded:
-        step([Batch(*torch.randint(300, (2, 4, 16)))], optimizer)
-    return recorded
-
-
-def test_the_products_of_a_step_are_recorded_with_their_operands(tiny):
-    """Forward, the input's gradient and the weight's, of seven linears of two blocks and of the head."""
-    recorded = recorded_step(tiny("passes=[]", "train.total_batch_size=4", "train.compile=off"))
-    assert sum(recorded.counts.values()) == 3 * (7 * 2 + 1)
-    times = iter(range(1, 100))
-    found = limit.product_times(recorded, lambda call: (call(), float(next(times)))[1])
-    assert len(found) == len(recorded.counts)
-    assert not any(each["sparse"] for each in found)
-    forward = [each for each in found if each["operands"] == ["float32 64×32", "float32 32×300"]]
-    assert [each["count"] for each in forward] == [1]  # the head, 4 rows of 16
-    totals = [each["count"] * each["ms"] for each in found]
-    assert totals == sorted(totals, reverse=True)
-
-
 def test_a_whole_side_on_a_machine_that_is_played(tiny, monkeypatch, capsys):
     """Events that are a second apart, and a trace of one product and a kernel that nobody knows."""
     recipe = tiny("passes=[]", "train.total_batch_size=8")
@@ -255,9 +242,11 @@ def test_a_whole_side_on_a_machine_that_is_played(tiny, monkeypatch, capsys):
     monkeypatch.setattr(limit, "needed_gpu", lambda: ALONE.device)
     monkeypatch.setattr(limit, "copy_rate", lambda _: 4e12)
     monkeypatch.setattr(limit, "product_rate", lambda _: 8e14)
-    monkeypatch.setattr(limit, "graph_milliseconds", lambda call, _: (call(), 0.5)[1])
+    monkeypatch.setattr(limit, "burst_milliseconds", lambda call: (call(), 0.5)[1])
     monkeypatch.setattr(limit, "without_start", lambda recipe, device, step: build(recipe, device, step))
     monkeypatch.setattr(limit, "_profiled", profiled)
+    monkeypatch.setattr(limit, "_WARMUP", 1)
+    monkeypatch.setattr(limit, "_TIMED", 1)
 
     def recipe_of(size, kind, count=None):
         if kind == "relu2":
@@ -270,15 +259,23 @@ def test_a_whole_side_on_a_machine_that_is_played(tiny, monkeypatch, capsys):
     said = []
     result = limit.bench_limit(["130m"], ["relu2", "dense"], said.append)
     assert said[0] == "130m relu2 is left out: RuntimeError: no such kind here"
+    assert said[2].startswith("130m dense: ")
     (side,) = result["sides"]
-    assert (side["ms"], side["kernels_ms"], side["gaps_ms"]) == (500.0, 225.0, 275.0)
+    assert (side["ms"], side["kernels_ms"], side["gaps_ms"]) == (500.0, 450.0, 50.0)
     by_name = {group["group"]: group for group in side["groups"]}
-    assert by_name["dense products"]["limit_ms"] == 0.5 * 3 * (7 * 2 + 1)
+    # Forward, the input's gradient and the weight's, of seven linears of two blocks and of the head.
+    assert sum(each["count"] for each in side["products"]) == 3 * (7 * 2 + 1)
+    assert not any(each["sparse"] for each in side["products"])
+    counts = [each["count"] for each in side["products"]]
+    assert counts == sorted(counts, reverse=True)  # all take half a ms
+    of_head = [each for each in side["products"] if each["operands"] == ["float32 64×32", "float32 32×300"]]
+    assert [each["count"] for each in of_head] == [1]  # 4 rows of 16
+    assert by_name["dense products"]["limit_ms"] == 0.5 * 3 * (7 * 2 + 1) < by_name["dense products"]["ms"]
     assert by_name["unknown"]["limit_ms"] is None
     assert "no CUDA GPU" in side["not_captured"]
     show_limit(result, as_json=False)
     out = capsys.readouterr().out
-    assert "unknown kernel: who_is_this, 0.25 of 25.0 ms in all" in out
+    assert "unknown kernel: who_is_this, 0.5 of 50.0 ms in all" in out
     show_limit(result, as_json=True)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
 

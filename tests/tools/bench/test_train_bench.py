@@ -5,15 +5,16 @@ import pytest
 from act24.errors import Act24Error
 from act24.passes import Activation24
 from act24.tools.bench import train as bench
+from act24.tools.data import documents
+from act24.tools.data.shards import read_index
 from act24.tools.run.processes import Processes
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
+def shards(tmp_path_factory, smaller_modules):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(bench, "_TOKENS", 3000)
-        return bench._shards(tmp_path_factory.mktemp("bench"), 300)
+        return bench._shards(tmp_path_factory.mktemp("bench"), 300, 3000)
 
 
 def test_a_recipe_keeps_its_batch_and_is_sparse_from_the_start(tiny, shards):
@@ -27,6 +28,8 @@ def test_a_recipe_keeps_its_batch_and_is_sparse_from_the_start(tiny, shards):
 
 def test_the_loop_is_timed(tiny, shards, cpu):
     recipe = tiny("train.total_batch_size=8", "model.vocab_size=300")
+    index = read_index(shards)
+    assert index.splits["train"].tokens >= 3000 > bench._tokens(recipe, 4, 4)
     timing = bench._time_recipe("tiny", recipe, 4, 4, shards, cpu)
     assert (timing.name, timing.rows, timing.micro_batches, timing.tokens) == ("tiny", 4, 2, 8 * 16)
     assert timing.rate > 0
@@ -64,3 +67,16 @@ def test_rows_that_are_none(act24, rows):
     status, _, errors = act24("bench", "train", "c4/130m-dense", "--rows", rows)
     assert status == 2
     assert "--rows" in errors[0]
+
+
+def test_text_lasts_a_turn_however_long_it_is(tiny, tmp_path, monkeypatch):
+    """Of two short documents, copied as often as it takes: no epoch ends within."""
+    for number in range(8):
+        (tmp_path / f"{number}.py").write_text(f"a document, {number}\n" * 40)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(documents, "builtin_files", lambda: sorted(tmp_path.glob("*.py")))
+    wanted = bench._tokens(tiny("train.total_batch_size=32", "log.every=10"), 8, 25)
+    assert wanted == (10 + 30 + 1) * 32 * 17
+    (tmp_path / "out").mkdir()
+    index = read_index(bench._shards(tmp_path / "out", 300, wanted))
+    assert index.splits["train"].tokens >= wanted

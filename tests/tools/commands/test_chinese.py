@@ -43,7 +43,7 @@ SOURCES = {
     "recipes/from_flags.py": ("_comments",),
     "recipes/wanda_flags.py": ("_prune", "_finetune", "_evaluate"),
     "recipes/checks.py": ("oddities",),
-    "passes/report.py": ("Report", "row", "_untraced"),
+    "passes/report.py": ("Report", "row", "_untraced", "_parameters", "_where"),
     "passes/rewriting.py": ("__init__",),
     "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_UNREAD", "listed"),
     "passes/graph/check.py": ("Check",),
@@ -57,13 +57,14 @@ SOURCES = {
         "_obstacle",
         "_OWN",
         "read_past",
+        "_noted",
     ),
     "passes/activation24.py": ("_NO_RELU", "spares", "plan", "_note"),
     "passes/activation_statistics.py": ("plan",),
     "passes/cola.py": (),
     "passes/fp8.py": ("_IGNORED", "plan", "missing", "_note"),
     "passes/lora.py": ("plan",),
-    "passes/recompute.py": ("_OTHERWISE", "plan"),
+    "passes/recompute.py": ("_OTHERWISE", "plan", "_spared"),
     "passes/relu2_ffn.py": (),
     "passes/sparse_mask.py": ("plan",),
     "passes/weight24.py": ("plan", "_products_text", "_note"),
@@ -90,15 +91,16 @@ OTHER = {
     "{}, counted",
     "linear {}→{}",
     " · silu",
-    "e4m3 in y, dX, dW, {}",
+    "e4m3 in y, {}dW, {}",
     "frozen, with {} adapter of rank {}",
     "a masked",
     "all activations kept",
-    "{} and the residual stream",
+    "{} and {}",
+    "the residual stream",
     "its zeros stay",
-    "2:4 weight, {}; 2:4 in {}",
-    "2:4 weight, {}; e4m3 in y, dX, dW",
-    "2:4 weight, {}; e4m3 in y, dX; 2:4 in {}",
+    "2:4 {}; 2:4 in {}",
+    "2:4 {}; e4m3 in y, dX, dW",
+    "2:4 {}; e4m3 in y, dX; 2:4 in {}",
     "{} is a {}",
     "{} is {}",
     "packed e4m3",
@@ -270,12 +272,11 @@ def test_what_doctor_says_of_generation_is_chinese(device: str) -> None:
 )
 def test_a_plan_is_chinese(recipe: str, overrides: list[str]) -> None:
     report = plan(load_recipe(recipe, overrides)).report
-    head, *body = report.table()
-    assert all(chinese(cell) != cell or cell == "pass" for cell in head)
-    notes = [row[-1] for row in body] if head[-1] == "note" else []
-    for line in [*notes, *report.remarks()]:
-        assert left_over(chinese(line)) == [], chinese(line)
-        assert re.findall(r"[\d,]+\d", line) == re.findall(r"[\d,]+\d", chinese(line))
+    said = report.lines(chinese, cell_len)
+    assert said[1].split() == ["pass", "模块", "改写前", "改写后"]
+    for line, there in zip(str(report).splitlines(), said, strict=True):
+        assert left_over(there) == [], there
+        assert re.findall(r"[\d,]+\d", line) == re.findall(r"[\d,]+\d", there)
 
 
 def test_a_line_of_several_messages_is_taken_apart() -> None:
@@ -329,10 +330,10 @@ def test_commands_speak_by_option_and_by_locale(monkeypatch: pytest.MonkeyPatch)
         "recipe", "from-flags", "--lang", "zh", "--", *f"{flags.BASE} --tags a".split()
     )
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
-    table = told(*late).splitlines()[:3]
-    assert table[0].split() == ["pass", "模块", "改写前", "改写后", "参数量", "步", "说明"]
-    assert len({cell_len(line[: line.index("2 ×")]) for line in table[1:]}) == 1
-    assert cell_len(table[0][: table[0].index("参数量")]) == cell_len(table[1][: table[1].index("2 ×")])
+    common, *table = told(*late).splitlines()[:3]
+    assert common == "在 model.layers.{0..1} 中："
+    head, row = table
+    assert cell_len(head[: head.index("改写前")]) == cell_len(row[: row.index("silu")])
     assert "2:4 内核" in told("doctor")
 
 

@@ -295,7 +295,7 @@ BAD_INPUT = {
     ),
     "no checkpoint to evaluate": (
         ("eval", "NEW"),
-        r"'NEW' is neither a checkpoint nor a run with one \(.*\)",
+        r"'NEW' is neither a checkpoint nor a run with one \(.*\), nor a Hugging Face folder with .*",
     ),
     "no checkpoint to go on with": (
         (*TRAIN, "--resume", "yes"),

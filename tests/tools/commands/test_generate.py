@@ -79,7 +79,7 @@ def test_what_was_tuned_on_this_machine_is_used(run, tmp_path, monkeypatch):
     assert [p.algorithms for p in open_model(run).pipeline.active] == [()], "a CPU has no such products"
     monkeypatch.setattr(tuning, "obstacle", lambda _: "")
     assert [p.algorithms for p in open_model(run).pipeline.active] == [table]
-    assert open_generator(open_model(run)).decoder._table == table, "of 2:4 weights, for prompts"
+    assert open_generator(open_model(run)).decoder.prompts.table == table, "of 2:4 weights"
 
 
 def test_lines_come_in_order_whatever_the_batch(act24, run, tmp_path):

@@ -39,6 +39,7 @@ HEEDED = {
     "bench train": "recipes rows steps turns without transformers as_json",
     "bench peers": "sizes precisions rows turns side as_json",
     "bench precision": "sizes precisions rows as_json",
+    "bench limit": "kinds sizes as_json",
     "bench generate": "sizes batches prefill density layers transformers as_json",
     "bench decode": "path as_json",
     **dict.fromkeys(("bench pack", "bench gemm", "bench fp8", "bench weight", "bench ffn"), "as_json"),

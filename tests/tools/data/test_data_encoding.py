@@ -5,6 +5,7 @@ import itertools
 import json
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from act24.errors import Act24Error
@@ -105,6 +106,35 @@ def test_many_bytes_that_are_no_text_are_refused(tmp_path, name):
     data = Data(source="files", train_files=(str(path),), encoding="klingon")
     with pytest.raises(Act24Error, match=r'data\.encoding = "klingon" is no encoding of text'):
         open_documents(data, "train")
+
+
+def written(path, texts):
+    """A file of records, U+FFFD as a JSON escape."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        table = pyarrow.table({"text": texts})
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", ".arrow"])
+def test_characters_that_were_replaced_when_the_file_was_written_are_too(tmp_path, kind):
+    path = tmp_path / f"a{kind}"
+    written(path, [CHINESE.encode("gbk").decode("utf-8", "replace")] * 3)
+    with pytest.raises(Act24Error, match=rf"{SHARE} are U\+FFFD.*anew.*set data\.encoding"):
+        read(path)
+    texts, tally = read(path, encoding="utf-8")
+    assert tally.replaced == sum(text.count("\ufffd") for text in texts) > 100
+    written(path, [ENGLISH * 100 + "\ufffd"])
+    assert read(path)[1].counts() == {"replaced_characters": 1}
+
+
+def test_those_of_a_text_file_are_counted(tmp_path):
+    (tmp_path / "a.txt").write_text(ENGLISH * 100 + "\ufffd", encoding="utf-8")
+    assert read(tmp_path / "a.txt")[1].counts() == {"replaced_characters": 1}
 
 
 @pytest.mark.parametrize("make", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])

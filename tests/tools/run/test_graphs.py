@@ -98,6 +98,56 @@ def test_calls_are_warmed_up_captured_and_replayed_by_key():
     assert pools[-1] is None
 
 
+def test_graphs_give_their_memory_up_for_a_call_that_runs_as_it_is():
+    """One kind again and again, others now and then: at no time has a launched call the memory of graphs
+    beside its own. What was warm is captured anew when it is next called, and all kinds are in the end."""
+    held, captured, beside = set(), [], []
+
+    class Holding(Counted):
+        def reset(self):
+            held.remove(self)
+
+    def capture(function, stream, pool):
+        captured.append(function.__doc__)
+        held.add(graph := Holding())
+        return graph, (torch.tensor(0.0),)
+
+    def of_kind(kind):
+        def function():
+            beside.append(len(held))
+            return (torch.tensor(0.0),)
+
+        function.__doc__ = kind
+        return function
+
+    calls = GraphedCalls(ALONE.device, capture=capture)
+    for number in range(60):
+        for kind in ["train"] * 4 + ["evaluate"] * (number % 10 == 9) + ["padded"] * (number % 20 == 19):
+            calls(kind, of_kind(kind))
+    assert beside == [0] * (3 * WARM_UP)
+    # Training behind the first evaluation and the second, with padded rows behind it; both kinds behind the
+    # second padded rows; and these.
+    assert captured == ["train", "train", "train", "evaluate", "train", "evaluate", "padded"]
+    assert len(held) == 3
+
+
+def test_padding_is_a_kind_of_its_own_only_where_it_is_read(tiny, monkeypatch):
+    """The micro-batch in which an epoch ends: a dense model computes the same with it."""
+    plain = [Batch(b.input_ids, b.input_ids.roll(-1, 1)) for b in batches_of(2)]
+    kinds = {}
+    for passes in ("", '{use="relu2_ffn"},{use="activation24",from_step=0}'):
+        fake = use_fake_graphs(monkeypatch)
+        recipe = tiny(f"passes=[{passes}]", "log.activation_statistics=false")
+        built = build(recipe, ALONE.device)
+        step = TrainingStep(built.model, recipe.train, ALONE, built.pipeline)
+        optimizer = build_optimizer(built.model, recipe.optimizer)
+        for number, batches in enumerate([plain, plain, batches_of(2), batches_of(2), plain]):
+            step(batches, optimizer, number)
+        kinds[passes] = [graph.replays for graph in fake.made]
+    # With padding read: captured before, behind two padded micro-batches, and for those.
+    assert list(kinds.values()) == [[8], [2, 2, 2]]
+
+
 @pytest.mark.parametrize("must", [False, True])
 def test_a_capture_that_fails_is_said_once_or_an_error(must):
     attempts = []
@@ -176,9 +226,10 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(tiny, monkeypatch, pas
     assert not step.not_captured
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
-    # Two states, each with a graph for training and, from its third held-out batch on, one for evaluation.
-    assert len(fake.made) == 3
-    assert [graph.replays for graph in fake.made] == [2, 6, 2]
+    # Two states, each with a graph for training, captured again behind the second held-out batch, which was
+    # launched, and from the third held-out batch on one for evaluation.
+    made = [(graph.name, graph.replays) for graph in fake.made]
+    assert made == [("accumulate", 2), ("accumulate", 2), ("accumulate", 4), ("forward", 2)]
 
 
 @pytest.mark.parametrize("passes", ["fp8", "activation24 in fp8", "weight24"])

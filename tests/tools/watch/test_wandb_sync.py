@@ -3,7 +3,10 @@
 The package is a double in most of them; the last has the real one, with `WANDB_MODE=offline`.
 """
 
+import contextlib
 import json
+import os
+import signal
 import struct
 import sys
 import types
@@ -13,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from act24.errors import Act24Error
 from act24.tools.checkpoints import folder as checkpoint_folder
-from act24.tools.run.train import train
+from act24.tools.run.train import TrainingRun, train
 from act24.tools.watch.tensorboard import SummaryWriter
 
 SHORT = ("log.wandb=true", "train.steps=2", "schedule.warmup_steps=1", "eval.every=0", "eval.tokens=100")
@@ -31,7 +34,8 @@ def double(monkeypatch):
         return types.SimpleNamespace(id=options["id"] or "new-id")
 
     module.init = init
-    module.finish = lambda: calls.append("finish")
+    module.run = types.SimpleNamespace(mark_preempting=lambda: calls.append("preempting"))
+    module.finish = lambda exit_code: calls.append(exit_code)
     opened = SummaryWriter.__init__
 
     def noted(self, *arguments, **options):
@@ -49,7 +53,7 @@ def test_a_run_is_begun_before_its_events_and_gone_on_with(tiny, tmp_path, doubl
     _, calls = double
     train(tiny(*SHORT), tmp_path / "run")
     options, *rest = calls
-    assert rest == ["events", "finish"]
+    assert rest == ["events", 0]
     assert options["sync_tensorboard"] is True
     assert (options["project"], options["name"]) == ("act24", "run")
     assert (options["id"], options["resume"]) == (None, "allow")
@@ -58,10 +62,28 @@ def test_a_run_is_begun_before_its_events_and_gone_on_with(tiny, tmp_path, doubl
     assert state["wandb"] == "new-id"
     calls.clear()
     train(tiny(*SHORT, "train.steps=3"), tmp_path / "run", resume="auto")
-    assert (calls[0]["id"], calls[1:]) == ("new-id", ["events", "finish"])
+    assert (calls[0]["id"], calls[1:]) == ("new-id", ["events", 0])
     calls.clear()
     train(tiny(*SHORT), tmp_path / "dry", dry_run=True)
     assert calls == []
+
+
+@pytest.mark.parametrize(("ending", "told"), [("failure", [1]), ("signal", ["preempting", 75])])
+def test_a_run_that_does_not_finish_is_not_finished_there(tiny, tmp_path, double, monkeypatch, ending, told):
+    """Its status is 0 for "finished"; any other is "failed", and behind `mark_preempting` "preempted"."""
+    _, calls = double
+    advance = TrainingRun.advance
+
+    def ends(run):
+        if ending == "failure":
+            raise ValueError("of the test")
+        advance(run)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingRun, "advance", ends)
+    with pytest.raises(ValueError, match="of the test") if ending == "failure" else contextlib.nullcontext():
+        train(tiny(*SHORT), tmp_path / "run")
+    assert calls[2:] == told
 
 
 def test_what_the_package_refuses_is_one_line_and_no_run(tiny_file, tmp_path, double, act24):
@@ -128,7 +150,7 @@ def records(path):
 
 
 def test_the_real_package_takes_every_value_once(tiny, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.chdir(tmp_path)
@@ -136,6 +158,7 @@ def test_the_real_package_takes_every_value_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_DIR", raising=False)
     train(tiny(*SHORT, "eval.every=2"), tmp_path / "runs" / "run")
+    wandb.teardown()  # its own process writes the file, and to the end only then
     (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     losses = {"loss/train": [], "loss/val": []}
     for content in records(log):

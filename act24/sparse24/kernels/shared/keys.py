@@ -102,6 +102,15 @@ def spread(low, high, first, second, code: tl.constexpr):
 
 
 @jit
+def filled(low, high, first, second):
+    """The two entries of every packed group, words with the value in their upper half, at their places among
+    zeros: words of two columns, int32 [rows, 2 · groups]."""
+    x0, x1, x2, x3 = spread(low, high, first, second, 0)
+    words = tl.join(x0 >> 16 | x1, x2 >> 16 | x3)
+    return as_signed(tl.reshape(words, [low.shape[0], low.shape[1] * 2]))
+
+
+@jit
 def group_bytes(bytes_of_groups):
     """Bring together what one word of metadata holds.
 

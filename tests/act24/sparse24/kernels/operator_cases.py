@@ -48,7 +48,7 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
         "gather_features": (packed, index, real, 64),
         "product24": (packed, weight_out.T.contiguous(), 0, True, draw(len(index), FEATURES), index),
         "largest_magnitudes": (grad, True, True),
-        "cast_e4m3": (grad, torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01),
+        "cast_e4m3": (grad, torch.rand(TOKENS) + 0.01, torch.rand(FEATURES) + 0.01, True),
         "product_e4m3": (narrow, narrow.flip(0).contiguous(), torch.rand(TOKENS), torch.rand(TOKENS)),
         "pack_gradient_e4m3": (grad, saved, over, None, real, index, *scales, "relu2", True),
         "product24_e4m3": (saved, narrow, 0, True, narrow[: len(index)].clone(), index),

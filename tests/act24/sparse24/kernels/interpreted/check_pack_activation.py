@@ -57,10 +57,10 @@ reference = functools.partial(run, form="reference")
 #: What is computed of a group is one thing and how far a program walks another: every method in the smallest
 #: shape, and larger ones so that every method and function has a turn.
 LARGER = [
-    ("relu2", "mvue", (64 * 9, 64)),
-    ("relu", "naive", (64 * 9, 64)),
-    ("relu2", "soft_threshold", (128, 192)),
-    ("relu", "mvue", (128, 192)),
+    ("relu2", "mvue", (64 * 3, 64)),
+    ("relu", "naive", (64 * 3, 64)),
+    ("relu2", "soft_threshold", (128, 128)),
+    ("relu", "mvue", (128, 128)),
 ]
 
 
@@ -80,7 +80,7 @@ def test_equals_the_reference(function: str, method: str, shape: tuple[int, int]
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_token_draws_the_same_wherever_its_row_is(function: str) -> None:
-    hidden, order = awkward(64 * 9, 64), torch.randperm(64 * 9)
+    hidden, order = awkward(64 * 3, 64), torch.randperm(64 * 3)
     in_place = run(hidden, None, function, "mvue")
     ours = run(hidden[order], None, function, "mvue", order)
     for a, b, c in zip(
@@ -108,8 +108,8 @@ def test_ties_zeros_and_wide_ranges(values: list[float], function: str, method: 
     ("function", "method", "shape"),
     [
         *((f, m, (64, 64)) for f, m in itertools.product(FUNCTIONS, METHODS)),
-        ("relu2", "soft_threshold", (64 * 9, 128)),
-        ("relu", "mvue", (64 * 9, 128)),
+        ("relu2", "soft_threshold", (64 * 3, 128)),
+        ("relu", "mvue", (64 * 3, 128)),
     ],
 )
 def test_with_its_zeros_it_is_the_same_activation(function: str, method: str, shape: tuple[int, int]) -> None:
@@ -125,7 +125,7 @@ def test_with_its_zeros_it_is_the_same_activation(function: str, method: str, sh
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_counting_alone_counts_the_same(function: str) -> None:
-    hidden, real = awkward(64 * 9, 192), torch.rand(64 * 9) < 0.8
+    hidden, real = awkward(64 * 3, 192), torch.rand(64 * 3) < 0.8
     untouched = hidden.clone()
     counts, sums = OPERATORS["count_activation"].launch(hidden, real, function)
     expected_counts, expected_sums = OPERATORS["count_activation"].reference(hidden, real, function)

@@ -32,7 +32,7 @@ def saved(tokens: int, features: int, function: str, method: str) -> tuple[Tenso
     return packed, None if method == "naive" else slope
 
 
-WALKED, STRIPS = (64 * 9, 64), (64, 128)
+SMALL, WALKED, STRIPS = (64, 64), (64 * 3, 64), (64, 128)
 #: Whether tokens are padded, and whether there are dense features.
 EXTRAS = ((False, False), (True, True), (False, True))
 
@@ -41,9 +41,9 @@ EXTRAS = ((False, False), (True, True), (False, True))
     ("function", "method", "shape", "extras"),
     [
         ("relu2", "naive", STRIPS, EXTRAS),
-        ("relu", "naive", STRIPS, EXTRAS),
-        ("relu2", "mvue", STRIPS, EXTRAS),
-        ("relu", "soft_threshold", STRIPS, EXTRAS),
+        ("relu", "naive", SMALL, EXTRAS[1:2]),
+        ("relu2", "mvue", SMALL, EXTRAS[1:2]),
+        ("relu", "soft_threshold", SMALL, EXTRAS),
         ("relu2", "naive", WALKED, EXTRAS[1:2]),
         ("relu", "soft_threshold", WALKED, EXTRAS[1:2]),
     ],

@@ -15,6 +15,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from act24.sparse24.kernels import pack_activation, pack_drawn, pack_gradient, pack_gradient_e4m3
+
 _convert, _dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
 
@@ -52,3 +54,13 @@ def unwritten_memory_is_filled() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_walk_two_tiles() -> Iterator[None]:
+    """Instead of eight: three tiles are more than one program walks, where nine would be interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_activation, "SLABS", 2)
+        for module in (pack_drawn, pack_gradient, pack_gradient_e4m3):
+            patch.setattr(module, "STEPS", 2)
+        yield
