@@ -17,7 +17,7 @@ from act24.passes.graph.selectors import selected
 from act24.passes.places import Pattern, patterns, shared, text
 from act24.words import counted
 
-Key = TypeVar("Key")
+Item, Key = TypeVar("Item"), TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ class Report:
 
     def _remarks(self) -> list[str]:
         left = [
-            f"{name} leaves {place or 'the model'} as it is: {why}"
-            for name, place, why in _alike(self.misses)
+            f"{name} leaves {fqn or 'the model'} as it is: {why}" for name, fqn, why in _alike(self.misses)
         ]
         figures = (
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
@@ -132,32 +131,27 @@ def aligned(rows: Sequence[Sequence[str]], width: Callable[[str], int] = len) ->
     ]
 
 
-def _grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> Iterable[tuple[Key, list[Row]]]:
-    found: dict[Key, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
+def _grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[tuple[Key, list[Item]]]:
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
     return found.items()
-
-
-def _alike(misses: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Misses that differ in the number of their layer alone, also where the reason names the place, as
-    one."""
-    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for name, fqn, reason in misses:
-        like = reason.replace(fqn, pattern(fqn)) if fqn else reason
-        groups.setdefault((name, like), []).append((fqn, reason))
-    found = []
-    for (name, like), alike in groups.items():
-        reasons = {reason for _, reason in alike}
-        reason = like if len(reasons) > 1 else alike[0][1]
-        found += [(name, text(places), reason) for places in patterns(list(dict(alike)))]
-    return found
 
 
 def _parameters(rows: Sequence[Row]) -> str:
     """Of all the places, where a pass changes them."""
     before, after = sum(row.parameters_before for row in rows), sum(row.parameters_after for row in rows)
     return f"{before:,} → {after:,} parameters" if before != after else ""
+
+
+def _alike(misses: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Misses that differ in numbers of their places alone, also where the reason names the place, as one."""
+    found = []
+    for (name, like), alike in _grouped(misses, lambda m: (m[0], m[2].replace(m[1], pattern(m[1])))):
+        reasons = {reason for *_, reason in alike}
+        why = like if len(reasons) > 1 else alike[0][2]
+        found += [(name, text(place), why) for place in patterns([fqn for _, fqn, _ in alike])]
+    return found
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:
@@ -257,16 +251,6 @@ def coverages(
     return tuple(found)
 
 
-def _by_name(unclean: Mapping[str, str]) -> dict[str, str]:
-    """By full name, of which the model itself has none."""
-    return {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
-
-
-def _untraced(left: Mapping[str, str]) -> dict[str, str]:
-    """The same as reasons why a matrix is left."""
-    return {place: f"not traced: {why}" for place, why in left.items()}
-
-
 def _unmet(p: Pass, names: Mapping[str, str]) -> tuple[str, ...]:
     """Which selectors of a pass take none of some modules, by name and class."""
     given = dict.fromkeys((*p.targets, *p.ignore))
@@ -277,6 +261,16 @@ def _where(p: Pass) -> str:
     """Where a pass may act, as text."""
     where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
     return where + (f" without {list(p.ignore)}" if p.ignore else "")
+
+
+def _by_name(unclean: Mapping[str, str]) -> dict[str, str]:
+    """By full name, of which the model itself has none."""
+    return {place.rpartition(" [")[0].removeprefix("the model"): why for place, why in unclean.items()}
+
+
+def _untraced(left: Mapping[str, str]) -> dict[str, str]:
+    """The same as reasons why a matrix is left."""
+    return {place: f"not traced: {why}" for place, why in left.items()}
 
 
 def no_match(
@@ -319,13 +313,17 @@ def no_match(
     }
     left = _by_name(unclean)
     around = _untraced(left)
-    single = {region.fqn for region in regions if is_linear(region.module)}
-    own = {place: why for place, why in absent.items() if place not in single}
-    reasons = {**own, **around, **dict(missed)}
-    found = []
-    if p.covers:
-        matrices = matrices_of(model, traced, left)
-        found = left_alone(p.covers, matrices, p.takes, reasons, absent, gone, dict(missed))
+    reasons = {**absent, **around}
+    for region in regions:  # of a single linear its surroundings say more
+        inside = any(region.fqn.startswith(f"{place}.") or not place for place in around)
+        if region.fqn in absent and inside and is_linear(region.module):
+            del reasons[region.fqn]
+    reasons |= dict(missed)
+    found = (
+        left_alone(p.covers, matrices_of(model, traced, left), p.takes, reasons, gone, dict(missed))
+        if p.covers
+        else []
+    )
     found = found or [*missed, *absent.items(), *around.items()]
     here = [
         (_shown(model, place, place not in dict(missed)), why)
@@ -333,9 +331,9 @@ def no_match(
         if why != around.get(place)
     ]
     there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
-    said = f"{p.name} matches nothing{where}. "
-    said += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
-    return said + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    text = f"{p.name} matches nothing{where}. "
+    text += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
+    return text + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
 
 
 def _shown(model: nn.Module, place: str, with_class: bool) -> str:

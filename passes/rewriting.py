@@ -96,11 +96,10 @@ class Rewriting:
             refuse_hooks(site.traced)
             gone = site.traced.parameters.keys() - site.base.parameters.keys()
             refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
-        counts = figures(model, [site.traced for site in self._sites], base, lowered)
         self.report = Report(
             tuple(self._rows),
             tuple(self._misses),
-            **counts,
+            **figures(model, [site.traced for site in self._sites], base, lowered),
             checked=str(self._check) if self._check else "nothing was checked: check=False",
             coverage=self._coverage(),
             unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
@@ -123,11 +122,12 @@ class Rewriting:
 
     def _coverage(self) -> tuple[Coverage, ...]:
         regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        single, gone = {r.fqn for r in regions if is_linear(r.module)}, self._replaced_names()
+        gone, single = self._replaced_names(), {r.fqn for r in regions if is_linear(r.module)}
         return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
 
     def _replaced_names(self) -> set[str]:
-        return {  # of what stands for a parameter as factors, passes behind may reach something
+        """The full names of what passes take away; in factors that stand for it others reach something."""
+        return {
             site.traced.name(name)
             for site in self._sites
             for name in site.traced.parameters.keys() - site.base.parameters.keys()

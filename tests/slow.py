@@ -7,5 +7,10 @@ import pytest
 
 
 def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
-    """The values as parameters, slow but for the quick ones."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """The values as parameters, slow but for the quick ones; a tuple is a value of each of several."""
+    return [
+        value
+        if value in quick
+        else pytest.param(*(value if type(value) is tuple else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]

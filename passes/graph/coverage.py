@@ -254,7 +254,6 @@ def left_alone(
     matrices: Sequence[Matrix],
     selects: Callable[[str, str], bool],
     reasons: Mapping[str, str],
-    otherwise: Mapping[str, str],
     gone: Collection[str] = (),
     named: Collection[str] = (),
 ) -> list[tuple[str, str]]:
@@ -262,7 +261,7 @@ def left_alone(
     reason lies. Arguments as for `coverage`."""
     roles = tuple(scope)
     meant = [m for m in matrices if m.name not in gone and _meant(m, roles, selects, named)]
-    return list(dict.fromkeys(_reason(matrix, reasons, otherwise) for matrix in meant))
+    return list(dict.fromkeys(_reason(matrix, reasons, {}) for matrix in meant))
 
 
 def _meant(

@@ -90,9 +90,11 @@ def test_rows_of_one_module_are_printed() -> None:
                 x = torch.relu(x @ w)
             return self.inner(x)
 
-    lines = str(plan(Listed(), [LowRank(attn_rank=2, mlp_rank=2)])).splitlines()
-    assert lines[1].split()[1] == "w"
-    assert lines[1].endswith("3 × (64 → 32)")
+    report = plan(Listed(), [LowRank(attn_rank=2, mlp_rank=2)])
+    assert str(report).splitlines()[1].split()[:2] == ["low_rank", "w"]
+    assert [(row.parameters_before, row.parameters_after) for row in report.rows if row.fqn == "w"] == [
+        (64, 32)
+    ] * 3
 
 
 class Flat(nn.Module):

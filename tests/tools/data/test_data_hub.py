@@ -44,6 +44,20 @@ def test_documents_and_splits(local, corpora):
     assert 1 < len(heldout) < 10
 
 
+def test_characters_that_were_replaced_before_are_counted(tmp_path, monkeypatch):
+    """Not refused, as in a file of one's own: nobody who reads it can mend a data set of the Hub."""
+    import datasets
+
+    def load_stream(*address):
+        texts = [{"text": text} for text in ("two of four", "\ufffd\ufffd of four")]
+        return datasets.Dataset.from_list(texts).to_iterable_dataset()
+
+    monkeypatch.setattr(hub, "load_stream", load_stream)
+    documents = open_documents(Data(source="hf", max_length=32), "train")
+    assert len(list(documents)) == 2
+    assert documents.tally.counts() == {"replaced_characters": 2}
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])  # 2 and 4 divide the shards, 3 strides the documents
 def test_ranks_are_disjoint_and_together_complete(local, corpora, world_size):
     ranks = [
