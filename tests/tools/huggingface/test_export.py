@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -52,6 +53,8 @@ FORMS = {
 DENSE_ACTIVATIONS = ("relu2-act24", "relu2-mvue", "relu2-soft")
 #: One of each form, one with 2:4 activations, and 2:4 weights.
 QUICK = ("dense", "relu2-act24", "loro-relu2", "cola-relu2-act24", "lost", "weight24-soft")
+
+WEIGHTS = [name for name in RUNS if name.startswith("weight24")]
 
 
 @pytest.fixture(scope="session")
@@ -115,8 +118,13 @@ def test_the_form_act24_is_the_trained_function_and_comes_back_to_us(runs, name,
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("weight24")])
-@pytest.mark.parametrize("form", ["auto", "act24"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    slow_but(
+        [("weight24-soft", "act24"), *((name, "auto") for name in WEIGHTS)],
+        itertools.product(WEIGHTS, ("auto", "act24")),
+    ),
+)
 def test_2_4_weights_leave_exactly_2_4_and_the_config_says_so(runs, name, form, tmp_path):
     export_run(runs(name), tmp_path / "out", form)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -102,8 +102,13 @@ def expected_loss(checkpoint, method) -> float:
     return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100).item()
 
 
-@pytest.mark.parametrize("step", [2, FROM, 6])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "step"),
+    slow_but(
+        [("transposable", 2), ("transposable", FROM), *((method, 6) for method in METHODS)],
+        itertools.product(METHODS, (2, FROM, 6)),
+    ),
+)
 def test_a_checkpoint_is_evaluated_with_masks_and_scales_of_its_weights(runs, method, step):
     checkpoint = runs(method) / "checkpoints" / f"step-{step:06d}"
     forms = evaluate_checkpoint(checkpoint)
