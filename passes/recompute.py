@@ -93,7 +93,8 @@ class Recompute(OperationalPass):
         opened = region.copy()
         _open_norms(opened)
         if not any(map(_is_repeated, _by_level(_levels(opened)))):
-            return Plan(absent=f"spares nothing, for nothing lies between its bottlenecks: {_OTHERWISE}")
+            reason = f"spares nothing, for nothing lies between its bottlenecks: {_OTHERWISE}"
+            return Plan(misses=(("", reason),))  # of a single linear too, whose surroundings do not say it
         stream = "input" if is_linear(region.module) else "the residual stream"
         match = Match(
             path="",
