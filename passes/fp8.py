@@ -135,7 +135,7 @@ class Fp8(OperationalPass):
                 continue
             shape = " × ".join(map(str, site.shape))
             reason = f"its weight is {shape}, and casts would take what products gain, by its shape"
-            todo = 'a run on a GPU times both; precision = "fp8" takes it all the same'
+            todo = 'set precision = "fp8" to take it all the same; a run on a GPU times both'
             misses.append((site.path, f"{reason}: {todo}"))
         return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region))
 

@@ -69,7 +69,8 @@ def wrong(name: str, annotation: Any) -> st.SearchStrategy[str]:
         return st.one_of(*drawn)
     (kind,) = kinds
     assert get_origin(kind) is tuple, f"{name}: what is wrong for {annotation}?"
-    wrong_entry = [f'["*", {value}]' for value in ("1", "true", "nan", "[]", '""', '"re:("', '"klass:A"')]
+    no_selectors = ('""', '"re:("', '"klass:A"') if name in ("targets", "ignore") else ()
+    wrong_entry = [f'["*", {value}]' for value in ("1", "true", "nan", "[]", *no_selectors)]
     wrong_pair = ["[0.9]", "[2, -1]", "[0.9, inf]", "[0.9, 0.95, 0.99]", '["0.9", 0.95]']
     entries = wrong_pair if float in plain(get_args(kind)[0]) else wrong_entry
     return st.one_of(numbers, truths, texts, st.sampled_from(entries), st.just(HUGE))

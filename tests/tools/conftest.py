@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import tiny as tiny_recipe
-from torch import fx, nn
 
-from act24.passes.graph.check import Check
 from act24.tools.commands.cli import main
 from act24.tools.data import documents
 from act24.tools.watch.heatmap import History
@@ -23,29 +21,6 @@ def _pictures_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytes
     if "watch" not in request.path.parts:
         blank = numpy.zeros((1, 1, 3), numpy.uint8)
         monkeypatch.setattr(History, "picture", lambda history: blank)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _equal_regions_are_compared_once() -> Iterator[None]:
-    """A run compares every region with its module, which is a seventh of what a tiny one takes. Here a region
-    of the same class, graph and sizes computes what it computed in the test before; `tests/passes` is where
-    regions are compared."""
-    compare, agreed = Check.region, set()
-
-    def region(check: Check, module: nn.Module, graph: fx.Graph) -> None:
-        sizes = tuple((name, t.shape, t.dtype) for name, t in module.state_dict(keep_vars=True).items())
-        key = type(module), str(graph), sizes
-        if key in agreed:
-            check.agreeing += 1
-            return
-        before = check.agreeing
-        compare(check, module, graph)
-        if check.agreeing > before:
-            agreed.add(key)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Check, "region", region)
-        yield
 
 
 @pytest.fixture(scope="session")

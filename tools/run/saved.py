@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from act24.precision import Kind
 from act24.sparse24.feed_forward.options import Precision
@@ -57,6 +57,12 @@ class _Products(Saved):
     machine: str = ""
     products: list[_Product] = Field(default=[])
     layers: list[_Layer] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Self:
+        if not (self.machine or self.layers):
+            raise ValueError("neither a machine's products nor layers")
+        return self
 
 
 class _State(Saved):

@@ -130,4 +130,6 @@ def packed_linear24(
     """`act24.sparse24.weight.linear24.linear24` where `forms.why_not_packed` has nothing to say: its shapes,
     all of one dtype."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _PackedLinear24.apply(rows, weight, bias, *state, options).view(*x.shape[:-1], len(weight))
+    mask, scale, seed, packed, transposed, _ = state
+    y = _PackedLinear24.apply(rows, weight, bias, mask, scale, seed, packed, transposed, options)
+    return y.view(*x.shape[:-1], len(weight))

@@ -8,8 +8,8 @@ from rewritten_models import GREEDY, PROMPTS, equal_tokens, llama, rewritten
 from slow import slow_but
 
 from act24.errors import Act24Error
-from act24.inference import decoder as decoder_module
 from act24.inference import linears as linears_module
+from act24.inference import prompts as prompts_module
 from act24.inference.generator import Generator
 from act24.inference.layer import DENSE, Choice, can_use, step_choices, weights_of
 from act24.passes import Pipeline, Weight24
@@ -106,7 +106,7 @@ def test_prompts_by_2_4_products(name, features, monkeypatch):
         multiplied.append((packed.shape[0], *dense.shape))
         return product24(packed, dense, *rest)
 
-    monkeypatch.setattr(decoder_module, "prompt_algorithm", algorithm)
+    monkeypatch.setattr(prompts_module, "prompt_algorithm", algorithm)
     monkeypatch.setattr(linears_module, "product24", product)
     expected = Generator(model).generate_ids(PROMPTS, 6, GREEDY)
     Generator(model, choice=Choice(fused=True), table="a table").generate_ids(PROMPTS, 3, GREEDY)

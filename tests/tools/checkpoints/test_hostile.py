@@ -158,7 +158,7 @@ OUT_OF_RANGE = [
     ("state.json", ("evaluation_due",), "x", "evaluation_due: "),
     ("state.json", ("wandb",), 5, "wandb: "),
     ("state.json", ("products",), 5, "products: "),
-    ("state.json", ("products",), {"a": 1}, "products.machine: "),
+    ("state.json", ("products",), {"a": 1}, "products: "),
     ("state.json", ("log", "skipped"), 10**400, "log.skipped: "),
     ("state.json", ("log", "alarmed"), 3, "log.alarmed: "),
 ]

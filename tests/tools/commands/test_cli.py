@@ -223,9 +223,8 @@ def test_a_terminal_gets_a_bar(tiny_file, tmp_path):
     assert "\x1b[" in text
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
     assert any(re.fullmatch(r"step 10: held-out loss .* over 512 tokens", line) for line in lines)
-    assert any(
-        re.fullmatch(r"activation24  model\.layers\.\{0\.\.1\}\.mlp .* from 10", line) for line in lines
-    )  # longer
+    assert any(re.match(r"activation24  mlp +linear", line) for line in lines)
+    assert "from step 10" in [line.strip() for line in lines]
     assert not any(line.startswith("step 12/12  loss") for line in lines)  # that is for logs
     end = [line.rstrip() for line in lines[lines.index(next(line for line in lines if "12 of 12" in line)) :]]
     path = f"{tmp_path}/run/checkpoints/step-000012"
