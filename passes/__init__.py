@@ -59,6 +59,7 @@ __all__ = [
     "Recompute",
     "Region",
     "Relu2FFN",
+    "SparseMask",
     "StateMap",
     "Weight24",
     "apply_",
