@@ -15,8 +15,9 @@ from torch import fx, nn
 from act24.passes.graph.activation_kinds import activates
 from act24.passes.graph.normal_form import is_call, is_product
 
-_PRODUCTS: tuple[Any, ...] = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul)
-_PRODUCTS += ("matmul", "bmm", "baddbmm", "__matmul__")
+#: Matrix products, as functions and methods.
+PRODUCTS: tuple[Any, ...] = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul)
+PRODUCTS += ("matmul", "bmm", "baddbmm", "__matmul__")
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SOFTMAX = (F.softmax, torch.softmax, "softmax")
 _CHOICES: tuple[Any, ...] = (
@@ -114,8 +115,8 @@ class Flow:
     def _is_by_softmax(self, node: fx.Node) -> bool:
         """Whether a node is a softmax that is multiplied with something, or that product."""
         if self._is_softmax(node):
-            return any(n.target in _PRODUCTS for n in _beyond(node, up=False))
-        return node.target in _PRODUCTS and any(map(self._is_softmax, _beyond(node, up=True)))
+            return any(n.target in PRODUCTS for n in _beyond(node, up=False))
+        return node.target in PRODUCTS and any(map(self._is_softmax, _beyond(node, up=True)))
 
     def _behind(self, linears: Collection[fx.Node]) -> set[fx.Node]:
         """What is made of what some linears give, up to the next linears."""
@@ -157,7 +158,7 @@ def mixing_products(graph: fx.Graph) -> set[fx.Node]:
     made, found = of_inputs(graph), set[fx.Node]()
     for node in graph.nodes:
         factors = sum(isinstance(arg, fx.Node) and arg in made for arg in node.args)
-        if (factors > 1 and (node.target in _PRODUCTS or _is_outer(node))) or _is_whole(node):
+        if (factors > 1 and (node.target in PRODUCTS or _is_outer(node))) or _is_whole(node):
             found.add(node)
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import features
 
-from act24.passes import LowRank, Weight24, plan, trace
+from act24.passes import Activation24, ActivationStatistics, LowRank, PassError, Weight24, apply_, plan, trace
 from act24.passes.graph.activation_kinds import activates
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -135,6 +135,31 @@ def efficient_attention(m: Any, x: Tensor) -> Tensor:
 def test_attention_is_told_by_its_products(forward: Forward) -> None:
     found = roles(forward)
     assert {name: found[name] for name in "abcdef"} == {**dict.fromkeys("abcd", "attn"), **NETWORK}
+
+
+def relu2_network(m: Any, x: Tensor) -> Tensor:
+    """Behind attention whose scores, features and moved dimensions go through relu."""
+    x = relu_attention(m, x) + F.relu(m.r(x).transpose(-1, -2)).transpose(-1, -2).mean()
+    return normalised_attention(m, x) + m.f(F.relu(m.e(x)).square())
+
+
+def test_a_relu_of_attention_is_no_site() -> None:
+    model = nn.ModuleList([Lettered(relu2_network)])
+    x, longer = features(2, 4, 16), features(2, 7, 16)
+    before = model[0](x), model[0](longer)
+    pipeline = apply_(model, [Activation24(from_step=2), ActivationStatistics()])
+    assert [row.before for row in pipeline.report.rows] == ["linear · relu2 · linear"]
+    assert (torch.equal(model[0](x), before[0]), torch.equal(model[0](longer), before[1])) == (True, True)
+    pipeline.lower_(2)
+    assert model[0](longer).shape == longer.shape
+    counts = [name for name, _ in model.named_buffers() if name.endswith("activation_statistics")]
+    assert len(counts) == 1
+    with pytest.raises(PassError, match="its relu is of what attention multiplies, and no network's"):
+        plan(
+            nn.ModuleList([Lettered(lambda m, x: m.d(F.relu(m.a(x) @ m.b(x).mT) @ m.c(x)))]), [Activation24()]
+        )
+    with pytest.raises(PassError, match="no relu² or relu: leave it to other passes"):
+        plan(nn.ModuleList([Lettered(relu_attention)]), [Activation24()])
 
 
 # Routers
