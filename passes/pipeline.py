@@ -57,12 +57,16 @@ def apply_(
     Warns:
         PartialWarning: a pass that is not optional reaches less than its scope and targets promise; the line
             of the report that says what it leaves.
+        FrozenWarning: a pass freezes what another one makes fresh, and the model is not on `meta`, to be
+            filled later.
     """
     pipeline = Pipeline(model, passes, seed=seed, step=step, check=check, probe=probe)
     pipeline.commit_()
     for one in pipeline.report.partial:
         if not one.optional:
             warnings.warn(str(one), PartialWarning, stacklevel=2)
+    if (untrained := pipeline.report.untrained) and not any(p.is_meta for p in model.parameters()):
+        warnings.warn(untrained, FrozenWarning, stacklevel=2)
     return pipeline
 
 
@@ -77,6 +81,10 @@ def plan(
 
 class PartialWarning(UserWarning):
     """A pass reaches less than its scope promises."""
+
+
+class FrozenWarning(UserWarning):
+    """A pass freezes what another one makes fresh: without values that are loaded into it, it is noise."""
 
 
 class Pipeline(Rewriting):

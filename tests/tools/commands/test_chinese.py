@@ -43,7 +43,7 @@ SOURCES = {
     "recipes/from_flags.py": ("_comments",),
     "recipes/wanda_flags.py": ("_prune", "_finetune", "_evaluate"),
     "recipes/checks.py": ("oddities",),
-    "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where"),
+    "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where", "untrained"),
     "passes/rewriting.py": ("__init__",),
     "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_UNREAD", "listed"),
     "passes/graph/check.py": ("Check",),

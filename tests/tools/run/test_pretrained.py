@@ -126,6 +126,21 @@ def test_a_relu2_run_branches_into_24_with_its_own_parameters(folder, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in named)
     with pytest.raises(Act24Error, match=r"has no stock form.*same passes \(relu2_ffn\)"):
         train(branch(folder, tmp_path / "relu2", []), tmp_path / "other")
+    adapters = [passes[0], {"use": "lora"}]
+    assert "never trains" not in str(plan(branch(folder, tmp_path / "relu2", adapters)))
+    train(branch(folder, tmp_path / "relu2", adapters, *still), tmp_path / "adapted")
+    after = weights(tmp_path / "adapted")
+    assert all(torch.equal(before[name], after[name]) for name in named)
+
+
+def test_adapters_on_weights_that_start_fresh_are_refused(folder, warm, tmp_path):
+    made = branch(folder, warm, [{"use": "relu2_ffn"}, {"use": "lora"}])
+    alone = recipe(folder, 'passes=[{use="lora"}]')
+    match = "model.pretrained: .*warm has no values for .*mlp.up_proj.weight.* train without lora first"
+    for refused, why in ((made, match), (alone, "this model starts fresh: name a trained one")):
+        for begin in (plan, lambda refused: train(refused, tmp_path / "run")):
+            with pytest.raises(Act24Error, match=why):
+                begin(refused)
 
 
 def test_the_run_goes_on_when_what_it_began_with_is_gone(folder, warm, tmp_path):
