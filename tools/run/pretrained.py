@@ -185,8 +185,7 @@ class Opened:
         try:
             stock = dict(own.state)
             if own.pipeline is not None:
-                masks = {n: b for n, b in own.pipeline.model.named_buffers() if n.endswith("_mask_bits")}
-                stock = own.pipeline.state_to_stock({**own.state, **masks}, keep=shared)
+                stock = own.pipeline.state_to_stock(_with_buffers(own.state, own.pipeline), keep=shared)
             carried, _ = pipeline.state_from_stock(stock, keep=shared)
         except PassError as error:
             raise Act24Error(
@@ -227,10 +226,9 @@ class Opened:
         """Copy what has a stock form into a stock model, before passes rewrite it; whether that was all."""
         own = self._pretrained
         try:
-            masks = {} if own.pipeline is None else dict(own.pipeline.model.named_buffers())
             stock = own.state
             if own.pipeline is not None:
-                stock = own.pipeline.state_to_stock({**own.state, **masks})
+                stock = own.pipeline.state_to_stock(_with_buffers(own.state, own.pipeline))
         except PassError:
             stock = own.state
         missing = False
@@ -294,8 +292,15 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+def _with_buffers(state: Mapping[str, Tensor], pipeline: Pipeline) -> dict[str, Tensor]:
+    """Parameters, and the buffers that structural passes turn into parameters again. Masks of `weight24` are
+    none of them: it is dense weights that another run begins with."""
+    buffers = dict(pipeline.model.named_buffers(remove_duplicate=False))
+    return {**state, **{name: buffers[name] for name in _created(pipeline) if name in buffers}}
+
+
 def _created(pipeline: Pipeline) -> list[str]:
-    """What passes create, of a pipeline that is only planned."""
+    """What structural passes create, planned or done."""
     return [
         f"{fqn}.{name}"
         for change in pipeline.changes

@@ -56,6 +56,7 @@ SOURCES = {
         "plan",
         "_obstacle",
         "_OWN",
+        "_REAL",
         "read_past",
         "_noted",
     ),
