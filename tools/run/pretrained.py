@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from act24.errors import Act24Error, PassError
 from act24.passes import Lora, Pass, Pipeline, Weight24
 from act24.passes.base import StructuralPass
+from act24.passes.graph.region import joined
 from act24.passes.recovery import has_masks, kept_masks, pruned_weights, set_masks_
 from act24.passes.sparse_mask import MASK_BITS
 from act24.recipes.schema import Recipe
@@ -166,7 +167,7 @@ class Opened:
         try:
             stock = dict(own.state)
             if own.pipeline is not None:
-                masks = {n: b for n, b in own.pipeline.model.named_buffers() if n.endswith("_mask_bits")}
+                masks = {weight.name + MASK_BITS: weight.bits for weight in pruned_weights(own.pipeline)}
                 stock = own.pipeline.state_to_stock({**own.state, **masks}, keep=shared)
             carried, _ = pipeline.state_from_stock(stock, keep=shared)
         except PassError as error:
@@ -176,8 +177,8 @@ class Opened:
             ) from error
         parameters = dict(pipeline.model.named_parameters())
         if not pipeline.modules:  # planned only
-            fresh = [name for name in _created(pipeline) if name not in carried]
-            return carried, tuple(name for name in fresh if not name.endswith(MASK_BITS))
+            fresh = [name for name, masked in _created(pipeline) if masked is None and name not in carried]
+            return carried, tuple(fresh)
         carried = {name: value for name, value in carried.items() if name in parameters}
         for name, value in carried.items():
             if parameters[name].shape != value.shape:
@@ -242,7 +243,7 @@ class Opened:
         if pipeline.modules:
             kept = {weight.name for weight in pruned_weights(pipeline)}
         else:
-            kept = {n.removesuffix(MASK_BITS) for n in _created(pipeline) if n.endswith(MASK_BITS)}
+            kept = {weight for _, weight in _created(pipeline) if weight is not None}
         masks = self._pretrained.masks or {}
         return [name for name, mask in masks.items() if name not in kept and not bool(mask.all())]
 
@@ -251,11 +252,11 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _created(pipeline: Pipeline) -> list[str]:
-    """What passes create, of a pipeline that is only planned."""
-    return [
-        f"{fqn}.{name}"
-        for change in pipeline.changes
-        for fqn in change.region.fqns
-        for name in change.state.creates
-    ]
+def _created(pipeline: Pipeline) -> Iterator[tuple[str, str | None]]:
+    """What passes create, of a pipeline that is only planned: each name, and of a mask the weight that it
+    is of, None of a parameter."""
+    for change in pipeline.changes:
+        for fqn in change.region.fqns:
+            for name in change.state.creates:
+                buffer = change.region.buffers.get(name)
+                yield joined(fqn, name), None if buffer is None else joined(fqn, buffer.of)
