@@ -9,6 +9,7 @@ changes nothing; that there is nothing else in the branch, `clean_trace` finds o
 
 from __future__ import annotations
 
+import dis
 import gc
 import inspect
 import operator
@@ -21,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Function
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from act24.passes.graph import outside
 from act24.passes.graph.identity import identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.outside import Outside
@@ -44,6 +47,8 @@ from act24.passes.graph.surroundings import (
 
 #: What proxies do to answer is no question of the module's.
 _PROXIES = Proxy._attribute.__globals__
+#: Nor is what these do for proxies; half of all calls are theirs. Told by the dictionaries of their globals.
+_QUIET = {id(_PROXIES), *(id(vars(module)) for module in (dis, pytree, outside))}
 _QUESTIONS = (isinstance, hasattr, getattr)
 _NUMBERS = (bool, int, float, str)
 #: Exceptions that a value in a proxy's place would raise too.
@@ -170,26 +175,30 @@ class Tracer(fx.Tracer):
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         """Of the interpreter's profiling, which is this thread's own: a function is called."""
-        if frame.f_globals is _PROXIES:
+        if id(frame.f_globals) in _QUIET:
             return
         if self._imports is not None:  # what modules ask as they are imported is asked once anyway
             self._imports = None if event == "return" and frame is self._imports else self._imports
             return
-        if event == "call" and _imports(frame):
-            self._imports = frame
-            return
-        if event in ("call", "return"):
-            self._check_identities(frame)
-        # Parsing the arguments of torch's functions asks too, and is no question of the module's.
-        self.asks = argument if event == "c_call" and argument in _QUESTIONS and _asks(frame) else None
+        self.asks = None
         if event == "c_call":
+            # Parsing the arguments of torch's functions asks too, and is no question of the module's.
+            if argument in _QUESTIONS:
+                self.asks = argument if _asks(frame) else None
+                return
             self._check_draw(argument)
             if name := asks_in_c(argument, frame):
                 self._refuse_to_ask(name)
         elif event == "call":
+            if _imports(frame):
+                self._imports = frame
+                return
+            self._check_identities(frame)
             self._begins(frame)
-        elif event == "return" and (name := self._asking.pop(id(frame), None)) and type(argument) in _NUMBERS:
-            self._refuse_to_ask(name)
+        elif event == "return":
+            self._check_identities(frame)
+            if (name := self._asking.pop(id(frame), None)) and type(argument) in _NUMBERS:
+                self._refuse_to_ask(name)
 
     def _begins(self, frame: FrameType) -> None:
         """A function in Python begins."""

@@ -83,9 +83,10 @@ def test_nothing_else_here_writes_weights_by_safetensors_itself():
         calls[0]: {"files.py"},
         calls[1]: set(),
         # trainer.py is for transformers' own Trainer, whose checkpoints are its; by_transformers.py writes a
-        # tokenizer into a temporary folder; folder.py says it in a refusal.
+        # tokenizer into a temporary folder; folder.py says it in a refusal; prune_memory.py draws a model as
+        # transformers would have written it.
         calls[2]: {
             *("any_model.py", "export.py", "model_type.py"),
-            *("trainer.py", "by_transformers.py", "folder.py"),
+            *("trainer.py", "by_transformers.py", "folder.py", "prune_memory.py"),
         },
     }

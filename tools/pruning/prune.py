@@ -169,6 +169,8 @@ def prune_(
                     if kept and done.masks:
                         parameters = dict(chain.blocks[name].named_parameters(prefix=name))
                         kept.save(index, {n: parameters[n].detach() for n in done.masks}, done)
+                        # What was read back is of the file's pages: a byte a weight less of host memory.
+                        _, done = kept.load(index) or ({}, done)
                 chain.advance(index)
             _add(result, done)
             say(_line(name, done, time.perf_counter() - began, bool(found)))
