@@ -154,7 +154,7 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
 
 def differences(recipes: list[Recipe]) -> tuple[list[str], list[dict[str, Any]]]:
     """The keys in which recipes differ, in the order of `hyperparameters` (what people vary first), and each
-    recipe's values. A pass that only some have is a key, `passes.NAME`, beside those in which these differ."""
+    recipe's values. A pass that only some have is a key, `passes.NAME`, beside those where these differ."""
     values = [hyperparameters(recipe) for recipe in recipes]
     for name in dict.fromkeys(
         key.split(".")[1] for own in values for key in own if key.startswith("passes.")
