@@ -193,7 +193,8 @@ TABS: dict[str, tuple[Callable[[Browser], str | None], ...]] = {
         in_order("rates", "sparsity_relu", "sparsity_dropped_energy"),
     ),
     "images": (in_order("sparsity_crowded_groups", "sparsity_crowded_groups/heatmap"), pictures_legible),
-    "text": (in_order("plan", "plan/text_summary", "pass", "recipe"),),
+    # It opens on two groups, here `alarms` and `path`; the others are closed.
+    "text": (in_order("path", "path/text_summary", "path: ", "plan", "recipe"),),
     "hparams": (in_order("Trial ID", "optimizer.lr", "loss/train"),),
 }
 
