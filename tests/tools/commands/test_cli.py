@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import json
 import os
 import pty
 import re
 import struct
+import subprocess
+import sys
 import termios
 import tomllib
 
@@ -201,32 +202,25 @@ def test_a_pipe_gets_whole_lines(run_dir):
     assert lines[-2].split() == ["checkpoint", f"{run_dir}/checkpoints/step-000012"]
 
 
-def on_a_terminal(*words, columns=80):
-    """What a command writes to a terminal of that width."""
+def on_a_terminal(command, columns=80):
+    """What a program writes to a terminal of that width."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    terminal = functools.partial(on_both, os.ttyname(theirs))
-    with Command(*words, before=terminal) as command:
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         written = b""
         with contextlib.suppress(OSError):  # how a terminal says that the other side has closed it
             while chunk := os.read(ours, 65536):
                 written += chunk
-        assert command.end() == (0, "", "")
     os.close(ours)
+    assert process.returncode == 0
     return written.decode()
 
 
-def on_both(terminal):
-    os.environ["TERM"] = "xterm-256color"
-    device = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
-    os.dup2(device, 1)
-    os.dup2(device, 2)
-    os.close(device)
-
-
 def test_a_terminal_gets_a_bar(tiny_file, tmp_path):
-    text = on_a_terminal("train", tiny_file, "--run-dir", tmp_path / "run", "--set", "train.steps=12")
+    command = [sys.executable, "-m", "act24", "train", str(tiny_file), "--run-dir", str(tmp_path / "run")]
+    text = on_a_terminal([*command, "--set", "train.steps=12"])
     assert re.search(r"\d+/12.*━.*loss \d\.\d{4}", text)
     assert "\x1b[" in text
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))

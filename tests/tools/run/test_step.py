@@ -147,11 +147,11 @@ def test_the_host_waits_for_nothing_between_logged_steps(tiny, reads):
 
 
 @pytest.fixture
-def compiles(monkeypatch):
+def compiles(request, monkeypatch):
     """Counts compiled graphs, by a backend that takes seconds less than the usual one."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend(getattr(request, "param", "aot_eager"))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     yield counter
     torch._dynamo.reset()
@@ -178,6 +178,7 @@ def test_compiles_once_and_once_more_at_a_boundary(tiny, compiles, recompute):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("compiles", ["eager"], indirect=True)
 def test_a_whole_run_compiles_each_graph_once(tiny, compiles, tmp_path):
     """Blocks and loss to train on; both to evaluate, in batches of another size; blocks again for 2:4."""
     train(tiny("train.compile=on", "eval.batch_size=3"), tmp_path)
