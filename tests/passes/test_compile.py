@@ -85,7 +85,7 @@ def test_the_whole_model_is_one_graph() -> None:
 
 
 def test_one_more_graph_at_a_boundary_and_none_on_the_way_back() -> None:
-    model = llama(6)
+    model = llama(3)
     pipeline = pipeline_for(model, [Relu2FFN(), Activation24(from_step=2, until_step=4)])
     compiled = Compiled(pipeline, counts=True)
     seen = []
@@ -97,7 +97,7 @@ def test_one_more_graph_at_a_boundary_and_none_on_the_way_back() -> None:
 
 
 def test_leaving_a_pass_out_for_evaluation_costs_one_graph_once() -> None:
-    model = llama(4)
+    model = llama(2)
     pipeline = pipeline_for(model, [Relu2FFN(), Activation24()])
     compiled = Compiled(pipeline, counts=True)
     seen = []
@@ -112,7 +112,7 @@ def test_leaving_a_pass_out_for_evaluation_costs_one_graph_once() -> None:
 
 
 def test_evaluation_without_gradients_costs_one_graph_once() -> None:
-    model = llama(4)
+    model = llama(2)
     compiled = Compiled(pipeline_for(model, PASSES["2:4"]), counts=True)
     for _ in range(2):
         model(tokens()).sum().backward()
@@ -156,8 +156,8 @@ def test_statistics_are_counted_in_compiled_graphs() -> None:
 
 
 def test_layers_that_differ_are_graphs_of_their_own() -> None:
-    model = llama(6)
-    passes = [Relu2FFN(), Activation24(ignore=("model.layers.[05].*",))]
+    model = llama(4)
+    passes = [Relu2FFN(), Activation24(ignore=("model.layers.[03].*",))]
     compiled = Compiled(pipeline_for(model, passes), counts=True)
     model(tokens())
     assert compiled.graphs == 2

@@ -35,8 +35,16 @@ ORDERS = [
 ]
 
 
+#: One of each two, and one of all three.
+QUICK = (ORDERS[0], ORDERS[1], ORDERS[3], ORDERS[-1])
+
+
 @pytest.mark.parametrize("until", slow_but((2,), [None, 2]))
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(p.name for p in order))
+@pytest.mark.parametrize(
+    "order",
+    [order if order in QUICK else pytest.param(order, marks=pytest.mark.slow) for order in ORDERS],
+    ids=lambda order: "-".join(p.name for p in order),
+)
 def test_every_order_trains_is_evaluated_and_each_pass_can_be_left_out(
     order: tuple[OperationalPass, ...], until: int | None
 ) -> None:

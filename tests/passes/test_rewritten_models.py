@@ -61,7 +61,7 @@ PASSES: dict[str, Callable[[], list[Pass]]] = {
     "lora low_rank": lambda: [LowRank(scope="mlp", mlp_rank=8), Lora(dropout=0.0)],
 }
 #: In the fast tests are those that change a graph most.
-FAST = ("activation24", "cola activation24", "lost", "weight24", "recompute")
+FAST = ("cola activation24", "lost", "weight24", "recompute")
 
 
 def ids(rows: int = 2, length: int = 9) -> Tensor:
