@@ -200,6 +200,11 @@ class StructuralPass(Pass):
 
     kind: ClassVar[Literal["structural", "operational"]] = "structural"
 
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether what it makes begins at random, whatever stood there, and so has to train."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class OperationalPass(Pass):

@@ -57,6 +57,10 @@ class Cola(FactorisingPass):
         super().__post_init__()
         check_init(self.init, self.name)
 
+    @property
+    def starts_fresh(self) -> bool:
+        return self.init != "svd"
+
     def plan(self, region: Region) -> Plan:
         plan = super().plan(region)
         networks = [match for match in plan.matches if match.nodes[0].kind == "mlp"]

@@ -97,6 +97,10 @@ class Relu2FFN(StructuralPass):
     def covers(self) -> tuple[str, ...]:
         return ("mlp",)
 
+    @property
+    def starts_fresh(self) -> bool:
+        return self.width != "keep"
+
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
         for node in list(region.graph.nodes):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from act24.passes.base import Match, OperationalPass, Pass, Plan
+from act24.passes.base import Match, OperationalPass, Pass, Plan, StructuralPass
 from act24.passes.graph.coverage import Coverage, coverage, left_alone, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops, uncounted
 from act24.passes.graph.normal_form import is_linear
@@ -50,6 +50,7 @@ class Report:
         uncounted: matrices that FLOPs leave out, as no linear that is traced reads them as they are, by name.
         coverage: of each pass with a scope, what it reaches of the matrices in it, and what it leaves.
         unwatched: what tracing has frozen and nobody would notice a change of, by name.
+        untrained: which passes make fresh what another one freezes, and what to do; empty: none.
     """
 
     rows: tuple[Row, ...]
@@ -62,6 +63,7 @@ class Report:
     checked: str = ""
     coverage: tuple[Coverage, ...] = ()
     unwatched: tuple[str, ...] = ()
+    untrained: str = ""
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -111,7 +113,9 @@ class Report:
         uncounted = [f"FLOPs leave out {listed(self.uncounted)}: no linear that is traced reads it as it is"]
         figures_and_rest = [figures, *(uncounted if self.uncounted else ())]
         unwatched = [f"frozen by tracing, and not watched: {what}" for what in self.unwatched]
-        return [*left, *figures_and_rest, *map(str, self.coverage), *self.checked.splitlines(), *unwatched]
+        untrained = [self.untrained] if self.untrained else []
+        rest = [*map(str, self.coverage), *untrained, *self.checked.splitlines(), *unwatched]
+        return [*left, *figures_and_rest, *rest]
 
     @property
     def partial(self) -> tuple[Coverage, ...]:
@@ -158,6 +162,20 @@ def _parameters(rows: Sequence[Row]) -> str:
     """Of all the places, where a pass changes them."""
     before, after = sum(row.parameters_before for row in rows), sum(row.parameters_after for row in rows)
     return f"{before:,} → {after:,} parameters" if before != after else ""
+
+
+def untrained(passes: Sequence[Pass], rows: Sequence[Row]) -> str:
+    """Which passes make fresh what another one freezes, and what to do; the empty string where none do."""
+    acting = {row.pass_name for row in rows}
+    structural = [p for p in passes if isinstance(p, StructuralPass) and p.name in acting]
+    made = ", ".join(dict.fromkeys(p.name for p in structural if p.starts_fresh))
+    adapters = ", ".join(dict.fromkeys(p.name for p in structural if p.freezes))
+    if not (made and adapters):
+        return ""
+    return (
+        f"{adapters} freezes all but its adapters, and so what {made} makes fresh never trains: load trained "
+        f"weights into it, or leave the adapters to a later run"
+    )
 
 
 def row(p: Pass, region: Region, match: Match) -> Row:

@@ -100,16 +100,24 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
         path = name.rpartition(".")[0]
         rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        role, obstacle = region.roles.get(name, "other"), _obstacle(region.graph, name, nodes)
+        role, obstacle = region.roles.get(name, "other"), _obstacle(region, name, nodes)
         yield LinearSite(path, name, tuple(nodes), shape, transposed, role, spec.factor, obstacle)
 
 
-def _obstacle(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> str:
+def _obstacle(region: Region, name: str, nodes: list[fx.Node]) -> str:
     """Why a weight cannot become anything else in these linears, or the empty string."""
+    if not (dtype := region.parameters[name].dtype).is_floating_point:
+        kind = str(dtype).removeprefix("torch.")
+        return f"its weight is {kind}, and passes take real floating point: {_REAL}"
     if len({is_transposed(node) for node in nodes}) > 1:
         return f"one product reads it as it is and another transposed, tied: {_OWN}"
-    return f"something else than linears reads it too: {_OWN}" if _reads(graph, name) > len(nodes) else ""
+    return (
+        f"something else than linears reads it too: {_OWN}" if _reads(region.graph, name) > len(nodes) else ""
+    )
 
+
+#: What to do about a weight whose numbers no pass takes.
+_REAL = "make real linears of its parts, or leave it out with ignore"
 
 #: What to do about a weight with two purposes.
 _OWN = "give each a weight of its own, or leave it out with ignore"

@@ -43,7 +43,7 @@ SOURCES = {
     "recipes/from_flags.py": ("_comments",),
     "recipes/wanda_flags.py": ("_prune", "_finetune", "_evaluate"),
     "recipes/checks.py": ("oddities",),
-    "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where"),
+    "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where", "untrained"),
     "passes/rewriting.py": ("__init__",),
     "passes/graph/activation_sites.py": ("obstacle", "OF_ATTENTION"),
     "passes/graph/coverage.py": (
@@ -67,6 +67,7 @@ SOURCES = {
         "plan",
         "_obstacle",
         "_OWN",
+        "_REAL",
         "read_past",
         "_noted",
     ),

@@ -126,6 +126,21 @@ def test_a_relu2_run_branches_into_24_with_its_own_parameters(folder, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in named)
     with pytest.raises(Act24Error, match=r"has no stock form.*same passes \(relu2_ffn\)"):
         train(branch(folder, tmp_path / "relu2", []), tmp_path / "other")
+    adapters = [passes[0], {"use": "lora"}]
+    assert "never trains" not in str(plan(branch(folder, tmp_path / "relu2", adapters)))
+    train(branch(folder, tmp_path / "relu2", adapters, *still), tmp_path / "adapted")
+    after = weights(tmp_path / "adapted")
+    assert all(torch.equal(before[name], after[name]) for name in named)
+
+
+def test_adapters_on_weights_that_start_fresh_are_refused(folder, warm, tmp_path):
+    made = branch(folder, warm, [{"use": "relu2_ffn"}, {"use": "lora"}])
+    alone = recipe(folder, 'passes=[{use="lora"}]')
+    match = "model.pretrained: .*warm has no values for .*mlp.up_proj.weight.* train without lora first"
+    for refused, why in ((made, match), (alone, "this model starts fresh: name a trained one")):
+        for begin in (plan, lambda refused: train(refused, tmp_path / "run")):
+            with pytest.raises(Act24Error, match=why):
+                begin(refused)
 
 
 def test_the_run_goes_on_when_what_it_began_with_is_gone(folder, warm, tmp_path):
@@ -384,3 +399,16 @@ def test_weights_whose_zeros_no_pass_keeps_are_named(folder, pruned, tmp_path, c
 def test_weight24_on_a_pruned_model_says_that_it_chooses_its_own(folder, pruned, tmp_path, caplog):
     train(branch(folder, pruned, [{"use": "weight24", "method": "ste"}], "train.steps=1"), tmp_path / "run")
     assert "weight24 chooses masks of its own" in caplog.text
+
+
+def test_a_dense_run_branches_from_lost_without_an_activation(folder, tmp_path):
+    """W = γ W_out W_in, and (1 - γ) W_columns at the columns that are kept."""
+    lost = '{use="lost", attn_rank=4, mlp_rank=4, bottleneck="none", gamma=0.5, sparsity=0.1}'
+    train(recipe(folder, "train.steps=1", f"passes=[{lost}]"), tmp_path / "lost")
+    still = ("train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0.0")
+    train(branch(folder, tmp_path / "lost", [], *still), tmp_path / "run")
+    name, before = "model.layers.0.mlp.up_proj.weight", weights(tmp_path / "lost")
+    whole = 0.5 * before[f"{name}_out"] @ before[f"{name}_in"]
+    indices = before[name.replace("weight", "column_indices")]
+    whole[:, indices] += 0.5 * before[f"{name}_columns"]
+    torch.testing.assert_close(weights(tmp_path / "run")[name], whole, rtol=1e-5, atol=1e-6)
