@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from act24.options import one_of
 from act24.sparse24.format.fp8 import scales_of
 from act24.sparse24.kernels.shared.registry import form
 
 #: One scale a matrix, or one for each row of an operand, which is what a product does not sum over.
 Scaling = Literal["tensorwise", "rowwise"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 #: What casts and multiplies; whether they are right on a device is looked at on first use (`self_check`).
 OPERATORS_E4M3 = ("largest_magnitudes", "cast_e4m3", "product_e4m3")
@@ -53,7 +55,12 @@ def cast_both_ways(
         kernels: by kernels, where the device has them.
         counter: float32 `[2]`, to which is added, in place, how many entries that are not zero were cast, and
             how many of them became zero.
+
+    Raises:
+        OptionError: there is no such scaling.
     """
+    for name, value in (("scaling", scaling), ("turned_scaling", turned_scaling)):
+        one_of("cast_both_ways", name, value, SCALINGS)
     find, cast = form("largest_magnitudes", kernels), form("cast_e4m3", kernels)
     by_row = narrow and scaling == "rowwise"
     by_column = turned and turned_scaling == "rowwise"

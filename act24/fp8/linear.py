@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.fp8.casts import OPERATORS_E4M3, CastE4m3, Scaling, cast_both_ways
+from act24.fp8.casts import OPERATORS_E4M3, SCALINGS, CastE4m3, Scaling, cast_both_ways
 from act24.operation import cast, cast_for_autocast, once_differentiable, operation, refuse_second_derivatives
+from act24.options import one_of
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import SMALLEST, largest_of, scales_of
 from act24.sparse24.kernels.shared.registry import form
@@ -160,9 +161,11 @@ def linear_fp8(
         as NaN; tensorwise, all tokens do.
 
     Raises:
+        OptionError: there is no such scaling.
         ValueError: the weight has a side that is no multiple of 16.
         Act24Error: a GPU that has no e4m3.
     """
+    one_of("linear_fp8", "scaling", scaling, SCALINGS)
     refuse_e4m3(weight)
     refuse_second_derivatives(x, weight)
     cast_x, cast_w, cast_bias = cast_for_autocast(x, weight, bias)
@@ -190,7 +193,11 @@ def underflow_counts(x: Tensor, scaling: Scaling) -> Tensor:
 
     Returns:
         float32 `[2]`: entries that are not zero, and those of them that are in e4m3.
+
+    Raises:
+        OptionError: there is no such scaling.
     """
+    one_of("underflow_counts", "scaling", scaling, SCALINGS)
     rows = x.detach().reshape(-1, x.shape[-1])[::_TOKEN_SAMPLE].float().abs()
     largest = largest_of(rows, 1)[:, None] if scaling == "rowwise" else largest_of(rows.flatten(), 0)
     nonzero = rows > 0

@@ -33,6 +33,12 @@ def dense_llama():
     return model
 
 
+def test_a_model_that_is_one_region_has_names_that_its_state_dict_has():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    masks, _, _ = kept_masks(apply_(model, [SparseMask()]))
+    assert masks.keys() == {"0.weight", "2.weight"} <= model.state_dict().keys()
+
+
 def pruned_llama(pattern="2:4"):
     """A model with the larger magnitudes kept, and its masks."""
     model = dense_llama()

@@ -30,7 +30,6 @@ from act24.sparse24.feed_forward.narrow import NARROW
 from act24.sparse24.feed_forward.options import PLAIN, Options24, backward_of, estimator_of, method_of
 from act24.sparse24.feed_forward.packed import PACKED
 from act24.sparse24.feed_forward.packed_fp8 import PACKED_FP8, fp8_activation24, ready_casts
-from act24.sparse24.feed_forward.scale import times_scale
 from act24.sparse24.feed_forward.statistics import (
     feature_wise_statistics,
     no_statistics,
@@ -40,6 +39,7 @@ from act24.sparse24.feed_forward.statistics import (
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.format.fp8 import linear_fp8
 from act24.sparse24.pattern.feature_wise import sparsify_feature_wise, token_permutation
+from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import densest
 from act24.sparse24.pattern.token_wise import Sparse24, sparsify_token_wise
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated, Literal, NamedTuple
 
-from act24.options import OneOf, OptionError, Range, check_options, checked
+from act24.options import OneOf, OptionError, Range, check_options, checked, remembered
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Backward, Estimator, Method
 from act24.sparse24.format.products import Table
 from act24.sparse24.pattern.feature_wise import TokenPermutation
@@ -59,16 +58,11 @@ class Options24(NamedTuple):
     algorithms: Table = ()
 
     def __post_init__(self) -> None:
-        try:
-            _check(self, tuple(map(type, self)))
-        except TypeError:  # a value that has no hash: no option has such
-            check_options(self)
-            raise
+        _check(self)
 
 
-@functools.cache  # graphs that are not compiled make the same options anew at every call
-def _check(options: Options24, types: tuple[type, ...]) -> None:
-    """Check options; `types`, those of the fields, tell 1 from True, which are one key otherwise."""
+@remembered
+def _check(options: Options24) -> None:
     check_options(options)
     check_pair(options.estimator, options.backward)
 

@@ -28,7 +28,6 @@ from act24.sparse24.feed_forward.forms import (
     why_never_packed,
 )
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
-from act24.sparse24.feed_forward.scale import times_scale
 from act24.sparse24.feed_forward.statistics import (
     feature_wise_from_some_features,
     no_statistics,
@@ -43,6 +42,7 @@ from act24.sparse24.kernels.product24 import product24
 from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
 from act24.sparse24.kernels.token_order import token_order
 from act24.sparse24.kernels.unpack_gradient import unpack_gradient
+from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import densest_features
 
 

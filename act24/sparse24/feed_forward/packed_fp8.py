@@ -45,7 +45,6 @@ from act24.sparse24.feed_forward.forms import (
 )
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
 from act24.sparse24.feed_forward.packed import Reordered
-from act24.sparse24.feed_forward.scale import times_scale
 from act24.sparse24.feed_forward.statistics import (
     feature_wise_from_some_features,
     no_statistics,
@@ -58,6 +57,7 @@ from act24.sparse24.format.products import Kind
 from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
 from act24.sparse24.kernels.token_order import token_order
+from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import densest_features
 
 #: What T and F, and the widths, have to be multiples of.

@@ -8,12 +8,13 @@ tokens of the micro-batch spreads them. Some features are hardly sparse: those s
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.options import one_of
 from act24.sparse24.pattern.random_bits import random_permutation
 from act24.sparse24.pattern.selection import top2_of_4
 
@@ -32,7 +33,11 @@ def token_permutation(shape: tuple[int, ...], kind: TokenPermutation, device: to
 
     Returns:
         int64 `[T]`, or None for the order as it is. Depends on its arguments alone.
+
+    Raises:
+        OptionError: there is no such kind.
     """
+    one_of("token_permutation", "kind", kind, get_args(TokenPermutation))
     if kind == "none":
         return None
     length = shape[-1] if shape else 1

@@ -18,6 +18,7 @@ from act24.options import OneOf, OptionError, PositiveSteps, Range, check_option
 from act24.records import Table
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle
 from act24.sparse24.kernels.transposable_mask import best_transposable_mask
+from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
 from act24.sparse24.pattern.transposable import transposable_mask
@@ -201,4 +202,4 @@ def sparse_weight(weight: Tensor, mask: Tensor | None, scale: Tensor | None) -> 
     if mask is not None:
         return torch.where(mask, weight, 0)
     assert scale is not None
-    return soft_threshold24(weight) * scale.to(weight.dtype)
+    return times_scale(soft_threshold24(weight), scale)

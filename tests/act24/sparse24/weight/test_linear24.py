@@ -103,6 +103,13 @@ def test_linear_is_that_of_the_sparse_weight_straight_through(soft: bool, bias: 
     assert all(torch.allclose(p, q) for p, q in zip(got, want, strict=True))
 
 
+def test_the_scale_is_applied_as_it_is_logged() -> None:
+    """In bfloat16, which has 1.2265625 and 1.234375 and nothing between."""
+    weight, scale = torch.randn(16, 32).bfloat16(), torch.tensor(1.23)
+    expected = (soft_threshold24(weight).double() * scale.double()).bfloat16()
+    assert torch.equal(linear24(torch.eye(32).bfloat16(), weight, None, None, scale), expected.T)
+
+
 def test_mvue_makes_the_output_gradient_sparse_along_tokens() -> None:
     x, weight, _ = linear_tensors(bias=False)
     mask, seed = weight_mask(weight, "ste"), torch.tensor(3)
