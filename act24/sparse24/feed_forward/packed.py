@@ -98,7 +98,7 @@ class _PackedActivation24(torch.autograd.Function):
             order,
         )
         inference = not training and not options.statistics
-        algorithm = _algorithms(hidden, weight_in, weight_out, options, inference)["y"]
+        algorithm = algorithms_of(hidden, weight_in, weight_out, options, inference)["y"]
         y = times_scale(product24(packed, weight_out.T, algorithm, False, None, None), scale)
         y = y if bias_out is None else y + bias_out
         return y, packed, slope, counts, sums
@@ -119,7 +119,7 @@ class _PackedActivation24(torch.autograd.Function):
         grad_product = times_scale(grad_y, scale)
         grad_activation = grad_product @ weight_out
         saved = _Saved(packed, slope if slope.numel() else None, counts, real)
-        algorithms = _algorithms(x, weight_in, weight_out, ctx.options, inference=False)
+        algorithms = algorithms_of(x, weight_in, weight_out, ctx.options, inference=False)
         sides = x if need_weight_in else None, grad_product if need_weight_out else None
         gradients = _sparse_gradients if backward_of(ctx.options).along_tokens else _exact_gradients
         grad_hidden, grad_weight_in, grad_weight_out = gradients(
@@ -197,15 +197,48 @@ def _sparse_gradients(
     return grad_hidden, grad_weight_in, grad_weight_out
 
 
-def _algorithms(
+def algorithms_of(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24, inference: bool
 ) -> dict[Kind, int]:
-    """Of the products for this many rows."""
+    """The algorithms of the 2:4 products of a network `[F, D]`, `[D_out, F]`, for as many rows `[T, n]`."""
     features, width = weight_in.shape
     network = Network(
         len(rows), features, width, len(weight_out), rows.dtype, rows.device, inference=inference
     )
     return product_algorithms(network, options)
+
+
+class Ordered(NamedTuple):
+    """The tokens of a network in the order in which its weight gradients group them.
+
+    Attributes:
+        rows: `[T, D]`, in that order.
+        order, inverse: int64 `[T]`; None where tokens stay where they are.
+        real: boolean `[T]`, in that order, the tokens that are no padding; None for all.
+    """
+
+    rows: Tensor
+    order: Tensor | None
+    inverse: Tensor | None
+    real: Tensor | None
+
+    def put_back(self, y: Tensor) -> Tensor:
+        """Results `[T, n]` in the order of the input."""
+        return y if self.order is None else Reordered.apply(y, self.inverse, self.order)
+
+
+def in_order(
+    x: Tensor, weight_in: Tensor, real: Tensor | None, options: Options24, training: bool
+) -> Ordered:
+    """The tokens of x `[..., D]` in order: only weight gradients along the tokens, and their statistics, look
+    at it. `weight_in`, `[F, D]`, and `real` as the operation has them."""
+    rows, kind = x.reshape(-1, x.shape[-1]), options.token_permutation
+    used = backward_of(options).along_tokens and (training or options.statistics)
+    if kind == "none" or not used:
+        return Ordered(rows, None, None, real)
+    order, inverse = token_order(weight_in, list(x.shape[:-1]), kind)
+    rows = Reordered.apply(rows, order, inverse)
+    return Ordered(rows, order, inverse, None if real is None else real[order])
 
 
 def packed_activation24(tensors: Tensors, state: State, options: Options24) -> tuple[Tensor, Tensor]:
@@ -219,27 +252,27 @@ def packed_activation24(tensors: Tensors, state: State, options: Options24) -> t
     assert x is not None
     assert weight_in is not None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    shape, kind = x.shape[:-1], options.token_permutation
-    along_tokens, real = backward_of(options).along_tokens, state.real
-    # Only weight gradients along the tokens, and their statistics, look at the order.
-    permuted = along_tokens and kind != "none" and (training or options.statistics)
-    rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
-    if permuted:
-        order, inverse = token_order(weight_in, list(shape), kind)
-        rows = Reordered.apply(rows, order, inverse)
-        real = None if real is None else real[order]
+    ordered = in_order(x, weight_in, state.real, options, training)
+    rows, order, _, real = ordered
     drawn = order if method_of(options).draws else None
     y, packed, _, counts, sums = _PackedActivation24.apply(
         rows, weight_in, *others, state.scale, state.seed, real, drawn, options, training
     )
-    y = Reordered.apply(y, inverse, order) if permuted else y
-    y = y.view(*shape, y.shape[-1])
+    y = ordered.put_back(y)
+    y = y.view(*x.shape[:-1], y.shape[-1])
     if not options.statistics:
         return y, no_statistics(y)
     statistics = token_wise_from_counts(len(rows), counts, sums, real)
-    if along_tokens:
+    if backward_of(options).along_tokens:
         statistics = statistics + feature_wise_from_some_features(packed, counts, real, options)
     return y, statistics
+
+
+def why_not_drawn(network: Network, options: Options24) -> str:
+    """Why the kernel that packs an activation cannot draw it, where the method draws; empty if it can."""
+    if method_of(options).kernel != "mvue":
+        return ""
+    return kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
 
 
 def _condition(network: Network, options: Options24) -> str:
@@ -247,9 +280,7 @@ def _condition(network: Network, options: Options24) -> str:
     widths = (network.width, network.width_out)
     if reason := why_never_packed(network.tokens, network.features, widths) or obstacle_on(network.device):
         return reason
-    if method_of(options).kernel == "mvue" and (
-        reason := kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
-    ):
+    if reason := why_not_drawn(network, options):
         return reason
     if not product_algorithms(network, options):
         return (

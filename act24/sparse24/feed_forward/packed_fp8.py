@@ -44,7 +44,7 @@ from act24.sparse24.feed_forward.forms import (
     why_never_packed,
 )
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
-from act24.sparse24.feed_forward.packed import Reordered
+from act24.sparse24.feed_forward.packed import algorithms_of, in_order, why_not_drawn
 from act24.sparse24.feed_forward.statistics import (
     feature_wise_from_some_features,
     no_statistics,
@@ -55,8 +55,7 @@ from act24.sparse24.format.fp8 import LARGEST, power_scales, scales_of
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
 from act24.sparse24.kernels.shared.registry import form
-from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
-from act24.sparse24.kernels.token_order import token_order
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import densest_features
 
@@ -315,15 +314,12 @@ def _algorithms(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24, inference: bool
 ) -> dict[Kind, int]:
     """Of the products for this many rows; on the reference they mean nothing."""
-    features, width = weight_in.shape
-    network = Network(
-        len(rows), features, width, len(weight_out), rows.dtype, rows.device, inference=inference
-    )
     exact = not backward_of(options).along_tokens
     kinds: tuple[Kind, ...] = (
         ("y", "grad_x") if exact else ("y", "grad_x", "grad_weight_in", "grad_weight_out")
     )
-    return product_algorithms(network, options) or dict.fromkeys(kinds, 0)
+    found = algorithms_of(rows, weight_in, weight_out, options, inference)
+    return found or dict.fromkeys(kinds, 0)
 
 
 def fp8_activation24(
@@ -341,15 +337,9 @@ def fp8_activation24(
     assert weight_in is not None
     assert weight_out is not None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    shape, kind = x.shape[:-1], options.token_permutation
-    along_tokens, real = backward_of(options).along_tokens, state.real
     features, width_out = len(weight_in), len(weight_out)
-    permuted = along_tokens and kind != "none" and (training or options.statistics)
-    rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
-    if permuted:
-        order, inverse = token_order(weight_in, list(shape), kind)
-        rows = Reordered.apply(rows, order, inverse)
-        real = None if real is None else real[order]
+    ordered = in_order(x, weight_in, state.real, options, training)
+    rows, order, _, real = ordered
     tokens = len(rows)
     more = -tokens % _TILE if tokens else _TILE
     wide = (-features % _TILE, -weight_in.shape[1] % _LOAD, -width_out % _LOAD)
@@ -372,13 +362,12 @@ def fp8_activation24(
     y, _, _, packed, over, _, _, counts, sums = _PackedFp8.apply(
         *given, state.scale, state.seed, real, drawn, settings, casts, state.counter
     )
-    y = y[:tokens, :width_out]
-    y = Reordered.apply(y, inverse, order[:tokens] if order is not None else None) if permuted else y
-    y = cast(y, x.dtype).view(*shape, width_out)
+    y = ordered.put_back(y[:tokens, :width_out])
+    y = cast(y, x.dtype).view(*x.shape[:-1], width_out)
     if not options.statistics:
         return y, no_statistics(y)
     statistics = token_wise_from_counts(tokens, counts[:features], sums, real)
-    if along_tokens:
+    if backward_of(options).along_tokens:
         statistics = statistics + feature_wise_from_some_features(
             packed, counts, real, options, over, kernels
         )
@@ -394,9 +383,7 @@ def _condition(network: Network, options: Options24) -> str:
         return f"in fp8 widths {network.width} and {network.width_out} have to be multiples of {_LOAD}"
     if reason := fp8_obstacle_on(network.device) or kernel_obstacle_on(network.device, OPERATORS_E4M3):
         return reason
-    if method_of(options).kernel == "mvue" and (
-        reason := kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
-    ):
+    if reason := why_not_drawn(network, options):
         return reason
     return "" if product_algorithms(network, options) else "cuSPARSELt has no algorithm for these products"
 
