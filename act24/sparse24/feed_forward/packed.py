@@ -1,13 +1,15 @@
 """`activation24` on packed operands: one pass of a kernel on either way, and four 2:4 products of six.
 
-The same function as the reference in `act24.sparse24.feed_forward.operation`, selection for selection; only
-the rounding of sums differs. Saved for backward are x, the weights and the packed activation: 1.125 bytes a
-feature in place of 2. Naive relu² needs nothing else, since its slope is made from the square root; the other
-methods save the slope as well, 1 byte a feature more.
+It computes the same function as the reference in `act24.sparse24.feed_forward.operation` and selects the same
+entries; only sums are rounded differently. For backward it saves x, the weights and the packed activation,
+which takes 1.125 bytes a feature where relu(h) takes 2. With naive relu² nothing else is needed, because the
+slope 2 relu(h) is twice the square root of the activation. The other methods save the slope too, 1 byte a
+feature more.
 
-Where weight gradients group tokens in another order, the whole network runs in that order: x and the gradient
-of y are gathered, y and the gradient of x put back, all of them narrow, and nothing F-wide ever moves. Saved
-then is x in that order in place of x, with the order and its inverse, 16 bytes a token.
+Where weight gradients group tokens in another order, the whole network runs in that order: the rows of x and
+of the gradient of y are permuted first, and those of y and of the gradient of x are put back at the end.
+These four are only as wide as the model; tensors with F columns are never permuted. Backward then saves x in
+that order, and the order and its inverse, 16 bytes a token.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ class _PackedActivation24(torch.autograd.Function):
         grad_x = None
         if need_x:
             grad_x = product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
-        # The bias takes a pass of its own over all features; only models with biases pay it.
+        # This unpacks all of dZ once more; only networks with a bias pay for it.
         grad_bias_in = unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None
         grad_bias_out = None
         if need_bias_out:
@@ -177,8 +179,8 @@ def _sparse_gradients(
     options: Options24,
     algorithms: dict[Kind, int],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same with dZᵀ and aᵀ made 2:4 along the tokens, but for the densest features, whose rows are
-    replaced by those of the dense product. Arguments as for `_exact_gradients`."""
+    """As `_exact_gradients`, with dZᵀ and aᵀ made 2:4 along the tokens. The rows of the densest features are
+    computed by dense products instead. Arguments as there."""
     index = None
     if backward_of(options).dense_features:
         index = densest_features(saved.counts, options.dense_ratio)

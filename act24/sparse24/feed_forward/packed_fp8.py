@@ -3,25 +3,27 @@
     h = x W_inᵀ        y  = a W_outᵀ     dW_outᵀ = aᵀ G         a  = T(f(h))
     dS = G W_out       dX = dZ W_in      dW_in   = dZᵀ x        dZ = f'(h) ∘ dS
 
-Scales are of the values of now, so that nothing is too large and no state is kept. The 2:4 operands a and dZ,
-whose entries differ most in size, have one for each row, which is a token, or along the tokens a feature; the
-library wants one for the dense side, so x, G, W_in and W_out have one where they face a 2:4 operand, and one
-for each row in the two dense products.
+Scales are made from the values themselves, so that nothing overflows and no state is kept. The entries of the
+2:4 operands a and dZ differ most in size, so these have a scale for each row, which is a token, or, where
+they are packed along the tokens, a feature. cuSPARSELt takes a single scale for its dense operand; so x, G,
+W_in and W_out have one scale where they are multiplied with a 2:4 operand, and one for each row in the two
+dense products.
 
-The rows of a and dZ are written by the kernels that select, before which their largest entries have to be
-known: bounds do, the largest |h| and f'(h) |dS| of the row and of the feature, which one read of h and one of
-dS find. What a bound is too large by costs numbers below a millionth of it, and no precision of others.
-Scales of a are powers of two: it is saved in e4m3 once, and written along the tokens over other scales
-without a second rounding, and its slope is made of the same numbers.
+The kernels that select two of four also write a and dZ in e4m3, so they need the scales before they know the
+largest entries. Upper bounds are enough: the largest |h|, and the largest f'(h) times the largest |dS|, of
+each row and of each feature. One read of h and one of dS find them. Where a bound is too large, entries below
+a millionth of it become zero, and all others keep their precision. Scales of a are powers of two, so that a,
+saved in e4m3, can be written again along the tokens with other scales without being rounded a second time;
+its slope is computed from the same saved numbers.
 
-Weights are cast once an update, both ways from one read, where somebody keeps that (`cast_weights`), and else
-where they are read.
+A training loop may cast the weights once an update (`cast_weights`) and keep the result. Else they are cast
+whenever they are read.
 
-Saved for backward are xᵀ and a, a byte an entry of x and 0.625 a feature; all but naive relu² save the slope
-as well, 1 byte a feature more.
+Backward saves xᵀ, 1 byte an entry, and a, 0.625 bytes a feature. All methods but naive relu² save the slope
+too, 1 byte a feature more.
 
-The reference is the same code with the operators' references, on sizes filled up with zeros to what the
-packed format takes.
+The reference is this same code with the references of its operators. Sizes that the packed format does not
+take are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -59,12 +61,12 @@ from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import densest_features
 
-#: What T and F, and the widths, have to be multiples of.
+#: T and F have to be multiples of the first, widths of the second.
 _TILE, _LOAD = 64, 16
 
 
 class _Settings(NamedTuple):
-    """What is no tensor: the options, whether gradients are wanted, and whether kernels run."""
+    """The arguments that are no tensors: the options, whether gradients are wanted, whether kernels run."""
 
     options: Options24
     training: bool
@@ -162,7 +164,7 @@ class _PackedFp8(torch.autograd.Function):
             factors = over_features * grad_rows.turned_scale
             sides = (*hidden.value_rows, hidden.index, grad_rows.turned, factors)
             grad_weight_out = _weight_gradient(*sides, algorithms.get("grad_weight_out"), True, kernels)
-        if need_bias_in:  # a pass of its own over all features; only models with biases pay it
+        if need_bias_in:  # unpacks all of dZ once more; only networks with a bias pay for it
             values = unpack(Packed24(hidden.packed)).float()
             grad_bias_in = (values * hidden.by_token[:, None]).sum(0).bfloat16()
         if need_bias_out:
