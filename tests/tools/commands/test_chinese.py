@@ -91,7 +91,7 @@ SOURCES = {
     "act24/sparse24/feed_forward/packed.py": (),
     "act24/sparse24/feed_forward/packed_fp8.py": (),
     "act24/sparse24/feed_forward/methods.py": ("METHODS", "ESTIMATORS", "BACKWARDS"),
-    "act24/sparse24/format/device.py": ("obstacle", "fp8_obstacle"),
+    "act24/sparse24/format/device.py": ("obstacle", "_product_obstacle"),
     "act24/sparse24/kernels/shared/self_check.py": ("kernel_obstacle", "check_operator"),
     "act24/sparse24/weight/forms.py": (),
     "act24/sparse24/weight/methods.py": ("wrong_size",),
