@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_after
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -207,7 +208,7 @@ def counted(model: nn.Module, *inputs: Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}]
+    "sizes", slow_after(1, [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}])
 )
 def test_dense_flops_against_torchs_counter(sizes: dict[str, Any]) -> None:
     ids = tokens(2, 8)
