@@ -108,7 +108,8 @@ METHODS: Table[WeightMethod] = Table(
         weight_gradient="mvue",
         source="arXiv 2404.01847; their λ is 6e-5 for GPT-2 of 124M and 774M, 2e-4 for 350M and 1558M",
     ),
-    # Soft thresholding brings the second of two equal magnitudes to zero with the third; it counts as kept.
+    # Where the second and third magnitude are equal, soft thresholding makes both zero. The mask has the
+    # second one all the same.
     WeightMethod(
         name="soft_threshold",
         mask=_two_largest,
