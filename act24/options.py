@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -177,6 +177,24 @@ def checked(kind: type[N]) -> type[N]:
     kind.__new__ = new  # type: ignore[method-assign, assignment]
     kind._replace = changed  # type: ignore[attr-defined]
     return kind
+
+
+def remembered(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A check of named tuples that passes what it has passed before without looking at it again: a graph that
+    is not compiled makes the same options anew at every call."""
+
+    @functools.cache
+    def passed(options: tuple[Any, ...], types: tuple[type, ...]) -> None:
+        check(options)  # the types of the fields tell 1 from True, which are one key otherwise
+
+    def checking(options: tuple[Any, ...]) -> None:
+        try:
+            passed(options, tuple(map(type, options)))
+        except TypeError:  # a value that has no hash: no option has such
+            check(options)
+            raise
+
+    return checking
 
 
 def _stands_for_a_value(field: object) -> bool:

@@ -62,6 +62,7 @@ class Recompute(OperationalPass):
 
     name: ClassVar[str] = "recompute"
     last: ClassVar[bool] = True
+    takes_named: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = True
 
     @property

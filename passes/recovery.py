@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from act24.errors import PassError
-from act24.passes.lora import LORA_A, LORA_B
+from act24.passes.graph.region import joined
 from act24.passes.pipeline import Pipeline
 from act24.passes.sparse_mask import MASK_BITS, TRANSPOSED, SparseMask
 from act24.pruning.methods import masked
@@ -65,9 +65,8 @@ def pruned_weights(pipeline: Pipeline) -> Iterator[PrunedWeight]:
     for fqn, module in pipeline.regions.items():
         for name, (kind, of) in module.buffer_kinds.items():
             if kind in (MASK_BITS, TRANSPOSED):
-                yield PrunedWeight(
-                    f"{fqn}.{of}", module.get_parameter(of), module.get_buffer(name), kind == TRANSPOSED
-                )
+                weight, bits = module.get_parameter(of), module.get_buffer(name)
+                yield PrunedWeight(joined(fqn, of), weight, bits, kind == TRANSPOSED)
 
 
 def has_masks(pipeline: Pipeline) -> bool:
@@ -202,11 +201,6 @@ def set_masks_(pipeline: Pipeline, masks: Mapping[str, Tensor] | None) -> None:
 def _dense_shape(weight: PrunedWeight) -> tuple[int, int]:
     rows, columns = weight.parameter.shape
     return (columns, rows) if weight.transposed else (rows, columns)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter is a factor of an adapter, by its name."""
-    return name.rpartition(".")[2].endswith((LORA_A, LORA_B))
 
 
 def kept_masks(pipeline: Pipeline) -> tuple[dict[str, Tensor], dict[str, Pattern], frozenset[str]]:

@@ -85,6 +85,7 @@ class Relu2FFN(StructuralPass):
     """
 
     name: ClassVar[str] = "relu2_ffn"
+    takes_named: ClassVar[bool] = False
     spares: ClassVar[str] = f"no part of a down(silu(gate(x)) * up(x)): {_NOT_GATED}"
 
     activation: Literal["relu2", "relu"] = "relu2"

@@ -10,7 +10,7 @@ from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan, StructuralPass
 from act24.passes.graph.coverage import Coverage, coverage, left_alone, listed, matrices_of, pattern
-from act24.passes.graph.flops import region_flops
+from act24.passes.graph.flops import region_flops, uncounted
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.selectors import selected
@@ -47,7 +47,7 @@ class Report:
             products with a 2:4 operand count half. What no pass can change is left out: attention scores, and
             a head that the model computes itself from tied embeddings.
         checked: what was checked on numbers, and what was not.
-        uncounted: matrices that FLOPs leave out, as no linear that is traced reads them, by name.
+        uncounted: matrices that FLOPs leave out, as no linear that is traced reads them as they are, by name.
         coverage: of each pass with a scope, what it reaches of the matrices in it, and what it leaves.
         unwatched: what tracing has frozen and nobody would notice a change of, by name.
         untrained: which passes make fresh what another one freezes, and what to do; empty: none.
@@ -110,7 +110,7 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        uncounted = [f"FLOPs leave out {listed(self.uncounted)}: no linear that is traced reads it"]
+        uncounted = [f"FLOPs leave out {listed(self.uncounted)}: no linear that is traced reads it as it is"]
         figures_and_rest = [figures, *(uncounted if self.uncounted else ())]
         unwatched = [f"frozen by tracing, and not watched: {what}" for what in self.unwatched]
         untrained = [self.untrained] if self.untrained else []
@@ -207,7 +207,8 @@ def figures(
     tensors = {id(tensor): tensor.numel() for tensor in model.parameters()}
     before = sum(tensors.values())
     change = sum(new.numel() - old.numel() for old, new in zip(traced, base, strict=True))
-    counted = {joined(fqn, name) for region in traced for fqn in region.fqns for name in region.roles}
+    read = [(region, region.roles.keys() - uncounted(region)) for region in traced]
+    counted = {joined(fqn, name) for region, names in read for fqn in region.fqns for name in names}
     others = (
         name
         for name, p in model.named_parameters()
@@ -267,9 +268,8 @@ def coverages(
                 **missed,
             }
             named = {*(place for place, _ in own), *missed}
-            reach = coverage(
-                p.name, p.covers, matrices, p.takes, places, reasons, nothing, p.promises, gone, named
-            )
+            about = (reasons, nothing, p.promises, gone, named, p.takes_named)
+            reach = coverage(p.name, p.covers, matrices, p.takes, places, *about)
             unmet = _unmet(p, {**around, **{place: around.get(place, "") for place in named}})
             found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet))
     return tuple(found)

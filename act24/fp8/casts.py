@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from act24.options import one_of
 from act24.sparse24.format.fp8 import scales_of
 from act24.sparse24.kernels.shared.registry import form
 
 #: One scale a matrix, or one for each row of an operand, which is what a product does not sum over.
 Scaling = Literal["tensorwise", "rowwise"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 #: What casts and multiplies; whether they are right on a device is looked at on first use (`self_check`).
 OPERATORS_E4M3 = ("largest_magnitudes", "cast_e4m3", "product_e4m3")
@@ -40,20 +42,26 @@ def cast_both_ways(
     kernels: bool = True,
     counter: Tensor | None = None,
 ) -> CastE4m3:
-    """A matrix in e4m3 over scales that bring the largest magnitudes of now to 448: nothing is too large, and
-    no state is kept.
+    """Cast a matrix to e4m3. Each scale is made from the values themselves and brings the largest magnitude
+    to 448, the largest number of e4m3, so that nothing overflows and no state is kept between calls.
 
-    Two passes read it, for a scale has to be known before anything is written over it. With scales of the
-    last step one would do; for the tensors that linears read it costs a tenth of the cast's product at most.
+    The matrix is read twice: once to find the scales, and once to write its entries divided by them. Scales
+    of the last step would save the first read, which takes at most a tenth of the time of the product that
+    the cast is for.
 
     Args:
         matrix: `[M, N]`, of a floating dtype.
-        scaling, turned_scaling: of the matrix, and of its transpose.
+        scaling, turned_scaling: how many scales the matrix has, and its transpose.
         narrow, turned: which of the two to make.
         kernels: by kernels, where the device has them.
         counter: float32 `[2]`, to which is added, in place, how many entries that are not zero were cast, and
             how many of them became zero.
+
+    Raises:
+        OptionError: there is no such scaling.
     """
+    for name, value in (("scaling", scaling), ("turned_scaling", turned_scaling)):
+        one_of("cast_both_ways", name, value, SCALINGS)
     find, cast = form("largest_magnitudes", kernels), form("cast_e4m3", kernels)
     by_row = narrow and scaling == "rowwise"
     by_column = turned and turned_scaling == "rowwise"

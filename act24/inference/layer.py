@@ -172,8 +172,8 @@ def can_use(weights: Sequence[Weights]) -> Choice:
 
 
 def lay_out_(layer: nn.Module, weights: Weights, choice: Choice) -> None:
-    """Let a block's parameters lie in memory as a choice reads them. Their values and shapes stay, and
-    nothing is kept twice: those that are fused become views of one tensor, a buffer of the block."""
+    """Rearrange a block's parameters in memory as a choice reads them. Their values and shapes stay, and
+    there is no second copy: weights that are fused become views of one tensor, a buffer of the block."""
     for weight in weights.behind:
         store_by_feature_(weight, choice.skipping)
     if choice.fused:
@@ -182,8 +182,8 @@ def lay_out_(layer: nn.Module, weights: Weights, choice: Choice) -> None:
 
 
 def step_choices(rows: int, there: Choice, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
-    """What a step may use of a model's sparsity, by rows of the batch; the one place that says it. Which of
-    them is fastest is measured, block by block, when the step is captured.
+    """The choices that a step with so many rows may try. Which of them is fastest is measured, block by
+    block, when the step is captured.
 
     Args:
         there: what of it the model has (`can_use`).
@@ -272,8 +272,9 @@ class _Group(NamedTuple):
 
 
 def _groups(graph: fx.Graph, layer: nn.Module) -> list[_Group]:
-    """Each weight is in one group at most. Weights that can be packed and others are not mixed, since the one
-    weight of a group is packed or is not; a part begins where kernels load 16 bytes at once."""
+    """Groups of linears whose weights can be one tensor. Each weight is in one group at most. A group has
+    either only weights that can be packed or none, because it is packed as a whole. Each weight begins at a
+    multiple of 16 bytes, which kernels load at once."""
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
     for linear in _linears(graph):
         weight, bias = _weight(layer, linear), _argument(linear, 2, "bias")

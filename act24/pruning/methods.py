@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from act24.options import check_options
 from act24.pruning.pattern import Pattern, mask_by_layer, mask_by_row, mask_cumulative
 from act24.pruning.sparsegpt import inverse_factor, sparsegpt
 from act24.pruning.statistics import StatisticName
@@ -37,6 +38,9 @@ class PruneMethod:
     mask: Callable[[Tensor, Pattern], Tensor]
     update: Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]] | None = None
     source: str = ""
+
+    def __post_init__(self) -> None:
+        check_options(self, f"pruning method {self.name}")
 
 
 def magnitude_score(weight: Tensor, statistic: Tensor | None) -> Tensor:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
+from act24.options import OptionError, Range, check_options
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,21 @@ class Pattern:
     """What is kept.
 
     Attributes:
-        sparsity: share of the weights that goes, in [0, 1).
+        sparsity: share of the weights that goes, in [0, 1]; 1 of a matrix of zeros alone.
         keep, of: `keep` of every `of` consecutive inputs stay; 0: no such groups.
+
+    Raises:
+        OptionError: a number is out of range.
     """
 
-    sparsity: float
-    keep: int = 0
-    of: int = 0
+    sparsity: Annotated[float, Range(ge=0, le=1)]
+    keep: Annotated[int, Range(ge=0)] = 0
+    of: Annotated[int, Range(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.keep > self.of:
+            raise OptionError(f"Pattern: keep has to be of ({self.of}) at most, got {self.keep}")
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}" if self.of else repr(self.sparsity).removesuffix(".0")

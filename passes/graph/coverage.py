@@ -23,6 +23,8 @@ STACKED = "stacked parameters, which no pass takes apart: make linears of them, 
 #: Why a pass leaves a matrix that no linear reads as it is.
 _COMPUTED = "its weight is computed in forward, not read: make it a weight first, or leave it out with ignore"
 _UNREAD = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
+_ROUTER = "a router"
+_NO_ROLE = "neither attention nor feed-forward"
 _BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
 #: Names of modules that are neither attention nor feed-forward networks.
@@ -50,6 +52,7 @@ class Matrix:
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
         computed: linears read what is computed of it.
+        linear: its module is a linear.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Matrix:
     region: str | None
     unknown: bool = False
     computed: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Coverage:
             names, and those of which nobody knows what they are for.
         reached, total: elements of matrices in that scope, as far as targets and ignore leave it.
         left: (names, share, reason) of what it leaves there, the largest group first; behind them what is no
-            part of the scope: routers, and linears beside those that it reaches.
+            part of the scope: routers, and linears that are neither attention nor feed-forward.
         promised: the pass means to reach all of it; else the share is for information.
         optional: the pass does not insist: less is no error, and no warning.
         where: the targets and what is ignored, in words, where the pass has any.
@@ -152,6 +156,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 region,
                 unknown,
                 computed=hidden or name in made,
+                linear=is_linear(owner),
             )
         )
     return found
@@ -192,6 +197,7 @@ def coverage(
     promised: bool = True,
     gone: Collection[str] = (),
     named: Collection[str] = (),
+    takes_named: bool = True,
 ) -> Coverage:
     """What a pass reaches.
 
@@ -205,6 +211,7 @@ def coverage(
         gone: the names of matrices that passes take away, with nothing in their place; those that this one
             does not reach are no concern of its.
         named: the full names of modules that it means, whatever they are for.
+        takes_named: whether it takes linears of any purpose that its targets name.
     """
     roles = tuple(scope)
     hit = tuple(reached)
@@ -232,18 +239,19 @@ def coverage(
     )
     routers = (m for m in matrices if m.role == "router" and selects(m.path, m.class_name))
     stay = dict.fromkeys(pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
-    if stay and promised:
-        shown += ((listed(list(stay)), 0.0, "a router"),)
+    if stay:
+        shown += ((listed(list(stay)), 0.0, _ROUTER),)
     with_some = {m.region for m in matrices if any(_within(m, place) for place in hit)}
     beside = dict.fromkeys(
         pattern(m.name)
         for m in matrices
-        if m.role == "other" and not m.unknown and m.region in with_some and m.path not in named
+        if m.role == "other" and not m.unknown and m.path not in named
+        if m.linear or m.region in with_some
         if _NEITHER.search(m.path) is None and selects(m.path, m.class_name)
         if not any(_within(m, place) for place in hit)
     )
-    if beside and promised:
-        shown += ((listed(list(beside)), 0.0, _BESIDE),)
+    if beside:
+        shown += ((listed(list(beside)), 0.0, _BESIDE if takes_named else _NO_ROLE),)
     *first, last = (text for role, text in _NAMES.items() if role in roles or role in seen)
     words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)

@@ -5,10 +5,20 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import pytest
+import torch
 
 from act24.errors import Act24Error
+from act24.fp8.casts import cast_both_ways
+from act24.fp8.linear import linear_fp8, underflow_counts
 from act24.options import OneOf, OptionError, Range, check_options, in_range, one_of
+from act24.pruning.methods import PruneMethod, magnitude_score
+from act24.pruning.pattern import Pattern, mask_by_row
 from act24.records import Table
+from act24.sparse24.pattern.feature_wise import token_permutation
+from act24.sparse24.pattern.selection import are_densest, densest, densest_features
+from act24.sparse24.pattern.token_wise import dense_activation
+from act24.sparse24.weight.forms import LinearOptions24
+from act24.sparse24.weight.linear24 import masked_decay_
 
 
 @dataclass(frozen=True)
@@ -107,3 +117,27 @@ def test_a_table_takes_records_from_outside_and_names_of_its_own_once():
 def test_a_method_that_is_added_later_is_taken_at_once():
     METHODS.add(Method("later"))
     assert Toy(method="later").method == "later"
+
+
+def test_functions_take_no_other_values_than_classes_of_options() -> None:
+    """What each of them did with such a value before: another scaling, another function, no feature."""
+    matrix, counts, nan = torch.randn(16, 16), torch.arange(16), float("nan")
+    for wrong, message in (
+        (lambda: linear_fp8(matrix, matrix, None, scaling="row"), "linear_fp8: scaling has no 'row'"),  # type: ignore[arg-type]
+        (lambda: cast_both_ways(matrix, "rowwise", "tensor"), "turned_scaling has no 'tensor'"),  # type: ignore[arg-type]
+        (lambda: underflow_counts(matrix, "row"), "scaling has no 'row'"),  # type: ignore[arg-type]
+        (lambda: dense_activation(matrix, "gelu"), "function has no 'gelu'"),  # type: ignore[arg-type]
+        (lambda: token_permutation((16,), "rows", matrix.device), "kind has no 'rows'"),  # type: ignore[arg-type]
+        (lambda: densest_features(counts, -0.1), "ratio has to be 0 or more and 1 at most, got -0.1"),
+        (lambda: are_densest(counts, counts, 1.1), "ratio has to be 0 or more and 1 at most, got 1.1"),
+        (lambda: densest(counts, nan), "ratio has to be finite and 0 or more and 1 at most, got nan"),
+        (lambda: masked_decay_(matrix, matrix, matrix > 0, nan), "decay has to be finite, got nan"),
+        (lambda: LinearOptions24(precision="e4m3"), "LinearOptions24: precision has no 'e4m3'"),  # type: ignore[arg-type]
+        (lambda: LinearOptions24()._replace(kernels=1), "kernels has to be true or false, got 1"),
+        (lambda: LinearOptions24(algorithms=3), "algorithms has to be a tuple, got 3"),  # type: ignore[arg-type]
+        (lambda: Pattern(1.5), "Pattern: sparsity has to be 0 or more and 1 at most, got 1.5"),
+        (lambda: Pattern(0.5, 4, 2), r"keep has to be of \(2\) at most, got 4"),
+        (lambda: PruneMethod("a", "sums", magnitude_score, mask_by_row), "a: statistic has no 'sums'"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(OptionError, match=message):
+            wrong()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from slow import slow_but
 
 from act24 import LlamaForCausalLM, apply_, llama_config
 from act24.errors import PassError
@@ -31,6 +32,12 @@ def dense_llama():
     )
     initialise_(model, 0)
     return model
+
+
+def test_a_model_that_is_one_region_has_names_that_its_state_dict_has():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    masks, _, _ = kept_masks(apply_(model, [SparseMask()]))
+    assert masks.keys() == {"0.weight", "2.weight"} <= model.state_dict().keys()
 
 
 def pruned_llama(pattern="2:4"):
@@ -71,7 +78,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but((torch.bfloat16,), [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_zeros_stay_under_any_optimizer(kind, dtype):
     model, masks = pruned_llama()

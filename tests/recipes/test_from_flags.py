@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 
 from act24.llama import LlamaForCausalLM
 from act24.passes import Pipeline
@@ -424,8 +426,13 @@ EXAMPLE = (
 )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "loro_adamw", "cola_adamw", "lost_adamw"])
-@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("mode", "optimizer"),
+    slow_but(
+        [(1, "adamw"), (2, "loro_adamw"), (3, "cola_adamw"), (3, "lost_adamw")],
+        itertools.product([1, 2, 3], ["adamw", "loro_adamw", "cola_adamw", "lost_adamw"]),
+    ),
+)
 def test_the_published_commands_translate_and_plan(optimizer: str, mode: int) -> None:
     translation = translate(EXAMPLE.format(optimizer=optimizer, mode=mode))
     recipe = translation.recipe

@@ -19,11 +19,15 @@ from act24.errors import Act24Error, PassError
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
 from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, SparseMask, Weight24
+from act24.passes.activation24 import SCALE as ACTIVATION_SCALE
 from act24.passes.base import StructuralPass
 from act24.passes.document_attention import DocumentAttention
 from act24.passes.graph.measurements import Measurement
+from act24.passes.graph.region import joined
 from act24.passes.served import lower_to_serve_
 from act24.passes.state import renew_masks_, renew_to_read_
+from act24.passes.weight24 import MASK
+from act24.passes.weight24 import SCALE as WEIGHT_SCALE
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.format.device import why_no_fp8
@@ -330,8 +334,14 @@ def _load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str, way
         Act24Error: names or shapes differ.
     """
     expected = built.model.state_dict()
-    kept = ("24_scale", "24_mask")
-    unsaved = [name for name in expected if name not in state and name.endswith(kept)]
+    kinds = (ACTIVATION_SCALE, WEIGHT_SCALE, MASK)
+    kept = {
+        joined(fqn, name)
+        for fqn, module in built.pipeline.regions.items()
+        for name, (kind, _) in module.buffer_kinds.items()
+        if kind in kinds
+    }
+    unsaved = [name for name in expected if name not in state and name in kept]
     try:
         check_state({**state, **{name: expected[name] for name in unsaved}}, built.model, path)
     except Act24Error as error:
@@ -345,9 +355,8 @@ def _load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str, way
         if isinstance(p, Weight24):
             renew_masks_(built.pipeline, p, p.from_step)
     with torch.no_grad():  # what was saved is the function that was trained
-        for name in state.keys() - unsaved:
-            if name.endswith(kept):
-                expected[name].copy_(state[name])
+        for name in kept - {*unsaved}:
+            expected[name].copy_(state[name])
 
 
 def open_checkpoint(path: Path) -> checkpoint.Checkpoint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from act24.errors import Act24Error, PassError
 from act24.passes import Lora, Pass, Pipeline, Weight24
 from act24.passes.base import StructuralPass
-from act24.passes.recovery import has_masks, is_adapter, kept_masks, pruned_weights, set_masks_
+from act24.passes.graph.region import joined
+from act24.passes.recovery import has_masks, kept_masks, pruned_weights, set_masks_
 from act24.passes.sparse_mask import MASK_BITS
 from act24.recipes.schema import Recipe
 from act24.tools.files import weights_hash
@@ -194,8 +195,8 @@ class Opened:
             ) from error
         parameters = dict(pipeline.model.named_parameters())
         if not pipeline.modules:  # planned only
-            made = [name for name in _created(pipeline) if name not in carried]
-            fresh = tuple(name for name in made if not name.endswith(MASK_BITS))
+            made = _created(pipeline)
+            fresh = tuple(name for name, masked in made if masked is None and name not in carried)
             self._refuse_frozen(pipeline, fresh)
             return carried, fresh
         carried = {name: value for name, value in carried.items() if name in parameters}
@@ -214,8 +215,10 @@ class Opened:
         Raises:
             Act24Error: adapters freeze what starts fresh.
         """
-        adapters = _adapters(pipeline)
-        if adapters and (untrained := [name for name in fresh if not is_adapter(name)]):
+        freezing = _freezing(pipeline)
+        factors = {name for name, _ in _created(pipeline, freezing)}
+        if freezing and (untrained := [name for name in fresh if name not in factors]):
+            adapters = ", ".join(freezing)
             raise Act24Error(
                 f"model.pretrained: {self.source} has no values for {_first(untrained)}, which would start "
                 f"fresh and never train, as {adapters} freezes all but its adapters: train without "
@@ -276,16 +279,16 @@ class Opened:
         if pipeline.modules:
             kept = {weight.name for weight in pruned_weights(pipeline)}
         else:
-            kept = {n.removesuffix(MASK_BITS) for n in _created(pipeline) if n.endswith(MASK_BITS)}
+            kept = {weight for _, weight in _created(pipeline) if weight is not None}
         masks = self._pretrained.masks or {}
         return [name for name, mask in masks.items() if name not in kept and not bool(mask.all())]
 
 
-def _adapters(pipeline: Pipeline) -> str:
+def _freezing(pipeline: Pipeline) -> list[str]:
     """The passes that let nothing train but what they make, where they act."""
     acting = {row.pass_name for row in pipeline.report.rows}
     freezing = (p for p in pipeline.passes if isinstance(p, StructuralPass) and p.freezes)
-    return ", ".join(dict.fromkeys(p.name for p in freezing if p.name in acting))
+    return [*dict.fromkeys(p.name for p in freezing if p.name in acting)]
 
 
 def _first(names: Sequence[str]) -> str:
@@ -296,14 +299,16 @@ def _with_buffers(state: Mapping[str, Tensor], pipeline: Pipeline) -> dict[str, 
     """Parameters, and the buffers that structural passes turn into parameters again. Masks of `weight24` are
     none of them: it is dense weights that another run begins with."""
     buffers = dict(pipeline.model.named_buffers(remove_duplicate=False))
-    return {**state, **{name: buffers[name] for name in _created(pipeline) if name in buffers}}
+    return {**state, **{name: buffers[name] for name, _ in _created(pipeline) if name in buffers}}
 
 
-def _created(pipeline: Pipeline) -> list[str]:
-    """What structural passes create, planned or done."""
-    return [
-        f"{fqn}.{name}"
-        for change in pipeline.changes
-        for fqn in change.region.fqns
-        for name in change.state.creates
-    ]
+def _created(pipeline: Pipeline, passes: Sequence[str] | None = None) -> Iterator[tuple[str, str | None]]:
+    """What structural passes, all or those of these names, create, planned or done: each name, and of a
+    mask the weight that it is of, None of a parameter."""
+    for change in pipeline.changes:
+        if passes is not None and change.pass_name not in passes:
+            continue
+        for fqn in change.region.fqns:
+            for name in change.state.creates:
+                weight = name.removesuffix(MASK_BITS)  # a region has its buffers only when it is rewritten
+                yield joined(fqn, name), joined(fqn, weight) if weight != name else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from act24.passes import Activation24, Fp8, OperationalPass, Pipeline, Weight24, weight24
 from act24.passes.graph.normal_form import nodes_of, parameter_name
+from act24.passes.graph.region import joined
 from act24.passes.state import sparse_weights, without_counting
 from act24.sparse24.feed_forward.operation import activation24
 from act24.tools.watch.statistics import SiteStatistics
@@ -45,7 +46,7 @@ def gradient_cosines(pipeline: Pipeline, loss: Callable[[], Tensor]) -> dict[str
         replace(p, backward="dense") if isinstance(p, Activation24) else p for p in passes
     ]
     weights = {
-        f"{fqn}.{name}": module.get_parameter(name)
+        joined(fqn, name): module.get_parameter(name)
         for fqn, module in pipeline.regions.items()
         for node in nodes_of(module.graph, activation24)
         for position in (1, 3)

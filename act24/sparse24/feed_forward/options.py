@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated, Literal, NamedTuple
 
-from act24.options import OneOf, OptionError, Range, check_options, checked
+from act24.options import OneOf, OptionError, Range, check_options, checked, remembered
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Backward, Estimator, Method
 from act24.sparse24.format.products import Table
 from act24.sparse24.pattern.feature_wise import TokenPermutation
@@ -39,9 +38,10 @@ class Options24(NamedTuple):
         kernels: run in the first form that serves the network (`act24.sparse24.feed_forward.forms`); False
             for the plain-PyTorch reference.
         recompute: for narrow linears keep nothing F-wide for backward, and make it again inside the products
-            there (`act24.sparse24.feed_forward.narrow`); the others do not look at it. The pass `recompute`
-            cannot say this: it repeats whole stretches of a block, with attention and norms, and by
-            `torch.utils.checkpoint`; this repeats one narrow product, in the kernel that needs its result.
+            there (`act24.sparse24.feed_forward.narrow`); the others do not look at it. This is not the pass
+            `recompute`, which repeats whole parts of a block, attention and norms among them, with
+            `torch.utils.checkpoint`. This option repeats one narrow product, inside the kernel that reads its
+            result.
         algorithms: what a tuner found for the products on this GPU; empty for the rule of
             `act24.sparse24.format.products.choose`.
     """
@@ -59,16 +59,11 @@ class Options24(NamedTuple):
     algorithms: Table = ()
 
     def __post_init__(self) -> None:
-        try:
-            _check(self, tuple(map(type, self)))
-        except TypeError:  # a value that has no hash: no option has such
-            check_options(self)
-            raise
+        _check(self)
 
 
-@functools.cache  # graphs that are not compiled make the same options anew at every call
-def _check(options: Options24, types: tuple[type, ...]) -> None:
-    """Check options; `types`, those of the fields, tell 1 from True, which are one key otherwise."""
+@remembered
+def _check(options: Options24) -> None:
     check_options(options)
     check_pair(options.estimator, options.backward)
 

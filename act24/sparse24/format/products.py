@@ -49,6 +49,22 @@ DEFAULT_ALGORITHMS: dict[Kind, int] = {
 }
 KINDS: tuple[Kind, ...] = tuple(DEFAULT_ALGORITHMS)
 
+#: What the products of a feed-forward network are called in e4m3.
+_IN_FP8: dict[Kind, Kind] = {
+    "y": "y_fp8",
+    "grad_x": "grad_x_fp8",
+    "grad_weight_in": "grad_weight_in_fp8",
+    "grad_weight_out": "grad_weight_out_fp8",
+}
+_FP8_KINDS = tuple(_IN_FP8.values())
+_ALONG_TOKENS: tuple[Kind, ...] = (
+    "grad_weight_in",
+    "grad_weight_out",
+    "grad_weight_in_fp8",
+    "grad_weight_out_fp8",
+    "linear_grad_weight",
+)
+
 
 class Product(NamedTuple):
     """A product with a 2:4 operand. In a feed-forward network that is the activation a `[T, F]` or its
@@ -78,12 +94,12 @@ class Product(NamedTuple):
     @property
     def fp8(self) -> bool:
         """Whether it is in e4m3."""
-        return self.kind.endswith("_fp8")
+        return self.kind in _FP8_KINDS
 
     @property
     def along_tokens(self) -> bool:
         """Whether the reduction, and with it 2:4, runs along the tokens."""
-        return "grad_weight" in self.kind
+        return self.kind in _ALONG_TOKENS
 
     @property
     def sparse_shape(self) -> tuple[int, int]:
@@ -144,8 +160,9 @@ def feed_forward_products(
     widths: dict[Kind, int] = {"y": width_out, "grad_x": width}
     if not exact_weight_gradients:
         widths |= {"grad_weight_in": width, "grad_weight_out": width_out}
-    names: dict[Kind, Kind] = {kind: f"{kind}_fp8" if fp8 else kind for kind in widths}  # type: ignore[misc]
-    return {kind: Product(names[kind], tokens, features, size) for kind, size in widths.items()}
+    return {
+        kind: Product(_IN_FP8[kind] if fp8 else kind, tokens, features, size) for kind, size in widths.items()
+    }
 
 
 def linear_products(tokens: int, out_features: int, in_features: int) -> dict[Kind, Product]:

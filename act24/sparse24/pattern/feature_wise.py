@@ -1,19 +1,21 @@
-"""2:4 along the tokens, for weight gradients: their products reduce over tokens, so that is where hardware
-wants the zeros (arXiv 2503.16672, section on split GEMM).
+"""2:4 along the tokens, for weight gradients. Tensor cores need the 2:4 zeros along the dimension that a
+product sums over, and weight gradients sum over tokens (arXiv 2503.16672, section on split GEMM).
 
-Neighbouring tokens are alike, which crowds their non-zeros into the same groups: one fixed permutation of all
-tokens of the micro-batch spreads them. Some features are hardly sparse: those stay dense.
+Neighbouring tokens tend to be non-zero in the same features. A fixed permutation of the tokens of a
+micro-batch puts them into different groups of four, so that fewer non-zeros are dropped. Features with the
+most non-zeros may stay dense.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from act24.options import one_of
 from act24.sparse24.pattern.random_bits import random_permutation
 from act24.sparse24.pattern.selection import top2_of_4
 
@@ -32,7 +34,11 @@ def token_permutation(shape: tuple[int, ...], kind: TokenPermutation, device: to
 
     Returns:
         int64 `[T]`, or None for the order as it is. Depends on its arguments alone.
+
+    Raises:
+        OptionError: there is no such kind.
     """
+    one_of("token_permutation", "kind", kind, get_args(TokenPermutation))
     if kind == "none":
         return None
     length = shape[-1] if shape else 1

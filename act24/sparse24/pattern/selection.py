@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from act24.options import Range, in_range
+
+_SHARE = Range(ge=0, le=1)
+
 
 def top2_of_4(scores: Tensor, dim: int = -1) -> Tensor:
     """The mask of the two largest scores in every four consecutive entries along `dim`.
@@ -50,7 +54,11 @@ def densest_features(counts: Tensor, ratio: float) -> Tensor:
 
     Returns:
         their indices, int64, from the highest count down.
+
+    Raises:
+        OptionError: `ratio` is below 0 or above 1.
     """
+    in_range("densest_features", "ratio", ratio, _SHARE)
     return torch.argsort(counts, descending=True, stable=True)[: math.ceil(ratio * len(counts))]
 
 
@@ -63,7 +71,11 @@ def are_densest(counts: Tensor, index: Tensor, ratio: float) -> Tensor:
 
     Returns:
         boolean `[n]`.
+
+    Raises:
+        OptionError: `ratio` is below 0 or above 1.
     """
+    in_range("are_densest", "ratio", ratio, _SHARE)
     own, place = counts[index][:, None], index[:, None]
     everyone = torch.arange(len(counts), device=counts.device)
     before = (counts > own) | ((counts == own) & (everyone < place))
@@ -71,6 +83,6 @@ def are_densest(counts: Tensor, index: Tensor, ratio: float) -> Tensor:
 
 
 def densest(counts: Tensor, ratio: float) -> Tensor:
-    """`densest_features` as a mask: boolean `[F]` for counts `[F]`."""
+    """`densest_features` as a mask: boolean `[F]` for counts `[F]`, and its errors."""
     chosen = densest_features(counts, ratio)
     return torch.zeros_like(counts, dtype=torch.bool).scatter(0, chosen, True)

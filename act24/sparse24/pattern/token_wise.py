@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from act24.relu2 import activation, slope
 from act24.sparse24.pattern.mvue import mvue_factor
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.soft_threshold import third_largest
@@ -70,10 +71,12 @@ class Sparse24(NamedTuple):
 
 
 def dense_activation(positive: Tensor, function: Function) -> Dense:
-    """The activation and its derivative, from relu(h) of any shape."""
-    if function == "relu2":
-        return Dense(positive, positive * positive, 2 * positive)
-    return Dense(positive, positive, (positive > 0).to(positive.dtype))
+    """The activation and its derivative, from relu(h) of any shape.
+
+    Raises:
+        OptionError: there is no such function.
+    """
+    return Dense(positive, activation(positive, function), slope(positive, function))
 
 
 def naive(dense: Dense, seed: Tensor | None = None) -> Selected:
@@ -120,6 +123,7 @@ def sparsify_token_wise(
         sparsifier: what stays of it.
 
     Raises:
+        OptionError: there is no such function.
         ValueError: F is not a multiple of 4, or the sparsifier draws and there is no seed.
     """
     dense = dense_activation(positive, function)

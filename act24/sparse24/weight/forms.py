@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from act24.options import check_options, checked, remembered
 from act24.sparse24.format.device import obstacle_on, rule_holds_on
 from act24.sparse24.format.products import Kind, Product, Table, choose, linear_products
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
@@ -31,10 +32,12 @@ _KINDS: dict[LinearProduct, Kind] = {
 }
 
 
+@checked
 class LinearOptions24(NamedTuple):
-    """How `linear24` is computed; but for the precision, of no meaning to the mathematics.
+    """How `linear24` is computed. Apart from the precision, none of these changes the function.
 
-    A named tuple, because it is a constant of an fx graph and of a compiled one.
+    A named tuple, because it is a constant of an fx graph and of a compiled one; it checks itself where it is
+    made (`OptionError`).
 
     Attributes:
         both_ways: the mask is 2:4 along `out` too (`act24.sparse24.weight.methods.WeightMethod.both_ways`).
@@ -49,6 +52,12 @@ class LinearOptions24(NamedTuple):
     kernels: bool = True
     algorithms: Table = ()
     precision: Literal["bfloat16", "fp8"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+_check = remembered(check_options)
 
 
 #: A mask that is 2:4 along `in` alone.
@@ -131,8 +140,9 @@ def product_algorithms(linear: Linear, options: LinearOptions24) -> dict[LinearP
     """The algorithms of the products that are 2:4; the others are dense. Each stands for itself: with the
     weight packed, or masked, once for all of them, none costs the others anything.
 
-    A drawn gradient is always packed: the kernel that draws writes half of what one would that fills zeros
-        in. For inference a product that was tuned for fewer tokens answers too: more of them only help 2:4.
+    A drawn gradient is always packed, because the kernel that draws would have to write twice as many bytes
+    with the zeros filled in. For inference, a measurement for fewer tokens is used where there is none for so
+    many: 2:4 products gain with the number of tokens.
     """
     products = linear_products(linear.tokens, linear.out_features, linear.in_features)
     chosen: dict[LinearProduct, int] = {}

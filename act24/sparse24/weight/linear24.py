@@ -19,6 +19,7 @@ from act24.operation import (
     operation,
     refuse_second_derivatives,
 )
+from act24.options import in_range
 from act24.sparse24.format.device import why_no_fp8
 from act24.sparse24.pattern.mvue import mvue24
 from act24.sparse24.weight.forms import PLAIN, Form, LinearOptions24, LinearState, why_not_packed
@@ -161,7 +162,11 @@ def masked_decay_(target: Tensor, weight: Tensor, mask: Tensor, decay: float) ->
 
     Returns:
         target.
+
+    Raises:
+        OptionError: `decay` is not finite.
     """
+    in_range("masked_decay_", "decay", decay)
     return target.add_(torch.where(mask, 0, weight).to(target.dtype), alpha=decay)
 
 

@@ -18,6 +18,7 @@ from act24.options import OneOf, OptionError, PositiveSteps, Range, check_option
 from act24.records import Table
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle
 from act24.sparse24.kernels.transposable_mask import best_transposable_mask
+from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.soft_threshold import scale_from_sums, scale_sums, soft_threshold24
 from act24.sparse24.pattern.transposable import transposable_mask
@@ -107,7 +108,8 @@ METHODS: Table[WeightMethod] = Table(
         weight_gradient="mvue",
         source="arXiv 2404.01847; their λ is 6e-5 for GPT-2 of 124M and 774M, 2e-4 for 350M and 1558M",
     ),
-    # Soft thresholding brings the second of two equal magnitudes to zero with the third; it counts as kept.
+    # Where the second and third magnitude are equal, soft thresholding makes both zero. The mask has the
+    # second one all the same.
     WeightMethod(
         name="soft_threshold",
         mask=_two_largest,
@@ -201,4 +203,4 @@ def sparse_weight(weight: Tensor, mask: Tensor | None, scale: Tensor | None) -> 
     if mask is not None:
         return torch.where(mask, weight, 0)
     assert scale is not None
-    return soft_threshold24(weight) * scale.to(weight.dtype)
+    return times_scale(soft_threshold24(weight), scale)

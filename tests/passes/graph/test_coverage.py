@@ -142,6 +142,41 @@ def test_a_linear_beside_is_named_and_not_counted() -> None:
     assert not any("neither" in reason for *_, reason in coverage.left)
 
 
+class Projected(nn.Module):
+    """As OPT's projections stand, around the layers, and a router in each of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project_in, self.layers = nn.Linear(16, 16), nn.Sequential(Routed(), Routed())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.project_in(x))
+
+
+class Routed(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x) * self.choice(x).softmax(-1).topk(1, dim=-1).values
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda p: p.name)
+def test_linears_of_no_role_and_routers_are_named_by_every_pass(one: Any) -> None:
+    passes = [Cola(**RANKS), one] if one.name == "recompute" else [replace(one, optional=True)]
+    (*_, coverage) = plan(Projected(), passes).coverage
+    said = {names: (share, reason) for names, share, reason in coverage.left}
+    if one.name != "recompute":  # which takes whole regions
+        assert said["layers.*.choice"] == (0.0, "a router")
+    share, reason = said["project_in"]
+    assert share == 0.0
+    assert reason.startswith("neither attention nor feed-forward")
+    other = replace(one, targets=("*", "project_in"), optional=True)
+    (*_, coverage) = plan(Projected(), [*passes[:-1], other]).coverage
+    assert reason.endswith("name it in targets to take it") == ("project_in" not in str(coverage.left))
+
+
 def test_biases_of_several_matrices_are_none() -> None:
     class Biased(Network):
         def __init__(self) -> None:

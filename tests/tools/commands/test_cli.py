@@ -3,19 +3,19 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 import tomllib
 
 import pytest
 import torch
 from children import Command
+from slow import slow_after
 
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.recipes.load import load_recipe, recipe_names
@@ -64,6 +64,7 @@ def test_probe_decay_says_where_to_look(act24, tiny_file):
     assert [run["ratio"] for run in result["runs"]] == [rate / rates[0] for rate in rates]
 
 
+@pytest.mark.slow
 def test_probe_decay_by_default(act24, tiny_file):
     passes = 'passes=[{use="weight24", scope="mlp", mask_every=1}]'
     status, out, errors = act24("probe-decay", tiny_file, "--set", passes, "--json")
@@ -118,7 +119,7 @@ def test_recipe_ls_and_show(act24):
     assert [p["use"] for p in table["passes"]] == ["relu2_ffn", "activation24"]
 
 
-@pytest.mark.parametrize("name", ["demo", "c4/60m-relu2-act24"])
+@pytest.mark.parametrize("name", slow_after(1, ["demo", "c4/60m-relu2-act24"]))
 def test_recipe_cp_gives_a_recipe_that_is_valid(act24, tmp_path, name):
     status, out, errors = act24("recipe", "cp", name, tmp_path)
     copy = tmp_path / f"{name.rpartition('/')[2]}.toml"
@@ -200,25 +201,32 @@ def test_a_pipe_gets_whole_lines(run_dir):
     assert lines[-2].split() == ["checkpoint", f"{run_dir}/checkpoints/step-000012"]
 
 
-def on_a_terminal(command, columns=80):
-    """What a program writes to a terminal of that width."""
+def on_a_terminal(*words, columns=80):
+    """What a command writes to a terminal of that width."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+    terminal = functools.partial(on_both, os.ttyname(theirs))
+    with Command(*words, before=terminal) as command:
         os.close(theirs)
         written = b""
         with contextlib.suppress(OSError):  # how a terminal says that the other side has closed it
             while chunk := os.read(ours, 65536):
                 written += chunk
+        assert command.end() == (0, "", "")
     os.close(ours)
-    assert process.returncode == 0
     return written.decode()
 
 
+def on_both(terminal):
+    os.environ["TERM"] = "xterm-256color"
+    device = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
+    os.dup2(device, 1)
+    os.dup2(device, 2)
+    os.close(device)
+
+
 def test_a_terminal_gets_a_bar(tiny_file, tmp_path):
-    command = [sys.executable, "-m", "act24", "train", str(tiny_file), "--run-dir", str(tmp_path / "run")]
-    text = on_a_terminal([*command, "--set", "train.steps=12"])
+    text = on_a_terminal("train", tiny_file, "--run-dir", tmp_path / "run", "--set", "train.steps=12")
     assert re.search(r"\d+/12.*━.*loss \d\.\d{4}", text)
     assert "\x1b[" in text
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))

@@ -234,6 +234,8 @@ def _product_e4m3(device: torch.device) -> Iterator[_Case]:
 def _linear_pack(device: torch.device) -> Iterator[_Case]:
     tokens, features = _SHAPE
     yield _Case((_draw(device, tokens, 64), _draw(device, features, 64), False))
+    # Above zero, where every group has two non-zeros: of others what is saved may name any places.
+    yield _Case((_draw(device, tokens, 64).abs() + 1, _draw(device, features, 64).abs() + 1, True))
 
 
 def _linear_gradient(device: torch.device) -> Iterator[_Case]:
