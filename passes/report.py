@@ -263,7 +263,7 @@ def coverages(
             missed = {place: p.spares for place, reaches in own if reaches is not None} | missed
             nothing = {fqn: why for name, fqn, why in absent if name == p.name}
             reasons = {
-                **untraced,
+                **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
                 **missed,
             }
@@ -295,6 +295,10 @@ def _where(p: Pass) -> str:
     """Where a pass may act, as text."""
     where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
     return where + (f" without {list(p.ignore)}" if p.ignore else "")
+
+
+#: What to do about one place among others.
+_WITH_IGNORE = "leave it out with ignore"
 
 
 def no_match(
@@ -345,6 +349,10 @@ def no_match(
         matrices = matrices_of(model, traced, left)
         found = left_alone(p.covers, matrices, p.takes, reasons, absent, gone, dict(missed))
     found = found or [*missed, *absent.items(), *around.items()]
+    if p.last:  # it acts on what others have made: where they made nothing, nothing keeps it from that
+        found = [one for one in missed if one[0] not in single] or missed
+        meant = [r.fqn for r in regions if p.selects(r, "")] or [r.fqn for r in regions]
+        found = found or [(place, absent[place]) for place in meant[:1]]
     here = [
         (_shown(model, place, place not in dict(missed)), why)
         for place, why in found
@@ -352,7 +360,9 @@ def no_match(
     ]
     there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
     said = f"{p.name} matches nothing{where}. "
-    said += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
+    # Where a pass has nothing, there is nothing to leave out of it.
+    said += _by_reason(here).replace(_WITH_IGNORE, "leave the pass out")
+    said += "" if here or there else "The model has no linear: leave the pass out"
     return said + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
+from act24.passes.graph.remade import remade
 from act24.passes.graph.roles import Role, computed, role_by_name
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
@@ -21,7 +22,7 @@ HIDES = "its relu"
 STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
 
 #: Why a pass leaves a matrix that no linear reads as it is.
-_COMPUTED = "its weight is computed in forward, not read: make it a weight first, or leave it out with ignore"
+_COMPUTED = "its weight is computed in forward, not read"
 _UNREAD = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
 _ROUTER = "a router"
 _NO_ROLE = "neither attention nor feed-forward"
@@ -51,7 +52,7 @@ class Matrix:
         region: it lies in one, by the fully qualified name of that.
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
-        computed: linears read what is computed of it.
+        computed: linears read what is computed of it, and what to do; or the empty string.
         linear: its module is a linear.
     """
 
@@ -63,7 +64,7 @@ class Matrix:
     stacked: bool
     region: str | None
     unknown: bool = False
-    computed: bool = False
+    computed: str = ""
     linear: bool = False
 
 
@@ -155,11 +156,17 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 stacked,
                 region,
                 unknown,
-                computed=hidden or name in made,
+                computed=_computed(owner) if hidden or name in made else "",
                 linear=is_linear(owner),
             )
         )
     return found
+
+
+def _computed(owner: nn.Module) -> str:
+    """Why a matrix is left of which linears read what is computed of it."""
+    first = f"call {call} first" if (call := remade(owner)) else "make it a weight first"
+    return f"{_COMPUTED}: {first}, or leave it out with ignore"
 
 
 def _calls_linear(module: nn.Module) -> bool:
@@ -293,7 +300,7 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, 
     if matrix.stacked:
         return matrix.path, STACKED
     if matrix.computed:
-        return matrix.path, _COMPUTED
+        return matrix.path.partition(".parametrizations.")[0], matrix.computed
     parts = matrix.path.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(place := ".".join(parts[:end])):

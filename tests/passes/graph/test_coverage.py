@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import spectral_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils.parametrizations import weight_norm
-from toys import SwiGLU, Trunk, features
+from toys import SwiGLU, Trunk, features, llama
 
 from act24.passes import (
     REGISTRY,
@@ -330,3 +330,31 @@ def test_targets_are_said_and_those_that_name_nothing_too() -> None:
 def test_nearly_all_is_not_all() -> None:
     assert str(Coverage("low_rank", "head", 999, 1000, ())) == "low_rank reaches 99% of the head matrices"
     assert str(Coverage("low_rank", "head", 1000, 1000, ())) == "low_rank reaches 100% of the head matrices"
+
+
+REMADE = {
+    'torch.nn.utils.prune.remove(module, "weight")': lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    'torch.nn.utils.remove_weight_norm(module, "weight")': torch.nn.utils.weight_norm,
+    'torch.nn.utils.remove_spectral_norm(module, "weight")': torch.nn.utils.spectral_norm,
+    'torch.nn.utils.parametrize.remove_parametrizations(module, "weight")': parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm")
+@pytest.mark.parametrize("call", REMADE)
+def test_what_torchs_tools_compute_before_every_forward_is_left_and_how_it_becomes_a_weight(call):
+    """And what is done as it says makes a linear of it like any other, with the values that it had."""
+    model = llama()
+    module = model.model.layers[0].mlp.up_proj
+    REMADE[call](module)
+    report = plan(model, [Relu2FFN(optional=True), Weight24()], check=False)
+    networks, weights = report.coverage
+    assert [reason for *_, reason in weights.left] == [
+        f"its weight is computed in forward, not read: call {call} first, or leave it out with ignore"
+    ]
+    assert all(call in reason and len(reason) < 180 for *_, reason in networks.left)
+    assert len(networks.left) == 2
+    expected = module.eval()(torch.eye(32)).detach()
+    eval(call, {"torch": torch, "module": module})
+    assert plan(model, [Weight24()], check=False).partial == ()
+    torch.testing.assert_close(module(torch.eye(32)), expected)

@@ -52,6 +52,7 @@ SOURCES = {
         "STACKED",
         "_UNREAD",
         "_COMPUTED",
+        "_computed",
         "_NO_ROLE",
         "_BESIDE",
         "_ROUTER",
