@@ -8,6 +8,7 @@ through it; what has no such way starts fresh, and is listed.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -254,9 +255,10 @@ def _first(names: Sequence[str]) -> str:
 
 def _created(pipeline: Pipeline) -> Iterator[tuple[str, str | None]]:
     """What passes create, of a pipeline that is only planned: each name, and of a mask the weight that it
-    is of, None of a parameter."""
+    is of, which the same match has; None of a parameter."""
     for change in pipeline.changes:
-        for fqn in change.region.fqns:
-            for name in change.state.creates:
-                buffer = change.region.buffers.get(name)
-                yield joined(fqn, name), None if buffer is None else joined(fqn, buffer.of)
+        created = change.state.creates
+        weights = {name + MASK_BITS: name for name in created if name + MASK_BITS in created}
+        for fqn, name in itertools.product(change.region.fqns, created):
+            weight = weights.get(name)
+            yield joined(fqn, name), None if weight is None else joined(fqn, weight)
