@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3
-from act24.inference.layer import Choice, step_choices
+from act24.inference.layer import PACKED_KERNELS, SKIPPING_KERNELS, Choice, step_choices
 from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.optim.one_pass import why_not_one_pass
@@ -116,6 +116,7 @@ def _machine(device: torch.device) -> list[Finding]:
     findings.append(Finding("2:4 kernels", "run and checked on such a GPU" if proven else known))
     served = {form.name: form.operators for form in FORMS} | {"counting": COUNTING}
     served |= {"linears in e4m3": OPERATORS_E4M3}
+    served |= {"steps that skip zeros": SKIPPING_KERNELS, "steps with packed weights": PACKED_KERNELS}
     reasons = {name: kernel_obstacle(device, operators) for name, operators in served.items()}
     reasons["AdamW of 16 bits"] = why_not_one_pass(device)
     for name, reason in reasons.items():

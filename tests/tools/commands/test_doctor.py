@@ -92,6 +92,7 @@ def test_a_gpu_on_which_nothing_was_run_is_said_so(
     assert all(gpu in readme for gpu in PROVEN)
 
 
+@pytest.mark.usefixtures("capable_machine")
 def test_steps_of_generation_are_shown_by_rows() -> None:
     def told(device: str) -> dict[str, str]:
         found = {each.subject: each.finding for each in doctor._decoding(torch.device(device))}
