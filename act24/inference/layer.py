@@ -40,7 +40,7 @@ from act24.relu2 import relu2
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.kernels.pack_weight import pack_weight_rows
 from act24.sparse24.kernels.packed_decode import packed_for_decode
-from act24.sparse24.kernels.shared.self_check import kernel_obstacle
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle, kernel_obstacle_on
 
 #: (block, hidden [B, S, D], cos, sin [B, 1, S, d / 2], keys, values [B, H_kv, L, d], place) -> [B, S, D]
 LayerForm = Callable[..., Tensor]
@@ -57,6 +57,9 @@ FUSED, BIAS = "act24_fused_", "_bias"
 
 #: Elements of what kernels load at once.
 _LOAD = 8
+
+#: The kernels of `Choice.skipping` and `Choice.packed`, which check themselves on first use.
+SKIPPING_KERNELS, PACKED_KERNELS = ("skipping_product",), ("packed_decode",)
 
 
 class Choice(NamedTuple):
@@ -182,15 +185,17 @@ def lay_out_(layer: nn.Module, weights: Weights, choice: Choice) -> None:
 
 
 def step_choices(rows: int, there: Choice, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
-    """The choices that a step with so many rows may try. Which of them is fastest is measured, block by
-    block, when the step is captured.
+    """The choices that a step with so many rows may try: those whose kernels are right on the device. Which
+    of them is fastest is measured, block by block, when the step is captured.
 
     Args:
         there: what of it the model has (`can_use`).
     """
     kernels = device.type == "cuda" and dtype is torch.bfloat16
-    skipping = (False, True) if kernels and there.skipping and rows <= SKIPPING_TOKENS else (False,)
-    packed = (False, True) if kernels and there.packed and rows <= PACKED_TOKENS else (False,)
+    skips = kernels and there.skipping and rows <= SKIPPING_TOKENS
+    packs = kernels and there.packed and rows <= PACKED_TOKENS
+    skipping = (False, True) if skips and not kernel_obstacle_on(device, SKIPPING_KERNELS) else (False,)
+    packed = (False, True) if packs and not kernel_obstacle_on(device, PACKED_KERNELS) else (False,)
     return tuple(Choice(s, p) for s in skipping for p in packed)
 
 

@@ -8,6 +8,7 @@ from rewritten_models import GREEDY, PROMPTS, equal_tokens, llama, rewritten
 from slow import slow_but
 
 from act24.errors import Act24Error
+from act24.inference import layer as layer_module
 from act24.inference import linears as linears_module
 from act24.inference import prompts as prompts_module
 from act24.inference.generator import Generator
@@ -154,8 +155,17 @@ def test_the_rule_for_prompts():
 @pytest.mark.parametrize(
     ("rows", "skipping", "packed"), [(1, 1, 1), (2, 1, 1), (8, 1, 1), (9, 0, 1), (16, 0, 1), (17, 0, 0)]
 )
-def test_what_a_step_tries_by_rows(rows, skipping, packed):
+def test_what_a_step_tries_by_rows(rows, skipping, packed, monkeypatch):
     cuda, everything = torch.device("cuda"), Choice(skipping=True, packed=True)
+    for wrong in ("skipping_product", "packed_decode"):  # what the self-check finds of a GPU
+        monkeypatch.setattr(
+            layer_module,
+            "kernel_obstacle_on",
+            lambda _, names, wrong=wrong: "wrong" if wrong in names else "",
+        )
+        tried = step_choices(rows, everything, torch.bfloat16, cuda)
+        assert not any(c.skipping if wrong == "skipping_product" else c.packed for c in tried)
+    monkeypatch.setattr(layer_module, "kernel_obstacle_on", lambda *_: "")
     tried = step_choices(rows, everything, torch.bfloat16, cuda)
     assert len(tried) == len({*tried}) == 2 ** (skipping + packed)
     assert tried[0] == DENSE

@@ -268,6 +268,7 @@ def test_what_doctor_finds_is_chinese(machine: str, request: pytest.FixtureReque
         assert chinese(method.summary) != method.summary
 
 
+@pytest.mark.usefixtures("capable_machine")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_doctor_says_of_generation_is_chinese(device: str) -> None:
     for finding in doctor._decoding(torch.device(device)):
