@@ -14,7 +14,7 @@ from act24.passes.graph.tracing import trace
 from act24.passes.lora import Lora, MaskedLora
 from act24.passes.lost import Lost
 from act24.passes.low_rank import LowRank
-from act24.passes.pipeline import PartialWarning, Pipeline, apply_, plan
+from act24.passes.pipeline import FrozenWarning, PartialWarning, Pipeline, apply_, plan
 from act24.passes.recompute import Recompute
 from act24.passes.relu2_ffn import Relu2FFN
 from act24.passes.sparse_mask import SparseMask
@@ -45,6 +45,7 @@ __all__ = [
     "ActivationStatistics",
     "Cola",
     "Fp8",
+    "FrozenWarning",
     "Lora",
     "Lost",
     "LowRank",

@@ -30,12 +30,13 @@ from act24.options import OneOf, OptionError, Range, Steps
 from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
 from act24.passes.fp8 import PARTS, Fp8, add_cast_buffers, by_shape
 from act24.passes.graph.activation_sites import (
+    OF_ATTENTION,
     ActivationSite,
     activation_sites,
     adapters_beside,
     add_site_buffer,
-    between_convolutions,
     keep_site,
+    obstacle,
     pads_node,
 )
 from act24.passes.graph.linear_sites import RESIZE
@@ -43,6 +44,7 @@ from act24.passes.graph.normal_form import nodes_of, replace_node, weight_name
 from act24.passes.graph.region import Region
 from act24.passes.relu2_ffn import gate_in
 from act24.precision import Decided, Layer, decision
+from act24.relu2 import relu2
 from act24.sparse24.feed_forward.calibration import CALIBRATION
 from act24.sparse24.feed_forward.methods import BACKWARDS, ESTIMATORS, METHODS, Method
 from act24.sparse24.feed_forward.operation import activation24
@@ -96,6 +98,7 @@ class Activation24(OperationalPass):
     """
 
     name: ClassVar[str] = "activation24"
+    takes_named: ClassVar[bool] = False
     spares: ClassVar[str] = (
         "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
     )
@@ -206,9 +209,11 @@ class Activation24(OperationalPass):
                     layer=self._layer(site),
                 )
             )
-        absent = _NO_RELU[gate_in(region)]
-        if any(between_convolutions(region, node) for node in nodes_of(region.graph, F.relu)):
-            absent = "its relu stands between convolutions, whose features lie elsewhere: leave it"
+        dense = (node for function in (F.relu, relu2) for node in nodes_of(region.graph, function))
+        obstacles = dict.fromkeys(filter(None, (obstacle(region, node) for node in dense)))
+        if "mlp" in region.roles.values():  # of which it says nothing
+            obstacles.pop(OF_ATTENTION, None)
+        absent = next(iter(obstacles), _NO_RELU[gate_in(region)])
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
     def _note(self, region: Region, site: ActivationSite) -> str:

@@ -30,6 +30,7 @@ from act24.passes.graph.activation_sites import (
     function_of,
     is_activation,
     name_sites,
+    obstacle,
     pads_node,
     site_path,
 )
@@ -66,6 +67,7 @@ class ActivationStatistics(OperationalPass):
             Match(path, node.name, f"{node.name}, counted", (node, False), 0, 0)
             for node in region.graph.nodes
             if is_activation(node) and self.selects(region, path := site_path(node))
+            if node.target is activation24 or not obstacle(region, node)
         )
         linears = tuple(
             Match(str(name), node.name, f"{node.name}, counted", (node, True), 0, 0)

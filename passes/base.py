@@ -108,6 +108,8 @@ class Pass:
     keeps_function: ClassVar[bool] = False
     #: Whether the pass means to reach all matrices that it covers.
     promises: ClassVar[bool] = True
+    #: Whether a target that names a linear, whatever that is for, makes the pass take it.
+    takes_named: ClassVar[bool] = True
     #: Whether the pass acts on what others leave, and so stands behind them.
     remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.
@@ -197,6 +199,11 @@ class StructuralPass(Pass):
     freezes: ClassVar[bool] = False
 
     kind: ClassVar[Literal["structural", "operational"]] = "structural"
+
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether what it makes begins at random, whatever stood there, and so has to train."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,10 @@ class LowRank(FactorisingPass):
         super().__post_init__()
         check_init(self.init, self.name)
 
+    @property
+    def starts_fresh(self) -> bool:
+        return self.init != "svd"
+
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         specs = factor_specs(region, site, rank)
         if self.init == "svd":  # which is the weight itself, and stays frozen as it was

@@ -21,6 +21,7 @@ from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import Reduce, Replayed, evaluation, set_pads_
+from act24.passes.stock_form import as_multiplied, without_operational_state
 from act24.passes.updates import Updates, updates_of
 
 
@@ -57,12 +58,16 @@ def apply_(
     Warns:
         PartialWarning: a pass that is not optional reaches less than its scope and targets promise; the line
             of the report that says what it leaves.
+        FrozenWarning: a pass freezes what another one makes fresh, and the model is not on `meta`, to be
+            filled later.
     """
     pipeline = Pipeline(model, passes, seed=seed, step=step, check=check, probe=probe)
     pipeline.commit_()
     for one in pipeline.report.partial:
         if not one.optional:
             warnings.warn(str(one), PartialWarning, stacklevel=2)
+    if (untrained := pipeline.report.untrained) and not any(p.is_meta for p in model.parameters()):
+        warnings.warn(untrained, FrozenWarning, stacklevel=2)
     return pipeline
 
 
@@ -77,6 +82,10 @@ def plan(
 
 class PartialWarning(UserWarning):
     """A pass reaches less than its scope promises."""
+
+
+class FrozenWarning(UserWarning):
+    """A pass freezes what another one makes fresh: without values that are loaded into it, it is noise."""
 
 
 class Pipeline(Rewriting):
@@ -127,6 +136,20 @@ class Pipeline(Rewriting):
         """How many there are, where a step was given and no update has begun since; None: state is that of
         the update that was begun last, or whatever was loaded."""
         return self._updates.made
+
+    def state_to_stock(self, state: Mapping[str, Tensor], keep: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The rewritten model's state dict as a stock one, which a stock model loads with `strict`. It
+        computes what this one does in evaluation mode, but for activations that are 2:4 here: weights that
+        `weight24` in force makes 2:4 are as they are multiplied, if their masks are in the state, too.
+
+        Args:
+            keep: names of structural passes that are not undone, as the reader's model has them too.
+
+        Raises:
+            PassError: a pass has no such form, with its reason, or a name is missing.
+        """
+        served = as_multiplied(self, state, self.updates_made)
+        return super().state_to_stock(without_operational_state(self, served), keep)
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         self._updates.settle()

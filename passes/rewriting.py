@@ -33,7 +33,7 @@ from act24.passes.graph.tracing import trace
 from act24.passes.graph.watched import Fact
 from act24.passes.left_out import left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
-from act24.passes.report import Report, Row, coverages, figures, no_match, row
+from act24.passes.report import Report, Row, coverages, figures, no_match, row, untrained
 
 
 class Rewriting:
@@ -83,10 +83,7 @@ class Rewriting:
         regions, self._unclean = trace(model, self._check)
         if self._check:
             self._check.forget_inputs()
-        self._sites = [
-            Site(region, region.copy(), touched=keep_all and not is_linear(region.module))
-            for region in regions
-        ]
+        self._sites = [Site(r, r.copy(), touched=keep_all and not is_linear(r.module)) for r in regions]
         base = [site.base for site in self._sites]
         for p in self._structural:
             self._plan_pass(p, base)
@@ -103,6 +100,7 @@ class Rewriting:
             checked=str(self._check) if self._check else "nothing was checked: check=False",
             coverage=self._coverage(),
             unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
+            untrained=untrained(self._passes, self._rows),
         )
 
     def __str__(self) -> str:

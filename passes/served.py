@@ -11,9 +11,9 @@ from torch import Tensor
 from act24.passes import Activation24, OperationalPass, Pass, Pipeline, Weight24, weight24
 from act24.passes.activation24 import SCALE
 from act24.passes.graph.region import buffers_of, joined
-from act24.passes.state import SparseWeight, as_evaluated, new_places, sparse_weights
+from act24.passes.state import as_evaluated
+from act24.passes.stock_form import as_multiplied, buffer_kinds
 from act24.passes.updates import updates_of
-from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_scale
 
 
 def lower_to_serve_(pipeline: Pipeline, step: int) -> None:
@@ -55,17 +55,13 @@ def served_weights(pipeline: Pipeline, masked: bool = True) -> dict[str, Tensor]
             weights are the dense masters.
     """
     state = pipeline.model.state_dict()
-    made = pipeline.updates_made
     for name in _unread_scales(pipeline):
         state.pop(name, None)
-    for p in pipeline.active if masked else ():
-        if isinstance(p, Weight24):
-            new = new_places(pipeline, p, made)
-            for weight in sparse_weights(pipeline, p):
-                state[weight.name] = _as_multiplied(weight, p, weight.name in new)
-    for kind in (weight24.MASK, weight24.SCALE):
-        for name in buffers_of(pipeline.regions, kind):
-            state.pop(name + kind, None)
+    if masked:
+        state = as_multiplied(pipeline, state, pipeline.updates_made)
+    for name, kind in buffer_kinds(pipeline).items():
+        if kind in (weight24.MASK, weight24.SCALE):
+            state.pop(name, None)
     return state
 
 
@@ -89,19 +85,3 @@ def _unread_scales(pipeline: Pipeline) -> set[str]:
         for fqn, match in pipeline.matches(p)
     }
     return {joined(name, SCALE) for name in buffers_of(pipeline.regions, SCALE).keys() - read}
-
-
-def _as_multiplied(weight: SparseWeight, p: Weight24, unset: bool) -> Tensor:
-    """A weight as its linear multiplies with it, in the orientation in which it is stored.
-
-    Args:
-        unset: no update has set its scale.
-    """
-    dense = weight.parameter.T if weight.transposed else weight.parameter
-    mask = scale = None
-    if p.record.soft:
-        scale = weight_scale(dense) if unset else weight.buffer(weight24.SCALE)
-    else:
-        mask = weight_mask(dense, p.method)
-    sparse = sparse_weight(dense, mask, scale)
-    return sparse.T if weight.transposed else sparse

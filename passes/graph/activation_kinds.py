@@ -1,9 +1,11 @@
-"""Which activation a graph computes, however it is spelled: `transformers` alone writes GELU in half a dozen
-ways, most of them a handful of products. So the nodes are run on numbers, and those are compared."""
+"""Which nodes are activations, and which one a graph computes, however it is spelled: `transformers` alone
+writes GELU in half a dozen ways, most of them a handful of products. So the nodes are run on numbers, and
+those are compared."""
 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+
+from act24.relu2 import relu2
+
+#: torch's activations, by their names as functions and methods; the last are gates too, of anything.
+_ACTIVATIONS = (
+    "relu",
+    "relu6",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "mish",
+    "leaky_relu",
+    "prelu",
+    "rrelu",
+)
+_ACTIVATIONS += (
+    "hardswish",
+    "hardtanh",
+    "hardshrink",
+    "softshrink",
+    "tanhshrink",
+    "threshold",
+    "tanh",
+    "glu",
+)
+_GATES = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "softsign")
+
+
+def _spelled(names: tuple[str, ...]) -> set[Any]:
+    """The functions and methods of some names, in place too."""
+    both = {spelled for name in names for spelled in (name, f"{name}_")}
+    return both | {getattr(where, n) for where in (F, torch) for n in both if hasattr(where, n)}
+
+
+_ACTIVATION_TARGETS, _GATE_TARGETS = _spelled(_ACTIVATIONS) | {relu2}, _spelled(_GATES)
+_ACTIVATION_MODULES = nn.modules.activation.__name__
+_GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign)
+_NO_ACTIVATIONS = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.MultiheadAttention)
+_NAMED = re.compile(r"[er]lu|activation|swish|mish|tanh", re.I)
 
 #: What gates have, and how far a form of each may be from it: `x · sigmoid(1.702 x)` is 0.0203 from GELU.
 _KINDS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -27,6 +70,24 @@ _BY_NUMBER |= {getattr(torch, name) for name in _NAMES}
 _BY_NUMBER |= {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow}
 _BY_NUMBER |= {F.gelu, F.silu, F.tanh, F.sigmoid, F.hardtanh, F.softplus}
 _MODULES = (nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
+
+
+def activates(node: fx.Node, module: nn.Module, gates: bool = True) -> bool:
+    """Whether a node is an activation: torch's, or a module that stays one call and is named like one.
+
+    Args:
+        module: whose graph it is.
+        gates: count sigmoids and the like, which stand at the end of what is no network too.
+    """
+    if node.op != "call_module":
+        return node.target in _ACTIVATION_TARGETS or (gates and node.target in _GATE_TARGETS)
+    called = module.get_submodule(str(node.target))
+    if isinstance(called, _GATE_MODULES):
+        return gates
+    if any(cls.__module__ == _ACTIVATION_MODULES for cls in type(called).__mro__):
+        return not isinstance(called, _NO_ACTIVATIONS)
+    own = not type(called).__module__.startswith("torch.")
+    return own and _NAMED.search(type(called).__name__) is not None
 
 
 @dataclass(frozen=True)

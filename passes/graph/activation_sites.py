@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from act24.errors import PassError
+from act24.fp8.linear import linear_fp8
+from act24.passes.graph.flow import PRODUCTS, mixing_products
 from act24.passes.graph.normal_form import (
     common_path,
     is_adapter,
@@ -39,6 +41,12 @@ PADS = "pad_rows"
 
 #: Where a node's metadata has the name of its site.
 _SITE = "activation_site"
+
+#: Why the relu in attention without softmax is no site.
+OF_ATTENTION = "its relu is of what attention multiplies, and no network's: leave it"
+
+#: What puts dimensions in another order, by name.
+_MOVES = ("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH")
 
 _FUNCTIONS: dict[object, Function] = {relu2: "relu2", F.relu: "relu"}
 
@@ -85,7 +93,7 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
     for node in list(region.graph.nodes):
         if node.op != "call_function" or node.target not in _FUNCTIONS:
             continue
-        if between_convolutions(region, node):
+        if obstacle(region, node):
             continue
         source, users = node.args[0], list(node.users)
         before = source if is_call(source, F.linear) and len(source.users) == 1 else None
@@ -201,20 +209,41 @@ def pads_node(region: Region) -> fx.Node:
     return region.graph.get_attr(PADS)
 
 
-def between_convolutions(region: Region, node: fx.Node) -> bool:
-    """Whether a convolution is what comes first on either side: its features lie along another dimension."""
+def obstacle(region: Region, node: fx.Node) -> str:
+    """Why an activation is no site, or the empty string: its last dimension has to be a linear's features.
+    So no convolution and no product of attention's comes first on either side, and on one a linear."""
+    mixing, reached = mixing_products(region.graph), False
     for up in (True, False):
-        frontier, seen = [node], {node}
+        frontier, seen = [(node, True)], {(node, True)}
         while frontier:
-            current = frontier.pop()
+            current, straight = frontier.pop()
             for other in current.all_input_nodes if up else current.users:
-                if other in seen or other.op in ("placeholder", "get_attr") or _weights(other):
+                step = (other, straight and not _moves_dimensions(other))
+                if step in seen or other.op in ("placeholder", "get_attr", "output"):
                     continue
-                seen.add(other)
-                frontier.append(other)
                 if _is_convolution(region, other):
-                    return True
-    return False
+                    return "its relu stands between convolutions, whose features lie elsewhere: leave it"
+                if other in mixing:
+                    return OF_ATTENTION
+                seen.add(step)
+                if _reads_weight(region, other):
+                    reached |= straight
+                else:
+                    frontier.append(step)
+    return "" if reached else "its relu stands at no linear whose features it has: leave it"
+
+
+def _moves_dimensions(node: fx.Node) -> bool:
+    name = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
+    return name in _MOVES
+
+
+def _reads_weight(region: Region, node: fx.Node) -> bool:
+    """Whether a node multiplies with a weight, or is a module that does."""
+    if node.op == "call_module":
+        called = region.module.get_submodule(str(node.target))
+        return is_adapter(called) or isinstance(called, nn.Linear)
+    return node.target in (F.linear, linear_fp8) or node.target in PRODUCTS or bool(_weights(node))
 
 
 def _is_convolution(region: Region, node: fx.Node) -> bool:

@@ -100,16 +100,24 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
         path = name.rpartition(".")[0]
         rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        role, obstacle = region.roles.get(name, "other"), _obstacle(region.graph, name, nodes)
+        role, obstacle = region.roles.get(name, "other"), _obstacle(region, name, nodes)
         yield LinearSite(path, name, tuple(nodes), shape, transposed, role, spec.factor, obstacle)
 
 
-def _obstacle(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> str:
+def _obstacle(region: Region, name: str, nodes: list[fx.Node]) -> str:
     """Why a weight cannot become anything else in these linears, or the empty string."""
+    if not (dtype := region.parameters[name].dtype).is_floating_point:
+        kind = str(dtype).removeprefix("torch.")
+        return f"its weight is {kind}, and passes take real floating point: {_REAL}"
     if len({is_transposed(node) for node in nodes}) > 1:
         return f"one product reads it as it is and another transposed, tied: {_OWN}"
-    return f"something else than linears reads it too: {_OWN}" if _reads(graph, name) > len(nodes) else ""
+    return (
+        f"something else than linears reads it too: {_OWN}" if _reads(region.graph, name) > len(nodes) else ""
+    )
 
+
+#: What to do about a weight whose numbers no pass takes.
+_REAL = "make real linears of its parts, or leave it out with ignore"
 
 #: What to do about a weight with two purposes.
 _OWN = "give each a weight of its own, or leave it out with ignore"
@@ -161,8 +169,12 @@ def free_linears(
 RESIZE = "make it one, or leave it out with ignore"
 
 
-def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
-    """Why a pass found no linear in a region, and what would let it find one there."""
+def no_linear(p: Pass, region: Region, scope: Scope = "all", factors: bool = False) -> str:
+    """Why a pass found no linear in a region, or not those that other passes have, and what to do.
+
+    Args:
+        factors: as `linear_sites` has it.
+    """
     sites = list(linear_sites(region, factors=True))
     if not sites:
         return "no linear that other passes have left and nothing else reads: leave it to them"
@@ -171,11 +183,18 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
         named = _named(region, sites[0])
         return f"no linear that is targeted and not ignored: name one in targets, as {named}"
     elsewhere = [site for site in targeted if site.kind not in _BY_NAME_ONLY]
-    if elsewhere and scope != "all":
-        kind = elsewhere[0].kind
+    kinds = sorted({site.kind for site in elsewhere if factors or site.factor is None})
+    if scope != "all" and kinds and scope not in kinds:
+        kind = kinds[0]
+        if scope in region.roles.values():
+            return f'other passes have those in scope "{scope}": leave the pass out, or set scope = "{kind}"'
         return f'no linear in scope "{scope}": set scope = "{kind}", or "all"'
     if len(elsewhere) == len(targeted):
-        return "no linear but the factors that another pass has made: leave it out with ignore"
+        if len(kinds) == 1 and scope == "all" and hasattr(p, "scope"):
+            return f'another pass has it: leave it to that one, scope = "{kinds[0]}"'
+        if kinds:
+            return "another pass has it: leave it to that one, with ignore"
+        return "no linear but the factors that another pass has made: leave the pass out"
     named = _named(region, next(site for site in targeted if site.kind in _BY_NAME_ONLY))
     return (
         "no linear that is known to be attention's or a feed-forward network's: name those that are meant in "
@@ -269,9 +288,17 @@ class FactorisingPass(StructuralPass):
             raise PassError(
                 f"{self.name}: {key} = {rank} is above {min(site.shape)}, the smaller side of "
                 f"{region.name(site.path)} [{site.shape[0]}, {site.shape[1]}]: take a lower rank, or "
-                f"leave it out with ignore=[{region.name(site.path)!r}]"
+                f"{self._without(region, site, rank)}"
             )
         return rank
+
+    def _without(self, region: Region, site: LinearSite, rank: int) -> str:
+        """How a linear is left out that is smaller than its rank: with its kind, if all there are."""
+        alike = [min(one.shape) < rank for one in linear_sites(region) if one.kind == site.kind]
+        other = {"attn": "mlp", "mlp": "attn"}.get(site.kind)
+        if other and len(alike) > 1 and all(alike):
+            return f'set scope = "{other}"' if self.scope == "all" else "leave the pass out"
+        return f"leave it out with ignore=[{region.name(site.path)!r}]"
 
     def _noted(self, region: Region, match: Match) -> Match:
         """A match with a word on what becomes of a weight that is frozen."""

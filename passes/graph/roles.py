@@ -1,41 +1,25 @@
 """What a linear is for: attention, a feed-forward network, a router, or something else.
 
-Where a graph shows what surrounds a linear, the graph says it: what feeds or follows attention scores is
-attention, what feeds or follows an activation is a feed-forward network, what ends in a choice of the largest
-is a router. A linear that is a region of its own shows nothing, so there the names and classes around it are
-asked, from the inside out.
+Where a graph shows what surrounds a linear, the graph says it (`act24.passes.graph.flow`): what feeds or
+follows attention's products is attention, what feeds or follows an activation is a feed-forward network, what
+ends in a choice of the largest, or in a softmax over a few, is a router. A linear that is a region of its own
+shows nothing, so there the names and classes around it are asked, from the inside out.
 """
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from act24.passes.graph.activation_kinds import activates
+from act24.passes.graph.flow import Flow
 from act24.passes.graph.normal_form import asks_kind, is_call, is_product, weight_name
-from act24.relu2 import relu2
 
 Role = Literal["attn", "mlp", "router", "lora", "head", "other"]
-
-_PRODUCTS = (
-    torch.matmul,
-    torch.bmm,
-    torch.baddbmm,
-    torch.einsum,
-    operator.matmul,
-    "matmul",
-    "bmm",
-    "__matmul__",
-)
-_SOFTMAX = (F.softmax, torch.softmax, "softmax")
-_CHOICES = (torch.topk, "topk", torch.argmax, "argmax")
-_FUNCTIONS = (F.relu, relu2, F.silu, F.gelu, F.mish, F.leaky_relu, F.elu, F.glu, F.hardswish)
-_FUNCTIONS += (torch.relu, torch.tanh, F.tanh, "relu", "tanh")
 
 _ATTENTION = re.compile(r"attn|attention|Attention")
 _MLP = re.compile(
@@ -98,7 +82,7 @@ def roles_of(
     shown = roles_in_graph(graph, module)
     roles: dict[str, Role] = {}
     head = head_of(around[""])
-    for name in dict.fromkeys(name for names in _linears(graph, module).values() for name in names):
+    for name in dict.fromkeys(name for names in linears_in(graph, module).values() for name in names):
         path = ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
         named = role_by_name(path, around)
         roles[name] = named if named == "lora" else shown.get(name, named)
@@ -109,12 +93,12 @@ def roles_of(
 
 def computed(graph: fx.Graph, module: nn.Module) -> set[str]:
     """The parameters that linears read by way of something else, which makes their weight in forward."""
-    linears = _linears(graph, module)
+    linears = linears_in(graph, module)
     read = {name for node in linears if node.op != "call_module" and (name := weight_name(node))}
     return {name for names in linears.values() for name in names} - read
 
 
-def _linears(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[str]]:
+def linears_in(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[str]]:
     """The linears of a graph, each with the parameters that its weight is made of; those that are called as
     modules have a weight that is computed."""
     found = {node: _weights_of(node) for node in graph.nodes if is_call(node, F.linear)}
@@ -139,85 +123,35 @@ def _weights_of(linear: fx.Node) -> list[str]:
 
 
 def roles_in_graph(graph: fx.Graph, module: nn.Module) -> dict[str, Role]:
-    """The roles that a graph shows, by the weight's name."""
+    """The roles that a graph shows, by the weight's name. Around a linear alone there is little to see: no
+    network, which has two."""
     found: dict[str, Role] = {}
-    calls = _linears(graph, module)
-    if len(calls) < 2:
-        return found
-    behind = {node: _behind(node, module) for node in calls}
+    flow = Flow(graph, module, calls := linears_in(graph, module))
     for node, names in calls.items():
-        seen, ends = _walk(node, module, up=False)
-        before, _ = _walk(node, module, up=True)
-        if any(n.target in _CHOICES for n in seen):
+        seen, ends = flow.walk(node)
+        before, sources = flow.walk(node, up=True)
+        if node in flow.routers:
             found |= dict.fromkeys(names, "router")
-        elif any(map(_is_scores, (*seen, *before))):
+        elif any(n in flow.scores for n in (*seen, *before)):
             found |= dict.fromkeys(names, "attn")
-        elif any(_is_activation(n, module) for n in (*seen, *before)) or (
-            any(map(is_product, seen)) and ends
+        elif len(calls) > 1 and (
+            any(activates(n, module, gates=bool(ends)) for n in seen)
+            or any(activates(n, module, gates=bool(sources)) for n in before)
+            or (ends and any(map(is_product, seen)))
         ):
-            found = dict.fromkeys(names, "mlp") | found
+            found |= dict.fromkeys((name for name in names if name not in found), "mlp")
     for node, names in calls.items():  # a gate of what attention gives belongs to attention
-        to = [found.get(name) for n in behind[node] for name in calls.get(n, ())]
-        if "attn" in to:
+        if any(found.get(name) == "mlp" for name in names) and "attn" in _behind(node, flow, found):
             found |= dict.fromkeys((name for name in names if found.get(name) == "mlp"), "attn")
     return found
 
 
-def _behind(node: fx.Node, module: nn.Module) -> list[fx.Node]:
-    """The linears that read what becomes of a linear by way of an activation or a product."""
-    seen, ends = _walk(node, module, up=False)
-    return ends if any(_is_activation(n, module) or is_product(n) for n in seen) else []
-
-
-def _walk(node: fx.Node, module: nn.Module, up: bool) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What lies between a linear and the next ones, and those next ones. Behind sums other things begin, but
-    for those that lead into an activation."""
-    seen, ends, frontier = list[fx.Node](), list[fx.Node](), [node]
-    while frontier:
-        current = frontier.pop()
-        around: Iterable[fx.Node] = current.users
-        if up:
-            first = current.args[0] if current is node else None
-            around = [first] if isinstance(first, fx.Node) else current.all_input_nodes
-        for other in around:
-            if other in seen or other in ends or other.op in ("placeholder", "get_attr", "output"):
-                continue
-            if is_call(other, F.linear):
-                ends.append(other)
-            elif not _is_sum(other, module):
-                seen.append(other)
-                frontier.append(other)
-    return seen, ends
-
-
-def _is_sum(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node adds two values, other than into an activation alone."""
-    both = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    into = bool(node.users) and all(_is_activation(user, module) for user in node.users)
-    return node.target in (operator.add, torch.add, "add") and len(both) == 2 and not into
-
-
-def _is_scores(node: fx.Node) -> bool:
-    if is_call(node, F.scaled_dot_product_attention):
-        return True
-    if node.target in _SOFTMAX:
-        return any(n.target in _PRODUCTS for n in _beyond(node, up=False))
-    return node.target in _PRODUCTS and any(n.target in _SOFTMAX for n in _beyond(node, up=True))
-
-
-def _beyond(node: fx.Node, up: bool) -> Iterator[fx.Node]:
-    """What a node reads, or what reads it, and so on, a few steps on."""
-    frontier = [node]
-    for _ in range(4):
-        frontier = [other for n in frontier for other in (n.all_input_nodes if up else n.users)]
-        yield from frontier
-
-
-def _is_activation(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        kind = type(module.get_submodule(str(node.target))).__name__
-        return re.search(r"[ER]ELU|SiLU|Activation|Mish|Tanh|GLU", kind) is not None
-    return node.target in _FUNCTIONS
+def _behind(node: fx.Node, flow: Flow, roles: Mapping[str, Role]) -> list[Role | None]:
+    """The roles of the linears that read what becomes of a linear by way of an activation or a product."""
+    seen, ends = flow.walk(node)
+    if not any(activates(n, flow.module) or is_product(n) for n in seen):
+        return []
+    return [roles.get(name) for end in ends for name in flow.linears.get(end, ())]
 
 
 def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:

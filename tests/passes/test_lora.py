@@ -1,12 +1,14 @@
 """`lora` and `masked_lora`: against the formulas and against PEFT."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from act24 import apply_, plan
 from act24.errors import PassError
-from act24.passes import Lora, LowRank, MaskedLora, Recompute
+from act24.passes import Cola, FrozenWarning, Lora, LowRank, MaskedLora, Recompute, Relu2FFN
 from act24.passes.recovery import set_masks_
 from tests.passes.test_sparse_mask import IDS, dense_llama, loss_of, pruned_llama
 
@@ -63,13 +65,34 @@ def test_at_first_nothing_changes_and_only_adapters_learn(p):
 
 def test_only_what_it_makes_trains_and_what_is_optional_freezes_nothing():
     model = dense_llama()
-    report = apply_(model, [LowRank(scope="mlp", mlp_rank=8), Lora(dropout=0.0)]).report
+    with pytest.warns(FrozenWarning):
+        report = apply_(model, [LowRank(scope="mlp", mlp_rank=8), Lora(dropout=0.0)]).report
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.rpartition(".")[2] for name in trained} == {"lora_A", "lora_B"}
     assert {row.note for row in report.rows if row.pass_name == "lora"} == {"all else in the model is frozen"}
     model = dense_llama()
     apply_(model, [Lora(targets=("*.none",), optional=True)])
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_fresh_weights_that_adapters_freeze_are_named():
+    """In either order, in the report and as a warning; not where they are the weights' own best factors, nor
+    on meta, where values come later."""
+    fresh = [Cola(scope="attn", attn_rank=8), Relu2FFN()]
+    with pytest.warns(FrozenWarning) as caught:
+        report = apply_(dense_llama(), [MaskedLora(targets=("lm_head",)), *fresh]).report
+    (line,) = {str(one.message) for one in caught if one.category is FrozenWarning}
+    assert line in str(report).splitlines()
+    assert "masked_lora freezes all but its adapters" in line
+    assert "cola, relu2_ffn makes fresh never trains: load trained weights" in line
+    with torch.device("meta"):
+        apply_(dense_llama(), [fresh[1], Lora()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FrozenWarning)
+        kept = [LowRank(scope="attn", attn_rank=8, init="svd"), Relu2FFN(width="keep")]
+        nowhere = Lora(targets=("*.x",), optional=True)
+        for passes in ([*kept, Lora(targets=("lm_head",))], [*fresh, nowhere]):
+            assert "never trains" not in str(apply_(dense_llama(), passes))
 
 
 def test_gradients_of_a_masked_adapter_see_kept_weights_only():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from toys import Doubled, llama, tokens
 
-from act24.passes import PassError, Pipeline, Relu2FFN, apply_
+from act24.passes import Activation24, LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_
 from act24.passes.graph.region import RegionModule
 
 
@@ -82,3 +84,36 @@ def test_state_of_a_shared_module() -> None:
     back = pipeline.state_to_stock(model.state_dict())
     assert back.keys() == stock.keys()
     assert all(torch.equal(back[name], value) for name, value in stock.items())
+
+
+@pytest.mark.parametrize("method", ["transposable", "soft_threshold", "ste"])
+def test_a_stock_state_of_24_weights_is_what_a_stock_model_loads_and_computes_the_same(method: str) -> None:
+    """Masks are those of the weights as they are, and factors are masked before they are multiplied."""
+    model = llama()
+    low_rank = LowRank(scope="attn", attn_rank=8)
+    pipeline = apply_(model, [low_rank, Weight24(method=method)])  # type: ignore[arg-type]
+    pipeline.begin_update_(0, tokens())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    model.eval()
+    stock = llama(seed=1).eval()
+    stock.load_state_dict(pipeline.state_to_stock(model.state_dict()))
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens()), model(tokens()))
+        # What is not in force leaves weights dense, and its state behind.
+        pipeline.lower_(0, without=["weight24"])
+        stock.load_state_dict(pipeline.state_to_stock(model.state_dict()))
+        torch.testing.assert_close(stock(tokens()), model(tokens()))
+
+
+def test_a_stock_state_of_a_shared_module_with_24_weights_and_of_24_activations() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 8, bias=False))
+    model = nn.Sequential(mlp, nn.Sequential(nn.Linear(8, 8)), mlp)
+    names = model.state_dict().keys()
+    stock = copy.deepcopy(model)
+    pipeline = apply_(model, [Activation24(), Weight24(targets=("re:.*",), method="ste", optional=True)])
+    back = pipeline.state_to_stock(model.state_dict())
+    assert back.keys() == names
+    stock.load_state_dict(back)
+    assert float((stock[1][0].weight == 0).float().mean()) == 0.5

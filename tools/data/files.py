@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from act24.errors import Act24Error, reading
-from act24.tools.data.encoding import check_replaced, decoded, open_text, take_stray
+from act24.tools.data.encoding import check_replaced, decoded, open_text, plausible, take_stray
 from act24.tools.data.tally import Records, Tally
 
 TEXT = (".txt", ".md", ".rst", ".py")
@@ -199,15 +199,18 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
     with _open(path) as binary:
         file, encoding = open_text(binary, how.encoding, str(path), how.tally)
         first = file.readline().removeprefix("\ufeff")
+        lines = itertools.chain([first], file)
+        if how.encoding is None and not encoding.startswith("utf-8"):
+            lines = plausible(lines, encoding, str(path), how.tally)
         if first.lstrip().startswith("["):
-            content, replaced = take_stray(first + file.read())
+            content, replaced = take_stray("".join(lines))
             check_replaced(replaced, len(content), encoding, str(path))
             for index, record in enumerate(_parse(content, str(path))):
                 where = f"{path}, item {index}"
                 yield _usable(record, how, where, records) if wanted(index) else None
             records.check_replaced()
             return
-        for index, line in enumerate(itertools.chain([first], file)):
+        for index, line in enumerate(lines):
             line, stray = take_stray(line)
             replaced, characters = replaced + stray, characters + len(line)
             if stray and characters >= ENOUGH:  # not only at the end, when a model has read the file

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,13 @@ def resolved(recipe: Recipe) -> Recipe:
 def plan(recipe: Recipe, say: Callable[[str], str] = str) -> Pipeline:
     """`plan_recipe`, of a recipe that may start from a model; says what starts fresh, by `say`."""
     recipe = resolved(recipe)
+    _refuse_untrained(recipe)
     pipeline = plan_recipe(recipe)
     if recipe.model.pretrained is not None:
         for line in open_source(recipe.model.pretrained).remarks(pipeline):
             logger.warning("%s", say(line))
+        # What would start fresh and frozen was refused.
+        pipeline.report = replace(pipeline.report, untrained="")
     return pipeline
 
 
@@ -101,14 +104,30 @@ def beginning(recipe: Recipe, old: Path | None) -> Callable[..., Built]:
     or of a folder that run_c4.py left.
 
     Raises:
-        Act24Error: run_c4.py did not write that folder, or the model that the recipe names cannot be opened.
+        Act24Error: run_c4.py did not write that folder, the model that the recipe names cannot be opened, or
+            adapters have none.
     """
     if recipe.model.pretrained is not None:
         return functools.partial(build, weights=open_source(recipe.model.pretrained))
     if old is None:
+        _refuse_untrained(recipe)
         return build
     check_old(old)
     return functools.partial(build_from_old, old)
+
+
+def _refuse_untrained(recipe: Recipe) -> None:
+    """
+    Raises:
+        Act24Error: adapters would freeze a model that starts fresh.
+    """
+    freezing = (p for p in recipe.passes if isinstance(p, StructuralPass) and p.freezes)
+    adapters = [p.name for p in freezing if not p.optional]
+    if adapters and recipe.model.pretrained is None:
+        raise Act24Error(
+            f"{', '.join(adapters)} freezes all but its adapters, and this model starts fresh: name a "
+            "trained one with model.pretrained in the place of model.preset, or leave the pass out"
+        )
 
 
 def close_source() -> None:
@@ -168,8 +187,7 @@ class Opened:
         try:
             stock = dict(own.state)
             if own.pipeline is not None:
-                masks = {weight.name + MASK_BITS: weight.bits for weight in pruned_weights(own.pipeline)}
-                stock = own.pipeline.state_to_stock({**own.state, **masks}, keep=shared)
+                stock = own.pipeline.state_to_stock(_with_buffers(own.state, own.pipeline), keep=shared)
             carried, _ = pipeline.state_from_stock(stock, keep=shared)
         except PassError as error:
             raise Act24Error(
@@ -178,8 +196,10 @@ class Opened:
             ) from error
         parameters = dict(pipeline.model.named_parameters())
         if not pipeline.modules:  # planned only
-            fresh = [name for name, masked in _created(pipeline) if masked is None and name not in carried]
-            return carried, tuple(fresh)
+            made = _created(pipeline)
+            fresh = tuple(name for name, masked in made if masked is None and name not in carried)
+            self._refuse_frozen(pipeline, fresh)
+            return carried, fresh
         carried = {name: value for name, value in carried.items() if name in parameters}
         for name, value in carried.items():
             if parameters[name].shape != value.shape:
@@ -187,16 +207,32 @@ class Opened:
                     f"model.pretrained: {own.source}: {name} is {list(value.shape)}, the model's "
                     f"{list(parameters[name].shape)}"
                 )
-        return carried, tuple(name for name in parameters if name not in carried)
+        fresh = tuple(name for name in parameters if name not in carried)
+        self._refuse_frozen(pipeline, fresh)
+        return carried, fresh
+
+    def _refuse_frozen(self, pipeline: Pipeline, fresh: Sequence[str]) -> None:
+        """
+        Raises:
+            Act24Error: adapters freeze what starts fresh.
+        """
+        freezing = _freezing(pipeline)
+        factors = {name for name, _ in _created(pipeline, freezing)}
+        if freezing and (untrained := [name for name in fresh if name not in factors]):
+            adapters = ", ".join(freezing)
+            raise Act24Error(
+                f"model.pretrained: {self.source} has no values for {_first(untrained)}, which would start "
+                f"fresh and never train, as {adapters} freezes all but its adapters: train without "
+                f"{adapters} first, and name that run"
+            )
 
     def stock_(self, model: nn.Module) -> bool:
         """Copy what has a stock form into a stock model, before passes rewrite it; whether that was all."""
         own = self._pretrained
         try:
-            masks = {} if own.pipeline is None else dict(own.pipeline.model.named_buffers())
             stock = own.state
             if own.pipeline is not None:
-                stock = own.pipeline.state_to_stock({**own.state, **masks})
+                stock = own.pipeline.state_to_stock(_with_buffers(own.state, own.pipeline))
         except PassError:
             stock = own.state
         missing = False
@@ -249,16 +285,32 @@ class Opened:
         return [name for name, mask in masks.items() if name not in kept and not bool(mask.all())]
 
 
+def _freezing(pipeline: Pipeline) -> list[str]:
+    """The passes that let nothing train but what they make, where they act."""
+    acting = {row.pass_name for row in pipeline.report.rows}
+    freezing = (p for p in pipeline.passes if isinstance(p, StructuralPass) and p.freezes)
+    return [*dict.fromkeys(p.name for p in freezing if p.name in acting)]
+
+
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _created(pipeline: Pipeline) -> Iterator[tuple[str, str | None]]:
-    """What passes create, of a pipeline that is only planned: each name, and of a mask the weight that it
-    is of, which the same match has; None of a parameter."""
+def _with_buffers(state: Mapping[str, Tensor], pipeline: Pipeline) -> dict[str, Tensor]:
+    """Parameters, and the buffers that structural passes turn into parameters again. Masks of `weight24` are
+    none of them: it is dense weights that another run begins with."""
+    buffers = dict(pipeline.model.named_buffers(remove_duplicate=False))
+    return {**state, **{name: buffers[name] for name, _ in _created(pipeline) if name in buffers}}
+
+
+def _created(pipeline: Pipeline, passes: Sequence[str] | None = None) -> Iterator[tuple[str, str | None]]:
+    """What structural passes, all or those of these names, create, planned or done: each name, and of a
+    mask the weight that it is of, None of a parameter."""
     for change in pipeline.changes:
+        if passes is not None and change.pass_name not in passes:
+            continue
         created = change.state.creates
+        # A mask is created with its weight. A region has its buffers only when it is rewritten.
         weights = {name + MASK_BITS: name for name in created if name + MASK_BITS in created}
         for fqn, name in itertools.product(change.region.fqns, created):
-            weight = weights.get(name)
-            yield joined(fqn, name), None if weight is None else joined(fqn, weight)
+            yield joined(fqn, name), joined(fqn, weights[name]) if name in weights else None

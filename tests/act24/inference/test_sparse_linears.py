@@ -22,7 +22,11 @@ from act24.sparse24.weight.forms import LinearOptions24, product_algorithms, pro
 
 
 @pytest.mark.parametrize(
-    "name", ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"]
+    "name",
+    slow_but(
+        ("stock", "relu2-act24", "cola-relu2-act24", "lost", "weight24"),
+        ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"],
+    ),
 )
 @pytest.mark.parametrize(
     "choice",
@@ -54,7 +58,11 @@ def test_sparse_steps_are_the_dense_step(name, choice):
     assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
 
 
-@pytest.mark.parametrize("choice", [Choice(streamed=True), Choice(True, True, True, True)], ids=str)
+@pytest.mark.parametrize(
+    "choice",
+    slow_but((Choice(True, True, True, True),), [Choice(streamed=True), Choice(True, True, True, True)]),
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["relu2", "relu2-act24", "lost"])
 def test_streamed_weights_of_one_row_are_the_dense_step(name, choice, monkeypatch):
     """By the reference: one prompt, whose steps are of one token; and the head is streamed too."""

@@ -212,3 +212,25 @@ def test_a_weight_that_a_module_around_reads_stays_what_it_is():
             "a Tied around it reads its weight past the linear: give each a weight of its own, or leave it "
             "out with ignore",
         )
+
+
+def test_a_complex_linear_is_left_by_name():
+    """What is real beside it is taken."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.mixing = (
+                nn.Sequential(*(nn.Linear(16, 16, dtype=dtype) for _ in range(2)))
+                for dtype in (torch.float32, torch.complex64)
+            )
+
+        def forward(self, x):
+            return self.mixing(self.mlp(x).to(torch.complex64)).real
+
+    everything = {"targets": ("re:.*",)}
+    for p in (Fp8, Weight24, Lora, Cola, Lost, LowRank):
+        ranks = {} if p in (Fp8, Weight24, Lora) else RANKS
+        report = plan(Model(), [p(**everything, **ranks)], check=False)
+        assert {row.fqn for row in report.rows} == {"mlp.0", "mlp.1"}
+        assert "leaves mixing.{0..1} as it is: its weight is complex64, and passes take real" in str(report)

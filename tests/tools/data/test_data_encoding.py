@@ -84,6 +84,99 @@ def test_few_bytes_that_are_no_text_are_counted(tmp_path):
     assert tally.counts() == {"replaced_characters": 2}
 
 
+FRENCH = (
+    "L'été dernier, très fâché, le garçon naïf mangeait des crêpes à l'hôtel, où les élèves répétaient.\n"
+)
+GERMAN = "Die Straße führt über die Brücke; schöne Gärten und größere Häuser gehören älteren Bürgern.\n"
+SPANISH = "El niño pequeño corrió por la montaña hasta el río. ¿Dónde está el señor Muñoz mañana?\n"
+ITALIAN = "La città è più bella, perché lunedì l'università sarà chiusa; però il caffè è già là.\n"
+SWEDISH = "Det är svårt att förstå varför hon inte åkte till Göteborg på lördag; våren är här.\n"
+POLISH = "Żona mówi, że źle śpię, ponieważ piję za dużo kawy; księżyc świecił nad łąką całą noc.\n"
+CZECH = "Příliš žluťoučký kůň úpěl ďábelské ódy; děti si hrály u řeky, zatímco město rostlo.\n"
+TURKISH = "Öğretmen şöyle dedi: yarın sınav olacak, çocuklar bahçede güneşli günlerde oynuyor.\n"
+TAIWANESE = "今天天氣很好，我們去公園散步。機器學習是人工智慧的一個分支，研究如何讓電腦學習。\n"
+JAPANESE = "今日は天気がとても良いので、友達と公園へ散歩に行きます。私の鍵はどこですか？\n"
+KOREAN = "오늘은 날씨가 좋아서 친구들과 함께 공원에 산책하러 갑니다. 내 열쇠는 어디에 있습니까?\n"
+GREEK = "Σήμερα ο καιρός είναι καλός, γι' αυτό θα πάμε βόλτα στο πάρκο με τους φίλους μας.\n"
+
+#: A text, the encodings in which it has to be read as it was written.
+CERTAIN = [
+    (CHINESE, "gbk gb18030 gb2312 utf-16 utf-16-le utf-16-be"),
+    (TAIWANESE, "big5 gbk utf-16 utf-16-be"),
+    (JAPANESE, "shift_jis cp932 euc_jp iso2022_jp utf-16 utf-16-le"),
+    (KOREAN, "euc_kr cp949 utf-16 utf-16-le"),
+    (RUSSIAN, "cp1251 koi8-r iso8859-5 cp866 utf-16 utf-16-le"),
+    (GREEK, "cp1253 utf-16-be"),
+    (ENGLISH, "utf-16 utf-16-le utf-16-be"),
+    (FRENCH, "latin-1 cp1252 iso8859-15 mac_roman utf-16"),
+    (GERMAN, "latin-1 cp1252 mac_roman cp850 utf-16-le"),
+    (SPANISH, "latin-1 cp1252 cp850"),
+    (ITALIAN, "latin-1 cp1252"),
+    (SWEDISH, "latin-1 cp1252"),
+    (POLISH, "cp1250 iso8859-2 cp852 utf-16"),
+    (CZECH, "cp1250 iso8859-2"),
+    (TURKISH, "cp1254"),
+    (FRENCH + GERMAN + SPANISH, "latin-1"),
+    ("The chief – who spoke at a café – said: “we are naïve, and the company’s fiancée isn’t”.\n", "cp1252"),
+    ("# layer norm\n" * 99 + CHINESE + "def f(x): return x\n" * 99, "gbk"),
+]
+#: Bytes that several encodings read, and none of them certainly.
+AMBIGUOUS = [
+    "un garçon".encode("latin-1"),
+    "è vero".encode("latin-1"),
+    "好的".encode("gbk"),
+    "да".encode("koi8-r"),
+]
+
+
+def test_what_it_is_in_is_certain_or_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    for text, encodings in CERTAIN:
+        for encoding in encodings.split():
+            path.write_bytes(text.encode(encoding))
+            assert read(path)[0] == [text], encoding
+    for content in AMBIGUOUS:
+        path.write_bytes(content)
+        with pytest.raises(
+            Act24Error, match=r"in UTF-8, and what else it may be is ambiguous; set data\.enc"
+        ):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_file_that_goes_on_in_another_encoding_is_refused(tmp_path, kind):
+    """What every codec takes, and nobody wrote."""
+
+    def content(text, encoding, times):
+        line = text if kind == "txt" else json.dumps({"text": text}, ensure_ascii=False) + "\n"
+        return (line * times).encode(encoding)
+
+    path = tmp_path / f"a.{kind}"
+    heads = [
+        (CHINESE, "utf-16"),
+        (ENGLISH, "utf-16"),
+        (RUSSIAN, "utf-16-be"),
+        (CHINESE, "gbk"),
+        (JAPANESE, "shift_jis"),
+        (FRENCH * 3, "latin-1"),
+        (RUSSIAN, "cp1251"),
+        (CHINESE, "utf-8"),
+    ]
+    tails = [(CHINESE, "utf-8"), (ENGLISH, "utf-16-be"), (TAIWANESE * 3, "big5"), (KOREAN * 3, "euc_kr")]
+    for text, encoding in heads:
+        for tail, other in [(ENGLISH, "utf-8"), *tails] if encoding.startswith("utf-16") else tails:
+            if encoding != other:
+                path.write_bytes(content(text, encoding, 40) + content(tail, other, 20))
+                with pytest.raises(Act24Error, match=rf"{SHARE} (are no text|.*ambiguous)|one JSON object"):
+                    read(path)
+    long = b"".join(content(f"第{number}段：{CHINESE}", "gbk", 1) for number in range(500))
+    path.write_bytes(long + content(CHINESE, "utf-8", 1))
+    with pytest.raises(Act24Error, match=rf"{SHARE} are no text in gb18030"):
+        read(path)
+    path.write_bytes(long + content(CHINESE[:30], "utf-8", 1))
+    assert 10 < read(path)[1].replaced < 60, "a line of it is counted"
+
+
 SHARE = r"\d+\.\d% of its [\d,]+ characters"
 
 
@@ -132,7 +225,11 @@ def test_characters_that_were_replaced_when_the_file_was_written_are_too(tmp_pat
     assert read(path)[1].counts() == {"replaced_characters": 1}
 
 
-def test_those_of_a_text_file_are_counted(tmp_path):
+def test_those_of_a_text_file_are_too(tmp_path):
+    (tmp_path / "b.txt").write_text(CHINESE.encode("gbk").decode("utf-8", "replace"), encoding="utf-8")
+    with pytest.raises(Act24Error, match=rf"{SHARE} are U\+FFFD.*anew.*set data\.encoding"):
+        read(tmp_path / "b.txt")
+    assert read(tmp_path / "b.txt", encoding="utf-8")[1].replaced > 100
     (tmp_path / "a.txt").write_text(ENGLISH * 100 + "\ufffd", encoding="utf-8")
     assert read(tmp_path / "a.txt")[1].counts() == {"replaced_characters": 1}
 

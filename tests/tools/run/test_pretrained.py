@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from slow import slow_after, slow_but
 
 from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
@@ -90,13 +91,16 @@ def test_a_branch_begins_where_the_warm_up_ended(folder, warm, tmp_path):
 
 @pytest.mark.parametrize(
     "passes",
-    [
-        [{"use": "weight24", "method": "ste"}],
-        [{"use": "low_rank", "attn_rank": 32, "mlp_rank": 32}],
-        [{"use": "relu2_ffn"}, {"use": "activation24"}],
-        [{"use": "cola", "attn_rank": 8, "mlp_rank": 8}],
-        [{"use": "lora"}],
-    ],
+    slow_after(
+        2,
+        [
+            [{"use": "weight24", "method": "ste"}],
+            [{"use": "low_rank", "attn_rank": 32, "mlp_rank": 32}],
+            [{"use": "relu2_ffn"}, {"use": "activation24"}],
+            [{"use": "cola", "attn_rank": 8, "mlp_rank": 8}],
+            [{"use": "lora"}],
+        ],
+    ),
     ids=lambda passes: passes[-1]["use"],
 )
 def test_branches_with_other_methods(folder, warm, tmp_path, passes, caplog):
@@ -126,6 +130,21 @@ def test_a_relu2_run_branches_into_24_with_its_own_parameters(folder, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in named)
     with pytest.raises(Act24Error, match=r"has no stock form.*same passes \(relu2_ffn\)"):
         train(branch(folder, tmp_path / "relu2", []), tmp_path / "other")
+    adapters = [passes[0], {"use": "lora"}]
+    assert "never trains" not in str(plan(branch(folder, tmp_path / "relu2", adapters)))
+    train(branch(folder, tmp_path / "relu2", adapters, *still), tmp_path / "adapted")
+    after = weights(tmp_path / "adapted")
+    assert all(torch.equal(before[name], after[name]) for name in named)
+
+
+def test_adapters_on_weights_that_start_fresh_are_refused(folder, warm, tmp_path):
+    made = branch(folder, warm, [{"use": "relu2_ffn"}, {"use": "lora"}])
+    alone = recipe(folder, 'passes=[{use="lora"}]')
+    match = "model.pretrained: .*warm has no values for .*mlp.up_proj.weight.* train without lora first"
+    for refused, why in ((made, match), (alone, "this model starts fresh: name a trained one")):
+        for begin in (plan, lambda refused: train(refused, tmp_path / "run")):
+            with pytest.raises(Act24Error, match=why):
+                begin(refused)
 
 
 def test_the_run_goes_on_when_what_it_began_with_is_gone(folder, warm, tmp_path):
@@ -185,7 +204,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", slow_after(1, CONFIGS))
 def test_other_classes_are_trained_by_the_same_loop(folder, warm, tmp_path, kind):
     torch.manual_seed(0)
     sizes = {
@@ -261,7 +280,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", slow_but(("adamw",), OPTIMIZERS))
 def test_dense_training_of_what_was_kept(kind, folder, pruned, tmp_path):
     run = tmp_path / "run"
     made = branch(folder, pruned, [{"use": "sparse_mask"}], "train.steps=8", *OPTIMIZERS[kind])
@@ -311,7 +330,7 @@ def test_zeros_come_back_after_an_optimizer_that_breaks_them(folder, pruned):
     check_zeros(pipeline)
 
 
-@pytest.mark.parametrize("use", ["lora", "masked_lora"])
+@pytest.mark.parametrize("use", slow_but(("masked_lora",), ["lora", "masked_lora"]))
 def test_adapters_leave_the_base_bit_for_bit(use, folder, pruned, tmp_path):
     run, p = tmp_path / "run", {"use": use, "targets": ["*.q_proj", "*.v_proj", "*.up_proj"]}
     outcome = train(branch(folder, pruned, [p], "train.steps=8", "optimizer.weight_decay=0.1"), run)
@@ -324,7 +343,7 @@ def test_adapters_leave_the_base_bit_for_bit(use, folder, pruned, tmp_path):
     assert outcome.evaluation.loss < train(still, tmp_path / "still").evaluation.loss
 
 
-@pytest.mark.parametrize("use", ["sparse_mask", "lora", "masked_lora"])
+@pytest.mark.parametrize("use", slow_but(("masked_lora",), ["sparse_mask", "lora", "masked_lora"]))
 def test_killed_and_resumed_in_the_middle(use, folder, pruned, tmp_path):
     import shutil
 
@@ -384,3 +403,16 @@ def test_weights_whose_zeros_no_pass_keeps_are_named(folder, pruned, tmp_path, c
 def test_weight24_on_a_pruned_model_says_that_it_chooses_its_own(folder, pruned, tmp_path, caplog):
     train(branch(folder, pruned, [{"use": "weight24", "method": "ste"}], "train.steps=1"), tmp_path / "run")
     assert "weight24 chooses masks of its own" in caplog.text
+
+
+def test_a_dense_run_branches_from_lost_without_an_activation(folder, tmp_path):
+    """W = γ W_out W_in, and (1 - γ) W_columns at the columns that are kept."""
+    lost = '{use="lost", attn_rank=4, mlp_rank=4, bottleneck="none", gamma=0.5, sparsity=0.1}'
+    train(recipe(folder, "train.steps=1", f"passes=[{lost}]"), tmp_path / "lost")
+    still = ("train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0.0")
+    train(branch(folder, tmp_path / "lost", [], *still), tmp_path / "run")
+    name, before = "model.layers.0.mlp.up_proj.weight", weights(tmp_path / "lost")
+    whole = 0.5 * before[f"{name}_out"] @ before[f"{name}_in"]
+    indices = before[name.replace("weight", "column_indices")]
+    whole[:, indices] += 0.5 * before[f"{name}_columns"]
+    torch.testing.assert_close(weights(tmp_path / "run")[name], whole, rtol=1e-5, atol=1e-6)

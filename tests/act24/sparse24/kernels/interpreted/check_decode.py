@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow import slow_but
 
 from act24.sparse24.kernels.packed_decode import launch, packed_for_decode, tilings, unpacked
 from act24.sparse24.kernels.shared.registry import OPERATORS
@@ -81,8 +82,16 @@ def weight24(outputs: int, inputs: int) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 11])
-@pytest.mark.parametrize(("outputs", "inputs"), [(37, 640), (70, 1152)])
+TOKENS, SIZES = (1, 2, 8, 11), ((37, 640), (70, 1152))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "tokens"),
+    slow_but(
+        [(70, 1152, 11), *((37, 640, tokens) for tokens in TOKENS)],
+        [(*size, tokens) for size in SIZES for tokens in TOKENS],
+    ),
+)
 def test_packed_is_the_dense_product(outputs, inputs, tokens):
     """However it is shared out: sums of these numbers are exact in any order."""
     weight, x = weight24(outputs, inputs), draw(tokens, inputs)

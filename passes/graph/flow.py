@@ -1,0 +1,202 @@
+"""What lies between the linears of a graph: products of two values that come from inputs, as attention has
+them, and choices of a few, as routers make them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from act24.passes.graph.activation_kinds import activates
+from act24.passes.graph.normal_form import is_call, is_product
+
+#: Matrix products, as functions and methods.
+PRODUCTS: tuple[Any, ...] = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul)
+PRODUCTS += ("matmul", "bmm", "baddbmm", "__matmul__")
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SOFTMAX = (F.softmax, torch.softmax, "softmax")
+_CHOICES: tuple[Any, ...] = (
+    torch.topk,
+    torch.argmax,
+    torch.sort,
+    torch.argsort,
+    torch.multinomial,
+    F.one_hot,
+)
+_CHOICES += (F.gumbel_softmax, torch.kthvalue, "topk", "argmax", "sort", "argsort", "multinomial", "kthvalue")
+_ATTENTION = re.compile(r"attention|attn", re.I)
+
+#: How much narrower than what it reads a linear is whose softmax tells a few alternatives apart.
+_FEW = 2
+
+
+class Flow:
+    """What a graph shows of its linears.
+
+    Attributes:
+        linears: the linears, each with the parameters that its weight is made of.
+        mixing: products of two values that both come from inputs, and attention as a whole.
+        scores: those of them that are attention's.
+        routers: the linears that choose.
+    """
+
+    def __init__(self, graph: fx.Graph, module: nn.Module, linears: Mapping[fx.Node, list[str]]) -> None:
+        self._graph, self.module, self.linears = graph, module, linears
+        self._parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._made, self.mixing = of_inputs(graph), mixing_products(graph)
+        self.routers = {node for node in linears if self._chooses(node)}
+        self.scores = self._core(self._behind(self.routers))
+        self.routers |= {node for node in linears if node not in self.routers and self._tells_apart(node)}
+        routed = self._behind(self.routers)
+        self.scores |= {node for node in graph.nodes if node not in routed and self._is_by_softmax(node)}
+
+    def walk(
+        self, linear: fx.Node, up: bool = False, stop: Collection[fx.Node] = ()
+    ) -> tuple[list[fx.Node], list[fx.Node]]:
+        """What lies between a linear and the next ones, and those next ones. Behind sums other things begin,
+        but for those that lead into an activation or a choice."""
+        seen, ends, frontier = dict[fx.Node, None](), dict[fx.Node, None](), [linear]
+        while frontier:
+            current = frontier.pop()
+            around: Iterable[fx.Node] = current.users
+            if up:
+                first = current.args[0] if current is linear else None
+                around = [first] if isinstance(first, fx.Node) else current.all_input_nodes
+            for other in around:
+                if other in seen or other in ends or other.op in ("placeholder", "get_attr", "output"):
+                    continue
+                if is_call(other, F.linear):
+                    ends[other] = None
+                elif not self._is_sum(other) and other not in stop:
+                    seen[other] = None
+                    frontier.append(other)
+        return list(seen), list(ends)
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        """Whether a node adds two computed values, other than into an activation or a choice alone."""
+        if node.target not in _SUMS or sum(arg in self._made for arg in node.args) < 2:
+            return False
+        into = (activates(u, self.module) or self._is_softmax(u) or is_choice(u) for u in node.users)
+        return not (node.users and all(into))
+
+    def _chooses(self, linear: fx.Node) -> bool:
+        """Whether the largest of what a linear gives are chosen. Scores are products of what linears give."""
+        seen, _ = self.walk(linear, stop=self.mixing)
+        return any(map(is_choice, seen))
+
+    def _tells_apart(self, linear: fx.Node) -> bool:
+        """Whether a softmax of what a linear gives weighs a few alternatives."""
+        shape = self._shape(linear)
+        if shape is None or shape[0] * _FEW > shape[1]:
+            return False
+        seen, _ = self.walk(linear, stop=self.mixing)
+        behind, _ = self.walk(linear)
+        return any(map(self._is_softmax, seen)) and self.scores.isdisjoint(behind)
+
+    def _shape(self, linear: fx.Node) -> tuple[int, int] | None:
+        """`(out, in)` of a linear whose weight is a parameter."""
+        names, weight = self.linears[linear], linear.args[1] if len(linear.args) > 1 else None
+        turned = isinstance(weight, fx.Node) and weight.op == "call_method" and weight.target == "t"
+        if len(names) != 1 or self._parameters[names[0]].ndim != 2:
+            return None
+        rows, columns = self._parameters[names[0]].shape
+        return (columns, rows) if turned else (rows, columns)
+
+    def _is_softmax(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.module.get_submodule(str(node.target)), nn.Softmax)
+        return node.target in _SOFTMAX
+
+    def _is_by_softmax(self, node: fx.Node) -> bool:
+        """Whether a node is a softmax that is multiplied with something, or that product."""
+        if self._is_softmax(node):
+            return any(n.target in PRODUCTS for n in _beyond(node, up=False))
+        return node.target in PRODUCTS and any(map(self._is_softmax, _beyond(node, up=True)))
+
+    def _behind(self, linears: Collection[fx.Node]) -> set[fx.Node]:
+        """What is made of what some linears give, up to the next linears."""
+        found, frontier = set[fx.Node](), [*linears]
+        while frontier:
+            for user in frontier.pop().users:
+                if user not in found and user not in self.linears:
+                    found.add(user)
+                    frontier.append(user)
+        return found
+
+    def _core(self, routed: Collection[fx.Node]) -> set[fx.Node]:
+        """The products that follow one another without a linear in between, scores and what they weigh, and
+        those that are attention's alone."""
+        mixing = {node for node in self.mixing if node not in routed}
+        whole = {node for node in mixing if _is_whole(node) or _is_outer(node)}
+        after, before = set[fx.Node](), set[fx.Node]()
+        for node in self._graph.nodes:
+            if node not in self.linears and any(n in after or n in mixing for n in node.all_input_nodes):
+                after.add(node)
+        for node in reversed(self._graph.nodes):
+            if any(n not in self.linears and (n in before or n in mixing) for n in node.users):
+                before.add(node)
+        return whole | {node for node in mixing if node in after or node in before}
+
+
+def of_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on what the graph is given, and not on parameters and constants alone."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def mixing_products(graph: fx.Graph) -> set[fx.Node]:
+    """The products of two values that both come from inputs, outer ones among them, and attention as a
+    whole."""
+    made, found = of_inputs(graph), set[fx.Node]()
+    for node in graph.nodes:
+        factors = sum(isinstance(arg, fx.Node) and arg in made for arg in node.args)
+        if (factors > 1 and (node.target in PRODUCTS or _is_outer(node))) or _is_whole(node):
+            found.add(node)
+    return found
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a node is attention by itself: torch's function, or another library's."""
+    name = str(getattr(node.target, "__name__", ""))
+    return node.op == "call_function" and _ATTENTION.search(name) is not None
+
+
+def _is_outer(node: fx.Node) -> bool:
+    """Whether a node is a product of every feature of one value with every one of another."""
+    if not is_product(node):
+        return False
+    places = [_new_axis(arg) for arg in node.args]
+    return None not in places and places[0] != places[1]
+
+
+def _new_axis(value: object) -> object:
+    """Where a node puts a new axis, or None."""
+    if not isinstance(value, fx.Node) or value.target not in (torch.unsqueeze, "unsqueeze", operator.getitem):
+        return None
+    index = value.kwargs.get("dim", value.args[-1])
+    if value.target is operator.getitem:
+        return index if isinstance(index, tuple) and None in index else None
+    return index
+
+
+def is_choice(node: fx.Node) -> bool:
+    """Whether a node chooses the largest: by their places, or in the order that they come."""
+    if node.target in (torch.max, "max"):
+        return any(user.target is operator.getitem and user.args[1] == 1 for user in node.users)
+    return node.target in _CHOICES
+
+
+def _beyond(node: fx.Node, up: bool) -> Iterable[fx.Node]:
+    """What a node reads, or what reads it, and so on, a few steps on."""
+    frontier = [node]
+    for _ in range(4):
+        frontier = [other for n in frontier for other in (n.all_input_nodes if up else n.users)]
+        yield from frontier
