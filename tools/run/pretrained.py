@@ -310,7 +310,7 @@ def _created(pipeline: Pipeline, passes: Sequence[str] | None = None) -> Iterato
         if passes is not None and change.pass_name not in passes:
             continue
         created = change.state.creates
+        # A mask is created with its weight. A region has its buffers only when it is rewritten.
         weights = {name + MASK_BITS: name for name in created if name + MASK_BITS in created}
         for fqn, name in itertools.product(change.region.fqns, created):
-            weight = weights.get(name)
-            yield joined(fqn, name), None if weight is None else joined(fqn, weight)
+            yield joined(fqn, name), joined(fqn, weights[name]) if name in weights else None
