@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -112,11 +113,10 @@ def compare_runs(runs: Sequence[Run]) -> list[list[str]]:
 
     What a run did not log is a dash.
     """
-    keys = differing_keys([run.recipe for run in runs])
+    keys, values = differences([run.recipe for run in runs])
     head = ["run", "step", *(name for name, _, _ in _LAST), "tokens/s", *keys]
     rows = []
-    for run in runs:
-        own = hyperparameters(run.recipe)
+    for run, own in zip(runs, values, strict=True):
         rows.append([str(run.path), *_figures(run), *(str(own.get(key, "–")) for key in keys)])
     used = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
     return [[line[i] for i in used] for line in (head, *rows)]
@@ -135,12 +135,11 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
     panels = _panels(runs)
     if not panels:
         raise Act24Error("none of these runs has logged anything yet: there is nothing to plot")
-    keys = differing_keys([run.recipe for run in runs])
+    keys, values = differences([run.recipe for run in runs])
     legend = []
-    for run in runs:
-        own = hyperparameters(run.recipe)
-        values = ", ".join(f"{key} = {own[key]}" for key in keys if key in own)
-        legend.append(f"{run.path}: {values}" if values else str(run.path))
+    for run, own in zip(runs, values, strict=True):
+        text = ", ".join(f"{key} = {own[key]}" for key in keys if key in own)
+        legend.append(f"{run.path}: {text}" if text else str(run.path))
     if path.suffix != ".png":
         raise Act24Error(f"--plot writes a .png, not {path}")
     if path.is_file() and path.read_bytes()[:4] != b"\x89PNG":
@@ -153,11 +152,22 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
         raise Act24Error(f"cannot write {path}: {reason(error)}") from None
 
 
-def differing_keys(recipes: list[Recipe]) -> list[str]:
-    """The keys in which recipes differ, in the order of `hyperparameters`: what people vary first."""
+def differences(recipes: list[Recipe]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The keys in which recipes differ, in the order of `hyperparameters` (what people vary first), and each
+    recipe's values. A pass that only some have is a key, `passes.NAME`, beside those where these differ."""
     values = [hyperparameters(recipe) for recipe in recipes]
+    for name in dict.fromkeys(
+        key.split(".")[1] for own in values for key in own if key.startswith("passes.")
+    ):
+        options = {key for own in values for key in own if key.startswith(f"passes.{name}.")}
+        having = [number for number, own in enumerate(values) if options & own.keys()]
+        if len(having) < len(values):
+            same = {key for key in options if len({repr(values[number].get(key)) for number in having}) == 1}
+            for number in having:
+                rest = {key: value for key, value in values[number].items() if key not in same}
+                values[number] = {f"passes.{name}": "yes"} | rest
     every = dict.fromkeys(key for own in values for key in own)
-    return [key for key in every if len({repr(own.get(key)) for own in values}) > 1]
+    return [key for key in every if len({repr(own.get(key)) for own in values}) > 1], values
 
 
 def markdown(table: list[list[str]]) -> str:

@@ -48,6 +48,22 @@ def test_figures_are_those_in_the_files_and_keys_those_that_differ(tiny, tmp_pat
     assert all(cell in out for row in rows for cell in row[1:])
 
 
+def test_a_pass_that_only_some_have_is_one_column(tiny, tmp_path, act24):
+    both = 'passes=[{use="relu2_ffn"}, {use="activation24", from_step=3}]'
+    for name, passes in (("a", 'passes=[{use="relu2_ffn"}]'), ("b", both), ("c", both.replace("3", "4"))):
+        a_run(tmp_path / name, tiny(passes), [5.0], [10.0])
+    for runs, keys, last in (
+        ("ab", ["passes.activation24"], ["yes"]),
+        ("abc", ["passes.activation24", "passes.activation24.from_step"], ["yes", "4"]),
+    ):
+        _, out, _ = act24("compare", *(tmp_path / name for name in runs), "--markdown")
+        head, _, first, *_, end = [
+            [cell.strip() for cell in x.strip("|").split("|")] for x in out.splitlines()
+        ]
+        assert head == ["run", "step", "loss", "tokens/s", *keys]
+        assert (first[-len(keys) :], end[-len(keys) :]) == (["–"] * len(keys), last)
+
+
 def test_the_plot_has_each_run_at_the_height_of_its_values(tiny, tmp_path, act24):
     """Read back from the picture: rates of 100, 200 and 400 lie at distances of 1 : 2, higher is up."""
     for name, rate, lr in (("a", 100.0, 0.1), ("b", 200.0, 0.2), ("c", 400.0, 0.3)):
