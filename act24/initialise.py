@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 
 from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.options import check_values
+
+
+class _Seed(NamedTuple):
+    seed: int
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -14,7 +20,11 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
     So a parameter that is added, removed or reshaped never moves another one's start, and neither does the
     order in which they are drawn, nor the device they end up on.
+
+    Raises:
+        OptionError: the seed is no integer.
     """
+    check_values(_Seed, "initial values", seed=seed)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 

@@ -98,6 +98,7 @@ class Activation24(OperationalPass):
     """
 
     name: ClassVar[str] = "activation24"
+    takes_named: ClassVar[bool] = False
     spares: ClassVar[str] = (
         "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
     )

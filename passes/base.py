@@ -108,6 +108,8 @@ class Pass:
     keeps_function: ClassVar[bool] = False
     #: Whether the pass means to reach all matrices that it covers.
     promises: ClassVar[bool] = True
+    #: Whether a target that names a linear, whatever that is for, makes the pass take it.
+    takes_named: ClassVar[bool] = True
     #: Whether the pass acts on what others leave, and so stands behind them.
     remainder: ClassVar[bool] = False
     #: Whether the pass is applied behind all others, wherever it stands in the list.

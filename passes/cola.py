@@ -8,6 +8,7 @@ activation is relu², and `activation24` finds it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -28,6 +29,9 @@ from act24.passes.graph.linear_sites import (
 )
 from act24.passes.graph.normal_form import is_call, replace_node
 from act24.passes.graph.region import Region
+
+#: What takes a part of a linear's output.
+_PARTS = (operator.getitem, torch.chunk, torch.split, "chunk", "split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +64,12 @@ class Cola(FactorisingPass):
     def plan(self, region: Region) -> Plan:
         plan = super().plan(region)
         networks = [match for match in plan.matches if match.nodes[0].kind == "mlp"]
-        if self.mlp_activation == "drop" and networks and not any(_silus(m.nodes[0]) for m in networks):
-            reason = 'no SiLU behind it to drop: leave mlp_activation at "keep"'
-            return replace(plan, misses=(*plan.misses, (networks[0].path, reason)))
-        return plan
+        if self.mlp_activation == "keep" or any(_silus(match.nodes[0]) for match in networks):
+            return plan
+        note = 'no SiLU behind it to drop: leave mlp_activation at "keep"'
+        noted = {match.path: "; ".join(filter(None, (match.note, note))) for match in networks}
+        matches = (replace(match, note=noted.get(match.path, match.note)) for match in plan.matches)
+        return replace(plan, matches=tuple(matches))
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         specs = factor_specs(region, site, rank)
@@ -104,5 +110,12 @@ class Cola(FactorisingPass):
 
 
 def _silus(site: LinearSite) -> list[fx.Node]:
-    """The SiLUs that read a linear of an MLP."""
-    return [user for call in site.nodes if site.kind == "mlp" for user in call.users if is_call(user, F.silu)]
+    """The SiLUs that read a linear of an MLP, or a part of it where it computes up too."""
+    found, frontier = list[fx.Node](), [*site.nodes] if site.kind == "mlp" else []
+    while frontier:
+        for user in frontier.pop().users:
+            if is_call(user, F.silu):
+                found.append(user)
+            elif user.target in _PARTS:
+                frontier.append(user)
+    return found

@@ -137,7 +137,7 @@ class Fp8(OperationalPass):
             reason = f"its weight is {shape}, and casts would take what products gain, by its shape"
             todo = 'set precision = "fp8" to take it all the same; a run on a GPU times both'
             misses.append((site.path, f"{reason}: {todo}"))
-        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region))
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, factors=True))
 
     def _layer(self, site: LinearSite, taken: Sequence[LinearSite]) -> Layer:
         """With what else reads the same input, of which there is one cast."""

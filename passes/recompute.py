@@ -62,6 +62,7 @@ class Recompute(OperationalPass):
 
     name: ClassVar[str] = "recompute"
     last: ClassVar[bool] = True
+    takes_named: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = True
 
     @property
@@ -85,9 +86,8 @@ class Recompute(OperationalPass):
             module = _module(region, node.target)
             if not (_is_norm(module) or _is_identity(module)):
                 kind = type(module).__name__
-                return Plan(
-                    misses=(("", f"a second call of {node.target} [{kind}] may differ: {_OTHERWISE}"),)
-                )
+                todo = f"set its p = 0, {_OTHERWISE}" if kind == "Dropout" else _OTHERWISE
+                return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ: {todo}"),))
         if read := _read_buffers(region):
             return Plan(misses=(("", f"forward writes into {read}, which it also reads: {_OTHERWISE}"),))
         opened = region.copy()

@@ -36,6 +36,7 @@ from act24.passes.graph.normal_form import (
     weight_name,
 )
 from act24.passes.graph.region import ParameterSpec, Region
+from act24.passes.graph.remade import remade
 from act24.relu2 import relu2
 
 _MULTIPLE = 128
@@ -85,6 +86,7 @@ class Relu2FFN(StructuralPass):
     """
 
     name: ClassVar[str] = "relu2_ffn"
+    takes_named: ClassVar[bool] = False
     spares: ClassVar[str] = f"no part of a down(silu(gate(x)) * up(x)): {_NOT_GATED}"
 
     activation: Literal["relu2", "relu"] = "relu2"
@@ -331,6 +333,10 @@ def _resized(region: Region, found: _SwiGLU, width: int) -> dict[str, ParameterS
 
 def _describe(region: Region) -> str:
     """What the region has instead of a gated network."""
+    called = [n.target for n in region.graph.nodes if n.op == "call_module"]
+    for name in called:
+        if call := remade(region.module.get_submodule(name)):
+            return f"the weight of {name} is computed in forward: call {call} first, or {_LEAVE}"
     if any(True for _ in nodes_of(region.graph, relu2)):
         return "already relu²: use activation24 alone"
     products = (n for n in region.graph.nodes if is_product(n) and len(n.all_input_nodes) == 2)

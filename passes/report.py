@@ -10,7 +10,7 @@ from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan, StructuralPass
 from act24.passes.graph.coverage import Coverage, coverage, left_alone, listed, matrices_of, pattern
-from act24.passes.graph.flops import region_flops
+from act24.passes.graph.flops import region_flops, uncounted
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.selectors import selected
@@ -47,7 +47,7 @@ class Report:
             products with a 2:4 operand count half. What no pass can change is left out: attention scores, and
             a head that the model computes itself from tied embeddings.
         checked: what was checked on numbers, and what was not.
-        uncounted: matrices that FLOPs leave out, as no linear that is traced reads them, by name.
+        uncounted: matrices that FLOPs leave out, as no linear that is traced reads them as they are, by name.
         coverage: of each pass with a scope, what it reaches of the matrices in it, and what it leaves.
         unwatched: what tracing has frozen and nobody would notice a change of, by name.
         untrained: which passes make fresh what another one freezes, and what to do; empty: none.
@@ -110,7 +110,7 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        uncounted = [f"FLOPs leave out {listed(self.uncounted)}: no linear that is traced reads it"]
+        uncounted = [f"FLOPs leave out {listed(self.uncounted)}: no linear that is traced reads it as it is"]
         figures_and_rest = [figures, *(uncounted if self.uncounted else ())]
         unwatched = [f"frozen by tracing, and not watched: {what}" for what in self.unwatched]
         untrained = [self.untrained] if self.untrained else []
@@ -207,7 +207,8 @@ def figures(
     tensors = {id(tensor): tensor.numel() for tensor in model.parameters()}
     before = sum(tensors.values())
     change = sum(new.numel() - old.numel() for old, new in zip(traced, base, strict=True))
-    counted = {joined(fqn, name) for region in traced for fqn in region.fqns for name in region.roles}
+    read = [(region, region.roles.keys() - uncounted(region)) for region in traced]
+    counted = {joined(fqn, name) for region, names in read for fqn in region.fqns for name in names}
     others = (
         name
         for name, p in model.named_parameters()
@@ -262,14 +263,13 @@ def coverages(
             missed = {place: p.spares for place, reaches in own if reaches is not None} | missed
             nothing = {fqn: why for name, fqn, why in absent if name == p.name}
             reasons = {
-                **untraced,
+                **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
                 **missed,
             }
             named = {*(place for place, _ in own), *missed}
-            reach = coverage(
-                p.name, p.covers, matrices, p.takes, places, reasons, nothing, p.promises, gone, named
-            )
+            about = (reasons, nothing, p.promises, gone, named, p.takes_named)
+            reach = coverage(p.name, p.covers, matrices, p.takes, places, *about)
             unmet = _unmet(p, {**around, **{place: around.get(place, "") for place in named}})
             found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet))
     return tuple(found)
@@ -295,6 +295,10 @@ def _where(p: Pass) -> str:
     """Where a pass may act, as text."""
     where = "" if p.targets == ("*",) else f" within targets {list(p.targets)}"
     return where + (f" without {list(p.ignore)}" if p.ignore else "")
+
+
+#: What to do about one place among others.
+_WITH_IGNORE = "leave it out with ignore"
 
 
 def no_match(
@@ -345,6 +349,10 @@ def no_match(
         matrices = matrices_of(model, traced, left)
         found = left_alone(p.covers, matrices, p.takes, reasons, absent, gone, dict(missed))
     found = found or [*missed, *absent.items(), *around.items()]
+    if p.last:  # it acts on what others have made: where they made nothing, nothing keeps it from that
+        found = [one for one in missed if one[0] not in single] or missed
+        meant = [r.fqn for r in regions if p.selects(r, "")] or [r.fqn for r in regions]
+        found = found or [(place, absent[place]) for place in meant[:1]]
     here = [
         (_shown(model, place, place not in dict(missed)), why)
         for place, why in found
@@ -352,7 +360,9 @@ def no_match(
     ]
     there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
     said = f"{p.name} matches nothing{where}. "
-    said += _by_reason(here) or ("" if there else "The model has no linear: leave the pass out")
+    # Where a pass has nothing, there is nothing to leave out of it.
+    said += _by_reason(here).replace(_WITH_IGNORE, "leave the pass out")
+    said += "" if here or there else "The model has no linear: leave the pass out"
     return said + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
 
 

@@ -70,7 +70,7 @@ class SparseMask(StructuralPass):
                     state=kept_weight(site),
                 )
             )
-        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope))
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope, factors=True))
 
     def _rewrite(self, region: Region, match: Match) -> None:
         add_mask(region, match.nodes)

@@ -16,9 +16,7 @@ from act24.sparse24.weight.methods import sparse_weight, weight_mask, weight_sca
 
 
 @torch.no_grad()
-def as_multiplied(
-    pipeline: Rewriting, state: Mapping[str, Tensor], made: int | None
-) -> dict[str, Tensor]:
+def as_multiplied(pipeline: Rewriting, state: Mapping[str, Tensor], made: int | None) -> dict[str, Tensor]:
     """A state dict of the rewritten model in which weights that a `weight24` in force makes 2:4 are as their
     linears multiply with them in evaluation mode, in the orientation in which they are stored: those whose
     masks lie beside them. What comes without masks is so already, or is meant to be dense.

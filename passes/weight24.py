@@ -233,7 +233,7 @@ class Weight24(OperationalPass):
                         layer=self._layer(site.shape),
                     )
                 )
-        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope))
+        return Plan(tuple(matches), tuple(misses), absent=no_linear(self, region, self.scope, factors=True))
 
     def _products_text(self, site: LinearSite) -> str:
         sparse = ", ".join(_SYMBOLS[product] for product in self._sparse_in(site.shape))

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +48,19 @@ def _imports_are_not_searched_for_garbage() -> None:
     items and what was imported, a third of a second each time. What lives between two files lives on."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _equal_regions_are_checked_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """To trace a block again for arguments that are None, and to run it beside its graph, is half of what a
+    tiny run takes to begin. Whether that finds what is wrong is for `tests/passes/graph`."""
+    if "graph" in request.path.parts or "act24.passes" not in sys.modules:
+        yield
+        return
+    from checked_once import checked_once
+
+    with checked_once():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from slow import slow_after
 
 PACKAGES = ("act24", "act24/passes", "act24/recipes", "act24/tools")  # all but the first are symlinks
 
@@ -94,7 +95,7 @@ def linkless(root, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("module", ["act24", "act24.passes", "act24.tools.run.build"])
+@pytest.mark.parametrize("module", slow_after(1, ["act24", "act24.passes", "act24.tools.run.build"]))
 def test_a_clone_without_links_says_so_and_finds_no_other_act24(root, linkless, module):
     """Another act24 is installed the editable way: its finder answers for every folder of the name."""
     code = f"""
@@ -146,6 +147,7 @@ def test_sdist_holds_files_in_place_of_symlinks(root, distributions):
     assert "LICENSE" in members
 
 
+@pytest.mark.slow
 def test_every_module_imports(python, root, elsewhere):
     code = """
 import importlib, pkgutil, act24

@@ -42,15 +42,16 @@ def cast_both_ways(
     kernels: bool = True,
     counter: Tensor | None = None,
 ) -> CastE4m3:
-    """A matrix in e4m3 over scales that bring the largest magnitudes of now to 448: nothing is too large, and
-    no state is kept.
+    """Cast a matrix to e4m3. Each scale is made from the values themselves and brings the largest magnitude
+    to 448, the largest number of e4m3, so that nothing overflows and no state is kept between calls.
 
-    Two passes read it, for a scale has to be known before anything is written over it. With scales of the
-    last step one would do; for the tensors that linears read it costs a tenth of the cast's product at most.
+    The matrix is read twice: once to find the scales, and once to write its entries divided by them. Scales
+    of the last step would save the first read, which takes at most a tenth of the time of the product that
+    the cast is for.
 
     Args:
         matrix: `[M, N]`, of a floating dtype.
-        scaling, turned_scaling: of the matrix, and of its transpose.
+        scaling, turned_scaling: how many scales the matrix has, and its transpose.
         narrow, turned: which of the two to make.
         kernels: by kernels, where the device has them.
         counter: float32 `[2]`, to which is added, in place, how many entries that are not zero were cast, and

@@ -25,7 +25,7 @@ from act24.sparse24.format.fp8 import SMALLEST, largest_of, scales_of
 from act24.sparse24.kernels.shared.registry import form
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 
-#: One token in so many is looked at for counts.
+#: `underflow_counts` looks at every 16th token.
 _TOKEN_SAMPLE = 16
 
 #: What both sides of a weight have to be multiples of.
@@ -38,7 +38,8 @@ def why_in_plain_pytorch(device: torch.device) -> str:
 
 
 def uses_kernels(device: torch.device, kernels: bool) -> bool:
-    """Whether operators are called by name: on a CPU, where they are their references, too."""
+    """Whether the operators of e4m3 are called with their kernels. True on a CPU too, where an operator runs
+    its reference."""
     return kernels and (device.type != "cuda" or not why_in_plain_pytorch(device))
 
 
@@ -95,7 +96,8 @@ class _LinearFp8(torch.autograd.Function):
         x, weight, _, ready, ctx.scaling, _, ctx.kernels, ctx.counter, ctx.exact_grad_x = inputs
         _, turned, turned_scale = output
         ctx.mark_non_differentiable(turned, turned_scale)
-        # A weight that is not cast yet is cast again in backward: where it is sharded, nothing of it is kept.
+        # A weight that came without a cast is cast again in backward, so that no cast of a sharded weight is
+        # kept.
         kept = ready[2:] if ready and not ctx.exact_grad_x else (weight,)
         ctx.save_for_backward(turned, turned_scale, *kept)
         ctx.dtypes = x.dtype, weight.dtype
@@ -153,8 +155,9 @@ def linear_fp8(
         counter: float32 `[2]`, to which backward adds what becomes zero of the gradient of y, as
             `act24.fp8.casts.cast_both_ways` counts it; None: nothing is counted.
         exact_grad_x: dX is a product in the dtype of x, and in dW the gradient has a scale for each feature.
-            For the head: beside its target's entry the probabilities of most words are too small for e4m3,
-            and what is missing of them in dX points the same way for every token.
+            Meant for the head. Its gradient is softmax minus target, in which most entries are too small for
+            e4m3 beside the target's. Rounding them to zero would change dX in the same direction for every
+            token.
 
     Returns:
         `[..., out]` in the dtype of x. It can be differentiated once. A token with NaN or infinity comes out
@@ -184,8 +187,8 @@ def linear_fp8(
 
 @operation
 def underflow_counts(x: Tensor, scaling: Scaling) -> Tensor:
-    """How much of what a linear in e4m3 reads becomes zero, of every 16th token. Nothing becomes too large:
-    scales are of the values of now.
+    """Count the entries of every 16th token that become zero in e4m3. None can overflow, because scales are
+    made from the values themselves.
 
     Args:
         x: `[..., in]`, as the linear gets it.

@@ -107,8 +107,8 @@ def _masked(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor
 
 @torch.library.custom_op("act24::chunk_attention", mutates_args=())
 def chunk_attention(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, host: Tensor) -> Tensor:
-    """Attention of a chunk of prompts to the slots up to its end: one node of a compiled graph, for what it
-    looks at grows from chunk to chunk.
+    """Attention of a chunk of prompts to the slots up to its end. It is one node of a compiled graph, because
+    the number of slots grows from chunk to chunk.
 
     Args:
         query: `[B, H, S, d]`.
@@ -132,8 +132,8 @@ def _(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, host: Tensor) -
 
 
 def causal(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of the last S tokens to all L, each to itself and those before it: by flash attention, in 16
-    bits on a GPU. What else there is for groups of heads writes all scores down. Shapes as for `attend`."""
+    """Causal attention of the last S of L tokens, by flash attention, which a GPU has in 16 bits; PyTorch's
+    other kernels for grouped heads would write all scores to memory. Shapes as for `attend`."""
     new, length = query.shape[2], keys.shape[2]
     groups = query.shape[1] != keys.shape[1]
     if new == length:

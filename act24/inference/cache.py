@@ -56,8 +56,8 @@ def new_batch(
     """A batch of so many rows of so many slots, empty.
 
     Args:
-        memory: bytes of a CPU's machine. Its allocator promises pages that are not there, and the system ends
-            who then writes to them. None: not known.
+        memory: bytes of a CPU's machine. A CPU's allocator gives out more memory than there is, and the
+            system kills the process when it writes there. None: not known.
 
     Raises:
         Act24Error: the device's memory does not hold it.
@@ -82,7 +82,7 @@ def new_batch(
 def too_large(
     config: LlamaConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device, memory: int | None
 ) -> str:
-    """What is said of a batch that does not fit: what it needs, and how many rows would."""
+    """The error for a batch that does not fit: what it needs, and how many rows would fit."""
     row = cache_bytes(config, 1, length, dtype)
     told = (
         f"{counted(rows, 'row')} of {counted(length, 'token')} need{'s' * (rows == 1)} "
@@ -99,7 +99,8 @@ def too_large(
 
 @contextmanager
 def kept(batch: Batch) -> Iterator[None]:
-    """Steps in here do not count: what they write into the cache the next one writes again."""
+    """Steps within this context do not count: the batch stays at its slot, and the next step overwrites what
+    they wrote into the cache."""
     tokens, slot = batch.tokens.clone(), batch.slot.clone()
     yield
     batch.tokens.copy_(tokens)

@@ -2,8 +2,9 @@
 
 On a CUDA device the blocks are compiled and a step is one CUDA graph, which reads and writes fixed addresses:
 the last tokens, the slot, the cache. Nothing in it waits for the host. How each block multiplies is measured
-there, when the step is captured: on the batch that it is for, with the zeros that the model really has.
-Layers differ: one that is half active loses by skipping, the next one at a tenth gains.
+when the step is captured, on the very batch that it is for, so with as many zeros as its activations really
+have. That differs from layer to layer: skipping makes a layer slower in which half of the features are
+active, and one with a tenth of them faster.
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ class Decoder:
                 each block, what is fastest; elsewhere `DENSE`. Measuring costs a compilation of each kind of
                 block for each choice that is tried, six at most, and three more captures of a step.
             memory: bytes of a CPU's machine, beyond which a batch is refused; None: not looked at.
-            table: what a tuner found of the products of prompts with 2:4 weights on this device. They are 2:4
-                where it has them faster, unless `choice` leaves weights dense, and without a `choice` where
-                the chunk is; a packed copy of each is kept.
+            table: what a tuner found of the products of prompts with 2:4 weights on this device. A product is
+                2:4 where the table says that it is faster, and a packed copy of its weight is kept; none is
+                if `choice` leaves weights dense. Without a `choice`, whole chunks are timed too.
 
         Raises:
             Act24Error: a block is not of `act24.llama`.
@@ -198,8 +199,8 @@ class Decoder:
         return batch.tokens
 
     def take(self, rows: int, choice: Choice | None) -> None:
-        """Let every block of steps of so many rows multiply by a choice. None: as is fastest, measured at the
-        next one."""
+        """Fix the choice for all blocks in steps of so many rows. None: forget it, and measure again at the
+        next step."""
         self._graph = None
         self.plans.pop(rows, None)
         if choice is not None:
@@ -215,7 +216,8 @@ class Decoder:
         return self.plans[batch.rows]
 
     def _fastest(self, batch: Batch, sampling: Sampling) -> Plan:
-        """Each block as it is fastest by itself, or all without sparsity, whichever step is faster."""
+        """The plan of the faster step of two: each block with the choice that is fastest for it alone, or all
+        blocks dense."""
         dense = (DENSE,) * len(self._blocks)
         tried = {DENSE: self._block_seconds(batch, DENSE)}
         fused = False
@@ -432,8 +434,8 @@ class Decoder:
 
 
 def _compiled(form: LayerForm) -> LayerForm:
-    """Compiled for one shape. With code of its own: torch counts how often code is compiled again, and for
-    the ninth shape would refuse."""
+    """Compile a function for one shape. It gets a code object of its own, because torch counts how often each
+    code object is compiled and gives up at the ninth shape."""
     return torch.compile(
         types.FunctionType(form.__code__.replace(), form.__globals__, form.__name__),
         fullgraph=True,

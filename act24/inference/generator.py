@@ -254,8 +254,8 @@ class Generator:
 
 
 def _as_served(model: LlamaForCausalLM) -> AbstractContextManager[None]:
-    """The context in which the model's blocks are those that are served. Whoever rewrote it and renews its
-    state knows, and says so by a hook of the module that calls them."""
+    """A context in which the model's blocks are those that are served. The pipeline that rewrote the model
+    provides it: its hook on the module that calls the blocks has a method `as_served`."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             context = hook.as_served() if hasattr(hook, "as_served") else None  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ from act24.relu2 import relu2
 from act24.sparse24.feed_forward.operation import activation24
 from act24.sparse24.kernels.pack_weight import pack_weight_rows
 from act24.sparse24.kernels.packed_decode import packed_for_decode
-from act24.sparse24.kernels.shared.self_check import kernel_obstacle
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle, kernel_obstacle_on
 
 #: (block, hidden [B, S, D], cos, sin [B, 1, S, d / 2], keys, values [B, H_kv, L, d], place) -> [B, S, D]
 LayerForm = Callable[..., Tensor]
@@ -57,6 +57,9 @@ FUSED, BIAS = "act24_fused_", "_bias"
 
 #: Elements of what kernels load at once.
 _LOAD = 8
+
+#: The kernels of `Choice.skipping` and `Choice.packed`, which check themselves on first use.
+SKIPPING_KERNELS, PACKED_KERNELS = ("skipping_product",), ("packed_decode",)
 
 
 class Choice(NamedTuple):
@@ -172,8 +175,8 @@ def can_use(weights: Sequence[Weights]) -> Choice:
 
 
 def lay_out_(layer: nn.Module, weights: Weights, choice: Choice) -> None:
-    """Let a block's parameters lie in memory as a choice reads them. Their values and shapes stay, and
-    nothing is kept twice: those that are fused become views of one tensor, a buffer of the block."""
+    """Rearrange a block's parameters in memory as a choice reads them. Their values and shapes stay, and
+    there is no second copy: weights that are fused become views of one tensor, a buffer of the block."""
     for weight in weights.behind:
         store_by_feature_(weight, choice.skipping)
     if choice.fused:
@@ -182,15 +185,17 @@ def lay_out_(layer: nn.Module, weights: Weights, choice: Choice) -> None:
 
 
 def step_choices(rows: int, there: Choice, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
-    """What a step may use of a model's sparsity, by rows of the batch; the one place that says it. Which of
-    them is fastest is measured, block by block, when the step is captured.
+    """The choices that a step with so many rows may try: those whose kernels are right on the device. Which
+    of them is fastest is measured, block by block, when the step is captured.
 
     Args:
         there: what of it the model has (`can_use`).
     """
     kernels = device.type == "cuda" and dtype is torch.bfloat16
-    skipping = (False, True) if kernels and there.skipping and rows <= SKIPPING_TOKENS else (False,)
-    packed = (False, True) if kernels and there.packed and rows <= PACKED_TOKENS else (False,)
+    skips = kernels and there.skipping and rows <= SKIPPING_TOKENS
+    packs = kernels and there.packed and rows <= PACKED_TOKENS
+    skipping = (False, True) if skips and not kernel_obstacle_on(device, SKIPPING_KERNELS) else (False,)
+    packed = (False, True) if packs and not kernel_obstacle_on(device, PACKED_KERNELS) else (False,)
     return tuple(Choice(s, p) for s in skipping for p in packed)
 
 
@@ -272,8 +277,9 @@ class _Group(NamedTuple):
 
 
 def _groups(graph: fx.Graph, layer: nn.Module) -> list[_Group]:
-    """Each weight is in one group at most. Weights that can be packed and others are not mixed, since the one
-    weight of a group is packed or is not; a part begins where kernels load 16 bytes at once."""
+    """Groups of linears whose weights can be one tensor. Each weight is in one group at most. A group has
+    either only weights that can be packed or none, because it is packed as a whole. Each weight begins at a
+    multiple of 16 bytes, which kernels load at once."""
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
     for linear in _linears(graph):
         weight, bias = _weight(layer, linear), _argument(linear, 2, "bias")

@@ -1,6 +1,9 @@
-"""The linears of a decoding step, where bytes of weights are the time: rows that a zero meets are not read,
-2:4 weights are read packed, weights of the same input are read as one, and those of one token by a kernel
-that does nothing else. And those of prompts, where products are the time: cuSPARSELt multiplies 2:4 weights.
+"""The linears of generation.
+
+A decoding step takes as long as reading the weights takes. So rows of weights that would be multiplied by
+zero are not read, 2:4 weights are read packed, weights of the same input are read as one, and for a single
+token there is a kernel of our own. For prompts the products themselves take the time, and 2:4 weights are
+multiplied by cuSPARSELt.
 """
 
 from __future__ import annotations
@@ -101,7 +104,7 @@ def product_linear(x: Tensor, packed: Tensor, bias: Tensor | None, algorithm: in
 
 @torch.no_grad()
 def store_by_feature_(weight: Tensor, by_feature: bool = True) -> None:
-    """Let a weight `[D, F]` lie in memory as `[F, D]`, or as `[D, F]` again. Values and shape stay."""
+    """Store a weight `[D, F]` as `[F, D]` in memory, or as `[D, F]` again. Its values and shape stay."""
     stored = weight.data.T if by_feature else weight.data
     if not stored.is_contiguous():
         weight.data = stored.contiguous().T if by_feature else stored.contiguous()
@@ -109,8 +112,9 @@ def store_by_feature_(weight: Tensor, by_feature: bool = True) -> None:
 
 @torch.no_grad()
 def fuse_(module: nn.Module, name: str, parameters: Sequence[Tensor]) -> None:
-    """Let parameters of a module lie behind each other in one tensor, its buffer `name`, of which they become
-    views. Their values and shapes stay. Nothing is done where they lie there already.
+    """Put parameters of a module one after another into one tensor, which becomes its buffer `name`. The
+    parameters become views of it; their values and shapes stay. Does nothing where they are such views
+    already.
 
     Args:
         parameters: `[N_i, …]`, of one dtype.

@@ -2,8 +2,8 @@
 
 A chunk has one of a few numbers of tokens, so that the blocks are compiled once for each. Weights that are
 2:4 are multiplied by cuSPARSELt where the table of products says that it is faster for the tokens of the
-chunk. The table knows what the GPU alone takes; a call of the library may take the host longer than that. So
-a decoder that measures runs the first such chunk both ways, launches included, and remembers the faster.
+chunk. The table has times of the GPU alone, and the host may take longer to call the library. So a decoder
+that measures runs the first such chunk both ways, launches included, and keeps the faster one.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class PromptForms:
         return self._with(self.taken[key])
 
     def take(self, rows: int, products: Mapping[int, Products] | None) -> None:
-        """Let chunks of so many rows be multiplied by products, by the chunks' tokens. None: as is faster,
-        measured at the next ones."""
+        """Fix the 2:4 products of chunks with so many rows, by the chunks' tokens. None: forget them, and
+        measure again at the next chunks."""
         self.taken = {key: each for key, each in self.taken.items() if key[0] != rows}
         if products is not None:
             self.taken |= {(rows, _size(tokens)): each for tokens, each in products.items()}
@@ -146,8 +146,8 @@ def _size(tokens: int) -> int:
 
 
 def _seconds(run: Callable[[list[LayerForm]], Tensor], forms: list[LayerForm], device: torch.device) -> float:
-    """Between events around a run that an idle device waits for: a product that takes the host longer to
-    launch than the device to compute counts so."""
+    """The time between two events around a run on an idle device. It counts the host's launches where they
+    take longer than the device's work."""
     taken = []
     for _ in range(1 + RUNS):  # the first compiles, and loads kernels
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -15,7 +15,7 @@ from torch import Tensor
 from act24.options import Range, check_options
 from act24.sparse24.pattern.random_bits import random_bits
 
-#: Logits over less than this may be beyond float32, and their order is all that is left of them.
+#: Below this temperature, logits divided by it may overflow float32; then the largest one is taken.
 COLDEST = 1e-5
 
 
@@ -64,7 +64,8 @@ def next_token(
         logits = _nucleus(logits, sampling.top_p)
     # argmax of logits plus Gumbel noise has the distribution of softmax(logits).
     tokens = torch.arange(logits.shape[-1], device=logits.device)
-    # The seed comes in behind the mixed position, or neighbours' draws would be each other's later ones.
+    # Row i has seed + i. The position is mixed first, else a row would draw what its neighbour draws at
+    # another position.
     draw = random_bits(positions, (seeds << 32) | ((seeds >> 32) & 0xFFFFFFFF))
     uniform = (random_bits(tokens, draw[:, None] << 32).double() + 0.5) * 2.0**-32
     return (logits - (-uniform.log()).log().float()).argmax(-1)

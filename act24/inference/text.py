@@ -28,7 +28,8 @@ class RowText:
     def add(self, token: int) -> str:
         """Take a token. Returns the text that can be shown now, which may be empty."""
         self._ids.append(token)
-        # Some tokenizers decode a token otherwise when it stands first, so the ones before it come along.
+        # Some tokenizers decode the first token of a text differently, so earlier tokens are decoded again
+        # with it.
         before = self._decode(self._ids[self._begin : self._done])
         text = self._decode(self._ids[self._begin :])
         if text.endswith(_INCOMPLETE) or len(text) <= len(before):

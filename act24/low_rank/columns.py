@@ -29,8 +29,8 @@ class _SelectColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (indices,) = ctx.saved_tensors
-        # The indices are distinct, so each place is written once: a copy, where autograd's own backward of a
-        # selection has to add, and a GPU adds with atomics.
+        # The indices are distinct, so the gradient can be copied to its places. Autograd's own backward would
+        # have to add it, which a GPU does with atomics.
         empty = grad.new_zeros(*grad.shape[:-1], ctx.width)
         return empty.index_copy(-1, indices, grad), None
 
@@ -67,10 +67,10 @@ def low_rank_beside_columns(
 
         [h, x_I] = x [W_in; E_I]ᵀ        y = [f(h), x_I] [γ W_out, (1 - γ) W_I]ᵀ
 
-    with E_I the rows I of the identity. A gather of x, a scatter of its gradient, the sum of both branches
-    and its two scaled gradients are passes over memory as long as the products of a narrow bottleneck; here
-    they are a few rows and columns of these products, and each column costs what a channel of the bottleneck
-    does.
+    E_I are the rows I of the identity. Written as two branches, the function would gather x, scatter its
+    gradient, add the branches and scale two gradients, and each of these takes about as long as a product
+    with a narrow bottleneck. Here they are additional rows and columns of the two products, and a column I
+    costs as much as a channel of the bottleneck.
 
     Args:
         x: `[..., D]`.

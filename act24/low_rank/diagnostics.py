@@ -1,4 +1,4 @@
-"""What tells how factors fare, on the device."""
+"""Figures that say whether the factors of a low-rank linear are healthy; computed on the device."""
 
 from __future__ import annotations
 

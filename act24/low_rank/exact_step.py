@@ -6,10 +6,10 @@ at W, and returns balanced factors. W itself is never formed: with thin QRs M = 
 
     W - lr P_T(G) = U C Vᵀ - lr U Y₁ᵀ - lr Y₂ Vᵀ,        UᵀY₂ = 0, VᵀY₁ = 0,
 
-of rank 2R at most. Everything is computed in float64, and rounded once at the end: that costs an H200 no more
-than float32 would, needs no switch for TF32, which would be global, and lets Gram matrices and their Cholesky
-factors stand for QR decompositions, which a GPU does not do in batches. What is left of the cost is one
-eigendecomposition of `[n, 2R, 2R]`.
+which has rank 2R at most. Everything is computed in float64 and rounded once at the end. On an H200 that
+costs no more than float32, and the global switch for TF32 does not matter. It is also exact enough to make QR
+decompositions from Gram matrices and their Cholesky factors; a GPU has no QR for batches. Most of the time
+goes into one eigendecomposition of `[n, 2R, 2R]`.
 
 The decomposition itself: with an orthonormal basis Q of Y₁ = Q K, the right-hand side is A [V, Q]ᵀ for
 
@@ -19,9 +19,9 @@ The decomposition itself: with an orthonormal basis Q of Y₁ = Q K, the right-h
 so the eigenvectors of AᵀA, the R largest, are the right singular vectors in the basis [V, Q], and the
 eigenvalues are the squares of the singular values.
 
-There are two differences to LORO's script, both for robustness. Q is never formed, only K, from
-Y₁ᵀY₁ = KᵀK: so nothing has to be cut where 2R exceeds a side of W, and nothing drifts where Y₁ is
-rank-deficient or zero. And a module whose factors are ill-conditioned is reported, where the script asserts.
+This differs from LORO's script in two points, to be robust. First, only K is computed, from Y₁ᵀY₁ = KᵀK, and
+never Q, which would not exist where 2R exceeds a side of W and would be arbitrary where Y₁ is rank-deficient
+or zero. Second, factors that are ill-conditioned are reported, where the script stops at an assertion.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def _semidefinite_cholesky(gram: Tensor) -> Tensor:
 
 
 def _top(squared: Tensor, rank: int, valid: Tensor, eigh: Eigh) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues, descending, and their eigenvectors; of the identity where not valid,
-    because a decomposition of what is not finite raises."""
+    """The `rank` largest eigenvalues, descending, and their eigenvectors. Matrices that are not valid are
+    replaced by the identity first, because `eigh` raises for NaN and infinity."""
     identity = torch.eye(squared.shape[-1], dtype=squared.dtype, device=squared.device)
     values, vectors = eigh(torch.where(valid[:, None, None], squared, identity))
     smallest = torch.finfo(squared.dtype).tiny

@@ -69,6 +69,8 @@ def clean_trace(module: nn.Module) -> Trace:
         return Trace(_trace_linear(module))
     _check_signature(module)
     shadow = Shadow(module)
+    if shadow.remade:
+        raise Unclean(f"a weight in it is computed before every forward: call {shadow.remade} first")
     if shadow.uncopied:
         raise Unclean(
             f"holds {shadow.uncopied}, which cannot be copied, and tracing might write to it: keep it "

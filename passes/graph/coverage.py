@@ -10,6 +10,7 @@ from torch import nn
 
 from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.region import Region, joined
+from act24.passes.graph.remade import remade
 from act24.passes.graph.roles import Role, computed, role_by_name
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
@@ -21,8 +22,10 @@ HIDES = "its relu"
 STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
 
 #: Why a pass leaves a matrix that no linear reads as it is.
-_COMPUTED = "its weight is computed in forward, not read: make it a weight first, or leave it out with ignore"
+_COMPUTED = "its weight is computed in forward, not read"
 _UNREAD = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
+_ROUTER = "a router"
+_NO_ROLE = "neither attention nor feed-forward"
 _BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
 #: Names of modules that are neither attention nor feed-forward networks.
@@ -49,7 +52,8 @@ class Matrix:
         region: it lies in one, by the fully qualified name of that.
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
-        computed: linears read what is computed of it.
+        computed: linears read what is computed of it, and what to do; or the empty string.
+        linear: its module is a linear.
     """
 
     name: str
@@ -60,7 +64,8 @@ class Matrix:
     stacked: bool
     region: str | None
     unknown: bool = False
-    computed: bool = False
+    computed: str = ""
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Coverage:
             names, and those of which nobody knows what they are for.
         reached, total: elements of matrices in that scope, as far as targets and ignore leave it.
         left: (names, share, reason) of what it leaves there, the largest group first; behind them what is no
-            part of the scope: routers, and linears beside those that it reaches.
+            part of the scope: routers, and linears that are neither attention nor feed-forward.
         promised: the pass means to reach all of it; else the share is for information.
         optional: the pass does not insist: less is no error, and no warning.
         where: the targets and what is ignored, in words, where the pass has any.
@@ -151,10 +156,17 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 stacked,
                 region,
                 unknown,
-                computed=hidden or name in made,
+                computed=_computed(owner) if hidden or name in made else "",
+                linear=is_linear(owner),
             )
         )
     return found
+
+
+def _computed(owner: nn.Module) -> str:
+    """Why a matrix is left of which linears read what is computed of it."""
+    first = f"call {call} first" if (call := remade(owner)) else "make it a weight first"
+    return f"{_COMPUTED}: {first}, or leave it out with ignore"
 
 
 def _calls_linear(module: nn.Module) -> bool:
@@ -192,6 +204,7 @@ def coverage(
     promised: bool = True,
     gone: Collection[str] = (),
     named: Collection[str] = (),
+    takes_named: bool = True,
 ) -> Coverage:
     """What a pass reaches.
 
@@ -205,6 +218,7 @@ def coverage(
         gone: the names of matrices that passes take away, with nothing in their place; those that this one
             does not reach are no concern of its.
         named: the full names of modules that it means, whatever they are for.
+        takes_named: whether it takes linears of any purpose that its targets name.
     """
     roles = tuple(scope)
     hit = tuple(reached)
@@ -232,18 +246,19 @@ def coverage(
     )
     routers = (m for m in matrices if m.role == "router" and selects(m.path, m.class_name))
     stay = dict.fromkeys(pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
-    if stay and promised:
-        shown += ((listed(list(stay)), 0.0, "a router"),)
+    if stay:
+        shown += ((listed(list(stay)), 0.0, _ROUTER),)
     with_some = {m.region for m in matrices if any(_within(m, place) for place in hit)}
     beside = dict.fromkeys(
         pattern(m.name)
         for m in matrices
-        if m.role == "other" and not m.unknown and m.region in with_some and m.path not in named
+        if m.role == "other" and not m.unknown and m.path not in named
+        if m.linear or m.region in with_some
         if _NEITHER.search(m.path) is None and selects(m.path, m.class_name)
         if not any(_within(m, place) for place in hit)
     )
-    if beside and promised:
-        shown += ((listed(list(beside)), 0.0, _BESIDE),)
+    if beside:
+        shown += ((listed(list(beside)), 0.0, _BESIDE if takes_named else _NO_ROLE),)
     *first, last = (text for role, text in _NAMES.items() if role in roles or role in seen)
     words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)
@@ -285,7 +300,7 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, 
     if matrix.stacked:
         return matrix.path, STACKED
     if matrix.computed:
-        return matrix.path, _COMPUTED
+        return matrix.path.partition(".parametrizations.")[0], matrix.computed
     parts = matrix.path.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(place := ".".join(parts[:end])):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 
 from act24.errors import PassError
 from act24.passes.graph.frozen import refuse_name_clashes
@@ -114,8 +115,14 @@ def refuse_hooks(region: Region) -> None:
                 "whole: apply the passes first, and compile then"
             )
         for kind in _HOOKS:
-            if getattr(module, kind):
+            if any(not _is_left_over(hook, module) for hook in getattr(module, kind).values()):
                 raise PassError(
                     f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would "
                     "lose: remove it, apply the passes, and register it again"
                 )
+
+
+def _is_left_over(hook: Any, module: nn.Module) -> bool:
+    """Whether a hook is one that torch.nn.utils.remove_spectral_norm leaves, for keys that are gone."""
+    of_norm = isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook)
+    return of_norm and not any(isinstance(one, SpectralNorm) for one in module._forward_pre_hooks.values())

@@ -169,8 +169,12 @@ def free_linears(
 RESIZE = "make it one, or leave it out with ignore"
 
 
-def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
-    """Why a pass found no linear in a region, and what would let it find one there."""
+def no_linear(p: Pass, region: Region, scope: Scope = "all", factors: bool = False) -> str:
+    """Why a pass found no linear in a region, or not those that other passes have, and what to do.
+
+    Args:
+        factors: as `linear_sites` has it.
+    """
     sites = list(linear_sites(region, factors=True))
     if not sites:
         return "no linear that other passes have left and nothing else reads: leave it to them"
@@ -179,11 +183,18 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all") -> str:
         named = _named(region, sites[0])
         return f"no linear that is targeted and not ignored: name one in targets, as {named}"
     elsewhere = [site for site in targeted if site.kind not in _BY_NAME_ONLY]
-    if elsewhere and scope != "all":
-        kind = elsewhere[0].kind
+    kinds = sorted({site.kind for site in elsewhere if factors or site.factor is None})
+    if scope != "all" and kinds and scope not in kinds:
+        kind = kinds[0]
+        if scope in region.roles.values():
+            return f'other passes have those in scope "{scope}": leave the pass out, or set scope = "{kind}"'
         return f'no linear in scope "{scope}": set scope = "{kind}", or "all"'
     if len(elsewhere) == len(targeted):
-        return "no linear but the factors that another pass has made: leave it out with ignore"
+        if len(kinds) == 1 and scope == "all" and hasattr(p, "scope"):
+            return f'another pass has it: leave it to that one, scope = "{kinds[0]}"'
+        if kinds:
+            return "another pass has it: leave it to that one, with ignore"
+        return "no linear but the factors that another pass has made: leave the pass out"
     named = _named(region, next(site for site in targeted if site.kind in _BY_NAME_ONLY))
     return (
         "no linear that is known to be attention's or a feed-forward network's: name those that are meant in "
@@ -277,9 +288,17 @@ class FactorisingPass(StructuralPass):
             raise PassError(
                 f"{self.name}: {key} = {rank} is above {min(site.shape)}, the smaller side of "
                 f"{region.name(site.path)} [{site.shape[0]}, {site.shape[1]}]: take a lower rank, or "
-                f"leave it out with ignore=[{region.name(site.path)!r}]"
+                f"{self._without(region, site, rank)}"
             )
         return rank
+
+    def _without(self, region: Region, site: LinearSite, rank: int) -> str:
+        """How a linear is left out that is smaller than its rank: with its kind, if all there are."""
+        alike = [min(one.shape) < rank for one in linear_sites(region) if one.kind == site.kind]
+        other = {"attn": "mlp", "mlp": "attn"}.get(site.kind)
+        if other and len(alike) > 1 and all(alike):
+            return f'set scope = "{other}"' if self.scope == "all" else "leave the pass out"
+        return f"leave it out with ignore=[{region.name(site.path)!r}]"
 
     def _noted(self, region: Region, match: Match) -> Match:
         """A match with a word on what becomes of a weight that is frozen."""

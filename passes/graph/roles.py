@@ -82,7 +82,7 @@ def roles_of(
     shown = roles_in_graph(graph, module)
     roles: dict[str, Role] = {}
     head = head_of(around[""])
-    for name in dict.fromkeys(name for names in _linears(graph, module).values() for name in names):
+    for name in dict.fromkeys(name for names in linears_in(graph, module).values() for name in names):
         path = ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
         named = role_by_name(path, around)
         roles[name] = named if named == "lora" else shown.get(name, named)
@@ -93,12 +93,12 @@ def roles_of(
 
 def computed(graph: fx.Graph, module: nn.Module) -> set[str]:
     """The parameters that linears read by way of something else, which makes their weight in forward."""
-    linears = _linears(graph, module)
+    linears = linears_in(graph, module)
     read = {name for node in linears if node.op != "call_module" and (name := weight_name(node))}
     return {name for names in linears.values() for name in names} - read
 
 
-def _linears(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[str]]:
+def linears_in(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[str]]:
     """The linears of a graph, each with the parameters that its weight is made of; those that are called as
     modules have a weight that is computed."""
     found = {node: _weights_of(node) for node in graph.nodes if is_call(node, F.linear)}
@@ -126,7 +126,7 @@ def roles_in_graph(graph: fx.Graph, module: nn.Module) -> dict[str, Role]:
     """The roles that a graph shows, by the weight's name. Around a linear alone there is little to see: no
     network, which has two."""
     found: dict[str, Role] = {}
-    flow = Flow(graph, module, calls := _linears(graph, module))
+    flow = Flow(graph, module, calls := linears_in(graph, module))
     for node, names in calls.items():
         seen, ends = flow.walk(node)
         before, sources = flow.walk(node, up=True)

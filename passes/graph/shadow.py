@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from act24.passes.graph.remade import remade
 from act24.passes.graph.surroundings import FOREIGN
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, FunctionType, BuiltinFunctionType)
@@ -47,6 +48,7 @@ class Shadow:
         root: the double.
         originals: by double, the module that it stands for.
         uncopied: what a double shares with its module because it cannot be copied, as text; or None.
+        remade: the call that makes a parameter of it (`act24.passes.graph.remade`), or the empty string.
         observer: who looks; None: nobody, and the double is a module like others.
     """
 
@@ -58,6 +60,7 @@ class Shadow:
         """
         self.observer: Observer | None = None
         self.uncopied: str | None = None
+        self.remade = ""
         self._classes: dict[type, type] = {}
         doubles = {m: self._empty(m) for m in module.modules()}
         self.root: Any = doubles[module]
@@ -92,7 +95,9 @@ class Shadow:
         try:
             return copy.deepcopy(value, memo)
         except Exception as error:  # whatever a foreign object raises
-            self.uncopied = f"{type(module).__name__}.{name} ({type(error).__name__}: {error})"
+            self.remade = remade(module)
+            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
+            self.uncopied = f"{type(module).__name__}.{name}{'' if self.remade else f' ({why})'}"
             return value
 
 

@@ -9,6 +9,7 @@ import torch
 
 from act24.initialise import build_llama, generator_for, initialise_
 from act24.llama import LlamaConfig, LlamaForCausalLM
+from act24.options import OptionError
 
 CONFIG = LlamaConfig(
     vocab_size=211,
@@ -19,6 +20,13 @@ CONFIG = LlamaConfig(
     initializer_range=0.05,
     attention_bias=True,
 )
+
+
+@pytest.mark.parametrize("seed", ["1", 1.0, True])
+def test_a_seed_is_an_integer(seed) -> None:
+    """Its text is hashed: 1.0 had another start than 1, without a word."""
+    with pytest.raises(OptionError, match="seed has to be an integer"):
+        generator_for(seed, "weight")
 
 
 def test_matrices_are_normal_norms_one_and_biases_zero() -> None:

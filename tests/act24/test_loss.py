@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_but
 from torch.nn import functional as F
 
 from act24.errors import Act24Error
@@ -238,7 +239,7 @@ def test_sizes_that_e4m3_cannot_have_are_refused(shape: tuple[int, int]) -> None
         cross_entropy_sum(hidden, torch.randn(shape), labels, 4, None, None, None, None, "rowwise")
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kept", slow_but((True,), [False, True]))
 def test_the_head_in_e4m3_compiles_into_one_graph_under_autocast(kept: bool) -> None:
     hidden, weight, labels = e4m3_problem()
     leaves = tuple(t.detach().float().requires_grad_() for t in (hidden, weight))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_but
 from torch import Tensor, nn
 from toys import Trunk, features, llama, tokens
 
@@ -55,7 +57,7 @@ def activation_nodes(model: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("backward", slow_but(("split_gemm",), BACKWARDS))
 def test_every_method_and_backward_trains(method: Any, backward: Any) -> None:
     model = llama()
     passes = [Relu2FFN(), Activation24(method=method, backward=backward), ActivationStatistics()]
@@ -116,8 +118,13 @@ def test_lists_the_mlp_and_every_bottleneck(name: str) -> None:
     assert sites == expected
 
 
-@pytest.mark.parametrize("name", ["low_rank", "cola-relu2", "lost-relu2"])
-@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize(
+    ("backward", "name"),
+    slow_but(
+        [("dense", "low_rank"), ("sparse", "cola-relu2"), ("split_gemm", "lost-relu2")],
+        itertools.product(BACKWARDS, ["low_rank", "cola-relu2", "lost-relu2"]),
+    ),
+)
 def test_chains_compute_what_their_parts_compute(name: str, backward: Any) -> None:
     """2:4 in every activation of a chain, against the same model with each relu² masked by hand."""
     passes = [Relu2FFN(), *low_rank_passes(name)]
@@ -261,7 +268,7 @@ def drops_between() -> nn.Module:
     return Trunk(lambda: ReluMLP(activation), layers=1)
 
 
-@pytest.mark.parametrize("scale_from", ["weight", "output"])
+@pytest.mark.parametrize("scale_from", slow_but(("output",), ["weight", "output"]))
 @pytest.mark.parametrize(
     ("passes", "said"),
     [

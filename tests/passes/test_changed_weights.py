@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rewritten_llama import IDS, llama, loss_of, rewritten
+from slow import slow_after
 from torch import nn
 
 from act24.errors import Act24Error
@@ -37,7 +38,7 @@ def in_place(model: nn.Module) -> None:
             p.grad = None
 
 
-@pytest.mark.parametrize("update", [through_data, in_place])
+@pytest.mark.parametrize("update", slow_after(1, [through_data, in_place]))
 @pytest.mark.parametrize("needing", NEEDING)
 def test_an_update_by_hand_that_is_not_begun_is_noticed(
     needing: str, update: Callable[[nn.Module], None]
@@ -95,7 +96,7 @@ def by_optimizer(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("update", "begun"), [(by_optimizer, False), (by_optimizer, True), (through_data, True)]
+    ("update", "begun"), slow_after(1, [(by_optimizer, False), (by_optimizer, True), (through_data, True)])
 )
 @pytest.mark.parametrize("waiting", WAITING)
 def test_updates_that_nobody_begins_before_a_step_to_come_are_noticed(
@@ -128,7 +129,7 @@ def test_behind_its_last_step_a_pass_that_renews_nothing_asks_for_nothing() -> N
         by_optimizer(model)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize("copied", slow_after(1, [copy.deepcopy, torch.optim.swa_utils.AveragedModel]))
 @pytest.mark.parametrize("waiting", WAITING)
 def test_copies_that_would_not_follow_the_steps_say_so(
     waiting: str, copied: Callable[[nn.Module], nn.Module]
@@ -155,7 +156,7 @@ def test_copies_that_have_no_step_to_come_run() -> None:
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, None, "3", True])
-@pytest.mark.parametrize("calls", ["begin_update_", "lower_"])
+@pytest.mark.parametrize("calls", slow_after(1, ["begin_update_", "lower_"]))
 def test_a_step_that_is_none_is_refused_in_a_line(calls: str, step: Any) -> None:
     _, pipeline = rewritten(*WAITING["begins"])
     with pytest.raises(Act24Error, match=rf"^updates already made: step has to be .*, got {step!r}$"):

@@ -89,10 +89,37 @@ def test_statistics_of_every_bottleneck_are_kept():
 def test_dropping_a_silu_that_is_not_there_is_said():
     passes = [Relu2FFN(), Cola(attn_rank=8, mlp_rank=8, mlp_activation="drop")]
     report = plan(llama(layers=1), passes)
-    assert [reason for _, _, reason in report.misses] == [
-        'no SiLU behind it to drop: leave mlp_activation at "keep"'
-    ]
-    assert not plan(llama(), [Cola(attn_rank=8, mlp_rank=8, mlp_activation="drop")]).misses
+    note = 'no SiLU behind it to drop: leave mlp_activation at "keep"'
+    notes = {row.fqn.rpartition(".")[2]: row.note for row in report.rows if row.pass_name == "cola"}
+    assert {name for name, said in notes.items() if said == note} == {"up_proj", "down_proj"}
+    assert not report.misses  # what is rewritten is not said to be left
+    assert not report.partial
+    dropped = plan(llama(), [Cola(attn_rank=8, mlp_rank=8, mlp_activation="drop")])
+    assert not dropped.misses
+    assert note not in str(dropped)
+
+
+def test_the_silu_of_a_half_is_dropped():
+    """One linear computes gate and up, as in Phi-3."""
+
+    class Fused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up, self.down = torch.nn.Linear(16, 64), torch.nn.Linear(32, 16)
+
+        def forward(self, x):
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(up * F.silu(gate))
+
+    model, x = torch.nn.Sequential(Fused(), Fused()), torch.randn(3, 16)
+    apply_(model, [Cola(attn_rank=4, mlp_rank=4, mlp_activation="drop")])
+
+    def by_hand(linear, h):
+        return F.linear(F.silu(F.linear(h, linear.weight_in)), linear.weight_out, linear.bias)
+
+    for network in model:
+        gate, up = by_hand(network.gate_up, x).chunk(2, dim=-1)
+        torch.testing.assert_close(network(x), by_hand(network.down, gate * up))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_but
 from torch import Tensor
 from toys import llama, tokens
 
@@ -205,7 +206,7 @@ WEIGHT24 = {
 }
 
 
-@pytest.mark.parametrize("kind", WEIGHT24)
+@pytest.mark.parametrize("kind", slow_but(("drawn",), WEIGHT24))
 def test_weight24_goes_along_unless_it_says_otherwise(kind: str) -> None:
     pass_, plain, narrow = WEIGHT24[kind]
     rest = Fp8(optional=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_after
 from torch import Tensor, nn
 from toys import llama, tokens
 
@@ -66,7 +67,7 @@ def test_a_head_that_cannot_be_in_e4m3_is_said_or_refused() -> None:
         plan(llama(vocab_size=64), [Weight24(targets=("lm_head",)), Fp8(head=True)])
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", slow_after(1, [False, True]))
 @pytest.mark.parametrize("named", [False, True])
 def test_the_loop_s_loss_and_the_model_s_own_head_are_the_same_products(keep: bool, named: bool) -> None:
     """Of one step: logits, the loss over them, and both gradients, beside `linear_fp8` by hand."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewritten_llama import IDS, llama, loss_of, rewritten, train
+from slow import slow_but
 from torch import Tensor, nn
 
 from act24.passes import Activation24, Cola, Fp8, LowRank, OperationalPass, Relu2FFN, Weight24
@@ -34,8 +35,16 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("until", [None, 2])
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(p.name for p in order))
+#: One of each two, and one of all three.
+QUICK = (ORDERS[0], ORDERS[1], ORDERS[3], ORDERS[-1])
+
+
+@pytest.mark.parametrize("until", slow_but((2,), [None, 2]))
+@pytest.mark.parametrize(
+    "order",
+    [order if order in QUICK else pytest.param(order, marks=pytest.mark.slow) for order in ORDERS],
+    ids=lambda order: "-".join(p.name for p in order),
+)
 def test_every_order_trains_is_evaluated_and_each_pass_can_be_left_out(
     order: tuple[OperationalPass, ...], until: int | None
 ) -> None:

@@ -28,7 +28,7 @@ def on_meta(size):
 
 
 @pytest.mark.parametrize(
-    "size", [pytest.param(s, marks=pytest.mark.slow) if s in ("350m", "1b") else s for s in PUBLISHED]
+    "size", [pytest.param(s, marks=pytest.mark.slow) if s in ("130m", "350m", "1b") else s for s in PUBLISHED]
 )
 @pytest.mark.parametrize("method", [LowRank, Cola])
 def test_parameters_are_as_many_as_published(size, method):

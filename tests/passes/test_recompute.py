@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from slow import slow_after
 from torch import nn
 from toys import Trunk, features, llama, tokens
 
@@ -42,7 +43,7 @@ def trained(passes):
     return model, pipeline, loss
 
 
-@pytest.mark.parametrize("passes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("passes", slow_after(3, MODELS.values()), ids=MODELS)
 def test_gradients_names_and_counts_are_the_same(passes):
     model, _, loss = trained(passes)
     other, pipeline, other_loss = trained([*passes, Recompute()])
@@ -192,7 +193,7 @@ def test_what_draws_by_a_function_draws_the_same_again(draw):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("passes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("passes", slow_after(2, MODELS.values()), ids=MODELS)
 def test_the_report_says_what_is_kept(passes):
     """As autograd's own hooks count it; without the pass at least so many."""
     width = 64

@@ -7,15 +7,29 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import SwiGLU, Trunk
+from toys import SwiGLU, Trunk, llama
+from transformers import GPT2Config, GPT2Model
 
-from act24.passes import Activation24, Fp8, Lora, LowRank, Pass, PassError, Relu2FFN, Weight24, plan
+from act24.passes import (
+    Activation24,
+    Cola,
+    Fp8,
+    Lora,
+    LowRank,
+    Pass,
+    PassError,
+    Recompute,
+    Relu2FFN,
+    Weight24,
+    plan,
+)
 from act24.passes.graph import linear_sites, proxies
 from act24.passes.sparse_mask import SparseMask
 
@@ -195,3 +209,44 @@ def followed(said: str, passes: list[Pass]) -> list[Pass]:
         return [Relu2FFN(gate=found[1] or "silu"), *passes]  # type: ignore[arg-type]
     assert changes, said
     return [replace(p, **changes) for p in passes]
+
+
+def test_what_to_do_where_another_pass_was_there_or_nothing_is_left_to_ignore() -> None:
+    cola, networks = Cola(attn_rank=4, mlp_rank=4), LowRank(scope="mlp", mlp_rank=4)
+    (left,) = plan(llama(), [networks, cola], check=False).partial
+    assert left.left[0][2] == 'another pass has it: leave it to that one, scope = "attn"'
+    attention = Cola(scope="attn", attn_rank=4)
+    assert plan(llama(), [networks, attention], check=False).partial == ()
+    activations = [Relu2FFN(), Activation24()]
+    (left,) = plan(llama(), [*activations, Weight24()], check=False).partial
+    assert 'scope = "attn"' in left.left[0][2]
+    assert plan(llama(), [*activations, Weight24(scope="attn")], check=False).partial == ()
+    for passes, said in (
+        (
+            [networks, replace(cola, scope="mlp")],
+            'other passes have those in scope "mlp": leave the pass out, or',
+        ),
+        ([replace(cola, mlp_rank=33)], 'take a lower rank, or set scope = "attn"'),
+        ([replace(networks, mlp_rank=33)], "take a lower rank, or leave the pass out"),
+    ):
+        with pytest.raises(PassError, match=said) as error:
+            plan(llama(), passes, check=False)
+        assert "ignore" not in str(error.value)
+    with pytest.raises(PassError, match=r"0 and 2 more: its weight is 15 × 15.* leave the pass out$"):
+        plan(nn.Sequential(*(nn.Linear(15, 15) for _ in range(3))), [Weight24(targets=("re:.*",))])
+
+
+def test_recompute_says_in_one_line_what_to_do() -> None:
+    gpt2 = partial(GPT2Config, n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=8)
+    low_rank = LowRank(attn_rank=4, mlp_rank=4)
+    for passes, said in (
+        ([], "no bottleneck to keep: put low_rank, cola or lost in front$"),
+        (
+            [low_rank],
+            r"0.mlp: a second call of dropout \[Dropout\] may differ: set its p = 0, leave the pass",
+        ),
+    ):
+        with pytest.raises(PassError, match=said) as error:
+            plan(GPT2Model(gpt2()), [*passes, Recompute()])
+        assert len(str(error.value)) < 200
+    assert plan(GPT2Model(gpt2(resid_pdrop=0.0)), [low_rank, Recompute()]).rows

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_after
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 from toys import SwiGLU, Trunk, llama, tokens
 
@@ -206,7 +208,7 @@ def counted(model: nn.Module, *inputs: Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}]
+    "sizes", slow_after(1, [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}])
 )
 def test_dense_flops_against_torchs_counter(sizes: dict[str, Any]) -> None:
     ids = tokens(2, 8)
@@ -256,6 +258,34 @@ def test_what_flops_leave_out_is_named() -> None:
     assert report.uncounted == ("*.attention.in_proj_weight", "*.attention.out_proj")
     assert "FLOPs leave out *.attention.{in_proj_weight,out_proj}: no linear" in str(report)
     assert plan(llama(), [Relu2FFN()]).uncounted == ()
+
+
+def test_a_weight_that_is_computed_counts_by_its_shape_or_is_named() -> None:
+    """Two operations an element of what the linear multiplies with, whatever it is made of."""
+
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(32, 4)), nn.Parameter(torch.randn(4, 16))
+            self.c = nn.Parameter(torch.randn(32, 16))
+            self.register_buffer("scale", torch.ones(32, 1))
+            self.down, self.normed = nn.Linear(32, 16), weight_norm(nn.Linear(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.linear(x, self.a @ self.b) + F.linear(x, self.c * self.scale) + F.linear(x, self.c)
+            return self.normed(self.down(F.relu(h)))
+
+    class Open(Computed):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.linear(x, self.a @ self.b) + F.linear(x, self.c[self.c.amax(-1) > -9.0])
+            return self.normed(self.down(F.relu(h)))
+
+    report = plan(nn.Sequential(Computed(), Computed()), [Activation24(from_step=2)])
+    assert report.flops_before == 2 * 2 * (3 * 32 * 16 + 16 * 32 + 16 * 16)
+    assert report.uncounted == ()
+    report = plan(nn.Sequential(Open(), Open()), [Activation24(from_step=2)])
+    assert report.flops_before == 2 * 2 * (32 * 16 + 16 * 32 + 16 * 16)
+    assert report.uncounted == ("0.c", "1.c")
 
 
 def test_factors_of_another_pass_stand_for_the_matrix_that_was_there() -> None:

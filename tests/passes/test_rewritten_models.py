@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 from torch import Tensor, nn
 from toys import SwiGLU, Trunk, llama, tokens
 
@@ -60,7 +61,7 @@ PASSES: dict[str, Callable[[], list[Pass]]] = {
     "lora low_rank": lambda: [LowRank(scope="mlp", mlp_rank=8), Lora(dropout=0.0)],
 }
 #: In the fast tests are those that change a graph most.
-FAST = ("activation24", "cola activation24", "lost", "weight24", "recompute")
+FAST = ("cola activation24", "lost", "weight24", "recompute")
 
 
 def ids(rows: int = 2, length: int = 9) -> Tensor:
@@ -82,9 +83,7 @@ def build(kind: str = "LlamaForCausalLM", **sizes: Any) -> Any:
     return model(config).eval()
 
 
-@pytest.fixture(
-    params=[name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PASSES]
-)
+@pytest.fixture(params=slow_but(FAST, PASSES))
 def rewritten(request: pytest.FixtureRequest) -> tuple[Any, Pipeline]:
     model = build()
     return model, apply_(model, PASSES[request.param]())
@@ -105,7 +104,7 @@ def _saved(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved])
+@pytest.mark.parametrize("copied", slow_but((_pickled,), [copy.deepcopy, _pickled, _saved]))
 def test_copies_compute_the_same(rewritten: Any, copied: Callable[[Any], Any]) -> None:
     model, pipeline = rewritten
     with pipeline.evaluation():
@@ -215,6 +214,7 @@ def test_generate_with_a_quantized_cache(rewritten: Any) -> None:
     torch.testing.assert_close(found, exact, rtol=0, atol=0.1 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("rewritten", slow_but(("lost", "weight24"), PASSES), indirect=True)
 def test_export(rewritten: Any) -> None:
     model, pipeline = rewritten
     expected = model(ids()).logits

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewritten_llama import IDS, rewritten
+from slow import slow_after
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -87,7 +88,7 @@ def test_seeds_stay_at_their_addresses_where_backward_follows_forward() -> None:
     assert {n: b.data_ptr() for n, b in model.named_buffers() if n.endswith("24_seed")} == places
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", slow_after(1, [False, True]))
 @pytest.mark.parametrize("name", DRAWING)
 def test_of_two_forwards_each_is_computed_again_with_its_own_seeds(name: str, reentrant: bool) -> None:
     """Blocks that are checkpointed: the gradients of two forwards before one backward are those without."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from slow import slow_but
 
 from act24 import LlamaForCausalLM, apply_, llama_config
 from act24.errors import PassError
@@ -77,7 +78,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but((torch.bfloat16,), [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_zeros_stay_under_any_optimizer(kind, dtype):
     model, masks = pruned_llama()

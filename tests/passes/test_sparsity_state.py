@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewritten_llama import ALONE, IDS, llama, loss_of, rewritten, scales
+from slow import slow_after, slow_but
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -92,7 +94,9 @@ def test_only_training_forwards_are_micro_batches() -> None:
     assert seeds(model) != began
 
 
-@pytest.mark.parametrize(("whole", "reentrant"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("whole", "reentrant"), slow_after(2, [(False, False), (False, True), (True, False)])
+)
 def test_recomputation_draws_the_same(whole: bool, reentrant: bool) -> None:
     """Activation checkpointing of the blocks, or of the whole model, runs forwards twice; the gradients of
     two micro-batches are those of forwards that ran once."""
@@ -201,8 +205,13 @@ def test_masks_are_kept_for_mask_every_updates_and_flips_have_one_unit(method: A
     assert set(take_flip_rates_(pipeline, 1).values()) == {0.0}, "taken"
 
 
-@pytest.mark.parametrize("loop_decays", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "loop_decays"),
+    slow_but(
+        [(method, method in ("ste", "transposable")) for method in METHODS],
+        itertools.product(METHODS, [False, True]),
+    ),
+)
 def test_masked_decay_enters_where_it_is_published_once_an_update(method: Any, loop_decays: bool) -> None:
     """SR-STE's is a part of the gradient and clipped with it, that of arXiv 2404.01847 is not. Only gradients
     of the optimizer that steps have it."""
@@ -240,8 +249,13 @@ def test_masked_decay_enters_where_it_is_published_once_an_update(method: Any, l
         torch.testing.assert_close(p, before[n] - update, rtol=1e-5, atol=1e-6, msg=n)
 
 
-@pytest.mark.parametrize("method", ["transposable", "sr_ste"])
-@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize(
+    ("keyword", "method"),
+    slow_but(
+        [(False, "transposable"), (True, "sr_ste")],
+        itertools.product([False, True], ["transposable", "sr_ste"]),
+    ),
+)
 def test_decay_enters_gradients_that_a_closure_of_the_step_makes(method: Any, keyword: bool) -> None:
     """Lightning's loop hands zero_grad, forward and backward to the step as a closure."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -318,7 +319,7 @@ RANKS = {"attn_rank": 8, "mlp_rank": 8}
     ],
     ids=lambda passes: passes[-1].name,
 )
-@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("copied", slow_but((True,), [False, True]))
 def test_save_pretrained_refuses_what_would_come_back_as_another_model(passes, copied, tmp_path) -> None:
     model = build("Llama")
     apply_(model, passes)

@@ -256,6 +256,22 @@ def test_the_report_says_where_products_cannot_be_sparse() -> None:
     assert not any(row.note for row in plan(llama(1), [Weight24(kernels=False)]).rows)
 
 
+def test_a_method_whose_mask_is_not_2_4_is_refused() -> None:
+    """Packed it would drop what dense products keep."""
+    every_other = lambda w: torch.arange(w.shape[1]).expand(w.shape) % 2 == 0  # noqa: E731
+    assert WeightMethod("toy", mask=every_other).name == "toy"
+    for given, message in (
+        (
+            {"mask": lambda w: w > w.amin(1, keepdim=True)},
+            "toy: mask keeps more than two of four .* along in",
+        ),
+        ({"mask": every_other, "both_ways": True}, "more than two of four .* along out"),
+        ({"mask": torch.abs}, "boolean tensor of the weight's shape"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            WeightMethod("toy", **given)
+
+
 def test_a_method_from_outside_trains() -> None:
     """A record in the table is all that the pass, its state and its report need."""
     toy = WeightMethod("toy", mask=lambda w: torch.arange(w.shape[1]).expand(w.shape) % 4 < 2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_after
 from torch import Tensor
 
 from act24.initialise import build_llama
@@ -54,7 +55,7 @@ def packed_buffers(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return {n: b for n, b in model.named_buffers() if n.endswith(("24_packed", "24_packed_transposed"))}
 
 
-@pytest.mark.parametrize("method", ["transposable", "soft_threshold", "sr_ste"])
+@pytest.mark.parametrize("method", slow_after(1, ["transposable", "soft_threshold", "sr_ste"]))
 def test_once_an_update_is_as_good_as_every_time(method: str) -> None:
     kept, packing = (list(train(*packed_model(method, keep))) for keep in (True, False))
     for ours, theirs in zip(kept, packing, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 
 from act24.llama import LlamaForCausalLM
 from act24.passes import Pipeline
@@ -422,10 +423,11 @@ EXAMPLE = (
     "--dx_direct_sparse {mode} --wandb_sparsityrelu True --permute_2by4 False --momentum_reset_steps 200 "
     "--more_activation_relu2 True --cola_sparse_method cola_init"
 )
+QUICK = [(1, "adamw"), (2, "loro_adamw"), (3, "cola_adamw"), (3, "lost_adamw")]
+ROWS = [(mode, name) for mode in (1, 2, 3) for name in ("adamw", "loro_adamw", "cola_adamw", "lost_adamw")]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "loro_adamw", "cola_adamw", "lost_adamw"])
-@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize(("mode", "optimizer"), slow_but(QUICK, ROWS))
 def test_the_published_commands_translate_and_plan(optimizer: str, mode: int) -> None:
     translation = translate(EXAMPLE.format(optimizer=optimizer, mode=mode))
     recipe = translation.recipe

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.llama import PRESETS, llama_config
@@ -82,11 +83,10 @@ def figures(name):
     return f"{dump_recipe(recipe)}\n{pipeline}\n", pipeline
 
 
-#: 24 layers are planned as 8 and 12 are, and take as long as all others together.
-_BY_SIZE = [
-    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("c4/350m", "c4/1b")) else name
-    for name in recipe_names()
-]
+#: 12 and 24 layers are planned as 8 are, and take several times as long as all others together.
+_QUICK = ("branch-24", "c4/60m-cola-relu2-act24", "c4/60m-loro-relu2-act24", "c4/60m-lost-relu2-act24")
+_QUICK += ("c4/60m-low-rank-restarts", "c4/60m-muon", "demo", "recover-mask", "recover-masked-lora")
+_BY_SIZE = slow_but(_QUICK, recipe_names())
 
 
 @pytest.mark.parametrize("name", _BY_SIZE)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_after, slow_but
 from torch import Tensor, nn
 
 from act24.recipes.from_flags import recipe_from_flags
@@ -296,7 +297,11 @@ CASES = [(branch, "--scheduler cosine") for branch in BRANCHES] + [
 ]
 
 
-@pytest.mark.parametrize(("branch", "schedule"), CASES, ids=lambda x: getattr(x, "flags", x))
+#: Of each optimizer some, and one that anneals otherwise.
+QUICK = [(branch, "--scheduler cosine") for branch in BRANCHES[::3]] + CASES[-1:]
+
+
+@pytest.mark.parametrize(("branch", "schedule"), slow_but(QUICK, CASES), ids=lambda x: getattr(x, "flags", x))
 def test_the_first_updates_are_those_of_the_old_code(branch: Branch, schedule: str) -> None:
     """To what decaying before the update instead of after it makes, lr · decay of the update."""
     assert branch.told in " ".join(recipe_from_flags([*COMMAND.split(), *branch.flags.split()]).changes)
@@ -306,16 +311,19 @@ def test_the_first_updates_are_those_of_the_old_code(branch: Branch, schedule: s
 
 @pytest.mark.parametrize(
     ("flags", "wrong"),
-    [
-        (f"{LORO} --loro_type eucl --loro_lr_scaler -1", "optimizer.lr_scaler=-1.0"),
-        ("--optimizer lost_adamw --loro_scope all --loro_type loro", "optimizer.decay=matrices"),
-        ("--optimizer lost_adamw", "optimizer.decay=matrices_and_embeddings"),
-        ("--optimizer loro_adamw", "optimizer.decay=matrices"),
-        ("--optimizer loro_adamw", "optimizer.decay=all"),
-        ("--optimizer adamw --enable_2to4_sparse True", "optimizer.betas=[0.9, 0.999]"),
-        ("--optimizer adamw", "schedule.skip_zero=false"),
-        (f"{LORO} --loro_freq 500 --loro_lr_scaler -1", "optimizer.exact_every=3"),
-    ],
+    slow_after(
+        4,
+        [
+            (f"{LORO} --loro_type eucl --loro_lr_scaler -1", "optimizer.lr_scaler=-1.0"),
+            ("--optimizer lost_adamw --loro_scope all --loro_type loro", "optimizer.decay=matrices"),
+            ("--optimizer lost_adamw", "optimizer.decay=matrices_and_embeddings"),
+            ("--optimizer loro_adamw", "optimizer.decay=matrices"),
+            ("--optimizer loro_adamw", "optimizer.decay=all"),
+            ("--optimizer adamw --enable_2to4_sparse True", "optimizer.betas=[0.9, 0.999]"),
+            ("--optimizer adamw", "schedule.skip_zero=false"),
+            (f"{LORO} --loro_freq 500 --loro_lr_scaler -1", "optimizer.exact_every=3"),
+        ],
+    ),
 )
 def test_the_comparison_tells_what_was_wrong(flags: str, wrong: str) -> None:
     """Faults that the translation once had, put back into its recipe."""

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from slow import slow_but
 
 from act24.recipes.from_flags import Translation, recipe_from_flags
 from act24.recipes.load import parse_recipe
@@ -55,7 +56,7 @@ def translated(branch: str, scope: str, attn: bool, mlp: bool) -> Translation:
     return recipe_from_flags((words + ranks + (f" --loro_scope {scope}" if scope else "")).split())
 
 
-@pytest.mark.parametrize(("branch", "scope", "attn", "mlp"), CASES)
+@pytest.mark.parametrize(("branch", "scope", "attn", "mlp"), slow_but(CASES[1::3], CASES))
 def test_the_weights_that_are_2_4_are_those_of_the_old_code(
     branch: str, scope: str, attn: bool, mlp: bool
 ) -> None:

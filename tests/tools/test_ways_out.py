@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny as tiny_recipe
 import torch
+from slow import slow_but
 from torch import Tensor
 
 from act24.errors import Act24Error
@@ -291,7 +292,7 @@ def test_the_matrix_has_every_pass_and_every_combination_of_a_shipped_recipe() -
     assert {*FORMS} - {*held} == {w.removeprefix("export --as ") for w in (*WAYS, *ELSEWHERE) if "--as" in w}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(("act24.load", "export", "deepcopy"), WAYS))
 @pytest.mark.parametrize("name", cells(MATRIX))
 def test_it_is_the_function_that_the_run_evaluates(name, way, trained, tmp_path) -> None:
     run = trained(name)

@@ -31,6 +31,7 @@ from act24.sparse24.format.packed import Packed24, random_packed, unpack
 from act24.sparse24.format.products import (
     DEFAULT_ALGORITHMS,
     Measured,
+    Table,
     feed_forward_products,
     linear_products,
 )
@@ -262,27 +263,28 @@ def _operation(device: torch.device) -> Iterator[Check]:
                 lambda run=run, o=options, e=error: e(lambda: _replayed(lambda: run(o))),
             )
 
-    def alone() -> float:
-        hidden, above = draw(tokens, features).requires_grad_(), draw(tokens, features)
-        results = []
-        for kernels in (True, False):
-            y, _ = activation24(hidden, None, None, None, None, options=Options24(kernels=kernels))
-            results.append((y.detach(), *torch.autograd.grad(y, hidden, above)))
-        return max(map(relative_error, *results))
+    hidden, above = draw(tokens, features).requires_grad_(), draw(tokens, features)
+    yield "operation without its linears", lambda: _alone(hidden, above)
+    yield "operation under autocast", lambda: _under_autocast(leaves, grad, forced)
 
-    yield "operation without its linears", alone
 
-    def autocast() -> float:
-        options = Options24(backward="split_gemm", algorithms=forced)
-        single = [leaf.detach().float().requires_grad_() for leaf in leaves]
-        results = []
-        for kernels in (True, False):
-            with torch.autocast("cuda", torch.bfloat16):
-                y, _ = activation24(*single, options=options._replace(kernels=kernels))
-            results.append((y, *torch.autograd.grad(y, single, grad)))
-        return max(map(relative_error, *results))
+def _alone(hidden: Tensor, above: Tensor) -> float:
+    results = []
+    for kernels in (True, False):
+        y, _ = activation24(hidden, None, None, None, None, options=Options24(kernels=kernels))
+        results.append((y.detach(), *torch.autograd.grad(y, hidden, above)))
+    return max(map(relative_error, *results))
 
-    yield "operation under autocast", autocast
+
+def _under_autocast(leaves: tuple[Tensor, ...], grad: Tensor, algorithms: Table) -> float:
+    options = Options24(backward="split_gemm", algorithms=algorithms)
+    single = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    results = []
+    for kernels in (True, False):
+        with torch.autocast("cuda", torch.bfloat16):
+            y, _ = activation24(*single, options=options._replace(kernels=kernels))
+        results.append((y, *torch.autograd.grad(y, single, grad)))
+    return max(map(relative_error, *results))
 
 
 def _weights(device: torch.device) -> Iterator[Check]:

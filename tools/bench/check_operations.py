@@ -36,19 +36,44 @@ from act24.sparse24.weight.linear24 import linear24
 Case = tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]
 
 
-def cases(device: str) -> Iterator[Case]:
-    """Every operation at a small size, as a function of the tensors that get gradients."""
-    generator = torch.Generator().manual_seed(0)
+class _Draw:
+    """Draws tensors that get gradients, all from one seed."""
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device).requires_grad_()
+    def __init__(self, device: str) -> None:
+        self.device, self.generator = device, torch.Generator().manual_seed(0)
 
-    def coarse(*shape: int) -> Tensor:
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device).requires_grad_()
+
+    def coarse(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Multiples of 1/4, which bfloat16 holds: compilers leave out roundings between two operations, and
         what e4m3 makes of the difference is many times as large."""
-        return (draw(*shape).detach() * 4).round().div(4).requires_grad_()
+        return (self(*shape).detach() * 4).round().div(4).to(dtype).requires_grad_()
 
-    labels = torch.randint(50, (4, 64), generator=generator).to(device)
+
+def cases(device: str) -> Iterator[Case]:
+    """Every operation at a small size, as a function of the tensors that get gradients."""
+    draw = _Draw(device)
+    yield from _losses(draw)
+    indices = torch.tensor([3, 1, 17], device=device)
+    yield "select_columns", lambda x: select_columns(x, indices).sin().sum(), (draw(4, 16, 32),)
+    seed = torch.tensor(7, device=device)
+    # What y is multiplied by for the sum. No function of y: what quantising rounds otherwise in a compiled
+    # graph would come back in the gradients, many times as large.
+    probe = draw.coarse(64, 32).detach()
+    yield from _networks(draw, probe, seed)
+    yield from _linears_fp8(draw, probe)
+    yield from _linears24(draw, probe, seed)
+    yield from _document_attentions(draw)
+
+    def bottleneck(hidden: Tensor) -> Tensor:
+        return activation24(hidden, None, None, None, None)[0].sin().sum()
+
+    yield "activation24, no linear", bottleneck, (draw(64, 32),)
+
+
+def _losses(draw: _Draw) -> Iterator[Case]:
+    labels = torch.randint(50, (4, 64), generator=draw.generator).to(draw.device)
     yield (
         "cross_entropy_sum",
         lambda hidden, weight: cross_entropy_sum(hidden, weight, labels, 64)[0],
@@ -60,53 +85,55 @@ def cases(device: str) -> Iterator[Case]:
             lambda hidden, weight, scaling=scaling: cross_entropy_sum(
                 hidden, weight, labels % 48, 64, None, None, None, None, scaling
             )[0],
-            (coarse(4, 64, 32), coarse(48, 32)),
+            (draw.coarse(4, 64, 32), draw.coarse(48, 32)),
         )
-    indices = torch.tensor([3, 1, 17], device=device)
-    yield "select_columns", lambda x: select_columns(x, indices).sin().sum(), (draw(4, 16, 32),)
-    seed, scale = torch.tensor(7, device=device), torch.tensor(1.5, device=device)
-    probe = coarse(64, 32).detach()
+
+
+def _networks(draw: _Draw, probe: Tensor, seed: Tensor) -> Iterator[Case]:
+    scale = torch.tensor(1.5, device=draw.device)
     for options in _variants():
         name = f"activation24, {options.method}, {options.backward}, {options.estimator}, {options.precision}"
 
         def network(x: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24 = options) -> Tensor:
-            # A probe, and no function of y: what quantising rounds otherwise in a compiled graph would come
-            # back in the gradients, many times as large.
             y, _ = activation24(x, weight_in, None, weight_out, None, scale, seed, options=options)
             return (y * probe).sum()
 
-        made = coarse if options.precision == "fp8" else draw
+        made = draw.coarse if options.precision == "fp8" else draw
         yield name, network, (made(64, 32), made(128, 32), made(32, 128))
 
-    for scaling, dtype in itertools.product(("rowwise", "tensorwise"), (torch.float32, torch.bfloat16)):
-        for autocast in (False, True):
 
-            def linear(
-                x: Tensor, weight: Tensor, bias: Tensor, scaling: Scaling = scaling, autocast: bool = autocast
-            ) -> Tensor:
-                with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                    return (linear_fp8(x, weight, bias, scaling=scaling) * probe).sum()
+def _linears_fp8(draw: _Draw, probe: Tensor) -> Iterator[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    for scaling, dtype, autocast in itertools.product(("rowwise", "tensorwise"), dtypes, (False, True)):
 
-            name = f"linear_fp8, {scaling}, {dtype}{', autocast' if autocast else ''}"
-            leaves = (coarse(64, 48), coarse(32, 48), coarse(32))
-            yield name, linear, tuple(t.detach().to(dtype).requires_grad_() for t in leaves)
+        def linear(
+            x: Tensor, weight: Tensor, bias: Tensor, scaling: Scaling = scaling, autocast: bool = autocast
+        ) -> Tensor:
+            with torch.autocast(draw.device, torch.bfloat16, enabled=autocast):
+                return (linear_fp8(x, weight, bias, scaling=scaling) * probe).sum()
 
+        name = f"linear_fp8, {scaling}, {dtype}{', autocast' if autocast else ''}"
+        yield name, linear, tuple(draw.coarse(*shape, dtype=dtype) for shape in ((64, 48), (32, 48), (32,)))
+
+
+def _linears24(draw: _Draw, probe: Tensor, seed: Tensor) -> Iterator[Case]:
     for draws, narrow in itertools.product((False, True), repeat=2):
         given = LinearOptions24(precision="fp8" if narrow else "bfloat16")
 
         def sparse(x: Tensor, weight: Tensor, draws: bool = draws, given: LinearOptions24 = given) -> Tensor:
             mask = top2_of_4(weight.detach().abs())
-            return (
-                linear24(x, weight, None, mask, None, seed if draws else None, options=given) * probe
-            ).sum()
+            y = linear24(x, weight, None, mask, None, seed if draws else None, options=given)
+            return (y * probe).sum()
 
         name = f"linear24, {given.precision}{', drawn gradient' if draws else ''}"
-        yield name, sparse, (coarse(64, 48), coarse(32, 48))
+        yield name, sparse, (draw.coarse(64, 48), draw.coarse(32, 48))
 
+
+def _document_attentions(draw: _Draw) -> Iterator[Case]:
     for width, heads, dtype in ((64, 4, torch.float32), (64, 2, torch.bfloat16), (48, 4, torch.bfloat16)):
-        begins = torch.rand(2, 300, generator=generator) < 0.02
+        begins = torch.rand(2, 300, generator=draw.generator) < 0.02
         places = torch.arange(300).where(begins, 0).cummax(1).values
-        starts = places.to(torch.int32).to(device)
+        starts = places.to(torch.int32).to(draw.device)
 
         def within(
             query: Tensor, key: Tensor, value: Tensor, starts: Tensor = starts, grouped: bool = heads < 4
@@ -114,13 +141,8 @@ def cases(device: str) -> Iterator[Case]:
             return document_attention(query, key, value, starts, grouped).float().sin().sum()
 
         shapes = ((2, 4, 300, width), *[(2, heads, 300, width)] * 2)
-        leaves = tuple(coarse(*shape).detach().to(dtype).requires_grad_() for shape in shapes)
+        leaves = tuple(draw.coarse(*shape, dtype=dtype) for shape in shapes)
         yield f"document_attention, {heads} of 4 heads of {width}, {dtype}", within, leaves
-
-    def bottleneck(hidden: Tensor) -> Tensor:
-        return activation24(hidden, None, None, None, None)[0].sin().sum()
-
-    yield "activation24, no linear", bottleneck, (draw(64, 32),)
 
 
 def without_tokens(device: str) -> Iterator[Case]:

@@ -115,15 +115,16 @@ def save(
     loss is finite is not asked here.
     """
     tensors, table = optimizer_state.capture(_tensors(model), optimizer)
-    documents = {  # made before anything is written: what does not fit into JSON is the caller's bug
-        rank_file(rank()): json.dumps({"random": random_states(), "state": rank_state})
-    }
+    # Made before anything is written: what does not fit into JSON is the caller's bug.
+    documents = {rank_file(rank()): json.dumps({"random": random_states(), "state": rank_state})}
     if rank() == 0:
-        documents["state.json"] = json.dumps(state, indent=1)
-        documents["plan.json"] = json.dumps(plan, indent=1)
-        documents["optimizer.json"] = json.dumps(table)
-        documents["recipe.toml"] = recipe_text
-        documents[TOKENIZER] = tokenizer_json
+        documents |= {
+            "state.json": json.dumps(state, indent=1),
+            "plan.json": json.dumps(plan, indent=1),
+            "optimizer.json": json.dumps(table),
+            "recipe.toml": recipe_text,
+            TOKENIZER: tokenizer_json,
+        }
     folder = checkpoint_folder.folder_of(run_dir, step)
     written = on_every_rank(lambda: checkpoint_folder.temporary(folder))[0]
 
@@ -135,12 +136,6 @@ def save(
             (written / name).write_text(text, encoding="utf-8")
         if rank() == 0:
             save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
-
-    def fingerprint() -> dict[str, Any]:
-        names = contents(written)[rank() :: world_size()]
-        for name in names:
-            sync(written / name)
-        return fingerprints(written, names)
 
     def publish() -> None:
         if rank() == 0:
@@ -154,7 +149,11 @@ def save(
         weights = _gather(model)
         on_every_rank(write)
         on_every_rank(lambda: _dcp(state_dict_saver.save, tensors, written / "optimizer"))
-        files = {name: file for part in on_every_rank(fingerprint) for name, file in part.items()}
+        files = {
+            name: file
+            for part in on_every_rank(lambda: _own_fingerprints(written))
+            for name, file in part.items()
+        }
         on_every_rank(publish)
     except BaseException as error:
         if rank() == 0:
@@ -164,13 +163,21 @@ def save(
         if rank() == 0:
             check_folder()  # a folder that is another one now has no file of this save
         last = _last_good(run_dir, written)
+        older = f"the last good checkpoint is {last}" if last else "there is no older checkpoint"
         raise CheckpointError(
-            f"step {step} could not be saved in {folder.parent}: {error}; "
-            + (f"the last good checkpoint is {last}" if last else "there is no older checkpoint")
+            f"step {step} could not be saved in {folder.parent}: {error}; {older}"
         ) from error
     if rank() == 0:
         checkpoint_folder.prune(run_dir, keep, written=folder, keep_every=keep_every, keep_best=keep_best)
     return folder
+
+
+def _own_fingerprints(written: Path) -> dict[str, Any]:
+    """Those of every n-th file, of which this process takes care; the files are on the disk then."""
+    names = contents(written)[rank() :: world_size()]
+    for name in names:
+        sync(written / name)
+    return fingerprints(written, names)
 
 
 def load(folder: Path) -> Checkpoint:

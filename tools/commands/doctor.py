@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from act24.compiler import triton
 from act24.errors import Act24Error
 from act24.fp8.casts import OPERATORS_E4M3
-from act24.inference.layer import Choice, step_choices
+from act24.inference.layer import PACKED_KERNELS, SKIPPING_KERNELS, Choice, step_choices
 from act24.llama import PRESETS
 from act24.optim import OPTIMIZERS
 from act24.optim.one_pass import why_not_one_pass
@@ -20,6 +20,7 @@ from act24.passes import REGISTRY
 from act24.passes.fp8 import by_shape
 from act24.passes.relu2_ffn import parity_width
 from act24.passes.report import aligned
+from act24.pruning.methods import METHODS as PRUNE_METHODS
 from act24.recipes.plugins import load_plugins
 from act24.schedules import SCHEDULES
 from act24.sparse24.feed_forward.forms import Form, Network, network_of
@@ -41,6 +42,7 @@ from act24.sparse24.weight.forms import (
     why_not_packed,
 )
 from act24.sparse24.weight.linear24 import FORMS as LINEAR_FORMS
+from act24.sparse24.weight.methods import METHODS as WEIGHT_METHODS
 from act24.tools.bench.launches import is_launch_bound, launch_seconds, product_rate
 from act24.tools.run.auto_precision import known_layers, layers_key
 from act24.tools.run.tuning import cache_path, machine, read_table
@@ -114,6 +116,7 @@ def _machine(device: torch.device) -> list[Finding]:
     findings.append(Finding("2:4 kernels", "run and checked on such a GPU" if proven else known))
     served = {form.name: form.operators for form in FORMS} | {"counting": COUNTING}
     served |= {"linears in e4m3": OPERATORS_E4M3}
+    served |= {"steps that skip zeros": SKIPPING_KERNELS, "steps with packed weights": PACKED_KERNELS}
     reasons = {name: kernel_obstacle(device, operators) for name, operators in served.items()}
     reasons["AdamW of 16 bits"] = why_not_one_pass(device)
     for name, reason in reasons.items():
@@ -150,6 +153,8 @@ def _records() -> list[Finding]:
         plugins = str(error)
     tables = {"passes": REGISTRY, "optimizers": OPTIMIZERS, "schedules": SCHEDULES}
     named = [Finding(f"{name} of recipes", ", ".join(table)) for name, table in tables.items()]
+    methods = {"weight24": WEIGHT_METHODS, "prune": PRUNE_METHODS}
+    named += [Finding(f"methods of {name}", ", ".join(table)) for name, table in methods.items()]
     return [Finding("plugins", plugins), *named]
 
 

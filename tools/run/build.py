@@ -18,23 +18,16 @@ from torch import Tensor, nn
 from act24.errors import Act24Error, PassError
 from act24.initialise import build_llama
 from act24.llama import LlamaConfig, LlamaForCausalLM, llama_config
-from act24.passes import (
-    Activation24,
-    ActivationStatistics,
-    Fp8,
-    Pass,
-    Pipeline,
-    SparseMask,
-    Weight24,
-    activation24,
-    weight24,
-)
+from act24.passes import Activation24, ActivationStatistics, Fp8, Pass, Pipeline, SparseMask, Weight24
+from act24.passes.activation24 import SCALE as ACTIVATION_SCALE
 from act24.passes.base import StructuralPass
 from act24.passes.document_attention import DocumentAttention
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.region import joined
 from act24.passes.served import lower_to_serve_
 from act24.passes.state import renew_masks_, renew_to_read_
+from act24.passes.weight24 import MASK
+from act24.passes.weight24 import SCALE as WEIGHT_SCALE
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Data, Recipe, Tokenizer
 from act24.sparse24.format.device import why_no_fp8
@@ -341,7 +334,7 @@ def _load_old_weights_(built: Built, state: Mapping[str, Tensor], path: str, way
         Act24Error: names or shapes differ.
     """
     expected = built.model.state_dict()
-    kinds = (activation24.SCALE, weight24.SCALE, weight24.MASK)
+    kinds = (ACTIVATION_SCALE, WEIGHT_SCALE, MASK)
     kept = {
         joined(fqn, name)
         for fqn, module in built.pipeline.regions.items()

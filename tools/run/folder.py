@@ -38,7 +38,15 @@ from act24.tools.checkpoints.reading import contents_of, read_text
 from act24.tools.checkpoints.together import on_the_first
 from act24.tools.files import is_plain, whole_file
 from act24.tools.run.changes import Change, ScheduleChoice, are_scaled, changes, effects, schedule_line
-from act24.tools.run.history import HISTORY, History, in_the_way, origin_entry, origin_of, read_history
+from act24.tools.run.history import (
+    HISTORY,
+    History,
+    Origin,
+    in_the_way,
+    origin_entry,
+    origin_of,
+    read_history,
+)
 from act24.tools.run.lock import LOCK, Lock, RunError, run_lock
 
 _LONGEST_NAME = 100  # of a folder, in characters
@@ -197,9 +205,9 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dr
             logger.warning("without --dry-run this would end here: %s", error)
             if resume == "never":
                 return None
-    inside, history = run_dir / "checkpoints", read_history(run_dir)
+    history = read_history(run_dir)
     _refuse_others_files(run_dir, history, dump_recipe(recipe))
-    holds_run = bool(history.entries) or os.path.lexists(inside)
+    holds_run = bool(history.entries) or os.path.lexists(run_dir / "checkpoints")
     if resume == "never":
         if holds_run:
             raise RunError(
@@ -213,37 +221,49 @@ def _chosen(run_dir: Path, resume: str, recipe: Recipe, weights: Path | None, dr
         checkpoint_folder.put_back(run_dir)
     origin = origin_of(run_dir, history)
     if resume == "auto":
-        folder = checkpoint_folder.latest(run_dir)
-        if origin and not (folder and origin.is_behind(folder)):  # it has saved nothing since
-            folder = origin.found(whole=True) or folder or origin.found()
-            if folder is None:
-                raise RunError(
-                    f"{run_dir} went on from {origin.recorded}, has no checkpoint of its own, and that one "
-                    "is gone: bring it back, say where it is now with --resume, or choose another folder "
-                    "with --run-dir"
-                )
-        if folder is None and history.cut_off:
+        return _last_of_run(run_dir, recipe, weights, history, origin)
+    return _named(run_dir, resume, holds_run, origin)
+
+
+def _last_of_run(
+    run_dir: Path, recipe: Recipe, weights: Path | None, history: History, origin: Origin | None
+) -> Path | None:
+    """What `--resume auto` goes on from; None for a run that has saved nothing yet."""
+    folder = checkpoint_folder.latest(run_dir)
+    if origin and not (folder and origin.is_behind(folder)):  # it has saved nothing since
+        folder = origin.found(whole=True) or folder or origin.found()
+        if folder is None:
             raise RunError(
-                f"{run_dir / HISTORY} is cut off where it says what the run went on from, and there is no "
-                "checkpoint: name that with --resume, or choose another folder with --run-dir"
+                f"{run_dir} went on from {origin.recorded}, has no checkpoint of its own, and that one "
+                "is gone: bring it back, say where it is now with --resume, or choose another folder "
+                "with --run-dir"
             )
-        if folder is None and weights is None and (began := history.last.get("weights")):
+    if folder is None and history.cut_off:
+        raise RunError(
+            f"{run_dir / HISTORY} is cut off where it says what the run went on from, and there is no "
+            "checkpoint: name that with --resume, or choose another folder with --run-dir"
+        )
+    if folder is None and weights is None and (began := history.last.get("weights")):
+        raise RunError(
+            f"{run_dir} began with the weights of {began}, and has saved nothing since: go on with the "
+            "command that began it (--continue_from), or choose another folder with --run-dir"
+        )
+    if folder is None and (then := begun(run_dir, None)):  # it ended before its first checkpoint
+        _, others = changes(then, recipe)
+        if others:
             raise RunError(
-                f"{run_dir} began with the weights of {began}, and has saved nothing since: go on with the "
-                "command that began it (--continue_from), or choose another folder with --run-dir"
+                f"{run_dir} holds a run of another recipe ({'; '.join(map(str, others[:4]))}): choose "
+                "another folder with --run-dir"
+                + _way_on(then, recipe, others, run_dir / RECIPE, run_dir, "auto")
             )
-        if folder is None and (then := begun(run_dir, None)):  # it ended before its first checkpoint
-            _, others = changes(then, recipe)
-            if others:
-                raise RunError(
-                    f"{run_dir} holds a run of another recipe ({'; '.join(map(str, others[:4]))}): choose "
-                    "another folder with --run-dir"
-                    + _way_on(then, recipe, others, run_dir / RECIPE, run_dir, resume)
-                )
-        return folder
+    return folder
+
+
+def _named(run_dir: Path, resume: str, holds_run: bool, origin: Origin | None) -> Path:
+    """The checkpoint that `--resume` names."""
     folder = last_checkpoint(Path(resume))
     parent = Path(os.path.abspath(folder)).parent.resolve()
-    if holds_run and parent != inside.resolve():
+    if holds_run and parent != (run_dir / "checkpoints").resolve():
         branches = origin is not None and origin.is_beside(folder)
         if not branches or checkpoint_folder.latest(run_dir):
             raise RunError(

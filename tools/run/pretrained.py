@@ -8,6 +8,7 @@ through it; what has no such way starts fresh, and is listed.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -304,11 +305,12 @@ def _with_buffers(state: Mapping[str, Tensor], pipeline: Pipeline) -> dict[str, 
 
 def _created(pipeline: Pipeline, passes: Sequence[str] | None = None) -> Iterator[tuple[str, str | None]]:
     """What structural passes, all or those of these names, create, planned or done: each name, and of a
-    mask the weight that it is of, None of a parameter."""
+    mask the weight that it is of, which the same match has; None of a parameter."""
     for change in pipeline.changes:
         if passes is not None and change.pass_name not in passes:
             continue
-        for fqn in change.region.fqns:
-            for name in change.state.creates:
-                weight = name.removesuffix(MASK_BITS)  # a region has its buffers only when it is rewritten
-                yield joined(fqn, name), joined(fqn, weight) if weight != name else None
+        created = change.state.creates
+        # A mask is created with its weight. A region has its buffers only when it is rewritten.
+        weights = {name + MASK_BITS: name for name in created if name + MASK_BITS in created}
+        for fqn, name in itertools.product(change.region.fqns, created):
+            yield joined(fqn, name), joined(fqn, weights[name]) if name in weights else None

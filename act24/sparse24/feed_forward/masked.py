@@ -1,9 +1,10 @@
 """`activation24` by kernels around dense products, where 2:4 products are no faster or a linear is missing:
 naive, with exact weight gradients.
 
-The same function as the reference, to the last bit where the products are the same. Saved for backward is the
-2:4 activation with its zeros, 2 bytes a feature, which the product behind it saves anyway; the slope is made
-from its square root. A dense relu² network keeps twice as much, and moves as many bytes.
+It computes the same function as the reference, bit for bit where the products are the same. For backward it
+saves the 2:4 activation with its zeros, 2 bytes a feature, which the second linear saves anyway; relu(h), and
+with it the slope, is the square root of that. A dense relu² network saves twice as much and reads and writes
+as many bytes.
 """
 
 from __future__ import annotations

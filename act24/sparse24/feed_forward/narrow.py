@@ -1,6 +1,7 @@
-"""`activation24` for narrow linears, where 2:4 products lose to dense ones (`act24.sparse24.kernels.narrow`):
-the activation and its derivative are made inside the products around them, and nothing F-wide is kept but the
-packed activation, 1.125 bytes a feature, or nothing at all.
+"""`activation24` for narrow linears, for which dense products are faster than 2:4 ones
+(`act24.sparse24.kernels.shared.tiled_product`). The kernels of the products compute the activation and its
+derivative too. Of all tensors with F columns backward keeps the packed activation alone, 1.125 bytes a
+feature, or with `recompute` none.
 
 The same function as the reference in `act24.sparse24.feed_forward.operation` up to the rounding of sums.
 """

@@ -1,8 +1,8 @@
 """2:4 activations behind relu² or relu (arXiv 2503.16672): what the pass `activation24` puts into a graph.
 
 Of every 4 consecutive features of the activation the 2 largest stay. Squaring keeps the order of non-negative
-numbers, so the selection is made on relu(h), and what is saved for backward is relu(h) alone: the mask, the
-2:4 values and the derivative are made from it again, by the same function.
+numbers, so the two largest are selected by relu(h). Backward saves relu(h) alone, and computes the mask, the
+2:4 values and the derivative from it again, with the same function.
 
 This is the plain-PyTorch reference, masked dense products on any device, and the choice between it and the
 kernels.
@@ -109,8 +109,8 @@ def _statistics(positive: Tensor, sparse: Sparse24, pads: Tensor | None, options
 
 
 class _Activation24(torch.autograd.Function):
-    """The options come as a plain tuple: `torch.func.vmap` takes the arguments apart as a tree, and puts the
-    dimensions that it maps over in the places of their leaves."""
+    """The options come as a plain tuple, because `torch.func.vmap` takes named tuples among the arguments
+    apart and makes them again with the mapped dimensions as values, which `Options24` would refuse."""
 
     generate_vmap_rule = True  # per-sample gradients: torch.func.vmap over torch.func.grad
 
@@ -156,9 +156,9 @@ class _Activation24(torch.autograd.Function):
             grad_y = torch.where(pads[..., None], 0, grad_y)
         sparse = _sparse(positive, seed, options)
         grad_product = times_scale(grad_y, scale)
-        # The slope of the masked estimator carries the forward mask, so this gradient is 2:4 along the
-        # features as the activation is. A selection of its own would let dropped positions back in (3.735
-        # beside 2.651 in the paper).
+        # The slope of the masked estimator is zero where forward dropped an entry, so this gradient is 2:4
+        # along the features as the activation is. Selecting two of four of the gradient anew would let it
+        # flow into entries that forward had dropped; in the paper such a run diverges (3.735 beside 2.651).
         slope = estimator_of(options).slope(sparse)
         grad_hidden = slope * (grad_product if weight_out is None else grad_product @ weight_out)
 

@@ -38,9 +38,10 @@ class Options24(NamedTuple):
         kernels: run in the first form that serves the network (`act24.sparse24.feed_forward.forms`); False
             for the plain-PyTorch reference.
         recompute: for narrow linears keep nothing F-wide for backward, and make it again inside the products
-            there (`act24.sparse24.feed_forward.narrow`); the others do not look at it. The pass `recompute`
-            cannot say this: it repeats whole stretches of a block, with attention and norms, and by
-            `torch.utils.checkpoint`; this repeats one narrow product, in the kernel that needs its result.
+            there (`act24.sparse24.feed_forward.narrow`); the others do not look at it. This is not the pass
+            `recompute`, which repeats whole parts of a block, attention and norms among them, with
+            `torch.utils.checkpoint`. This option repeats one narrow product, inside the kernel that reads its
+            result.
         algorithms: what a tuner found for the products on this GPU; empty for the rule of
             `act24.sparse24.format.products.choose`.
     """

@@ -1,13 +1,15 @@
 """`activation24` on packed operands: one pass of a kernel on either way, and four 2:4 products of six.
 
-The same function as the reference in `act24.sparse24.feed_forward.operation`, selection for selection; only
-the rounding of sums differs. Saved for backward are x, the weights and the packed activation: 1.125 bytes a
-feature in place of 2. Naive relu² needs nothing else, since its slope is made from the square root; the other
-methods save the slope as well, 1 byte a feature more.
+It computes the same function as the reference in `act24.sparse24.feed_forward.operation` and selects the same
+entries; only sums are rounded differently. For backward it saves x, the weights and the packed activation,
+which takes 1.125 bytes a feature where relu(h) takes 2. With naive relu² nothing else is needed, because the
+slope 2 relu(h) is twice the square root of the activation. The other methods save the slope too, 1 byte a
+feature more.
 
-Where weight gradients group tokens in another order, the whole network runs in that order: x and the gradient
-of y are gathered, y and the gradient of x put back, all of them narrow, and nothing F-wide ever moves. Saved
-then is x in that order in place of x, with the order and its inverse, 16 bytes a token.
+Where weight gradients group tokens in another order, the whole network runs in that order: the rows of x and
+of the gradient of y are permuted first, and those of y and of the gradient of x are put back at the end.
+These four are only as wide as the model; tensors with F columns are never permuted. Backward then saves x in
+that order, and the order and its inverse, 16 bytes a token.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ class _PackedActivation24(torch.autograd.Function):
             order,
         )
         inference = not training and not options.statistics
-        algorithm = _algorithms(hidden, weight_in, weight_out, options, inference)["y"]
+        algorithm = algorithms_of(hidden, weight_in, weight_out, options, inference)["y"]
         y = times_scale(product24(packed, weight_out.T, algorithm, False, None, None), scale)
         y = y if bias_out is None else y + bias_out
         return y, packed, slope, counts, sums
@@ -119,7 +121,7 @@ class _PackedActivation24(torch.autograd.Function):
         grad_product = times_scale(grad_y, scale)
         grad_activation = grad_product @ weight_out
         saved = _Saved(packed, slope if slope.numel() else None, counts, real)
-        algorithms = _algorithms(x, weight_in, weight_out, ctx.options, inference=False)
+        algorithms = algorithms_of(x, weight_in, weight_out, ctx.options, inference=False)
         sides = x if need_weight_in else None, grad_product if need_weight_out else None
         gradients = _sparse_gradients if backward_of(ctx.options).along_tokens else _exact_gradients
         grad_hidden, grad_weight_in, grad_weight_out = gradients(
@@ -128,7 +130,7 @@ class _PackedActivation24(torch.autograd.Function):
         grad_x = None
         if need_x:
             grad_x = product24(grad_hidden, weight_in, algorithms["grad_x"], False, None, None)
-        # The bias takes a pass of its own over all features; only models with biases pay it.
+        # This unpacks all of dZ once more; only networks with a bias pay for it.
         grad_bias_in = unpack(Packed24(grad_hidden)).sum(0) if need_bias_in else None
         grad_bias_out = None
         if need_bias_out:
@@ -177,8 +179,8 @@ def _sparse_gradients(
     options: Options24,
     algorithms: dict[Kind, int],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same with dZᵀ and aᵀ made 2:4 along the tokens, but for the densest features, whose rows are
-    replaced by those of the dense product. Arguments as for `_exact_gradients`."""
+    """As `_exact_gradients`, with dZᵀ and aᵀ made 2:4 along the tokens. The rows of the densest features are
+    computed by dense products instead. Arguments as there."""
     index = None
     if backward_of(options).dense_features:
         index = densest_features(saved.counts, options.dense_ratio)
@@ -197,15 +199,48 @@ def _sparse_gradients(
     return grad_hidden, grad_weight_in, grad_weight_out
 
 
-def _algorithms(
+def algorithms_of(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24, inference: bool
 ) -> dict[Kind, int]:
-    """Of the products for this many rows."""
+    """The algorithms of the 2:4 products of a network `[F, D]`, `[D_out, F]`, for as many rows `[T, n]`."""
     features, width = weight_in.shape
     network = Network(
         len(rows), features, width, len(weight_out), rows.dtype, rows.device, inference=inference
     )
     return product_algorithms(network, options)
+
+
+class Ordered(NamedTuple):
+    """The tokens of a network in the order in which its weight gradients group them.
+
+    Attributes:
+        rows: `[T, D]`, in that order.
+        order, inverse: int64 `[T]`; None where tokens stay where they are.
+        real: boolean `[T]`, in that order, the tokens that are no padding; None for all.
+    """
+
+    rows: Tensor
+    order: Tensor | None
+    inverse: Tensor | None
+    real: Tensor | None
+
+    def put_back(self, y: Tensor) -> Tensor:
+        """Results `[T, n]` in the order of the input."""
+        return y if self.order is None else Reordered.apply(y, self.inverse, self.order)
+
+
+def in_order(
+    x: Tensor, weight_in: Tensor, real: Tensor | None, options: Options24, training: bool
+) -> Ordered:
+    """The tokens of x `[..., D]` in order: only weight gradients along the tokens, and their statistics, look
+    at it. `weight_in`, `[F, D]`, and `real` as the operation has them."""
+    rows, kind = x.reshape(-1, x.shape[-1]), options.token_permutation
+    used = backward_of(options).along_tokens and (training or options.statistics)
+    if kind == "none" or not used:
+        return Ordered(rows, None, None, real)
+    order, inverse = token_order(weight_in, list(x.shape[:-1]), kind)
+    rows = Reordered.apply(rows, order, inverse)
+    return Ordered(rows, order, inverse, None if real is None else real[order])
 
 
 def packed_activation24(tensors: Tensors, state: State, options: Options24) -> tuple[Tensor, Tensor]:
@@ -219,27 +254,27 @@ def packed_activation24(tensors: Tensors, state: State, options: Options24) -> t
     assert x is not None
     assert weight_in is not None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    shape, kind = x.shape[:-1], options.token_permutation
-    along_tokens, real = backward_of(options).along_tokens, state.real
-    # Only weight gradients along the tokens, and their statistics, look at the order.
-    permuted = along_tokens and kind != "none" and (training or options.statistics)
-    rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
-    if permuted:
-        order, inverse = token_order(weight_in, list(shape), kind)
-        rows = Reordered.apply(rows, order, inverse)
-        real = None if real is None else real[order]
+    ordered = in_order(x, weight_in, state.real, options, training)
+    rows, order, _, real = ordered
     drawn = order if method_of(options).draws else None
     y, packed, _, counts, sums = _PackedActivation24.apply(
         rows, weight_in, *others, state.scale, state.seed, real, drawn, options, training
     )
-    y = Reordered.apply(y, inverse, order) if permuted else y
-    y = y.view(*shape, y.shape[-1])
+    y = ordered.put_back(y)
+    y = y.view(*x.shape[:-1], y.shape[-1])
     if not options.statistics:
         return y, no_statistics(y)
     statistics = token_wise_from_counts(len(rows), counts, sums, real)
-    if along_tokens:
+    if backward_of(options).along_tokens:
         statistics = statistics + feature_wise_from_some_features(packed, counts, real, options)
     return y, statistics
+
+
+def why_not_drawn(network: Network, options: Options24) -> str:
+    """Why the kernel that packs an activation cannot draw it, where the method draws; empty if it can."""
+    if method_of(options).kernel != "mvue":
+        return ""
+    return kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
 
 
 def _condition(network: Network, options: Options24) -> str:
@@ -247,9 +282,7 @@ def _condition(network: Network, options: Options24) -> str:
     widths = (network.width, network.width_out)
     if reason := why_never_packed(network.tokens, network.features, widths) or obstacle_on(network.device):
         return reason
-    if method_of(options).kernel == "mvue" and (
-        reason := kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
-    ):
+    if reason := why_not_drawn(network, options):
         return reason
     if not product_algorithms(network, options):
         return (

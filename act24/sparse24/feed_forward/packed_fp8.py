@@ -3,25 +3,27 @@
     h = x W_inᵀ        y  = a W_outᵀ     dW_outᵀ = aᵀ G         a  = T(f(h))
     dS = G W_out       dX = dZ W_in      dW_in   = dZᵀ x        dZ = f'(h) ∘ dS
 
-Scales are of the values of now, so that nothing is too large and no state is kept. The 2:4 operands a and dZ,
-whose entries differ most in size, have one for each row, which is a token, or along the tokens a feature; the
-library wants one for the dense side, so x, G, W_in and W_out have one where they face a 2:4 operand, and one
-for each row in the two dense products.
+Scales are made from the values themselves, so that nothing overflows and no state is kept. The entries of the
+2:4 operands a and dZ differ most in size, so these have a scale for each row, which is a token, or, where
+they are packed along the tokens, a feature. cuSPARSELt takes a single scale for its dense operand; so x, G,
+W_in and W_out have one scale where they are multiplied with a 2:4 operand, and one for each row in the two
+dense products.
 
-The rows of a and dZ are written by the kernels that select, before which their largest entries have to be
-known: bounds do, the largest |h| and f'(h) |dS| of the row and of the feature, which one read of h and one of
-dS find. What a bound is too large by costs numbers below a millionth of it, and no precision of others.
-Scales of a are powers of two: it is saved in e4m3 once, and written along the tokens over other scales
-without a second rounding, and its slope is made of the same numbers.
+The kernels that select two of four also write a and dZ in e4m3, so they need the scales before they know the
+largest entries. Upper bounds are enough: the largest |h|, and the largest f'(h) times the largest |dS|, of
+each row and of each feature. One read of h and one of dS find them. Where a bound is too large, entries below
+a millionth of it become zero, and all others keep their precision. Scales of a are powers of two, so that a,
+saved in e4m3, can be written again along the tokens with other scales without being rounded a second time;
+its slope is computed from the same saved numbers.
 
-Weights are cast once an update, both ways from one read, where somebody keeps that (`cast_weights`), and else
-where they are read.
+A training loop may cast the weights once an update (`cast_weights`) and keep the result. Else they are cast
+whenever they are read.
 
-Saved for backward are xᵀ and a, a byte an entry of x and 0.625 a feature; all but naive relu² save the slope
-as well, 1 byte a feature more.
+Backward saves xᵀ, 1 byte an entry, and a, 0.625 bytes a feature. All methods but naive relu² save the slope
+too, 1 byte a feature more.
 
-The reference is the same code with the operators' references, on sizes filled up with zeros to what the
-packed format takes.
+The reference is this same code with the references of its operators. Sizes that the packed format does not
+take are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from act24.sparse24.feed_forward.forms import (
     why_never_packed,
 )
 from act24.sparse24.feed_forward.options import Options24, backward_of, method_of
-from act24.sparse24.feed_forward.packed import Reordered
+from act24.sparse24.feed_forward.packed import algorithms_of, in_order, why_not_drawn
 from act24.sparse24.feed_forward.statistics import (
     feature_wise_from_some_features,
     no_statistics,
@@ -55,17 +57,16 @@ from act24.sparse24.format.fp8 import LARGEST, power_scales, scales_of
 from act24.sparse24.format.packed import Packed24, unpack
 from act24.sparse24.format.products import Kind
 from act24.sparse24.kernels.shared.registry import form
-from act24.sparse24.kernels.shared.self_check import DRAWN_ACTIVATION, kernel_obstacle_on
-from act24.sparse24.kernels.token_order import token_order
+from act24.sparse24.kernels.shared.self_check import kernel_obstacle_on
 from act24.sparse24.pattern.scale import times_scale
 from act24.sparse24.pattern.selection import densest_features
 
-#: What T and F, and the widths, have to be multiples of.
+#: T and F have to be multiples of the first, widths of the second.
 _TILE, _LOAD = 64, 16
 
 
 class _Settings(NamedTuple):
-    """What is no tensor: the options, whether gradients are wanted, and whether kernels run."""
+    """The arguments that are no tensors: the options, whether gradients are wanted, whether kernels run."""
 
     options: Options24
     training: bool
@@ -163,7 +164,7 @@ class _PackedFp8(torch.autograd.Function):
             factors = over_features * grad_rows.turned_scale
             sides = (*hidden.value_rows, hidden.index, grad_rows.turned, factors)
             grad_weight_out = _weight_gradient(*sides, algorithms.get("grad_weight_out"), True, kernels)
-        if need_bias_in:  # a pass of its own over all features; only models with biases pay it
+        if need_bias_in:  # unpacks all of dZ once more; only networks with a bias pay for it
             values = unpack(Packed24(hidden.packed)).float()
             grad_bias_in = (values * hidden.by_token[:, None]).sum(0).bfloat16()
         if need_bias_out:
@@ -315,15 +316,12 @@ def _algorithms(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, options: Options24, inference: bool
 ) -> dict[Kind, int]:
     """Of the products for this many rows; on the reference they mean nothing."""
-    features, width = weight_in.shape
-    network = Network(
-        len(rows), features, width, len(weight_out), rows.dtype, rows.device, inference=inference
-    )
     exact = not backward_of(options).along_tokens
     kinds: tuple[Kind, ...] = (
         ("y", "grad_x") if exact else ("y", "grad_x", "grad_weight_in", "grad_weight_out")
     )
-    return product_algorithms(network, options) or dict.fromkeys(kinds, 0)
+    found = algorithms_of(rows, weight_in, weight_out, options, inference)
+    return found or dict.fromkeys(kinds, 0)
 
 
 def fp8_activation24(
@@ -341,15 +339,9 @@ def fp8_activation24(
     assert weight_in is not None
     assert weight_out is not None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    shape, kind = x.shape[:-1], options.token_permutation
-    along_tokens, real = backward_of(options).along_tokens, state.real
     features, width_out = len(weight_in), len(weight_out)
-    permuted = along_tokens and kind != "none" and (training or options.statistics)
-    rows, order, inverse = x.reshape(-1, x.shape[-1]), None, None
-    if permuted:
-        order, inverse = token_order(weight_in, list(shape), kind)
-        rows = Reordered.apply(rows, order, inverse)
-        real = None if real is None else real[order]
+    ordered = in_order(x, weight_in, state.real, options, training)
+    rows, order, _, real = ordered
     tokens = len(rows)
     more = -tokens % _TILE if tokens else _TILE
     wide = (-features % _TILE, -weight_in.shape[1] % _LOAD, -width_out % _LOAD)
@@ -372,13 +364,12 @@ def fp8_activation24(
     y, _, _, packed, over, _, _, counts, sums = _PackedFp8.apply(
         *given, state.scale, state.seed, real, drawn, settings, casts, state.counter
     )
-    y = y[:tokens, :width_out]
-    y = Reordered.apply(y, inverse, order[:tokens] if order is not None else None) if permuted else y
-    y = cast(y, x.dtype).view(*shape, width_out)
+    y = ordered.put_back(y[:tokens, :width_out])
+    y = cast(y, x.dtype).view(*x.shape[:-1], width_out)
     if not options.statistics:
         return y, no_statistics(y)
     statistics = token_wise_from_counts(tokens, counts[:features], sums, real)
-    if along_tokens:
+    if backward_of(options).along_tokens:
         statistics = statistics + feature_wise_from_some_features(
             packed, counts, real, options, over, kernels
         )
@@ -394,9 +385,7 @@ def _condition(network: Network, options: Options24) -> str:
         return f"in fp8 widths {network.width} and {network.width_out} have to be multiples of {_LOAD}"
     if reason := fp8_obstacle_on(network.device) or kernel_obstacle_on(network.device, OPERATORS_E4M3):
         return reason
-    if method_of(options).kernel == "mvue" and (
-        reason := kernel_obstacle_on(network.device, (DRAWN_ACTIVATION,))
-    ):
+    if reason := why_not_drawn(network, options):
         return reason
     return "" if product_algorithms(network, options) else "cuSPARSELt has no algorithm for these products"
 

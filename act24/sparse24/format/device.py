@@ -47,35 +47,29 @@ def obstacle(device: torch.device) -> str:
         return "this build of PyTorch has no cuSPARSELt"
     if triton is None:
         return "Triton is not installed"
-    version = torch.backends.cusparselt.version()
-    try:
-        error = layout_error(device)
-    except RuntimeError as exception:
-        if ran_out_of_memory(exception):  # which is no fact about the machine, and would be kept as one
-            raise
-        return f"cuSPARSELt {version} does not multiply bfloat16 here ({str(exception).splitlines()[0]})"
-    if not error < TOLERANCE:
-        return f"cuSPARSELt {version} reads another layout than ours (relative error {error:.2g})"
-    # Waits for the device: now, and not while a graph is captured.
-    cusparselt.multiplies(device, torch.bfloat16)
-    return ""
+    return _product_obstacle(device, torch.bfloat16)
 
 
 @functools.cache
 def fp8_obstacle(device: torch.device) -> str:
     """Why this device cannot run packed products in e4m3, as `obstacle` does."""
-    if reason := obstacle(device):
-        return reason
+    return obstacle(device) or _product_obstacle(device, torch.float8_e4m3fn)
+
+
+def _product_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the library's product of a small matrix of this dtype is not what it should be; empty if it is."""
+    name = "bfloat16" if dtype is torch.bfloat16 else "e4m3"
     version = torch.backends.cusparselt.version()
     try:
-        error = layout_error(device, torch.float8_e4m3fn)
+        error = layout_error(device, dtype)
     except RuntimeError as exception:
-        if ran_out_of_memory(exception):
+        if ran_out_of_memory(exception):  # which is no fact about the machine, and would be kept as one
             raise
-        return f"cuSPARSELt {version} does not multiply e4m3 here ({str(exception).splitlines()[0]})"
+        return f"cuSPARSELt {version} does not multiply {name} here ({str(exception).splitlines()[0]})"
     if not error < TOLERANCE:
-        return f"cuSPARSELt {version} reads another 8-bit layout than ours (relative error {error:.2g})"
-    cusparselt.multiplies(device, torch.float8_e4m3fn)
+        return f"cuSPARSELt {version} reads another layout of {name} than ours (relative error {error:.2g})"
+    # Waits for the device: now, and not while a graph is captured.
+    cusparselt.multiplies(device, dtype)
     return ""
 
 

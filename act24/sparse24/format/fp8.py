@@ -1,11 +1,12 @@
-"""e4m3 under scales; and, in plain PyTorch, the product y of an `activation24` in e4m3 that has no other one.
+"""Casts to e4m3 with scales, and the product y = a W_outᵀ in e4m3 for networks of `activation24` whose other
+products stay in the dtype of their input. Both are plain PyTorch.
 
     s_t = max_k |a_tk| / 448        a8 = e4m3(a / s)        y_to = s_t u_o Σ_k a8_tk w8_ok
 
-where a is the 2:4 activation, and u and w8 are to W_out `[D_out, F]` what s and a8 are to a: a scale for each
-token and for each output feature, which leave the sum as factors. So it is in `torch._scaled_mm`, and in
-arXiv 2503.16672, whose figures of speed are in fp8. 448 is the largest number of e4m3; a row of zeros stays
-zeros.
+Here a is the 2:4 activation, with a scale s for each token. W_out `[D_out, F]` is cast to w8 in the same way,
+with a scale u for each output feature. Both scales are constant within the sum over k, so they multiply its
+result. `torch._scaled_mm` does the same, and so does arXiv 2503.16672, whose figures of speed are in fp8. 448
+is the largest number of e4m3. A row of zeros stays zeros.
 
 The quantiser has no gradient of its own: backward is that of the same product in bfloat16, straight through.
 """
@@ -21,10 +22,10 @@ from act24.operation import cast
 #: The largest number of e4m3, and the smallest above zero.
 LARGEST, SMALLEST = 448.0, 2.0**-9
 
-#: As a factor, for PyTorch divides a tensor by a number in one way on a CPU and in another on a GPU.
+#: 1 / 448, to multiply with: PyTorch rounds a tensor divided by a number differently on a CPU and on a GPU.
 PER_LARGEST = 1 / LARGEST
 
-#: What rows are taken to reach at least, so that the scale has an inverse.
+#: Smaller magnitudes than this count as this, so that a row of zeros has a scale that can be divided by.
 LEAST = 1e-30
 
 
@@ -42,7 +43,8 @@ def scales_of(largest: Tensor) -> Tensor:
         largest: float32, any shape.
 
     Returns:
-        the same shape. NaN for infinity as for NaN: a fault spoils what shares the scale, and is seen.
+        the same shape. NaN where `largest` is NaN or infinite: everything that shares the scale becomes NaN,
+        so that the fault is seen.
     """
     scale = largest.clamp(min=LEAST) * PER_LARGEST
     return torch.where(largest.isfinite(), scale, float("nan"))
@@ -59,7 +61,7 @@ def power_scales(largest: Tensor) -> Tensor:
         float32, the same shape; NaN where `scales_of` has it.
     """
     scale = scales_of(largest)
-    # A fraction that is not zero carries into the exponent.
+    # Adding the largest fraction raises the exponent by one, unless the fraction is zero already.
     bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
     return torch.where(scale.isnan(), scale, bits.view(torch.float32))
 

@@ -1,7 +1,7 @@
 """Backward around dense products: dZ from dS and the 2:4 activation with its zeros.
 
-Bytes an element: 4 read, 2 written. Torch's compiler would fuse this as well, but leaves out the rounding of
-the root, which makes it relu(h) itself.
+Bytes an element: 4 read, 2 written. torch.compile would fuse this too, but it would not round the square root
+to 16 bits, and only the rounded root is exactly relu(h).
 """
 
 # pyright: reportInvalidTypeForm=false

@@ -5,9 +5,9 @@ products.
     f(h) and dZ, 2:4 along the tokens on top      packed along the tokens, for the two weight gradients
 
 Bytes an element: 3.125 read (dS and the saved activation), 1.125 written for each of the three, together 6.5.
-A thread holds 4 tokens × 8 features, so that groups along either side lie inside it: four loads of every
-fourth token make one tensor each, and all selection is between tensors. Only the results cross threads, on
-their way to rows that run along the tokens.
+A thread holds 4 tokens × 8 features, so that a group of four along either side lies within one thread. To
+this end every fourth token is loaded into a tensor of its own, four tensors in all, and entries are selected
+by comparing these tensors. Only results move between threads, when they are written as rows along the tokens.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -40,7 +40,8 @@ TOKENS, FEATURES = 64, 64
 #: Tiles a program walks along the tokens, the loads of the next one under way while it works.
 STEPS, STAGES = 8, 2
 
-#: Most registers a thread may have: more CTAs at a time outweigh a handful of spills, not a few dozen.
+#: Most registers a thread may have. With fewer registers more CTAs run at a time, which is worth a handful of
+#: spilled registers, but not a few dozen.
 REGISTERS, REGISTERS_WITH_DENSE = 128, 168
 
 

@@ -1,7 +1,8 @@
 """Backward in e4m3: `act24.sparse24.kernels.pack_gradient` from an activation that was saved in e4m3, with
 all that it writes in e4m3.
 
-Selections are made on bfloat16: what was saved is over scales that are powers of two, and so is exact there.
+Entries are selected in bfloat16: the saved activation has scales that are powers of two, so it is exact in
+bfloat16.
 Bytes an element: 2.625 read, 0.625 written for each of the three, together 4.5. Without 2:4 along the tokens
 both matrices are written as they are, transposed: 2.625 read, 2.625 written.
 """

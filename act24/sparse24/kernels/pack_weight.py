@@ -2,8 +2,9 @@
 """A weight under a transposable 2:4 mask, packed along its rows and along its columns from one read: the 2:4
 operands of y = x Wᵀ and of dx = dy W (arXiv 2404.01847).
 
-Once an optimizer step over the weights, so it is plain where the passes over activations count instructions:
-a tile of both goes through shared memory, and each side packs the groups of its rows.
+It runs once an optimizer step, so it is written simply, unlike the kernels for activations, which are tuned
+instruction by instruction: weight and mask of a tile are transposed through shared memory, and either
+orientation packs the groups of its rows.
 """
 
 from __future__ import annotations

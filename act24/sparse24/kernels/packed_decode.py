@@ -9,17 +9,19 @@ inputs, of which two are kept:
                          p G/8 + j; two say where the first kept one stands (0, 1, 2), two the second (1, 2,
                          3, less 1)
 
-So every load is of as many words and no lane waits for another's: a tile of codes serves eight tiles of
-values. The four inputs of a group are one word of 64 bits.
+So a tile of codes belongs to eight tiles of values. All nine loads have the same number of words, and no lane
+waits for another. The four inputs of a group are one word of 64 bits.
 
-With one token each kept value selects its own input among the three that it can stand at. With more of them
-these selections would repeat. The values are spread over their places instead, once for all tokens, and
-tensor cores multiply them: a tile of the weight is four matrices, one for each place in a group, and so are
-the inputs. A sum has no order, so no place has to lie beside its neighbour, and nothing moves between lanes.
-Tensor cores multiply eight tokens or sixteen, so fewer cost as much.
+For one token, each kept value selects its input among the three places that it can have. For several tokens
+these selections would be repeated for each. Instead the values are put at their places among zeros once, and
+tensor cores multiply them: a tile of the weight becomes four matrices, one for each place in a group, and a
+tile of the inputs likewise. The order of the terms of a sum does not matter, so the four need not be
+interleaved, and no value moves between lanes. Tensor cores multiply eight or sixteen tokens at a time, so
+fewer take as long.
 
-A program has some rows of the weight and a split of its inputs. Each split's sum goes to memory in float32,
-and whoever reads adds the splits in a fixed order: no atomics, and the same bits every time.
+A program has some rows of the weight and a split of its inputs. Each split's sum is written in float32, and
+the caller adds the splits in a fixed order. So there are no atomics, and the result is the same bit for bit
+every time.
 """
 
 from __future__ import annotations

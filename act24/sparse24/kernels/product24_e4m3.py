@@ -1,8 +1,8 @@
 """The product with a 2:4 matrix in e4m3, by cuSPARSELt.
 
-The library puts back one factor for a whole product, which would have to be known to the host; a vector of
-them, which it has for other types, it refuses in e4m3 (0.8.0, H200). So sums are rounded as they are, and
-scaled by whoever reads them.
+The library can multiply the result by one factor, but the host would have to know it; for other types it
+takes a vector of factors, which it refuses in e4m3 (0.8.0, H200). So the sums are rounded unscaled, and the
+caller multiplies them by the scales.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # pyright: reportInvalidTypeForm=false
 """The product of a mostly zero activation with a weight, reading only the rows of features that are active.
 
-Bound by memory, for one token up to a few: the weight's bytes are the time, and 80 to 93% of a trained relu²
-activation are zeros. A program has a split of the features and some columns of the weight. It compacts the
+For one token up to a few the time is that of reading the weight, and 80 to 93% of a trained relu² activation
+are zeros. A program has a split of the features and some columns of the weight. It compacts the
 active features of its split, those of any of the tokens, into a list of its own, and adds their rows up.
 Neighbouring features belong to different splits, so that clusters of active ones spread evenly. Each split's
-sum goes to memory in float32, and whoever reads adds the splits in a fixed order: no atomics, and the same
-bits every time.
+sum is written in float32, and the caller adds the splits in a fixed order. So there are no atomics, and the
+result is the same bit for bit every time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The best transposable mask of every 4 × 4 block of a weight, in one pass: 90 candidates a block in
 registers, where plain PyTorch writes them all to memory.
 
-Bytes an element: that of the weight read, one written; 90 sums of four pair sums for 16 elements, about 30
-instructions an element. Sums are in float32 and in the order of the reference, and of equal ones the first
-pattern wins, so the masks are the same bit for bit.
+For each element it reads the bytes of the weight and writes one byte. The 90 sums of four pair sums of a
+block of 16 elements make about 30 instructions an element. Sums are in float32 and in the order of the
+reference, and of equal ones the first pattern wins, so the masks are the same bit for bit.
 """
 
 # pyright: reportInvalidTypeForm=false

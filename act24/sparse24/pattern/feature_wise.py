@@ -1,8 +1,9 @@
-"""2:4 along the tokens, for weight gradients: their products reduce over tokens, so that is where hardware
-wants the zeros (arXiv 2503.16672, section on split GEMM).
+"""2:4 along the tokens, for weight gradients. Tensor cores need the 2:4 zeros along the dimension that a
+product sums over, and weight gradients sum over tokens (arXiv 2503.16672, section on split GEMM).
 
-Neighbouring tokens are alike, which crowds their non-zeros into the same groups: one fixed permutation of all
-tokens of the micro-batch spreads them. Some features are hardly sparse: those stay dense.
+Neighbouring tokens tend to be non-zero in the same features. A fixed permutation of the tokens of a
+micro-batch puts them into different groups of four, so that fewer non-zeros are dropped. Features with the
+most non-zeros may stay dense.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ unbiased; its variance Σ a_i² (1/π_i - 1) under Σ π_i = 2 is least for
     π_i = 2 a_i / S                          if the largest a is at most S/2
     π_m = 1,  π_i = a_i / (S - a_m), i ≠ m   else, with m the largest
 
-A drawn entry comes out with the magnitude K = S/2 in the first case and S - a_m in the second, but for m,
-which is itself. So a group needs no division: laid end to end, the intervals of length a_i that contain u K
-or (1 + u) K are kept, with one uniform number u a group (in the second case those of i ≠ m that contain u K).
-That realises π with exactly two kept, fewer where there are zeros. Groups with at most two non-zeros come
-back as they are.
+A drawn entry is returned with the magnitude a_i / π_i, which is K = S/2 in the first case and K = S - a_m in
+the second; the certain entry m is returned as it is. So no division is needed. Lay intervals of the lengths
+a_i end to end, and draw one uniform number u for the group. In the first case the entries whose intervals
+contain u K and (1 + u) K are kept. In the second case, m is kept, and of the others the one whose interval
+contains u K. Each entry is then kept with its probability π_i, and exactly two are kept, fewer where there
+are zeros. Groups with at most two non-zeros come back as they are.
 
 The theory: arXiv 2203.10991 (MVUE of N:M sparse gradients). The public code of arXiv 2404.01847 ships an
 approximation whose variance is slightly higher, which is NaN on a group with a single large value, and an

@@ -1,8 +1,9 @@
 """Soft thresholding to 2:4 (S-STE, arXiv 2409.09099), and the scale that goes with it.
 
 Of every four entries the two of largest magnitude stay, less the third magnitude; the function is continuous
-where two magnitudes change places. It shrinks, which one scalar β makes up for. With ⟨a, S⟩ ≥ ⟨S, S⟩, S of
-no larger magnitude and the same sign as a, β is never below 1.
+where two magnitudes change places. It makes magnitudes smaller, so its result S(a) is multiplied by one
+scalar, β = ⟨a, S⟩ / ⟨S, S⟩. Every entry of S has the sign of the entry of a and at most its magnitude; so ⟨a,
+S⟩ ≥ ⟨S, S⟩, and β is at least 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 from act24.operation import operation
 from act24.sparse24.pattern.selection import top2_of_4
 
-#: β stays inside: 1 by theory, 2 where nearly equal entries would let it run away.
+#: The range that β is clamped to. Theory says 1 or more; without the upper end β grows without bound where
+#: all entries are nearly equal.
 SCALE_RANGE = (1.0, 2.0)
 
 

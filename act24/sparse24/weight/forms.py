@@ -34,7 +34,7 @@ _KINDS: dict[LinearProduct, Kind] = {
 
 @checked
 class LinearOptions24(NamedTuple):
-    """How `linear24` is computed; but for the precision, of no meaning to the mathematics.
+    """How `linear24` is computed. Apart from the precision, none of these changes the function.
 
     A named tuple, because it is a constant of an fx graph and of a compiled one; it checks itself where it is
     made (`OptionError`).
@@ -140,8 +140,9 @@ def product_algorithms(linear: Linear, options: LinearOptions24) -> dict[LinearP
     """The algorithms of the products that are 2:4; the others are dense. Each stands for itself: with the
     weight packed, or masked, once for all of them, none costs the others anything.
 
-    A drawn gradient is always packed: the kernel that draws writes half of what one would that fills zeros
-        in. For inference a product that was tuned for fewer tokens answers too: more of them only help 2:4.
+    A drawn gradient is always packed, because the kernel that draws would have to write twice as many bytes
+    with the zeros filled in. For inference, a measurement for fewer tokens is used where there is none for so
+    many: 2:4 products gain with the number of tokens.
     """
     products = linear_products(linear.tokens, linear.out_features, linear.in_features)
     chosen: dict[LinearProduct, int] = {}

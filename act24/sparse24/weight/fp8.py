@@ -1,7 +1,8 @@
 """`linear24` in e4m3: y = x W₂₄ᵀ and dX = G W₂₄, and dW = Gᵀ x where its gradient is not drawn.
 
-The products are the dense ones of `act24.fp8.linear`, for cuSPARSELt's 2:4 products of weights are measured
-in bfloat16 alone; a zero stays a zero in e4m3, so W₂₄ stays 2:4. A drawn gradient stays 2:4 in bfloat16.
+The products are dense ones, those of `act24.fp8.linear`, because 2:4 products of weights were measured in
+bfloat16 only. Zero stays zero in e4m3, so W₂₄ is still 2:4. A drawn gradient is multiplied in bfloat16, as a
+2:4 operand.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ from act24.sparse24.pattern.transposable import transposable_mask
 
 WeightGradient = Literal["mvue", "dense"]
 
+#: The size of the weight on which the mask of a new method is looked at.
+_CHECKED = (64, 64)
+
 #: What the kernel for transposable masks reads.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,6 +58,9 @@ class WeightMethod:
         decay: its λ, as published; 0 where there is none.
         weight_gradient: of dW, as published: `"mvue"` makes the output gradient 2:4 along the tokens.
         source: where it was published.
+
+    Raises:
+        OptionError: an option is out of range, or the mask of a small weight is not as said above.
     """
 
     name: str
@@ -71,6 +77,20 @@ class WeightMethod:
         check_options(self, f"method {self.name}")
         if self.decay and self.decay_place == "none":
             raise OptionError(f"method {self.name}: a decay of {self.decay} needs a decay_place")
+        self._check_mask()
+
+    def _check_mask(self) -> None:
+        """Look at the mask of a small weight: products with packed weights would drop what it keeps beyond
+        two of four, and dense ones would not."""
+        weight = torch.randn(_CHECKED, generator=torch.Generator().manual_seed(0), device="cpu")
+        kept = self.mask(weight)
+        if kept.dtype is not torch.bool or kept.shape != weight.shape:
+            raise OptionError(f"method {self.name}: mask has to give a boolean tensor of the weight's shape")
+        for side, along in (("in", kept), *([("out", kept.T)] if self.both_ways else [])):
+            if int(along.unflatten(1, (-1, 4)).sum(-1).max()) > 2:
+                raise OptionError(
+                    f"method {self.name}: mask keeps more than two of four consecutive entries along {side}"
+                )
 
     def wrong_size(self, shape: tuple[int, int]) -> str:
         """Why a weight `(out, in)` cannot be made 2:4, in a few words; empty if it can."""
@@ -108,7 +128,8 @@ METHODS: Table[WeightMethod] = Table(
         weight_gradient="mvue",
         source="arXiv 2404.01847; their λ is 6e-5 for GPT-2 of 124M and 774M, 2e-4 for 350M and 1558M",
     ),
-    # Soft thresholding brings the second of two equal magnitudes to zero with the third; it counts as kept.
+    # Where the second and third magnitude are equal, soft thresholding makes both zero. The mask has the
+    # second one all the same.
     WeightMethod(
         name="soft_threshold",
         mask=_two_largest,

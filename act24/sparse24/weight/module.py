@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, get_args
+from typing import Annotated, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from act24.options import Range, in_range, one_of
+from act24.options import Range, Width, check_values, in_range, one_of
 from act24.sparse24.format.products import Table
 from act24.sparse24.weight.forms import LinearOptions24
 from act24.sparse24.weight.linear24 import flip_rate, linear24, masked_decay_
@@ -21,6 +21,14 @@ from act24.sparse24.weight.methods import (
     weight_mask,
     weight_scale,
 )
+
+
+class _Sizes(NamedTuple):
+    """Numbers that the constructor takes."""
+
+    in_features: Width
+    out_features: Width
+    seed: int
 
 
 class SparseLinear24(nn.Linear):
@@ -78,6 +86,7 @@ class SparseLinear24(nn.Linear):
             ValueError: a size that the method cannot make 2:4.
         """
         owner = type(self).__name__
+        check_values(_Sizes, owner, in_features=in_features, out_features=out_features, seed=seed)
         one_of(owner, "method", method, METHODS)
         record = METHODS[method]
         if wrong := record.wrong_size((out_features, in_features)):

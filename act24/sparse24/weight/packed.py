@@ -2,13 +2,13 @@
 
     yᵀ = W₂₄ xᵀ         dXᵀ = W₂₄ᵀ Gᵀ         dW = MVUE₂₄(G)ᵀ x
 
-cuSPARSELt multiplies a 2:4 matrix from the left, so the weight comes first, with the results written
-transposed.
-Packed weights are either handed in, made once an update, or packed here: in forward, and for dX again in
-backward, which reads and writes 5.25 bytes a weight each time, and keeps nothing.
+cuSPARSELt wants the 2:4 matrix on the left, so it computes the transposes of y and dX, and writes them
+transposed. Packed weights are handed in where a training loop packs them once an update. Else they are packed
+here, in forward and for dX again in backward: nothing is kept between the two, and each time 5.25 bytes a
+weight are read and written.
 
-The same function as the reference in `act24.sparse24.weight.linear24`, selection for selection and draw for
-draw; only the rounding of sums differs.
+It computes the same function as the reference in `act24.sparse24.weight.linear24`, with the same selections
+and draws; only sums are rounded differently.
 """
 
 from __future__ import annotations

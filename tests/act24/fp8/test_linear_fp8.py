@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_after
 from torch import Tensor
 
 from act24.errors import Act24Error
@@ -89,7 +90,7 @@ def test_nan_and_infinity_spoil_their_token_and_no_other() -> None:
     assert not linear_fp8(torch.zeros(4, 32), torch.zeros(16, 32), None).any()
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaling", slow_after(1, SCALINGS))
 def test_compiled_in_one_graph_under_autocast(scaling: Scaling) -> None:
     x, weight, bias = torch.randn(3, 8, 32), torch.randn(48, 32), torch.randn(48)
     leaves = tuple(t.requires_grad_() for t in (x, weight, bias))

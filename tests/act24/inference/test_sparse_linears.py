@@ -8,6 +8,7 @@ from rewritten_models import GREEDY, PROMPTS, equal_tokens, llama, rewritten
 from slow import slow_but
 
 from act24.errors import Act24Error
+from act24.inference import layer as layer_module
 from act24.inference import linears as linears_module
 from act24.inference import prompts as prompts_module
 from act24.inference.generator import Generator
@@ -21,7 +22,11 @@ from act24.sparse24.weight.forms import LinearOptions24, product_algorithms, pro
 
 
 @pytest.mark.parametrize(
-    "name", ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"]
+    "name",
+    slow_but(
+        ("stock", "relu2-act24", "cola-relu2-act24", "lost", "weight24"),
+        ["stock", "relu2", "relu", "relu2-act24", "soft", "cola-relu2-act24", "loro", "lost", "weight24"],
+    ),
 )
 @pytest.mark.parametrize(
     "choice",
@@ -53,7 +58,11 @@ def test_sparse_steps_are_the_dense_step(name, choice):
     assert not any(p.is_inference() for p in model.parameters()), "nobody could train them"
 
 
-@pytest.mark.parametrize("choice", [Choice(streamed=True), Choice(True, True, True, True)], ids=str)
+@pytest.mark.parametrize(
+    "choice",
+    slow_but((Choice(True, True, True, True),), [Choice(streamed=True), Choice(True, True, True, True)]),
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["relu2", "relu2-act24", "lost"])
 def test_streamed_weights_of_one_row_are_the_dense_step(name, choice, monkeypatch):
     """By the reference: one prompt, whose steps are of one token; and the head is streamed too."""
@@ -146,8 +155,17 @@ def test_the_rule_for_prompts():
 @pytest.mark.parametrize(
     ("rows", "skipping", "packed"), [(1, 1, 1), (2, 1, 1), (8, 1, 1), (9, 0, 1), (16, 0, 1), (17, 0, 0)]
 )
-def test_what_a_step_tries_by_rows(rows, skipping, packed):
+def test_what_a_step_tries_by_rows(rows, skipping, packed, monkeypatch):
     cuda, everything = torch.device("cuda"), Choice(skipping=True, packed=True)
+    for wrong in ("skipping_product", "packed_decode"):  # what the self-check finds of a GPU
+        monkeypatch.setattr(
+            layer_module,
+            "kernel_obstacle_on",
+            lambda _, names, wrong=wrong: "wrong" if wrong in names else "",
+        )
+        tried = step_choices(rows, everything, torch.bfloat16, cuda)
+        assert not any(c.skipping if wrong == "skipping_product" else c.packed for c in tried)
+    monkeypatch.setattr(layer_module, "kernel_obstacle_on", lambda *_: "")
     tried = step_choices(rows, everything, torch.bfloat16, cuda)
     assert len(tried) == len({*tried}) == 2 ** (skipping + packed)
     assert tried[0] == DENSE

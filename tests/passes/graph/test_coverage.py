@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import spectral_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils.parametrizations import weight_norm
-from toys import SwiGLU, Trunk, features
+from toys import SwiGLU, Trunk, features, llama
 
 from act24.passes import (
     REGISTRY,
@@ -140,6 +140,41 @@ def test_a_linear_beside_is_named_and_not_counted() -> None:
         nn.Sequential(Mixed(), Mixed()), [LowRank(**RANKS, targets=("*.mix", "*.first"))]
     ).coverage
     assert not any("neither" in reason for *_, reason in coverage.left)
+
+
+class Projected(nn.Module):
+    """As OPT's projections stand, around the layers, and a router in each of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project_in, self.layers = nn.Linear(16, 16), nn.Sequential(Routed(), Routed())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.project_in(x))
+
+
+class Routed(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x) * self.choice(x).softmax(-1).topk(1, dim=-1).values
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda p: p.name)
+def test_linears_of_no_role_and_routers_are_named_by_every_pass(one: Any) -> None:
+    passes = [Cola(**RANKS), one] if one.name == "recompute" else [replace(one, optional=True)]
+    (*_, coverage) = plan(Projected(), passes).coverage
+    said = {names: (share, reason) for names, share, reason in coverage.left}
+    if one.name != "recompute":  # which takes whole regions
+        assert said["layers.*.choice"] == (0.0, "a router")
+    share, reason = said["project_in"]
+    assert share == 0.0
+    assert reason.startswith("neither attention nor feed-forward")
+    other = replace(one, targets=("*", "project_in"), optional=True)
+    (*_, coverage) = plan(Projected(), [*passes[:-1], other]).coverage
+    assert reason.endswith("name it in targets to take it") == ("project_in" not in str(coverage.left))
 
 
 def test_biases_of_several_matrices_are_none() -> None:
@@ -295,3 +330,31 @@ def test_targets_are_said_and_those_that_name_nothing_too() -> None:
 def test_nearly_all_is_not_all() -> None:
     assert str(Coverage("low_rank", "head", 999, 1000, ())) == "low_rank reaches 99% of the head matrices"
     assert str(Coverage("low_rank", "head", 1000, 1000, ())) == "low_rank reaches 100% of the head matrices"
+
+
+REMADE = {
+    'torch.nn.utils.prune.remove(module, "weight")': lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    'torch.nn.utils.remove_weight_norm(module, "weight")': torch.nn.utils.weight_norm,
+    'torch.nn.utils.remove_spectral_norm(module, "weight")': torch.nn.utils.spectral_norm,
+    'torch.nn.utils.parametrize.remove_parametrizations(module, "weight")': parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm")
+@pytest.mark.parametrize("call", REMADE)
+def test_what_torchs_tools_compute_before_every_forward_is_left_and_how_it_becomes_a_weight(call):
+    """And what is done as it says makes a linear of it like any other, with the values that it had."""
+    model = llama()
+    module = model.model.layers[0].mlp.up_proj
+    REMADE[call](module)
+    report = plan(model, [Relu2FFN(optional=True), Weight24()], check=False)
+    networks, weights = report.coverage
+    assert [reason for *_, reason in weights.left] == [
+        f"its weight is computed in forward, not read: call {call} first, or leave it out with ignore"
+    ]
+    assert all(call in reason and len(reason) < 180 for *_, reason in networks.left)
+    assert len(networks.left) == 2
+    expected = module.eval()(torch.eye(32)).detach()
+    eval(call, {"torch": torch, "module": module})
+    assert plan(model, [Weight24()], check=False).partial == ()
+    torch.testing.assert_close(module(torch.eye(32)), expected)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from slow import slow_but
 
 from act24.initialise import build_llama
 from act24.passes import Cola, Lost, LowRank, Relu2FFN, apply_
@@ -44,7 +45,10 @@ def named(name, lost):
     return name.replace("weight_columns", "columns.weight").replace("column_indices", "indices")
 
 
-@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
+QUICK = [PASSES[name] for name in ("loro relu2", "cola relu2 bottleneck", "lost")]
+
+
+@pytest.mark.parametrize("passes", slow_but(QUICK, PASSES.values()), ids=PASSES)
 def test_it_is_the_same_mathematics(tiny, passes):
     recipe = tiny().model_copy(update={"passes": tuple(passes)})
     config = model_config(recipe)

@@ -358,7 +358,7 @@ print(json.dumps(seen))
 @pytest.mark.parametrize(
     ("before", "what"),
     [
-        pytest.param(before, what, marks=[pytest.mark.slow] * (before > 0 or what == "read"))
+        pytest.param(before, what, marks=[pytest.mark.slow] * (before > 0 or what == "kill"))
         for before in (0, 1, 2)  # a first save, the next, and one of a step that has been saved
         for what in ("kill", "read")
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from children import start_processes
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -153,7 +153,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=two_gpus)])
 def test_two_processes(tmp_path, device):
-    mp.spawn(process, (str(tmp_path), device), nprocs=2)
+    start_processes(process, (str(tmp_path), device), nprocs=2, start_method="forkserver")
     for name in ("replicated", "sharded"):
         loaded = checkpoint.load(tmp_path / name / "checkpoints" / "step-000002")
         alone = model_of(3)

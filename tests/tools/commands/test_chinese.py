@@ -45,7 +45,19 @@ SOURCES = {
     "recipes/checks.py": ("oddities",),
     "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where", "untrained"),
     "passes/rewriting.py": ("__init__",),
-    "passes/graph/coverage.py": ("Coverage", "_NAMES", "STACKED", "_UNREAD", "listed"),
+    "passes/graph/activation_sites.py": ("obstacle", "OF_ATTENTION"),
+    "passes/graph/coverage.py": (
+        "Coverage",
+        "_NAMES",
+        "STACKED",
+        "_UNREAD",
+        "_COMPUTED",
+        "_computed",
+        "_NO_ROLE",
+        "_BESIDE",
+        "_ROUTER",
+        "listed",
+    ),
     "passes/graph/check.py": ("Check",),
     "passes/graph/probe.py": ("obstacle",),
     "passes/graph/linear_sites.py": (
@@ -80,7 +92,7 @@ SOURCES = {
     "act24/sparse24/feed_forward/packed.py": (),
     "act24/sparse24/feed_forward/packed_fp8.py": (),
     "act24/sparse24/feed_forward/methods.py": ("METHODS", "ESTIMATORS", "BACKWARDS"),
-    "act24/sparse24/format/device.py": ("obstacle", "fp8_obstacle"),
+    "act24/sparse24/format/device.py": ("obstacle", "_product_obstacle"),
     "act24/sparse24/kernels/shared/self_check.py": ("kernel_obstacle", "check_operator"),
     "act24/sparse24/weight/forms.py": (),
     "act24/sparse24/weight/methods.py": ("wrong_size",),
@@ -256,6 +268,7 @@ def test_what_doctor_finds_is_chinese(machine: str, request: pytest.FixtureReque
         assert chinese(method.summary) != method.summary
 
 
+@pytest.mark.usefixtures("capable_machine")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_doctor_says_of_generation_is_chinese(device: str) -> None:
     for finding in doctor._decoding(torch.device(device)):

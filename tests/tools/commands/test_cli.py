@@ -16,6 +16,7 @@ import tomllib
 import pytest
 import torch
 from children import Command
+from slow import slow_after
 
 from act24.llama import LlamaForCausalLM, llama_config
 from act24.recipes.load import load_recipe, recipe_names
@@ -64,6 +65,7 @@ def test_probe_decay_says_where_to_look(act24, tiny_file):
     assert [run["ratio"] for run in result["runs"]] == [rate / rates[0] for rate in rates]
 
 
+@pytest.mark.slow
 def test_probe_decay_by_default(act24, tiny_file):
     passes = 'passes=[{use="weight24", scope="mlp", mask_every=1}]'
     status, out, errors = act24("probe-decay", tiny_file, "--set", passes, "--json")
@@ -118,7 +120,7 @@ def test_recipe_ls_and_show(act24):
     assert [p["use"] for p in table["passes"]] == ["relu2_ffn", "activation24"]
 
 
-@pytest.mark.parametrize("name", ["demo", "c4/60m-relu2-act24"])
+@pytest.mark.parametrize("name", slow_after(1, ["demo", "c4/60m-relu2-act24"]))
 def test_recipe_cp_gives_a_recipe_that_is_valid(act24, tmp_path, name):
     status, out, errors = act24("recipe", "cp", name, tmp_path)
     copy = tmp_path / f"{name.rpartition('/')[2]}.toml"

@@ -41,6 +41,8 @@ def test_what_recipes_can_name_is_listed() -> None:
     findings = {f.subject: f.finding for f in doctor.examine(torch.device("cpu"))}
     assert findings["optimizers of recipes"] == "adamw, loro_adamw, cola_adamw, lost_adamw, muon"
     assert findings["schedules of recipes"] == "cosine, linear, constant, wsd, cosine_restart"
+    assert findings["methods of weight24"] == "transposable, soft_threshold, ste, sr_ste"
+    assert findings["methods of prune"].startswith("magnitude, wanda, ")
     assert findings["passes of recipes"].startswith("relu2_ffn, low_rank, cola, lost, ")
 
 
@@ -90,6 +92,7 @@ def test_a_gpu_on_which_nothing_was_run_is_said_so(
     assert all(gpu in readme for gpu in PROVEN)
 
 
+@pytest.mark.usefixtures("capable_machine")
 def test_steps_of_generation_are_shown_by_rows() -> None:
     def told(device: str) -> dict[str, str]:
         found = {each.subject: each.finding for each in doctor._decoding(torch.device(device))}

@@ -8,6 +8,7 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
+from children import Command
 
 from act24.errors import Act24Error
 from act24.recipes.load import RecipeError, load_recipe, parse_recipe
@@ -182,12 +183,16 @@ def test_the_traceback_is_there_for_who_asks(capsys, monkeypatch):
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
+def in_ascii():
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
+
 def test_a_terminal_that_cannot_print_a_character():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "act24", "recipe", "show", "demo", "-s", "description=relu² → 2:4"]
-    run = subprocess.run(command, env=environment, capture_output=True)
-    assert (run.returncode, run.stderr) == (0, b"")
-    assert b'description = "relu? ? 2:4"' in run.stdout
+    words = ("recipe", "show", "demo", "-s", "description=relu² → 2:4")
+    with Command(*words, before=in_ascii) as command:
+        status, out, errors = command.end()
+    assert (status, errors) == (0, "")
+    assert 'description = "relu? ? 2:4"' in out
 
 
 def test_a_reader_that_went_away():
@@ -200,10 +205,13 @@ def test_a_reader_that_went_away():
     assert run.stderr == b""
 
 
+def on_a_full_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 def test_an_output_on_a_full_disk_is_one_line():
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "act24", "recipe", "ls"]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    with Command("recipe", "ls", before=on_a_full_disk) as command:
+        status, _, errors = command.end()
+    assert status == 2
+    (line,) = errors.splitlines()
     assert line.startswith("act24: failed: No space left on device")

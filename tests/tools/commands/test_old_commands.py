@@ -53,7 +53,14 @@ COMMANDS = {
     "--activation_dense_warmup_steps 2",
 }
 #: Where another one takes the same ways.
-SLOW = ("dx_direct_sparse 1", "dx_direct_sparse 2", "LoST by singular values")
+SLOW = (
+    "dx_direct_sparse 1",
+    "dx_direct_sparse 2",
+    "LoST by singular values",
+    "usage: LoST",
+    "usage: CoLA",
+    "usage: LORO",
+)
 TOY = [
     "model.vocab_size=300",
     "model.hidden_size=32",

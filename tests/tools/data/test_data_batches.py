@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.recipes import schema
@@ -27,8 +28,13 @@ def rows_of(batches, count):
     return list(itertools.islice(pairs, count))
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("source", "layout"),
+    slow_but(
+        [("text", "padded"), *((source, "packed") for source in SOURCES if source != "builtin")],
+        itertools.product(SOURCES, ["packed", "padded"]),
+    ),
+)
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_resuming_twice_continues_with_exactly_the_next_row(sources, tokenizer, source, layout, data):
@@ -78,8 +84,13 @@ def test_ranks_see_every_row_once_an_epoch(sources, tokenizer, source, layout):
         assert len(everything) == heldout_rows(data, tokenizer, 10**9, vocab_size=300).total_rows
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("source", "layout"),
+    slow_but(
+        [("text", "padded"), *((source, "packed") for source in SOURCES)],
+        itertools.product(SOURCES, ["packed", "padded"]),
+    ),
+)
 def test_heldout_rows_do_not_depend_on_batches_or_ranks(sources, tokenizer, source, layout):
     data = sources[source].model_copy(update={"rows": layout})
     reference = heldout_rows(data, tokenizer, 500, vocab_size=300)

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_but
 
 from act24.tools.data import merged_state, open_rows
 from act24.tools.data.dealt import DealtRows
@@ -27,7 +28,7 @@ def dealt(data, tokenizer, steps, world_size, batch_size, streams, state=None):
     return order, json.dumps(merged_state(states))
 
 
-@pytest.mark.parametrize(("source", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("source", "layout"), slow_but([("json", "padded"), ("shards", "packed")], LAYOUTS))
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_the_rows_of_a_run_are_the_same_for_any_number_of_processes(sources, tokenizer, source, layout, data):

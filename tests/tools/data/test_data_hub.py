@@ -13,6 +13,7 @@ from collections import Counter
 
 import huggingface_hub
 import pytest
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
@@ -69,7 +70,7 @@ def test_ranks_are_disjoint_and_together_complete(local, corpora, world_size):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", slow_but((2,), [1, 2, 3]))
 def test_resuming_twice_continues_with_exactly_the_next_row(local, tokenizer, layout, world_size):
     data = local.model_copy(update={"rows": layout})
 

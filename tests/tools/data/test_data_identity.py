@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 
 import pytest
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data, Tokenizer
@@ -246,7 +247,7 @@ def test_added_files_are_read_from_the_next_epoch_on(folder, opened):
     assert (again, end, warnings) == (grown[6:], later, [])
 
 
-@pytest.mark.parametrize("buffer", [0, 4, 40])
+@pytest.mark.parametrize("buffer", slow_but((4,), [0, 4, 40]))
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_an_epoch_that_was_begun_stays_as_it_was(folder, opened, tokenizer, layout, buffer):
     """Grown after any number of rows, inside the first document of an epoch or a buffer as well: all text of

@@ -72,6 +72,7 @@ def test_an_interrupted_call_goes_on_where_it_was(corpora, tokenizer, tmp_path, 
         assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(corpora, tokenizer_file, tmp_path):
     """SIGKILL at moments that nobody chose, until it is through."""
     data = corpora["json"].data()

@@ -8,6 +8,7 @@ import json
 import pytest
 import tokenizers
 import torch
+from slow import slow_after
 
 from act24.errors import Act24Error
 from act24.passes import Cola, Relu2FFN
@@ -37,7 +38,7 @@ def value(reader, name: str):
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("arcee", (Relu2FFN(),)), ("llama", ())])
-@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("tied", slow_after(1, ["true", "false"]))
 def test_the_file_says_what_the_model_is(tiny, tmp_path, kind, passes, tied):
     changes = {"model.num_key_value_heads": 1, "model.rope_theta": 5000, "model.tie_word_embeddings": tied}
     path = run(tiny, tmp_path / "run", *passes, **changes)
@@ -86,7 +87,7 @@ def test_the_file_says_what_the_model_is(tiny, tmp_path, kind, passes, tied):
         assert torch.equal(tensors[f"blk.0.{theirs}.weight"].view(heads, 16, 32), expected)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+@pytest.mark.parametrize(("dtype", "kind"), slow_after(1, [(torch.bfloat16, "BF16"), (torch.float16, "F16")]))
 def test_16_bit_weights_stay_what_they_are(tiny, tmp_path, dtype, kind):
     built = load(run(tiny, tmp_path / "run", Relu2FFN()))
     model = built.model.to(dtype)
@@ -101,11 +102,14 @@ def test_16_bit_weights_stay_what_they_are(tiny, tmp_path, dtype, kind):
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [
-        ({"attention_bias": True}, "attention_bias = true"),
-        ({"mlp_bias": True}, "mlp_bias = true"),
-        ({"rope_scaling": RotaryScaling("linear", 2.0)}, 'rope_type "linear"'),
-    ],
+    slow_after(
+        1,
+        [
+            ({"attention_bias": True}, "attention_bias = true"),
+            ({"mlp_bias": True}, "mlp_bias = true"),
+            ({"rope_scaling": RotaryScaling("linear", 2.0)}, 'rope_type "linear"'),
+        ],
+    ),
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tiny, tmp_path, change, told):
     built = load(run(tiny, tmp_path / "run"))
@@ -119,11 +123,14 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tiny, tmp_path, chang
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": {"type": "Whitespace"}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
-    ],
+    slow_after(
+        1,
+        [
+            {"normalizer": {"type": "NFC"}},
+            {"pre_tokenizer": {"type": "Whitespace"}},
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+        ],
+    ),
 )
 def test_another_way_to_split_text_is_refused(tiny, tmp_path, change):
     built = load(run(tiny, tmp_path / "run"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
-from slow import slow_but
+from slow import slow_after, slow_but
 
 from act24.errors import Act24Error
 from act24.initialise import build_llama
@@ -46,7 +47,7 @@ def close(logits: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("change", VARIANTS, ids=str)
+@pytest.mark.parametrize("change", slow_after(2, VARIANTS), ids=str)
 def test_what_we_save_transformers_loads(change: dict, tmp_path: Path) -> None:
     model = build_llama(dataclasses.replace(CONFIG, **change), seed=0)
     save_pretrained(model, tmp_path / "new" / "folder", {"recipe": "demo"})
@@ -87,7 +88,7 @@ def test_what_transformers_saves_we_load(change: dict, shard: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "dtype"),
     slow_but(
-        [(VARIANTS[0], torch.float32), *((change, torch.bfloat16) for change in VARIANTS)],
+        [(VARIANTS[0], torch.float32), (VARIANTS[1], torch.bfloat16)],
         itertools.product(VARIANTS, (torch.float32, torch.bfloat16)),
     ),
     ids=str,
@@ -104,7 +105,7 @@ def test_round_trip_is_exact(change: dict, dtype: torch.dtype, tmp_path: Path) -
     assert back.config == dataclasses.replace(model.config, **resolved)
 
 
-@pytest.mark.parametrize("wide", ["lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize("wide", slow_after(1, ["lm_head.weight", "model.norm.weight"]))
 def test_of_several_dtypes_that_of_the_config_is_computed_in(
     wide: str, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,10 +123,16 @@ def test_of_several_dtypes_that_of_the_config_is_computed_in(
         load_pretrained(saved)
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_pretrained(build_llama(CONFIG, seed=0), folder)
+    return folder
+
+
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    save_pretrained(build_llama(CONFIG, seed=0), tmp_path)
-    return tmp_path
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved_once, tmp_path, dirs_exist_ok=True)
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -301,7 +308,7 @@ SCALINGS = [
 LONG = torch.randint(0, 67, (1, 200), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("scaling", slow_after(3, SCALINGS), ids=str)
 def test_rotary_scalings_are_those_of_transformers_both_ways(scaling: dict, tmp_path: Path) -> None:
     fields = dataclasses.asdict(CONFIG) | {"eos_token_id": [1, 3]}
     theta = fields.pop("rope_theta")
@@ -338,7 +345,7 @@ FOUND: list[dict] = [
 
 @pytest.mark.parametrize(
     "settings",
-    [s if n % 8 == 0 else pytest.param(s, marks=pytest.mark.slow) for n, s in enumerate(FOUND)],
+    [s if n == 0 else pytest.param(s, marks=pytest.mark.slow) for n, s in enumerate(FOUND)],
     ids=str,
 )
 def test_rotary_settings_are_read_as_transformers_reads_them(settings: dict, saved: Path) -> None:
@@ -369,7 +376,7 @@ def test_what_nobody_reads_of_rotary_settings_is_said(
     assert bool(caplog.text) == bool(told)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS[:3], ids=str)
+@pytest.mark.parametrize("scaling", slow_after(1, SCALINGS[:3]), ids=str)
 def test_the_older_spelling_of_rotary_scalings_is_read(scaling: dict, saved: Path) -> None:
     edit_config(saved, rope_parameters={"rope_theta": 50000.0, **scaling}, rope_scaling=None)
     expected = load_pretrained(saved)(LONG)
@@ -379,7 +386,9 @@ def test_the_older_spelling_of_rotary_scalings_is_read(scaling: dict, saved: Pat
 
 
 @pytest.mark.parametrize(
-    "change", [*VARIANTS, {"mlp_bias": True}, {"head_dim": 16, "attention_bias": True}], ids=str
+    "change",
+    slow_after(2, [*VARIANTS, {"mlp_bias": True}, {"head_dim": 16, "attention_bias": True}]),
+    ids=str,
 )
 def test_arcee_is_the_stock_model_with_relu2_both_ways(change: dict, tmp_path: Path) -> None:
     fields = dataclasses.asdict(dataclasses.replace(CONFIG, **change)) | {"eos_token_id": [1, 3]}

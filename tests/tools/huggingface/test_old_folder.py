@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from slow import slow_but
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -168,7 +169,7 @@ def case(name: str, folder: Path, kind: str = "bin") -> tuple[Path, LlamaForCaus
     return write(folder, model, {**FLAGS, **flags}, kind, **more), model
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("kind", slow_but(("safetensors",), ["bin", "safetensors"]))
 @pytest.mark.parametrize("name", CASES)
 def test_the_function_is_the_old_model_s(name: str, kind: str, tmp_path: Path) -> None:
     folder, model = case(name, tmp_path / "model_40", kind)
@@ -178,7 +179,7 @@ def test_the_function_is_the_old_model_s(name: str, kind: str, tmp_path: Path) -
     assert built.recipe.optimizer.lr == 0.01
 
 
-@pytest.mark.parametrize("name", ["LORO", "CoLA", "LoST", "dense, relu2, 2:4"])
+@pytest.mark.parametrize("name", slow_but(("LORO", "LoST"), ["LORO", "CoLA", "LoST", "dense, relu2, 2:4"]))
 def test_it_is_exported_for_transformers(name: str, tmp_path: Path) -> None:
     folder, model = case(name, tmp_path / "model_40")
     (tmp_path / "text.txt").write_text("low rank and two of four " * 200)
@@ -334,7 +335,9 @@ def named_by_cola_m(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-@pytest.mark.parametrize(("silu", "colam"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("silu", "colam"), slow_but([(True, True)], [(False, False), (True, False), (True, True)])
+)
 def test_a_folder_of_the_code_published_with_cola(silu: bool, colam: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = LlamaForCausalLM(CONFIG)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_after
 from torch import Tensor, nn
 
 import act24
@@ -221,7 +222,7 @@ def test_the_trainer_of_transformers_trains_as_act24_train_does(name, trained, t
         assert_same(built.model, theirs.model)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", slow_after(1, [1, 2, 4]))
 def test_a_scale_does_not_depend_on_how_an_update_is_split(tiny, rows):
     from act24.tools.data import Batch
     from act24.tools.run.processes import Processes

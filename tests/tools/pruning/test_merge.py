@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.tools.huggingface.export import export_run
@@ -64,7 +65,7 @@ def test_what_is_merged_is_the_formula_where_weights_lie_transposed_too(model_fo
         torch.testing.assert_close(x @ after[name], adapted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("use", ["lora", "masked_lora"])
+@pytest.mark.parametrize("use", slow_but(("masked_lora",), ["lora", "masked_lora"]))
 def test_a_run_of_gpt2_merges_to_its_function(use, model_folder, words, tmp_path):  # noqa: F811
     prune_model(str(model_folder("gpt2")), tmp_path / "pruned", **options(words))
     passes = [{"use": use, "targets": ["*.attn.*"], "rank": 2}]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.tools.pruning.folder import prune_model
@@ -23,7 +24,7 @@ from tests.tools.pruning.test_prune_command import (  # noqa: F401
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_but((torch.bfloat16,), [torch.float32, torch.bfloat16, torch.float16]))
 def test_there_and_back(kind, pattern, dtype, model_folder, words, tmp_path):  # noqa: F811
     source = model_folder(kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

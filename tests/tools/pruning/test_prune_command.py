@@ -11,6 +11,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load, load_file, save_file
+from slow import slow_after, slow_but
 
 from act24.errors import Act24Error
 from act24.tools.pruning.calibration import window
@@ -79,7 +80,7 @@ def options(words, **changes):
     return {"data": data, "samples": 8, "seqlen": 32} | changes
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", slow_but(("llama", "gpt2"), CONFIGS))
 def test_the_folder_opens_in_transformers_and_here(kind, model_folder, words, tmp_path):
     source, out = model_folder(kind), tmp_path / "out"
     done = prune_model(str(source), out, **options(words))
@@ -127,7 +128,7 @@ def test_the_report_is_on_tensorboard(model_folder, words, tmp_path):
         assert events.Scalars(tag)[0].value == pytest.approx(layer.error, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", slow_after(1, ["wanda", "sparsegpt"]))
 def test_killed_and_called_again(method, model_folder, words, tmp_path, monkeypatch):
     source = model_folder()
     whole = prune_model(str(source), tmp_path / "whole", method=method, **options(words))
@@ -251,7 +252,7 @@ def test_a_damaged_file_of_masks_is_refused(model_folder, words, tmp_path):
     refused(f"{name}: .* pruned are not zero", check_pruned, state, masks, "out")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", slow_but(("gpt2",), ["llama", "gpt2"]))
 def test_flipped_weights_are_refused(kind, model_folder, words, tmp_path):
     """Of a file that act24 wrote; what another program has written over it is not judged."""
     out = tmp_path / "out"

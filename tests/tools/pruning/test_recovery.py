@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from slow import slow_but
 
 from act24.errors import Act24Error
 from act24.pruning.pattern import Pattern
@@ -100,7 +101,7 @@ def test_peft_opens_the_adapter(folder, tmp_path):
         torch.testing.assert_close(model(IDS).logits, load(folder / "lora").model(IDS), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("use", ["lora", "masked_lora"])
+@pytest.mark.parametrize("use", slow_but(("masked_lora",), ["lora", "masked_lora"]))
 def test_an_adapter_in_a_folder_merges_as_the_run_does(use, folder, tmp_path):
     export_run(folder / use, tmp_path / "adapter", "peft")
     dense = use == "lora"
@@ -175,6 +176,7 @@ def test_masks_of_a_model_with_other_names_are_refused(folder, tmp_path):
         train(branch(folder, base, [{"use": "sparse_mask"}]), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_with_masks_is_a_base_too(folder, tmp_path):
     """Masks of the run that an adapter's run began with, and the dense model, go on with what is merged."""
     train(branch(folder, folder / "pruned", [{"use": "sparse_mask"}], "train.steps=2"), tmp_path / "masked")

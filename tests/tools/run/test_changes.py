@@ -11,6 +11,7 @@ import pytest
 import torch
 from children import run_ranks
 from safetensors.torch import load_file
+from slow import slow_after, slow_but
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import load_tiny
 
@@ -54,7 +55,7 @@ LENGTHENED = {
 }
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["its own", "of another run"])
+@pytest.mark.parametrize("own", slow_after(1, [True, False]), ids=["its own", "of another run"])
 def test_a_run_that_goes_on_from_its_end_saves_that_end(short, tiny_file, tmp_path, own):
     """It ended in success, with no checkpoint, or with that of a later step as the last."""
     run_dir = tmp_path / "run"
@@ -97,7 +98,9 @@ def test_a_run_of_scaled_steps_is_lengthened_with_its_own_recipe(tiny_file, tmp_
     assert "--scale-steps" not in str(error.value)
 
 
-@pytest.mark.parametrize(("schedule", "rate", "said"), LENGTHENED.values(), ids=LENGTHENED.keys())
+@pytest.mark.parametrize(
+    ("schedule", "rate", "said"), slow_after(1, LENGTHENED.values()), ids=LENGTHENED.keys()
+)
 def test_a_finished_run_is_lengthened(tiny, short, tmp_path, capsys, schedule, rate, said):
     longer = tiny(*SHORT, "train.steps=12")
     outcome = train(longer, tmp_path, resume=str(short), schedule=schedule)
@@ -118,7 +121,7 @@ def test_a_finished_run_is_lengthened(tiny, short, tmp_path, capsys, schedule, r
     assert state["schedule_steps"] == entry["schedule_steps"]
 
 
-@pytest.mark.parametrize("schedule", ["hold", "stretch"])
+@pytest.mark.parametrize("schedule", slow_but(("stretch",), ["hold", "stretch"]))
 def test_a_lengthened_run_goes_on_bit_for_bit(tiny, short, tmp_path, schedule):
     """Interrupted in its new part, its schedule is neither forgotten nor recomputed."""
     recipe = tiny(*SHORT, "train.steps=14", "checkpoint.keep=9")
@@ -161,7 +164,9 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("override", FREE.values(), ids=FREE.keys())
+@pytest.mark.parametrize(
+    "override", slow_but((FREE["batch_size"], FREE["compile"]), FREE.values()), ids=FREE.keys()
+)
 def test_micro_batches_and_compilation_change_no_more_than_rounding(
     tiny, short, tmp_path, monkeypatch, override, capsys
 ):
@@ -289,7 +294,7 @@ def test_a_run_that_died_of_one_batch_goes_on_without_it(tiny, tmp_path, monkeyp
 SPOILED = {"loss": lambda loss: loss * torch.inf, "gradient alone": InfiniteGradient.apply}
 
 
-@pytest.mark.parametrize("spoiled", SPOILED.values(), ids=SPOILED.keys())
+@pytest.mark.parametrize("spoiled", slow_after(1, SPOILED.values()), ids=SPOILED.keys())
 def test_a_batch_that_is_left_out_changes_nothing(tiny, tmp_path, monkeypatch, spoiled):
     skips = (*SHORT, "train.on_nonfinite=skip", "checkpoint.every=1", "checkpoint.keep=9")
     overflowing(monkeypatch, 5, spoiled=spoiled)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import typer.main
+from slow import slow_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import load_tiny, text, write_recipe
 
@@ -49,7 +50,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(act24, tiny_file, tmp_path, d
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("resume", ["auto", "a run", "a checkpoint"])
+@pytest.mark.parametrize("resume", slow_after(1, ["auto", "a run", "a checkpoint"]))
 def test_the_step_is_the_one_with_which_the_run_goes_on(tiny, copied, tmp_path, resume):
     before, longer = content(tmp_path), tiny(*OVERRIDES, "train.steps=9")
     where = {

@@ -15,6 +15,7 @@ import pytest
 import torch
 from children import Command
 from safetensors.torch import load_file
+from slow import slow_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import load_tiny
 
@@ -69,7 +70,7 @@ def kill_before(monkeypatch, owner, name, call, number=signal.SIGTERM):
     monkeypatch.setattr(owner, name, signalled)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", slow_after(1, [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]))
 @pytest.mark.parametrize(
     "name", ["open_processes", "tokenizer_of_run", "heldout_rows", "open_rows", "tune_", "build_optimizer"]
 )
@@ -84,7 +85,7 @@ def test_a_signal_while_a_run_is_prepared_ends_it_at_once(tiny, tmp_path, monkey
         pass
 
 
-@pytest.mark.parametrize(("which", "step"), [(1, 4), (2, 8)], ids=["in between", "at the end"])
+@pytest.mark.parametrize(("which", "step"), slow_after(1, [(1, 4), (2, 8)]), ids=["in between", "at the end"])
 def test_an_evaluation_that_a_stop_cuts_off_is_made_when_the_run_goes_on(
     tiny, tmp_path, monkeypatch, straight, which, step
 ):
@@ -203,7 +204,7 @@ def test_a_process_whose_text_is_away_ends_with_its_stop(tiny_file, tmp_path, aw
     assert said in out + error
 
 
-@pytest.mark.parametrize("error", [Act24Error("the disk is gone"), RuntimeError("a bug")])
+@pytest.mark.parametrize("error", slow_after(1, [Act24Error("the disk is gone"), RuntimeError("a bug")]))
 def test_a_data_error_saves_what_was_made(tiny, tmp_path, monkeypatch, straight, error):
     with monkeypatch.context() as patch:
         fail_at(patch, 10, error)  # two batches a step: the sixth step has none

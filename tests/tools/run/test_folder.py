@@ -11,6 +11,7 @@ import pytest
 import torch
 from children import run_ranks
 from safetensors.torch import load_file
+from slow import slow_after
 from tiny import load_tiny
 
 from act24.errors import Act24Error
@@ -85,7 +86,7 @@ def test_auto_does_not_start_anew_where_it_cannot_look(tiny, copied, monkeypatch
     assert content(copied) == before
 
 
-@pytest.mark.parametrize("name", [".nfs0000000000abc", ".DS_Store", "notes.txt"])
+@pytest.mark.parametrize("name", slow_after(1, [".nfs0000000000abc", ".DS_Store", "notes.txt"]))
 def test_auto_goes_on_beside_foreign_files(tiny, copied, name):
     for folder in checkpoint_folder.folders(copied):
         (folder / name).write_text("")
@@ -150,7 +151,7 @@ def test_a_run_is_taken_as_its_last_checkpoint(tiny, a_run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["step-lr-1e-3", "step-000010"])
+@pytest.mark.parametrize("name", slow_after(1, ["step-lr-1e-3", "step-000010"]))
 def test_a_run_is_known_by_what_is_in_it_not_by_its_name(tiny, a_run, tmp_path, name):
     """It "is not a checkpoint: it has no manifest.json"."""
     run_dir = shutil.copytree(a_run, tmp_path / name)
@@ -230,7 +231,7 @@ def test_one_value_that_is_not_finite_is_found(value, dtype):
         checkpoint._check_finite(tensors)
 
 
-@pytest.mark.parametrize("what", ["deleted", "named", "written again"])
+@pytest.mark.parametrize("what", slow_after(1, ["deleted", "named", "written again"]))
 def test_a_reader_survives_what_a_run_does_to_the_checkpoint_under_it(copied, monkeypatch, caplog, what):
     """At each moment of reading: the newest checkpoint goes and a newer one is there; it gets its name; or
     its step is saved once more."""

@@ -5,6 +5,7 @@ import logging
 import shutil
 
 import pytest
+from slow import slow_after, slow_but
 from tiny import load_tiny
 
 from act24.tools.checkpoints import checkpoint
@@ -46,7 +47,7 @@ def branch(tiny, a_run, tmp_path, monkeypatch):
     return tmp_path / "old" / "branch"
 
 
-@pytest.mark.parametrize("resume", ["auto", "by name"])
+@pytest.mark.parametrize("resume", slow_but(("by name",), ["auto", "by name"]))
 @pytest.mark.parametrize("moved", ["the branch", "its origin", "both"])
 def test_a_branch_goes_on_that_was_moved_before_its_first_save(tiny, branch, tmp_path, moved, resume):
     """It was refused for ever: its origin was known by the place alone, also to who named the new one."""
@@ -66,7 +67,7 @@ def test_a_branch_goes_on_that_was_moved_before_its_first_save(tiny, branch, tmp
     assert (start.checkpoint.step, start.schedule_steps) == (6, 6)
 
 
-@pytest.mark.parametrize("resume", ["auto", "by name"])
+@pytest.mark.parametrize("resume", slow_after(1, ["auto", "by name"]))
 def test_another_checkpoint_in_the_place_of_the_origin_is_not_taken(tiny, branch, tmp_path, resume):
     """Another run of the same recipe, step and name."""
     place = tmp_path / "old" / "run"

@@ -6,6 +6,7 @@ import children
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow import slow_but
 
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.tools.checkpoints import folder as checkpoint_folder
@@ -43,7 +44,7 @@ def weights(run_dir):
     return load_file(checkpoint_folder.latest(run_dir) / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(("loro, its factors refreshed", "cola"), METHODS))
 def test_a_run_resumed_in_the_middle_of_a_cycle_is_bit_exact(tiny, tmp_path, method):
     recipe = recipe_of(tiny, method, "checkpoint.every=6")
     whole = train(recipe, tmp_path / "whole")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from slow import slow_after, slow_but
 
 from act24.errors import Act24Error
 from act24.recipes.load import load_recipe
@@ -90,13 +91,16 @@ def test_a_branch_begins_where_the_warm_up_ended(folder, warm, tmp_path):
 
 @pytest.mark.parametrize(
     "passes",
-    [
-        [{"use": "weight24", "method": "ste"}],
-        [{"use": "low_rank", "attn_rank": 32, "mlp_rank": 32}],
-        [{"use": "relu2_ffn"}, {"use": "activation24"}],
-        [{"use": "cola", "attn_rank": 8, "mlp_rank": 8}],
-        [{"use": "lora"}],
-    ],
+    slow_after(
+        2,
+        [
+            [{"use": "weight24", "method": "ste"}],
+            [{"use": "low_rank", "attn_rank": 32, "mlp_rank": 32}],
+            [{"use": "relu2_ffn"}, {"use": "activation24"}],
+            [{"use": "cola", "attn_rank": 8, "mlp_rank": 8}],
+            [{"use": "lora"}],
+        ],
+    ),
     ids=lambda passes: passes[-1]["use"],
 )
 def test_branches_with_other_methods(folder, warm, tmp_path, passes, caplog):
@@ -200,7 +204,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", slow_after(1, CONFIGS))
 def test_other_classes_are_trained_by_the_same_loop(folder, warm, tmp_path, kind):
     torch.manual_seed(0)
     sizes = {
@@ -276,7 +280,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", slow_but(("adamw",), OPTIMIZERS))
 def test_dense_training_of_what_was_kept(kind, folder, pruned, tmp_path):
     run = tmp_path / "run"
     made = branch(folder, pruned, [{"use": "sparse_mask"}], "train.steps=8", *OPTIMIZERS[kind])
@@ -326,7 +330,7 @@ def test_zeros_come_back_after_an_optimizer_that_breaks_them(folder, pruned):
     check_zeros(pipeline)
 
 
-@pytest.mark.parametrize("use", ["lora", "masked_lora"])
+@pytest.mark.parametrize("use", slow_but(("masked_lora",), ["lora", "masked_lora"]))
 def test_adapters_leave_the_base_bit_for_bit(use, folder, pruned, tmp_path):
     run, p = tmp_path / "run", {"use": use, "targets": ["*.q_proj", "*.v_proj", "*.up_proj"]}
     outcome = train(branch(folder, pruned, [p], "train.steps=8", "optimizer.weight_decay=0.1"), run)
@@ -339,7 +343,7 @@ def test_adapters_leave_the_base_bit_for_bit(use, folder, pruned, tmp_path):
     assert outcome.evaluation.loss < train(still, tmp_path / "still").evaluation.loss
 
 
-@pytest.mark.parametrize("use", ["sparse_mask", "lora", "masked_lora"])
+@pytest.mark.parametrize("use", slow_but(("masked_lora",), ["sparse_mask", "lora", "masked_lora"]))
 def test_killed_and_resumed_in_the_middle(use, folder, pruned, tmp_path):
     import shutil
 

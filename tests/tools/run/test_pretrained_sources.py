@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from slow import slow_but
 
 from act24 import LlamaForCausalLM
 from act24.errors import Act24Error
@@ -54,7 +55,7 @@ def test_a_hub_name_is_read_from_the_cache_without_a_network(folder, tmp_path, m
     assert not (tmp_path / "other" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("name", ["dense", "LORO"])
+@pytest.mark.parametrize("name", slow_but(("LORO",), ["dense", "LORO"]))
 def test_a_folder_of_the_old_code(name, folder, tmp_path, monkeypatch):
     """With the pass that it had, parameter by parameter; dense where the factors have a product."""
     monkeypatch.setattr(old, "CONFIG", dataclasses.replace(old.CONFIG, vocab_size=300))

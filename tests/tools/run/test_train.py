@@ -11,6 +11,7 @@ import pytest
 import torch
 from children import Command, exit_code
 from safetensors.torch import load_file
+from slow import slow_after, slow_but
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import load_tiny
 
@@ -278,7 +279,15 @@ MORE_STATE = {  # buffers that move, exact updates, moments that are reset
 }
 
 
-@pytest.mark.parametrize("overrides", MORE_STATE.values(), ids=MORE_STATE.keys())
+#: Those with the most of it; the others are gone on with in `test_served.py` and `test_low_rank_training.py`.
+MOST_STATE = ("weight24", "fp8", "lost")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    slow_but([MORE_STATE[name] for name in MOST_STATE], MORE_STATE.values()),
+    ids=MORE_STATE.keys(),
+)
 def test_whatever_a_method_keeps_goes_on_too(tiny, tmp_path, overrides):
     recipe = tiny(*overrides, "train.steps=14", "checkpoint.every=7")
     train(recipe, tmp_path / "straight")
@@ -341,7 +350,7 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path):
         train(tiny(), tmp_path / "file")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16_autocast"])
+@pytest.mark.parametrize("dtype", slow_after(1, ["bfloat16", "bfloat16_autocast"]))
 def test_lower_precision_trains_saves_and_loads(tiny, tmp_path, dtype):
     recipe = tiny(f"train.dtype={dtype}", "train.steps=12")
     outcome = train(recipe, tmp_path)

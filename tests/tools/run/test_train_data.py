@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from slow import slow_after, slow_but
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import text, write_recipe
 
@@ -49,7 +50,7 @@ def test_epochs_are_said_and_drawn(own, tiny, tmp_path, capsys):
     assert "fewer than eval.tokens = 100,000" in out
 
 
-@pytest.mark.parametrize("files", [1, 4])
+@pytest.mark.parametrize("files", slow_but((4,), [1, 4]))
 def test_an_epoch_is_said_at_the_step_that_begins_it(own, tmp_path, capsys, files):
     """By the number of tokens: 8 rows of 16 a step."""
     for index in range(4):
@@ -169,7 +170,7 @@ CHANGED = {  # the file that is altered after the move, how, and what is said th
 }
 
 
-@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.parametrize("kind", slow_after(1, CHANGED))
 def test_data_that_moved_as_a_whole_go_on(tiny_file, act24, tmp_path, kind):
     """The recipe names the new folder. The same content elsewhere is the same data; another is refused."""
     there = tmp_path / "there"
@@ -230,7 +231,7 @@ OTHER_TEXT = {
 }
 
 
-@pytest.mark.parametrize("what", OTHER_TEXT)
+@pytest.mark.parametrize("what", slow_after(1, OTHER_TEXT))
 def test_eval_says_that_the_held_out_text_is_another(own, tmp_path, caplog, monkeypatch, what):
     """It gave another loss without a word, also where some of the text had been trained on."""
     overrides, edit, said = OTHER_TEXT[what]

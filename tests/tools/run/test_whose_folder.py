@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from slow import slow_after
 from tiny import load_tiny
 
 from act24.recipes.load import dump_recipe, load_recipe
@@ -261,12 +262,15 @@ def test_a_checkpoint_that_a_save_had_not_yet_named_is_gone_on_from(tiny, copied
 
 @pytest.mark.parametrize(
     ("where", "name", "how"),
-    [
-        pytest.param(train_module.TrainingRun, "advance", "deleted", id="deleted between two saves"),
-        pytest.param(train_module.TrainingRun, "advance", "anew", id="replaced between two saves"),
-        pytest.param(checkpoint, "fingerprints", "anew", id="replaced as files are written"),
-        pytest.param(checkpoint_folder, "next_sequence", "taken", id="taken before they are published"),
-    ],
+    slow_after(
+        2,
+        [
+            pytest.param(train_module.TrainingRun, "advance", "deleted", id="deleted between two saves"),
+            pytest.param(train_module.TrainingRun, "advance", "anew", id="replaced between two saves"),
+            pytest.param(checkpoint, "fingerprints", "anew", id="replaced as files are written"),
+            pytest.param(checkpoint_folder, "next_sequence", "taken", id="taken before they are published"),
+        ],
+    ),
 )
 def test_a_run_whose_folder_is_another_one_now_stops(tiny, tmp_path, monkeypatch, where, name, how):
     """It used to save into the other's checkpoints, or to end in a traceback."""

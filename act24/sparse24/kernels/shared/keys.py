@@ -1,7 +1,7 @@
 """What the kernels have in common: keys, two of four, metadata.
 
-The packing kernels are bound by integer instructions long before memory (a budget of about 10 of them an
-element at the speed of a copy), so everything here is counted. A *key* is the 32-bit pattern of a 16-bit
+Integer instructions, not memory, limit the packing kernels: at the speed of a copy there is time for about 10
+of them an element. So the functions here are written to need few. A *key* is the 32-bit pattern of a 16-bit
 float in the upper half, with 3 - position in the two lowest bits: keys of a group are all different, sort by
 value and then by lower position, carry value and position through `min` and `max` without a branch, and turn
 into metadata with one multiply-add. Bit patterns sort like the floats where signs are equal; where they are

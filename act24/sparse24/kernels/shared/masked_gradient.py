@@ -35,7 +35,8 @@ def masked_gradient(pairs, both, slope, low, high, FUNCTION: tl.constexpr, SLOPE
         first *= as_float(slope << 16)
         second *= as_float(upper(slope))
     elif FUNCTION == "relu2":
-        # Rounded to 16 bits the root of the rounded square is relu(h) again, exactly: nothing else is saved.
+        # `both` is relu(h)², rounded to 16 bits. Its square root, rounded to 16 bits, is exactly relu(h), so
+        # the slope need not be saved.
         first *= 2 * round16(tl.sqrt(as_float(both << 16)), tl.bfloat16)
         second *= 2 * round16(tl.sqrt(as_float(upper(both))), tl.bfloat16)
     else:

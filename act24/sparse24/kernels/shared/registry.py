@@ -1,11 +1,12 @@
 """Operators of our own in PyTorch's library: a compiled graph has one node for each, and never breaks.
 
-An operator has a schema, read from the annotations of its launcher; a reference in plain PyTorch, which is
-what runs on a CPU and what the kernel is held against; the launcher, which CUDA runs: it allocates the
-outputs and starts the Triton kernel; and a fake, the outputs' shapes, for tracing.
+An operator has four parts. The schema is read from the annotations of its launcher. The reference, in plain
+PyTorch, runs on a CPU, and the kernel is compared with it. The launcher runs on CUDA: it allocates the
+outputs and starts the Triton kernel. The fake gives the shapes of the outputs, for tracing.
 
-In front of reference and launcher stands one guard, for kernels see addresses and nothing else: it looks at
-the layout of every tensor, and makes the GPU that has them the current one.
+Reference and launcher are called through one guard, because a kernel knows the addresses of tensors and
+nothing of their strides: the guard checks or changes the layout of every tensor, and makes the GPU that they
+are on the current one.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from act24.compiler import triton
 from act24.errors import Act24Error, ran_out_of_memory
 from act24.operation import constant_when_compiled
 from act24.sparse24.format.packed import Packed24, unpack, with_values
+from act24.sparse24.kernels.packed_decode import INPUTS, TOKENS, packed_for_decode
 from act24.sparse24.kernels.shared.registry import OPERATORS
 from act24.sparse24.pattern.selection import top2_of_4
 from act24.sparse24.pattern.token_wise import SPARSIFIERS
@@ -35,7 +36,11 @@ PROVEN = ("H100", "H200")
 #: has the other methods all the same. What stands behind the colon only tells the two apart.
 DRAWN_ACTIVATION = "pack_activation:mvue"
 
-_SHAPE = 128, 256  # T and F; the widths of narrow networks are 64
+_SHAPE = 128, 256  # T and F
+
+#: The least and the greatest width that the kernels of narrow networks take. Triton loads several steps of
+#: a product ahead, for which the shared memory of a GPU may not do; at the least width there is one step.
+_LEAST, _GREATEST = 64, 256
 
 
 class _Case(NamedTuple):
@@ -231,26 +236,42 @@ def _product_e4m3(device: torch.device) -> Iterator[_Case]:
     yield _Case((left, right, scales[0][:1], scales[1][:1]))
 
 
+def _single_entries(device: torch.device) -> Tensor:
+    """Rows `[T, _GREATEST]` with one entry each, at places of every step: their products are single terms,
+    so that no order and no precision of sums matters."""
+    tokens, _ = _SHAPE
+    places = torch.arange(tokens, device=device) * 67 % _GREATEST
+    entries = _draw(device, tokens, 1)
+    entries = torch.where(entries == 0, 1, entries)
+    return entries.new_zeros(tokens, _GREATEST).scatter(1, places[:, None], entries)
+
+
 def _linear_pack(device: torch.device) -> Iterator[_Case]:
     tokens, features = _SHAPE
-    yield _Case((_draw(device, tokens, 64), _draw(device, features, 64), False))
+    yield _Case((_draw(device, tokens, _LEAST), _draw(device, features, _LEAST), False))
     # Above zero, where every group has two non-zeros: of others what is saved may name any places.
-    yield _Case((_draw(device, tokens, 64).abs() + 1, _draw(device, features, 64).abs() + 1, True))
+    wide = _single_entries(device).abs(), _draw(device, features, _GREATEST).abs() + 1
+    yield _Case((*wide, True))
 
 
 def _linear_gradient(device: torch.device) -> Iterator[_Case]:
     tokens, features = _SHAPE
     # What the kernel saved: of groups with fewer than two non-zeros it may name other places.
-    _, values, fields = torch.ops.act24.linear_pack(
-        _draw(device, tokens, 64), _draw(device, features, 64), True
+    _, *saved = torch.ops.act24.linear_pack(
+        _draw(device, tokens, _LEAST), _draw(device, features, _LEAST), True
     )
-    yield _Case((_draw(device, tokens, 64).flip(0), _draw(device, 64, features), values, fields))
+    yield _Case((_draw(device, tokens, _LEAST).flip(0), _draw(device, _LEAST, features), *saved))
+    yield _Case((_single_entries(device), _draw(device, _GREATEST, features), *saved))
 
 
 def _recompute_gradient(device: torch.device) -> Iterator[_Case]:
     tokens, features = _SHAPE
-    weight_in, weight_out = _draw(device, features, 64), _draw(device, 64, features)
-    yield _Case((_draw(device, tokens, 64), weight_in, _draw(device, tokens, 64).flip(0), weight_out))
+    weight_in, weight_out = _draw(device, features, _LEAST), _draw(device, _LEAST, features)
+    rows = _draw(device, tokens, _LEAST)
+    yield _Case((rows, weight_in, rows.flip(0), weight_out))
+    rows = _single_entries(device)
+    weight_in, weight_out = _draw(device, features, _GREATEST), _draw(device, _GREATEST, features)
+    yield _Case((rows, weight_in, rows.flip(0), weight_out))
 
 
 def _pack_weight(device: torch.device) -> Iterator[_Case]:
@@ -277,6 +298,21 @@ def _dense_decode(device: torch.device) -> Iterator[_Case]:
     yield _Case((_draw(device, 1, 3000), _draw(device, 70, 3000)))
 
 
+def _skipping_product(device: torch.device) -> Iterator[_Case]:
+    features = 1024  # of several splits
+    weight = _draw(device, features, 128)
+    for tokens, function in ((1, "relu2"), (1, "none"), (8, "relu")):
+        yield _Case((_draw(device, tokens, features), weight, function))
+
+
+def _packed_decode(device: torch.device) -> Iterator[_Case]:
+    inputs = 8 * INPUTS
+    weight = _draw(device, 128, inputs)
+    packed = packed_for_decode(torch.where(top2_of_4(weight.abs()), weight, 0))
+    for tokens in (1, 8, TOKENS):
+        yield _Case((_draw(device, tokens, inputs), *packed))
+
+
 #: A small call, or several, of every operator that is looked at.
 _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "pack_activation": _pack_activation,
@@ -300,4 +336,6 @@ _CASES: dict[str, Callable[[torch.device], Iterator[_Case]]] = {
     "pack_drawn": _pack_drawn,
     "best_transposable_mask": _best_transposable_mask,
     "dense_decode": _dense_decode,
+    "skipping_product": _skipping_product,
+    "packed_decode": _packed_decode,
 }

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from slow import slow_after
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -151,7 +152,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_after(1, [torch.float32, torch.float64]))
 def test_dtypes_under_autocast_are_those_of_two_linears(dtype: torch.dtype, compiled: bool) -> None:
     leaves = [a.to(dtype).requires_grad_() for a in arguments(True, True, True, 4)]
 

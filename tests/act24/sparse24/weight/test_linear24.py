@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_but
 from torch import Tensor, fx, nn
 
 from act24.errors import Act24Error
@@ -296,7 +297,7 @@ def test_in_fp8_it_is_the_linear_in_e4m3_of_the_sparse_weight(soft: bool, draws:
     assert float((y - exact).norm() / exact.norm()) < 0.05
 
 
-@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("draws", slow_but((True,), [False, True]))
 def test_fp8_compiles_in_one_graph(draws: bool) -> None:
     x, weight, bias, mask, scale = fp8_network(False)
     seed = torch.tensor(7) if draws else None

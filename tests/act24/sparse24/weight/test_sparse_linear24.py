@@ -175,6 +175,7 @@ def test_one_token_without_a_batch() -> None:
         ({"weight_gradient": "MVUE"}, "weight_gradient has no 'MVUE'.*mvue"),
         ({"mask_every": 0}, "mask_every has to be 1 or more"),
         ({"method": "ste", "mask_every": 40}, "every update"),
+        ({"seed": 1.5}, "seed has to be an integer, got 1.5"),
     ],
 )
 def test_options_that_there_are_not(options: dict[str, Any], message: str) -> None:

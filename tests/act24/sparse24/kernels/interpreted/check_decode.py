@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow import slow_but
 
 from act24.sparse24.kernels.packed_decode import launch, packed_for_decode, tilings, unpacked
 from act24.sparse24.kernels.shared.registry import OPERATORS
+from act24.sparse24.kernels.shared.self_check import _CASES
 from act24.sparse24.kernels.skipping_product import FUNCTIONS, split_number
 from act24.sparse24.pattern.selection import top2_of_4
 
@@ -80,8 +82,16 @@ def weight24(outputs: int, inputs: int) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 11])
-@pytest.mark.parametrize(("outputs", "inputs"), [(37, 640), (70, 1152)])
+TOKENS, SIZES = (1, 2, 8, 11), ((37, 640), (70, 1152))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "tokens"),
+    slow_but(
+        [(70, 1152, 11), *((37, 640, tokens) for tokens in TOKENS)],
+        [(*size, tokens) for size in SIZES for tokens in TOKENS],
+    ),
+)
 def test_packed_is_the_dense_product(outputs, inputs, tokens):
     """However it is shared out: sums of these numbers are exact in any order."""
     weight, x = weight24(outputs, inputs), draw(tokens, inputs)
@@ -145,3 +155,13 @@ def test_what_the_kernel_does_not_take_is_refused(tokens, inputs):
     for form in (OPERATORS["packed_decode"].launch, OPERATORS["packed_decode"].reference):
         with pytest.raises(ValueError, match=r"packed_decode: .* one to 16 tokens, and inputs a multiple"):
             form(draw(tokens, inputs), *packed)
+
+
+@pytest.mark.parametrize("name", ["skipping_product", "packed_decode"])
+def test_on_what_the_self_check_of_a_gpu_runs(name):
+    splits = set()
+    for arguments, *_ in _CASES[name](torch.device("cpu")):
+        ours, expected = OPERATORS[name].launch(*arguments), OPERATORS[name].reference(*arguments)
+        assert torch.equal(ours, expected)
+        splits.add(len(ours))
+    assert max(splits) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from layouts import check_layouts
 from operator_cases import operator_cases
+from slow import slow_but
 
 from act24.sparse24.kernels.shared.registry import OPERATORS
 
@@ -13,6 +14,10 @@ from act24.sparse24.kernels.shared.registry import OPERATORS
 KERNELS = sorted({*operator_cases()} - {"product24", "product24_e4m3", "product_e4m3", "token_order"})
 
 
-@pytest.mark.parametrize("name", KERNELS)
+#: Each of these takes seconds, and reads its tensors as those beside it do.
+LONG = ("best_transposable_mask", "pack_gradient", "pack_gradient_e4m3")
+
+
+@pytest.mark.parametrize("name", slow_but({*KERNELS} - {*LONG}, KERNELS))
 def test_a_tensor_in_any_layout_is_read_right_or_refused(name: str) -> None:
     check_layouts(name, OPERATORS[name].launch)

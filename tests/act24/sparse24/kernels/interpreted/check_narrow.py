@@ -11,7 +11,7 @@ import act24.sparse24.kernels.linear_gradient
 import act24.sparse24.kernels.linear_pack
 import act24.sparse24.kernels.recompute_gradient  # noqa: F401  (fill OPERATORS)
 from act24.sparse24.kernels.shared.registry import OPERATORS
-from act24.sparse24.kernels.shared.self_check import _linear_pack
+from act24.sparse24.kernels.shared.self_check import _CASES
 from act24.sparse24.pattern.selection import top2_of_4
 
 
@@ -39,16 +39,15 @@ def test_forward_and_both_backwards(tokens: int, features: int, width: int) -> N
         assert torch.equal(outputs[1], grad_hidden)
 
 
-def test_what_is_saved_is_that_of_the_reference_where_there_is_no_choice() -> None:
-    """On what the self-check of a GPU runs: all above zero, with ties."""
-    operator = OPERATORS["linear_pack"]
-    saving = [case.arguments for case in _linear_pack(torch.device("cpu")) if case.arguments[-1]]
-    (arguments,) = saving
-    for ours, expected in zip(operator.launch(*arguments), operator.reference(*arguments), strict=True):
-        assert torch.equal(ours, expected)
-    positive = (arguments[0].float() @ arguments[1].float().T).bfloat16().unflatten(-1, (-1, 4))
-    ordered = positive.sort(-1).values
-    assert (ordered[..., 2] == ordered[..., 1]).any()
+@pytest.mark.parametrize("name", ["linear_pack", "linear_gradient", "recompute_gradient"])
+def test_on_what_the_self_check_of_a_gpu_runs(name: str) -> None:
+    """At the least and the greatest width, with what is saved among the results."""
+    operator, arguments = OPERATORS[name], [case.arguments for case in _CASES[name](torch.device("cpu"))]
+    for given in arguments:
+        for ours, expected in zip(operator.launch(*given), operator.reference(*given), strict=True):
+            assert torch.equal(ours, expected)
+            assert not ours.numel() or ours.count_nonzero()
+    assert {given[0].shape[1] for given in arguments} == {64, 256}
 
 
 def test_without_saving() -> None:
