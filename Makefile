@@ -73,7 +73,7 @@ soak: .venv/installed
 # TensorBoard in a real browser, tab by tab, on a run of the demo (some minutes, once). Needs a Chromium: Debian's
 # `apt-get install chromium`. The pictures are those of README.
 browser-check: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python tests/browser.py runs/browser --pictures docs/images
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.browser runs/browser --pictures docs/images
 
 # Changes chosen lines, one at a time; the tests named beside each have to notice. Half an hour.
 mutate: .venv/installed

@@ -1,6 +1,6 @@
 """Opens each tab of TensorBoard on runs of the demo in a real browser, and checks what is on it.
 
-    python tests/browser.py FOLDER [--pictures OUT]
+    python -m tests.browser FOLDER [--pictures OUT]       from the checkout's folder
 
 FOLDER gets two runs, where it has none yet: the demo, and twenty steps of it with another learning rate (some
 minutes). TensorBoard serves them, and a Chromium without a window (Debian: `apt-get install chromium`) opens
@@ -193,8 +193,8 @@ TABS: dict[str, tuple[Callable[[Browser], str | None], ...]] = {
         in_order("rates", "sparsity_relu", "sparsity_dropped_energy"),
     ),
     "images": (in_order("sparsity_crowded_groups", "sparsity_crowded_groups/heatmap"), pictures_legible),
-    # It opens on two groups, here `alarms` and `path`; the others are closed.
-    "text": (in_order("path", "path/text_summary", "path: ", "plan", "recipe"),),
+    # It opens on two groups, here `alarms` and `plan`; the others are closed.
+    "text": (in_order("plan", "plan/path/text_summary", "path: ", "plan/text_summary", "pass", "recipe"),),
     "hparams": (in_order("Trial ID", "optimizer.lr", "loss/train"),),
 }
 

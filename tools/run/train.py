@@ -236,7 +236,7 @@ class TrainingRun:
                 progress.say(f"warning: {line}")
             path = path_lines(self._built, recipe, self._processes, self._optimizer, self.training_step)
             progress.say("\n".join(path))
-            monitor.remark(path, self._step, "path")
+            monitor.remark(path, self._step, "plan/path")
             if self._step == last and not self._evaluation_due:
                 progress.say(f"{self._last_checkpoint} is the end of this run: step {last} was its last")
                 self._evaluation_due = not self._is_saved  # an end like any other

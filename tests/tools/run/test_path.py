@@ -106,5 +106,5 @@ def test_training_says_it_once_and_writes_it_down(tiny, tmp_path, monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     assert [lines.count(line) for line in said] == [1, 1]
     events = EventAccumulator(str(next((tmp_path / "run").rglob("events.*")).parent)).Reload()
-    (written,) = events.Tensors("path/text_summary")
+    (written,) = events.Tensors("plan/path/text_summary")
     assert written.tensor_proto.string_val[0].decode() == "\n\n".join(said)
