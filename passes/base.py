@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.options import PositiveSteps, Steps, check_options
-from act24.passes.graph.selectors import check_selectors, selected
+from act24.passes.graph.selectors import check_selectors, names, takes
 from act24.precision import Layer
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ class Pass:
     """The options that every pass has; a pass adds its own fields, `plan` and `_rewrite`.
 
     Attributes:
-        targets: where the pass may act (`act24.passes.graph.selectors`).
-        ignore: where it may not, even if targeted.
+        targets: where the pass may act, and below (`act24.passes.graph.selectors`).
+        ignore: where it may not, nor below, even if targeted.
         optional: no match is no error, nor is it one under `strict` to reach less than the scope promises.
     """
 
@@ -164,18 +164,21 @@ class Pass:
         does not say how many it does."""
         return ()
 
-    def takes(self, fqn: str, class_name: str) -> bool:
-        """Whether `targets` and `ignore` let the pass act on a module or on one around it."""
-        parts = fqn.split(".")
-        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)] or [""]
-        if any(selected(self.ignore, (), name, class_name) for name in names):
-            return False
-        return any(selected(self.targets, (), name, class_name) for name in names)
+    def takes(self, fqn: str, classes: Mapping[str, str]) -> bool:
+        """Whether `targets` and `ignore` let the pass act on a module or parameter, by full name.
+
+        Args:
+            classes: the class name of every module of the model, by full name.
+        """
+        return takes(self.targets, fqn, classes) and not takes(self.ignore, fqn, classes)
 
     def names(self, region: Region, path: str) -> bool:
-        """Whether a target that is not everything takes this path of the region."""
+        """Whether a target that is not everything names this path of the region itself; of a parameter, its
+        module will do."""
         named = tuple(target for target in self.targets if target != "*")
-        return any(selected(named, (), fqn, region.class_name(path)) for fqn in region.names(path))
+        places = [fqn for fqn in region.names(path)]
+        places += [fqn.rpartition(".")[0] for fqn in places if fqn not in region.classes]
+        return any(names(named, place, region.classes) for place in places)
 
     def finish(self, region: Region) -> None:
         """Simplify, in place, what is left of this pass's work at the end of every lowering.
@@ -186,9 +189,7 @@ class Pass:
 
     def selects(self, region: Region, path: str) -> bool:
         """Whether `targets` and `ignore` let the pass act at this path of the region."""
-        return any(
-            selected(self.targets, self.ignore, fqn, region.class_name(path)) for fqn in region.names(path)
-        )
+        return any(self.takes(fqn, region.classes) for fqn in region.names(path))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from toys import SwiGLU, Trunk, llama
 
-from act24.passes import Activation24, Relu2FFN, apply_, plan
-from act24.passes.graph.selectors import SelectorError, matches, selected
+from act24.passes import Activation24, Cola, Relu2FFN, SparseMask, Weight24, apply_, plan
+from act24.passes.graph.selectors import SelectorError, matches, takes
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,29 @@ def test_one_selector(selector: str, taken: bool) -> None:
     assert matches(selector, "model.layers.1.mlp", "LlamaMLP") == taken
 
 
-def test_ignore_wins() -> None:
-    assert selected(("*.mlp",), (), "a.mlp", "M")
-    assert selected(("no", "*.mlp"), ("*.attn",), "a.mlp", "M")
-    assert not selected(("*.mlp",), ("class:M",), "a.mlp", "M")
-    assert not selected((), (), "a.mlp", "M")
+@pytest.mark.parametrize("selector", ["a", "*.mlp", "class:M", "class:Root", "*", r"re:.*\.mlp", "a.mlp.up"])
+def test_what_takes_a_module_takes_what_is_below(selector: str) -> None:
+    classes = {"": "Root", "a": "Block", "a.mlp": "M", "a.mlp.up": "Linear"}
+    assert takes(("no", selector), "a.mlp.up", classes)
+    assert not takes((), "a.mlp.up", classes)
+    # A beginning of a name is no module, and what is below one says nothing of it.
+    assert takes((selector,), "b.mlp2", classes) == (selector in ("*", "class:Root"))
+    assert not takes(("a.mlp.up", "*.mlp.*"), "a.mlp", classes)
+
+
+@pytest.mark.parametrize("given", [("*.mlp",), (r"re:.*\.mlp",), ("class:LlamaMLP",), ("*.mlp.*",)])
+def test_selectors_mean_the_same_for_every_pass(given: tuple[str, ...]) -> None:
+    """Also where a pass acts on linears, and on networks that are named by all of these."""
+    model, every = llama(2), (Weight24, Cola, SparseMask, Relu2FFN)
+    for kind in every:
+        ranks = {"attn_rank": 4, "mlp_rank": 4} if kind is Cola else {}
+        for options in ({"targets": given}, {"ignore": given, "optional": True}):
+            report = plan(model, [kind(**ranks, **options)])
+            wanted = "targets" in options
+            assert {(".mlp" in row.fqn) for row in report.rows} == ({wanted} if kind is not Relu2FFN or wanted else set())
+            (reach,) = report.coverage
+            assert (reach.reached == reach.total) and not report.partial
+            assert bool(reach.total) == bool(report.rows)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +71,7 @@ def test_ignore_wins() -> None:
         ("clas:LlamaMLP", "no known prefix: did you mean 'class:'"),
         ("class:", "nothing behind 'class:'"),
         ("", "names nothing"),
+        (r"re:(?!.*mlp).*", "takes the model itself, and so all"),
     ],
 )
 @pytest.mark.parametrize("field", ["targets", "ignore"])
@@ -78,7 +97,9 @@ def test_passes_use_the_name_and_the_class_before_tracing() -> None:
         "model.layers.0.mlp",
         "model.layers.2.mlp",
     ]
-    assert rewritten(targets=("class:LlamaDecoderLayer",)) == []
+    assert len(rewritten(targets=("class:LlamaDecoderLayer",))) == 3
+    assert rewritten(targets=("class:LlamaAttention",)) == []
+    assert rewritten(ignore=("class:LlamaModel",)) == []
     assert rewritten(targets=(r"re:.*\.[12]\.mlp",)) == ["model.layers.1.mlp", "model.layers.2.mlp"]
 
 
