@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.options import PositiveSteps, Steps, check_options
+from act24.passes.graph.normal_form import place_of
 from act24.passes.graph.selectors import check_selectors, names, takes
 from act24.precision import Layer
 
@@ -187,9 +188,32 @@ class Pass:
         computes, but not what, nor the region's parameters and buffers.
         """
 
-    def selects(self, region: Region, path: str) -> bool:
-        """Whether `targets` and `ignore` let the pass act at this path of the region."""
-        return any(self.takes(fqn, region.classes) for fqn in region.names(path))
+    def selects(self, region: Region, path: str, whole: Sequence[str] = ()) -> bool:
+        """Whether `targets` and `ignore` let the pass act at this path of the region.
+
+        Args:
+            whole: parameters, by local name, that it takes there or leaves, all of them: to name each is to
+                name the path.
+        """
+
+        def given(selectors: Iterable[str], places: Sequence[str]) -> bool:
+            there, *parts = (takes(selectors, place, region.classes) for place in places)
+            return there or (bool(parts) and all(parts))
+
+        names = zip(*(region.names(name) for name in (path, *map(place_of, whole))), strict=True)
+        return any(given(self.targets, places) and not given(self.ignore, places) for places in names)
+
+    def split(self, region: Region, whole: Sequence[str]) -> str:
+        """Why the pass leaves parameters that it takes or leaves together: `ignore` takes one; or the empty
+        string. Arguments as for `selects`."""
+        ignored = (
+            place
+            for name in whole
+            for place in region.names(place_of(name))
+            if takes(self.ignore, place, region.classes)
+        )
+        part = next(ignored, "")
+        return f"ignore takes {part}, a part of it: ignore all of it, or nothing" if part else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,9 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         untraced: by full name, why a module is no region.
     """
     around = dict(model.named_modules(remove_duplicate=False))
-    roles: dict[str, Role] = {joined(r.fqn, name): role for r in regions for name, role in r.roles.items()}
+    roles: dict[str, Role] = {
+        joined(fqn, name): role for r in regions for fqn in r.fqns for name, role in r.roles.items()
+    }
     made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
     found = []
@@ -308,6 +310,8 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, 
         return matrix.path, STACKED
     if matrix.computed:
         return matrix.path.partition(".parametrizations.")[0], matrix.computed
+    if matrix.region is not None and not matrix.read:
+        return matrix.path, _UNREAD
     parts = matrix.place.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(place := ".".join(parts[:end])):
