@@ -193,9 +193,11 @@ class Activation24(OperationalPass):
             weights = tuple(
                 name for linear in linears if linear is not None and (name := weight_name(linear))
             )
-            if not self.selects(region, site.path, weights):
+            # Beside an activation inside of a linear that was factorised, a part is no module of its own.
+            whole = () if any(region.parameters[name].factor for name in weights) else weights
+            if not self.selects(region, site.path, whole):
                 continue
-            if reason := self.split(region, weights):
+            if reason := self.split(region, whole):
                 misses.append((site.path, reason))
                 continue
             if site.width is not None and site.width % 4:

@@ -234,7 +234,7 @@ def coverages(
     misses: Sequence[tuple[str, str, str]],
     absent: Sequence[tuple[str, str, str]],
     gone: Collection[str],
-    single: Collection[str],
+    base: Sequence[Region],
 ) -> tuple[Coverage, ...]:
     """What passes reach of a model, each once.
 
@@ -243,7 +243,7 @@ def coverages(
         unclean: the modules that are no regions, and why.
         misses, absent: (pass, full name of a place or region, reason) of what is left there.
         gone: the full names of parameters that passes take away, with nothing in their place.
-        single: those of `lone_linears`.
+        base: the regions as passes have left them.
     """
     left = _by_name(unclean)
     matrices = matrices_of(model, regions, left)
@@ -262,6 +262,7 @@ def coverages(
             places = [name if name in stock else _stood(name) for name in reached]
             missed = {place: p.spares for place, reaches in own if reaches is not None and p.spares} | missed
             nothing = {fqn: why for name, fqn, why in absent if name == p.name}
+            single = lone_linears(regions, regions if p.last else base)
             reasons = {
                 **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
@@ -384,7 +385,7 @@ def no_match(
         if not planned.misses
     }
     around = _untraced(left)
-    single = lone_linears(traced, regions)
+    single = lone_linears(traced, traced if p.last else regions)
     own = {place: why for place, why in absent.items() if place not in single}
     reasons = {**own, **around, **dict(missed)}
     found = []

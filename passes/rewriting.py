@@ -33,7 +33,7 @@ from act24.passes.graph.tracing import trace
 from act24.passes.graph.watched import Fact
 from act24.passes.left_out import left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
-from act24.passes.report import Report, Row, coverages, figures, lone_linears, no_match, row, untrained
+from act24.passes.report import Report, Row, coverages, figures, no_match, row, untrained
 
 
 class Rewriting:
@@ -120,8 +120,8 @@ class Rewriting:
 
     def _coverage(self) -> tuple[Coverage, ...]:
         regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        gone, single = self._replaced_names(), lone_linears(regions, [site.base for site in self._sites])
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
+        gone, base = self._replaced_names(), [site.base for site in self._sites]
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, base)
 
     def _replaced_names(self) -> set[str]:
         """The full names of what passes take away; in factors that stand for it others reach something."""
