@@ -189,12 +189,20 @@ class Activation24(OperationalPass):
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
         for site in activation_sites(region):
-            if not self.selects(region, site.path):
+            linears = (site.before, site.after)
+            weights = tuple(
+                name for linear in linears if linear is not None and (name := weight_name(linear))
+            )
+            # Beside an activation inside of a linear that was factorised, a part is no module of its own.
+            whole = () if any(region.parameters[name].factor for name in weights) else weights
+            if not self.selects(region, site.path, whole):
+                continue
+            if reason := self.split(region, whole):
+                misses.append((site.path, reason))
                 continue
             if site.width is not None and site.width % 4:
                 misses.append((site.path, f"F is {site.width}, not a multiple of 4: {RESIZE}"))
                 continue
-            linears = (site.before, site.after)
             parts = ("linear" if site.before else "", site.function, "linear" if site.after else "")
             matches.append(
                 Match(
@@ -205,7 +213,7 @@ class Activation24(OperationalPass):
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
                     note=self._note(region, site),
-                    reaches=tuple(name for n in linears if n is not None and (name := weight_name(n))),
+                    reaches=weights,
                     layer=self._layer(site),
                 )
             )

@@ -60,6 +60,7 @@ class LowRank(FactorisingPass):
         after = before - region.parameters[site.weight].numel() + sum(s.numel() for s in specs.values())
         return Match(
             path=site.path,
+            reaches=(site.weight,),
             before=f"linear {site.shape[1]}→{site.shape[0]}",
             after=f"{site.shape[1]}→{rank}→{site.shape[0]}",
             nodes=(site, specs),

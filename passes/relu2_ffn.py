@@ -108,11 +108,17 @@ class Relu2FFN(StructuralPass):
             found = _find(region, node)
             if found is None:
                 continue
-            names = [weight_name(linear) for linear in (found.gate, found.up, found.down)]
-            path = common_path(*(name for name in names if name))
-            if not self.selects(region, path):
+            linears = (found.gate, found.up, found.down)
+            names = [name for linear in linears if (name := weight_name(linear))]
+            path = common_path(*names)
+            if not self.selects(region, path, names):
                 continue
-            reason = self._other_gate(found) or _obstacle(region, found) or self._unfit(region, found)
+            reason = (
+                self.split(region, names)
+                or self._other_gate(found)
+                or _obstacle(region, found)
+                or self._unfit(region, found)
+            )
             if not reason and not self.names(region, path):
                 reason = _partly_frozen(region, found)
             if reason:

@@ -120,8 +120,8 @@ class Rewriting:
 
     def _coverage(self) -> tuple[Coverage, ...]:
         regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        gone, single = self._replaced_names(), {r.fqn for r in regions if is_linear(r.module)}
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
+        gone, base = self._replaced_names(), [site.base for site in self._sites]
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, base)
 
     def _replaced_names(self) -> set[str]:
         """The full names of what passes take away; in factors that stand for it others reach something."""

@@ -25,6 +25,7 @@ from act24.passes.graph.normal_form import (
     is_reserved,
     is_transposed,
     nodes_of,
+    place_of,
     replace_node,
     weight_name,
 )
@@ -42,7 +43,7 @@ class LinearSite:
     """A linear.
 
     Attributes:
-        path: its module, local to the region.
+        path: its module, local to the region; of a weight that is not called `weight`, its own name.
         weight: local name of its weight.
         nodes: where it is called; more than once if the module is.
         shape: `(out, in)` of the weight, however it is stored.
@@ -97,7 +98,7 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
         spec = region.parameters[name]
         if spec.factor is not None and not factors:
             continue
-        path = name.rpartition(".")[0]
+        path = place_of(name.removesuffix(f"_{spec.factor}"))
         rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
         role, obstacle = region.roles.get(name, "other"), _obstacle(region, name, nodes)
@@ -194,7 +195,9 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all", factors: bool = Fal
             return f'another pass has it: leave it to that one, scope = "{kinds[0]}"'
         if kinds:
             return "another pass has it: leave it to that one, with ignore"
-        return "no linear but the factors that another pass has made: leave the pass out"
+        return (
+            "no linear but the factors that another pass has made: narrow that one's scope, or leave this out"
+        )
     named = _named(region, next(site for site in targeted if site.kind in _BY_NAME_ONLY))
     return (
         "no linear that is known to be attention's or a feed-forward network's: name those that are meant in "

@@ -201,6 +201,11 @@ def weight_name(linear: fx.Node) -> str | None:
     return parameter_name(linear.args[1])
 
 
+def place_of(name: str) -> str:
+    """Where a parameter stands: its module; one that is not called `weight` has a place of its own."""
+    return "" if name == "weight" else name.removesuffix(".weight")
+
+
 def bias_name(linear: fx.Node) -> str | None:
     """The parameter that is a linear's bias."""
     return parameter_name(linear.args[2])
