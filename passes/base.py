@@ -132,6 +132,8 @@ class Pass:
         for name in ("targets", "ignore"):
             if isinstance(selectors := getattr(self, name), str):
                 check_selectors(selectors, f"{self.name}: {name}")
+            if isinstance(selectors, list):  # as recipes and errors spell it
+                object.__setattr__(self, name, tuple(selectors))
         check_options(self, self.name)
         for name in ("targets", "ignore"):
             check_selectors(getattr(self, name), f"{self.name}: {name}")
