@@ -59,6 +59,7 @@ class Match:
         state: for passes that change parameters.
         note: one remark for the report.
         reaches: the matrices in it that the pass acts on, by local name; None: all at the path.
+        spared: (local path, reason) of matrices at it that the pass leaves.
         layer: what `precision = "auto"` decides about it with; None: nothing is to be decided.
     """
 
@@ -71,6 +72,7 @@ class Match:
     state: StateMap | None = None
     note: str = ""
     reaches: tuple[str, ...] | None = None
+    spared: tuple[tuple[str, str], ...] = ()
     layer: Layer | None = None
 
 

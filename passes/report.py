@@ -33,6 +33,7 @@ class Row:
     steps: str
     note: str
     reaches: tuple[str, ...] | None = field(default=None, compare=False)  # full names; None: all in the place
+    spared: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (full name of a module, reason)
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def row(p: Pass, region: Region, match: Match) -> Row:
         steps=steps,
         note=match.note,
         reaches=None if match.reaches is None else tuple(map(region.name, match.reaches)),
+        spared=tuple((region.name(path), why) for path, why in match.spared),
     )
 
 
@@ -265,6 +267,7 @@ def coverages(
             reasons = {
                 **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
+                **dict(one for row in rows if row.pass_name == p.name for one in row.spared),
                 **missed,
             }
             named = {*(place for place, _ in own), *missed}

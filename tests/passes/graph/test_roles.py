@@ -79,7 +79,7 @@ def test_routers_are_left_alone_unless_named() -> None:
     assert {row.fqn.rpartition(".")[2] for row in report.rows} == {"second", "third"}
     assert str(report.coverage[0]).endswith("100% of the feed-forward matrices; left: *.first (a router)")
     assert {row.fqn for row in plan(model, [Weight24(targets=("*.first",))]).rows} == {"0.first", "1.first"}
-    with pytest.raises(PassError, match=r"mlp_rank = 8 is above 4.*ignore=\['0\.first'\]"):
+    with pytest.raises(PassError, match=r"mlp_rank = 8 is above 4.*ignore = \[\"\*\.first\"\]"):
         plan(model, [LowRank(scope="mlp", mlp_rank=8, targets=("*.first", "*.second"))])
 
 

@@ -45,6 +45,7 @@ SOURCES = {
     "recipes/checks.py": ("oddities",),
     "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where", "untrained"),
     "passes/rewriting.py": ("__init__",),
+    "passes/graph/around_activation.py": (),
     "passes/graph/activation_sites.py": ("obstacle", "OF_ATTENTION"),
     "passes/graph/coverage.py": (
         "Coverage",
