@@ -363,10 +363,11 @@ def no_match(
     ]
     there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
     said = f"{p.name} matches nothing{where}. "
-    # Where a pass has nothing, there is nothing to leave out of it.
-    said += _by_reason(here).replace(_WITH_IGNORE, "leave the pass out")
+    said += _by_reason(here)
     said += "" if here or there else "The model has no linear: leave the pass out"
-    return said + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    said += (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    # Where a pass has nothing, there is nothing to leave out of it.
+    return said.replace(_WITH_IGNORE, "leave the pass out")
 
 
 def _shown(model: nn.Module, place: str, with_class: bool) -> str:

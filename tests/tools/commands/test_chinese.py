@@ -51,6 +51,7 @@ SOURCES = {
         "Coverage",
         "_NAMES",
         "STACKED",
+        "_stacked",
         "_UNREAD",
         "_COMPUTED",
         "_computed",
