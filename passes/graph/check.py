@@ -99,13 +99,13 @@ class Check:
             lines.append(f"the model as a whole was not checked: {self.not_run}")
         elif not (self.agreeing or self.unchecked):
             lines.append(
-                f"checked on {self._probe}: only single linears are traced, which are what they were"
+                f"checked on {self._probe}: only single linears are traced, which need no comparison"
             )
         if self.agreeing:
             on = "random features" if self._probe is None else str(self._probe)
-            computes = "1 region computes what its module does"
+            computes = "1 region computes what its module does, before passes change it"
             if self.agreeing > 1:
-                computes = f"{self.agreeing} regions compute what their modules do"
+                computes = f"{self.agreeing} regions compute what their modules do, before passes change them"
             lines.append(f"checked on {on}: {computes}")
         lines += [f"not checked: {kind}: {why}" for kind, why in self.unchecked.items()]
         return "\n".join(lines)
