@@ -125,6 +125,12 @@ class Remains(nn.Module):
                 f"graph of the {kind} around it, which reads the tensors of {name}. Put it "
                 "there first, and apply the passes then"
             )
+        new = isinstance(value, nn.Module) and name not in self._modules
+        if new and vars(self).get("_lists", False):
+            raise PassError(
+                f"{name} of a {vars(self)['_kind']} would not be called: it was traced as a whole. Put it "
+                "there before apply_"
+            )
         if name in vars(self).get("_opened", ()) and not _unchanged(self, name, value):
             kind = vars(self)["_kind"]
             raise PassError(
@@ -142,6 +148,7 @@ class Remains(nn.Module):
         # What its forward asked for and did not find is frozen too.
         vars(self)["_opened"] = frozenset((attribute_names(module) | frozen.names) - here - held)
         vars(self)["_kind"] = type(module).__name__
+        vars(self)["_lists"] = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 class Inside(Remains):

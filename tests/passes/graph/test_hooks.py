@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 from toys import SwiGLU, Trunk, features, fingerprint, llama, tokens
 
-from act24.passes import PassError, Pipeline, Relu2FFN, Weight24, apply_
+from act24.passes import LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_
 
 HOOKS = {
     "register_forward_hook": lambda *_: None,
@@ -77,6 +77,7 @@ def test_hooks_on_what_stands_afterwards_work() -> None:
     assert seen == [1]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_what_would_not_be_read_is_not_registered() -> None:
     """On what is left inside of a region, and under names that its graph has asked for."""
     model = nn.Sequential(SwiGLU(), SwiGLU())
@@ -106,6 +107,13 @@ def test_what_would_not_be_read_is_not_registered() -> None:
     assert not torch.equal(model(x), before)
     with pytest.raises(PassError, match=r"weight_g on what is left of a Linear would not be read"):
         torch.nn.utils.weight_norm(mlp.down)
+    row = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    apply_(row, [LowRank(attn_rank=4, mlp_rank=4)])
+    for put in (row.register_module, row.add_module, row.__setattr__):
+        with pytest.raises(PassError, match="3 of a Sequential would not be called"):
+            put("3", linear)
+    with pytest.raises(PassError, match="register_forward_hook on what is left of a ReLU would never fire"):
+        row[1].register_forward_hook(lambda *_: None)
 
 
 def test_a_sharded_model_is_told_to_take_passes_first() -> None:
