@@ -68,6 +68,8 @@ AUGMENTED: dict[Any, Callable[..., Any]] = {
 class _Written:
     """What is done to a value, in place. fx knows of no augmented assignments and makes them functions."""
 
+    __array_priority__ = Tensor.__array_priority__  # a number of numpy's leaves products to a tensor
+
     def __init_subclass__(cls) -> None:
         for function in AUGMENTED:
             setattr(cls, f"__{function.__name__}__", _augmented(function))

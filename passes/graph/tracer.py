@@ -15,6 +15,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
@@ -297,7 +298,7 @@ class Tracer(fx.Tracer):
             held = [name for m in self.root.modules() for name, value in vars(m).items() if value is a]
             what = held[0] if held else "a constant tensor"
             self.refuse(f"reads {what}, neither parameter nor buffer: {REGISTER}")
-        return super().create_arg(a)
+        return super().create_arg(_written(a))
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         watching, tracing = sys.getprofile(), sys.gettrace()
@@ -370,6 +371,15 @@ class Tracer(fx.Tracer):
     def parameter(self, node: fx.Node) -> nn.Parameter | None:
         """The parameter that a node is."""
         return self._parameters.get(str(node.target)) if node.op == "get_attr" else None
+
+
+def _written(value: Any) -> Any:
+    """A constant as the code of a graph can write it: a number of numpy's, or of a class of its own, as the
+    plain one that it is."""
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.generic):
+        return value.item()
+    plain = next((kind for kind in (int, float, complex, str) if isinstance(value, kind)), None)
+    return value if plain is None or isinstance(value, bool | Enum) else plain(value)
 
 
 def _dtype_of(value: Any) -> fx.Node | torch.dtype | None:
