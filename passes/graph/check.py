@@ -107,7 +107,9 @@ class Check:
             if self.agreeing > 1:
                 computes = f"{self.agreeing} regions compute what their modules do, before passes change them"
             lines.append(f"checked on {on}: {computes}")
-        lines += [f"not checked: {kind}: {why}" for kind, why in self.unchecked.items()]
+        lines += [
+            f"not checked: {kind}: {why}" for kind, why in self.unchecked.items() if why != self.not_run
+        ]
         return "\n".join(lines)
 
     def region(self, module: nn.Module, graph: fx.Graph) -> None:
@@ -131,6 +133,8 @@ class Check:
             except Exception as error:  # whatever a foreign forward raises
                 if module in self._given:
                     self.unchecked[kind] = f"its forward fails in {mode}: {_line(error)}"
+                elif _line(error)[:100] in self.not_run:
+                    self.unchecked[kind] = self.not_run
                 else:
                     self.unchecked[kind] = f"no input was found that it takes ({_line(error)}): give a probe"
                 return
