@@ -300,6 +300,6 @@ def test_a_model_that_no_folder_brings_back_is_refused_in_a_line(tmp_path):
     """Without the list of classes that `transformers` gives."""
     config = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, vocab_size=97)
     pipeline = act24.apply_(T5ForConditionalGeneration(config), [Weight24()], check=False)
-    with pytest.raises(Act24Error, match="no folder that brings this T5.*; keep its state_dict") as error:
+    with pytest.raises(Act24Error, match=r"no folder that brings this T5.*; keep its state_dict") as error:
         save_pretrained(pipeline, tmp_path / "out")
     assert len(str(error.value)) <= 300
