@@ -110,7 +110,9 @@ class Check:
             if self.agreeing > 1:
                 computes = f"{self.agreeing} regions compute what their modules do, before passes change them"
             lines.append(f"checked on {on}: {computes}")
-        lines += [f"not checked: {kind}: {why}" for kind, why in self.unchecked.items()]
+        lines += [
+            f"not checked: {kind}: {why}" for kind, why in self.unchecked.items() if why != self.not_run
+        ]
         if self.not_entered:
             first, *others = self.not_entered
             more = f" and {len(others)} more" if others else ""
@@ -138,6 +140,8 @@ class Check:
             except Exception as error:  # whatever a foreign forward raises
                 if module in self._given:
                     self.unchecked[kind] = f"its forward fails in {mode}: {_line(error)}"
+                elif _line(error)[:100] in self.not_run:
+                    self.unchecked[kind] = self.not_run
                 else:
                     self.unchecked[kind] = f"no input was found that it takes ({_line(error)}): give a probe"
                 return

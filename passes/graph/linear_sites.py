@@ -167,7 +167,7 @@ def free_linears(
 
 
 #: What to do about a size that is no multiple of what is wanted.
-RESIZE = "make it one, or leave it out with ignore"
+RESIZE = "build the model with such a size, or leave it out with ignore"
 
 
 def no_linear(p: Pass, region: Region, scope: Scope = "all", factors: bool = False) -> str:

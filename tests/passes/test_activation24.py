@@ -135,7 +135,11 @@ def test_a_width_that_is_no_multiple_of_four_is_left_and_named() -> None:
     report = apply_(model, [Activation24()]).report
     assert [row.fqn for row in report.rows] == ["1"]
     assert report.misses == (
-        ("activation24", "0", "F is 30, not a multiple of 4: make it one, or leave it out with ignore"),
+        (
+            "activation24",
+            "0",
+            "F is 30, not a multiple of 4: build the model with such a size, or leave it out with ignore",
+        ),
     )
     with pytest.raises(PassError, match="F is 30, not a multiple of 4"):
         plan(nn.ModuleList([Relu2MLP(16, 30)]), [Activation24()])

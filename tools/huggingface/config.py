@@ -92,7 +92,7 @@ def config_of(raw: dict[str, Any], path: str) -> tuple[LlamaConfig, tuple[Pass, 
     if kind not in _ARCHITECTURES:
         raise Act24Error(
             f"{path}: model_type is {kind!r}; {', '.join(map(repr, _ARCHITECTURES))} are what the stock "
-            "model computes"
+            "model computes: open another with AutoModelForCausalLM.from_pretrained of transformers"
         )
     raw = {**_DEFAULTS_OF[kind], **raw}
     rope = _rope(raw, path)

@@ -179,7 +179,10 @@ def _save_foreign(pipeline: Pipeline, folder: Path) -> None:
             raise PassError("it would compute 2:4 activations dense")
         model = foreign_model(pipeline)
     except (PassError, ValueError, AttributeError) as error:  # of `transformers`, where it is no model of its
-        raise Act24Error(f"there is no folder that brings this {kind} back: {error}; {instead}") from error
+        why, *_ = str(error).splitlines() or [
+            type(error).__name__
+        ]  # below it `transformers` lists its classes
+        raise Act24Error(f"there is no folder that brings this {kind} back: {why}; {instead}") from error
     if not isinstance(pipeline.model, type(model)):
         raise Act24Error(f"there is no folder that brings a {kind} back; {instead}")
     with whole_folder(folder) as written:

@@ -426,3 +426,11 @@ def test_a_rewrite_that_nothing_reads_is_undone(monkeypatch: Any) -> None:
     with pytest.raises(PassError, match="the rewritten model does not read it"):
         pipeline.commit_()
     assert [type(m) for m in model.modules()] == stood
+
+
+def test_a_reason_why_nothing_is_checked_is_said_once() -> None:
+    """The region is the whole model, and fails as that does."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
+    checked = plan(model, [Weight24()]).checked
+    assert checked.startswith("nothing was checked: no input was found that it takes ([2, 8, 64]: Runtime")
+    assert checked.count("cannot be multiplied") == 1

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from slow import slow_but
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import act24
 from act24.errors import Act24Error
@@ -294,3 +294,12 @@ def test_a_loop_that_lost_the_zeros_of_a_pruned_model_does_not_save_it(kept, tmp
     else:
         with pytest.raises(Act24Error, match=r"o_proj\.weight: .* pruned are not zero"):
             save_pretrained(pipeline, tmp_path / "out")
+
+
+def test_a_model_that_no_folder_brings_back_is_refused_in_a_line(tmp_path):
+    """Without the list of classes that `transformers` gives."""
+    config = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, vocab_size=97)
+    pipeline = act24.apply_(T5ForConditionalGeneration(config), [Weight24()], check=False)
+    with pytest.raises(Act24Error, match=r"no folder that brings this T5.*; keep its state_dict") as error:
+        save_pretrained(pipeline, tmp_path / "out")
+    assert len(str(error.value)) <= 300
