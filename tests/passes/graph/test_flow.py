@@ -236,3 +236,17 @@ def test_a_router_that_is_a_region_is_left_and_named() -> None:
         report = plan(nn.Sequential(Layer(), Layer()), [one])
         assert {row.fqn for row in report.rows} == {"0.mlp.up", "1.mlp.up"}
         assert ("*.mlp.choice.proj", 0.0, "a router") in report.coverage[0].left
+
+
+def test_a_relu_between_convolutions_is_no_site() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.out = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 4, 1), nn.Linear(6, 6)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.two(self.act(self.one(x))))
+
+    with pytest.raises(PassError, match="its relu stands between convolutions"):
+        plan(nn.Sequential(Stem(), Stem()), [Activation24()])

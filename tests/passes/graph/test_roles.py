@@ -389,20 +389,6 @@ def test_a_product_with_a_matrix_is_a_linear(transposed: bool) -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_a_relu_between_convolutions_is_no_site() -> None:
-    class Stem(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.out = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 4, 1), nn.Linear(6, 6)
-            self.act = nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.two(self.act(self.one(x))))
-
-    with pytest.raises(PassError, match="its relu stands between convolutions"):
-        plan(nn.Sequential(Stem(), Stem()), [Activation24()])
-
-
 # relu2_ffn
 
 
