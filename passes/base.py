@@ -60,6 +60,7 @@ class Match:
         state: for passes that change parameters.
         note: one remark for the report.
         reaches: the matrices in it that the pass acts on, by local name; None: all at the path.
+        spared: (local path, reason) of matrices at it that the pass leaves.
         layer: what `precision = "auto"` decides about it with; None: nothing is to be decided.
     """
 
@@ -72,6 +73,7 @@ class Match:
     state: StateMap | None = None
     note: str = ""
     reaches: tuple[str, ...] | None = None
+    spared: tuple[tuple[str, str], ...] = ()
     layer: Layer | None = None
 
 
@@ -133,6 +135,8 @@ class Pass:
         for name in ("targets", "ignore"):
             if isinstance(selectors := getattr(self, name), str):
                 check_selectors(selectors, f"{self.name}: {name}")
+            if isinstance(selectors, list):  # as recipes and errors spell it
+                object.__setattr__(self, name, tuple(selectors))
         check_options(self, self.name)
         for name in ("targets", "ignore"):
             check_selectors(getattr(self, name), f"{self.name}: {name}")

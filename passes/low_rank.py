@@ -51,6 +51,10 @@ class LowRank(FactorisingPass):
     def starts_fresh(self) -> bool:
         return self.init != "svd"
 
+    @property
+    def first_values(self) -> str:
+        return super().first_values if self.starts_fresh else "starts as its weight's best approximation"
+
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         specs = factor_specs(region, site, rank)
         if self.init == "svd":  # which is the weight itself, and stays frozen as it was

@@ -34,6 +34,7 @@ class Row:
     steps: str
     note: str
     reaches: tuple[str, ...] | None = field(default=None, compare=False)  # full names; None: all in the place
+    spared: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (full name of a module, reason)
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ def row(p: Pass, region: Region, match: Match) -> Row:
         steps=steps,
         note=match.note,
         reaches=None if match.reaches is None else tuple(map(region.name, match.reaches)),
+        spared=tuple((region.name(path), why) for path, why in match.spared),
     )
 
 
@@ -266,6 +268,7 @@ def coverages(
             reasons = {
                 **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
+                **dict(one for row in rows if row.pass_name == p.name for one in row.spared),
                 **missed,
             }
             named = {*(place for place, _ in own), *places, *missed, *_named_alone(p, matrices, around)}
@@ -404,10 +407,11 @@ def no_match(
     ]
     there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
     said = f"{p.name} matches nothing{where}. "
-    # Where a pass has nothing, there is nothing to leave out of it.
-    said += _by_reason(here).replace(_WITH_IGNORE, "leave the pass out")
+    said += _by_reason(here)
     said += "" if here or there else "The model has no linear: leave the pass out"
-    return said + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    said += (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    # Where a pass has nothing, there is nothing to leave out of it.
+    return said.replace(_WITH_IGNORE, "leave the pass out")
 
 
 def _shown(model: nn.Module, place: str, with_class: bool) -> str:

@@ -19,7 +19,7 @@ _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "h
 HIDES = "its relu"
 
 #: Why a pass leaves experts whose matrices lie in one tensor.
-STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
+STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave it out with ignore"
 
 #: Why a pass leaves a matrix that no linear reads as it is.
 _COMPUTED = "its weight is computed in forward, not read"
@@ -187,6 +187,14 @@ def _is_pointwise(module: nn.Module) -> bool:
     return module.groups == 1 and set(module.kernel_size) == {1}
 
 
+def _stacked(matrix: Matrix) -> str:
+    """`STACKED`, with the module that holds them."""
+    return (
+        "stacked parameters, which no pass takes apart: make linears of them, or leave it out with ignore = "
+        f'["{pattern(matrix.path)}"]'
+    )
+
+
 def _computed(owner: nn.Module) -> str:
     """Why a matrix is left of which linears read what is computed of it."""
     first = f"call {call} first" if (call := remade(owner)) else "make it a weight first"
@@ -257,7 +265,8 @@ def coverage(
             continue
         if matrix.name in gone:
             continue
-        key = (pattern(matrix.name), _reason(matrix, reasons, otherwise)[1])
+        why = _stacked(matrix) if matrix.stacked else _reason(matrix, reasons, otherwise)[1]
+        key = (pattern(matrix.name), why)
         left[key] = left.get(key, 0) + matrix.numel
         alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))
     total = done + sum(left.values())

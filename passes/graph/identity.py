@@ -11,11 +11,23 @@ import dis
 from collections.abc import Iterable
 from dis import Instruction
 from functools import cache
-from types import CodeType, FrameType
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute
 
 _FUNCTIONS = ("type", "id", "callable", "vars", "dir")
 #: Of torch, and no functions but classes, which take a proxy's dtype for another one.
 _CLASSES = ("finfo", "iinfo")
+#: What a tensor has one of, and by which it is told.
+_KINDS = (torch.dtype, torch.device, torch.layout)
+_FACTS = {"dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf"}
+#: They ask for whoever is given them, from C.
+_BY_NAME = {"is_", "is_not"}
+#: What an operand may be: found with a call alone, a local that is not there, or of a tensor.
+_UNKNOWN, _UNBOUND, _OF_A_TENSOR = object(), object(), object()
 _UNPACKS = ("UNPACK_SEQUENCE", "UNPACK_EX")
 _PATTERNS = ("MATCH_SEQUENCE", "MATCH_MAPPING")
 
@@ -41,6 +53,81 @@ def identity_questions(code: CodeType) -> tuple[tuple[str, tuple[str, ...]], ...
         ):
             found.append(("for the number of parts", _names(_before(instructions, place, 1))))
     return tuple((question, names) for question, names in found if names)
+
+
+def asks_any(code: CodeType) -> bool:
+    """Whether code may ask what `asks_which` finds."""
+    return bool(_BY_NAME & {*code.co_names} or _compared(code))
+
+
+def asks_which(frame: FrameType) -> str | None:
+    """The question of a function that begins or ends which object something is that a tensor has, and that no
+    local is. Where it cannot be followed without a call, it is told by what it is compared with, or by its
+    name."""
+    if by_name := _BY_NAME & {*frame.f_code.co_names}:
+        return f"operator.{min(by_name)}()"
+    for operands in _compared(frame.f_code):
+        values = [_followed(operand, frame) for operand in operands]
+        if any(value is _UNBOUND for value in values):
+            continue
+        for value, other, operand in zip(values, reversed(values), operands, strict=True):
+            fact = isinstance(other, _KINDS) or any(one.argval in _FACTS for one in operand)
+            if value is _OF_A_TENSOR or (value is _UNKNOWN and fact):
+                text = ".".join(str(one.argval) for one in operand if one.opname.startswith("LOAD"))
+                return f"'is' of '{text}'"
+    return None
+
+
+@cache
+def _compared(code: CodeType) -> tuple[tuple[list[Instruction], list[Instruction]], ...]:
+    """The instructions of both operands of each `is`, but of those with None."""
+    instructions, found = list(dis.get_instructions(code)), []
+    for place, instruction in enumerate(instructions):
+        if instruction.opname == "IS_OP":
+            second = _before(instructions, place, 1)
+            first = _before(instructions, place - len(second), 1)
+            if first and second and not _is_none(first[-1]) and not _is_none(second[-1]):
+                found.append((first, second))
+    return tuple(found)
+
+
+def _followed(operand: list[Instruction], frame: FrameType) -> Any:
+    """What an operand is, as far as it is a name and attributes that are found without a call."""
+    value: Any = _UNKNOWN
+    for number, one in enumerate(operand):
+        name = one.argval
+        if number == 0 and one.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_NAME")):
+            value = frame.f_locals.get(name, _UNBOUND)
+        elif number == 0 and one.opname == "LOAD_GLOBAL":
+            value = frame.f_globals.get(name, frame.f_builtins.get(name, _UNBOUND))
+        elif number == 0 and one.opname == "LOAD_CONST":
+            value = name
+        elif one.opname == "LOAD_ATTR":
+            value = _attribute(value, name)
+        else:
+            return _UNKNOWN
+        if value is _UNKNOWN or value is _UNBOUND:
+            return value
+        if issubclass(type(value), Tensor | fx.Proxy | Attribute):
+            return _OF_A_TENSOR
+    return value
+
+
+def _attribute(of: Any, name: str) -> Any:
+    """An attribute, looked up where it is kept."""
+    held = getattr(of, "__dict__", {}) if isinstance(of, ModuleType) else _kept(of)
+    for place in (held, *(held.get(key, {}) for key in ("_modules", "_parameters", "_buffers"))):
+        if name in place:
+            return dict.get(place, name) if isinstance(place, dict) else place[name]
+    found = next((vars(base)[name] for base in type(of).__mro__ if name in vars(base)), _UNKNOWN)
+    return _UNKNOWN if hasattr(type(found), "__get__") else found
+
+
+def _kept(of: Any) -> Any:
+    try:
+        return object.__getattribute__(of, "__dict__")
+    except (AttributeError, TypeError):
+        return {}
 
 
 def reads_class(frame: FrameType) -> bool:

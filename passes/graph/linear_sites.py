@@ -205,11 +205,14 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all", factors: bool = Fal
     )
 
 
-def _named(region: Region, site: LinearSite) -> str:
-    """A target that takes a linear, and those in its place in other layers."""
-    alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
-    target = region.name(site.path) if alike == "*" else alike  # "*" is what is there without it
-    return f'targets = ["{target or "re:.*"}"]'
+def _named(region: Region, *sites: LinearSite, key: str = "targets") -> str:
+    """Selectors that take linears, and those in their places in other layers."""
+    found = dict[str, None]()
+    for site in sites:
+        alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
+        selector = region.name(site.path) if alike == "*" else alike  # "*" is what is there without it
+        found[f'"{selector or "re:.*"}"'] = None
+    return f"{key} = [{', '.join(found)}]"
 
 
 def tied(name: str) -> str:
@@ -291,27 +294,33 @@ class FactorisingPass(StructuralPass):
             raise PassError(
                 f"{self.name}: {key} = {rank} is above {min(site.shape)}, the smaller side of "
                 f"{region.name(site.path)} [{site.shape[0]}, {site.shape[1]}]: take a lower rank, or "
-                f"{self._without(region, site, rank)}"
+                f"{self._without(region, site.kind, rank)}"
             )
         return rank
 
-    def _without(self, region: Region, site: LinearSite, rank: int) -> str:
-        """How a linear is left out that is smaller than its rank: with its kind, if all there are."""
-        alike = [min(one.shape) < rank for one in linear_sites(region) if one.kind == site.kind]
-        other = {"attn": "mlp", "mlp": "attn"}.get(site.kind)
-        if other and len(alike) > 1 and all(alike):
+    def _without(self, region: Region, kind: str, rank: int) -> str:
+        """How linears are left out that are smaller than their rank: with their kind, if all of it are."""
+        alike = [site for site in linear_sites(region) if site.kind == kind]
+        smaller = [site for site in alike if min(site.shape) < rank]
+        other = {"attn": "mlp", "mlp": "attn"}.get(kind)
+        if other and len(alike) > 1 and len(smaller) == len(alike):
             return f'set scope = "{other}"' if self.scope == "all" else "leave the pass out"
-        return f"leave it out with ignore=[{region.name(site.path)!r}]"
+        taken = [site for site in smaller if self.selects(region, site.path)]
+        return f"leave it out with {_named(region, *taken, key='ignore')}"
+
+    @property
+    def first_values(self) -> str:
+        """What becomes of the values of a weight, for the report."""
+        return "fresh: its factors" if self.starts_fresh else "starts from its weight, as another function"
 
     def _noted(self, region: Region, match: Match) -> Match:
-        """A match with a word on what becomes of a weight that is frozen."""
+        """A match with a word on what becomes of its weight, and of one that is frozen."""
         site, specs = match.nodes
-        if region.parameters[site.weight].requires_grad:
-            return match
-        trains = any(spec.requires_grad for spec in specs.values())
-        return replace(
-            match, note="its weight was frozen, its factors train" if trains else "its factors stay frozen"
-        )
+        notes = [self.first_values]
+        if not region.parameters[site.weight].requires_grad:
+            trains = any(spec.requires_grad for spec in specs.values())
+            notes.append("its weight was frozen, its factors train" if trains else "its factors stay frozen")
+        return replace(match, note="; ".join(notes))
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         """The match of a linear; its nodes are the site, and what takes the place of its weight."""

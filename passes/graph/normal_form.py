@@ -82,6 +82,9 @@ def normalise(graph: fx.Graph, module: nn.Module) -> None:
 
 
 def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
+    if type(module) is nn.Identity:
+        replace_node(graph, node, node.all_input_nodes[0])
+        return
     function = {nn.SiLU: F.silu, nn.ReLU: F.relu}.get(type(module))
     if function is None:
         return

@@ -29,6 +29,8 @@ _HISTORY = ("grad", "grad_fn", "_grad", "_grad_fn", "_base", "name", "_backward_
 
 #: What a parameter is asked for and never changes. A pass may put others in its place.
 _SIZES = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
+#: Nor these: floating-point parameters may become others of them, and never integers.
+_KINDS = ("is_floating_point", "is_complex")
 
 #: Packages that may ask a value anything: their questions are not the module's branches.
 _INTERNAL = ("torch", "act24")
@@ -65,6 +67,8 @@ AUGMENTED: dict[Any, Callable[..., Any]] = {
 
 class _Written:
     """What is done to a value, in place. fx knows of no augmented assignments and makes them functions."""
+
+    __array_priority__ = Tensor.__array_priority__  # a number of numpy's leaves products to a tensor
 
     def __init_subclass__(cls) -> None:
         for function in AUGMENTED:
@@ -123,8 +127,9 @@ class Proxy(_Written, fx.Proxy):
         return self.tracer.refuse(f"asks what kind of value {self.node.name} is: {OUTSIDE}")
 
     def __getattr__(self, name: str) -> Any:
-        if name in _SIZES and (parameter := self.tracer.parameter(self.node)) is not None:
-            self.tracer.sized.add(str(self.node.target))
+        if name in (*_SIZES, *_KINDS) and (parameter := self.tracer.parameter(self.node)) is not None:
+            if name in _SIZES:
+                self.tracer.sized.add(str(self.node.target))
             return getattr(parameter, name)
         return self._attribute(name, self.node.name)
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import SIZES, Remains, remember, standing
+from act24.passes.graph.frozen import SIZES, Inside, Remains, remember, standing
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
@@ -436,7 +436,7 @@ def _namespace(root: nn.Module, name: str) -> nn.Module:
     """The module that holds the tensor or module of a dotted name, made of plain modules where missing."""
     for part in name.split(".")[:-1]:
         if part not in root._modules:
-            root.add_module(part, Remains().train(root.training))
+            root.add_module(part, Inside().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
     return root
 

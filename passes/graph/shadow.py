@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
@@ -52,11 +52,12 @@ class Shadow:
         observer: who looks; None: nobody, and the double is a module like others.
     """
 
-    def __init__(self, module: nn.Module, buffers: bool = False) -> None:
+    def __init__(self, module: nn.Module, buffers: bool = False, kept: Iterable[Tensor] = ()) -> None:
         """Make it.
 
         Args:
             buffers: copy the buffers too, for a forward on numbers, which may write to them.
+            kept: other tensors that the double has as they are, wherever its module holds them.
         """
         self.observer: Observer | None = None
         self.uncopied: str | None = None
@@ -65,7 +66,7 @@ class Shadow:
         doubles = {m: self._empty(m) for m in module.modules()}
         self.root: Any = doubles[module]
         self.originals: dict[nn.Module, nn.Module] = {double: m for m, double in doubles.items()}
-        memo: dict[int, Any] = {id(m): double for m, double in doubles.items()}
+        memo: dict[int, Any] = {id(m): double for m, double in doubles.items()} | {id(t): t for t in kept}
         for m in doubles:
             memo |= {id(t): t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
         for m in doubles if buffers else ():
@@ -88,10 +89,9 @@ class Shadow:
             return value
         if name in _HOOKS:
             return type(value)()
-        if name == "_parameters":
-            return dict(value)
-        if name in ("_buffers", "_modules"):
-            return {key: None if v is None else memo[id(v)] for key, v in [*value.items()]}
+        if name in ("_parameters", "_buffers", "_modules"):
+            held = {key: None if v is None else memo[id(v)] for key, v in [*value.items()]}
+            return held if name == "_modules" else _Tensors(self, memo[id(module)], held)
         try:
             return copy.deepcopy(value, memo)
         except Exception as error:  # whatever a foreign object raises
@@ -99,6 +99,41 @@ class Shadow:
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
             self.uncopied = f"{type(module).__name__}.{name}{'' if self.remade else f' ({why})'}"
             return value
+
+
+class _Tensors(dict[str, Any]):
+    """The parameters or buffers of a double. Who reads them, by whatever way, is given what the observer has
+    for them."""
+
+    __slots__ = ("_module", "_shadow")
+
+    def __init__(self, shadow: Shadow, module: nn.Module, held: dict[str, Any]) -> None:
+        super().__init__(held)
+        self._shadow, self._module = shadow, module
+
+    def _seen(self, name: str, value: Any) -> Any:
+        observer = self._shadow.observer
+        if observer is None or not issubclass(type(value), Tensor):
+            return value
+        return observer.on_tensor(self._module, name, value)
+
+    def __iter__(self) -> Iterator[str]:  # or dict() and ** take the entries past the methods here
+        return super().__iter__()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._seen(name, super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._seen(name, super().get(name, default))
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return dict(self.items()).values()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
 
 
 class _Double:
@@ -116,13 +151,6 @@ class _Double:
         if observer is None:
             return plain_call(self, args, kwargs)
         return observer.on_call(self, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)  # type: ignore[misc]
-        observer = vars(self)["_shadow"].observer
-        if observer is None or not isinstance(value, Tensor):
-            return value
-        return observer.on_tensor(self, name, value)
 
     @property
     def training(self) -> bool:

@@ -15,6 +15,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from act24.passes.graph import outside
-from act24.passes.graph.identity import identity_questions
+from act24.passes.graph.identity import asks_any, asks_which, identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.outside import Outside
 from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal
@@ -87,7 +88,7 @@ class Tracer(fx.Tracer):
         self._proxies: dict[int, fx.Proxy] = {}
         self._questions: list[fx.Node] = []
         self._asked: dict[CodeType, tuple[tuple[str, tuple[str, ...]], ...]] = {}
-        self._made_nodes = set[CodeType]()
+        self._compares, self._made_nodes = set[CodeType](), set[CodeType]()
         self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
         self._raised = ""
@@ -107,11 +108,8 @@ class Tracer(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=RegionTracer)
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
-        self._names = {
-            id(t): name
-            for tensors in (root.named_buffers, root.named_parameters)
-            for name, t in tensors(remove_duplicate=True)
-        }
+        self._parameters = dict(root.named_parameters())
+        self._names = {id(t): n for n, t in [*root.named_buffers(), *self._parameters.items()]}
         self._modes = modes()
         before, traces, collects = sys.getprofile(), sys.gettrace(), gc.isenabled()
         sys.setprofile(None)
@@ -249,11 +247,15 @@ class Tracer(fx.Tracer):
         if frame.f_code not in self._asked:
             internal = is_internal(frame)
             self._asked[frame.f_code] = () if internal else identity_questions(frame.f_code)
+            if not internal and asks_any(frame.f_code):
+                self._compares.add(frame.f_code)
         for question, names in self._asked[frame.f_code]:
             held = frame.f_locals
             for name in names:
                 if name in held and issubclass(type(held[name]), fx.Proxy):
                     self.refuse(f"asks {question} of '{name}', which a graph cannot answer: {OUTSIDE}")
+        if frame.f_code in self._compares and (asks := asks_which(frame)):
+            self.refuse(f"asks {asks}, which a graph cannot answer: {OUTSIDE}")
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = self._shadow.originals[module]
@@ -296,7 +298,7 @@ class Tracer(fx.Tracer):
             held = [name for m in self.root.modules() for name, value in vars(m).items() if value is a]
             what = held[0] if held else "a constant tensor"
             self.refuse(f"reads {what}, neither parameter nor buffer: {REGISTER}")
-        return super().create_arg(a)
+        return super().create_arg(_written(a))
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         watching, tracing = sys.getprofile(), sys.gettrace()
@@ -368,7 +370,16 @@ class Tracer(fx.Tracer):
 
     def parameter(self, node: fx.Node) -> nn.Parameter | None:
         """The parameter that a node is."""
-        return dict(self.root.named_parameters()).get(str(node.target)) if node.op == "get_attr" else None
+        return self._parameters.get(str(node.target)) if node.op == "get_attr" else None
+
+
+def _written(value: Any) -> Any:
+    """A constant as the code of a graph can write it: a number of numpy's, or of a class of its own, as the
+    plain one that it is."""
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.generic):
+        return value.item()
+    plain = next((kind for kind in (int, float, complex, str) if isinstance(value, kind)), None)
+    return value if plain is None or isinstance(value, bool | Enum) else plain(value)
 
 
 def _dtype_of(value: Any) -> fx.Node | torch.dtype | None:

@@ -3,6 +3,7 @@ but for casts that change nothing where they are not needed."""
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -162,3 +163,74 @@ def test_the_shape_of_a_weight_is_what_it_was_when_the_weight_is_another() -> No
     expected = model[0](features(3, 4))
     apply_(model, [Cola(scope="mlp", mlp_rank=1, targets=("*.a",))])
     assert torch.equal(model[0](features(3, 4)), expected)
+
+
+class Holder:
+    """Holds a value under a name."""
+
+
+class Typed(Net):
+    """With a dtype of its own, as transformers' modules have, and one that is none of a tensor's."""
+
+    kept = torch.float32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "self.dtype == torch.bfloat16",
+        "self.dtype is torch.bfloat16",
+        "next(self.parameters()).dtype == torch.bfloat16",
+        "next(self.parameters()).dtype is torch.bfloat16",
+        "next(self.parameters()).requires_grad",
+        "[*self.named_parameters()][0][1].requires_grad",
+        "self.a.weight.dtype is torch.bfloat16",
+        "self.a._parameters['weight'].dtype == torch.bfloat16",
+        "{**self.a._parameters}['weight'].dtype == torch.bfloat16",
+        "self.a._parameters.copy().get('weight').requires_grad",
+        "self.a.get_parameter('weight').dtype == torch.bfloat16",
+        "(x.dtype,)[0] is torch.bfloat16",
+        "[torch.bfloat16, x.dtype][1] is torch.bfloat16",
+        "any(d is torch.bfloat16 for d in [x.dtype])",
+        "any(map(operator.is_, [x.dtype], [torch.bfloat16]))",
+        "(d := x.dtype) is torch.bfloat16",
+        "held(x).d is torch.bfloat16",
+        "self.a.weight.device is torch.device('cpu')",
+    ],
+)
+def test_the_dtype_of_a_parameter_is_not_frozen(question: str) -> None:
+    found: dict[str, Any] = {}
+    scope = {**_OUTSIDE, "held": _held}
+    exec(f"def forward(self, x):\n    return self.b(self.a(x)) * (2 if {question} else 1)", scope, found)
+    kind = type("Asking", (Typed,), found)
+    assert "0 [Asking]" in trace(nn.ModuleList([kind(), kind()]))[1]
+
+
+def _held(x: Tensor) -> Holder:
+    holder = Holder()
+    holder.d = x.dtype  # type: ignore[attr-defined]
+    return holder
+
+
+def test_a_parameter_is_asked_for_its_dtype_by_the_graph() -> None:
+    """And what is asked of others is answered."""
+    lines = (
+        "t = next(self.parameters()); h = self.b(self.a(x.to(self.dtype))).to(t.dtype); "
+        "h = h * (1 if self.kept is torch.float32 else 2); h = h * (1 if t.is_floating_point() else 2); "
+        "return h + torch.zeros(h.shape[-1], dtype=self.a._parameters['weight'].dtype, device=t.device)"
+    )
+    found: dict[str, Any] = {}
+    exec("def forward(self, x):\n    " + "\n    ".join(lines.split("; ")), dict(_OUTSIDE), found)
+    kind = type("Asking", (Typed,), found)
+    model = nn.ModuleList([kind()])
+    expected = copy.deepcopy(model).bfloat16()[0](features(3, 4))
+    Pipeline(model, [], keep_all=True).commit_()
+    assert torch.equal(model.bfloat16()[0](features(3, 4)), expected)
+    assert expected.dtype == torch.bfloat16
+    low = nn.ModuleList([kind()])
+    apply_(low, [Cola(scope="mlp", mlp_rank=1, targets=("*.a",))])
+    assert low.bfloat16()[0](features(3, 4)).dtype == torch.bfloat16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -261,3 +262,28 @@ def test_math_on_plain_numbers_stays_a_number() -> None:
     expected = model[0](x)
     assert regions(model) == {"0": "Scaled"}
     assert torch.equal(stand(model)[0](x), expected)  # type: ignore[index]
+
+
+class Half(float):
+    """A number of a class of its own, whose text is no code."""
+
+    def __repr__(self) -> str:
+        return "a half"
+
+
+def test_a_number_of_numpys_or_of_a_class_of_its_own_is_a_number_in_the_graph() -> None:
+    class Scaled(Net):
+        half, single, own, zero = np.float64(0.5), np.float32(0.3), Half(0.5), np.int64(0)
+        name = np.str_("tanh")
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.add(self.single * self.a(x), x, alpha=self.half) * self.own
+            h = F.gelu(h * self.single, approximate=self.name).sum((self.zero,), keepdim=True)
+            return self.b(h.expand(np.int64(2), -1) / self.half)
+
+    model = nn.ModuleList([Scaled()])
+    x = features(2, 4)
+    expected = model[0](x)
+    assert torch.equal(stand(model)[0](x), expected)  # type: ignore[index]
+    code = str(model[0].code)
+    assert all(name not in code for name in ("np.", "numpy", "a half"))
