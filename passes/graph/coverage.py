@@ -187,12 +187,13 @@ def _is_pointwise(module: nn.Module) -> bool:
     return module.groups == 1 and set(module.kernel_size) == {1}
 
 
-def _stacked(matrix: Matrix) -> str:
-    """`STACKED`, with the module that holds them."""
-    return (
-        "stacked parameters, which no pass takes apart: make linears of them, or leave it out with ignore = "
-        f'["{pattern(matrix.path)}"]'
-    )
+def _stacked(matrix: Matrix, matrices: Sequence[Matrix]) -> str:
+    """`STACKED`, with what to ignore: the module that holds such alone, or the parameter."""
+    inside = f"{matrix.path}."
+    others = any(not m.stacked and f"{m.path}.".startswith(inside) for m in matrices)
+    layer = matrix.path.rpartition(".")[2].isdigit()
+    place = matrix.place if others or layer or not matrix.path else matrix.path
+    return f'{STACKED} = ["{pattern(place)}"]'
 
 
 def _computed(owner: nn.Module) -> str:
@@ -265,7 +266,7 @@ def coverage(
             continue
         if matrix.name in gone:
             continue
-        why = _stacked(matrix) if matrix.stacked else _reason(matrix, reasons, otherwise)[1]
+        why = _stacked(matrix, matrices) if matrix.stacked else _reason(matrix, reasons, otherwise)[1]
         key = (pattern(matrix.name), why)
         left[key] = left.get(key, 0) + matrix.numel
         alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))

@@ -121,7 +121,7 @@ class Pointwise(nn.Module):
 def test_matrices_that_other_products_read_are_of_what_the_graph_shows() -> None:
     network = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))  # of 8 · 16 · 16
     for kind, names, share, why in (
-        (Experts, "*.{up,dn}", 16 / 24, "stacked parameters"),
+        (Experts, "*.up", 8 / 24, "stacked parameters"),
         (Pointwise, "*.{query,key,value}", 6 / 16, "a convolution"),
     ):
         model = nn.Sequential(kind(), kind(), network)
