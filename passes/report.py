@@ -310,12 +310,13 @@ def _stood(name: str) -> str:
 
 
 def _named_alone(p: Pass, matrices: Sequence[Matrix], classes: Mapping[str, str]) -> set[str]:
-    """The matrices, no modules' `weight`, that targets name and not the modules around them."""
+    """The matrices of no linear that targets name, and not the modules that hold them beside others."""
+    given = [target for target in p.targets if target != "*"]
     return {
         m.name
         for m in matrices
-        if p.takes_named and m.place != m.path
-        if names(p.targets, m.place, classes) and not takes(p.targets, m.path, classes)
+        if p.takes_named and not m.linear and names(given, m.place, classes)
+        if m.place == m.path or not takes(given, m.path, classes)
     }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
-from act24.passes.graph.roles import Role, computed, role_by_name
+from act24.passes.graph.roles import Role, computed, role_by_name, roles_beside
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
 
@@ -23,6 +23,7 @@ STACKED = "stacked parameters, which no pass takes apart: make linears of them, 
 
 #: Why a pass leaves a matrix that no linear reads as it is.
 _COMPUTED = "its weight is computed in forward, not read"
+_POINTWISE = "a convolution, which no pass takes: make a linear of it, or leave it out with ignore"
 _UNREAD = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
 _ROUTER = "a router"
 _NO_ROLE = "neither attention nor feed-forward"
@@ -51,7 +52,7 @@ class Matrix:
         region: it lies in one, by the fully qualified name of that.
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
-        computed: linears read what is computed of it, and what to do; or the empty string.
+        computed: why no linear reads it as it is, and what to do; or the empty string.
         linear: its module is a linear.
         read: a linear that is traced reads it.
     """
@@ -130,16 +131,25 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     roles: dict[str, Role] = {
         joined(fqn, name): role for r in regions for fqn in r.fqns for name, role in r.roles.items()
     }
+    others = {
+        joined(fqn, name): role
+        for r in regions
+        for name, role in roles_beside(r.graph, r.module).items()
+        for fqn in r.fqns
+    }
     made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
     found = []
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
-        if parameter.ndim < 2 or isinstance(around[path], _OTHERWISE) or min(parameter.shape) < 2:
+        if parameter.ndim < 2 or min(parameter.shape[:2]) < 2:
+            continue
+        pointwise = _is_pointwise(around[path])
+        if not pointwise and (isinstance(around[path], _OTHERWISE) or min(parameter.shape) < 2):
             continue
         if _BIAS.search(name):
             continue
-        role: Role = roles.get(name) or role_by_name(path, around)
+        role: Role = roles.get(name) or others.get(name) or role_by_name(path, around)
         if role == "other":
             role = _role_beside(path, around, regions, untraced)
         if "expert" in path and role == "other":
@@ -152,7 +162,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         hidden = isinstance(owner, nn.Linear) and not stored and name not in inside
         unknown = role == "other" and _calls_linear(owner) and (hidden or not outside.isdisjoint(untraced))
         unknown = unknown and _NEITHER.search(path) is None
-        stacked, region = parameter.ndim > 2, inside.get(name)
+        stacked, region = parameter.ndim > 2 and not pointwise, inside.get(name)
         found.append(
             Matrix(
                 name,
@@ -162,7 +172,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 stacked,
                 region,
                 unknown,
-                computed=_computed(owner) if hidden or name in made else "",
+                computed=_POINTWISE if pointwise else _computed(owner) if hidden or name in made else "",
                 linear=is_linear(owner),
                 read=name in roles,
             )
@@ -170,12 +180,20 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     return found
 
 
-def _stacked(matrix: Matrix) -> str:
-    """`STACKED`, with the module that ignore takes: it takes no parameters."""
-    return (
-        "stacked parameters, which no pass takes apart: make linears of them, or leave it out with ignore = "
-        f'["{pattern(matrix.path)}"]'
-    )
+def _is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution multiplies with one matrix, as a linear does."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
+        return False
+    return module.groups == 1 and set(module.kernel_size) == {1}
+
+
+def _stacked(matrix: Matrix, matrices: Sequence[Matrix]) -> str:
+    """`STACKED`, with what to ignore: the module that holds such alone, or the parameter."""
+    inside = f"{matrix.path}."
+    others = any(not m.stacked and f"{m.path}.".startswith(inside) for m in matrices)
+    layer = matrix.path.rpartition(".")[2].isdigit()
+    place = matrix.place if others or layer or not matrix.path else matrix.path
+    return f'{STACKED} = ["{pattern(place)}"]'
 
 
 def _computed(owner: nn.Module) -> str:
@@ -248,7 +266,7 @@ def coverage(
             continue
         if matrix.name in gone:
             continue
-        why = _stacked(matrix) if matrix.stacked else _reason(matrix, reasons, otherwise)[1]
+        why = _stacked(matrix, matrices) if matrix.stacked else _reason(matrix, reasons, otherwise)[1]
         key = (pattern(matrix.name), why)
         left[key] = left.get(key, 0) + matrix.numel
         alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from act24.passes.graph.activation_kinds import activates
-from act24.passes.graph.flow import Flow
+from act24.passes.graph.flow import PRODUCTS, Flow
 from act24.passes.graph.normal_form import asks_kind, is_call, is_product, weight_name
 
 Role = Literal["attn", "mlp", "router", "lora", "head", "other"]
@@ -112,7 +112,12 @@ def _weights_of(linear: fx.Node) -> list[str]:
     """The parameters that the weight of a linear is, or is made of."""
     if name := weight_name(linear):
         return [name]
-    frontier, seen = [linear.args[1]], list[fx.Node]()
+    return _made_of(linear.args[1])
+
+
+def _made_of(value: object) -> list[str]:
+    """The parameters that a value is made of; none if inputs or what linears compute are in it."""
+    frontier, seen = [value], list[fx.Node]()
     while frontier:
         node = frontier.pop()
         if isinstance(node, fx.Node) and node not in seen and not asks_kind(node):
@@ -122,11 +127,30 @@ def _weights_of(linear: fx.Node) -> list[str]:
     return [] if made else [str(node.target) for node in seen if node.op == "get_attr"]
 
 
-def roles_in_graph(graph: fx.Graph, module: nn.Module) -> dict[str, Role]:
+def roles_beside(graph: fx.Graph, module: nn.Module) -> dict[str, Role]:
+    """The roles that a graph shows of the parameters that other products read, as `torch.einsum`, by name."""
+    found: dict[fx.Node, list[str]] = {}
+    for node in graph.nodes:
+        if node.target in PRODUCTS:
+            names = [name for operand in node.all_input_nodes for name in _made_of(operand)]
+            found |= {node: names} if names else {}
+    beside = {name for names in found.values() for name in names}
+    shown = roles_in_graph(graph, module, found) if found else {}
+    return {name: role for name, role in shown.items() if name in beside}
+
+
+def roles_in_graph(
+    graph: fx.Graph, module: nn.Module, beside: Mapping[fx.Node, list[str]] | None = None
+) -> dict[str, Role]:
     """The roles that a graph shows, by the weight's name. Around a linear alone there is little to see: no
-    network, which has two."""
+    network, which has two.
+
+    Args:
+        beside: what else counts as linears, each with its parameters.
+    """
     found: dict[str, Role] = {}
-    flow = Flow(graph, module, calls := linears_in(graph, module))
+    calls = linears_in(graph, module) | dict(beside or {})
+    flow = Flow(graph, module, calls)
     for node, names in calls.items():
         seen, ends = flow.walk(node)
         before, sources = flow.walk(node, up=True)

@@ -76,8 +76,8 @@ class Heads(nn.Module):
 
 def test_the_remedy_for_what_no_linear_reads_is_not_to_name_it() -> None:
     model, probe = nn.Sequential(Heads(), Heads()), features(2, 8, 16)
-    (reach,) = plan(model, [Weight24()], probe=probe).coverage
-    assert reach.left == (("*.wq", 0.0, reach.left[0][2]),)
+    (reach,) = plan(model, [Weight24()], probe=probe).partial
+    assert reach.left == (("*.wq", 1 / 4, reach.left[0][2]),)  # of attention, as the graph shows
     assert reach.left[0][2].startswith("stacked parameters")
     assert not reach.unmet
     with pytest.raises(
@@ -90,6 +90,62 @@ def test_the_remedy_for_what_no_linear_reads_is_not_to_name_it() -> None:
     (reach,) = plan(model, [Weight24(ignore=("*.wq",))], probe=probe).coverage
     assert not reach.left
     assert not reach.unmet
+
+
+class Experts(nn.Module):
+    """A choice of experts whose matrices lie in two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.dn = nn.Linear(16, 4), *(nn.Parameter(torch.randn(4, 16, 16)) for _ in "ud")
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.gate(x).softmax(-1)
+        y = torch.einsum("btef,efd->bted", F.relu(torch.einsum("btd,edf->btef", x, self.up)), self.dn)
+        return x + torch.einsum("bted,bte->btd", y, share)
+
+
+class Pointwise(nn.Module):
+    """Attention whose projections are convolutions of one column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Conv1d(16, 16, 1) for _ in range(3))
+        self.wide, self.out = nn.Conv1d(16, 16, 3, padding=1), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(self.wide(x.mT)).mT for f in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
+def test_matrices_that_other_products_read_are_of_what_the_graph_shows() -> None:
+    network = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))  # of 8 · 16 · 16
+    for kind, names, share, why in (
+        (Experts, "*.up", 8 / 24, "stacked parameters"),
+        (Pointwise, "*.{query,key,value}", 6 / 16, "a convolution"),
+    ):
+        model = nn.Sequential(kind(), kind(), network)
+        (reach,) = plan(model, [Weight24()], probe=features(2, 8, 16), check=False).partial
+        assert reach.left[0] == (names, pytest.approx(share), reach.left[0][2])
+        assert reach.left[0][2].startswith(why)
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.second = nn.Linear(16, 32), nn.Bilinear(16, 16, 16), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(self.mix(x, x))))
+
+
+def test_a_bilinear_is_no_linear_whatever_targets_say() -> None:
+    model = nn.Sequential(Both(), Both())
+    (reach,) = plan(model, [Weight24()]).coverage
+    assert reach.left[0][0] == "*.mix"
+    assert "name it in targets" not in str(reach)
+    with pytest.raises(PassError, match=r"0\.mix \[Bilinear\] and 1 more: stacked parameters"):
+        plan(model, [Weight24(targets=("*.mix",))])
 
 
 def test_targets_without_a_linear_are_said_to_have_none() -> None:

@@ -60,6 +60,7 @@ SOURCES = {
         "_ROUTER",
         "listed",
     ),
+    "passes/base.py": ("split",),
     "passes/graph/check.py": ("Check",),
     "passes/graph/probe.py": ("obstacle",),
     "passes/graph/linear_sites.py": (
