@@ -39,6 +39,7 @@ from act24.passes.graph.activation_sites import (
     obstacle,
     pads_node,
 )
+from act24.passes.graph.around_activation import spared
 from act24.passes.graph.linear_sites import RESIZE
 from act24.passes.graph.normal_form import nodes_of, replace_node, weight_name
 from act24.passes.graph.region import Region
@@ -66,7 +67,8 @@ SCALE, SEED, SUMS = "activation24_scale", "activation24_seed", "activation24_cal
 _NO_RELU = {
     "silu": "no relu² or relu: put relu2_ffn in front, which makes one of a gated network",
     "gelu": 'no relu² or relu: put relu2_ffn in front, with gate = "gelu"',
-    "": "no relu² or relu: leave it to other passes, or make its activation relu² before",
+    "": "no relu² or relu: leave it to other passes, or make its activation relu² before, in one module with "
+    "its linears",
 }
 
 
@@ -99,9 +101,7 @@ class Activation24(OperationalPass):
 
     name: ClassVar[str] = "activation24"
     takes_named: ClassVar[bool] = False
-    spares: ClassVar[str] = (
-        "its product stays dense: it neither gives nor reads the activation alone. Let it, or leave it out"
-    )
+    spares: ClassVar[str] = "it stands at no relu² or relu: leave it out with ignore"
 
     method: Annotated[str, OneOf(METHODS)] = "naive"
     scale_from: Literal["weight", "output"] = "weight"
@@ -188,13 +188,23 @@ class Activation24(OperationalPass):
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for site in activation_sites(region):
-            if not self.selects(region, site.path):
+        sites = list(activation_sites(region))
+        taken = {linear for site in sites for linear in (site.before, site.after) if linear}
+        for site in sites:
+            linears = (site.before, site.after)
+            weights = tuple(
+                name for linear in linears if linear is not None and (name := weight_name(linear))
+            )
+            # Beside an activation inside of a linear that was factorised, a part is no module of its own.
+            whole = () if any(region.parameters[name].factor for name in weights) else weights
+            if not self.selects(region, site.path, whole):
+                continue
+            if reason := self.split(region, whole):
+                misses.append((site.path, reason))
                 continue
             if site.width is not None and site.width % 4:
                 misses.append((site.path, f"F is {site.width}, not a multiple of 4: {RESIZE}"))
                 continue
-            linears = (site.before, site.after)
             parts = ("linear" if site.before else "", site.function, "linear" if site.after else "")
             matches.append(
                 Match(
@@ -205,7 +215,8 @@ class Activation24(OperationalPass):
                     parameters_before=site.parameters,
                     parameters_after=site.parameters,
                     note=self._note(region, site),
-                    reaches=tuple(name for n in linears if n is not None and (name := weight_name(n))),
+                    reaches=weights,
+                    spared=spared(region, site, taken),
                     layer=self._layer(site),
                 )
             )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.options import PositiveSteps, Steps, check_options
-from act24.passes.graph.selectors import check_selectors, selected
+from act24.passes.graph.normal_form import place_of
+from act24.passes.graph.selectors import check_selectors, names, takes
 from act24.precision import Layer
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Match:
         state: for passes that change parameters.
         note: one remark for the report.
         reaches: the matrices in it that the pass acts on, by local name; None: all at the path.
+        spared: (local path, reason) of matrices at it that the pass leaves.
         layer: what `precision = "auto"` decides about it with; None: nothing is to be decided.
     """
 
@@ -71,6 +73,7 @@ class Match:
     state: StateMap | None = None
     note: str = ""
     reaches: tuple[str, ...] | None = None
+    spared: tuple[tuple[str, str], ...] = ()
     layer: Layer | None = None
 
 
@@ -95,8 +98,8 @@ class Pass:
     """The options that every pass has; a pass adds its own fields, `plan` and `_rewrite`.
 
     Attributes:
-        targets: where the pass may act (`act24.passes.graph.selectors`).
-        ignore: where it may not, even if targeted.
+        targets: where the pass may act, and below (`act24.passes.graph.selectors`).
+        ignore: where it may not, nor below, even if targeted.
         optional: no match is no error, nor is it one under `strict` to reach less than the scope promises.
     """
 
@@ -132,6 +135,8 @@ class Pass:
         for name in ("targets", "ignore"):
             if isinstance(selectors := getattr(self, name), str):
                 check_selectors(selectors, f"{self.name}: {name}")
+            if isinstance(selectors, list):  # as recipes and errors spell it
+                object.__setattr__(self, name, tuple(selectors))
         check_options(self, self.name)
         for name in ("targets", "ignore"):
             check_selectors(getattr(self, name), f"{self.name}: {name}")
@@ -164,18 +169,21 @@ class Pass:
         does not say how many it does."""
         return ()
 
-    def takes(self, fqn: str, class_name: str) -> bool:
-        """Whether `targets` and `ignore` let the pass act on a module or on one around it."""
-        parts = fqn.split(".")
-        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)] or [""]
-        if any(selected(self.ignore, (), name, class_name) for name in names):
-            return False
-        return any(selected(self.targets, (), name, class_name) for name in names)
+    def takes(self, fqn: str, classes: Mapping[str, str]) -> bool:
+        """Whether `targets` and `ignore` let the pass act on a module or parameter, by full name.
+
+        Args:
+            classes: the class name of every module of the model, by full name.
+        """
+        return takes(self.targets, fqn, classes) and not takes(self.ignore, fqn, classes)
 
     def names(self, region: Region, path: str) -> bool:
-        """Whether a target that is not everything takes this path of the region."""
+        """Whether a target that is not everything names this path of the region itself; of a parameter, its
+        module will do."""
         named = tuple(target for target in self.targets if target != "*")
-        return any(selected(named, (), fqn, region.class_name(path)) for fqn in region.names(path))
+        places = [fqn for fqn in region.names(path)]
+        places += [fqn.rpartition(".")[0] for fqn in places if fqn not in region.classes]
+        return any(names(named, place, region.classes) for place in places)
 
     def finish(self, region: Region) -> None:
         """Simplify, in place, what is left of this pass's work at the end of every lowering.
@@ -184,11 +192,32 @@ class Pass:
         computes, but not what, nor the region's parameters and buffers.
         """
 
-    def selects(self, region: Region, path: str) -> bool:
-        """Whether `targets` and `ignore` let the pass act at this path of the region."""
-        return any(
-            selected(self.targets, self.ignore, fqn, region.class_name(path)) for fqn in region.names(path)
+    def selects(self, region: Region, path: str, whole: Sequence[str] = ()) -> bool:
+        """Whether `targets` and `ignore` let the pass act at this path of the region.
+
+        Args:
+            whole: parameters, by local name, that it takes there or leaves, all of them: to name each is to
+                name the path.
+        """
+
+        def given(selectors: Iterable[str], places: Sequence[str]) -> bool:
+            there, *parts = (takes(selectors, place, region.classes) for place in places)
+            return there or (bool(parts) and all(parts))
+
+        names = zip(*(region.names(name) for name in (path, *map(place_of, whole))), strict=True)
+        return any(given(self.targets, places) and not given(self.ignore, places) for places in names)
+
+    def split(self, region: Region, whole: Sequence[str]) -> str:
+        """Why the pass leaves parameters that it takes or leaves together: `ignore` takes one; or the empty
+        string. Arguments as for `selects`."""
+        ignored = (
+            place
+            for name in whole
+            for place in region.names(place_of(name))
+            if takes(self.ignore, place, region.classes)
         )
+        part = next(ignored, "")
+        return f"ignore takes {part}, a part of it: ignore all of it, or nothing" if part else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,7 @@ class Cola(FactorisingPass):
         dropped = bool(self.mlp_activation == "drop" and _silus(site))
         return Match(
             path=site.path,
+            reaches=(site.weight,),
             before=f"linear {site.shape[1]}→{site.shape[0]}" + (" · silu" if dropped else ""),
             after=f"{site.shape[1]}→{rank} · {self.bottleneck} · →{site.shape[0]}",
             nodes=(site, specs),

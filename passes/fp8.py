@@ -122,6 +122,7 @@ class Fp8(OperationalPass):
             size, layer = region.parameters[site.weight].numel(), self._layer(site, taken)
             match = Match(
                 path=site.path,
+                reaches=(site.weight,),
                 before=f"linear {site.shape[1]}→{site.shape[0]}",
                 after=f"e4m3 in y, {'' if site.kind == 'head' else 'dX, '}dW, {self.scaling}",
                 nodes=site,

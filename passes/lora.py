@@ -72,6 +72,7 @@ class Lora(StructuralPass):
             matches.append(
                 Match(
                     path=site.path,
+                    reaches=(site.weight,),
                     before=f"linear {site.shape[1]}→{site.shape[0]}",
                     after=f"frozen, with {'a masked' if self._masked else 'an'} adapter of rank {self.rank}",
                     nodes=site,

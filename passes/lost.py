@@ -86,6 +86,7 @@ class Lost(FactorisingPass):
         before = parameters_before(region, site)
         return Match(
             path=site.path,
+            reaches=(site.weight,),
             before=f"linear {in_features}→{out_features}",
             after=f"{in_features}→{rank} · {self.bottleneck} · →{out_features}, {counted(kept, 'column')}",
             nodes=(site, specs),

@@ -51,6 +51,10 @@ class LowRank(FactorisingPass):
     def starts_fresh(self) -> bool:
         return self.init != "svd"
 
+    @property
+    def first_values(self) -> str:
+        return super().first_values if self.starts_fresh else "starts as its weight's best approximation"
+
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         specs = factor_specs(region, site, rank)
         if self.init == "svd":  # which is the weight itself, and stays frozen as it was
@@ -60,6 +64,7 @@ class LowRank(FactorisingPass):
         after = before - region.parameters[site.weight].numel() + sum(s.numel() for s in specs.values())
         return Match(
             path=site.path,
+            reaches=(site.weight,),
             before=f"linear {site.shape[1]}→{site.shape[0]}",
             after=f"{site.shape[1]}→{rank}→{site.shape[0]}",
             nodes=(site, specs),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -51,7 +52,12 @@ _RANDOM |= {"fractional_max_pool2d", "fractional_max_pool3d"}
 _KNOWN = ("torch", "act24", "operator", "_operator", "builtins", "math")
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p")
 #: What to do where the pass does nothing.
-_OTHERWISE = "leave it out with ignore, or checkpoint whole blocks (gradient_checkpointing_enable)"
+_OTHERWISE = "leave it out with ignore, or checkpoint whole blocks (torch.utils.checkpoint)"
+#: Modules without tensors and chance, whose forward is what their options say.
+_FUNCTIONS = (nn.ReLU6, nn.GELU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.LeakyReLU, nn.Softplus, nn.Softsign)
+_FUNCTIONS += (nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Threshold)
+_FUNCTIONS += (nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.GLU, nn.Softmax, nn.LogSoftmax, nn.Softmin)
+_FUNCTIONS += (nn.Flatten, nn.Unflatten)
 #: What keeps nothing but its inputs for backward.
 _PLAIN = (F.linear, operator.add, torch.add)
 
@@ -84,14 +90,14 @@ class Recompute(OperationalPass):
             if node.op != "call_module":
                 continue
             module = _module(region, node.target)
-            if not (_is_norm(module) or _is_identity(module)):
+            if not (_is_norm(module) or _is_identity(module) or type(module) in _FUNCTIONS):
                 kind = type(module).__name__
                 todo = f"set its p = 0, {_OTHERWISE}" if kind == "Dropout" else _OTHERWISE
                 return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ: {todo}"),))
         if read := _read_buffers(region):
             return Plan(misses=(("", f"forward writes into {read}, which it also reads: {_OTHERWISE}"),))
         opened = region.copy()
-        _open_norms(opened)
+        _open_modules(opened)
         if not any(map(_is_repeated, _by_level(_levels(opened)))):
             reason = f"spares nothing, for nothing lies between its bottlenecks: {_OTHERWISE}"
             return Plan(misses=(("", reason),))  # of a single linear too, whose surroundings do not say it
@@ -109,7 +115,7 @@ class Recompute(OperationalPass):
 
     def _rewrite(self, region: Region, match: Match) -> None:
         _open_products(region)
-        _open_norms(region)
+        _open_modules(region)
         region.graph = _segmented(region.graph, _levels(region))
 
 
@@ -168,23 +174,40 @@ def _is_identity(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
 
 
-def _open_norms(region: Region) -> None:
-    """Norms as functions of their parameters, and no identities: what is repeated may call no module."""
+def _open_modules(region: Region) -> None:
+    """Modules as functions of their parameters, and no identities: what is repeated may call no module."""
     graph = region.graph
     for node in list(graph.nodes):
         if node.op == "call_module":
-            norm: Any = _module(region, node.target)
-            if _is_identity(norm):
-                (same,) = node.all_input_nodes
-                replace_node(graph, node, same)
-                continue
-            with graph.inserting_before(node):
-                given = [name for name in ("weight", "bias") if norm._parameters.get(name) is not None]
-                parameters = {name: graph.get_attr(f"{node.target}.{name}") for name in given}
-                function = F.rms_norm if isinstance(norm, nn.RMSNorm) else F.layer_norm
-                arguments = (*node.args, *node.kwargs.values(), norm.normalized_shape)
-                opened = graph.call_function(function, arguments, {**parameters, "eps": norm.eps})
+            module: Any = _module(region, node.target)
+            if _is_identity(module):
+                (opened,) = node.all_input_nodes
+            elif _is_norm(module):
+                opened = _open_norm(graph, node, module)
+            else:
+                opened = _open_function(graph, node, module)
             replace_node(graph, node, opened)
+
+
+def _open_norm(graph: fx.Graph, node: fx.Node, norm: Any) -> fx.Node:
+    with graph.inserting_before(node):
+        given = [name for name in ("weight", "bias") if norm._parameters.get(name) is not None]
+        parameters = {name: graph.get_attr(f"{node.target}.{name}") for name in given}
+        function = F.rms_norm if isinstance(norm, nn.RMSNorm) else F.layer_norm
+        arguments = (*node.args, *node.kwargs.values(), norm.normalized_shape)
+        return graph.call_function(function, arguments, {**parameters, "eps": norm.eps})
+
+
+def _open_function(graph: fx.Graph, node: fx.Node, module: nn.Module) -> fx.Node:
+    plain = copy(module)
+    if hasattr(plain, "inplace"):  # what is repeated may not write into what it reads
+        vars(plain)["inplace"] = False
+    body = fx.Tracer().trace(plain)
+    (given,) = (one for one in body.nodes if one.op == "placeholder")
+    with graph.inserting_before(node):
+        opened = graph.graph_copy(body, {given: node.all_input_nodes[0]})
+    assert isinstance(opened, fx.Node)
+    return opened
 
 
 def _read_buffers(region: Region) -> str:

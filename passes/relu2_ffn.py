@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.activation_kinds import activation_kind, activations
+from act24.passes.graph.activation_kinds import activates, activation_kind, activations
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import (
     bias_name,
@@ -108,11 +108,17 @@ class Relu2FFN(StructuralPass):
             found = _find(region, node)
             if found is None:
                 continue
-            names = [weight_name(linear) for linear in (found.gate, found.up, found.down)]
-            path = common_path(*(name for name in names if name))
-            if not self.selects(region, path):
+            linears = (found.gate, found.up, found.down)
+            names = [name for linear in linears if (name := weight_name(linear))]
+            path = common_path(*names)
+            if not self.selects(region, path, names):
                 continue
-            reason = self._other_gate(found) or _obstacle(region, found) or self._unfit(region, found)
+            reason = (
+                self.split(region, names)
+                or self._other_gate(found)
+                or _obstacle(region, found)
+                or self._unfit(region, found)
+            )
             if not reason and not self.names(region, path):
                 reason = _partly_frozen(region, found)
             if reason:
@@ -331,15 +337,29 @@ def _resized(region: Region, found: _SwiGLU, width: int) -> dict[str, ParameterS
     return specs
 
 
+def _foreign_gate(region: Region, product: fx.Node) -> str:
+    """The activation, none of silu and gelu, that gates a network with this product; or the empty string."""
+    if not is_call(next(iter(_end(region, product).users), None), F.linear):
+        return ""
+    for gate in product.all_input_nodes:
+        if activates(gate, region.module) and is_call(_half(gate.all_input_nodes[0])[0], F.linear):
+            called = region.module.get_submodule(str(gate.target)) if gate.op == "call_module" else None
+            kind = str(getattr(gate.target, "__name__", gate.target))
+            return "" if activation_kind(gate, region.module) else type(called).__name__ if called else kind
+    return ""
+
+
 def _describe(region: Region) -> str:
     """What the region has instead of a gated network."""
     called = [n.target for n in region.graph.nodes if n.op == "call_module"]
     for name in called:
         if call := remade(region.module.get_submodule(name)):
             return f"the weight of {name} is computed in forward: call {call} first, or {_LEAVE}"
+    products = [n for n in region.graph.nodes if is_product(n) and len(n.all_input_nodes) == 2]
+    if kind := next(filter(None, (_foreign_gate(region, node) for node in products)), ""):
+        return f"gated by {kind}: give the gate silu or gelu, which this pass takes, or {_LEAVE}"
     if any(True for _ in nodes_of(region.graph, relu2)):
         return "already relu²: use activation24 alone"
-    products = (n for n in region.graph.nodes if is_product(n) and len(n.all_input_nodes) == 2)
     found = (activation_kind(value, region.module) for node in products for value in node.args)
     if gated := next(filter(None, found), None):
         return (

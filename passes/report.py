@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan, StructuralPass
-from act24.passes.graph.coverage import Coverage, coverage, left_alone, listed, matrices_of, pattern
+from act24.passes.graph.coverage import Coverage, Matrix, coverage, left_alone, listed, matrices_of, pattern
 from act24.passes.graph.flops import region_flops, uncounted
 from act24.passes.graph.normal_form import is_linear
-from act24.passes.graph.region import Region, joined
-from act24.passes.graph.selectors import selected
+from act24.passes.graph.region import Factor, Region, joined
+from act24.passes.graph.selectors import names, takes
 from act24.passes.places import Pattern, patterns, shared, text
 from act24.words import counted
 
@@ -33,6 +34,7 @@ class Row:
     steps: str
     note: str
     reaches: tuple[str, ...] | None = field(default=None, compare=False)  # full names; None: all in the place
+    spared: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (full name of a module, reason)
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def row(p: Pass, region: Region, match: Match) -> Row:
         steps=steps,
         note=match.note,
         reaches=None if match.reaches is None else tuple(map(region.name, match.reaches)),
+        spared=tuple((region.name(path), why) for path, why in match.spared),
     )
 
 
@@ -233,7 +236,7 @@ def coverages(
     misses: Sequence[tuple[str, str, str]],
     absent: Sequence[tuple[str, str, str]],
     gone: Collection[str],
-    single: Collection[str],
+    base: Sequence[Region],
 ) -> tuple[Coverage, ...]:
     """What passes reach of a model, each once.
 
@@ -242,12 +245,11 @@ def coverages(
         unclean: the modules that are no regions, and why.
         misses, absent: (pass, full name of a place or region, reason) of what is left there.
         gone: the full names of parameters that passes take away, with nothing in their place.
-        single: the regions that are single linears, whose surroundings say more than they.
+        base: the regions as passes have left them.
     """
     left = _by_name(unclean)
     matrices = matrices_of(model, regions, left)
     stock = {joined(fqn, name) for region in regions for fqn in region.fqns for name in region.parameters}
-    made = {name for row in rows for name in row.reaches or () if name not in stock}
     untraced = _untraced(left)
     around = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
     found = []
@@ -259,20 +261,37 @@ def coverages(
             ]
             reached = [name for place, reaches in own for name in ((place,) if reaches is None else reaches)]
             # What another pass has made stands for the matrix that was there.
-            places = [name.rpartition(".")[0] if name in made else name for name in reached]
-            missed = {place: p.spares for place, reaches in own if reaches is not None} | missed
+            places = [name if name in stock else _stood(name) for name in reached]
+            missed = {place: p.spares for place, reaches in own if reaches is not None and p.spares} | missed
             nothing = {fqn: why for name, fqn, why in absent if name == p.name}
+            single = lone_linears(regions, regions if p.last else base)
             reasons = {
                 **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
+                **dict(one for row in rows if row.pass_name == p.name for one in row.spared),
                 **missed,
             }
-            named = {*(place for place, _ in own), *missed}
+            named = {*(place for place, _ in own), *places, *missed, *_named_alone(p, matrices, around)}
             about = (reasons, nothing, p.promises, gone, named, p.takes_named)
-            reach = coverage(p.name, p.covers, matrices, p.takes, places, *about)
-            unmet = _unmet(p, {**around, **{place: around.get(place, "") for place in named}})
+            reach = coverage(p.name, p.covers, matrices, partial(p.takes, classes=around), places, *about)
+            unmet = _unmet(p, {*around, *named, *(m.place for m in matrices)}, around)
             found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet))
     return tuple(found)
+
+
+def lone_linears(traced: Sequence[Region], base: Sequence[Region]) -> set[str]:
+    """The regions that are single linears of which no pass has made something else: their surroundings say
+    more than they about why a pass leaves them.
+
+    Args:
+        traced, base: as they were, and as passes have left them.
+    """
+    pairs = zip(traced, base, strict=True)
+    return {
+        old.fqn
+        for old, new in pairs
+        if is_linear(old.module) and old.parameters.keys() == new.parameters.keys()
+    }
 
 
 def _by_name(unclean: Mapping[str, str]) -> dict[str, str]:
@@ -285,10 +304,25 @@ def _untraced(left: Mapping[str, str]) -> dict[str, str]:
     return {place: f"not traced: {why}" for place, why in left.items()}
 
 
-def _unmet(p: Pass, names: Mapping[str, str]) -> tuple[str, ...]:
-    """Which selectors of a pass take none of some modules, by name and class."""
+def _stood(name: str) -> str:
+    """The full name of the matrix that stood where a pass has made a factor."""
+    return next((name.removesuffix(end) for f in get_args(Factor) if name.endswith(end := f"_{f}")), name)
+
+
+def _named_alone(p: Pass, matrices: Sequence[Matrix], classes: Mapping[str, str]) -> set[str]:
+    """The matrices, no modules' `weight`, that targets name and not the modules around them."""
+    return {
+        m.name
+        for m in matrices
+        if p.takes_named and m.place != m.path
+        if names(p.targets, m.place, classes) and not takes(p.targets, m.path, classes)
+    }
+
+
+def _unmet(p: Pass, places: Collection[str], classes: Mapping[str, str]) -> tuple[str, ...]:
+    """Which selectors of a pass name none of some places."""
     given = dict.fromkeys((*p.targets, *p.ignore))
-    return tuple(one for one in given if not any(selected((one,), (), *module) for module in names.items()))
+    return tuple(one for one in given if not any(names((one,), place, classes) for place in places))
 
 
 def _where(p: Pass) -> str:
@@ -321,14 +355,28 @@ def no_match(
     """
     where = _where(p)
     everywhere = replace(p, targets=("*",), ignore=())
-    left_out = [(region, match.path) for region in regions for match in everywhere.plan(region).matches]
-    if left_out and not any(planned.misses for planned in plans):
+    left_out = [(region, match) for region in regions for match in everywhere.plan(region).matches]
+    left = _by_name(unclean)
+    classes = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+    matrices = matrices_of(model, traced, left) if p.covers else []
+    taking = partial(p.takes, classes=classes)
+    own_way = {region.name(name) for region, match in left_out for name in match.reaches or ()}
+    kept = [m for m in matrices if m.name not in {*own_way, *map(_stood, own_way)}]
+    named = _named_alone(p, matrices, classes)
+    targeted = p.takes_named and left_alone(p.covers, kept, taking, {}, {}, gone, named)
+    if left_out and not targeted and not any(planned.misses for planned in plans):
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-        region, path = left_out[0]
+        region, path = left_out[0][0], left_out[0][1].path
         todo = [] if replace(p, ignore=()).selects(region, path) else ["name it in targets"]
         todo += [] if replace(p, targets=("*",)).selects(region, path) else ["take it out of ignore"]
         first = region.name(path) or "the model"
-        return f"{p.name} matches nothing{where}, which leaves out {first}{others}: {' and '.join(todo)}"
+        empty = next((name for name in classes if p.covers and names(p.targets, name, classes)), "")
+        if any(takes(p.targets, m.place, classes) for m in matrices):
+            empty = ""
+        taken = f"takes {_shown(model, empty, True)}, where no linear is, and " if empty else ""
+        return (
+            f"{p.name} matches nothing{where}, which {taken}leaves out {first}{others}: {' and '.join(todo)}"
+        )
     missed = [
         (region.name(path), why)
         for region, planned in zip(regions, plans, strict=True)
@@ -339,15 +387,13 @@ def no_match(
         for region, planned in zip(regions, plans, strict=True)
         if not planned.misses
     }
-    left = _by_name(unclean)
     around = _untraced(left)
-    single = {region.fqn for region in regions if is_linear(region.module)}
+    single = lone_linears(traced, traced if p.last else regions)
     own = {place: why for place, why in absent.items() if place not in single}
     reasons = {**own, **around, **dict(missed)}
     found = []
     if p.covers:
-        matrices = matrices_of(model, traced, left)
-        found = left_alone(p.covers, matrices, p.takes, reasons, absent, gone, dict(missed))
+        found = left_alone(p.covers, kept, taking, reasons, absent, gone, {*named, *dict(missed)})
     found = found or [*missed, *absent.items(), *around.items()]
     if p.last:  # it acts on what others have made: where they made nothing, nothing keeps it from that
         found = [one for one in missed if one[0] not in single] or missed
@@ -360,10 +406,11 @@ def no_match(
     ]
     there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
     said = f"{p.name} matches nothing{where}. "
-    # Where a pass has nothing, there is nothing to leave out of it.
-    said += _by_reason(here).replace(_WITH_IGNORE, "leave the pass out")
+    said += _by_reason(here)
     said += "" if here or there else "The model has no linear: leave the pass out"
-    return said + (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    said += (". " if here and there else "") + (f"Not traced: {_by_reason(there)}" if there else "")
+    # Where a pass has nothing, there is nothing to leave out of it.
+    return said.replace(_WITH_IGNORE, "leave the pass out")
 
 
 def _shown(model: nn.Module, place: str, with_class: bool) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class Rewriting:
         regions, self._unclean = trace(model, self._check)
         if self._check:
             self._check.forget_inputs()
-        self._sites = [Site(r, r.copy(), touched=keep_all and not is_linear(r.module)) for r in regions]
+        self._sites = [Site(r, r.copy(), kept=keep_all and not is_linear(r.module)) for r in regions]
         base = [site.base for site in self._sites]
         for p in self._structural:
             self._plan_pass(p, base)
@@ -120,8 +121,8 @@ class Rewriting:
 
     def _coverage(self) -> tuple[Coverage, ...]:
         regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        gone, single = self._replaced_names(), {r.fqn for r in regions if is_linear(r.module)}
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, single)
+        gone, base = self._replaced_names(), [site.base for site in self._sites]
+        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, base)
 
     def _replaced_names(self) -> set[str]:
         """The full names of what passes take away; in factors that stand for it others reach something."""
@@ -195,7 +196,7 @@ class Rewriting:
         """Run the model on what the stock one ran on, if it did.
 
         Raises:
-            PassError: what passes made is not read, or what they replaced is.
+            PassError: what passes made is not read, what they replaced is, or a region is run past.
         """
         if self._check is None:
             return
@@ -207,10 +208,11 @@ class Rewriting:
             replaced |= {site.base.name(name): tensor for name, tensor in gone.items()}
             for creation in site.base.created:
                 if any(name in gone and self._check.was_read(gone[name]) for name in creation.sources):
-                    names = [name for name in creation.names if name in site.base.parameters]
-                    made |= {site.base.name(name): new[name] for name in names}
+                    made |= {site.base.name(n): new[n] for n in creation.names if n in site.base.parameters}
         same = not self._active and not any(site.claims for site in self._sites)
-        self._check.rewritten(self._model, made, replaced, same)
+        regions = {s.traced.fqn or "the model": s.module for s in self._sites if s.matched and s.module}
+        self._check.rewritten(self._model, regions, made, replaced, same)
+        self.report = replace(self.report, checked=str(self._check))
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:
         """Bring the operations in line with the passes in force once `step` updates are made.
@@ -399,7 +401,7 @@ class Rewriting:
             if isinstance(p, StructuralPass):
                 self._claim(p, site, region, planned.matches)
             p.apply(region, planned)
-            site.touched |= bool(planned.matches)
+            site.matched |= bool(planned.matches)
             if report and not p.observes:
                 self._rows += [row(p, region, match) for match in planned.matches]
                 self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]

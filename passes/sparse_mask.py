@@ -62,6 +62,7 @@ class SparseMask(StructuralPass):
             matches.append(
                 Match(
                     path=site.path,
+                    reaches=(site.weight,),
                     before=f"linear {site.shape[1]}→{site.shape[0]}",
                     after="its zeros stay",
                     nodes=site,

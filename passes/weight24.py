@@ -224,6 +224,7 @@ class Weight24(OperationalPass):
                 matches.append(
                     Match(
                         path=site.path,
+                        reaches=(site.weight,),
                         before=f"linear {site.shape[1]}→{site.shape[0]}",
                         after=self._products_text(site),
                         nodes=site,

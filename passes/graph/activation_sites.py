@@ -243,7 +243,7 @@ def _reads_weight(region: Region, node: fx.Node) -> bool:
     if node.op == "call_module":
         called = region.module.get_submodule(str(node.target))
         return is_adapter(called) or isinstance(called, nn.Linear)
-    return node.target in (F.linear, linear_fp8) or node.target in PRODUCTS or bool(_weights(node))
+    return node.target in (F.linear, linear_fp8) or node.target in PRODUCTS or bool(read_weights(node))
 
 
 def _is_convolution(region: Region, node: fx.Node) -> bool:
@@ -252,7 +252,7 @@ def _is_convolution(region: Region, node: fx.Node) -> bool:
     return node.target in (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
-def _weights(node: fx.Node) -> list[str]:
+def read_weights(node: fx.Node) -> list[str]:
     """The weights that a linear, or the fused operation, reads."""
     positions = {F.linear: (1,), linear24: (1,), activation24: (1, 3)}.get(node.target, ())  # type: ignore[arg-type]
     return [name for position in positions if (name := parameter_name(node.args[position]))]
@@ -267,7 +267,7 @@ def _reach(node: fx.Node, up: bool) -> list[str]:
             if neighbour in seen or neighbour.op in ("placeholder", "get_attr"):
                 continue
             seen.add(neighbour)
-            if weights := _weights(neighbour):
+            if weights := read_weights(neighbour):
                 found.append(weights[-1 if up else 0])
             else:
                 frontier.append(neighbour)

@@ -3,7 +3,8 @@
 The stock model runs once, as a double, on a small input; a region's module and its graph then run on what the
 region was given there, in evaluation mode, in training mode with gradients, and under autocast, and have to
 agree bit for bit (gradients to rounding: some kernels of GPUs add in any order). After a rewrite the model
-runs on the same input again: what passes made is read, and nothing that they replaced is.
+runs on the same input again: what passes made is read, nothing that they replaced is, and nothing runs past
+what was rewritten.
 
 That costs four forwards of the model, and of each region six and two backwards, on the few tokens of the
 probe; of memory, what those tokens need and a copy of the buffers. No module, buffer or generator of the
@@ -12,7 +13,7 @@ model is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from act24.errors import PassError
@@ -36,7 +36,8 @@ from act24.passes.graph.probe import (
     wanted_text,
 )
 from act24.passes.graph.proxies import PLAIN, Unclean
-from act24.passes.graph.shadow import Shadow, plain_call
+from act24.passes.graph.readings import Readings, Reads, Recorder, Writes, cloned, detached, storage_of
+from act24.passes.graph.shadow import Shadow
 from act24.passes.graph.surroundings import random_state, set_random_state
 from act24.passes.graph.writes import buffer_writes
 
@@ -48,6 +49,7 @@ class Check:
         not_run: why the whole model is not run, or the empty string.
         agreeing: how many regions were found to compute what their modules do.
         unchecked: by class of the module, why a region could not be run.
+        not_entered: the rewritten regions that the probe does not enter, by full name.
     """
 
     def __init__(self, model: nn.Module, probe: Probe | None = None) -> None:
@@ -58,6 +60,7 @@ class Check:
         """
         self.agreeing = 0
         self.unchecked: dict[str, str] = {}
+        self.not_entered: tuple[str, ...] = ()
         self._given: dict[nn.Module, Arguments] = {}
         self._readers: dict[int, set[nn.Module]] = {}
         self._probe: Arguments | None = None
@@ -66,13 +69,13 @@ class Check:
             return
         failures = []
         for arguments in [arguments_of(probe)] if probe is not None else guesses(model):
-            recorder = _Recorder()
+            recorder = Recorder()
             try:
                 self._output, self._read = _run(model, arguments, recorder)
             except _Shares as error:
                 self.not_run = f"it holds {error}, which cannot be copied, and its forward might write to it"
                 return
-            except _Writes as error:
+            except Writes as error:
                 raise PassError(
                     f"the model writes to its parameter {error} in forward, which a rewritten one could "
                     "not: switch that off (rescale_every = 0 of RWKV, altup_coef_clip = None of Gemma 3n), "
@@ -99,15 +102,19 @@ class Check:
             lines.append(f"the model as a whole was not checked: {self.not_run}")
         elif not (self.agreeing or self.unchecked):
             lines.append(
-                f"checked on {self._probe}: only single linears are traced, which are what they were"
+                f"checked on {self._probe}: only single linears are traced, which need no comparison"
             )
         if self.agreeing:
             on = "random features" if self._probe is None else str(self._probe)
-            computes = "1 region computes what its module does"
+            computes = "1 region computes what its module does, before passes change it"
             if self.agreeing > 1:
-                computes = f"{self.agreeing} regions compute what their modules do"
+                computes = f"{self.agreeing} regions compute what their modules do, before passes change them"
             lines.append(f"checked on {on}: {computes}")
         lines += [f"not checked: {kind}: {why}" for kind, why in self.unchecked.items()]
+        if self.not_entered:
+            first, *others = self.not_entered
+            more = f" and {len(others)} more" if others else ""
+            lines.append(f"not checked: {first}{more}: the model runs on the probe without it")
         return "\n".join(lines)
 
     def region(self, module: nn.Module, graph: fx.Graph) -> None:
@@ -148,24 +155,30 @@ class Check:
         self.agreeing += 1
 
     def forget_inputs(self) -> None:
-        """Let go of what modules were given and read, once all regions are compared."""
-        self._given, self._readers = {}, {}
+        """Let go of what modules were given, once all regions are compared."""
+        self._given = {}
 
     def read_past(self, module: nn.Module, tensor: Tensor) -> str:
         """What reads a parameter of a module past the module, by its class, or the empty string."""
-        readers = self._readers.get(_storage(tensor), set())
+        readers = self._readers.get(storage_of(tensor), set())
         return next((type(reader).__name__ for reader in readers - {*module.modules()}), "")
 
     def was_read(self, tensor: Tensor) -> bool:
         """Whether the stock model read a tensor when it ran on the probe."""
-        return self._probe is not None and _storage(tensor) in self._read
+        return self._probe is not None and storage_of(tensor) in self._read
 
     def rewritten(
-        self, model: nn.Module, made: Mapping[str, Tensor], replaced: Mapping[str, Tensor], same: bool
+        self,
+        model: nn.Module,
+        regions: Mapping[str, nn.Module],
+        made: Mapping[str, Tensor],
+        replaced: Mapping[str, Tensor],
+        same: bool,
     ) -> None:
         """Run the rewritten model.
 
         Args:
+            regions: what stands in it for the rewritten regions, by full name.
             made: by full name, what passes made and the model has to read on the probe.
             replaced: by full name, what it may read no more.
             same: nothing changes the function yet, so that it has to give the same numbers.
@@ -175,26 +188,36 @@ class Check:
         """
         if self._probe is None:
             return
+        readings = Readings(regions.values())
         try:
-            output, read = _run(model, self._probe, None)
+            output, read = _run(model, self._probe, readings, replaced.values())
         except Exception as error:
             raise PassError(
                 f"the rewritten model fails where the stock one runs: {_line(error)}. Something outside a "
                 "rewritten module reads what stood in it: leave that out with ignore=[…]"
             ) from error
         for name, tensor in made.items():
-            if _storage(tensor) not in read:
+            if storage_of(tensor) not in read:
                 raise PassError(
                     f"{name} is made by a pass, and the rewritten model does not read it: something holds "
                     "the module that stood there (a compiled copy, a list). Apply passes before that is "
                     "made"
                 )
         for name, tensor in replaced.items():
-            if _storage(tensor) in read:
+            if storage_of(tensor) in read:
                 raise PassError(
                     f"{name} was replaced by a pass, and the model reads it all the same: something holds "
                     "the old module. Leave it out with ignore=[…], or apply passes before that is made"
                 )
+        for fqn, region in regions.items():
+            name, reader = readings.past(region, self._readers)
+            if name:
+                raise PassError(
+                    f"{fqn} was rewritten, and the model runs past it: {reader} reads its {name} all the "
+                    "same, through the old module in a list, a bound method or a closure, or itself. Leave "
+                    "it out with ignore=[…], or apply passes before that is made"
+                )
+        self.not_entered = tuple(fqn for fqn, region in regions.items() if region not in readings.entered)
         if same and (difference := _difference(_Outcome(self._output), _Outcome(output))):
             raise PassError(f"no pass is in force, and the rewritten model {difference}: please report this")
 
@@ -216,81 +239,25 @@ class _Outcome:
     outline: Any = None
 
 
-class _Recorder:
-    """Observes a double: what each module is given when it is first called, and which of them read a storage
-    of parameters."""
-
-    def __init__(self) -> None:
-        self.given: dict[nn.Module, Arguments] = {}
-        self.readers: dict[int, set[nn.Module]] = {}
-        self.running: list[nn.Module] = []
-        self.shadow: Shadow | None = None
-
-    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self.shadow is not None
-        original = self.shadow.originals[module]
-        if original not in self.given:
-            self.given[original] = Arguments(args, kwargs).map(_detached)
-        self.running.append(original)
-        try:
-            return plain_call(module, args, kwargs)
-        finally:
-            self.running.pop()
-
-    def on_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> Any:
-        return tensor
-
-    def on_training(self, module: nn.Module) -> bool:
-        return vars(module)["training"]
-
-
-class _Writes(Exception):
-    """A parameter would be written to; its name."""
-
-
 class _Shares(Exception):
     """A double would share something with the model; what."""
 
 
-class _Reads(TorchDispatchMode):
-    """Notes which storages operations are given, and lets none write to a parameter."""
-
-    def __init__(self, module: nn.Module, recorder: _Recorder | None = None) -> None:
-        super().__init__()
-        self.storages: set[int] = set()
-        self._recorder = recorder
-        self._parameters = {_storage(p): name for name, p in module.named_parameters()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(value, Tensor) and _storage(value) in self._parameters:
-                    raise _Writes(self._parameters[_storage(value)])
-        for value in (*args, *(kwargs or {}).values()):
-            for tensor in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(tensor, Tensor):
-                    self.storages.add(storage := _storage(tensor))
-                    if self._recorder is not None and storage in self._parameters:
-                        self._recorder.readers.setdefault(storage, set()).add(self._recorder.running[-1])
-        return func(*args, **(kwargs or {}))
-
-
-def _run(model: nn.Module, arguments: Arguments, recorder: _Recorder | None) -> tuple[Any, set[int]]:
+def _run(
+    model: nn.Module, arguments: Arguments, readings: Readings, kept: Iterable[Tensor] = ()
+) -> tuple[Any, set[int]]:
     """What the double of a model returns in evaluation mode, and the storages that it reads; in training mode
     it runs too, as what happens between the modes shows only there."""
-    shadow = Shadow(model, buffers=True)
+    shadow = Shadow(model, buffers=True, kept=kept)
     if shadow.uncopied:
         raise _Shares(shadow.uncopied)
     _set_mode(shadow.root, False)
-    if recorder is not None:
-        recorder.shadow = shadow
-        shadow.observer = recorder
-    with _undisturbed(model), torch.no_grad(), _Reads(model, recorder) as reads:
-        given = arguments.map(_detached)
+    readings.observe(shadow)
+    with _undisturbed(model), torch.no_grad(), Reads(model, readings) as reads:
+        given = arguments.map(detached)
         output = shadow.root(*given.args, **given.kwargs)
         _set_mode(shadow.root, True)
-        given = arguments.map(_detached)
+        given = arguments.map(detached)
         shadow.root(*given.args, **given.kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], reads.storages
 
@@ -300,14 +267,14 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
     shadow = Shadow(module, buffers=True)
     training = mode == "training"
     _set_mode(shadow.root, training)
-    own = arguments.map(_detached)
+    own = arguments.map(detached)
     leaves = [v for v in tree_leaves((own.args, own.kwargs)) if isinstance(v, Tensor)]
     inputs = [v.requires_grad_() for v in leaves if training and v.is_floating_point()]
     device = device_of(module).type
     autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
-    with _undisturbed(module), torch.set_grad_enabled(training), autocast, _Reads(module):
+    with _undisturbed(module), torch.set_grad_enabled(training), autocast, Reads(module, Readings()):
         # No leaves: autograd lets nobody write to those, and callers hand over what they have computed.
-        given = own.map(_cloned)
+        given = own.map(cloned)
         if graph is None:
             output = shadow.root(*given.args, **given.kwargs)
         else:
@@ -388,18 +355,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    """A copy that remembers nothing of how it came about, for a forward that may write to it."""
-    return _cloned(tensor.detach(), vars(tensor))
-
-
-def _cloned(tensor: Tensor, hung: Mapping[str, Any] | None = None) -> Tensor:
-    """A copy, with the attributes that were hung on it too."""
-    clone = tensor.clone()
-    vars(clone).update(vars(tensor) if hung is None else hung)
-    return clone
-
-
 def _outline(value: Any) -> Any:
     """What a value is beside the tensors in it, as data that compares. fx has lists and dictionaries of its
     own."""
@@ -432,10 +387,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             set_random_state(drawn)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
 from act24.passes.graph.roles import Role, computed, role_by_name
@@ -19,7 +19,7 @@ _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "h
 HIDES = "its relu"
 
 #: Why a pass leaves experts whose matrices lie in one tensor.
-STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave them out with ignore"
+STACKED = "stacked parameters, which no pass takes apart: make linears of them, or leave it out with ignore"
 
 #: Why a pass leaves a matrix that no linear reads as it is.
 _COMPUTED = "its weight is computed in forward, not read"
@@ -45,7 +45,6 @@ class Matrix:
     Attributes:
         name: fully qualified; the first one.
         path: of its module.
-        class_name: of its module.
         numel: elements.
         role: what it is for.
         stacked: several matrices in one tensor, as experts are.
@@ -54,11 +53,11 @@ class Matrix:
             be what any pass means.
         computed: linears read what is computed of it, and what to do; or the empty string.
         linear: its module is a linear.
+        read: a linear that is traced reads it.
     """
 
     name: str
     path: str
-    class_name: str
     numel: int
     role: Role
     stacked: bool
@@ -66,6 +65,12 @@ class Matrix:
     unknown: bool = False
     computed: str = ""
     linear: bool = False
+    read: bool = False
+
+    @property
+    def place(self) -> str:
+        """What selectors, rows and reasons call it."""
+        return place_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,9 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         untraced: by full name, why a module is no region.
     """
     around = dict(model.named_modules(remove_duplicate=False))
-    roles: dict[str, Role] = {joined(r.fqn, name): role for r in regions for name, role in r.roles.items()}
+    roles: dict[str, Role] = {
+        joined(fqn, name): role for r in regions for fqn in r.fqns for name, role in r.roles.items()
+    }
     made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
     found = []
@@ -150,7 +157,6 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
             Matrix(
                 name,
                 path,
-                type(owner).__name__,
                 parameter.numel(),
                 role,
                 stacked,
@@ -158,9 +164,18 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 unknown,
                 computed=_computed(owner) if hidden or name in made else "",
                 linear=is_linear(owner),
+                read=name in roles,
             )
         )
     return found
+
+
+def _stacked(matrix: Matrix) -> str:
+    """`STACKED`, with the module that ignore takes: it takes no parameters."""
+    return (
+        "stacked parameters, which no pass takes apart: make linears of them, or leave it out with ignore = "
+        f'["{pattern(matrix.path)}"]'
+    )
 
 
 def _computed(owner: nn.Module) -> str:
@@ -197,7 +212,7 @@ def coverage(
     pass_name: str,
     scope: Iterable[str],
     matrices: Sequence[Matrix],
-    selects: Callable[[str, str], bool],
+    selects: Callable[[str], bool],
     reached: Iterable[str],
     reasons: Mapping[str, str],
     otherwise: Mapping[str, str],
@@ -210,14 +225,14 @@ def coverage(
 
     Args:
         scope: the roles that its name promises.
-        selects: whether its targets and what it ignores let it act on a module, by name and class.
-        reached: the full names of the places that it rewrites.
+        selects: whether its targets and what it ignores let it act on a module or parameter, by full name.
+        reached: the full names of the parameters that it rewrites, or of places that it rewrites whole.
         reasons: by full name of a place or module, why it is left.
         otherwise: the same, of linears around which nothing has a reason.
         promised: as in `Coverage`.
         gone: the names of matrices that passes take away, with nothing in their place; those that this one
             does not reach are no concern of its.
-        named: the full names of modules that it means, whatever they are for.
+        named: the full names of places and parameters that it means, whatever they are for.
         takes_named: whether it takes linears of any purpose that its targets name.
     """
     roles = tuple(scope)
@@ -233,7 +248,8 @@ def coverage(
             continue
         if matrix.name in gone:
             continue
-        key = (pattern(matrix.name), _reason(matrix, reasons, otherwise)[1])
+        why = _stacked(matrix) if matrix.stacked else _reason(matrix, reasons, otherwise)[1]
+        key = (pattern(matrix.name), why)
         left[key] = left.get(key, 0) + matrix.numel
         alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))
     total = done + sum(left.values())
@@ -244,21 +260,23 @@ def coverage(
     shown = tuple(
         (listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
     )
-    routers = (m for m in matrices if m.role == "router" and selects(m.path, m.class_name))
+    routers = (m for m in matrices if m.role == "router" and selects(m.place))
     stay = dict.fromkeys(pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
     if stay:
         shown += ((listed(list(stay)), 0.0, _ROUTER),)
     with_some = {m.region for m in matrices if any(_within(m, place) for place in hit)}
-    beside = dict.fromkeys(
-        pattern(m.name)
-        for m in matrices
-        if m.role == "other" and not m.unknown and m.path not in named
-        if m.linear or m.region in with_some
-        if _NEITHER.search(m.path) is None and selects(m.path, m.class_name)
-        if not any(_within(m, place) for place in hit)
-    )
-    if beside:
-        shown += ((listed(list(beside)), 0.0, _BESIDE if takes_named else _NO_ROLE),)
+    beside: dict[str, dict[str, None]] = {}
+    for m in matrices:
+        if m.role != "other" or not selects(m.place) or _meant(m, roles, selects, named):
+            continue
+        if not (m.linear or m.region in with_some) or _NEITHER.search(m.path) is not None:
+            continue
+        if any(_within(m, place) for place in hit):
+            continue
+        taken = _BESIDE if takes_named else _NO_ROLE
+        reason = taken if m.linear or m.read else _reason(m, reasons, otherwise)[1]
+        beside.setdefault(reason, {})[pattern(m.name)] = None
+    shown += tuple((listed(list(names)), 0.0, reason) for reason, names in beside.items())
     *first, last = (text for role, text in _NAMES.items() if role in roles or role in seen)
     words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)
@@ -267,7 +285,7 @@ def coverage(
 def left_alone(
     scope: Iterable[str],
     matrices: Sequence[Matrix],
-    selects: Callable[[str, str], bool],
+    selects: Callable[[str], bool],
     reasons: Mapping[str, str],
     otherwise: Mapping[str, str],
     gone: Collection[str] = (),
@@ -281,11 +299,11 @@ def left_alone(
 
 
 def _meant(
-    matrix: Matrix, roles: Collection[str], selects: Callable[[str, str], bool], named: Collection[str]
+    matrix: Matrix, roles: Collection[str], selects: Callable[[str], bool], named: Collection[str]
 ) -> bool:
     """Whether a pass means a matrix, reached or not."""
-    meant = matrix.role in roles or matrix.unknown or matrix.path in named
-    return meant and selects(matrix.path, matrix.class_name)
+    meant = matrix.role in roles or matrix.unknown or matrix.place in named or matrix.name in named
+    return meant and selects(matrix.place)
 
 
 def _within(matrix: Matrix, place: str) -> bool:
@@ -301,7 +319,9 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, 
         return matrix.path, STACKED
     if matrix.computed:
         return matrix.path.partition(".parametrizations.")[0], matrix.computed
-    parts = matrix.path.split(".")
+    if matrix.region is not None and not matrix.read:
+        return matrix.path, _UNREAD
+    parts = matrix.place.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(place := ".".join(parts[:end])):
             return place, reason

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from act24.errors import PassError
 from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
@@ -62,7 +62,7 @@ SIZES = ("out_features", "in_features")
 
 class Remains(nn.Module):
     """What stands where a module was opened: its tensors, the modules in it that stayed, and its plain
-    values, which can be read, not written."""
+    values, which can be read, not written. It is a region, or lies inside of one (`Inside`)."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Refuse: a graph reads these tensors in another way."""
@@ -85,6 +85,38 @@ class Remains(nn.Module):
             ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_to_hold(name, value)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As a module does it.
+
+        Raises:
+            PassError: the graph does not read it.
+        """
+        self._refuse_to_hold(name, param)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As a module does it.
+
+        Raises:
+            PassError: the graph does not read it.
+        """
+        self._refuse_to_hold(name, tensor)
+        super().register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As a module does it, and `register_module` too.
+
+        Raises:
+            PassError: the graph does not call it.
+        """
+        self._refuse_to_hold(name, module)
+        super().add_module(name, module)
+
+    def _refuse_to_hold(self, name: str, value: Any) -> None:
+        """Check that a graph sees what is to have a name here."""
         stood = vars(self).get("_modules", {}).get(name)
         if isinstance(stood, Remains) and isinstance(value, nn.Module) and value is not stood:
             kind = vars(self).get("_kind", "module")
@@ -93,13 +125,18 @@ class Remains(nn.Module):
                 f"graph of the {kind} around it, which reads the tensors of {name}. Put it "
                 "there first, and apply the passes then"
             )
+        new = isinstance(value, nn.Module) and name not in self._modules
+        if new and vars(self).get("_lists", False):
+            raise PassError(
+                f"{name} of a {vars(self)['_kind']} would not be called: it was traced as a whole. Put it "
+                "there before apply_"
+            )
         if name in vars(self).get("_opened", ()) and not _unchanged(self, name, value):
             kind = vars(self)["_kind"]
             raise PassError(
                 f"{name} of a {kind} cannot be set any more: the module was traced, and its graph does not "
                 "read it. Set it before apply_"
             )
-        super().__setattr__(name, value)
 
     def _remember(self, module: nn.Module, frozen: Frozen) -> None:
         """Be what remains of a module."""
@@ -111,6 +148,71 @@ class Remains(nn.Module):
         # What its forward asked for and did not find is frozen too.
         vars(self)["_opened"] = frozenset((attribute_names(module) | frozen.names) - here - held)
         vars(self)["_kind"] = type(module).__name__
+        vars(self)["_lists"] = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+class Inside(Remains):
+    """What remains of a module inside of a region. Nothing calls it, so that no hook of its forward or
+    backward would fire, and nothing that is new here would be read."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            raise PassError(self._never("a forward that is set on", "run"))
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for `Remains`; a new one, as `prune` and `weight_norm` make it, is refused."""
+        self._refuse_new(name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As for `Remains`; a new one is refused."""
+        self._refuse_new(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As for `Remains`; a new one is refused."""
+        self._refuse_new(name)
+        super().add_module(name, module)
+
+    def _refuse_new(self, name: str) -> None:
+        if name not in vars(self).get("_names", (name,)):
+            raise PassError(
+                f"{name} on what is left of a {vars(self)['_kind']} would not be read: a pass has made one "
+                "graph of the module around it. Register, prune or normalise before apply_, or leave that "
+                "one out with ignore=[…]"
+            )
+
+    def _never(self, what: str, verb: str) -> str:
+        kind = vars(self).get("_kind", "module")
+        return (
+            f"{what} what is left of a {kind} would never {verb}: a pass has made one graph of the module "
+            "around it. Register hooks on that one, a RegionModule, or leave that one out with ignore=[…]"
+        )
+
+    def _remember(self, module: nn.Module, frozen: Frozen) -> None:
+        super()._remember(module, frozen)
+        vars(self)["_names"] = frozenset({*self._modules, *self._parameters, *self._buffers})
+
+
+def _refuses(name: str) -> Any:
+    def refuses(self: Inside, *_: Any, **__: Any) -> Any:
+        raise PassError(self._never(f"{name} on", "fire"))
+
+    return refuses
+
+
+#: Hooks that a module runs where it is called, or where a gradient passes through it.
+CALLED = (
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+    "register_backward_hook",
+)
+
+for _name in CALLED:
+    setattr(Inside, _name, _refuses(_name))
 
 
 def standing(region_class: type, stock: type) -> type:
@@ -162,7 +264,10 @@ def become_(model: nn.Module, module: Remains, stock: nn.Module, frozen: Frozen)
     vars(model).update({**kept, **held})
     if isinstance(stock, nn.Sequential):  # whose modules are counted, those too of which nothing remains
         remains = {name: held["_modules"].get(name) for name in stock._modules}
-        vars(model)["_modules"] = {name: Remains() if m is None else m for name, m in remains.items()}
+        for name in [name for name, m in remains.items() if m is None]:
+            remains[name] = left = Inside()
+            left._remember(stock._modules[name], frozen)
+        vars(model)["_modules"] = remains
     if not frozen.dynamic:  # methods may write what the forward does not read
         read = frozen.names | stock._modules.keys()
         vars(model)["_opened"] = held["_opened"] & read

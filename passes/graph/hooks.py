@@ -116,9 +116,13 @@ def refuse_hooks(region: Region) -> None:
             )
         for kind in _HOOKS:
             if any(not _is_left_over(hook, module) for hook in getattr(module, kind).values()):
+                again, fqn = "register it again", region.fqn
+                if path and "state_dict" not in kind:  # nothing will call what stands here then
+                    again = f"register one on {fqn or 'the model'}"
+                    again += f', or leave that one out, ignore = ["{fqn}", "{fqn}.*"]' if fqn else ""
                 raise PassError(
                     f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would "
-                    "lose: remove it, apply the passes, and register it again"
+                    f"lose: remove it, apply the passes, and {again}"
                 )
 
 

@@ -25,6 +25,7 @@ from act24.passes.graph.normal_form import (
     is_reserved,
     is_transposed,
     nodes_of,
+    place_of,
     replace_node,
     weight_name,
 )
@@ -42,7 +43,7 @@ class LinearSite:
     """A linear.
 
     Attributes:
-        path: its module, local to the region.
+        path: its module, local to the region; of a weight that is not called `weight`, its own name.
         weight: local name of its weight.
         nodes: where it is called; more than once if the module is.
         shape: `(out, in)` of the weight, however it is stored.
@@ -97,7 +98,7 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
         spec = region.parameters[name]
         if spec.factor is not None and not factors:
             continue
-        path = name.rpartition(".")[0]
+        path = place_of(name.removesuffix(f"_{spec.factor}"))
         rows, columns = spec.shape
         shape = (columns, rows) if transposed else (rows, columns)
         role, obstacle = region.roles.get(name, "other"), _obstacle(region, name, nodes)
@@ -194,7 +195,9 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all", factors: bool = Fal
             return f'another pass has it: leave it to that one, scope = "{kinds[0]}"'
         if kinds:
             return "another pass has it: leave it to that one, with ignore"
-        return "no linear but the factors that another pass has made: leave the pass out"
+        return (
+            "no linear but the factors that another pass has made: narrow that one's scope, or leave this out"
+        )
     named = _named(region, next(site for site in targeted if site.kind in _BY_NAME_ONLY))
     return (
         "no linear that is known to be attention's or a feed-forward network's: name those that are meant in "
@@ -202,11 +205,14 @@ def no_linear(p: Pass, region: Region, scope: Scope = "all", factors: bool = Fal
     )
 
 
-def _named(region: Region, site: LinearSite) -> str:
-    """A target that takes a linear, and those in its place in other layers."""
-    alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
-    target = region.name(site.path) if alike == "*" else alike  # "*" is what is there without it
-    return f'targets = ["{target or "re:.*"}"]'
+def _named(region: Region, *sites: LinearSite, key: str = "targets") -> str:
+    """Selectors that take linears, and those in their places in other layers."""
+    found = dict[str, None]()
+    for site in sites:
+        alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", region.name(site.path))
+        selector = region.name(site.path) if alike == "*" else alike  # "*" is what is there without it
+        found[f'"{selector or "re:.*"}"'] = None
+    return f"{key} = [{', '.join(found)}]"
 
 
 def tied(name: str) -> str:
@@ -288,27 +294,33 @@ class FactorisingPass(StructuralPass):
             raise PassError(
                 f"{self.name}: {key} = {rank} is above {min(site.shape)}, the smaller side of "
                 f"{region.name(site.path)} [{site.shape[0]}, {site.shape[1]}]: take a lower rank, or "
-                f"{self._without(region, site, rank)}"
+                f"{self._without(region, site.kind, rank)}"
             )
         return rank
 
-    def _without(self, region: Region, site: LinearSite, rank: int) -> str:
-        """How a linear is left out that is smaller than its rank: with its kind, if all there are."""
-        alike = [min(one.shape) < rank for one in linear_sites(region) if one.kind == site.kind]
-        other = {"attn": "mlp", "mlp": "attn"}.get(site.kind)
-        if other and len(alike) > 1 and all(alike):
+    def _without(self, region: Region, kind: str, rank: int) -> str:
+        """How linears are left out that are smaller than their rank: with their kind, if all of it are."""
+        alike = [site for site in linear_sites(region) if site.kind == kind]
+        smaller = [site for site in alike if min(site.shape) < rank]
+        other = {"attn": "mlp", "mlp": "attn"}.get(kind)
+        if other and len(alike) > 1 and len(smaller) == len(alike):
             return f'set scope = "{other}"' if self.scope == "all" else "leave the pass out"
-        return f"leave it out with ignore=[{region.name(site.path)!r}]"
+        taken = [site for site in smaller if self.selects(region, site.path)]
+        return f"leave it out with {_named(region, *taken, key='ignore')}"
+
+    @property
+    def first_values(self) -> str:
+        """What becomes of the values of a weight, for the report."""
+        return "fresh: its factors" if self.starts_fresh else "starts from its weight, as another function"
 
     def _noted(self, region: Region, match: Match) -> Match:
-        """A match with a word on what becomes of a weight that is frozen."""
+        """A match with a word on what becomes of its weight, and of one that is frozen."""
         site, specs = match.nodes
-        if region.parameters[site.weight].requires_grad:
-            return match
-        trains = any(spec.requires_grad for spec in specs.values())
-        return replace(
-            match, note="its weight was frozen, its factors train" if trains else "its factors stay frozen"
-        )
+        notes = [self.first_values]
+        if not region.parameters[site.weight].requires_grad:
+            trains = any(spec.requires_grad for spec in specs.values())
+            notes.append("its weight was frozen, its factors train" if trains else "its factors stay frozen")
+        return replace(match, note="; ".join(notes))
 
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         """The match of a linear; its nodes are the site, and what takes the place of its weight."""

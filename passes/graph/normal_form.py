@@ -82,6 +82,9 @@ def normalise(graph: fx.Graph, module: nn.Module) -> None:
 
 
 def _open_activation(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
+    if type(module) is nn.Identity:
+        replace_node(graph, node, node.all_input_nodes[0])
+        return
     function = {nn.SiLU: F.silu, nn.ReLU: F.relu}.get(type(module))
     if function is None:
         return
@@ -199,6 +202,11 @@ def readers(graph: fx.Graph, name: str) -> int:
 def weight_name(linear: fx.Node) -> str | None:
     """The parameter that is a linear's weight."""
     return parameter_name(linear.args[1])
+
+
+def place_of(name: str) -> str:
+    """Where a parameter stands: its module; one that is not called `weight` has a place of its own."""
+    return "" if name == "weight" else name.removesuffix(".weight")
 
 
 def bias_name(linear: fx.Node) -> str | None:

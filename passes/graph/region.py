@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import SIZES, Remains, remember, standing
+from act24.passes.graph.frozen import SIZES, Inside, Remains, remember, standing
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
@@ -107,7 +107,7 @@ class Region:
         parameters: by local name. Passes add and remove.
         created: what to build, in order.
         buffers: by local name, those that passes add.
-        classes, modules: class name of every module that stood inside, and what makes those that passes add.
+        classes, modules: the classes of the model's modules by full name; what makes those that passes add.
         frozen: what its graph has in it of plain values, and what its forward names.
         roles: what its linears are for, by the local name of the weight.
     """
@@ -118,7 +118,7 @@ class Region:
     parameters: dict[str, ParameterSpec]
     created: list[NewParameters] = field(default_factory=list)
     buffers: dict[str, BufferSpec] = field(default_factory=dict)
-    classes: dict[str, str] = field(default_factory=dict)
+    classes: Mapping[str, str] = field(default_factory=dict)
     modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
     frozen: Frozen = NOTHING
     roles: dict[str, Role] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Region:
 
     def class_name(self, path: str) -> str:
         """The class that stood at a local path before tracing, or the empty string."""
-        return self.classes.get(path, "")
+        return self.classes.get(self.name(path), "")
 
     def numel(self) -> int:
         """Elements in all parameters of the region."""
@@ -436,7 +436,7 @@ def _namespace(root: nn.Module, name: str) -> nn.Module:
     """The module that holds the tensor or module of a dotted name, made of plain modules where missing."""
     for part in name.split(".")[:-1]:
         if part not in root._modules:
-            root.add_module(part, Remains().train(root.training))
+            root.add_module(part, Inside().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
     return root
 

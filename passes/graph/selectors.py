@@ -3,12 +3,15 @@
 model.layers.*.mlp      glob over the fully qualified name; `*` crosses dots, `?` and `[0-9]` work
 re:layers\\.(0|1)\\..*   regular expression over the whole name
 class:LlamaMLP          class of the module that stood there before tracing
+
+A selector that takes a module takes what is below it. A matrix that a module holds besides its `weight` has a
+name of its own, as `mlp.w_in`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from act24.errors import nearest
@@ -49,9 +52,11 @@ def _unreadable(selector: str) -> str:
     if not rest:
         return f"has nothing behind '{prefix}:'"
     try:
-        re.compile(rest if prefix == "re" else "")
+        everything = prefix == "re" and re.fullmatch(rest, "") is not None and rest != ".*"
     except (re.error, OverflowError, RecursionError) as error:
         return f"is no regular expression: {error}"
+    if everything:  # as one that leaves names out by a lookahead
+        return "takes the model itself, and so all below it: take '*', and name what is left out in ignore"
     return ""
 
 
@@ -65,8 +70,23 @@ def matches(selector: str, fqn: str, class_name: str) -> bool:
     return fnmatchcase(fqn, selector)
 
 
-def selected(targets: Iterable[str], ignore: Iterable[str], fqn: str, class_name: str) -> bool:
-    """Whether some target takes the module and nothing in `ignore` does."""
-    return any(matches(s, fqn, class_name) for s in targets) and not any(
-        matches(s, fqn, class_name) for s in ignore
-    )
+def names(selectors: Iterable[str], fqn: str, classes: Mapping[str, str]) -> bool:
+    """Whether some selector takes the module or parameter `fqn` itself.
+
+    Args:
+        classes: the class name of every module of the model, by full name.
+    """
+    return any(matches(selector, fqn, classes.get(fqn, "")) for selector in selectors)
+
+
+def takes(selectors: Iterable[str], fqn: str, classes: Mapping[str, str]) -> bool:
+    """Whether some selector takes the module or parameter `fqn` or a module around it. Arguments as for
+    `names`."""
+    given = tuple(selectors)
+    return any(names(given, place, classes) for place in _around(fqn))
+
+
+def _around(fqn: str) -> Iterator[str]:
+    """A name, and those of the modules around it; the model's own is empty."""
+    parts = fqn.split(".") if fqn else []
+    return (".".join(parts[:end]) for end in range(len(parts), -1, -1))

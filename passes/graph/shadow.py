@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import deque
-from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
@@ -53,11 +53,12 @@ class Shadow:
         observer: who looks; None: nobody, and the double is a module like others.
     """
 
-    def __init__(self, module: nn.Module, buffers: bool = False) -> None:
+    def __init__(self, module: nn.Module, buffers: bool = False, kept: Iterable[Tensor] = ()) -> None:
         """Make it.
 
         Args:
             buffers: copy the buffers too, for a forward on numbers, which may write to them.
+            kept: other tensors that the double has as they are, wherever its module holds them.
         """
         self.observer: Observer | None = None
         self.uncopied: str | None = None
@@ -66,7 +67,7 @@ class Shadow:
         doubles = {m: self._empty(m) for m in module.modules()}
         self.root: Any = doubles[module]
         self.originals: dict[nn.Module, nn.Module] = {double: m for m, double in doubles.items()}
-        memo: dict[int, Any] = {id(m): double for m, double in doubles.items()}
+        memo: dict[int, Any] = {id(m): double for m, double in doubles.items()} | {id(t): t for t in kept}
         for m in doubles:
             memo |= {id(t): t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
         for m in doubles if buffers else ():

@@ -14,14 +14,25 @@ from act24.passes.graph.stock_state import Change
 
 @dataclass
 class Site:
-    """A region as traced, after the structural passes, and the module once it stands."""
+    """A region as traced, after the structural passes, and the module once it stands.
+
+    Attributes:
+        matched: a pass acts on it.
+        kept: it is to stand as a graph module even if none does.
+    """
 
     traced: Region
     base: Region
     changes: list[Change] = field(default_factory=list)
     claims: dict[str, Pass] = field(default_factory=dict)
-    touched: bool = False
+    matched: bool = False
+    kept: bool = False
     module: RegionModule | None = None
+
+    @property
+    def touched(self) -> bool:
+        """Whether it will stand as a graph module."""
+        return self.matched or self.kept
 
     def twin(self, memo: dict[int, Any]) -> Site:
         """A site of a copy of the model."""

@@ -58,7 +58,8 @@ def trace(model: nn.Module, check: Check | None = None) -> tuple[list[Region], d
         module: [fqn for fqn in places[module] if not fqn.startswith(taken) or fqn.startswith(stays)]
         for module, _ in found
     }
-    regions = [_region(module, traced, free[module], owners, around, check) for module, traced in found]
+    classes = {fqn: type(module).__name__ for fqn, module in around.items()}
+    regions = [_region(m, traced, free[m], owners, around, classes, check) for m, traced in found]
     named = {f"{places[m][0] or 'the model'} [{type(m).__name__}]": why for m, why in unclean.items()}
     return regions, named
 
@@ -178,6 +179,7 @@ def _region(
     fqns: list[str],
     owners: dict[int, list[str]],
     around: dict[str, nn.Module],
+    classes: dict[str, str],
     check: Check | None,
 ) -> Region:
     parameters = {}
@@ -191,7 +193,6 @@ def _region(
         parameters[name] = ParameterSpec(
             tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared, read_by=read_by
         )
-    classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
     graph, frozen = traced.graph, traced.frozen
     roles = roles_of(graph, module, fqns[0], around)
     return Region(tuple(fqns), module, graph, parameters, classes=classes, frozen=frozen, roles=roles)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from toys import Block, Relu2MLP, SwiGLU, Trunk, features, llama, tokens
 
-from act24.passes import Activation24, PassError, Pipeline, Region, Relu2FFN, apply_, plan, trace
+from act24.passes import Activation24, PassError, Pipeline, Region, Relu2FFN, Weight24, apply_, plan, trace
 from act24.passes.graph.region import RegionModule
 from act24.relu2 import relu2
 from act24.sparse24.feed_forward.operation import activation24
@@ -48,7 +50,46 @@ def test_a_linear_that_does_not_read_the_activation_itself_is_not_reached() -> N
     assert coverage.reached * 2 == coverage.total
     ((name, share, reason),) = coverage.left
     assert (name, share) == ("b", 0.5)
-    assert "its product stays dense" in reason
+    assert reason.startswith("to stands between it and the activation")
+
+
+def test_a_product_that_stays_dense_has_the_reason() -> None:
+    """An identity is none; and what the remedy says helps."""
+
+    def network(between: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), between, nn.Linear(16, 8))
+
+    def left(model: nn.Module, *before: Any) -> list[tuple[str, str]]:
+        reach = plan(model, [*before, Activation24()]).coverage[-1]
+        return [(names, reason) for names, _, reason in reach.left]
+
+    dropped = "2 [Dropout] stands between it and the activation: put nn.Identity() there"
+    assert left(network(nn.Dropout(0.0))) == [("3", dropped)]
+    assert left(network(nn.Identity())) == []
+    model = network(nn.Identity())
+    x = torch.randn(3, 8)
+    expected = model[3](sparse(model[0](x).relu().sqrt()))
+    apply_(model, [Activation24()])
+    torch.testing.assert_close(model(x), expected)
+    ((_, of_weight24),) = left(network(nn.Identity()), Weight24())
+    assert of_weight24.startswith("weight24 has it: put activation24 in front")
+    for act in ("relu", "relu2"):
+        gated = nn.Sequential(Gated(act))
+        ((names, reason),) = left(gated)
+        assert names == "0.{up,down}"
+        assert re.match("the activation gates it.*, and put relu2_ffn in front", reason)
+        with pytest.raises(PassError, match=f"gated by {act}: give the gate silu"):
+            plan(gated, [Relu2FFN()])
+    assert left(nn.Sequential(Gated("silu")), Relu2FFN()) == []
+
+
+class Gated(SwiGLU):
+    def __init__(self, act: str) -> None:
+        super().__init__()
+        self.act = {"relu": F.relu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}[act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 def test_after_relu2_ffn_every_mlp_of_the_stock_llama_is_one_operation() -> None:

@@ -279,7 +279,10 @@ def drops_between() -> nn.Module:
         ([Relu2FFN(), Weight24(method="ste")], ""),
         ([Relu2FFN(), *low_rank_passes("lost")], "leaves out"),
         ([Relu2FFN(), *low_rank_passes("lost"), Weight24(method="ste")], "leaves out"),
-        ([Relu2FFN(), *low_rank_passes("lost-relu2"), Activation24(ignore=("*.mlp",))], "leaves out"),
+        (
+            [Relu2FFN(), *low_rank_passes("lost-relu2"), Activation24(targets=("*.self_attn", "*.mlp.*"))],
+            "leaves out",
+        ),
         ([], "no linear reads it"),
     ],
 )
@@ -287,7 +290,9 @@ def test_a_fixed_scale_that_is_not_from_all_it_should_be_is_remarked(
     passes: Any, said: str, scale_from: Any
 ) -> None:
     model, x = (llama(1), tokens()) if passes else (drops_between(), features(5, 16))
-    soft = Activation24(method="soft_threshold_weights", scale_from=scale_from, targets=("*.mlp",))
+    inside = any(getattr(p, "bottleneck", "") == "relu2" for p in passes)
+    where = {"targets": ("*.mlp",), "ignore": ("*.mlp.*",) if inside else ()}
+    soft = Activation24(method="soft_threshold_weights", scale_from=scale_from, **where)
     pipeline = apply_(model, [*passes, soft])
     (note,) = (row.note for row in pipeline.report.rows if row.after.startswith("2:4 soft_threshold_weights"))
     assert (said in note) if said else not note

@@ -265,7 +265,10 @@ def test_the_target_that_is_proposed_is_another_one():
 def test_factors_of_a_frozen_weight_train_unless_they_are_that_weight(init):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
     report = apply_(model, [LowRank(attn_rank=2, mlp_rank=2, init=init, targets=("0",))]).report
-    said = {"xavier": "its weight was frozen, its factors train", "svd": "its factors stay frozen"}
+    said = {
+        "xavier": "fresh: its factors; its weight was frozen, its factors train",
+        "svd": "starts as its weight's best approximation; its factors stay frozen",
+    }
     assert [row.note for row in report.rows] == [said[init]]
     assert not model[0].bias.requires_grad
     factors = [p.requires_grad for name, p in model.named_parameters() if "weight_" in name]
@@ -285,6 +288,26 @@ def test_factors_of_a_frozen_weight_train_where_they_compute_something_else(pass
     with pytest.raises(PassError, match="frozen: name it in targets"):
         plan(model, [passed])
     (row,) = apply_(model, [replace(passed, targets=("0",))]).report.rows
-    assert row.note == "its weight was frozen, its factors train"
+    assert row.note.endswith("its weight was frozen, its factors train")
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {name for name, _ in model.named_parameters() if name.startswith("0.weight_")}
+
+
+def test_the_report_says_what_becomes_of_trained_weights() -> None:
+    """Of each first row, and whether the output has anything of the model's before."""
+    rank = {"attn_rank": 7, "mlp_rank": 7}
+    x = torch.randn(64, 8)
+    for passed, said in (
+        (LowRank(**rank), "fresh: its factors"),
+        (LowRank(**rank, init="svd"), "starts as its weight's best approximation"),
+        (Cola(**rank), "fresh: its factors"),
+        (Cola(**rank, init="svd"), "starts from its weight, as another function"),
+        (Lost(**rank), "starts from its weight, as another function"),
+    ):
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        before = model(x).detach()
+        report = apply_(model, [passed]).report
+        assert {row.note for row in report.rows} == {said}, passed
+        near = float((model(x).detach() - before).norm() / before.norm()) < 0.2
+        assert near == (said == "starts as its weight's best approximation"), passed
+        assert report.checked.endswith("before passes change it")

@@ -7,8 +7,10 @@ that is not finite or negative, and whatever is of another kind altogether.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
+import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 
 from act24.errors import Act24Error
 from act24.options import OptionError
-from act24.passes import REGISTRY
+from act24.passes import REGISTRY, Cola, plan
+from tests.passes.toys import llama
 
 #: What passes need to be made at all.
 NEEDED = {name: {"attn_rank": 8, "mlp_rank": 8} for name in ("low_rank", "cola", "lost")}
@@ -96,3 +99,24 @@ def test_no_number_of_anything_is_without_bound(name: str, field: str) -> None:
 def test_defaults_are_options(name: str) -> None:
     """What the tests above start from is not refused itself."""
     REGISTRY[name](**NEEDED.get(name, {}))
+
+
+def test_a_remedy_can_be_followed_as_it_is_written() -> None:
+    """Lists of selectors, as errors and recipes spell them."""
+    model, written = llama(num_key_value_heads=1), re.compile(r"\[['\"].*?\]")
+    needed = {"attn_rank": 16, "mlp_rank": 8}
+
+    def remedy(**options: Any) -> Any:
+        with pytest.raises(Act24Error) as refused:
+            plan(model, [Cola(**needed, **options)])
+        return ast.literal_eval(written.findall(str(refused.value))[-1])
+
+    ignored = remedy()
+    assert ignored == ["model.layers.*.self_attn.k_proj", "model.layers.*.self_attn.v_proj"]
+    report = plan(model, [Cola(**needed, ignore=ignored)])
+    assert len(report.rows) == 2 * 5
+    with pytest.raises(OptionError, match=r"write \['\*\.q_proj'\]"):
+        Cola(**needed, targets="*.q_proj")  # type: ignore[arg-type]
+    passed = Cola(**needed, targets=["*.q_proj"])  # type: ignore[arg-type]
+    assert {passed: 1}[Cola(**needed, targets=("*.q_proj",))]
+    assert len(plan(model, [passed]).rows) == 2

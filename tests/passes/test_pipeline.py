@@ -105,7 +105,7 @@ class Asking(StructuralPass):
     seen: ClassVar[list[bool]] = []
 
     def plan(self, region: Region) -> Plan:
-        return Plan((Match("mlp.up_proj", "nothing", "two", None, 0, 2),) if "mlp" in region.classes else ())
+        return Plan((Match("mlp.up_proj", "nothing", "two", None, 0, 2),) if region.class_name("mlp") else ())
 
     def _rewrite(self, region: Region, match: Match) -> None:
         spec = ParameterSpec(torch.Size((2,)), torch.float32, torch.device("cpu"))

@@ -155,6 +155,38 @@ def test_layer_norms_are_computed_again_too():
         torch.testing.assert_close(a, b)
 
 
+def test_modules_of_torch_without_chance_are_computed_again():
+    """In place too; what draws, or has tensors, is refused by name."""
+
+    class MLP(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(16, 32), act, nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.down(self.act(self.up(x)))
+
+    acts = [nn.GELU("tanh"), nn.Tanh(), nn.LeakyReLU(0.3, inplace=True), nn.ELU(0.5), nn.Softplus(2.0, 3.0)]
+    acts += [nn.Mish(inplace=True), nn.ReLU6(), nn.SELU(), nn.Hardswish(), nn.Sigmoid(), nn.Flatten()]
+    acts += [nn.LogSigmoid(), nn.Tanhshrink(), nn.Softmax(-1)]
+    gradients = []
+    for passes in ([], [Recompute()]):
+        torch.manual_seed(0)
+        model = nn.Sequential(MLP(nn.Sequential(*acts)), MLP(nn.Sequential(*acts))).double()
+        pipeline = apply_(model, [LowRank(scope="mlp", mlp_rank=4, targets=("re:.*",)), *passes])
+        model(features(3, 16).double()).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert "recomputed" in pipeline.modules[0].code
+    for a, b in zip(*gradients, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b)
+    for act in (nn.RReLU(), nn.PReLU()):
+        with pytest.raises(
+            PassError, match=rf"act \[{type(act).__name__}\] may differ.*torch.utils.checkpoint"
+        ):
+            plan(nn.Sequential(MLP(act)), [LowRank(scope="mlp", mlp_rank=4, targets=("re:.*",)), Recompute()])
+
+
 def _several(h):
     h = nn.functional.dropout(h, 0.5) + torch.rand_like(h)
     return nn.functional.rrelu(h, training=True) * torch.bernoulli(torch.sigmoid(h))

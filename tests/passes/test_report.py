@@ -43,7 +43,7 @@ def test_printed_table() -> None:
         "parameters 23,776 → 30,944, FLOPs per token, forward 41,024 → 47,168",
         "relu2_ffn reaches 100% of the feed-forward matrices",
         "activation24 reaches 100% of the feed-forward matrices",
-        "checked on input_ids [2, 8]: 2 regions compute what their modules do",
+        "checked on input_ids [2, 8]: 2 regions compute what their modules do, before passes change them",
     ]
 
 
@@ -74,7 +74,7 @@ def test_misses_are_listed_below_the_table() -> None:
     assert total.startswith("parameters ")
     assert covered.startswith("relu2_ffn reaches 38% of the feed-forward matrices; left: blocks.0.mlp.{gate,")
     assert f"(blocks.0.mlp.up.weight is tied to blocks.2.mlp.up.weight: {todo})" in covered
-    assert checked == "checked on [2, 8, 16]: 3 regions compute what their modules do"
+    assert checked.startswith("checked on [2, 8, 16]: 3 regions compute what their modules do, before ")
 
 
 # What is left alone

@@ -145,8 +145,8 @@ def test_sums_are_added_over_processes() -> None:
 
 
 def test_two_passes_with_scales_do_not_disturb_each_other() -> None:
-    mlp = Activation24(method="soft_dynamic", targets=("*.mlp",), dynamic_steps=1)
-    inner = Activation24(method="soft_threshold_weights", ignore=("*.mlp",))
+    mlp = Activation24(method="soft_dynamic", targets=("*.mlp",), ignore=("*.mlp.*",), dynamic_steps=1)
+    inner = Activation24(method="soft_threshold_weights", targets=("*.self_attn", "*.mlp.*"))
     model, pipeline = rewritten(Relu2FFN(), Cola(attn_rank=8, mlp_rank=8, bottleneck="relu2"), mlp, inner)
     pipeline.begin_update_(0, IDS)
     first = dict(

@@ -2,7 +2,7 @@
 
 A byte-order mark decides. Without one UTF-8 is tried; a few stray bytes become U+FFFD, because one bad byte
 in gigabytes is no reason to end a run. Above `LIMIT` it is another encoding, which `charset-normalizer`
-detects, and for Latin script `accents.py`. What they cannot tell is refused, and so is a file that goes on
+detects, and for Latin script `latin.py`. What they cannot tell is refused, and so is a file that goes on
 in another encoding: a model would learn characters that nobody wrote, and its loss would look better.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO, TextIO
 
 from act24.errors import Act24Error
-from act24.tools.data.accents import ENCODINGS, alike, latin_encoding
+from act24.tools.data.latin import ENCODINGS, check_alike, readings
 from act24.tools.data.tally import LIMIT, Records, Tally
 
 SAMPLE = 2**18  # bytes by which a stream's encoding is detected
@@ -110,14 +110,20 @@ def plausible(lines: Iterable[str], codec: str, name: str, tally: Tally) -> Iter
     """The lines of a stream whose encoding was detected, as they are.
 
     Raises:
-        Act24Error: too much of them is in another encoding.
+        Act24Error: too much of them is in another encoding, or only now does one of Latin script read them
+            otherwise.
     """
     batch: list[str] = []
     characters = implausible = 0
+    rivals = ENCODINGS if codec in ENCODINGS else []
 
     def check() -> None:
-        nonlocal characters, implausible
+        nonlocal characters, implausible, rivals
         text = "".join(batch)
+        if rivals and not text.isascii():
+            found = readings(text.encode(codec, "surrogateescape"), rivals, codec)
+            check_alike(found, name)
+            rivals = [*found] or rivals
         count = implausible_characters(text, codec)
         characters, implausible = characters + len(text), implausible + count
         tally.replaced += count
@@ -188,8 +194,10 @@ def _is_in(codec: str, block: bytes) -> bool:
 
     if codec in ENCODINGS or codec.startswith(_SEVERAL_BYTES):
         found = _detected(block)
-        text = block.decode(codec, "replace")
-        return found is None or alike(text, block.decode(found, "replace"), 0.01 * len(text))
+        if found is None or (codec in ENCODINGS and found in ENCODINGS):
+            return True
+        text, other = block.decode(codec, "replace"), block.decode(found, "replace")
+        return len(text) == len(other) and sum(map(str.__ne__, text, other)) <= 0.01 * len(text)
     return (
         charset_normalizer.from_bytes(block, cp_isolation=[codec], preemptive_behaviour=False).best()
         is not None
@@ -219,12 +227,14 @@ def _encoding_of(content: bytes, name: str, tally: Tally, whole: bool = True) ->
     if found is None or wide != found.startswith(_WIDE):
         check_replaced(replaced, len(text), "UTF-8, and what else it may be is ambiguous", name)
         return "utf-8"
+    if found in ENCODINGS:
+        check_alike(readings(content), name)
     tally.encodings[name] = found
     return found
 
 
 def _detected(content: bytes, whole: bool = False) -> str | None:
-    """The encoding of some text, if it is certain and not UTF-8.
+    """The encoding of some text, if it is certain and not UTF-8; of Latin script the most plausible.
 
     Args:
         whole: it does not end within a character.
@@ -251,9 +261,9 @@ def _detected(content: bytes, whole: bool = False) -> str | None:
             break
     if wide:
         return best.encoding if best is not None and best.encoding.startswith(_WIDE) else None
-    latin = latin_encoding(content)
     if best is None:
-        return latin
+        return None
+    latin = next(iter(readings(content)), None)
     others = [character for character in str(best) if not character.isascii()]
     letters = [c for c in others if c.isalpha()]
     if 2 * sum(c < "\u0300" or "\u1e00" <= c <= "\u1eff" for c in letters) >= len(letters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import SwiGLU, features
+from toys import Relu2MLP, SwiGLU, features
 
-from act24.passes import LowRank, PassError, Relu2FFN, Weight24, apply_
+from act24.passes import Activation24, Fp8, LowRank, PassError, Relu2FFN, Weight24, apply_
 from act24.passes.graph.region import RegionModule
 
 MLP_RANK = {"scope": "mlp", "mlp_rank": 2}
@@ -108,20 +109,50 @@ def test_plain_values_of_a_child_stay_readable_and_are_not_written() -> None:
         twin[1].child.scale = 0.25
 
 
-def test_a_module_that_is_held_outside_is_found() -> None:
-    class Alias(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.child = SwiGLU(4, 8)
-            self.held = [self.child]
+class Holding(nn.Module):
+    """Calls its blocks as `how` says; the default argument keeps it from being traced."""
 
-        def forward(self, x: Tensor, again: bool = False) -> Tensor:
-            return self.held[0](x)
+    def __init__(self, how: str, block: type[nn.Module]) -> None:
+        super().__init__()
+        blocks = self.blocks = nn.ModuleList(block(16, 32) for _ in range(3))
+        self.run: Any = {
+            "list": [*blocks],
+            "bound": [block.forward for block in blocks],
+            "partial": [functools.partial(block) for block in blocks],
+            "closure": [lambda x, block=block: block(x) for block in blocks],
+            "twice": [blocks[0]],
+        }.get(how, [])
+        self.how = how
 
-    model = nn.Sequential(Alias(), Alias())
-    with pytest.raises(PassError, match=r"does not read it|reads it all the same"):
-        apply_(model, [Relu2FFN()])
-    assert type(model[0].child) is SwiGLU
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        for block in self.run:
+            x = x + block(x)
+        for block in self.blocks if self.how in ("plain", "twice") else self.blocks[:2]:
+            x = x if self.run and self.how != "twice" else x + block.forward(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("p", "block"),
+    [
+        (Relu2FFN(), SwiGLU),
+        (Activation24(from_step=2), Relu2MLP),
+        (Weight24(), Relu2MLP),
+        (Fp8(precision="fp8"), Relu2MLP),
+    ],
+    ids=lambda p: getattr(p, "name", ""),
+)
+def test_a_module_that_is_held_outside_is_found(p: Any, block: type[nn.Module]) -> None:
+    """By every pass, those too that make no parameter and replace none."""
+    said = r"does not read it|all the same|reads its weight past the linear"
+    for how in ("list", "bound", "partial", "closure", "twice"):
+        model = nn.Sequential(Holding(how, block))
+        with pytest.raises(PassError, match=said):
+            apply_(model, [p])
+        assert type(model[0].blocks[0]) is block
+    assert "without it" not in apply_(Holding("plain", block), [p]).report.checked
+    left = apply_(Holding("two", block), [p]).report.checked
+    assert left.endswith("not checked: blocks.2: the model runs on the probe without it")
 
 
 SWITCH = 2.0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
 from toys import SwiGLU, Trunk, features, fingerprint, llama, tokens
 
-from act24.passes import PassError, Relu2FFN, apply_
+from act24.passes import LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_
 
 HOOKS = {
     "register_forward_hook": lambda *_: None,
@@ -17,16 +22,31 @@ HOOKS = {
 }
 
 
+FIRST = "model.layers.0.mlp"
+
+
 @pytest.mark.parametrize("register", HOOKS)
 def test_hooks_inside_a_region_are_refused_by_name(register: str) -> None:
     model = llama()
     handle = getattr(model.model.layers[1].mlp.up_proj, register)(HOOKS[register])
     before = fingerprint(model)
-    with pytest.raises(PassError, match=r"model\.layers\.1\.mlp\.up_proj has a hook"):
+    with pytest.raises(PassError, match=r"model\.layers\.1\.mlp\.up_proj has a hook") as refused:
         apply_(model, [Relu2FFN()])
     assert fingerprint(model) == before
+    if "leave that one out" in str(refused.value):
+        ignore = tuple(re.findall(r'"(\S+)"', str(refused.value)))
+        assert {row.fqn for row in Pipeline(model, [Relu2FFN(ignore=ignore)]).report.rows} == {FIRST}
     handle.remove()
     apply_(model, [Relu2FFN()])
+    left = getattr(model.model.layers[1].mlp.up_proj, register)
+    if "register it again" in str(refused.value):  # what a refusal says to do can be done
+        left(HOOKS[register])
+    else:
+        with pytest.raises(PassError, match=f"^{register} on what is left of a Linear would never fire"):
+            left(HOOKS[register])
+        assert "register one on model.layers.1, " in str(refused.value)
+        getattr(model.model.layers[1], register)(HOOKS[register])
+        model(tokens()).sum().backward()
 
 
 def test_a_leaf_keeps_its_hooks() -> None:
@@ -55,6 +75,45 @@ def test_hooks_on_what_stands_afterwards_work() -> None:
     model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
     model(features(2, 16))
     assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_what_would_not_be_read_is_not_registered() -> None:
+    """On what is left inside of a region, and under names that its graph has asked for."""
+    model = nn.Sequential(SwiGLU(), SwiGLU())
+    apply_(model, [Weight24(scope="mlp", from_step=9)])
+    x, mlp = features(2, 16), model[0]
+    before, names = model(x), [*model.state_dict()]
+    linear = nn.Linear(16, 32)
+    for register in (
+        lambda: mlp.up.register_buffer("scale", torch.ones(1)),
+        lambda: mlp.up.register_module("lora", linear),
+        lambda: mlp.up.add_module("lora", linear),
+        lambda: mlp.up.register_parameter("extra", linear.bias),
+        lambda: setattr(mlp.up, "extra", linear.bias),
+        lambda: prune.random_unstructured(mlp.up, "weight", amount=0.5),
+    ):
+        with pytest.raises(PassError, match=r"on what is left of a Linear would not be read.*before apply_"):
+            register()
+    with pytest.raises(
+        PassError, match=r"a Linear in the place of up would not be called.*Put it there first"
+    ):
+        mlp.register_module("up", linear)
+    with pytest.raises(PassError, match="a forward that is set on what is left of a Linear would never run"):
+        mlp.up.forward = linear.forward
+    assert torch.equal(model(x), before)
+    assert [*model.state_dict()] == names
+    mlp.up.register_parameter("weight", nn.Parameter(torch.zeros_like(mlp.up.weight)))  # which is read
+    assert not torch.equal(model(x), before)
+    with pytest.raises(PassError, match=r"weight_g on what is left of a Linear would not be read"):
+        torch.nn.utils.weight_norm(mlp.down)
+    row = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    apply_(row, [LowRank(attn_rank=4, mlp_rank=4)])
+    for put in (row.register_module, row.add_module, row.__setattr__):
+        with pytest.raises(PassError, match="3 of a Sequential would not be called"):
+            put("3", linear)
+    with pytest.raises(PassError, match="register_forward_hook on what is left of a ReLU would never fire"):
+        row[1].register_forward_hook(lambda *_: None)
 
 
 def test_a_sharded_model_is_told_to_take_passes_first() -> None:

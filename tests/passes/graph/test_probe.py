@@ -91,8 +91,8 @@ def test_rows_of_one_module_are_printed() -> None:
             return self.inner(x)
 
     report = plan(Listed(), [LowRank(attn_rank=2, mlp_rank=2)])
-    assert str(report).splitlines()[1].split()[:2] == ["low_rank", "w"]
-    assert [(row.parameters_before, row.parameters_after) for row in report.rows if row.fqn == "w"] == [
+    assert str(report).splitlines()[1].split()[:2] == ["low_rank", "w.{0..2}"]
+    assert [(row.parameters_before, row.parameters_after) for row in report.rows if row.fqn[:2] == "w."] == [
         (64, 32)
     ] * 3
 

@@ -79,7 +79,7 @@ def test_routers_are_left_alone_unless_named() -> None:
     assert {row.fqn.rpartition(".")[2] for row in report.rows} == {"second", "third"}
     assert str(report.coverage[0]).endswith("100% of the feed-forward matrices; left: *.first (a router)")
     assert {row.fqn for row in plan(model, [Weight24(targets=("*.first",))]).rows} == {"0.first", "1.first"}
-    with pytest.raises(PassError, match=r"mlp_rank = 8 is above 4.*ignore=\['0\.first'\]"):
+    with pytest.raises(PassError, match=r"mlp_rank = 8 is above 4.*ignore = \[\"\*\.first\"\]"):
         plan(model, [LowRank(scope="mlp", mlp_rank=8, targets=("*.first", "*.second"))])
 
 
@@ -138,10 +138,15 @@ def test_the_report_says_what_is_left_and_why() -> None:
     assert (line.reached, line.total) == (reached, total)
     assert str(line) == (
         "relu2_ffn reaches 60% of the feed-forward matrices; left: *.experts.stacked 30% (stacked "
-        "parameters, which no pass takes apart: make linears of them, or leave them out with ignore); "
+        "parameters, which no pass takes apart: make linears of them, or leave it out with ignore = "
+        '["*.experts"]); '
         "*.ffn.* 10% (its activation is gelu, and nothing gates it: give it relu² (transformers: its "
         'activation "relu2"), and use activation24 alone)'
     )
+    ignored = Relu2FFN(ignore=["*.experts"])  # type: ignore[arg-type]
+    assert "stacked" not in str(plan(model, [ignored]).coverage[0])
+    with pytest.raises(PassError, match="make linears of them, or leave the pass out"):
+        plan(nn.ModuleList([Experts(), Experts()]), [Relu2FFN()])
     with pytest.warns(PartialWarning, match="relu2_ffn reaches 60%"):
         apply_(model, [Relu2FFN()])
 

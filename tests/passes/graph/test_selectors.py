@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from toys import SwiGLU, Trunk, llama
+from toys import Relu2MLP, SwiGLU, Trunk, llama
 
-from act24.passes import Activation24, Relu2FFN, apply_, plan
-from act24.passes.graph.selectors import SelectorError, matches, selected
+from act24.passes import Activation24, Cola, Relu2FFN, SparseMask, apply_, plan
+from act24.passes.graph.selectors import SelectorError, matches, takes
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,31 @@ def test_one_selector(selector: str, taken: bool) -> None:
     assert matches(selector, "model.layers.1.mlp", "LlamaMLP") == taken
 
 
-def test_ignore_wins() -> None:
-    assert selected(("*.mlp",), (), "a.mlp", "M")
-    assert selected(("no", "*.mlp"), ("*.attn",), "a.mlp", "M")
-    assert not selected(("*.mlp",), ("class:M",), "a.mlp", "M")
-    assert not selected((), (), "a.mlp", "M")
+@pytest.mark.parametrize("selector", ["a", "*.mlp", "class:M", "class:Root", "*", r"re:.*\.mlp", "a.mlp.up"])
+def test_what_takes_a_module_takes_what_is_below(selector: str) -> None:
+    classes = {"": "Root", "a": "Block", "a.mlp": "M", "a.mlp.up": "Linear"}
+    assert takes(("no", selector), "a.mlp.up", classes)
+    assert not takes((), "a.mlp.up", classes)
+    # A beginning of a name is no module, and what is below one says nothing of it.
+    assert takes((selector,), "b.mlp2", classes) == (selector in ("*", "class:Root"))
+    assert not takes(("a.mlp.up", "*.mlp.*"), "a.mlp", classes)
+
+
+@pytest.mark.parametrize("given", [("*.mlp",), ("class:LlamaMLP",), ("*.mlp.*",)])
+def test_selectors_mean_the_same_for_every_pass(given: tuple[str, ...]) -> None:
+    """Also where a pass acts on linears, and on networks that are named by all of these."""
+    model, every = llama(2), (Cola, SparseMask, Relu2FFN)
+    for kind in every:
+        ranks = {"attn_rank": 4, "mlp_rank": 4} if kind is Cola else {}
+        for options in ({"targets": given}, {"ignore": given, "optional": True}):
+            report = plan(model, [kind(**ranks, **options)], check=False)
+            wanted = "targets" in options
+            none = kind is Relu2FFN and not wanted  # which takes nothing else
+            assert {".mlp" in row.fqn for row in report.rows} == (set() if none else {wanted})
+            (reach,) = report.coverage
+            assert reach.reached == reach.total
+            assert not report.partial
+            assert bool(reach.total) == bool(report.rows)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +73,7 @@ def test_ignore_wins() -> None:
         ("clas:LlamaMLP", "no known prefix: did you mean 'class:'"),
         ("class:", "nothing behind 'class:'"),
         ("", "names nothing"),
+        (r"re:(?!.*mlp).*", "takes the model itself, and so all"),
     ],
 )
 @pytest.mark.parametrize("field", ["targets", "ignore"])
@@ -78,8 +99,23 @@ def test_passes_use_the_name_and_the_class_before_tracing() -> None:
         "model.layers.0.mlp",
         "model.layers.2.mlp",
     ]
-    assert rewritten(targets=("class:LlamaDecoderLayer",)) == []
+    assert len(rewritten(targets=("class:LlamaDecoderLayer",))) == 3
+    assert rewritten(targets=("class:LlamaAttention",)) == []
+    assert rewritten(ignore=("class:LlamaModel",)) == []
     assert rewritten(targets=(r"re:.*\.[12]\.mlp",)) == ["model.layers.1.mlp", "model.layers.2.mlp"]
+
+
+def test_a_network_of_which_a_part_is_ignored_is_left_and_said_to_be() -> None:
+    for kind in (Relu2FFN, Activation24):
+        model = llama(2) if kind is Relu2FFN else Trunk(Relu2MLP, layers=2)
+        part = "*.0.mlp.up_proj" if kind is Relu2FFN else "*.0.mlp.up"
+        report = plan(model, [kind(ignore=(part,))])
+        assert [row.fqn.split(".")[-2:] for row in report.rows] == [["1", "mlp"]]
+        ((_, place, reason),) = report.misses
+        assert place.endswith("0.mlp")
+        assert reason.startswith(f"ignore takes {place}.up")
+        (reach,) = report.partial
+        assert reach.left[0][2] == reason
 
 
 def test_any_name_of_a_shared_module_will_do() -> None:
