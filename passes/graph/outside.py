@@ -3,6 +3,7 @@ value that is traced: what it takes of them, a number most often, would be froze
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from act24.passes.graph.proxies import REGISTER
+from act24.passes.graph.proxies import REGISTER, is_internal
 
 #: What is asked of a tensor that tells nothing of its numbers.
 _SHAPE = {"__get__", "dim", "ndimension", "size", "numel", "nelement", "stride", "element_size", "get_device"}
 _SHAPE |= {"is_floating_point", "is_complex", "is_contiguous", "__len__", "__hash__"}
+#: What is, and changes all the same.
+_CHANGES = {"dtype", "device", "requires_grad", "grad", "is_leaf", "is_cuda", "grad_fn"}
 
 
 class Outside(TorchFunctionMode):
@@ -34,6 +37,8 @@ class Outside(TorchFunctionMode):
         kwargs = kwargs or {}
         given = list(_leaves((args, kwargs)))
         if not any(issubclass(type(value), fx.Proxy) for value in given):
+            if func.__name__ == "__get__" and not is_internal(sys._getframe(1)):
+                self._check_fact(func.__self__.__name__, given[0])
             for value in given if func.__name__ not in _SHAPE else ():
                 if issubclass(type(value), Tensor) and id(value) not in self._made:
                     self._tracer.refuse(f"reads {self._name(value)}: {REGISTER}")
@@ -45,6 +50,13 @@ class Outside(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._made |= {id(v): v for v in _leaves(result) if issubclass(type(v), Tensor)}
         return result
+
+    def _check_fact(self, fact: str, tensor: Tensor) -> None:
+        """Of a tensor's attribute, which a module reads."""
+        if fact in _CHANGES and (name := self._tracer.name(tensor)):
+            self._tracer.refuse(
+                f"asks for {fact} of {name} past its module, which tracing would freeze: ask the module"
+            )
 
     def _name(self, tensor: Tensor) -> str:
         if name := self._tracer.name(tensor):

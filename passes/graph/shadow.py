@@ -9,6 +9,7 @@ write into what is looked at here, which is therefore listed at once.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
@@ -92,6 +93,8 @@ class Shadow:
         if name in ("_parameters", "_buffers", "_modules"):
             held = {key: None if v is None else memo[id(v)] for key, v in [*value.items()]}
             return held if name == "_modules" else _Tensors(self, memo[id(module)], held)
+        if isinstance(value, weakref.ReferenceType) and id(value()) in memo:
+            return weakref.ref(memo[id(value())])
         try:
             return copy.deepcopy(value, memo)
         except Exception as error:  # whatever a foreign object raises

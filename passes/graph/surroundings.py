@@ -23,6 +23,18 @@ ENVIRONMENT = "os.environ"
 #: Where it is looked up for whoever asks.
 _LOOKS_UP = ("os", "collections.abc", "_collections_abc")
 _NUMBERS = (bool, int, float, str)
+_ANYTHING = (*_NUMBERS, tuple, dict, torch.device, torch.dtype)
+_HARDWARE = ("torch.cuda", "torch.mps", "torch.xpu", "torch.accelerator", "torch.cpu", "torch.utils._device")
+#: Python's modules in C that ask the system: files, processes, threads.
+_SYSTEM = {"posix": "os", "nt": "os", "io": "io", "_io": "io", "_thread": "threading", "_socket": "socket"}
+#: Functions of these and others that ask nothing.
+_PURE = {"fspath", "intern", "exc_info", "audit", "_getframe", "getsizeof", "allocate_lock", "StringIO"}
+_PURE |= {"BytesIO", "text_encoding"}
+#: Python's own that ask for what they say, and tell the module nothing.
+_SAYS = {"logging", "warnings", "traceback", "linecache", "importlib", "random"}
+#: Those of its modules in Python whose numbers and texts are the process's.
+_STATEFUL = {"logging", "threading", "multiprocessing", "platform", "locale", "socket", "warnings", "asyncio"}
+_STATEFUL |= {"tempfile", "uuid", "secrets", "getpass", "sysconfig", "site", "signal"}
 
 
 def package(frame: FrameType) -> str:
@@ -31,35 +43,67 @@ def package(frame: FrameType) -> str:
 
 
 def asks_in_c(function: Any, caller: FrameType) -> str | None:
-    """The name of a function in C whose answer is another one elsewhere, where a module calls it."""
-    name, of = function.__name__, function.__self__
+    """The name of a function in C whose answer is another one elsewhere, where a module calls it, itself or
+    by one of Python's own functions."""
+    name, of, module = function.__name__, function.__self__, function.__module__
+    if module in _SYSTEM and name not in _PURE and not name.startswith("_path_"):
+        return f"{_SYSTEM[module]}.{name}()" if _for_a_module(caller) else None
     if is_internal(caller):
         return None
-    if function.__module__ in ("operator", "_operator") and name in ("is_", "is_not"):
+    if module in ("operator", "_operator") and name in ("is_", "is_not"):
         return f"operator.{name}()"
     if package(caller) not in FOREIGN:
-        if function.__module__ == "time":
-            return f"time.{name}()"
+        if module in ("time", "sys", "gc") and name not in _PURE:
+            return f"{module}.{name}()"
         if isinstance(of, ContextVar):
             return f"the ContextVar {of.name}"
+        if isinstance(of, type) and of.__module__ == "datetime" and name in ("now", "utcnow", "today"):
+            return f"datetime.{name}()"
     return f"torch.{name}()" if of is torch._C else None
 
 
-def asks_in_python(frame: FrameType) -> str | None:
-    """The name of a function that has just begun, if it is one of torch's about the process, and if a module
-    calls it; or that of the environment."""
+def _for_a_module(caller: FrameType | None) -> bool:
+    """Whether a module is the first, but for Python's own functions, to ask. What logging asks is logged,
+    also where it asks by a handler of somebody's."""
+    first = None
+    while caller is not None and (name := package(caller)) != "act24":
+        if name in _SAYS:
+            return False
+        if first is None and (name not in FOREIGN or name == "torch"):
+            first = caller
+        caller = caller.f_back
+    return first is not None and not is_internal(first)
+
+
+def asks_in_python(frame: FrameType) -> tuple[str, tuple[type, ...]] | None:
+    """The name of a function that has just begun, if it is one of torch's or Python's own about the process,
+    and if a module calls it, with the kinds of answers that are such; or that of the environment."""
     caller = frame.f_back
-    module = frame.f_globals.get("__name__", "")
-    if frame.f_code.co_name == "__getitem__" and module == "os":
+    module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+    if name == "__getitem__" and module == "os":
         while caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
             caller = caller.f_back
-        return None if caller is None or is_internal(caller) else ENVIRONMENT
-    if caller is None or module.partition(".")[0] != "torch" or package(caller) in (*FOREIGN, "act24"):
+        return None if caller is None or is_internal(caller) else (ENVIRONMENT, ())
+    if caller is None or package(caller) in (*FOREIGN, "act24"):
         return None
+    if (of := module.partition(".")[0]) != "torch":
+        return (f"{module}.{name}()", _NUMBERS) if of in _STATEFUL and _for_a_module(caller) else None
+    if module.startswith("torch.backends"):
+        return f"{module}.{_setting(frame)}", _ANYTHING
     given = list(frame.f_locals.values())
-    if module.startswith("torch.distributed") or all(v is None or type(v) in _NUMBERS for v in given):
-        return f"{module}.{frame.f_code.co_name}()"
+    of_process = module.startswith("torch.distributed")
+    if of_process or all(v is None or type(v) in _NUMBERS for v in given):
+        hardware = module.startswith(_HARDWARE)
+        return f"{module}.{name}()", _ANYTHING if hardware else _NUMBERS
     return None
+
+
+def _setting(frame: FrameType) -> str:
+    """What a module asks one of torch.backends for: a function, or an attribute that calls one."""
+    name, held = frame.f_code.co_name, frame.f_locals
+    if name == "__get__":
+        return getattr(held["self"].getter, "__name__", "").removeprefix("_get_")
+    return str(held["name"]) if name == "__getattr__" and "name" in held else f"{name}()"
 
 
 def draws(function: Any) -> bool:

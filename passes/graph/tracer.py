@@ -51,7 +51,6 @@ _PROXIES = Proxy._attribute.__globals__
 #: Nor is what these do for proxies; half of all calls are theirs. Told by the dictionaries of their globals.
 _QUIET = {id(_PROXIES), *(id(vars(module)) for module in (dis, pytree, outside))}
 _QUESTIONS = (isinstance, hasattr, getattr)
-_NUMBERS = (bool, int, float, str)
 #: Exceptions that a value in a proxy's place would raise too.
 _SAME = (AttributeError, LookupError, ImportError, StopIteration, Unclean)
 
@@ -92,7 +91,7 @@ class Tracer(fx.Tracer):
         self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
         self._raised = ""
-        self._asking: dict[int, str] = {}
+        self._asking: dict[int, tuple[str, tuple[type, ...]]] = {}
         self._imports: FrameType | None = None
 
     def record(self, values: dict[str, Any] | None = None, equal: int | None = None) -> fx.Graph:
@@ -195,8 +194,8 @@ class Tracer(fx.Tracer):
             self._begins(frame)
         elif event == "return":
             self._check_identities(frame)
-            if (name := self._asking.pop(id(frame), None)) and type(argument) in _NUMBERS:
-                self._refuse_to_ask(name)
+            if (asks := self._asking.pop(id(frame), None)) and isinstance(argument, asks[1]):
+                self._refuse_to_ask(asks[0])
 
     def _begins(self, frame: FrameType) -> None:
         """A function in Python begins."""
@@ -211,10 +210,10 @@ class Tracer(fx.Tracer):
             )
         if self._before_draw is None and names_numpy(frame):
             self._before_draw = random_state()
-        if (name := asks_in_python(frame)) == ENVIRONMENT:
-            self._refuse_to_ask(name)
-        elif name:
-            self._asking[id(frame)] = name
+        if asks := asks_in_python(frame):
+            if asks[0] == ENVIRONMENT:
+                self._refuse_to_ask(asks[0])
+            self._asking[id(frame)] = asks
 
     def _check_draw(self, function: Any) -> None:
         """Of a function in C that is called: remember where generators stand that it may draw from."""
@@ -378,7 +377,7 @@ def _written(value: Any) -> Any:
     plain one that it is."""
     if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.generic):
         return value.item()
-    plain = next((kind for kind in (int, float, complex, str) if isinstance(value, kind)), None)
+    plain: Any = next((kind for kind in (int, float, complex, str) if isinstance(value, kind)), None)
     return value if plain is None or isinstance(value, bool | Enum) else plain(value)
 
 

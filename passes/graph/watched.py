@@ -13,12 +13,21 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections import deque
+import weakref
+from collections import UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
 from typing import Any
 
 import torch
@@ -33,7 +42,8 @@ PLAIN += (Enum, numbers.Number, range, slice)
 INTERNAL = frozenset(vars(nn.Module()))
 #: Compared by identity.
 _SAME = (FunctionType, BuiltinFunctionType, type, type(Tensor.add), property, staticmethod, classmethod)
-_SEQUENCES = (list, tuple, deque)
+_BOUND = (BuiltinFunctionType, MethodWrapperType)
+_SEQUENCES = (list, tuple, deque, UserList)
 _SETS = (set, frozenset)
 
 #: So many entries of a container are compared one by one; so many at once, if they are plain; and through so
@@ -97,6 +107,8 @@ def _taken(held: Any, how: str, which: Any) -> Any:
             return held[which]
         if how == "class":
             return next((vars(base)[which] for base in held.__mro__ if which in vars(base)), GONE)
+        if how == "call":
+            return held()
         return held.cell_contents if how == "cell" else _WHOLES[how][1](held)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return GONE
@@ -281,7 +293,14 @@ class _Search:
         elif isinstance(value, MethodType):
             self._value(text, root, (*steps, ("attribute", "__self__")), value.__self__)
             self._value(text, root, (*steps, ("attribute", "__func__")), value.__func__)
+        elif isinstance(value, weakref.ReferenceType):
+            self._value(f"{text}()", root, (*steps, ("call", "")), value())
+        elif isinstance(value, _BOUND):  # to an object, and functions to the module that they are in
+            if not isinstance(value.__self__, type | ModuleType):
+                self._value(f"{text}.__self__", root, (*steps, ("attribute", "__self__")), value.__self__)
         elif isinstance(value, functools.partial):
+            if isinstance(value.func, BuiltinFunctionType):  # which may be given names
+                self.unwatched[text] = None
             for part in ("func", "args", "keywords"):
                 self._value(f"{text}.{part}", root, (*steps, ("attribute", part)), getattr(value, part))
         elif isinstance(value, ModuleType):
@@ -302,7 +321,7 @@ class _Search:
                 self._add(f"{name} of {cls.__name__}", cls, (("class", name),), method)
         if hasattr(value, "__wrapped__"):
             self._value(text, root, (*steps, ("attribute", "__wrapped__")), value.__wrapped__)
-        elif not (contains or hasattr(value, "__dict__") or _slots(cls) or cls.__module__ == "torch"):
+        elif not (contains or cls.__module__ == "torch" or _has_parts(value)):
             self.unwatched[f"{text} ({cls.__name__})"] = None
 
     def _container(self, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
@@ -313,6 +332,8 @@ class _Search:
             self._whole("names" if mapping else "length", text, root, steps, value)
         elif size <= _FLAT and (members or all(isinstance(v, PLAIN) for v in _values(value))):
             self._whole("members" if members else "values", text, root, steps, value)
+            if not all(isinstance(member, (*PLAIN, *_SAME)) for member in _values(value)):
+                self.unwatched[f"what the members of {text} hold"] = None
         else:
             self.unwatched[f"{text} ({size:,} entries)"] = None
             keys = [
@@ -394,4 +415,11 @@ def _functions(value: Any) -> list[FunctionType]:
 
 
 def _slots(cls: type) -> list[str]:
-    return [n for base in cls.__mro__ for n, v in [*vars(base).items()] if inspect.ismemberdescriptor(v)]
+    members = [n for base in cls.__mro__ for n, v in [*vars(base).items()] if inspect.ismemberdescriptor(v)]
+    return [name for name in members if not name.startswith("__")]
+
+
+def _has_parts(value: Any) -> bool:
+    """Whether what an object holds has names that code may name. In Python's containers it has none."""
+    own = type(value).__module__ in ("collections", "queue", "_weakrefset")
+    return not own and (hasattr(value, "__dict__") or bool(_slots(type(value))))

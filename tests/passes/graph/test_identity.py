@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import weakref
 from typing import Any
 
 import pytest
@@ -174,6 +175,10 @@ class Typed(Net):
 
     kept = torch.float32
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed, self.weak = [self.a.bias], weakref.ref(self.a)
+
     @property
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
@@ -200,6 +205,9 @@ class Typed(Net):
         "(d := x.dtype) is torch.bfloat16",
         "held(x).d is torch.bfloat16",
         "self.a.weight.device is torch.device('cpu')",
+        "self.listed[0].dtype == torch.bfloat16",
+        "self.listed[0].requires_grad",
+        "self.weak().weight.dtype == torch.bfloat16",
     ],
 )
 def test_the_dtype_of_a_parameter_is_not_frozen(question: str) -> None:

@@ -4,8 +4,16 @@ would have the answer of one moment, so it is refused by name. Nothing is run, u
 from __future__ import annotations
 
 import contextvars
+import datetime
+import logging
 import operator
+import os
+import pathlib
+import platform
 import random
+import sys
+import threading
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +40,9 @@ class Meter:
 
 
 METER = Meter()
-_OUTSIDE = {**globals()}
+LOG = logging.getLogger(__name__)
+_MODULES = (datetime, logging, operator, os, pathlib, platform, sys, threading, warnings)
+_OUTSIDE = {**globals(), **{module.__name__: module for module in _MODULES}}
 
 
 _TRIED = "n = 3; try:;     "
@@ -127,6 +137,24 @@ def test_what_is_drawn_outside_of_the_graph_is_refused_and_moves_nobody(draw: st
         ("torch.get_num_threads()", "torch.get_num_threads()"),
         ("torch.get_float32_matmul_precision() == 'highest'", "torch.get_float32_matmul_precision()"),
         ("len(__import__('os').environ.get('HOME', ''))", "os.environ"),
+        ("torch.backends.cudnn.benchmark", "torch.backends.cudnn_benchmark"),
+        ("torch.backends.mkldnn.enabled", "torch.backends.mkldnn_enabled"),
+        ("torch.backends.cuda.matmul.allow_tf32", "allow_tf32"),
+        ("len(torch.backends.cpu.get_cpu_capability())", "torch.backends.cpu.get_cpu_capability()"),
+        ("torch.cuda.device_count()", "torch.cuda.device_count()"),
+        ("os.path.exists('/')", "os.stat()"),
+        ("pathlib.Path('/').exists()", "os.stat()"),
+        ("len(os.listdir('/'))", "os.listdir()"),
+        ("len(open(os.devnull).read())", "open()"),
+        ("len(pathlib.Path(os.devnull).read_text())", "open()"),
+        ("os.getpid()", "os.getpid()"),
+        ("logging.getLogger('a').isEnabledFor(10)", "isEnabledFor()"),
+        ("(1 if threading.current_thread() is threading.main_thread() else 2)", "threading.get_ident()"),
+        ("threading.active_count()", "threading.active_count()"),
+        ("datetime.datetime.now().year", "datetime.now()"),
+        ("datetime.date.today().year", "datetime.today()"),
+        ("len(platform.node())", "platform.node()"),
+        ("sys.getrecursionlimit()", "sys.getrecursionlimit()"),
     ],
 )
 def test_questions_about_the_process_are_refused(question: str, name: str) -> None:
@@ -135,6 +163,14 @@ def test_questions_about_the_process_are_refused(question: str, name: str) -> No
 
 def test_what_a_module_asks_itself_is_no_question_about_the_process() -> None:
     assert not why("return self.b(self.a(x)) * len(self.parts)", parts=nn.ModuleList([nn.Tanh()]))
+
+
+def test_what_a_module_says_or_makes_of_paths_and_dates_is_no_question() -> None:
+    said = "LOG.warning('is %s', 1); LOG.debug('is'); warnings.warn('is')"
+    made = "len(os.path.join('a', 'b')) + len(pathlib.PurePath('a').name) + datetime.date(2020, 1, 1).year"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not why(f"{said}; return self.b(self.a(x)) * ({made})")
 
 
 @pytest.mark.parametrize(

@@ -273,13 +273,13 @@ class Half(float):
 
 def test_a_number_of_numpys_or_of_a_class_of_its_own_is_a_number_in_the_graph() -> None:
     class Scaled(Net):
-        half, single, own, zero = np.float64(0.5), np.float32(0.3), Half(0.5), np.int64(0)
+        many, single, own, zero = np.float64(0.5), np.float32(0.3), Half(0.5), np.int64(0)
         name = np.str_("tanh")
 
         def forward(self, x: Tensor) -> Tensor:
-            h = torch.add(self.single * self.a(x), x, alpha=self.half) * self.own
+            h = torch.add(self.single * self.a(x), x, alpha=self.many) * self.own
             h = F.gelu(h * self.single, approximate=self.name).sum((self.zero,), keepdim=True)
-            return self.b(h.expand(np.int64(2), -1) / self.half)
+            return self.b(h.expand(np.int64(2), -1) / self.many)
 
     model = nn.ModuleList([Scaled()])
     x = features(2, 4)

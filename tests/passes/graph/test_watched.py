@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import array
 import functools
+import operator
 import os
 import sys
 import time
 import types
-from collections import deque
+import weakref
+from collections import UserList, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +76,7 @@ class Base(nn.Module):
         self.settings, self.slotted, self.mapped = Settings(), Slotted(), Mapped()
         self.names = ["a"]
         self.flags = {"on"}
+        self.listing = UserList([2.0])
 
     def factor(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -127,6 +130,11 @@ def tagged(x: Tensor) -> Tensor:
 
 tagged.scale = 2.0  # type: ignore[attr-defined]
 
+WEAK = weakref.ref(GLOBAL)
+GIVES = {"scale": 2.0}.get
+SET, WEAK_SET = {GLOBAL}, weakref.WeakSet([GLOBAL])
+GETS, GETS_SCALE = operator.attrgetter("scale"), functools.partial(getattr, GLOBAL, "scale")
+
 
 def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
@@ -165,6 +173,9 @@ READS: dict[str, Callable[[Any, Any], Any]] = {
     "partial": lambda self, x: PARTIAL(x),
     "decorated": doubled(lambda self, x: x),
     "method": lambda self, x: x,
+    "weak": lambda self, x: x * WEAK().scale,  # type: ignore[union-attr]
+    "bound": lambda self, x: x * GIVES("scale"),  # type: ignore[operator]
+    "listing": lambda self, x: x * self.listing[0],
 }
 
 UNDO: list[tuple[list[float], int, float]] = []
@@ -206,6 +217,9 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
     "partial": lambda m, p: exchange(PARTIAL.keywords["factors"], 0, 3.0),
     "decorated": lambda m, p: p.setattr(HERE, "NUMBER", 3.0),
     "method": lambda m, p: p.setattr(Base, "forward", lambda s, x: x),
+    "weak": lambda m, p: p.setattr(GLOBAL, "scale", 3.0),
+    "bound": lambda m, p: p.setitem(GIVES.__self__, "scale", 3.0),
+    "listing": lambda m, p: exchange(m.listing, 0, 3.0),
 }
 SAID = {
     "class_attribute": r"shared of Class_attribute was 2\.0.* 3\.0",
@@ -235,6 +249,9 @@ SAID = {
     "partial": r"PARTIAL of \w+\.keywords\['factors'\]\[0\] was 2\.0",
     "decorated": r"NUMBER of \w+ was 2\.0",
     "method": r"forward of \w+ was .*Base\.forward",
+    "weak": r"WEAK of \w+\(\)\.scale was 2\.0",
+    "bound": r"GIVES of \w+\.__self__\['scale'\] was 2\.0",
+    "listing": r"listing\[0\] was 2\.0",
 }
 
 
@@ -312,6 +329,22 @@ def test_what_cannot_be_compared_is_named_in_the_report() -> None:
         f"frozen by tracing, and not watched: LONGER of {__name__} (5,000 entries)"
         in str(report).splitlines()
     )
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda self, x: x * next(iter(SET)).scale,
+        lambda self, x: x * next(iter(WEAK_SET)).scale,
+        lambda self, x: x * GETS(GLOBAL),
+        lambda self, x: x * GETS_SCALE(),
+    ],
+)
+def test_what_has_no_names_or_takes_them_itself_is_named_in_the_report(read: Any) -> None:
+    kind = type("Reads", (Base,), {"factor": read})
+    name = next(name for name in read.__code__.co_names if name.isupper())
+    (unwatched,) = plan(Trunk(kind, layers=1), [Weight24(scope="mlp")]).unwatched
+    assert f"{name} of {__name__}" in unwatched
 
 
 def counts(x: Tensor) -> Tensor:
