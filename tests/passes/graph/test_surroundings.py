@@ -13,6 +13,7 @@ import platform
 import random
 import sys
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -308,3 +309,21 @@ def test_what_is_returned_beside_tensors_is_compared_too() -> None:
         model = nn.ModuleList([kind(), kind()])
         reason = trace(model, Check(model))[1].get(f"0 [{kind.__name__}]", "")
         assert ("its graph returns another container" in reason) == differs
+
+
+@pytest.mark.parametrize("kind", ["environment", "getenv", "clock", "default dtype"])
+def test_what_the_process_answers_otherwise_later_is_refused(kind: str) -> None:
+    class Asks(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            if kind == "environment":
+                return x * (2.0 if "SCALED" in os.environ else 1.0)
+            if kind == "getenv":
+                return x * float(os.getenv("SCALED", "1.0"))
+            if kind == "clock":
+                return x * (2.0 if time.time() < 0 else 1.0)
+            return x.to(torch.get_default_dtype())
+
+    said = {"clock": r"asks time\.time", "default dtype": r"asks torch\.get_default_dtype"}
+    with pytest.raises(PassError, match=said.get(kind, r"asks os\.environ")):
+        plan(nn.Sequential(Asks(4, 8), Asks(4, 8)), [LowRank(scope="mlp", mlp_rank=2)])

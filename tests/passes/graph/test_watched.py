@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import functools
 import operator
-import os
 import sys
 import time
 import types
@@ -375,23 +374,6 @@ def test_a_list_outside_that_forward_fills_is_refused(kind: str) -> None:
     }
     with pytest.raises(PassError, match=f"forward writes {said[kind]}"):
         plan(nn.Sequential(Fills(), Fills()), [Weight24(scope="mlp", targets=("none",))])
-
-
-@pytest.mark.parametrize("kind", ["environment", "getenv", "clock", "default dtype"])
-def test_what_the_process_answers_otherwise_later_is_refused(kind: str) -> None:
-    class Asks(Base):
-        def factor(self, x: Tensor) -> Tensor:
-            if kind == "environment":
-                return x * (2.0 if "SCALED" in os.environ else 1.0)
-            if kind == "getenv":
-                return x * float(os.getenv("SCALED", "1.0"))
-            if kind == "clock":
-                return x * (2.0 if time.time() < 0 else 1.0)
-            return x.to(torch.get_default_dtype())
-
-    said = {"clock": r"asks time\.time", "default dtype": r"asks torch\.get_default_dtype"}
-    with pytest.raises(PassError, match=said.get(kind, r"asks os\.environ")):
-        plan(nn.Sequential(Asks(), Asks()), [Weight24(scope="mlp", targets=("none",))])
 
 
 class Restless:
