@@ -3,7 +3,6 @@ value that is traced: what it takes of them, a number most often, would be froze
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +36,7 @@ class Outside(TorchFunctionMode):
         kwargs = kwargs or {}
         given = list(_leaves((args, kwargs)))
         if not any(issubclass(type(value), fx.Proxy) for value in given):
-            if func.__name__ == "__get__" and not is_internal(sys._getframe(1)):
+            if func.__name__ == "__get__" and not is_internal(self._tracer.asker()):
                 self._check_fact(func.__self__.__name__, given[0])
             for value in given if func.__name__ not in _SHAPE else ():
                 if issubclass(type(value), Tensor) and id(value) not in self._made:
