@@ -115,8 +115,9 @@ class Check:
         ]
         if self.not_entered:
             first, *others = self.not_entered
-            more = f" and {len(others)} more" if others else ""
-            lines.append(f"not checked: {first}{more}: the model runs on the probe without it")
+            kind = f"{first} and {len(others)} more" if others else first
+            why = "the model runs on the probe without it"
+            lines.append(f"not checked: {kind}: {why}")
         return "\n".join(lines)
 
     def region(self, module: nn.Module, graph: fx.Graph) -> None:

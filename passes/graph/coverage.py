@@ -193,7 +193,10 @@ def _stacked(matrix: Matrix, matrices: Sequence[Matrix]) -> str:
     others = any(not m.stacked and f"{m.path}.".startswith(inside) for m in matrices)
     layer = matrix.path.rpartition(".")[2].isdigit()
     place = matrix.place if others or layer or not matrix.path else matrix.path
-    return f'{STACKED} = ["{pattern(place)}"]'
+    return (
+        "stacked parameters, which no pass takes apart: make linears of them, or leave it out with "
+        f'ignore = ["{pattern(place)}"]'
+    )
 
 
 def _computed(owner: nn.Module) -> str:

@@ -54,7 +54,8 @@ class Outside(TorchFunctionMode):
         """Of a tensor's attribute, which a module reads."""
         if fact in _CHANGES and (name := self._tracer.name(tensor)):
             self._tracer.refuse(
-                f"asks for {fact} of {name} past its module, which tracing would freeze: ask the module"
+                f"asks for {fact} of {name} past its module, which tracing would freeze: take it from the "
+                "module"
             )
 
     def _name(self, tensor: Tensor) -> str:

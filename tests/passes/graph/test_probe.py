@@ -63,7 +63,7 @@ def test_a_guess_that_does_not_fit_is_not_called_a_failure_of_the_module() -> No
     assert "not checked: Pictures: no input was found that it takes" in checked
     assert "fails" not in checked
     given = plan(Pictures(), [Activation24()], probe=torch.randn(2, 3, 8, 8)).checked
-    assert given == "checked on [2, 3, 8, 8]: 1 region computes what its module does"
+    assert given == "checked on [2, 3, 8, 8]: 1 region computes what its module does, before passes change it"
 
 
 def test_the_text_of_a_pass_is_no_pass() -> None:
@@ -112,7 +112,8 @@ class Flat(nn.Module):
 @pytest.mark.parametrize(("side", "told"), [(28, {}), (20, {"image_size": 20}), (20, {"img_size": (20, 20)})])
 def test_pictures_are_of_the_size_that_a_module_says_or_of_a_usual_one(side: int, told: Any) -> None:
     checked = plan(Flat(side, **told), [Activation24()]).checked
-    assert checked == f"checked on [2, 1, {side}, {side}]: 1 region computes what its module does"
+    computes = "1 region computes what its module does, before passes change it"
+    assert checked == f"checked on [2, 1, {side}, {side}]: {computes}"
 
 
 class Configured(nn.Module):
