@@ -409,5 +409,5 @@ def _keep(layer: nn.Module, name: str, parts: Mapping[str, Tensor]) -> None:
     for ending, part in parts.items():
         if hasattr(owner, leaf + ending):  # of an earlier generator, with weights that may have changed
             getattr(owner, leaf + ending).copy_(part)
-        else:
-            owner.register_buffer(leaf + ending, part, persistent=False)
+        else:  # past what refuses new tensors in a rewritten model: the graph that is made here reads them
+            nn.Module.register_buffer(owner, leaf + ending, part, persistent=False)
