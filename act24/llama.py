@@ -146,13 +146,17 @@ class LlamaAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden_states [B, S, D]; cos, sin [S, head_dim / 2], float32. Returns [B, S, D]."""
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        # The float32 angles promote the rotation to float32; attention wants one dtype again. Free once
-        # compiled.
-        query = rotate(query, cos, sin).type_as(value)
-        key = rotate(key, cos, sin).type_as(value)
+        query, key, value = (
+            linear(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Turned as the linears lay them out, [B, S, H, d]: attention reads that as it is, and writes its
+        # gradients so; the other order costs copies. The float32 angles promote the rotation to float32;
+        # attention wants one dtype again, which is free once compiled.
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        query = rotate(query, cos, sin).type_as(value).transpose(1, 2)
+        key = rotate(key, cos, sin).type_as(value).transpose(1, 2)
+        value = value.transpose(1, 2)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 

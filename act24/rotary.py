@@ -88,7 +88,7 @@ def rotary_embedding(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + d/2]) by their angles. x [..., S, d]; cos, sin [S, d/2]."""
+    """Turn the pairs (x[..., i], x[..., i + d/2]) by their angles. x [..., d]; cos, sin [..., d/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

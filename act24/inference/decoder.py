@@ -384,7 +384,7 @@ class Decoder:
     ) -> Tensor:
         """Hidden states behind the blocks. `calls` gets each block's, with its arguments."""
         position = (place.slots - batch.first[:, None]).clamp(min=0)
-        cos, sin = (table[position][:, None] for table in self._rotary(batch.length))
+        cos, sin = (table[position] for table in self._rotary(batch.length))
         model = self._model.model
         hidden = model.embed_tokens(ids)
         for layer, form, key, value in zip(model.layers, forms, batch.keys, batch.values, strict=True):

@@ -42,7 +42,7 @@ from act24.sparse24.kernels.pack_weight import pack_weight_rows
 from act24.sparse24.kernels.packed_decode import packed_for_decode
 from act24.sparse24.kernels.shared.self_check import kernel_obstacle, kernel_obstacle_on
 
-#: (block, hidden [B, S, D], cos, sin [B, 1, S, d / 2], keys, values [B, H_kv, L, d], place) -> [B, S, D]
+#: (block, hidden [B, S, D], cos, sin [B, S, d / 2], keys, values [B, H_kv, L, d], place) -> [B, S, D]
 LayerForm = Callable[..., Tensor]
 
 _INPUTS = ("hidden_states", "cos", "sin")
