@@ -39,11 +39,14 @@ class Side:
         self.checkout = checkout
         path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        # Of its own: Inductor finds a graph again by the names of its operators, and what it wrote for one
+        # commit calls those of another with arguments that they do not take.
+        self._compiled = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
             # -P: the folder of the script, in this checkout, is nowhere to import from.
             [sys.executable, "-P", *command],
             cwd=checkout,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": self._compiled.name},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -71,6 +74,7 @@ class Side:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+        self._compiled.cleanup()
 
 
 def measured(sides: Sequence[Side], part: str) -> list[dict[str, list[float]]]:
