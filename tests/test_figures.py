@@ -31,6 +31,9 @@ def test_where_the_rest_of_a_step_goes_is_what_was_measured():
     page = read("docs/results/training-speed.md")
     assert limit_table(LIMIT, "relu2-act24") in page
     assert LIMIT["commit"] in page
+    later = LIMIT["later"]
+    assert limit_table(later, "dense") in page
+    assert f"(commit {later['commit']})" in page
     assert f"{LIMIT['copy_gb_s'] / 1000:.2f} TB/s" in page
     what_is_left = page.partition("| what | 130m, ms |")[2].partition("So the cheapest")[0]
     left = {}
