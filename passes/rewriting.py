@@ -29,7 +29,7 @@ from act24.passes.graph.region import RegionModule, materialise, reset_buffers_
 from act24.passes.graph.sites import Lowered, Site
 from act24.passes.graph.stock_state import Change, freeze_beside_, from_stock, to_stock
 from act24.passes.graph.watched import Fact
-from act24.passes.left_out import left_out
+from act24.passes.left_out import check_left_out, left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
 from act24.passes.planning import Planned
 
@@ -154,6 +154,9 @@ class Rewriting(Planned):
 
         Returns:
             whether anything changed. Parameters and buffers never do.
+
+        Raises:
+            PassError: `without` names what is no operational pass of this pipeline.
         """
         return self._lower_to(self.in_force(step, without))
 
@@ -163,8 +166,10 @@ class Rewriting(Planned):
 
         Raises:
             OptionError: the step is no integer, or negative.
+            PassError: `without` names what is no operational pass of this pipeline.
         """
         check_values(Start, "updates already made", step=step)
+        check_left_out(self._passes, without)
         return left_out([p for p in self._operational if p.active(step)], without)
 
     def lower_to_(self, passes: Sequence[OperationalPass]) -> None:

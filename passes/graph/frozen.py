@@ -3,8 +3,9 @@
 Plain values of a module stay readable where the module stood. To write them raises, since nothing would come
 of it; those that lie elsewhere, in an object that a module holds, in its class, in a closure or in a global
 (`act24.passes.graph.watched`), or in a module that stands where it was and that a pass computes as a function
-(`opened_values`), are compared whenever the model is called or lowered or an update begins. A model that torch.compile made one graph of compares when it is lowered or an update begins, for a comparison
-would break the graph. A copy of the model compares nothing.
+(`opened_values`), are compared whenever the model is called or lowered or an update begins. A model that
+torch.compile made one graph of compares when it is lowered or an update begins, for a comparison would break
+the graph. A copy of the model compares nothing.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ CHANGES = {
     "option": (lambda mlp: setattr(mlp.act, "approximate", "tanh"), r"act\.approximate was 'none' .* 'tanh'"),
     "eps": (lambda mlp: setattr(mlp.norm, "eps", 0.1), r"mlp\.norm\.eps was 1e-05 .* and is 0\.1"),
     "bias": (lambda mlp: mlp.norm.register_parameter("bias", nn.Parameter(torch.ones(16))), r"bias was None"),
-    "module": (lambda mlp: setattr(mlp, "norm", nn.LayerNorm(16, bias=False)), r"mlp\.norm was .* is another"),
+    "module": (lambda mlp: setattr(mlp, "norm", nn.LayerNorm(16, bias=False)), r"mlp\.norm was .* another"),
     "forward": (lambda mlp: setattr(mlp.norm, "forward", torch.relu), r"mlp\.norm\.forward was "),
     "hook": (_hooked("act"), r"number of forward_hooks of blocks\.0\.mlp\.act was 0 .* and is 1"),
 }
