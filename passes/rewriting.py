@@ -132,7 +132,8 @@ class Rewriting(Planned):
         """
         if self._check is None:
             return
-        made, replaced = dict[str, Tensor](), dict[str, Tensor]()
+        made, replaced = dict[str, dict[str, Tensor]](), dict[str, Tensor]()
+        regions = {s.traced.fqn or "the model": s.module for s in self._sites if s.matched and s.module}
         for site, module in built:
             old = dict(site.traced.module.named_parameters(remove_duplicate=False))
             new = dict(module.named_parameters(remove_duplicate=False))
@@ -140,9 +141,9 @@ class Rewriting(Planned):
             replaced |= {site.base.name(name): tensor for name, tensor in gone.items()}
             for creation in site.base.created:
                 if any(name in gone and self._check.was_read(gone[name]) for name in creation.sources):
-                    made |= {site.base.name(n): new[n] for n in creation.names if n in site.base.parameters}
+                    here = {site.base.name(n): new[n] for n in creation.names if n in site.base.parameters}
+                    made.setdefault(site.traced.fqn or "the model", {}).update(here)
         same = not self._active and not any(site.claims for site in self._sites)
-        regions = {s.traced.fqn or "the model": s.module for s in self._sites if s.matched and s.module}
         self._check.rewritten(self._model, regions, made, replaced, same)
         self.report = replace(self.report, checked=str(self._check))
 
