@@ -175,6 +175,17 @@ class Remains(nn.Module):
         vars(self)["_lists"] = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
+class _Parameters(dict[str, nn.Parameter | None]):
+    """Those of what remains of a module: taken away by their names as attributes, or not at all."""
+
+    def __delitem__(self, name: str) -> None:
+        raise PassError(
+            f"{name} on what is left inside of a traced module cannot be taken away, as weight_norm does: "
+            "its graph reads it. Take torch.nn.utils.parametrizations.weight_norm, normalise before apply_, "
+            "or leave the module out with ignore=[…]"
+        )
+
+
 class Inside(Remains):
     """What remains of a module inside of a region. Nothing calls it, so that no hook of its forward or
     backward would fire, and nothing that is new here would be read."""
@@ -184,8 +195,19 @@ class Inside(Remains):
             raise PassError(self._never("a forward that is set on", "run"))
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters:
+            self._parameters.pop(name)
+        else:
+            super().__delattr__(name)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for `Remains`; a new one, as `prune` and `weight_norm` make it, is refused."""
+        """As for `Remains`; a new one, as `prune` and `spectral_norm` make it, is refused."""
+        taken = name.removesuffix("_orig")
+        if name != taken and taken in vars(self).get("_names", ()) and not hasattr(self, taken):
+            self._parameters[taken] = param  # by spectral_norm, which has taken it away before
+            for other in [n for n in vars(self)["_names"] if n in self._parameters]:
+                self._parameters[other] = self._parameters.pop(other)
         self._refuse_new(name)
         super().register_parameter(name, param)
 
@@ -216,7 +238,8 @@ class Inside(Remains):
 
     def _remember(self, module: nn.Module, frozen: Frozen) -> None:
         super()._remember(module, frozen)
-        vars(self)["_names"] = frozenset({*self._modules, *self._parameters, *self._buffers})
+        vars(self)["_names"] = (*self._modules, *self._parameters, *self._buffers)
+        vars(self)["_parameters"] = _Parameters(self._parameters)
 
 
 def _refuses(name: str) -> Any:
