@@ -33,7 +33,6 @@ from act24.passes.graph.outside import Outside
 from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal
 from act24.passes.graph.shadow import Shadow
 from act24.passes.graph.surroundings import (
-    ENVIRONMENT,
     FOREIGN,
     asks_in_c,
     asks_in_python,
@@ -211,7 +210,7 @@ class Tracer(fx.Tracer):
         if self._before_draw is None and names_numpy(frame):
             self._before_draw = random_state()
         if asks := asks_in_python(frame):
-            if asks[0] == ENVIRONMENT:
+            if not asks[1]:
                 self._refuse_to_ask(asks[0])
             self._asking[id(frame)] = asks
 
