@@ -124,7 +124,7 @@ def refuse_hooks(region: Region, opened: Collection[str] = ()) -> None:
                 again, fqn = "register it again", region.fqn
                 if path and "state_dict" not in kind:  # nothing will call what stands here then
                     again = f"register one on {fqn or 'the model'}"
-                    again += f', or leave that one out, ignore = ["{fqn}", "{fqn}.*"]' if fqn else ""
+                    again += f', or leave that one out, ignore = ["{fqn}"]' if fqn else ""
                 raise PassError(
                     f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would "
                     f"lose: remove it, apply the passes, and {again}"
