@@ -86,6 +86,9 @@ class Recompute(OperationalPass):
         kept = _bottlenecks(region)
         if not kept:
             return Plan(absent="no bottleneck to keep: put low_rank, cola or lost in front")
+        inside = {n.rpartition(".")[0] if spec.factor else n: None for n, spec in region.parameters.items()}
+        if reason := self.split(region, tuple(inside)):
+            return Plan(misses=(("", reason),))
         for node in region.graph.nodes:
             if node.op != "call_module":
                 continue

@@ -117,6 +117,17 @@ def test_compiled_blocks_agree_and_break_nowhere():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_block_of_which_ignore_takes_a_part_is_left():
+    passes = [Cola(**RANKS), Recompute(ignore=("model.layers.0.mlp",))]
+    report = plan(llama(layers=2), passes)
+    assert [row.fqn for row in report.rows if row.pass_name == "recompute"] == ["model.layers.1"]
+    (partial,) = report.partial
+    assert partial.left[0][2].startswith("ignore takes model.layers.0.mlp.gate_proj, a part of it: ignore")
+    assert not plan(llama(layers=2), [passes[0], Recompute(ignore=("model.layers.0",))]).partial
+    with pytest.raises(PassError, match=r"model\.layers\.0: ignore takes model.*q_proj, a part of it"):
+        plan(llama(layers=2), [passes[0], Recompute(ignore=("*.q_proj",))])
+
+
 def test_without_bottlenecks_it_says_so():
     with pytest.raises(PassError, match="no bottleneck"):
         plan(llama(), [Recompute()])
@@ -132,7 +143,7 @@ def test_a_module_that_may_differ_the_second_time_is_refused():
             return self.dropout(self.down(torch.tanh(self.up(x))))
 
     model, passes = Trunk(MLP), [LowRank(scope="mlp", mlp_rank=4), Recompute()]
-    with pytest.raises(PassError, match=r"mlp\.dropout \[Dropout\] may differ: set its p = 0, leave it out"):
+    with pytest.raises(PassError, match=r"mlp\.dropout \[Dropout\] may differ: set its p = 0, leave"):
         plan(model, passes)
     for block in model.blocks:
         block.mlp.dropout.p = 0.0
