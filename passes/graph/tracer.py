@@ -30,7 +30,7 @@ from act24.passes.graph import outside
 from act24.passes.graph.identity import asks_any, asks_which, identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.outside import Outside
-from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal
+from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal, is_number
 from act24.passes.graph.shadow import Shadow
 from act24.passes.graph.surroundings import (
     FOREIGN,
@@ -341,7 +341,12 @@ class Tracer(fx.Tracer):
         if node.target in (operator.ne, operator.eq) and (answer := self._differ(*node.args)) is not None:
             self._questions.append(node)
             return answer is (node.target is operator.ne)
-        self.refuse(f"branches on {node.name}, control flow on a value: write torch.where, or {OWN}")
+        if is_number(node):
+            self.refuse(f"branches on {node.name}, which is no tensor: {OUTSIDE}")
+        remedy = f"write torch.where, or {OWN}"
+        if node.op == "placeholder":  # whether one is a flag, its name alone says
+            remedy = f"decide a flag where the module is made, of a tensor {remedy}"
+        self.refuse(f"branches on {node.name}, control flow on a value: {remedy}")
 
     def _differ(self, a: Any, b: Any) -> bool | None:
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""
