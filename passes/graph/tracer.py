@@ -342,7 +342,7 @@ class Tracer(fx.Tracer):
             self._questions.append(node)
             return answer is (node.target is operator.ne)
         if is_number(node):
-            self.refuse(f"branches on {node.name}, which is no tensor: {OUTSIDE}")
+            self.refuse(f"branches on {node.name}, control flow on what is no tensor: {OUTSIDE}")
         remedy = f"write torch.where, or {OWN}"
         if node.op == "placeholder":  # whether one is a flag, its name alone says
             remedy = f"decide a flag where the module is made, of a tensor {remedy}"

@@ -94,12 +94,12 @@ def test_branch_on_values() -> None:
         ("x.sum().item() > 0", "a value: write torch.where, or "),
         ("flag", "a value: decide a flag where the module is made, of a tensor write torch.where, or "),
         ("not flag", "a value: decide a flag where the module is made, of a tensor write torch.where, or "),
-        ("flag == 'train'", "which is no tensor: decide that where the module is made, or "),
-        ("scale", "which is no tensor: decide that where the module is made, or "),
-        ("scale > 1", "which is no tensor: decide that where the module is made, or "),
-        ("x.shape[0] > 1", "which is no tensor: decide that where the module is made, or "),
-        ("x.dim() == 3", "which is no tensor: decide that where the module is made, or "),
-        ("x.is_cuda", "which is no tensor: decide that where the module is made, or "),
+        ("flag == 'train'", "what is no tensor: decide that where the module is made, or "),
+        ("scale", "what is no tensor: decide that where the module is made, or "),
+        ("scale > 1", "what is no tensor: decide that where the module is made, or "),
+        ("x.shape[0] > 1", "what is no tensor: decide that where the module is made, or "),
+        ("x.dim() == 3", "what is no tensor: decide that where the module is made, or "),
+        ("x.is_cuda", "what is no tensor: decide that where the module is made, or "),
     ],
 )
 def test_the_remedy_is_that_of_what_is_branched_on(question: str, remedy: str) -> None:
