@@ -55,7 +55,7 @@ def check_left_out(passes: Sequence[Pass], names: Sequence[str]) -> None:
     can = dict.fromkeys(p.name for p in passes if isinstance(p, OperationalPass))
     for name in names:
         if name not in can:
-            listed = f"name one of {', '.join(can)}" if can else "none of its passes can be left out"
+            listed = f"name one of {', '.join(can)}" if can else "give none, for it has no operational pass"
             structural = any(p.name == name for p in passes)
             why = "changes parameters, and so stays" if structural else "is no pass of the pipeline"
             raise PassError(f"without: {name!r} {why}: {listed}")

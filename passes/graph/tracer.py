@@ -343,10 +343,9 @@ class Tracer(fx.Tracer):
             return answer is (node.target is operator.ne)
         if is_number(node):
             self.refuse(f"branches on {node.name}, control flow on what is no tensor: {OUTSIDE}")
-        remedy = f"write torch.where, or {OWN}"
-        if node.op == "placeholder":  # whether one is a flag, its name alone says
-            remedy = f"decide a flag where the module is made, of a tensor {remedy}"
-        self.refuse(f"branches on {node.name}, control flow on a value: {remedy}")
+        # Of an argument nobody knows whether it is a flag.
+        flag = "decide a flag where the module is made, of a tensor " if node.op == "placeholder" else ""
+        self.refuse(f"branches on {node.name}, control flow on a value: {flag}write torch.where, or {OWN}")
 
     def _differ(self, a: Any, b: Any) -> bool | None:
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""

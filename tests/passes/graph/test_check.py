@@ -432,38 +432,6 @@ def test_a_rewrite_that_nothing_reads_is_undone(monkeypatch: Any) -> None:
     assert [type(m) for m in model.modules()] == stood
 
 
-class Experts(nn.Module):
-    """Each row runs through the expert whose gate is largest; experts without rows are not called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.experts = nn.Linear(16, 4, bias=False), nn.ModuleList(SwiGLU() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, result = x.reshape(-1, 16), torch.zeros_like(x).reshape(-1, 16)
-        chosen = self.gate(rows).argmax(-1)
-        for index, expert in enumerate(self.experts):
-            if (mine := chosen == index).any():
-                result[mine] += expert(rows[mine])
-        return x + result.view(x.shape)
-
-
-def test_a_router_may_send_the_probe_to_other_experts_than_before() -> None:
-    """What no row reaches then is not read, and is no error but named."""
-    torch.manual_seed(0)
-    model = nn.Sequential(SwiGLU(), Experts(), nn.LayerNorm(16))
-    x = features(1, 3, 16)
-    chosen = []
-    model[1].gate.register_forward_hook(lambda *given: chosen.append({*given[2].argmax(-1).tolist()}))
-    model(x)
-    report = apply_(model, [LowRank(**MLP_RANK)], probe=x).report
-    model(x)
-    before, after = chosen[0], chosen[-1]
-    assert before - after, "the seed should show it"
-    idle = [f"1.experts.{index}" for index in range(4) if index not in after]
-    assert f"not checked: {idle[0]} and {len(idle) - 1} more: the model runs on the probe" in report.checked
-
-
 def test_a_reason_why_nothing_is_checked_is_said_once() -> None:
     """The region is the whole model, and fails as that does."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
