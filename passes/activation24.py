@@ -251,11 +251,11 @@ class Activation24(OperationalPass):
             notes.append(f'method = "{self.method}" does not look at {", ".join(unread)}')
         if "scale_from" in self.record.options:
             linears = sum(_reads_by_weight(user, site.node) for user in site.node.users)
-            if not linears:
+            if not linears and not site.after:
                 notes.append(
                     f'no linear reads it: β is from the activation, not scale_from "{self.scale_from}"'
                 )
-            elif linears < len(site.node.users):
+            elif not site.after and linears < len(site.node.users):
                 notes.append(f'scale_from "{self.scale_from}" leaves out what reads it other than linears')
         return "; ".join(notes)
 

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from act24.passes.base import OperationalPass, Plan
+from act24.errors import PassError
+from act24.passes.base import OperationalPass, Pass, Plan
 from act24.passes.graph.normal_form import nodes_of, reserve
 from act24.passes.graph.region import Region
 
@@ -41,6 +42,23 @@ class LeftOut(OperationalPass):
         for node in nodes_of(region.graph, F.linear):
             if node.name not in left:
                 reserve(node)
+
+
+def check_left_out(passes: Sequence[Pass], names: Sequence[str]) -> None:
+    """Check that names are those of operational passes among some.
+
+    Raises:
+        PassError: a text instead of a list, the name of none of them, or of one that changes parameters.
+    """
+    if isinstance(names, str):
+        raise PassError(f"without takes a list of names: write [{names!r}]")
+    can = dict.fromkeys(p.name for p in passes if isinstance(p, OperationalPass))
+    for name in names:
+        if name not in can:
+            listed = f"name one of {', '.join(can)}" if can else "give none, for it has no operational pass"
+            structural = any(p.name == name for p in passes)
+            why = "changes parameters, and so stays" if structural else "is no pass of the pipeline"
+            raise PassError(f"without: {name!r} {why}: {listed}")
 
 
 def left_out(passes: Sequence[OperationalPass], names: Sequence[str]) -> list[OperationalPass]:

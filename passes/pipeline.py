@@ -203,7 +203,7 @@ class Pipeline(Rewriting):
             reduce: sums a tensor over the processes and returns it; None: there is one.
             forward: runs the rows; None: the model. For models that only a wrapper can run.
             rank: of this process, which draws apart from the others; None: there is one.
-            without: names of passes to leave out.
+            without: names of operational passes to leave out.
             loop_decays: the loop calls `decay_gradients_` itself. For gradients that are scaled, captured in
                 a CUDA graph, or summed over processes and not averaged: there, what autograd's hooks add to
                 the first gradient of an update would be another amount.
@@ -243,7 +243,7 @@ class Pipeline(Rewriting):
         masks are made once for many forwards. Collective where parameters are sharded.
 
         Args:
-            without: names of passes to leave out, to see the same weights without 2:4.
+            without: names of operational passes to leave out, to see the same weights without 2:4.
             step: updates already made: evaluate with the passes in force then, and measure scales that no
                 update has set yet. None: as the pipeline is lowered; it knows of updates begun with it.
             forward: runs the model on the rows on which such scales are measured, of which `pads` are

@@ -37,7 +37,7 @@ from act24.operation import in_functorch, operation
 from act24.passes.base import Match, OperationalPass, Plan
 from act24.passes.graph.kept import kept_for_backward, widths
 from act24.passes.graph.linear_sites import roles_in
-from act24.passes.graph.normal_form import is_linear, parameter_name, replace_node
+from act24.passes.graph.normal_form import is_identity, is_linear, parameter_name, replace_node
 from act24.passes.graph.region import Factor, Region
 from act24.passes.graph.writes import buffer_writes
 from act24.sparse24.feed_forward.operation import activation24
@@ -86,11 +86,14 @@ class Recompute(OperationalPass):
         kept = _bottlenecks(region)
         if not kept:
             return Plan(absent="no bottleneck to keep: put low_rank, cola or lost in front")
+        inside = {n.rpartition(".")[0] if spec.factor else n: None for n, spec in region.parameters.items()}
+        if reason := self.split(region, tuple(inside)):
+            return Plan(misses=(("", reason),))
         for node in region.graph.nodes:
             if node.op != "call_module":
                 continue
             module = _module(region, node.target)
-            if not (_is_norm(module) or _is_identity(module) or type(module) in _FUNCTIONS):
+            if not (_is_norm(module) or is_identity(module) or type(module) in _FUNCTIONS):
                 kind = type(module).__name__
                 todo = f"set its p = 0, {_OTHERWISE}" if kind == "Dropout" else _OTHERWISE
                 return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ: {todo}"),))
@@ -170,17 +173,13 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module) in (nn.RMSNorm, nn.LayerNorm)
 
 
-def _is_identity(module: nn.Module) -> bool:
-    return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
-
-
 def _open_modules(region: Region) -> None:
     """Modules as functions of their parameters, and no identities: what is repeated may call no module."""
     graph = region.graph
     for node in list(graph.nodes):
         if node.op == "call_module":
             module: Any = _module(region, node.target)
-            if _is_identity(module):
+            if is_identity(module):
                 (opened,) = node.all_input_nodes
             elif _is_norm(module):
                 opened = _open_norm(graph, node, module)

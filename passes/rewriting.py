@@ -1,8 +1,7 @@
 """Plan all passes over all regions, and only then touch the model.
 
-Planning runs the real passes on copies of the regions' graphs, in order, so that a later pass sees what an
-earlier one leaves. When every pass has matched, the new modules are built, and only when all are built do
-they take their places. Structural passes are applied once; operational ones are applied again whenever
+When every pass has matched (`act24.passes.planning`), the new modules are built, and only when all are built
+do they take their places. Structural passes are applied once; operational ones are applied again whenever
 their step ranges say so (`Rewriting.lower_`), over the same parameters and buffers.
 """
 
@@ -12,97 +11,31 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.initialise import generator_for
-from act24.options import check_options, check_values
-from act24.passes.base import Match, OperationalPass, Pass, Start, StructuralPass, check_passes
-from act24.passes.graph.check import Check, Probe
-from act24.passes.graph.coverage import Coverage
-from act24.passes.graph.hooks import recompile_, refuse_hooks, refuse_parameter_hooks, refuse_wrapped
+from act24.options import check_values
+from act24.passes.base import Match, OperationalPass, Pass, Start
+from act24.passes.graph.frozen import opened_values
+from act24.passes.graph.hooks import recompile_
 from act24.passes.graph.lowering import lower_, lowering
 from act24.passes.graph.measurements import Measurement, check_measured
-from act24.passes.graph.normal_form import is_linear
 from act24.passes.graph.placing import put, twin
-from act24.passes.graph.region import Region, RegionModule, materialise, reset_buffers_
+from act24.passes.graph.region import RegionModule, materialise, reset_buffers_
 from act24.passes.graph.sites import Lowered, Site
 from act24.passes.graph.stock_state import Change, freeze_beside_, from_stock, to_stock
-from act24.passes.graph.tracing import trace
 from act24.passes.graph.watched import Fact
-from act24.passes.left_out import left_out
+from act24.passes.left_out import check_left_out, left_out
 from act24.passes.not_saved import refuse_to_resize_, refuse_to_save_
-from act24.passes.report import Report, Row, coverages, figures, no_match, row, untrained
+from act24.passes.planning import Planned
 
 
-class Rewriting:
-    """Passes over one model, planned at construction.
-
-    Attributes:
-        report: what it does.
-        step: updates already made, as of its making.
-        boundaries: the steps at which the set of operational passes changes, without 0.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        passes: Sequence[Pass],
-        *,
-        seed: int = 0,
-        step: int = 0,
-        keep_all: bool = False,
-        check: bool = True,
-        probe: Probe | None = None,
-    ) -> None:
-        """Plan. Arguments as for `apply_`.
-
-        Args:
-            keep_all: let regions stand as graph modules even where no pass acts, single linears excepted.
-        """
-        check_options(Start(model, seed, step), "Pipeline")
-        self._model = model
-        given = check_passes(passes)
-        self._passes = tuple(p.beside(given) for p in given)
-        self._seed, self.step = seed, step
-        self._classes: dict[tuple[Any, ...], type] = {}
-        self._lowered: dict[tuple[OperationalPass, ...], list[Lowered]] = {}
-        self._rows: list[Row] = []
-        self._facts: dict[tuple[Any, ...], Fact] = {}
-        self._misses: list[tuple[str, str, str]] = []
-        self._absent: list[tuple[str, str, str]] = []
-        self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]
-        operational = [p for p in self._passes if isinstance(p, OperationalPass)]
-        self._operational = sorted(operational, key=lambda p: p.last)
-        self._active = [p for p in self._operational if p.active(step)]
-        limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
-        self.boundaries: tuple[int, ...] = tuple(sorted(limits))
-        refuse_wrapped(model)
-        self._check = Check(model, probe) if check else None
-        regions, self._unclean = trace(model, self._check)
-        if self._check:
-            self._check.forget_inputs()
-        self._sites = [Site(r, r.copy(), kept=keep_all and not is_linear(r.module)) for r in regions]
-        base = [site.base for site in self._sites]
-        for p in self._structural:
-            self._plan_pass(p, base)
-        lowered = self._plan_operational()
-        touched = [site for site in self._sites if site.touched]
-        for site in touched:
-            refuse_hooks(site.traced)
-            gone = site.traced.parameters.keys() - site.base.parameters.keys()
-            refuse_parameter_hooks(site.traced, (*gone, *(n for c in site.base.created for n in c.names)))
-        self.report = Report(
-            tuple(self._rows),
-            tuple(self._misses),
-            **figures(model, [site.traced for site in self._sites], base, lowered),
-            checked=str(self._check) if self._check else "nothing was checked: check=False",
-            coverage=self._coverage(),
-            unwatched=tuple({text: 0 for site in touched for text in site.traced.frozen.unwatched}),
-            untrained=untrained(self._passes, self._rows),
-        )
+class Rewriting(Planned):
+    """Passes over one model, planned at construction, and applied by `commit_`."""
 
     def __str__(self) -> str:
         return str(self.report)
@@ -117,21 +50,8 @@ class Rewriting:
         twin._sites = [site.twin(memo) for site in self._sites]
         if twin.modules:
             twin._lower()
+            twin._facts = twin._watched()
         return twin
-
-    def _coverage(self) -> tuple[Coverage, ...]:
-        regions, notes = [site.traced for site in self._sites], (self._misses, self._absent)
-        gone, base = self._replaced_names(), [site.base for site in self._sites]
-        return coverages(self._model, regions, self._passes, self._rows, self._unclean, *notes, gone, base)
-
-    def _replaced_names(self) -> set[str]:
-        """The full names of what passes take away; in factors that stand for it others reach something."""
-        return {
-            site.traced.name(name)
-            for site in self._sites
-            for name in site.traced.parameters.keys() - site.base.parameters.keys()
-            if not any(spec.factor and made.startswith(name) for made, spec in site.base.parameters.items())
-        }
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -175,9 +95,10 @@ class Rewriting:
                 put(self._model, site.traced, site.traced.module)
             raise
         for site, _ in built:
+            assert site.module is not None
             recompile_(site.traced.module, site.module)
             # Or the plan would keep the stock tensors alive that a pass replaced.
-            site.traced.module = site.base.module = site.module  # type: ignore[assignment]
+            site.traced.module = site.base.module = site.module
         alone = {p.name for p in self._structural if p.freezes}
         freeze_beside_(self._model, [change for change in self.changes if change.pass_name in alone])
         matched = {row.pass_name for row in self.report.rows}
@@ -185,11 +106,22 @@ class Rewriting:
         refuse_to_save_(self._model, changed)
         refuse_to_resize_(self._model)
         self._check = None
-        self._facts = {f.key: f for site in self._sites if site.touched for f in site.traced.frozen.facts}
+        self._facts = self._watched()
+
+    def _watched(self) -> dict[tuple[Any, ...], Fact]:
+        """What the graphs no longer read, by place: of what lies outside of the modules, and of those that a
+        pass in force at some step has opened."""
+        watched = dict[tuple[Any, ...], Fact]()
+        for site in self._sites:
+            if site.module is not None:
+                opened = [opened_values(site.module, path, site.base.name(path)) for path in site.opened]
+                watched |= {f.key: f for f in chain(site.traced.frozen.facts, *opened)}
+        return watched
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        """What tracing has read outside of the modules, each once."""
+        """What is compared with what it was: plain values that tracing has read outside of the modules, or a
+        pass in those that it has opened; each once."""
         return tuple(self._facts.values())
 
     def _check_rewritten(self, built: Sequence[tuple[Site, RegionModule]]) -> None:
@@ -200,7 +132,8 @@ class Rewriting:
         """
         if self._check is None:
             return
-        made, replaced = dict[str, Tensor](), dict[str, Tensor]()
+        made, replaced = dict[str, dict[str, Tensor]](), dict[str, Tensor]()
+        regions = {s.traced.fqn or "the model": s.module for s in self._sites if s.matched and s.module}
         for site, module in built:
             old = dict(site.traced.module.named_parameters(remove_duplicate=False))
             new = dict(module.named_parameters(remove_duplicate=False))
@@ -208,9 +141,9 @@ class Rewriting:
             replaced |= {site.base.name(name): tensor for name, tensor in gone.items()}
             for creation in site.base.created:
                 if any(name in gone and self._check.was_read(gone[name]) for name in creation.sources):
-                    made |= {site.base.name(n): new[n] for n in creation.names if n in site.base.parameters}
+                    here = {site.base.name(n): new[n] for n in creation.names if n in site.base.parameters}
+                    made.setdefault(site.traced.fqn or "the model", {}).update(here)
         same = not self._active and not any(site.claims for site in self._sites)
-        regions = {s.traced.fqn or "the model": s.module for s in self._sites if s.matched and s.module}
         self._check.rewritten(self._model, regions, made, replaced, same)
         self.report = replace(self.report, checked=str(self._check))
 
@@ -222,6 +155,9 @@ class Rewriting:
 
         Returns:
             whether anything changed. Parameters and buffers never do.
+
+        Raises:
+            PassError: `without` names what is no operational pass of this pipeline.
         """
         return self._lower_to(self.in_force(step, without))
 
@@ -231,8 +167,10 @@ class Rewriting:
 
         Raises:
             OptionError: the step is no integer, or negative.
+            PassError: `without` names what is no operational pass of this pipeline.
         """
         check_values(Start, "updates already made", step=step)
+        check_left_out(self._passes, without)
         return left_out([p for p in self._operational if p.active(step)], without)
 
     def lower_to_(self, passes: Sequence[OperationalPass]) -> None:
@@ -349,75 +287,6 @@ class Rewriting:
     def changes(self) -> list[Change]:
         """What passes do to parameters, in their order."""
         return [change for site in self._sites for change in site.changes]
-
-    def _plan_operational(self) -> list[Region]:
-        """Run every interval of steps once, so that no pass can fail in the middle of a run.
-
-        Returns:
-            the regions as of the last interval in which a pass is in force, for the report's figures.
-        """
-        reported: set[int] = set()
-        final = [site.base for site in self._sites]
-        for step in (0, *self.boundaries):
-            lowered = counted = [site.base.copy() for site in self._sites]
-            for index, p in enumerate(self._operational):
-                if p.active(step):
-                    if p.last:  # it hides the operations that the figures count
-                        lowered = [region.copy() for region in lowered]
-                    self._plan_pass(p, lowered, report=index not in reported)
-                    reported.add(index)
-            self._keep_buffers(lowered)
-            if any(p.active(step) and not p.observes for p in self._operational):
-                final = counted
-            active = [p for p in self._operational if p.active(step)]
-            if any(p.fullest != p for p in active):
-                most = [site.base.copy() for site in self._sites]
-                for p in active:
-                    self._plan_pass(p.fullest, most, report=False)
-                self._keep_buffers(most)
-        return final
-
-    def _keep_buffers(self, lowered: list[Region]) -> None:
-        for site, region in zip(self._sites, lowered, strict=True):
-            site.base.buffers.update(region.buffers)
-
-    def _plan_pass(self, p: Pass, regions: list[Region], report: bool = True) -> None:
-        """Plan a pass over all regions, one a site, and apply it to them.
-
-        Args:
-            report: note what it does; once is enough for a pass that is in force in several intervals.
-        """
-        plans = [p.plan(region) for region in regions]
-        most = p.fullest if isinstance(p, OperationalPass) else p
-        taken = [planned.matches for planned in plans]
-        if not any(taken) and not p.optional and not any(most.plan(r).matches for r in regions if most != p):
-            traced, gone = [site.traced for site in self._sites], self._replaced_names()
-            raise PassError(no_match(p, self._model, traced, regions, plans, self._unclean, gone))
-        if missing := p.missing(regions):
-            if not p.optional:
-                raise PassError(f"{p.name}: {missing}")
-            self._misses += [(p.name, "the model", missing)] * report
-        for site, region, planned in zip(self._sites, regions, plans, strict=True):
-            if isinstance(p, StructuralPass):
-                self._claim(p, site, region, planned.matches)
-            p.apply(region, planned)
-            site.matched |= bool(planned.matches)
-            if report and not p.observes:
-                self._rows += [row(p, region, match) for match in planned.matches]
-                self._misses += [(p.name, region.name(path), reason) for path, reason in planned.misses]
-                self._absent += [(p.name, region.fqn, planned.absent)]
-
-    def _claim(self, p: Pass, site: Site, region: Region, matches: tuple[Match, ...]) -> None:
-        """One structural pass a place: the second would take apart what the first one built."""
-        for match in matches:
-            other = site.claims.setdefault(match.path, p)
-            if other is not p:
-                raise PassError(
-                    f"{other.name} and {p.name} both rewrite {region.name(match.path)}: leave it out of "
-                    "one of them, with ignore or scope"
-                )
-            if match.state is not None:
-                site.changes.append(Change(site.traced, p.name, match.path, match.state))
 
     def _lower_to(self, active: list[OperationalPass]) -> bool:
         for fact in self._facts.values():

@@ -29,7 +29,7 @@ from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.normal_form import nodes_of, parameter_name
 from act24.passes.graph.region import RegionModule, buffers_of, joined
-from act24.passes.left_out import left_out
+from act24.passes.left_out import check_left_out, left_out
 from act24.passes.rewriting import Rewriting
 from act24.passes.weight24 import Weight24, stored_mask
 from act24.sparse24.feed_forward.calibration import CALIBRATION
@@ -423,6 +423,7 @@ def evaluation(
     reduce: Reduce | None,
 ) -> Iterator[None]:
     """`Pipeline.evaluation`; `made` is how many updates are, where that is known."""
+    check_left_out(pipeline.passes, without)
     set_pads_(pipeline, None)
     active = pipeline.active if step is None else pipeline.in_force(step)
     kinds = (weight24.MASK, weight24.SCALE, SCALE, SUMS)

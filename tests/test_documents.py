@@ -217,6 +217,13 @@ def test_figures_of_the_first_table_are_those_that_were_measured():
     assert [figure for figure in expected if figure not in table] == []
 
 
+def test_the_folders_that_load_takes_are_those_of_the_readme():
+    from act24.tools.huggingface.config import _ARCHITECTURES
+
+    (taken,) = re.findall(r"act24\.load\(path\).*a folder of (.*), or of run_c4", read("README.md"))
+    assert {kind.lower() for kind in re.split(", | or ", taken)} == {*_ARCHITECTURES}
+
+
 def test_the_changelog_has_the_version():
     import tomllib
 

@@ -25,6 +25,7 @@ from act24.passes.graph.normal_form import (
     common_path,
     is_adapter,
     is_call,
+    is_identity,
     is_transposed,
     parameter_name,
     weight_name,
@@ -60,7 +61,7 @@ class ActivationSite:
         node: the activation.
         function: which of the two.
         before: the linear that feeds nothing else, or None.
-        after: the linear that alone reads it, or None.
+        after: the linear that alone reads it, or None. An nn.Dropout with p = 0 may lie between.
         width: number of features, None where no linear tells.
         width_in, width_out: what `before` reads and `after` writes, None where it is missing.
         parameters: elements in the weights and biases of `before` and `after`.
@@ -95,10 +96,15 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
             continue
         if obstacle(region, node):
             continue
-        source, users = node.args[0], list(node.users)
+        source, last = node.args[0], node
+        while _drops_nothing(region, source) and len(source.users) == 1:
+            source = source.all_input_nodes[0]
+        while len(last.users) == 1 and _drops_nothing(region, user := next(iter(last.users))):
+            last = user
+        users = list(last.users)
         before = source if is_call(source, F.linear) and len(source.users) == 1 else None
         after = users[0] if len(users) == 1 and is_call(users[0], F.linear) else None
-        if after is not None and after.args[0] is not node:
+        if after is not None and after.args[0] is not last:
             after = None
         width = _features(region, source, 0) if is_call(source, F.linear) else _adapted(region, source)
         if width is None and after is not None:
@@ -114,6 +120,11 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
         yield ActivationSite(
             site_path(node), node, function, before, after, width, width_in, width_out, parameters
         )
+
+
+def _drops_nothing(region: Region, node: Any) -> bool:
+    called = isinstance(node, fx.Node) and node.op == "call_module" and node.target not in region.modules
+    return called and is_identity(region.module.get_submodule(str(node.target)))
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -176,7 +176,7 @@ class Check:
         self,
         model: nn.Module,
         regions: Mapping[str, nn.Module],
-        made: Mapping[str, Tensor],
+        made: Mapping[str, Mapping[str, Tensor]],
         replaced: Mapping[str, Tensor],
         same: bool,
     ) -> None:
@@ -184,7 +184,8 @@ class Check:
 
         Args:
             regions: what stands in it for the rewritten regions, by full name.
-            made: by full name, what passes made and the model has to read on the probe.
+            made: by the name of a region and the full name, what passes made and the region has to read
+                where the probe enters it. A router may send the probe to other experts than before.
             replaced: by full name, what it may read no more.
             same: nothing changes the function yet, so that it has to give the same numbers.
 
@@ -201,7 +202,8 @@ class Check:
                 f"the rewritten model fails where the stock one runs: {_line(error)}. Something outside a "
                 "rewritten module reads what stood in it: leave that out with ignore=[…]"
             ) from error
-        for name, tensor in made.items():
+        entered = (fqn for fqn in made if regions[fqn] in readings.entered)
+        for name, tensor in (one for fqn in entered for one in made[fqn].items()):
             if storage_of(tensor) not in read:
                 raise PassError(
                     f"{name} is made by a pass, and the rewritten model does not read it: something holds "

@@ -2,14 +2,15 @@
 
 Plain values of a module stay readable where the module stood. To write them raises, since nothing would come
 of it; those that lie elsewhere, in an object that a module holds, in its class, in a closure or in a global
-(`act24.passes.graph.watched`), are compared whenever the model is called or lowered or an update begins. A
-model that torch.compile made one graph of compares when it is lowered or an update begins, for a comparison
-would break the graph. A copy of the model compares nothing.
+(`act24.passes.graph.watched`), or in a module that stands where it was and that a pass computes as a function
+(`opened_values`), are compared whenever the model is called or lowered or an update begins. A model that
+torch.compile made one graph of compares when it is lowered or an update begins, for a comparison would break
+the graph. A copy of the model compares nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,29 @@ def plain_values(module: nn.Module) -> dict[str, Any]:
     """The plain values among the attributes of a module and its class, by name."""
     held = {**dict(reversed([*class_attributes(type(module))])), **vars(module)}
     return {name: v for name, v in held.items() if name not in INTERNAL and isinstance(v, PLAIN)}
+
+
+#: Of torch's modules, the dictionaries of hooks that a call runs.
+_RUN = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def opened_values(region: nn.Module, path: str, name: str) -> Iterator[Fact]:
+    """What a pass has read in a module that stays where it is, and that the graph around it does not call:
+    which module it is, its plain values, its forward, and that it has no hooks.
+
+    Args:
+        path: of the module in the region.
+        name: its full one.
+    """
+    module = region.get_submodule(path)
+    yield Fact(name, region, tuple(("attribute", part) for part in path.split(".")), module)
+    shapes = {n: v for n, v in vars(module).items() if n not in INTERNAL and isinstance(v, tuple)}
+    absent = dict.fromkeys(n for n, p in module._parameters.items() if p is None)
+    for n, value in {**plain_values(module), **shapes, **absent, "forward": module.forward}.items():
+        yield Fact(f"{name}.{n}", module, (("attribute", n),), value)
+    for n in _RUN:
+        text = f"the number of {n.strip('_')} of {name}"
+        yield Fact(text, module, (("attribute", n), ("length", "")), 0)
 
 
 def attribute_names(module: nn.Module) -> set[str]:
@@ -151,6 +175,17 @@ class Remains(nn.Module):
         vars(self)["_lists"] = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
+class _Parameters(dict[str, nn.Parameter | None]):
+    """Those of what remains of a module: taken away by their names as attributes, or not at all."""
+
+    def __delitem__(self, name: str) -> None:
+        raise PassError(
+            f"{name} on what is left inside of a traced module cannot be taken away, as weight_norm does: "
+            "its graph reads it. Take torch.nn.utils.parametrizations.weight_norm, normalise before apply_, "
+            "or leave the module out with ignore=[…]"
+        )
+
+
 class Inside(Remains):
     """What remains of a module inside of a region. Nothing calls it, so that no hook of its forward or
     backward would fire, and nothing that is new here would be read."""
@@ -160,8 +195,19 @@ class Inside(Remains):
             raise PassError(self._never("a forward that is set on", "run"))
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters:
+            self._parameters.pop(name)
+        else:
+            super().__delattr__(name)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for `Remains`; a new one, as `prune` and `weight_norm` make it, is refused."""
+        """As for `Remains`; a new one, as `prune` and `spectral_norm` make it, is refused."""
+        taken = name.removesuffix("_orig")
+        if name != taken and taken in vars(self).get("_names", ()) and not hasattr(self, taken):
+            self._parameters[taken] = param  # by spectral_norm, which has taken it away before
+            for other in [n for n in vars(self)["_names"] if n in self._parameters]:
+                self._parameters[other] = self._parameters.pop(other)
         self._refuse_new(name)
         super().register_parameter(name, param)
 
@@ -192,7 +238,8 @@ class Inside(Remains):
 
     def _remember(self, module: nn.Module, frozen: Frozen) -> None:
         super()._remember(module, frozen)
-        vars(self)["_names"] = frozenset({*self._modules, *self._parameters, *self._buffers})
+        vars(self)["_names"] = (*self._modules, *self._parameters, *self._buffers)
+        vars(self)["_parameters"] = _Parameters(self._parameters)
 
 
 def _refuses(name: str) -> Any:

@@ -3,6 +3,7 @@ calls, and wrappers."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -96,16 +97,20 @@ def _compiler_contexts() -> tuple[type, ...]:
     return (_TorchDynamoContext,)
 
 
-def refuse_hooks(region: Region) -> None:
+def refuse_hooks(region: Region, opened: Collection[str] = ()) -> None:
     """Check that no module of a region has a hook. Leaves may: they stay the modules that they are. A model
     that is a region itself stays an instance of its class, and needs names of its own for that.
+
+    Args:
+        opened: leaves, by local name, that a pass does not call either.
 
     Raises:
         PassError: names the first module that has one.
     """
     if not region.fqn:
         refuse_name_clashes(region.module, RegionModule(nn.Module(), fx.Graph()))
-    leaves = tuple(f"{node.target}." for node in region.graph.nodes if node.op == "call_module")
+    called = (str(node.target) for node in region.graph.nodes if node.op == "call_module")
+    leaves = tuple(f"{path}." for path in called if path not in opened)
     for path, module in region.module.named_modules():
         if f"{path}.".startswith(leaves):
             continue  # stays the module that it is, hooks and all
@@ -119,7 +124,7 @@ def refuse_hooks(region: Region) -> None:
                 again, fqn = "register it again", region.fqn
                 if path and "state_dict" not in kind:  # nothing will call what stands here then
                     again = f"register one on {fqn or 'the model'}"
-                    again += f', or leave that one out, ignore = ["{fqn}", "{fqn}.*"]' if fqn else ""
+                    again += f', or leave that one out, ignore = ["{fqn}"]' if fqn else ""
                 raise PassError(
                     f"{region.name(path)} has a hook ({kind.strip('_')}), which a traced module would "
                     f"lose: remove it, apply the passes, and {again}"

@@ -33,6 +33,11 @@ def is_linear(module: nn.Module) -> bool:
     return plain and stored and "forward" not in vars(module)  # as frameworks that offload replace it
 
 
+def is_identity(module: nn.Module) -> bool:
+    """Whether the module gives what it is given, in training too, as long as nobody sets its p."""
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+
+
 def is_adapter(module: nn.Module) -> bool:
     """Whether the module is a layer of PEFT's: a linear with what was added to it, which PEFT switches and
     merges as long as the module stands."""

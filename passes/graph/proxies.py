@@ -32,6 +32,10 @@ _SIZES = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
 #: Nor these: floating-point parameters may become others of them, and never integers.
 _KINDS = ("is_floating_point", "is_complex")
 
+#: Methods that give numbers, and annotations that say so.
+_ASKED = {*_SIZES, *_KINDS, "stride", "is_contiguous", "get_device", "element_size"}
+_PLAIN = (bool, int, float, str)
+
 #: Packages that may ask a value anything: their questions are not the module's branches.
 _INTERNAL = ("torch", "act24")
 
@@ -143,6 +147,8 @@ class Proxy(_Written, fx.Proxy):
 class ValueAttribute(_Written, Attribute):
     """An attribute of a value, which may be a method, a number or a shape; or one of an attribute."""
 
+    tracer: Any  # as above
+
     def _is_a(self) -> type:
         sample = self._sample()
         if sample is None or isinstance(sample, Tensor):
@@ -172,6 +178,23 @@ class ValueAttribute(_Written, Attribute):
         if self.attr != "shape" and not is_internal(self.tracer.asker()):
             self.tracer.refuse(f"asks how a value's {self.attr} is written: {OUTSIDE}")
         return super().__repr__()
+
+
+def is_number(node: object) -> bool:
+    """Whether what a node gives is surely a number, a text, a flag or a shape, and no tensor."""
+    if not isinstance(node, fx.Node):
+        return not isinstance(node, Tensor)
+    if node.op == "placeholder":
+        return node.type in (*_PLAIN, *(kind.__name__ for kind in _PLAIN))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target is getattr:
+        of, name = node.args
+        return is_number(of) or not isinstance(getattr(_SAMPLE, str(name), _SAMPLE), Tensor)
+    if getattr(node.target, "__name__", node.target) in _ASKED:
+        return True
+    plain = getattr(node.target, "__module__", "") in ("_operator", "operator", "builtins")
+    return plain and (any(isinstance(a, str) for a in node.args) or all(map(is_number, node.args)))
 
 
 def is_internal(frame: FrameType) -> bool:

@@ -175,19 +175,19 @@ class Region:
         for name in specs:
             if name in self.parameters and name not in replaces:
                 raise PassError(
-                    f"{self.name(name)} is there already, and a pass needs a parameter of this name: "
-                    "rename it"
+                    f"{self.name(name)} is there already, and a pass needs a parameter so named: rename it"
                 )
             asked = name in self.frozen.sized or not self.frozen.names.isdisjoint(SIZES)
             if asked and name in self.parameters and self.parameters[name].shape != specs[name].shape:
+                left = f'it out, ignore = ["{self.fqn}"]' if self.fqn else "the pass out"
                 raise PassError(
-                    f"{self.name('')} [{self.class_name('')}] asks in forward for the shape of {name}, which "
-                    "a pass would change: ask where the module is made, let the pass keep its width, or "
-                    f'leave it out, ignore = ["{self.name("")}"]'
+                    f"{self.fqn or 'the model'} [{self.class_name('')}] asks in forward for the shape of "
+                    f"{name}, which a pass would change: ask where the module is made, let the pass keep its "
+                    f"width, or leave {left}"
                 )
         self.created.append(NewParameters(replaces, tuple(specs), initialise, measured or {}))
-        for role in [self.roles[name] for name in replaces if name in self.roles][:1]:
-            self.roles.update({name: role for name in specs if name not in self.roles})
+        known: list[Role] = [self.roles[name] for name in replaces if name in self.roles]
+        self.roles.update({name: known[0] for name in specs if known and name not in self.roles})
         for node in self.graph.nodes:
             gone = node.op == "get_attr" and node.target in {*replaces} - specs.keys()
             if gone and all(map(asks_kind, node.users)):

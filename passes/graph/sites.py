@@ -19,6 +19,8 @@ class Site:
     Attributes:
         matched: a pass acts on it.
         kept: it is to stand as a graph module even if none does.
+        opened: modules in it, by local name, that a pass in force at some step computes as functions: they
+            stay where they are, and are not called.
     """
 
     traced: Region
@@ -28,6 +30,7 @@ class Site:
     matched: bool = False
     kept: bool = False
     module: RegionModule | None = None
+    opened: set[str] = field(default_factory=set)
 
     @property
     def touched(self) -> bool:

@@ -19,7 +19,6 @@ FOREIGN = {"torch", *sys.stdlib_module_names}
 #: Functions that draw where they are given no value to draw for, of torch and of Python.
 _DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "random"}
 _DRAWS |= {"getrandbits", "uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}
-ENVIRONMENT = "os.environ"
 #: Where it is looked up for whoever asks.
 _LOOKS_UP = ("os", "collections.abc", "_collections_abc")
 _NUMBERS = (bool, int, float, str)
@@ -77,19 +76,21 @@ def _for_a_module(caller: FrameType | None) -> bool:
 
 def asks_in_python(frame: FrameType) -> tuple[str, tuple[type, ...]] | None:
     """The name of a function that has just begun, if it is one of torch's or Python's own about the process,
-    and if a module calls it, with the kinds of answers that are such; or that of the environment."""
+    and if a module calls it, with the kinds of answers that are such, none where it is not to run at all; or
+    that of the environment."""
     caller = frame.f_back
     module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
     if name == "__getitem__" and module == "os":
         while caller is not None and caller.f_globals.get("__name__") in _LOOKS_UP:
             caller = caller.f_back
-        return None if caller is None or is_internal(caller) else (ENVIRONMENT, ())
+        return None if caller is None or is_internal(caller) else ("os.environ", ())
     if caller is None or package(caller) in (*FOREIGN, "act24"):
         return None
     if (of := module.partition(".")[0]) != "torch":
         return (f"{module}.{name}()", _NUMBERS) if of in _STATEFUL and _for_a_module(caller) else None
-    if module.startswith("torch.backends"):
-        return f"{module}.{_setting(frame)}", _ANYTHING
+    if module.startswith("torch.backends"):  # whose answers are None too, and objects of theirs
+        kinds = {"__set__": (), "__getattr__": (*_ANYTHING, type(None))}  # of functions, what they answer
+        return f"{module}.{_setting(frame)}", kinds.get(name, (object,))
     given = list(frame.f_locals.values())
     of_process = module.startswith("torch.distributed")
     if of_process or all(v is None or type(v) in _NUMBERS for v in given):
@@ -101,9 +102,11 @@ def asks_in_python(frame: FrameType) -> tuple[str, tuple[type, ...]] | None:
 def _setting(frame: FrameType) -> str:
     """What a module asks one of torch.backends for: a function, or an attribute that calls one."""
     name, held = frame.f_code.co_name, frame.f_locals
-    if name == "__get__":
-        return getattr(held["self"].getter, "__name__", "").removeprefix("_get_")
-    return str(held["name"]) if name == "__getattr__" and "name" in held else f"{name}()"
+    if name in ("__get__", "__set__"):
+        setting = getattr(held["self"].getter, "__name__", "").removeprefix("_get_")
+        return setting if name == "__get__" else f"{setting} to be another one"
+    asked = held.get("name", held.get("attr"))
+    return str(asked) if name == "__getattr__" and asked else f"{name}()"
 
 
 def draws(function: Any) -> bool:

@@ -30,10 +30,9 @@ from act24.passes.graph import outside
 from act24.passes.graph.identity import asks_any, asks_which, identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.outside import Outside
-from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal
+from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal, is_number
 from act24.passes.graph.shadow import Shadow
 from act24.passes.graph.surroundings import (
-    ENVIRONMENT,
     FOREIGN,
     asks_in_c,
     asks_in_python,
@@ -211,7 +210,7 @@ class Tracer(fx.Tracer):
         if self._before_draw is None and names_numpy(frame):
             self._before_draw = random_state()
         if asks := asks_in_python(frame):
-            if asks[0] == ENVIRONMENT:
+            if not asks[1]:
                 self._refuse_to_ask(asks[0])
             self._asking[id(frame)] = asks
 
@@ -342,7 +341,11 @@ class Tracer(fx.Tracer):
         if node.target in (operator.ne, operator.eq) and (answer := self._differ(*node.args)) is not None:
             self._questions.append(node)
             return answer is (node.target is operator.ne)
-        self.refuse(f"branches on {node.name}, control flow on a value: write torch.where, or {OWN}")
+        if is_number(node):
+            self.refuse(f"branches on {node.name}, control flow on what is no tensor: {OUTSIDE}")
+        # Of an argument nobody knows whether it is a flag.
+        flag = "decide a flag where the module is made, of a tensor " if node.op == "placeholder" else ""
+        self.refuse(f"branches on {node.name}, control flow on a value: {flag}write torch.where, or {OWN}")
 
     def _differ(self, a: Any, b: Any) -> bool | None:
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""

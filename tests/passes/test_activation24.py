@@ -54,7 +54,7 @@ def test_a_linear_that_does_not_read_the_activation_itself_is_not_reached() -> N
 
 
 def test_a_product_that_stays_dense_has_the_reason() -> None:
-    """An identity is none; and what the remedy says helps."""
+    """An identity is none, nor is a dropout that drops nothing; and what the remedy says helps."""
 
     def network(between: nn.Module) -> nn.Module:
         return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), between, nn.Linear(16, 8))
@@ -64,13 +64,20 @@ def test_a_product_that_stays_dense_has_the_reason() -> None:
         return [(names, reason) for names, _, reason in reach.left]
 
     dropped = "2 [Dropout] stands between it and the activation: put nn.Identity() there"
-    assert left(network(nn.Dropout(0.0))) == [("3", dropped)]
-    assert left(network(nn.Identity())) == []
-    model = network(nn.Identity())
-    x = torch.randn(3, 8)
-    expected = model[3](sparse(model[0](x).relu().sqrt()))
-    apply_(model, [Activation24()])
-    torch.testing.assert_close(model(x), expected)
+    assert left(network(nn.Dropout(0.1))) == [("3", dropped)]
+    for between in (nn.Identity(), nn.Dropout(0.0)):
+        model = network(between)
+        assert left(model) == []
+        x = torch.randn(3, 8)
+        expected = model[3](sparse(model[0](x).relu().sqrt()))
+        pipeline = apply_(model, [Activation24()])
+        torch.testing.assert_close(model(x), expected)
+    (row,) = plan(network(between), [Activation24(method="soft_threshold_weights")]).rows
+    assert not row.note  # the linear behind the dropout says the scale
+    assert [node.op for node in pipeline.modules[0].graph.nodes].count("call_module") == 0
+    model[2].p = 0.5  # of what is not called any more
+    with pytest.raises(PassError, match=r"2\.p was 0\.0 when the model was traced, and is 0\.5"):
+        model(x)
     ((_, of_weight24),) = left(network(nn.Identity()), Weight24())
     assert of_weight24.startswith("weight24 has it: put activation24 in front")
     for act in ("relu", "relu2"):

@@ -264,7 +264,7 @@ def test_without_a_linear_of_its_own_a_site_has_no_weight_gradient_to_make_2_4()
 
 def drops_between() -> nn.Module:
     """Networks with a dropout between relu² and the linear behind it."""
-    activation = nn.Sequential(nn.ReLU(), nn.Dropout(0.0))
+    activation = nn.Sequential(nn.ReLU(), nn.Dropout(0.1))
     return Trunk(lambda: ReluMLP(activation), layers=1)
 
 

@@ -14,7 +14,7 @@ from rewritten_llama import IDS, llama, loss_of, rewritten, train
 from slow import slow_but
 from torch import Tensor, nn
 
-from act24.passes import Activation24, Cola, Fp8, LowRank, OperationalPass, Relu2FFN, Weight24
+from act24.passes import Activation24, Cola, Fp8, LowRank, OperationalPass, PassError, Relu2FFN, Weight24
 from act24.passes.activation24 import SCALE as BETA
 from act24.passes.graph.region import buffers_of
 from act24.passes.served import served_weights
@@ -52,12 +52,13 @@ def test_every_order_trains_is_evaluated_and_each_pass_can_be_left_out(
     model, pipeline = rewritten(Relu2FFN(), dataclasses.replace(first, until_step=until), *others)
     for step in range(3):
         train(model, pipeline, range(step, step + 1))
-        for name in ("nothing", *(p.name for p in order)):
-            with pipeline.evaluation((name,), step=step + 1, forward=lambda: model(IDS)), torch.no_grad():
+        for name in ("", *(p.name for p in order)):
+            without = (name,) if name else ()
+            with pipeline.evaluation(without, step=step + 1, forward=lambda: model(IDS)), torch.no_grad():
                 assert model(IDS).isfinite().all()
-            pipeline.begin_update_(step + 1, IDS, without=(name,))
+            pipeline.begin_update_(step + 1, IDS, without=without)
             loss_of(model).backward()
-            pipeline.lower_(step + 1, without=(name,))
+            pipeline.lower_(step + 1, without=without)
             assert model.eval()(IDS).isfinite().all()
             model.train()
 
@@ -189,3 +190,22 @@ def test_exact_steps_know_which_factors_weights_take() -> None:
     bottlenecks = Cola(scope="mlp", attn_rank=8, mlp_rank=8, bottleneck="relu2", mlp_activation="drop")
     pipeline = rewritten(bottlenecks, Activation24(), Weight24())[1]
     refuse_exact_steps(pipeline)
+
+
+def test_a_name_of_nothing_that_can_be_left_out_is_refused() -> None:
+    model, pipeline = rewritten(Relu2FFN(), Activation24(), Weight24(scope="attn", from_step=3))
+    before = [type(module) for module in pipeline.modules]
+    for wrong, text in {
+        ("activaton24",): r"'activaton24' is no pass of the pipeline: name one of activation24, weight24",
+        ("weight24", "relu2_ffn"): "'relu2_ffn' changes parameters, and so stays: name one of",
+        "activation24": r"without takes a list of names: write \['activation24'\]",
+    }.items():
+        with pytest.raises(PassError, match=text):
+            pipeline.lower_(0, without=wrong)
+        with pytest.raises(PassError, match=text), pipeline.evaluation(wrong):
+            pass
+        with pytest.raises(PassError, match=text):
+            pipeline.begin_update_(0, IDS, without=wrong)
+    assert [type(module) for module in pipeline.modules] == before
+    pipeline.lower_(0, without=["weight24"])  # which is not in force yet
+    assert model(IDS).isfinite().all()

@@ -1,5 +1,6 @@
 """recompute: the same gradients and names, and less kept for backward than by CoLA-M, 2 T D + 7 T R."""
 
+import copy
 import pickle
 import re
 
@@ -116,6 +117,17 @@ def test_compiled_blocks_agree_and_break_nowhere():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_block_of_which_ignore_takes_a_part_is_left():
+    passes = [Cola(**RANKS), Recompute(ignore=("model.layers.0.mlp",))]
+    report = plan(llama(layers=2), passes)
+    assert [row.fqn for row in report.rows if row.pass_name == "recompute"] == ["model.layers.1"]
+    (partial,) = report.partial
+    assert partial.left[0][2].startswith("ignore takes model.layers.0.mlp.gate_proj, a part of it: ignore")
+    assert not plan(llama(layers=2), [passes[0], Recompute(ignore=("model.layers.0",))]).partial
+    with pytest.raises(PassError, match=r"model\.layers\.0: ignore takes model.*q_proj, a part of it"):
+        plan(llama(layers=2), [passes[0], Recompute(ignore=("*.q_proj",))])
+
+
 def test_without_bottlenecks_it_says_so():
     with pytest.raises(PassError, match="no bottleneck"):
         plan(llama(), [Recompute()])
@@ -130,8 +142,12 @@ def test_a_module_that_may_differ_the_second_time_is_refused():
         def forward(self, x):
             return self.dropout(self.down(torch.tanh(self.up(x))))
 
-    with pytest.raises(PassError, match=r"mlp\.dropout \[Dropout\] may differ"):
-        plan(Trunk(MLP), [LowRank(scope="mlp", mlp_rank=4), Recompute()])
+    model, passes = Trunk(MLP), [LowRank(scope="mlp", mlp_rank=4), Recompute()]
+    with pytest.raises(PassError, match=r"mlp\.dropout \[Dropout\] may differ: set its p = 0, leave"):
+        plan(model, passes)
+    for block in model.blocks:
+        block.mlp.dropout.p = 0.0
+    assert [row.pass_name for row in plan(model, passes).rows].count("recompute") == 2
 
 
 def test_layer_norms_are_computed_again_too():
@@ -185,6 +201,56 @@ def test_modules_of_torch_without_chance_are_computed_again():
             PassError, match=rf"act \[{type(act).__name__}\] may differ.*torch.utils.checkpoint"
         ):
             plan(nn.Sequential(MLP(act)), [LowRank(scope="mlp", mlp_rank=4, targets=("re:.*",)), Recompute()])
+
+
+def _hooked(name):
+    return lambda mlp: getattr(mlp, name).register_forward_hook(lambda *_: None)
+
+
+#: What is done to a module that is computed again, and what says so.
+CHANGES = {
+    "dropout": (lambda mlp: setattr(mlp.dropout, "p", 0.5), r"mlp\.dropout\.p was 0\.0 .* and is 0\.5"),
+    "option": (lambda mlp: setattr(mlp.act, "approximate", "tanh"), r"act\.approximate was 'none' .* 'tanh'"),
+    "eps": (lambda mlp: setattr(mlp.norm, "eps", 0.1), r"mlp\.norm\.eps was 1e-05 .* and is 0\.1"),
+    "bias": (lambda mlp: mlp.norm.register_parameter("bias", nn.Parameter(torch.ones(16))), r"bias was None"),
+    "module": (lambda mlp: setattr(mlp, "norm", nn.LayerNorm(16, bias=False)), r"mlp\.norm was .* another"),
+    "forward": (lambda mlp: setattr(mlp.norm, "forward", torch.relu), r"mlp\.norm\.forward was "),
+    "hook": (_hooked("act"), r"number of forward_hooks of blocks\.0\.mlp\.act was 0 .* and is 1"),
+}
+
+
+def test_what_it_reads_of_modules_cannot_be_changed():
+    """Nor their hooks, which nothing runs; where they are called it can."""
+
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.act = nn.LayerNorm(16, bias=False), nn.Linear(16, 32), nn.GELU()
+            self.down, self.dropout = nn.Linear(32, 16), nn.Dropout(0.0)
+
+        def forward(self, x):
+            return self.dropout(self.down(self.act(self.up(self.norm(x)))))
+
+    passes, x = [LowRank(scope="mlp", mlp_rank=4), Recompute(from_step=2)], features(3, 16)
+    plain, model = Trunk(MLP), Trunk(MLP)
+    apply_(plain, passes[:1])
+    pipeline = apply_(model, passes)
+    for change, text in CHANGES.values():
+        change(plain.blocks[0].mlp)
+        plain(x)
+        twin, its = copy.deepcopy((model, pipeline))
+        change(twin.blocks[0].mlp)
+        with pytest.raises(PassError, match=text):
+            its.lower_(2)
+    change, text = CHANGES["eps"]
+    change(model.blocks[0].mlp)
+    for call in (lambda: model(x), lambda: pipeline.lower_(2)):
+        with pytest.raises(PassError, match=text):
+            call()
+    model = Trunk(MLP)
+    CHANGES["hook"][0](model.blocks[0].mlp)
+    with pytest.raises(PassError, match=r"blocks\.0\.mlp\.act has a hook \(forward_hooks\)"):
+        apply_(model, [passes[0], Recompute()])
 
 
 def _several(h):

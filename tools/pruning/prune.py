@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import Act24Error
-from act24.passes.graph.selectors import check_selectors, matches
+from act24.passes.graph.normal_form import place_of
+from act24.passes.graph.selectors import check_selectors, takes
 from act24.pruning.methods import METHODS, PruneMethod, prune_weight
 from act24.pruning.pattern import Pattern, parse_pattern
 from act24.pruning.statistics import STATISTICS, kept_tokens
@@ -128,8 +129,8 @@ def prune_(
         batches: of calibration rows, int64 `[B, S]` each.
         method: a name in `act24.pruning.methods.METHODS`.
         pattern: `"0.5"`: half of the weights go. `"2:4"`: two of every four inputs stay.
-        by_layer: other patterns, or `"dense"`, by selector (`act24.passes.graph.selectors`) of the module;
-            the first that takes a module counts.
+        by_layer: other patterns, or `"dense"`, by selector (`act24.passes.graph.selectors`); the first that
+            takes a linear, or a module around it, counts.
         pads: of the batches, boolean `[B, S]`, True for what fills up short rows on the right.
         say: told one line a block.
         kept: where finished blocks are kept and found.
@@ -138,13 +139,15 @@ def prune_(
         masks and report. Afterwards the masks say what is pruned: weights that stay may be zero too.
 
     Raises:
-        Act24Error: no such method or pattern, no linears, a pattern that does not divide, inputs or weights
-            that are not finite, a linear that no calibration token reached. A block is changed as a whole or
-            not at all.
+        Act24Error: no such method or pattern, no linears, a selector that takes none or only what others
+            before it take, a pattern that does not divide, inputs or weights that are not finite, a linear
+            that no calibration token reached. A block is changed as a whole or not at all.
     """
     record, usual = METHODS[method], parse_pattern(pattern)
     table = {s: None if p == DENSE else parse_pattern(p) for s, p in (by_layer or {}).items()}
     check_selectors([*table], "by_layer")
+    classes = {name: type(m).__name__ for name, m in model.named_modules(remove_duplicate=False)}
+    patterns = _Patterns(usual, table, classes)
     if not batches:
         raise Act24Error("pruning needs calibration rows")
     if pads is not None and len(pads) != len(batches):
@@ -155,7 +158,7 @@ def prune_(
     try:
         chain = Chain(model, batches, pads or [None] * len(batches), torch.device(device))
         _refuse_shared(chain, model)
-        _check(chain, usual, table, record)
+        _check(chain, patterns, record)
         result.elements = sum(p.numel() for b in chain.blocks.values() for p in b.parameters() if p.ndim > 1)
         for index, name in enumerate(chain.blocks):
             began = time.perf_counter()
@@ -165,7 +168,7 @@ def prune_(
                     weights, done = found
                     _restore_(chain.blocks[name], name, weights)
                 else:
-                    done = _prune_block_(chain, index, name, record, usual, table)
+                    done = _prune_block_(chain, index, name, record, patterns)
                     if kept and done.masks:
                         parameters = dict(chain.blocks[name].named_parameters(prefix=name))
                         kept.save(index, {n: parameters[n].detach() for n in done.masks}, done)
@@ -181,6 +184,29 @@ def prune_(
             "no linear was pruned" + "".join(f"; {name}: {why}" for name, why in [*result.left.items()][:3])
         )
     return result
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """What is asked for, by linear.
+
+    Attributes:
+        usual: where no selector takes it.
+        table: by selector; None: it stays dense.
+        classes: of the model's modules, by full name.
+    """
+
+    usual: Pattern
+    table: Mapping[str, Pattern | None]
+    classes: Mapping[str, str]
+
+    def selectors(self, linear: str) -> list[str]:
+        """Those that take a linear, by its full name, in order."""
+        return [one for one in self.table if takes([one], linear, self.classes)]
+
+    def of(self, linear: str) -> Pattern | None:
+        """The pattern of a linear, by its full name; None: it stays dense."""
+        return next((self.table[one] for one in self.selectors(linear)), self.usual)
 
 
 class _Inputs:
@@ -224,16 +250,9 @@ def _observe(chain: Chain, index: int, statistic: str) -> tuple[dict[str, _Input
     return seen, first
 
 
-def _prune_block_(
-    chain: Chain,
-    index: int,
-    name: str,
-    method: PruneMethod,
-    usual: Pattern,
-    table: Mapping[str, Pattern | None],
-) -> Pruning:
+def _prune_block_(chain: Chain, index: int, name: str, method: PruneMethod, patterns: _Patterns) -> Pruning:
     block = chain.blocks[name]
-    result = Pruning(method.name, str(usual))
+    result = Pruning(method.name, str(patterns.usual))
     seen, dense = _observe(chain, index, method.statistic)
     parameters = dict(block.named_parameters())
     new: dict[str, Tensor] = {}
@@ -251,7 +270,7 @@ def _prune_block_(
             result.left[full] = "no linear that pruning knows reads it"
             continue
         linear = Linear(local, parameter, seen[local].transposed)
-        pattern = _pattern_of(block, name, local, usual, table)
+        pattern = patterns.of(place_of(full))
         if pattern is None:
             result.left[full] = "kept dense, as asked"
             continue
@@ -312,17 +331,6 @@ def _prune_linear(
     return (pruned.weight, pruned.mask), report
 
 
-def _pattern_of(
-    block: nn.Module, name: str, local: str, usual: Pattern, table: Mapping[str, Pattern | None]
-) -> Pattern | None:
-    path = local.rpartition(".")[0]
-    class_name = type(block.get_submodule(path)).__name__
-    for selector, pattern in table.items():
-        if matches(selector, f"{name}.{path}", class_name):
-            return pattern
-    return usual
-
-
 def _refuse_shared(chain: Chain, model: nn.Module) -> None:
     """A matrix in two blocks, or in one and outside, cannot be pruned for one of them."""
     places: dict[int, list[str]] = {}
@@ -337,27 +345,34 @@ def _refuse_shared(chain: Chain, model: nn.Module) -> None:
             )
 
 
-def _check(chain: Chain, usual: Pattern, table: Mapping[str, Pattern | None], method: PruneMethod) -> None:
+def _check(chain: Chain, patterns: _Patterns, method: PruneMethod) -> None:
     """What can be known before the first block is changed, so that no other is either."""
-    unused, full = set(table), ""
+    taken, used, full = set[str](), set[str | None](), ""
     for name, block in chain.blocks.items():
         for path, module in block.named_modules():
             weight = getattr(module, "weight", None)
-            if not isinstance(weight, Tensor) or weight.ndim != 2:
+            if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
                 continue
-            full, class_name = f"{name}.{path}", type(module).__name__
-            unused -= {selector for selector in table if matches(selector, full, class_name)}
-            pattern = _pattern_of(block, name, f"{path}.weight", usual, table)
-            if pattern is None or isinstance(module, nn.Embedding):
+            full = f"{name}.{path}" if path else name
+            selectors = patterns.selectors(full)
+            taken |= {*selectors}
+            used |= {*selectors[:1]}
+            pattern = patterns.of(full)
+            if pattern is None:
                 continue
             rows, columns = weight.shape
-            stored = (columns, rows) if class_name == "Conv1D" else (rows, columns)
+            stored = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
             pattern.check(stored, f"{full}.weight")
             method.mask(torch.ones(1, pattern.of or 1), pattern)  # a method may refuse a pattern
             if not torch.isfinite(weight).all():
                 raise Act24Error(f"{full}.weight is not finite")
-    if unused:
+    if unused := patterns.table.keys() - taken:
         raise Act24Error(f"by_layer: {min(unused)!r} takes none of the model's linears; one is {full}")
+    if hidden := patterns.table.keys() - used:
+        raise Act24Error(
+            f"by_layer: {min(hidden)!r} takes only linears that a selector before it takes: put it in front, "
+            "or leave it out"
+        )
 
 
 def _restore_(block: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:

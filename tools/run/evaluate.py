@@ -175,7 +175,8 @@ def evaluate_forms(
     """
     model, pipeline = SummedLoss(built.model), built.pipeline
     sparse = [p for p in recipe.passes if isinstance(p, OperationalPass) and p.name in SPARSE_PASSES]
-    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, SPARSE_PASSES, built.step)}
+    names = [p.name for p in pipeline.passes if p.name in SPARSE_PASSES]
+    forms = {"dense": evaluate(model, rows, recipe, processes, pipeline, names, built.step)}
     # Of the same rows, where time is short: or the two could not be compared.
     batches = forms["dense"].batches
     steps = [max(built.step, p.from_step) for p in sparse if p.active(max(built.step, p.from_step))]

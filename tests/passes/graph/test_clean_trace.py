@@ -87,6 +87,30 @@ def test_branch_on_values() -> None:
     assert unclean(Loop())
 
 
+@pytest.mark.parametrize(
+    ("question", "remedy"),
+    [
+        ("x.max() > 0", "a value: write torch.where, or "),
+        ("x.sum().item() > 0", "a value: write torch.where, or "),
+        ("flag", "a value: decide a flag where the module is made, of a tensor write torch.where, or "),
+        ("not flag", "a value: decide a flag where the module is made, of a tensor write torch.where, or "),
+        ("flag == 'train'", "what is no tensor: decide that where the module is made, or "),
+        ("scale", "what is no tensor: decide that where the module is made, or "),
+        ("scale > 1", "what is no tensor: decide that where the module is made, or "),
+        ("x.shape[0] > 1", "what is no tensor: decide that where the module is made, or "),
+        ("x.dim() == 3", "what is no tensor: decide that where the module is made, or "),
+        ("x.is_cuda", "what is no tensor: decide that where the module is made, or "),
+    ],
+)
+def test_the_remedy_is_that_of_what_is_branched_on(question: str, remedy: str) -> None:
+    """Nobody can write torch.where of a flag."""
+    scope: dict[str, Any] = {}
+    lines = f"return self.b(self.a(x)) if {question} else x"
+    exec(f"def forward(self, x, flag, scale: float):\n    {lines}", scope)
+    branch = type("Branch", (Net,), {"forward": scope["forward"]})
+    assert remedy in unclean(branch())
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_branch_on_an_argument_being_none(hidden: bool) -> None:
     """A proxy is never None, so tracing would freeze `is_causal` to False."""

@@ -200,8 +200,13 @@ def test_a_size_that_a_pass_changes_is_not_frozen() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.down(F.silu(self.gate(x)) * self.up(x)) * self.up.weight.shape[0] ** -0.5
 
-    with pytest.raises(PassError, match=r"asks in forward for the shape of up\.weight.*keep its width"):
-        plan(nn.Sequential(Scaled(), Scaled()), [Relu2FFN()])
+    first = r'^0 \[Scaled\] asks in forward for the shape of up\.weight.*keep its width.*ignore = \["0"\]$'
+    with pytest.raises(PassError, match=first):
+        plan(nn.Sequential(Scaled(), SwiGLU()), [Relu2FFN()])
+    rows = plan(nn.Sequential(Scaled(), SwiGLU()), [Relu2FFN(ignore=("0",))]).rows
+    assert {row.fqn for row in rows} == {"1"}
+    with pytest.raises(PassError, match=r"^the model \[Scaled\] asks.* or leave the pass out$"):
+        plan(Scaled(), [Relu2FFN()])
     assert plan(nn.Sequential(Scaled(), Scaled()), [Relu2FFN(width="keep")]).rows
     model = nn.Sequential(Scaled(), Scaled())
     x, expected = features(3, 16), model(features(3, 16))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from toys import SwiGLU, Trunk, features, fingerprint, llama, tokens
 
 from act24.passes import LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_
@@ -103,10 +105,22 @@ def test_what_would_not_be_read_is_not_registered() -> None:
         mlp.up.forward = linear.forward
     assert torch.equal(model(x), before)
     assert [*model.state_dict()] == names
-    mlp.up.register_parameter("weight", nn.Parameter(torch.zeros_like(mlp.up.weight)))  # which is read
+    mlp.up.register_parameter("weight", nn.Parameter(torch.ones_like(mlp.up.weight)))  # which is read
     assert not torch.equal(model(x), before)
-    with pytest.raises(PassError, match=r"weight_g on what is left of a Linear would not be read"):
+    held = dict(model.named_parameters())
+    with pytest.raises(PassError, match=r"weight on what is left .* cannot be taken away, as weight"):
         torch.nn.utils.weight_norm(mlp.down)
+    with pytest.raises(PassError, match=r"weight_orig on what is left of a Linear would not be read"):
+        torch.nn.utils.spectral_norm(mlp.down)
+    again = dict(model.named_parameters())
+    assert [*again] == [*held]  # nothing is half done
+    assert all(again[name] is held[name] for name in held)
+    before = model(x)
+    weight_norm(mlp.down)  # which makes a property of the weight: the graph reads that
+    with torch.no_grad():
+        mlp.down.parametrizations.weight.original0 *= 2
+    pickle.loads(pickle.dumps(mlp.up))
+    assert not torch.equal(model(x), before)
     row = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     apply_(row, [LowRank(attn_rank=4, mlp_rank=4)])
     for put in (row.register_module, row.add_module, row.__setattr__):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import SwiGLU, features
 
 from act24.passes import Activation24, LowRank, PassError, apply_, plan
 
@@ -179,3 +180,35 @@ def test_a_model_of_convolutions_alone_is_said_to_have_no_linear() -> None:
         PassError, match=r"low_rank matches nothing\. The model has no linear: leave the pass"
     ):
         plan(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), [LowRank(attn_rank=2, mlp_rank=2)])
+
+
+class Experts(nn.Module):
+    """Each row runs through the expert whose gate is largest; experts without rows are not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(16, 4, bias=False), nn.ModuleList(SwiGLU() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, result = x.reshape(-1, 16), torch.zeros_like(x).reshape(-1, 16)
+        chosen = self.gate(rows).argmax(-1)
+        for index, expert in enumerate(self.experts):
+            if (mine := chosen == index).any():
+                result[mine] += expert(rows[mine])
+        return x + result.view(x.shape)
+
+
+def test_a_router_may_send_the_probe_to_other_experts_than_before() -> None:
+    """What no row reaches then is not read, and is no error but named."""
+    torch.manual_seed(0)
+    model = nn.Sequential(SwiGLU(), Experts(), nn.LayerNorm(16))
+    x = features(1, 3, 16)
+    chosen = []
+    model[1].gate.register_forward_hook(lambda *given: chosen.append({*given[2].argmax(-1).tolist()}))
+    model(x)
+    report = apply_(model, [LowRank(scope="mlp", mlp_rank=2)], probe=x).report
+    model(x)
+    before, after = chosen[0], chosen[-1]
+    assert before - after, "the seed should show it"
+    idle = [f"1.experts.{index}" for index in range(4) if index not in after]
+    assert f"not checked: {idle[0]} and {len(idle) - 1} more: the model runs on the probe" in report.checked

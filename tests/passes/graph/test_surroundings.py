@@ -142,6 +142,15 @@ def test_what_is_drawn_outside_of_the_graph_is_refused_and_moves_nobody(draw: st
         ("torch.backends.mkldnn.enabled", "torch.backends.mkldnn_enabled"),
         ("torch.backends.cuda.matmul.allow_tf32", "allow_tf32"),
         ("len(torch.backends.cpu.get_cpu_capability())", "torch.backends.cpu.get_cpu_capability()"),
+        ("(torch.backends.cudnn.version() or 1)", "torch.backends.cudnn.version()"),  # None without a GPU
+        (
+            "(2 if torch.backends.cuda.preferred_linalg_library() == torch._C._LinalgBackend.Default else 1)",
+            "torch.backends.cuda.preferred_linalg_library()",
+        ),
+        (
+            "(setattr(torch.backends.cudnn, 'benchmark', True) or 1)",
+            "torch.backends.cudnn_benchmark to be another one",
+        ),
         ("torch.cuda.device_count()", "torch.cuda.device_count()"),
         ("os.path.exists('/')", "os.stat()"),
         ("pathlib.Path('/').exists()", "os.stat()"),
@@ -159,7 +168,9 @@ def test_what_is_drawn_outside_of_the_graph_is_refused_and_moves_nobody(draw: st
     ],
 )
 def test_questions_about_the_process_are_refused(question: str, name: str) -> None:
+    before = torch.backends.cudnn.benchmark
     assert f"{name}, which tracing would freeze" in why(f"return self.b(self.a(x)) * {question}")
+    assert torch.backends.cudnn.benchmark is before
 
 
 def test_what_a_module_asks_itself_is_no_question_about_the_process() -> None:

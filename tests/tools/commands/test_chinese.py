@@ -44,7 +44,7 @@ SOURCES = {
     "recipes/wanda_flags.py": ("_prune", "_finetune", "_evaluate"),
     "recipes/checks.py": ("oddities",),
     "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where", "untrained"),
-    "passes/rewriting.py": ("__init__",),
+    "passes/planning.py": ("__init__",),
     "passes/graph/around_activation.py": (),
     "passes/graph/activation_sites.py": ("obstacle", "OF_ATTENTION"),
     "passes/graph/coverage.py": (

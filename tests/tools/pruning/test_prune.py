@@ -220,6 +220,18 @@ def test_a_table_gives_layers_patterns_of_their_own():
         assert (layer.sparsity, layer.pattern) == ((0.25, "0.25") if ".0." in layer.name else (0.5, "4:8"))
 
 
+def test_a_table_takes_what_lies_below_what_it_names():
+    """As targets and ignore of passes do: containers, their classes, and whole blocks."""
+    table = {"*.self_attn": "dense", "model.layers.0": "0.25", "class:LlamaMLP": "4:8", r"re:.*\.2": "1:4"}
+    with pytest.raises(Act24Error, match=r"by_layer: 're:.*' takes only linears that a selector before"):
+        prune_(llama(), rows(), by_layer=table)
+    done = prune_(llama(), rows(), by_layer=dict(list(table.items())[:3]))
+    assert {name.split(".")[3] for name in done.left} == {"self_attn"}
+    assert len(done.left) == 3 * 4
+    for layer in done.layers:
+        assert layer.pattern == ("0.25" if ".0." in layer.name else "4:8")
+
+
 def test_experts_stay_dense_and_are_said_to():
     """`transformers` keeps them in one tensor; what chooses among them is not pruned either."""
     config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
