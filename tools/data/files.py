@@ -288,6 +288,8 @@ def _read_arrow(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
     with pyarrow.memory_map(str(path)) as source:
         magic = source.read(6)
         source.seek(0)
+        if not magic:
+            raise Act24Error(f"cannot read {path}: it is empty, and an Arrow file begins with a schema")
         if magic == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))

@@ -123,6 +123,7 @@ def test_a_corrupt_gzip_is_named(tmp_path, damage):
         ("a.jsonl", '"x"\n', r"line 1: expected an object with a field 'text', got str"),
         ("a.jsonl", '{"text": 3}\n', r"line 1: field 'text' holds int, not text"),
         ("a.parquet", "no parquet at all", r"cannot read .*a\.parquet: "),
+        ("a.arrow", "", r"cannot read .*a\.arrow: it is empty, and an Arrow file begins with a schema"),
     ],
 )
 def test_bad_records_are_named(tmp_path, name, content, message):
