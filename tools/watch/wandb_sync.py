@@ -24,8 +24,8 @@ def require_wandb(recipe: Recipe) -> None:
             from wandb import init  # type: ignore[import-not-found]  # noqa: F401
         except ImportError as error:
             raise Act24Error(
-                f"log.wandb = true needs the package wandb, which {not_imported(error, 'wandb')}: pip install "
-                "wandb, or set log.wandb = false"
+                f"log.wandb = true needs the package wandb, which {not_imported(error, 'wandb')}: "
+                "pip install wandb, or set log.wandb = false"
             ) from error
 
 
