@@ -64,6 +64,19 @@ def reading(failure: str, *also: type[Exception], error: type[Act24Error] = Act2
         raise error(f"{failure}: {reason(caught)}") from caught
 
 
+def not_imported(error: ImportError, package: str) -> str:
+    """Of a package that a user may lack: that it is not installed, or that it is and what its import lacks.
+
+    >>> not_imported(ModuleNotFoundError("No module named 'gguf'", name="gguf"), "gguf")
+    'is not installed'
+    >>> not_imported(ModuleNotFoundError("No module named 'yaml'", name="yaml"), "gguf")
+    "is installed and cannot be imported (No module named 'yaml')"
+    """
+    if error.name == package and error.path is None:  # a path: a file of it lacks a name that it wants
+        return "is not installed"
+    return f"is installed and cannot be imported ({reason(error)})"
+
+
 def reason(error: BaseException) -> str:
     """An exception as one line that says something, its type where it has no text of its own."""
     if isinstance(error, RecursionError):

@@ -71,6 +71,16 @@ def elsewhere(name: str) -> list[str]:
     return list(dict.fromkeys(key.path for key in recipe_keys() if key.path.rpartition(".")[2] == name))
 
 
+def short(path: str) -> str:
+    """A key by its last part, if no other key ends so; else with what stands in front.
+
+    >>> short("optimizer.lr"), short("eval.every"), short("passes.cola.mlp_rank")
+    ('lr', 'eval.every', 'cola.mlp_rank')
+    """
+    last = path.rpartition(".")[2]
+    return last if elsewhere(last) == [path] else path.removeprefix("passes.")
+
+
 def meant(name: str, choices: Iterable[str]) -> str:
     """A hint for a key that its table does not have: the same key of another table, or the nearest here."""
     paths = elsewhere(name)

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, not_imported
 from act24.recipes.schema import Recipe
 from act24.tools.bench.loop_timing import LoopTiming
 from act24.tools.data import open_rows, open_tokenizer
@@ -25,8 +25,11 @@ def time_transformers(recipe: Recipe, steps: int, processes: Processes) -> LoopT
     """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise Act24Error("bench train --transformers needs transformers: pip install 'act24[hf]'") from None
+    except ImportError as error:
+        raise Act24Error(
+            f"bench train --transformers needs transformers, which {not_imported(error, 'transformers')}: "
+            "pip install 'act24[hf]'"
+        ) from error
     if recipe.data.attention == "document":
         raise Act24Error("bench train --transformers: its side has causal attention, set data.attention so")
     config, device, train = model_config(recipe), processes.device, recipe.train

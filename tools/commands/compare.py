@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from act24.errors import Act24Error, reason
+from act24.passes import Activation24
 from act24.recipes.load import parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints.reading import contents_of, read_text
@@ -46,7 +47,10 @@ _PANELS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, its recipe, and the points (step, value) of what it logged, by tag."""
+    """A run's folder, its recipe, and the points (step, value) of what it logged, by tag.
+
+    What 2:4 drops has points where the recipe has 2:4: without it, what is logged is what it would drop.
+    """
 
     path: Path
     recipe: Recipe
@@ -66,7 +70,10 @@ def open_run(run_dir: Path) -> Run:
     curves = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
-    return Run(run_dir, parse_recipe(read_text(recipe), str(recipe)), curves)
+    parsed = parse_recipe(read_text(recipe), str(recipe))
+    sparse = [p for p in parsed.passes if isinstance(p, Activation24)]
+    dropped = [point for point in curves.pop(_DROPPED, ()) if any(p.active(point[0] - 1) for p in sparse)]
+    return Run(run_dir, parsed, curves | ({_DROPPED: dropped} if dropped else {}))
 
 
 def _events(run_dir: Path) -> EventAccumulator:

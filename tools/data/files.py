@@ -132,8 +132,8 @@ def text_of(record: Any, how: Reading, where: str) -> str:
     """The text of a record, as text that can be encoded as UTF-8; null counts as empty.
 
     Raises:
-        Act24Error: `record` is no mapping, lacks the field (the message lists those present) or holds no
-            string.
+        Act24Error: `record` is no mapping, lacks the field (the message lists those present, and which of
+            them hold text) or holds no string.
     """
     text_field = how.text_field
     if not isinstance(record, dict):
@@ -141,9 +141,7 @@ def text_of(record: Any, how: Reading, where: str) -> str:
             f"{where}: expected an object with a field {text_field!r}, got {type(record).__name__}"
         )
     if text_field not in record:
-        raise Act24Error(
-            f"{where}: no field {text_field!r}; set data.text_field to one of: {', '.join(map(str, record))}"
-        )
+        raise Act24Error(f"{where}: no field {text_field!r}{_instead(record)}")
     text = "" if record[text_field] is None else record[text_field]
     if not isinstance(text, str):
         remedy = ": cast the column to strings" if isinstance(text, bytes) else ""
@@ -157,6 +155,20 @@ def text_of(record: Any, how: Reading, where: str) -> str:
         whole = text.encode("utf-8", "replace").decode("utf-8")
         how.tally.replaced += whole.count("?") - text.count("?")
         return whole
+
+
+def _instead(record: dict[Any, Any]) -> str:
+    """What a record has in place of the field; a value that is not known, None, may be text."""
+    texts = [name for name, value in record.items() if value is None or isinstance(value, str)]
+    others = [name for name in record if name not in texts]
+    if not texts:
+        return f", and no text in its fields: {_names(others)}" if others else ": the record is empty"
+    left = f", not {_names(others)}, where there is no text" if others else ""
+    return f"; set data.text_field to one of: {_names(texts)}{left} (--text-field of `data prepare`)"
+
+
+def _names(fields: list[Any]) -> str:
+    return ", ".join(str(field)[:30] for field in fields[:6]) + (", …" if len(fields) > 6 else "")
 
 
 def suffix(path: Path) -> str:
@@ -276,6 +288,8 @@ def _read_arrow(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
     with pyarrow.memory_map(str(path)) as source:
         magic = source.read(6)
         source.seek(0)
+        if not magic:
+            raise Act24Error(f"cannot read {path}: it is empty, and an Arrow file begins with a schema")
         if magic == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))

@@ -64,9 +64,12 @@ class Tokenizer:
         looked_for = END_OF_TEXT if end_of_text is None else (end_of_text,)
         eos_id = self._first_of(looked_for)
         if eos_id is None:
+            special = sorted(self._special_ids)
+            names = ", ".join(str(backend.id_to_token(id)) for id in special[:6])
+            some = f", among the special ones of its vocabulary: {names}" if special else ""
             raise Act24Error(
                 f"tokenizer {name!r} has no end-of-text token (looked for {', '.join(looked_for)}); "
-                "tokenizer.end_of_text names it"
+                f"tokenizer.end_of_text names it{some}{', …' if len(special) > 6 else ''}"
             )
         pad_id = self._first_of(PADDING)
         self.eos_id, self.pad_id = eos_id, eos_id if pad_id is None else pad_id

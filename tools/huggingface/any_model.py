@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from act24.errors import Act24Error, reading
+from act24.errors import Act24Error, not_imported, reading
 from act24.llama import LlamaConfig, LlamaForCausalLM
 from act24.passes import Pass, Pipeline, Relu2FFN
 from act24.tools.data.tokenizer import Tokenizer as OpenTokenizer
@@ -255,7 +255,8 @@ def _transformers(source: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise Act24Error(f"{source} needs transformers: pip install 'act24[hf]'") from error
+        why = not_imported(error, "transformers")
+        raise Act24Error(f"{source} needs transformers, which {why}: pip install 'act24[hf]'") from error
     return transformers
 
 

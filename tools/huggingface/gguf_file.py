@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act24.errors import Act24Error
+from act24.errors import Act24Error, not_imported
 from act24.llama import LlamaConfig
 from act24.tools.data import Tokenizer
 from act24.tools.files import whole_file
@@ -82,7 +82,8 @@ def _library() -> Any:
     try:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise Act24Error("--as gguf needs the package gguf: pip install act24[gguf]") from error
+        why = not_imported(error, "gguf")
+        raise Act24Error(f"--as gguf needs the package gguf, which {why}: pip install act24[gguf]") from error
     return gguf
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from act24.errors import Act24Error
+from act24.recipes.keys import short
 from act24.recipes.load import dump_recipe, parse_recipe
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints import checkpoint
@@ -89,7 +90,7 @@ def default_run_dir(reference: str, overrides: Sequence[str] = ()) -> Path:
     for override in overrides:
         key, _, value = override.partition("=")
         plain = re.sub(r"[^\w.+-]+", "_", value).strip("_")
-        name += f",{key.strip().rpartition('.')[2]}={plain}"
+        name += f",{short(key.strip())}={plain}"
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("runs") / name

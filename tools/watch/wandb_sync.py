@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from act24.errors import Act24Error, reason
+from act24.errors import Act24Error, not_imported, reason
 from act24.recipes.schema import Recipe
 from act24.tools.checkpoints.together import on_the_first, rank
 from act24.tools.run.signals import STOPPED_STATUS
@@ -13,20 +13,20 @@ from act24.tools.watch.monitor import hyperparameters
 
 
 def require_wandb(recipe: Recipe) -> None:
-    """Say before anything is built that the package is missing.
+    """Say before anything is built that the package is missing, or cannot be imported.
 
     Raises:
-        Act24Error: the recipe wants it, and it is not installed.
+        Act24Error: the recipe wants it, and it is not installed or lacks something itself.
     """
     if recipe.log.wandb:
         try:
             # A folder of the package's own files, ./wandb, would pass for it.
             from wandb import init  # type: ignore[import-not-found]  # noqa: F401
-        except ImportError:
+        except ImportError as error:
             raise Act24Error(
-                "log.wandb = true needs the package wandb, which is not installed: pip install wandb, or set "
-                "log.wandb = false"
-            ) from None
+                f"log.wandb = true needs the package wandb, which {not_imported(error, 'wandb')}: "
+                "pip install wandb, or set log.wandb = false"
+            ) from error
 
 
 def open_wandb(recipe: Recipe, run_dir: Path | None, run_id: str | None) -> str | None:

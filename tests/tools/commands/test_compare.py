@@ -17,7 +17,7 @@ from act24.tools.watch import charts
 from act24.tools.watch.tensorboard import RunLog
 
 
-def a_run(folder, recipe, losses, rates, zeros=None):
+def a_run(folder, recipe, losses, rates, zeros=None, dropped=()):
     folder.mkdir()
     (folder / "recipe.toml").write_text(dump_recipe(recipe))
     log = RunLog(folder)
@@ -25,6 +25,8 @@ def a_run(folder, recipe, losses, rates, zeros=None):
         log.scalars({"loss/train": loss, "perf/tokens_per_s": rate}, step)
     if zeros is not None:
         log.layers("sparsity_relu/*", {0: zeros, 1: zeros + 0.1}, 1)
+    for step, share in enumerate(dropped, 1):
+        log.layers("sparsity_dropped_energy/*", {0: share, 1: share}, step)
     log.close()
 
 
@@ -62,6 +64,18 @@ def test_a_pass_that_only_some_have_is_one_column(tiny, tmp_path, act24):
         ]
         assert head == ["run", "step", "loss", "tokens/s", *keys]
         assert (first[-len(keys) :], end[-len(keys) :]) == (["–"] * len(keys), last)
+
+
+def test_what_2_4_would_drop_is_no_figure_of_a_run_without_it(tiny, tmp_path, act24):
+    """It is logged of dense activations too, and of 2:4 ones before they begin."""
+    relu2, sparse = (f'passes=[{{use="relu2_ffn"}}{more}]' for more in ("", ', {use="activation24", %s}'))
+    for name, passes in (("a", relu2), ("b", sparse % "from_step=1"), ("c", sparse % "from_step=2")):
+        a_run(tmp_path / name, tiny(passes), [5.0, 4.0], [10.0, 10.0], dropped=[0.25, 0.125])
+    _, out, _ = act24("compare", *(tmp_path / name for name in "abc"), "--markdown")
+    head, _, *rows = [[cell.strip() for cell in x.strip("|").split("|")] for x in out.splitlines()]
+    assert [row[head.index("energy 2:4 drops")] for row in rows] == ["–", "12.500%", "–"]
+    _, out, _ = act24("compare", tmp_path / "a", tmp_path / "c", "--markdown")
+    assert "energy 2:4 drops" not in out
 
 
 def test_the_plot_has_each_run_at_the_height_of_its_values(tiny, tmp_path, act24):

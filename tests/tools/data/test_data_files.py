@@ -112,9 +112,18 @@ def test_a_corrupt_gzip_is_named(tmp_path, damage):
             '{"txt": "x", "url": "y"}\n',
             r"line 1: no field 'text'; set data.text_field to one of: txt, url",
         ),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"n": 1, "body": "x", "t": null}\n',
+            r"a.jsonl, line 2: no field 'text'; set data.text_field to one of: body, t, not n, where",
+        ),
+        ("a.jsonl", '{"n": 1, "turns": []}', r"line 1: no field 'text', and no text in its fields: n, turns"),
+        ("a.jsonl", "{}", r"line 1: no field 'text': the record is empty"),
+        ("a.jsonl", json.dumps({f"{i}" * 99: "x" for i in range(99)}), r"one of: 0{30}, .{150,170}, … \("),
         ("a.jsonl", '"x"\n', r"line 1: expected an object with a field 'text', got str"),
         ("a.jsonl", '{"text": 3}\n', r"line 1: field 'text' holds int, not text"),
         ("a.parquet", "no parquet at all", r"cannot read .*a\.parquet: "),
+        ("a.arrow", "", r"cannot read .*a\.arrow: it is empty, and an Arrow file begins with a schema"),
     ],
 )
 def test_bad_records_are_named(tmp_path, name, content, message):

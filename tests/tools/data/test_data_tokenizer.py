@@ -77,8 +77,16 @@ def test_the_vocabulary_check_names_both_numbers(tokenizer, t5_backend):
 
 def test_a_vocabulary_without_end_of_text_is_refused():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    with pytest.raises(Act24Error, match=r"has no end-of-text token \(looked for <\|endoftext\|>"):
+    with pytest.raises(
+        Act24Error, match=r"has no end-of-text token \(looked for <\|endoftext\|>.* names it$"
+    ):
         Tokenizer(backend, "words")
+    backend.add_special_tokens(["[CLS]", "[SEP]"])
+    with pytest.raises(Act24Error, match=r"names it, among the special ones .*: \[CLS\], \[SEP\]$"):
+        Tokenizer(backend, "words")
+    with pytest.raises(Act24Error, match=r"looked for \[EOS\]\)"):
+        Tokenizer(backend, "words", "[EOS]")
+    assert Tokenizer(backend, "words", "[SEP]").eos_id == 2
 
 
 def test_from_a_file_or_its_folder(corpora, tokenizer, tokenizer_file):

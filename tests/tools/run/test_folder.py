@@ -293,6 +293,9 @@ def test_variants_have_folders_of_their_own():
     assert default_run_dir("c4/130m-dense") == Path("runs/c4-130m-dense")
     assert default_run_dir("my.toml", ["optimizer.lr=1e-3", "train.seed=2"]) == Path("runs/my,lr=1e-3,seed=2")
     assert default_run_dir("my.toml", ['data.train_files=["a/*.txt"]']) == Path("runs/my,train_files=a_.txt")
+    alike = ["eval.every=5", "log.every=5", "passes.cola.mlp_rank=5", "passes.lost.mlp_rank=5"]
+    names = [f"runs/my,{end}=5" for end in ("eval.every", "log.every", "cola.mlp_rank", "lost.mlp_rank")]
+    assert [str(default_run_dir("my.toml", [key])) for key in alike] == names
     long = [default_run_dir("demo", [f"data.train_files={'x' * 300}{i}"]) for i in range(2)]
     assert long[0] != long[1]
     assert all(len(path.name) < 120 for path in long)

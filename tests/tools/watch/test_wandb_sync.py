@@ -114,6 +114,16 @@ def test_without_the_package_it_says_what_to_install(tiny_file, tmp_path, act24,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_package_that_lacks_another_one_is_not_called_missing(tiny_file, tmp_path, act24, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("import nothing_of_this_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    status, _, lines = act24("train", tiny_file, "--set", "log.wandb=true", "--run-dir", tmp_path / "run")
+    assert (status, len(lines)) == (2, 1)
+    assert "is installed and cannot be imported (No module named 'nothing_of_this_name')" in lines[0]
+
+
 def test_a_folder_of_its_files_does_not_pass_for_the_package(tiny_file, tmp_path, act24, monkeypatch):
     """`./wandb`, which the package leaves behind, is importable where it was removed."""
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
