@@ -80,7 +80,9 @@ def find_files(patterns: Iterable[str], unknown: set[str] | None = None) -> list
             if unknown is not None:
                 unknown.update(str(path) for path in beneath if path not in files)
         if not files:
-            raise Act24Error(f"no data file matches {pattern!r} (from {Path.cwd()})")
+            empty = any(path.is_dir() for path in matches)
+            none = f"there is no file in {pattern!r}" if empty else f"no data file matches {pattern!r}"
+            raise Act24Error(f"{none} (from {Path.cwd()})")
         found |= files
     once: dict[Path, Path] = {}
     for path in sorted(found):
