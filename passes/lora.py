@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from act24.options import Range, Width
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
-from act24.passes.graph.linear_sites import LinearSite, free_linears, no_linear, read_past, roles_in
+from act24.passes.graph.linear_sites import LinearSite, free_linears, no_linear, roles_in
 from act24.passes.graph.normal_form import replace_node
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.sparse_mask import MASK_BITS, add_mask
@@ -65,9 +65,6 @@ class Lora(StructuralPass):
         matches, misses = [], []
         for site in free_linears(self, "all", region, misses):
             spec = region.parameters[site.weight]
-            if spec.read_by:
-                misses.append((site.path, read_past(spec.read_by)))
-                continue
             size = self.rank * sum(site.shape)
             matches.append(
                 Match(

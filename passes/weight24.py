@@ -35,7 +35,6 @@ from act24.passes.graph.linear_sites import (
     free_linears,
     frozen,
     no_linear,
-    read_past,
     roles_in,
     tied,
 )
@@ -218,8 +217,6 @@ class Weight24(OperationalPass):
                 misses.append((site.path, FROZEN))
             elif spec.shared:
                 misses.append((site.path, tied(spec.shared[0])))
-            elif spec.read_by:
-                misses.append((site.path, read_past(spec.read_by)))
             else:
                 matches.append(
                     Match(

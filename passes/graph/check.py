@@ -74,6 +74,7 @@ class Check:
         self.unchecked: dict[str, str] = {}
         self.not_entered: tuple[str, ...] = ()
         self._given: dict[nn.Module, Arguments] = {}
+        self._entered: set[nn.Module] = set()
         self._readers: dict[int, set[nn.Module]] = {}
         self._probe: Arguments | None = None
         self.not_run = obstacle(model)
@@ -97,6 +98,7 @@ class Check:
                 failures.append(f"{arguments}: {_line(error)}")
                 continue
             self._probe, self._given, self._readers = arguments, recorder.given, recorder.readers
+            self._entered = recorder.entered
             return
         if probe is not None:
             raise PassError(
@@ -140,6 +142,11 @@ class Check:
         """
         if is_known_linear(module):
             return
+        if part := self._part_of(module):
+            raise Unclean(
+                f"the model calls {part} in it and never its forward, so that its linears are taken alone: "
+                "call the module itself to have it whole"
+            )
         kind = type(module).__name__
         arguments = self._given.get(module) or features(module, graph)
         if arguments is None or obstacle(module):
@@ -171,6 +178,13 @@ class Check:
                 remedy = _LINEAR if is_linear(module) else PLAIN
                 raise Unclean(f"its graph {difference} in {mode}: {remedy}")
         self.agreeing += 1
+
+    def _part_of(self, module: nn.Module) -> str:
+        """What the model calls in a module whose forward it passes by, or the empty string."""
+        if module in self._entered:
+            return ""
+        called = (name for name, child in module.named_modules() if name and child in self._given)
+        return next(called, "")
 
     def forget_inputs(self) -> None:
         """Let go of what modules were given, once all regions are compared."""

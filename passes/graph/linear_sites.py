@@ -110,6 +110,8 @@ def _obstacle(region: Region, name: str, nodes: list[fx.Node]) -> str:
     if not (dtype := region.parameters[name].dtype).is_floating_point:
         kind = str(dtype).removeprefix("torch.")
         return f"its weight is {kind}, and passes take real floating point: {_REAL}"
+    if reader := region.parameters[name].read_by:
+        return f"a {reader} around it reads its weight past the linear: {_OWN}"
     if len({is_transposed(node) for node in nodes}) > 1:
         return f"one product reads it as it is and another transposed, tied: {_OWN}"
     return (
@@ -218,11 +220,6 @@ def _named(region: Region, *sites: LinearSite, key: str = "targets") -> str:
 def tied(name: str) -> str:
     """Why a pass leaves a linear whose weight is another parameter too."""
     return f"tied to {name}: untie them, or leave it out with ignore"
-
-
-def read_past(name: str) -> str:
-    """Why a pass leaves a linear whose weight a module around it reads as it is."""
-    return f"a {name} around it reads its weight past the linear: {_OWN}"
 
 
 #: Why a pass leaves a linear that does not train.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -86,6 +87,7 @@ class Recorder(Readings):
 
     Attributes:
         given: by module.
+        entered: those whose own forward called others.
     """
 
     def __init__(self) -> None:
@@ -96,7 +98,16 @@ class Recorder(Readings):
         original = self._originals[module]
         if original not in self.given:
             self.given[original] = Arguments(args, kwargs).map(detached)
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code is not _CALL:
+            of = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
+            if isinstance(of, nn.Module) and frame.f_code is getattr(type(of).forward, "__code__", None):
+                self.entered.add(self._originals.get(of, of))
+            frame = frame.f_back
         return super().on_call(module, args, kwargs)
+
+
+_CALL = Recorder.on_call.__code__
 
 
 class StandIns(Readings):

@@ -9,6 +9,7 @@ from toys import llama, tokens
 from act24.errors import Act24Error
 from act24.llama import LlamaForCausalLM
 from act24.passes import (
+    Activation24,
     Cola,
     Fp8,
     Lora,
@@ -204,7 +205,9 @@ def test_a_weight_that_a_module_around_reads_stays_what_it_is():
             return self.head(F.linear(x, self.layers[1].weight.t()))
 
     everywhere = ("layers.*", "head")
-    for p in (Weight24(targets=everywhere), Lora(targets=everywhere)):
+    for p in (Weight24, Lora, Fp8, Cola, Lost, LowRank):
+        ranks = {} if p in (Fp8, Weight24, Lora) else RANKS
+        p = p(targets=everywhere, **ranks)
         report = plan(Tied(), [p], probe=torch.randn(3, 16))
         assert [row.fqn for row in report.rows] == ["layers.0", "head"]
         assert report.misses[0][1:] == (
@@ -212,6 +215,53 @@ def test_a_weight_that_a_module_around_reads_stays_what_it_is():
             "a Tied around it reads its weight past the linear: give each a weight of its own, or leave it "
             "out with ignore",
         )
+
+
+def test_linears_that_a_parent_calls_are_regions_of_their_own():
+    """The forward of the module between them is never called, and its graph would never run."""
+
+    class FF(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.down(F.gelu(self.up(x)))
+
+    class Parent(nn.Module):
+        way = staticmethod(lambda feed, x: feed.down(F.gelu(feed.up(x))))
+
+        def __init__(self):
+            super().__init__()
+            self.feeds = nn.ModuleList(FF() for _ in range(2))
+
+        def forward(self, x):
+            for feed in self.feeds:
+                x = x + self.way(feed, x)
+            return x
+
+    x = torch.randn(3, 16)
+    model = Parent()
+    pipeline = apply_(model, [LowRank(scope="mlp", mlp_rank=8)], probe=x)
+    assert [row.fqn for row in pipeline.report.rows] == [
+        f"feeds.{i}.{n}" for i in (0, 1) for n in ("up", "down")
+    ]
+    by_hand = x
+    for feed in model.feeds:
+        h = F.linear(by_hand, feed.up.weight_out @ feed.up.weight_in, feed.up.bias)
+        by_hand = by_hand + F.linear(F.gelu(h), feed.down.weight_out @ feed.down.weight_in, feed.down.bias)
+    torch.testing.assert_close(model(x), by_hand)
+    with pytest.raises(PassError, match=r"calls up in it and never its forward.*: call the module itself"):
+        plan(Parent(), [Activation24()], probe=x)
+    for way in (lambda feed, x: feed.forward(x), lambda feed, x: feed(x)):
+        kind = type("Parent", (Parent,), {"way": staticmethod(way)})
+        assert {row.fqn for row in plan(kind(), [Cola(mlp_rank=8, attn_rank=8)], probe=x).rows} == {
+            "feeds.0.up",
+            "feeds.0.down",
+            "feeds.1.up",
+            "feeds.1.down",
+        }
+        assert "2 regions compute" in plan(kind(), [Cola(mlp_rank=8, attn_rank=8)], probe=x).checked
 
 
 def test_a_complex_linear_is_left_by_name():
