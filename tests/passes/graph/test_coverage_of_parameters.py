@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,3 +165,30 @@ def test_a_linear_that_another_pass_has_made_factors_of_gives_that_reason() -> N
     assert "ot traced" not in str(refused.value)
     (reach,) = plan(model, [Cola(attn_rank=4, scope="attn"), Lora(targets=("*",))]).partial
     assert "factors that another pass has made" in reach.left[0][2]
+
+
+def test_what_targets_name_and_a_pass_leaves_is_less_than_promised() -> None:
+    tied: Any = llama(1)
+    own = llama(1)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    (reach,) = plan(tied, [Weight24(targets=("lm_head", "*.q_proj"), method="ste")], check=False).partial
+    assert (reach.reached, reach.total) == (32 * 32, 32 * 32 + 97 * 32)
+    assert reach.left[0][0] == "lm_head"
+    assert "tied to model.embed_tokens.weight" in reach.left[0][2]
+    for target, idle in {
+        "model.embed_tokens": "model.embed_tokens",
+        "model.norm": "model.norm",
+        "class:Embedding": "class:Embedding",
+        "re:.*(embed_tokens|k_proj)": "model.embed_tokens",
+        "*.rotary*": "",
+    }.items():
+        report = plan(own, [Weight24(targets=(target, "*.q_proj"), method="ste")], check=False)
+        (reach,) = report.partial  # of what is not there at all too
+        assert reach.idle == ((idle,) if idle else ())
+    assert "nothing is taken of model.norm: take it out of targets" in str(
+        plan(own, [Weight24(targets=("model.norm", "*.q_proj"), method="ste")], check=False)
+    )
+    for targets in (("re:.*",), ("model.*",), ("class:LlamaForCausalLM", "*.mlp"), ("*_proj", "lm_*")):
+        assert not plan(own, [Weight24(targets=targets, method="ste")], check=False).partial
+    (reach,) = plan(own, [Cola(scope="mlp", mlp_rank=4, targets=("*.mlp", "*.q_proj"))], check=False).partial
+    assert reach.idle == ("*.q_proj",)
