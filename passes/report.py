@@ -18,6 +18,7 @@ from act24.passes.graph.coverage import (
     left_alone,
     listed,
     matrices_of,
+    of_weights,
     pattern,
 )
 from act24.passes.graph.flops import region_flops, uncounted
@@ -278,7 +279,7 @@ def coverages(
                 **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
                 **dict(one for row in rows if row.pass_name == p.name for one in row.spared),
-                **missed,
+                **of_weights(missed, matrices),
             }
             named = {*(place for place, _ in own), *places, *missed, *_named_alone(p, matrices, around)}
             about = (reasons, nothing, p.promises, gone, named, p.takes_named)
@@ -406,7 +407,7 @@ def no_match(
     around = _untraced(left)
     single = lone_linears(traced, traced if p.last else regions)
     own = {place: why for place, why in absent.items() if place not in single}
-    reasons = {**own, **around, **dict(missed)}
+    reasons = {**own, **around, **of_weights(dict(missed), matrices)}
     found = []
     if p.covers:
         found = left_alone(p.covers, kept, taking, reasons, absent, gone, {*named, *dict(missed)})

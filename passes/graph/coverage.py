@@ -11,7 +11,7 @@ from torch import nn
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
-from act24.passes.graph.roles import Role, computed, role_by_name, roles_beside
+from act24.passes.graph.roles import Role, computed, is_adapters, role_by_name, roles_beside
 from act24.passes.graph.selectors import names, takes
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
@@ -156,6 +156,8 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         if _BIAS.search(name):
             continue
         role: Role = roles.get(name) or others.get(name) or role_by_name(path, around)
+        if is_adapters(name):
+            role = "lora"
         if role == "other":
             role = _role_beside(path, around, regions, untraced)
         if "expert" in path and role == "other":
@@ -367,6 +369,15 @@ def left_alone(
     return list(dict.fromkeys(_reason(matrix, reasons, otherwise) for matrix in meant))
 
 
+def of_weights(reasons: Mapping[str, str], matrices: Iterable[Matrix]) -> dict[str, str]:
+    """Reasons by the full names of places, those about a module's weight by the weight's: they say nothing of
+    what else the module holds."""
+    weights = {m.name for m in matrices}
+    return {
+        weight if (weight := f"{place}.weight") in weights else place: why for place, why in reasons.items()
+    }
+
+
 def _meant(
     matrix: Matrix, roles: Collection[str], selects: Callable[[str], bool], named: Collection[str]
 ) -> bool:
@@ -390,6 +401,8 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, 
         return matrix.path.partition(".parametrizations.")[0], matrix.computed
     if matrix.region is not None and not matrix.read:
         return matrix.path, _UNREAD
+    if reason := reasons.get(matrix.name):
+        return matrix.place, reason
     parts = matrix.place.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(place := ".".join(parts[:end])):

@@ -85,7 +85,9 @@ def roles_of(
         for names in linears_in(graph, module).values()
         for name in names
     }
-    hints: dict[str, Role] = {name: role_by_name(path, around) for name, path in paths.items()}
+    hints: dict[str, Role] = {
+        name: "lora" if is_adapters(name) else role_by_name(path, around) for name, path in paths.items()
+    }
     shown = roles_in_graph(graph, module, hints=hints)
     roles: dict[str, Role] = {}
     head = head_of(around[""])
@@ -187,6 +189,11 @@ def _behind(node: fx.Node, flow: Flow, roles: Mapping[str, Role]) -> list[Role |
     if not any(activates(n, flow.module) or is_product(n) for n in seen):
         return []
     return [roles.get(name) for end in ends for name in flow.linears.get(end, ())]
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter is a factor of LoRA's by its name, as a module's weight or as it is."""
+    return _LORA.search(name.removesuffix(".weight")) is not None
 
 
 def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from toys import features, llama
 
 from act24.passes import Cola, Lora, PassError, Weight24, plan
 
-RANKS = {"attn_rank": 4, "mlp_rank": 4}
+RANKS: dict[str, Any] = {"attn_rank": 4, "mlp_rank": 4}
 
 
 class Raw(nn.Module):
@@ -192,3 +193,45 @@ def test_what_targets_name_and_a_pass_leaves_is_less_than_promised() -> None:
         assert not plan(own, [Weight24(targets=targets, method="ste")], check=False).partial
     (reach,) = plan(own, [Cola(scope="mlp", mlp_rank=4, targets=("*.mlp", "*.q_proj"))], check=False).partial
     assert reach.idle == ("*.q_proj",)
+
+
+class Adapted(nn.Linear):
+    """As loralib has it, by F.linear or by products: its factors are parameters."""
+
+    def __init__(self, rows: int, columns: int, by_linear: bool) -> None:
+        super().__init__(columns, rows, bias=False)
+        self.weight.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(8, columns) / 8)
+        self.lora_B = nn.Parameter(torch.zeros(rows, 8))
+        self.by_linear = by_linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.by_linear:
+            return super().forward(input) + F.linear(F.linear(input, self.lora_A), self.lora_B)
+        return F.linear(input, self.weight) + (input @ self.lora_A.transpose(0, 1) @ self.lora_B.T) * 2
+
+
+@pytest.mark.parametrize("by_linear", [True, False])
+def test_adapters_that_are_parameters_are_left_alone(by_linear: bool) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = Adapted(32, 16, by_linear), Adapted(16, 32, by_linear)
+            self.last = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.last(F.gelu(self.down(F.gelu(self.up(x)))))
+
+    model = nn.Sequential(Layer(), Layer())
+    for one in (Weight24(method="ste"), Cola(**RANKS)):
+        (reach,) = plan(model, [one], check=False).coverage
+        assert (reach.reached, reach.total) == (2 * 16 * 16, 2 * (16 * 16 + 2 * 16 * 32))
+        ((names, _, why),) = [group for group in reach.left if group[1]]
+        assert (names, why.partition(":")[0]) == ("*.{up,down}", "frozen")
+        with pytest.raises(PassError) as refused:
+            plan(model, [replace(one, ignore=("*.last",))], check=False)
+        assert "0.up and 3 more: frozen" in str(refused.value)
+        assert "no linear" not in str(refused.value)
+    if by_linear:
+        (reach,) = plan(model, [Weight24(method="ste", targets=("*.lora_A",))], check=False).coverage
+        assert (reach.reached, reach.total, reach.partial) == (2 * (8 * 16 + 8 * 32),) * 2 + (False,)
