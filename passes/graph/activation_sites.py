@@ -97,9 +97,9 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
         if obstacle(region, node):
             continue
         source, last = node.args[0], node
-        while _drops_nothing(region, source) and len(source.users) == 1:
+        while drops_nothing(region, source) and len(source.users) == 1:
             source = source.all_input_nodes[0]
-        while len(last.users) == 1 and _drops_nothing(region, user := next(iter(last.users))):
+        while len(last.users) == 1 and drops_nothing(region, user := next(iter(last.users))):
             last = user
         users = list(last.users)
         before = source if is_call(source, F.linear) and len(source.users) == 1 else None
@@ -122,7 +122,8 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
         )
 
 
-def _drops_nothing(region: Region, node: Any) -> bool:
+def drops_nothing(region: Region, node: Any) -> bool:
+    """Whether something is a node that calls a module which gives what it is given."""
     called = isinstance(node, fx.Node) and node.op == "call_module" and node.target not in region.modules
     return called and is_identity(region.module.get_submodule(str(node.target)))
 

@@ -38,10 +38,10 @@ class Cast(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.a, self.dropout, self.b = nn.Linear(16, 32), nn.Dropout(0.0), nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.a(x)).to(self.b.weight.dtype))
+        return self.b(self.dropout(F.relu(self.a(x))).to(self.b.weight.dtype))
 
 
 def test_a_linear_that_does_not_read_the_activation_itself_is_not_reached() -> None:

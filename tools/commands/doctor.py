@@ -33,7 +33,7 @@ from act24.sparse24.feed_forward.statistics import COUNTING
 from act24.sparse24.format.cusparselt import multiplies
 from act24.sparse24.format.device import fp8_obstacle, layout_error, obstacle
 from act24.sparse24.format.products import Table, feed_forward_products
-from act24.sparse24.kernels.shared.self_check import PROVEN, kernel_obstacle
+from act24.sparse24.kernels.shared.self_check import PROVEN, kernel_obstacle, kernel_obstacle_on
 from act24.sparse24.weight.forms import (
     Linear,
     LinearOptions24,
@@ -210,9 +210,9 @@ def _state(method: Method) -> str:
 
 def _why_reference(network: Network, options: Options24) -> str:
     """Why no form runs a network: each reason once, and without a GPU that alone."""
-    reasons = dict.fromkeys(form.why_not(network, options) for form in FORMS)
-    if network.device.type != "cuda" and (here := kernel_obstacle(network.device, ())) in reasons:
+    if network.device.type != "cuda" and (here := kernel_obstacle_on(network.device, ())):
         return f"plain PyTorch ({here})"
+    reasons = dict.fromkeys(form.why_not(network, options) for form in FORMS)
     return f"plain PyTorch ({'; '.join(reasons)})"
 
 
@@ -239,7 +239,8 @@ def _decoding(device: torch.device) -> list[Finding]:
     told = {rows: ", ".join(map(str, tried)) for rows, tried in choices.items()}
     if device.type == "cuda":
         told = {rows: f"{tried}; {_MEASURED}" for rows, tried in told.items()}
-    return [Finding(f"decoding, {rows} rows", tried) for rows, tried in told.items()]
+    subjects = {rows: f"decoding, {rows} rows" for rows in told} | {1: "decoding, 1 row"}
+    return [Finding(subjects[rows], tried) for rows, tried in told.items()]
 
 
 def _prefill(device: torch.device) -> list[Finding]:

@@ -87,7 +87,7 @@ def decoded(content: bytes, encoding: str | None, name: str, tally: Tally) -> st
         held.good(text)
         held.check_replaced()
     tally.replaced += implausible
-    check_replaced(implausible, len(text), codec, name)
+    check_replaced(implausible, len(text), codec, name, given=encoding is not None)
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -148,15 +148,20 @@ def take_stray(line: str) -> tuple[str, int]:
     return _STRAY.subn("�", line)
 
 
-def check_replaced(replaced: int, characters: int, encoding: str, name: str) -> None:
+def check_replaced(replaced: int, characters: int, encoding: str, name: str, given: bool = False) -> None:
     """
+    Args:
+        given: the encoding is not one that was detected.
+
     Raises:
         Act24Error: more than `LIMIT` of the characters were replaced.
     """
     if replaced > LIMIT * characters:
+        detect = ", leave it out to detect it" if given else ""
         raise Act24Error(
             f"{name}: {replaced / characters:.1%} of its {characters:,} characters are no text in {encoding}"
-            "; set data.encoding to the one that it is in, or convert a file that mixes several"
+            f"; set data.encoding to the one that it is in{detect}, or convert a file that "
+            "mixes several"
         )
 
 

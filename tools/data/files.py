@@ -80,7 +80,9 @@ def find_files(patterns: Iterable[str], unknown: set[str] | None = None) -> list
             if unknown is not None:
                 unknown.update(str(path) for path in beneath if path not in files)
         if not files:
-            raise Act24Error(f"no data file matches {pattern!r} (from {Path.cwd()})")
+            empty = any(path.is_dir() for path in matches)
+            none = f"there is no file in {pattern!r}" if empty else f"no data file matches {pattern!r}"
+            raise Act24Error(f"{none} (from {Path.cwd()})")
         found |= files
     once: dict[Path, Path] = {}
     for path in sorted(found):
@@ -207,7 +209,7 @@ def _read_text(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None]
 
 def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None]:
     records = _records(path, how)
-    replaced = characters = 0
+    replaced, characters, given = 0, 0, how.encoding is not None
     with _open(path) as binary:
         file, encoding = open_text(binary, how.encoding, str(path), how.tally)
         first = file.readline().removeprefix("\ufeff")
@@ -216,7 +218,7 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
             lines = plausible(lines, encoding, str(path), how.tally)
         if first.lstrip().startswith("["):
             content, replaced = take_stray("".join(lines))
-            check_replaced(replaced, len(content), encoding, str(path))
+            check_replaced(replaced, len(content), encoding, str(path), given)
             for index, record in enumerate(_parse(content, str(path))):
                 where = f"{path}, item {index}"
                 yield _usable(record, how, where, records) if wanted(index) else None
@@ -226,7 +228,7 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
             line, stray = take_stray(line)
             replaced, characters = replaced + stray, characters + len(line)
             if stray and characters >= ENOUGH:  # not only at the end, when a model has read the file
-                check_replaced(replaced, characters, encoding, str(path))
+                check_replaced(replaced, characters, encoding, str(path), given)
             if not (wanted(index) and line.strip()):
                 yield None
                 continue
@@ -238,7 +240,7 @@ def _read_lines(path: Path, how: Reading, wanted: Wanted) -> Iterator[str | None
                 yield None
                 continue
             yield _usable(record, how, where, records)
-    check_replaced(replaced, characters, encoding, str(path))
+    check_replaced(replaced, characters, encoding, str(path), given)
     records.check_replaced()
 
 

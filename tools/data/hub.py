@@ -169,6 +169,6 @@ def _is_network_error(error: Exception) -> bool:
 
 def _unreachable(data: Data, what: str, error: Exception) -> Act24Error:
     return Act24Error(
-        f"cannot open {what}: {reason(error)}. HF_ENDPOINT names a mirror of the Hub; "
+        f"cannot open {what}: {reason(error).rstrip('.')}. HF_ENDPOINT names a mirror of the Hub; "
         "without a network use data.source = 'builtin', 'files' or 'shards'"
     )

@@ -16,7 +16,7 @@ from threading import Thread
 import numpy as np
 import tokenizers
 
-from act24.errors import Act24Error, reading
+from act24.errors import Act24Error, reading, reason
 from act24.recipes import schema
 from act24.tools.data.documents import open_documents
 from act24.tools.data.shards import read_index, verified
@@ -262,9 +262,9 @@ def _named(name: str, end_of_text: str | None = None) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_pretrained(name)
     except Exception as error:  # `tokenizers` raises nothing narrower
-        reason = " ".join(str(error).split())
+        said = reason(error).rstrip(".")
         raise Act24Error(
-            f"cannot load tokenizer {name!r} from the Hub, and there is no such file: {reason} "
+            f"cannot load tokenizer {name!r} from the Hub, and there is no such file: {said}. "
             "HF_ENDPOINT names a mirror of the Hub; "
             f"without a network give the path of a tokenizer.json, or tokenizer.name = {TRAINED!r}"
         ) from error

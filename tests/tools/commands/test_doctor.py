@@ -104,12 +104,18 @@ def test_steps_of_generation_are_shown_by_rows() -> None:
     )
     everything = "dense, 2:4 weights, skipping, skipping and 2:4 weights" + measured
     assert told("cuda") == {
-        "1 rows": everything,
+        "1 row": everything,
         "4 rows": everything,
         "8 rows": everything,
         "16 rows": "dense, 2:4 weights" + measured,
         "64 rows": "dense" + measured,
     }
+
+
+def test_without_a_gpu_that_alone_is_why_a_prompt_of_any_length_runs_in_plain_pytorch() -> None:
+    found = [each.finding for each in doctor._prefill(torch.device("cpu")) if "activations" in each.subject]
+    why = "plain PyTorch (the kernels are for CUDA GPUs, this is cpu)"
+    assert set(found) == {f"bfloat16: {why}; fp8: {why}"}
 
 
 @pytest.mark.usefixtures("capable_machine")

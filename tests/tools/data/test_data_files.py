@@ -79,6 +79,9 @@ def test_a_folder_of_unknown_kinds_only_names_them(tmp_path):
         find_files([str(tmp_path)])
     with pytest.raises(Act24Error, match="no data file matches"):
         find_files([str(tmp_path / "*.txt")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Act24Error, match=r"there is no file in '.*empty'"):
+        find_files([str(tmp_path / "empty")])
 
 
 def truncated_gzip(path):

@@ -256,6 +256,7 @@ for attempt in (
     assert "HF_ENDPOINT names a mirror" in tokenizer
     assert tokenizer.startswith("cannot load tokenizer 't5-base' from the Hub, and there is no such file: ")
     assert "NEWLINE" not in run.stdout
+    assert all(". HF_ENDPOINT" in line and ".. " not in line for line in (data, tokenizer))
 
 
 # ------------------------------------------------------------------------------------------ the commit
