@@ -48,12 +48,9 @@ class Watcher(Protocol):
 
 
 def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) -> None:
-    """Hook the module that calls the regions, outside of them. Where the head is one of them, that which
-    calls the others too: a loss may read hidden states and multiply with the head's weight itself."""
+    """Hook the modules that call the regions (`trunks_of`)."""
     _Before.hide()
-    head = head_of(model)
-    others = [fqn for fqn in regions if model.get_submodule(fqn) is not head]
-    trunks = dict.fromkeys((_trunk(model, regions), _trunk(model, others)))
+    trunks = trunks_of(model, regions)
     for trunk in trunks:
         trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
         trunk.register_forward_hook(_After(watcher), always_call=True)
@@ -217,6 +214,14 @@ class _Orphan:
             raise Act24Error(_UNTRAINED)
         if self._why and not module.training:
             raise Act24Error(self._why)
+
+
+def trunks_of(model: nn.Module, regions: Sequence[str]) -> tuple[nn.Module, ...]:
+    """The module that calls the regions, outside of them. Where the head is one of them, that which calls
+    the others too: a loss may read hidden states and multiply with the head's weight itself."""
+    head = head_of(model)
+    others = [fqn for fqn in regions if model.get_submodule(fqn) is not head]
+    return tuple(dict.fromkeys((_trunk(model, regions), _trunk(model, others))))
 
 
 def _trunk(model: nn.Module, regions: Sequence[str]) -> nn.Module:

@@ -10,7 +10,7 @@ the graph. A copy of the model compares nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from act24.errors import PassError
 from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
 
 
-def watch_(model: nn.Module, watched: Sequence[Fact]) -> None:
-    """Compare facts whenever a model is called."""
-    if watched:
-        model.register_forward_pre_hook(_Compares(tuple(watched)))
+def watch_(modules: Iterable[nn.Module], watched: Sequence[Fact]) -> None:
+    """Compare facts whenever one of some modules is called."""
+    for module in modules if watched else ():
+        module.register_forward_pre_hook(_Compares(tuple(watched)))
 
 
 class _Compares:
