@@ -111,7 +111,7 @@ class Updates:
         twin._begun, twin._last, twin.made = self._begun, self._last, self.made
         twin._lowered_for, twin._stepped = self._lowered_for, self._stepped
         if pipeline.modules:
-            forget_orphans_(pipeline.model)
+            forget_orphans_(pipeline.model, {*pipeline.modules})
             twin.watch_({})
         return twin
 
