@@ -47,6 +47,9 @@ _SITE = "activation_site"
 #: Why the relu in attention without softmax is no site.
 OF_ATTENTION = "its relu is of what attention multiplies, and no network's: leave it"
 
+#: Why the relu of a router is left alone.
+OF_ROUTER = "its relu is a router's: name it in targets to take it"
+
 _FUNCTIONS: dict[object, Function] = {relu2: "relu2", F.relu: "relu"}
 
 
@@ -279,6 +282,12 @@ def _reach(node: fx.Node, up: bool) -> list[str]:
             else:
                 frontier.append(neighbour)
     return found
+
+
+def routers_before(region: Region, site: ActivationSite) -> list[str]:
+    """The weights of the nearest linears in front of an activation, by local name, if all are routers'."""
+    weights = _around(site.node)[0]
+    return weights if all(region.roles.get(name) == "router" for name in weights) else []
 
 
 def adapters_beside(region: Region, site: ActivationSite) -> list[str]:
