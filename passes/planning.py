@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from act24.errors import PassError
@@ -70,6 +71,11 @@ class Planned:
         limits = {limit for p in self._operational for limit in (p.from_step, p.until_step) if limit}
         self.boundaries: tuple[int, ...] = tuple(sorted(limits))
         refuse_wrapped(model)
+        if torch.get_default_device().type == "meta" and not any(p.is_meta for p in model.parameters()):
+            raise PassError(
+                "under torch.device('meta') new tensors have no values, and the model's have: call apply_ "
+                "outside of it"
+            )
         self._check = Check(model, probe) if check else None
         regions, self._unclean = trace(model, self._check)
         if self._check:

@@ -84,6 +84,10 @@ class Recompute(OperationalPass):
         region = region.copy()
         _open_products(region)
         kept = _bottlenecks(region)
+        if not kept and any(spec.factor for spec in region.parameters.values()):
+            return Plan(
+                absent='another pass has fused its bottlenecks: set backward = "dense" of activation24'
+            )
         if not kept:
             return Plan(absent="no bottleneck to keep: put low_rank, cola or lost in front")
         inside = {n.rpartition(".")[0] if spec.factor else n: None for n, spec in region.parameters.items()}

@@ -10,7 +10,6 @@ wider network comes from the old one: training starts anew.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,6 +21,7 @@ from torch import Tensor, fx, nn
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
 from act24.passes.graph.activation_kinds import activates, activation_kind, activations
+from act24.passes.graph.halves import half_of
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import (
     bias_name,
@@ -227,20 +227,20 @@ def _find(region: Region, product: fx.Node) -> _SwiGLU | None:
         activation = activation_kind(gated, region.module)
         if activation is None:
             continue
-        gate, gate_half, chunk = _half(activation.source)
-        up, up_half, other_chunk = _half(other)
+        gate, gate_half, chunk = half_of(region, activation.source)
+        up, up_half, other_chunk = half_of(region, other)
         end = _end(region, product)
         down = next(iter(end.users), None)
         if not (is_call(gate, F.linear) and is_call(up, F.linear) and is_call(down, F.linear)):
             return None
-        halves_fit = (gate_half, up_half) == ((0, 1) if gate is up else (None, None))
-        if not halves_fit or chunk is not other_chunk:
+        halves = (gate_half, up_half)  # in any order, for a fused linear starts fresh
+        if halves not in (((0, 1), (1, 0)) if gate is up else ((None, None),)) or chunk is not other_chunk:
             return None
         if len(end.users) != 1 or down.args[0] is not end:
             return None
-        between = {*activation.nodes, product}
+        between: set[Any] = {*activation.nodes, product}
         if chunk is not None:
-            between |= {activation.source, other, chunk}  # type: ignore[arg-type]
+            between.update((activation.source, other, chunk))
         return _SwiGLU(product, gate, up, down, activation.kind, frozenset(between))
     return None
 
@@ -264,22 +264,6 @@ def _end(region: Region, product: fx.Node) -> fx.Node:
 def gate_in(region: Region) -> str:
     """The activation of the first gated network in a region, or the empty string."""
     return next((found.kind for node in region.graph.nodes if (found := _find(region, node))), "")
-
-
-def _half(value: object) -> tuple[object, int | None, fx.Node | None]:
-    """The linear behind one half of its output, which half, and what halves it; what is no half, None and
-    None."""
-    if not is_call(value, operator.getitem):
-        return value, None, None
-    chunk, index = value.args
-    by_method = isinstance(chunk, fx.Node) and chunk.op == "call_method" and chunk.target == "chunk"
-    if not (by_method or is_call(chunk, torch.chunk)) or index not in (0, 1):
-        return value, None, None
-    assert isinstance(chunk, fx.Node)
-    given = dict(zip(("input", "chunks", "dim"), chunk.args, strict=False)) | chunk.kwargs
-    if given.get("chunks") != 2 or given.get("dim") != -1 or len(chunk.users) != 2:
-        return value, None, None
-    return chunk.args[0], index, chunk  # type: ignore[return-value]
 
 
 def _obstacle(region: Region, found: _SwiGLU) -> str:
@@ -342,11 +326,20 @@ def _foreign_gate(region: Region, product: fx.Node) -> str:
     if not is_call(next(iter(_end(region, product).users), None), F.linear):
         return ""
     for gate in product.all_input_nodes:
-        if activates(gate, region.module) and is_call(_half(gate.all_input_nodes[0])[0], F.linear):
+        if activates(gate, region.module) and is_call(half_of(region, gate.all_input_nodes[0])[0], F.linear):
             called = region.module.get_submodule(str(gate.target)) if gate.op == "call_module" else None
             kind = str(getattr(gate.target, "__name__", gate.target))
             return "" if activation_kind(gate, region.module) else type(called).__name__ if called else kind
     return ""
+
+
+def _between(region: Region, product: fx.Node, *factors: Any) -> str:
+    """What keeps a gated product from the linears that its network would have, by name."""
+    behind = next(iter(_end(region, product).users), None)
+    for node in (*(half_of(region, factor)[0] for factor in factors), behind):
+        if isinstance(node, fx.Node) and not is_call(node, F.linear):
+            return str(getattr(node.target, "__name__", node.target))
+    return "another use of one of them"
 
 
 def _describe(region: Region) -> str:
@@ -360,12 +353,14 @@ def _describe(region: Region) -> str:
         return f"gated by {kind}: give the gate silu or gelu, which this pass takes, or {_LEAVE}"
     if any(True for _ in nodes_of(region.graph, relu2)):
         return "already relu²: use activation24 alone"
-    found = (activation_kind(value, region.module) for node in products for value in node.args)
-    if gated := next(filter(None, found), None):
-        return (
-            f"gated by {gated.kind}, but something lies between its product and the linears around it: "
-            f"{_LEAVE}"
-        )
+    for product in products:
+        for gated, other in (product.args, product.args[::-1]):
+            if activation := activation_kind(gated, region.module):
+                between = _between(region, product, activation.source, other)
+                return (
+                    f"gated by {activation.kind}, but {between} lies between its product and the linears "
+                    f"around it: take that out, or {_LEAVE}"
+                )
     plain = (one.kind for one in activations(region.graph, region.module) if is_call(one.source, F.linear))
     if kind := next(plain, ""):
         return f"its activation is {kind}, and nothing gates it: {_NOT_GATED}"

@@ -227,6 +227,12 @@ class Check:
         try:
             output, read = _run(model, self._probe, readings, replaced.values())
         except Exception as error:
+            failed = next((fqn for fqn, region in regions.items() if region is readings.failed), "")
+            if failed:
+                raise PassError(
+                    f"{failed} fails where the stock one runs: {_line(error)}. Leave it out with ignore=[…], "
+                    "or give a probe of other shapes if those are at fault"
+                ) from error
             raise PassError(
                 f"the rewritten model fails where the stock one runs: {_line(error)}. Something outside a "
                 "rewritten module reads what stood in it: leave that out with ignore=[…]"
@@ -275,15 +281,15 @@ class Check:
             return
         try:
             output, _ = _run(model, self._probe, StandIns(stock, regions.values()), replaced.values())
-            difference = difference_of(Outcome(self._output), Outcome(output)).partition(" than")[0]
-        except Exception as error:  # whatever a foreign model raises
-            difference = f"fails ({_line(error)[:80]})"
-        if difference:
+            other = bool(difference_of(Outcome(self._output), Outcome(output)))
+        except Exception:  # whatever a foreign model raises
+            other = True
+        if other:
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
             raise PassError(
                 f"the model asks what stands at {new[0]} [{type(stock[regions[new[0]]]).__name__}]{more} "
                 "(isinstance, hasattr, getattr, len, a count of modules), and a graph in its place gives "
-                f"another answer: the model {difference}. Ask where the model is made, or leave that out "
+                "another answer, and the model other numbers. Ask where the model is made, or leave that out "
                 "with ignore=[…]"
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from act24.passes.graph.probe import Arguments
 from act24.passes.graph.shadow import Shadow, plain_call
+from act24.passes.graph.surroundings import in_their_forward
 
 
 class Readings:
@@ -21,12 +21,14 @@ class Readings:
         readers: by storage of a parameter, the modules whose forward reads it, the innermost ones.
         running: the modules whose forwards run, the innermost last.
         entered: those of `regions` whose forward ran, whoever called it.
+        failed: that of `regions` whose forward has raised, the first; or None.
     """
 
     def __init__(self, regions: Collection[nn.Module] = ()) -> None:
         self.readers: dict[int, set[nn.Module]] = {}
         self.running: list[nn.Module] = []
         self.entered: set[nn.Module] = set()
+        self.failed: nn.Module | None = None
         self._regions = {*regions}
         self._originals: Mapping[nn.Module, nn.Module] = {}
 
@@ -41,7 +43,11 @@ class Readings:
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
             self.entered.add(region)
-            return self._inside(region, lambda: forward(*args, **kwargs))
+            try:
+                return self._inside(region, lambda: forward(*args, **kwargs))
+            except Exception:
+                self.failed = self.failed or region
+                raise
 
         return noted
 
@@ -98,12 +104,8 @@ class Recorder(Readings):
         original = self._originals[module]
         if original not in self.given:
             self.given[original] = Arguments(args, kwargs).map(detached)
-        frame = sys._getframe(2)
-        while frame is not None and frame.f_code is not _CALL:
-            of = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
-            if isinstance(of, nn.Module) and frame.f_code is getattr(type(of).forward, "__code__", None):
-                self.entered.add(self._originals.get(of, of))
-            frame = frame.f_back
+        for running in in_their_forward(_CALL):
+            self.entered.add(self._originals.get(running, running))
         return super().on_call(module, args, kwargs)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from contextvars import ContextVar
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.backends import cuda
 
 from act24.passes.graph.proxies import is_internal
@@ -39,6 +41,18 @@ _STATEFUL |= {"tempfile", "uuid", "secrets", "getpass", "sysconfig", "site", "si
 def package(frame: FrameType) -> str:
     """Whose code runs."""
     return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def in_their_forward(until: CodeType) -> Iterator[nn.Module]:
+    """The modules whose own forward runs at this moment, above the function that asks, up to a function with
+    this code."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not until:
+        names = frame.f_code.co_varnames
+        of = frame.f_locals.get(names[0]) if names else None
+        if isinstance(of, nn.Module) and frame.f_code is getattr(type(of).forward, "__code__", None):
+            yield of
+        frame = frame.f_back
 
 
 def asks_in_c(function: Any, caller: FrameType) -> str | None:

@@ -301,6 +301,9 @@ class Tracer(fx.Tracer):
             if id(a) in self._names:
                 return self._proxied(a).node
             held = [name for m in self.root.modules() for name, value in vars(m).items() if value is a]
+            if not held and self._before_draw is not None and random_state() != self._before_draw:
+                self.undo_draws()
+                self.refuse(self.refused)
             what = held[0] if held else "a constant tensor"
             self.refuse(f"reads {what}, neither parameter nor buffer: {REGISTER}")
         return super().create_arg(_written(a))

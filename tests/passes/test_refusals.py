@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import Relu2MLP, SwiGLU, Trunk, features, llama
@@ -290,3 +291,35 @@ def test_what_a_parent_asks_about_its_child_is_no_other_answer_silently(ask: str
         with pytest.raises(PassError, match=r"the model asks what stands at nets\.0 \[Gained\] and 1 more"):
             apply_(model, passes, probe=features(2, 16))
         assert type(model.nets[0]) is Gained
+
+
+def test_what_fails_and_what_is_drawn_is_said_as_it_is() -> None:
+    """Not by something outside, and not by a constant tensor."""
+
+    class Cut(Relu2MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.pad(F.relu(self.up(x)[..., :30]), (0, 2)))
+
+    class Draws(Relu2MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[torch.randperm(2)]
+
+    x, ranks = features(2, 16), {"scope": "mlp", "mlp_rank": 4}
+    with pytest.raises(PassError, match=r"^0 fails where the stock one runs: .*multiple of 4.* Leave it out"):
+        apply_(nn.Sequential(Cut(), Cut()), [Activation24()], probe=x)
+    model = nn.Sequential(Draws(), Draws())
+    drawn = torch.get_rng_state()
+    with pytest.raises(PassError, match="draws a random number"):
+        plan(model, [Relu2FFN()], probe=x)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    model = nn.Sequential(Relu2MLP(), Relu2MLP())
+    with torch.device("meta"), pytest.raises(PassError, match="call apply_ outside of it"):
+        apply_(model, [LowRank(**ranks)], probe=x)
+    fused = [Cola(bottleneck="relu2", **ranks), Activation24(backward="split_gemm"), Recompute()]
+    with pytest.raises(PassError, match='fused its bottlenecks: set backward = "dense" of activation24'):
+        plan(nn.Sequential(Gelu(), Gelu()), fused, probe=x)
+
+
+class Gelu(Relu2MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))

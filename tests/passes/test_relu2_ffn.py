@@ -298,6 +298,47 @@ def test_tied_embeddings_stay_tied_and_count_once() -> None:
 # Nested and biased variants
 
 
+HALVES = [
+    "h.chunk(2, dim=-1)",
+    "h.split(32, -1)",
+    "torch.split(h, [32, 32], dim=-1)",
+    "h.tensor_split(2, -1)",
+    "(h[..., :32], h[..., 32:])",
+    "(h[..., 32:64], h[..., 0:32])",
+    "(h.narrow(-1, 0, 32), h.narrow(-1, 32, 32))",
+    "(lambda h: (h[..., 0, :], h[..., 1, :]))(h.unflatten(-1, (2, -1)))",
+]
+NO_HALVES = ["(h[..., ::2], h[..., 1::2])", "(h[..., :32], h[..., :32])", "(h[..., :32] * 2, h[..., 32:])"]
+
+
+def test_a_fused_linear_is_halved_in_any_spelling() -> None:
+    class Fused(nn.Module):
+        halves = ""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up, self.down = nn.Linear(16, 64), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = eval(self.halves, {"h": self.gate_up(x), "torch": torch})
+            return self.down(F.silu(parts[0]) * parts[1])
+
+    x = features(3, 16)
+    for halves in HALVES:
+        kind = type("Fused", (Fused,), {"halves": halves})
+        net = nn.Sequential(kind(), kind())
+        apply_(net, [Relu2FFN(width="keep")], probe=x)
+        expected = x
+        for part in net:
+            h = F.linear(expected, part.gate_up.weight, part.gate_up.bias)
+            expected = F.linear(h.relu() ** 2, part.down.weight, part.down.bias)
+        torch.testing.assert_close(net(x), expected)
+    for halves in NO_HALVES:
+        kind = type("Fused", (Fused,), {"halves": halves})
+        with pytest.raises(PassError, match=r"gated by silu, but \w+.* lies between its product"):
+            plan(nn.Sequential(kind(), kind()), [Relu2FFN()], check=False)
+
+
 @pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_variants_of_the_spelling(swapped: bool, square: bool) -> None:
@@ -404,6 +445,6 @@ def test_a_gated_network_with_something_between_says_what_stands_in_the_way() ->
             return self.down(F.dropout(F.silu(self.gate(x)) * self.up(x), 0.0))
 
     with pytest.raises(
-        PassError, match="gated by silu, but something lies between its product and the linears"
+        PassError, match="gated by silu, but dropout lies between its product and the linears"
     ):
         plan(Trunk(Dropped), [Relu2FFN()])

@@ -72,7 +72,6 @@ SOURCES = {
         "_obstacle",
         "_OWN",
         "_REAL",
-        "read_past",
         "first_values",
         "_noted",
     ),
