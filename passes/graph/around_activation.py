@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import fx
 
 from act24.passes.graph.activation_sites import ActivationSite, drops_nothing, read_weights
-from act24.passes.graph.normal_form import common_path, is_product
+from act24.passes.graph.normal_form import common_path, is_product, place_of
 from act24.passes.graph.region import Region
 from act24.sparse24.weight.linear24 import linear24
 
@@ -47,7 +47,9 @@ def spared(region: Region, site: ActivationSite, taken: Collection[fx.Node]) -> 
                     frontier.append((other, between or (None if drops_nothing(region, other) else other)))
                 elif other not in taken:
                     weight = weights[-1 if up else 0]
-                    found.setdefault(common_path(weight), _reason(region, other, weight, between, up))
+                    made = weight in region.parameters and region.parameters[weight].factor
+                    place = common_path(weight) if made else place_of(weight)
+                    found.setdefault(place, _reason(region, other, weight, between, up))
     return tuple(found.items())
 
 

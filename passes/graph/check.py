@@ -192,8 +192,12 @@ class Check:
 
     def read_past(self, module: nn.Module, tensor: Tensor) -> str:
         """What reads a parameter of a module past the module, by its class, or the empty string."""
-        readers = self._readers.get(storage_of(tensor), set())
-        return next((type(reader).__name__ for reader in readers - {*module.modules()}), "")
+        storage = storage_of(tensor)
+        for reader in self._readers.get(storage, set()) - {*module.modules()}:
+            # Or it reads a parameter of its own that lies on the same memory.
+            if storage not in {storage_of(p) for p in reader._parameters.values() if p is not None}:
+                return type(reader).__name__
+        return ""
 
     def was_read(self, tensor: Tensor) -> bool:
         """Whether the stock model read a tensor when it ran on the probe."""
