@@ -248,7 +248,8 @@ class Pipeline(Rewriting):
         the weights as they are. Afterwards all state is as before, at the same addresses.
 
         A forward in evaluation mode (`model.eval()`) has that function without this context too; with it
-        masks are made once for many forwards. Collective where parameters are sharded.
+        masks are made once for many forwards. To export or trace it, take a copy that is made here:
+        `copy.deepcopy(model)`. Collective where parameters are sharded.
 
         Args:
             without: names of operational passes to leave out, to see the same weights without 2:4.
@@ -259,7 +260,7 @@ class Pipeline(Rewriting):
             reduce: as for `begin_update_`.
         """
         made = self.updates_made if step is None else step
-        with evaluation(self, without, step, made, forward, pads, reduce):
+        with self._updates.lent(), evaluation(self, without, step, made, forward, pads, reduce):
             yield
 
     def measure_scales_(
