@@ -31,6 +31,7 @@ from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
 from act24.passes.fp8 import PARTS, Fp8, add_cast_buffers, by_shape
 from act24.passes.graph.activation_sites import (
     OF_ATTENTION,
+    OF_ROUTER,
     ActivationSite,
     activation_sites,
     adapters_beside,
@@ -38,10 +39,11 @@ from act24.passes.graph.activation_sites import (
     keep_site,
     obstacle,
     pads_node,
+    routers_before,
 )
 from act24.passes.graph.around_activation import spared
 from act24.passes.graph.linear_sites import RESIZE
-from act24.passes.graph.normal_form import nodes_of, replace_node, weight_name
+from act24.passes.graph.normal_form import nodes_of, place_of, replace_node, weight_name
 from act24.passes.graph.region import Region
 from act24.passes.relu2_ffn import gate_in
 from act24.precision import Decided, Layer, decision
@@ -187,7 +189,7 @@ class Activation24(OperationalPass):
         return tuple(found)
 
     def plan(self, region: Region) -> Plan:
-        matches, misses = [], []
+        matches, misses, of_routers = [], [], False
         sites = list(activation_sites(region))
         taken = {linear for site in sites for linear in (site.before, site.after) if linear}
         for site in sites:
@@ -198,6 +200,10 @@ class Activation24(OperationalPass):
             # Beside an activation inside of a linear that was factorised, a part is no module of its own.
             whole = () if any(region.parameters[name].factor for name in weights) else weights
             if not self.selects(region, site.path, whole):
+                continue
+            routers = [place_of(name) for name in routers_before(region, site)]
+            if routers and not any(self.names(region, path) for path in (site.path, *routers)):
+                of_routers = True
                 continue
             if reason := self.split(region, whole):
                 misses.append((site.path, reason))
@@ -224,7 +230,7 @@ class Activation24(OperationalPass):
         obstacles = dict.fromkeys(filter(None, (obstacle(region, node) for node in dense)))
         if "mlp" in region.roles.values():  # of which it says nothing
             obstacles.pop(OF_ATTENTION, None)
-        absent = next(iter(obstacles), _NO_RELU[gate_in(region)])
+        absent = OF_ROUTER if of_routers else next(iter(obstacles), _NO_RELU[gate_in(region)])
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
     def _note(self, region: Region, site: ActivationSite) -> str:

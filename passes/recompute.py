@@ -161,8 +161,13 @@ def _spared(region: Region) -> str:
     for nodes in _by_level(levels):
         read = {i for node in nodes for i in node.all_input_nodes if i not in nodes and i.op != "get_attr"}
         left |= read if _is_repeated(nodes) else kept_for_backward(region, nodes)
-    if any(node not in width and node.op != "placeholder" for node in left):
-        return ""  # what comes in without a width are masks and rotations, which all blocks share
+    shared = set[fx.Node]()  # what comes in without a width: masks and rotations, which all blocks share
+    for node in region.graph.nodes:
+        comes_in = node.op == "placeholder" and node not in width
+        if comes_in or (node.all_input_nodes and shared.issuperset(node.all_input_nodes)):
+            shared.add(node)
+    if any(node not in width for node in left - shared):
+        return ""
     before, after = (sum(width.get(node, 0) for node in nodes) for nodes in (kept, left))
     return f"a token keeps {after:,} values for backward, of {before:,} or more"
 

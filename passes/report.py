@@ -10,9 +10,19 @@ from typing import Any, TypeVar, get_args
 from torch import nn
 
 from act24.passes.base import Match, OperationalPass, Pass, Plan, StructuralPass
-from act24.passes.graph.coverage import Coverage, Matrix, coverage, left_alone, listed, matrices_of, pattern
+from act24.passes.graph.coverage import (
+    Coverage,
+    Matrix,
+    coverage,
+    idle_targets,
+    left_alone,
+    listed,
+    matrices_of,
+    of_weights,
+    pattern,
+)
 from act24.passes.graph.flops import region_flops, uncounted
-from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.region import Factor, Region, joined
 from act24.passes.graph.selectors import names, takes
 from act24.passes.places import Pattern, patterns, shared, text
@@ -269,13 +279,16 @@ def coverages(
                 **({} if p.last else untraced),  # it acts on what others have made alone
                 **{fqn: why for fqn, why in nothing.items() if fqn not in single},
                 **dict(one for row in rows if row.pass_name == p.name for one in row.spared),
-                **missed,
+                **of_weights(missed, matrices),
             }
             named = {*(place for place, _ in own), *places, *missed, *_named_alone(p, matrices, around)}
             about = (reasons, nothing, p.promises, gone, named, p.takes_named)
             reach = coverage(p.name, p.covers, matrices, partial(p.takes, classes=around), places, *about)
             unmet = _unmet(p, {*around, *named, *(m.place for m in matrices)}, around)
-            found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet))
+            given = [target for target in p.targets if target not in ("*", *unmet)]
+            counted = {*map(place_of, {*named, *places}), *(m.place for m in matrices if m.role in p.covers)}
+            idle = idle_targets(given, counted, model, p.takes_named)
+            found.append(replace(reach, optional=p.optional, where=_where(p), unmet=unmet, idle=idle))
     return tuple(found)
 
 
@@ -310,12 +323,15 @@ def _stood(name: str) -> str:
 
 
 def _named_alone(p: Pass, matrices: Sequence[Matrix], classes: Mapping[str, str]) -> set[str]:
-    """The matrices of no linear that targets name, and not the modules that hold them beside others."""
+    """The matrices that targets name, and not the modules that hold them beside others; of linears those that
+    are taken by name alone."""
     given = [target for target in p.targets if target != "*"]
     return {
         m.name
         for m in matrices
-        if p.takes_named and not m.linear and names(given, m.place, classes)
+        if p.takes_named
+        and (not m.linear or m.role not in ("attn", "mlp"))
+        and names(given, m.place, classes)
         if m.place == m.path or not takes(given, m.path, classes)
     }
 
@@ -391,7 +407,7 @@ def no_match(
     around = _untraced(left)
     single = lone_linears(traced, traced if p.last else regions)
     own = {place: why for place, why in absent.items() if place not in single}
-    reasons = {**own, **around, **dict(missed)}
+    reasons = {**own, **around, **of_weights(dict(missed), matrices)}
     found = []
     if p.covers:
         found = left_alone(p.covers, kept, taking, reasons, absent, gone, {*named, *dict(missed)})

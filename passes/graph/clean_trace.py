@@ -111,7 +111,8 @@ def clean_trace(module: nn.Module) -> Trace:
     adapters = any(is_adapter(module.get_submodule(path)) for path in stays)
     if not any(is_call(node, F.linear) for node in graph.nodes) and not adapters:
         raise Unclean("calls no linear: write its products as F.linear(x, weight), or leave it")
-    return Trace(graph, replace(frozen_values(module, ran, stays), sized=frozenset(tracer.sized)))
+    read = [(shadow.originals[double], name) for double, name in shadow.settings]
+    return Trace(graph, replace(frozen_values(module, ran, stays, read), sized=frozenset(tracer.sized)))
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str:

@@ -11,7 +11,8 @@ from torch import nn
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
-from act24.passes.graph.roles import Role, computed, role_by_name, roles_beside
+from act24.passes.graph.roles import Role, computed, is_adapters, role_by_name, roles_beside
+from act24.passes.graph.selectors import names, takes
 
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
 
@@ -89,6 +90,7 @@ class Coverage:
         optional: the pass does not insist: less is no error, and no warning.
         where: the targets and what is ignored, in words, where the pass has any.
         unmet: selectors among these that name no module.
+        idle: targets, or what they name, of which the pass takes nothing and that hold no matrix of its kind.
     """
 
     pass_name: str
@@ -100,11 +102,12 @@ class Coverage:
     optional: bool = False
     where: str = ""
     unmet: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def partial(self) -> bool:
         """Whether it is less than what was promised."""
-        return self.promised and (self.reached < self.total or bool(self.unmet))
+        return self.promised and bool(self.reached < self.total or self.unmet or self.idle)
 
     def __str__(self) -> str:
         text = f"{self.pass_name} finds no {self.scope} matrices{self.where}"
@@ -114,6 +117,8 @@ class Coverage:
             text = f"{self.pass_name} reaches {share} of the {self.scope} matrices{self.where}"
         if self.unmet:
             text += f"; no module is named {listed(self.unmet)}: correct that, or leave it out"
+        if self.idle:
+            text += f"; nothing is taken of {listed(self.idle)}: take it out of targets"
         if self.left:
             text += "; left: " + "; ".join(
                 f"{names} {f'{share:.0%} ' if share else ''}({reason})" for names, share, reason in self.left
@@ -122,7 +127,7 @@ class Coverage:
 
 
 def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[str, str]) -> list[Matrix]:
-    """The matrices of a model, tied ones once.
+    """The matrices of a model, tied ones once; what is a linear's and an embedding's as the linear's.
 
     Args:
         untraced: by full name, why a module is no region.
@@ -139,8 +144,9 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     }
     made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
-    found = []
+    found, shared = [], _of_embeddings(model)
     for name, parameter in model.named_parameters():
+        name = shared.get(name, name)
         path = name.rpartition(".")[0]
         if parameter.ndim < 2 or min(parameter.shape[:2]) < 2:
             continue
@@ -150,6 +156,8 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         if _BIAS.search(name):
             continue
         role: Role = roles.get(name) or others.get(name) or role_by_name(path, around)
+        if is_adapters(name):
+            role = "lora"
         if role == "other":
             role = _role_beside(path, around, regions, untraced)
         if "expert" in path and role == "other":
@@ -178,6 +186,48 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
             )
         )
     return found
+
+
+def _of_embeddings(model: nn.Module) -> dict[str, str]:
+    """By the full name of an embedding's weight, that of the linear that has it too."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return {
+        name: next(other for other in names if is_linear(modules[other.rpartition(".")[0]]))
+        for name, *names in found.values()
+        if isinstance(modules[name.rpartition(".")[0]], _OTHERWISE)
+        and any(is_linear(modules[other.rpartition(".")[0]]) for other in names)
+    }
+
+
+def idle_targets(
+    targets: Iterable[str], counted: Collection[str], model: nn.Module, spelled: bool
+) -> tuple[str, ...]:
+    """The selectors of a pass that name something, but nothing that it takes or that coverage counts.
+
+    Args:
+        counted: the full names of the places that it takes, and of the matrices that it means.
+        spelled: also modules with parameters of their own that other selectors spell out, as
+            `re:.*(norm|up_proj)` does.
+    """
+    around = dict(model.named_modules(remove_duplicate=False))
+    classes = {name: type(module).__name__ for name, module in around.items()}
+    found = dict[str, None]()
+    for selector in targets:
+        there = [name for name in around if names((selector,), name, classes)]
+        if there and not any(takes((selector,), place, classes) for place in counted):
+            found[selector] = None
+        elif spelled:
+            parts = [name for name in there if around[name]._parameters and _spelled(selector, name, classes)]
+            found |= dict.fromkeys(n for n in parts if not any(f"{c}.".startswith(f"{n}.") for c in counted))
+    return tuple(found)
+
+
+def _spelled(selector: str, name: str, classes: Mapping[str, str]) -> bool:
+    """Whether a selector says in letters what it takes."""
+    return any(word and word in selector for word in (name.rpartition(".")[2], classes[name]))
 
 
 def _is_pointwise(module: nn.Module) -> bool:
@@ -276,8 +326,8 @@ def coverage(
     total = done + sum(left.values())
     groups: dict[str, dict[str, int]] = {}
     for (like, reason), numel in sorted(left.items(), key=lambda item: -item[1]):
-        names = alike[like, reason]
-        groups.setdefault(reason, {})[like if len(names) > 1 else names[0]] = numel
+        own = alike[like, reason]
+        groups.setdefault(reason, {})[like if len(own) > 1 else own[0]] = numel
     shown = tuple(
         (listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
     )
@@ -319,6 +369,15 @@ def left_alone(
     return list(dict.fromkeys(_reason(matrix, reasons, otherwise) for matrix in meant))
 
 
+def of_weights(reasons: Mapping[str, str], matrices: Iterable[Matrix]) -> dict[str, str]:
+    """Reasons by the full names of places, those about a module's weight by the weight's: they say nothing of
+    what else the module holds."""
+    weights = {m.name for m in matrices}
+    return {
+        weight if (weight := f"{place}.weight") in weights else place: why for place, why in reasons.items()
+    }
+
+
 def _meant(
     matrix: Matrix, roles: Collection[str], selects: Callable[[str], bool], named: Collection[str]
 ) -> bool:
@@ -342,6 +401,8 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, 
         return matrix.path.partition(".parametrizations.")[0], matrix.computed
     if matrix.region is not None and not matrix.read:
         return matrix.path, _UNREAD
+    if reason := reasons.get(matrix.name):
+        return matrix.place, reason
     parts = matrix.place.split(".")
     for end in range(len(parts), -1, -1):
         if reason := reasons.get(place := ".".join(parts[:end])):

@@ -1,5 +1,5 @@
 """What lies between the linears of a graph: products of two values that come from inputs, as attention has
-them, and choices of a few, as routers make them."""
+them, and choices of a few or weights of what other branches give, as routers make them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from act24.passes.graph.activation_kinds import activates
-from act24.passes.graph.normal_form import is_call, is_product
+from act24.passes.graph.normal_form import asks_kind, is_call, is_product
 
 #: Matrix products, as functions and methods.
 PRODUCTS: tuple[Any, ...] = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul)
@@ -29,6 +29,11 @@ _CHOICES: tuple[Any, ...] = (
     F.one_hot,
 )
 _CHOICES += (F.gumbel_softmax, torch.kthvalue, "topk", "argmax", "sort", "argsort", "multinomial", "kthvalue")
+#: What takes one of several features, or puts an axis where one feature was.
+_APART = (torch.unsqueeze, torch.unbind, torch.select, "unsqueeze", "unbind", "select")
+#: What takes some entries of its first argument, or writes there, by the places that another one gives.
+_BY_PLACE = (operator.getitem, torch.gather, torch.index_select, torch.take_along_dim, torch.scatter)
+_BY_PLACE += ("gather", "index_select", "scatter", "index_add", "index_add_", "scatter_add", "scatter_add_")
 _ATTENTION = re.compile(r"attention|attn", re.I)
 
 #: How much narrower than what it reads a linear is whose softmax tells a few alternatives apart.
@@ -42,7 +47,9 @@ class Flow:
         linears: the linears, each with the parameters that its weight is made of.
         mixing: products of two values that both come from inputs, and attention as a whole.
         scores: those of them that are attention's.
-        routers: the linears that choose.
+        routers: the linears that choose, those of few features that only weigh what other branches give, and
+            what feeds such alone.
+        leading: linears that feed routers alone, whatever becomes of these.
     """
 
     def __init__(self, graph: fx.Graph, module: nn.Module, linears: Mapping[fx.Node, list[str]]) -> None:
@@ -54,6 +61,11 @@ class Flow:
         self.routers |= {node for node in linears if node not in self.routers and self._tells_apart(node)}
         routed = self._behind(self.routers)
         self.scores |= {node for node in graph.nodes if node not in routed and self._is_by_softmax(node)}
+        self._of_scores = self._behind(self.scores)
+        self.routers |= {node for node in linears if node not in self.routers and self._only_weighs(node)}
+        weighing = {node for node in self.routers if self._only_weighs(node)}
+        self.routers |= self._before(weighing)
+        self.leading = self._before(self.routers)
 
     def walk(
         self, linear: fx.Node, up: bool = False, stop: Collection[fx.Node] = ()
@@ -97,6 +109,51 @@ class Flow:
         seen, _ = self.walk(linear, stop=self.mixing)
         behind, _ = self.walk(linear)
         return any(map(self._is_softmax, seen)) and self.scores.isdisjoint(behind)
+
+    def _only_weighs(self, linear: fx.Node) -> bool:
+        """Whether what a linear of few features gives is multiplied with what other branches give, one
+        feature with all of theirs, and goes nowhere else but out."""
+        shape, chosen = self._shape(linear), linear in self.routers
+        if shape is None or (shape[0] * _FEW > shape[1] and not chosen):
+            return False
+        made, weighs = {linear: shape[0] == 1}, False  # whether a value is one feature, or chosen
+        for node in self._graph.nodes:
+            given = [n for n in node.all_input_nodes if n in made]
+            if node.op == "output" or not given or _asks_size(node):
+                continue
+            if node in self.linears or node.target is F.linear or node in self.scores:
+                return False
+            if node.target in _BY_PLACE and node.args[0] not in made:
+                weighs |= chosen
+                continue
+            others = [n for n in node.all_input_nodes if n not in made and n in self._made]
+            if others and (node in self.mixing or is_product(node)):
+                if chosen or any(made[n] for n in given) or _is_weight_of(node, given):
+                    if node in self._of_scores or self.reaches(node, self.scores):
+                        return False
+                    weighs = True
+                    continue
+                if node in self.mixing:
+                    return False
+            elif others and node.target in _SUMS:
+                return False
+            made[node] = any(made[n] for n in given) or _is_apart(node) or is_choice(node)
+        return weighs
+
+    def _before(self, routers: Collection[fx.Node]) -> set[fx.Node]:
+        """The linears that feed some routers alone."""
+        found = set[fx.Node]()
+        for node in reversed([*self.linears]):
+            near = self._behind([node])
+            ends = {user for n in (node, *near) for user in n.users if user in self.linears}
+            out = any(n.op == "output" for n in near)
+            if ends and not out and node not in routers and all(n in routers or n in found for n in ends):
+                found.add(node)
+        return found
+
+    def reaches(self, node: fx.Node, goals: Collection[fx.Node]) -> bool:
+        """Whether what a node gives gets to one of some nodes without a linear in between."""
+        return not self._behind([node]).isdisjoint(goals)
 
     def _shape(self, linear: fx.Node) -> tuple[int, int] | None:
         """`(out, in)` of a linear whose weight is a parameter."""
@@ -192,6 +249,44 @@ def is_choice(node: fx.Node) -> bool:
     if node.target in (torch.max, "max"):
         return any(user.target is operator.getitem and user.args[1] == 1 for user in node.users)
     return node.target in _CHOICES
+
+
+def _asks_size(node: fx.Node) -> bool:
+    """Whether a node asks a value for its shape, dtype or device, and for no numbers."""
+    return (
+        asks_kind(node)
+        or node.target in ("size", "dim")
+        or (node.target is getattr and node.args[1] == "shape")
+    )
+
+
+def _is_apart(node: fx.Node) -> bool:
+    """Whether a node takes one feature, or gives every feature an axis of its own."""
+    if node.target in ("view", "reshape", torch.reshape):
+        last = node.args[-1]
+        return [*last][-1:] == [1] if isinstance(last, tuple | list) else bool(last == 1)
+    if node.target is not operator.getitem:
+        return node.target in _APART
+    index = node.args[1]
+    if not isinstance(index, tuple):
+        return False
+    return None in index or any(isinstance(part, int) or _is_of_one(part) for part in index)
+
+
+def _is_of_one(part: object) -> bool:
+    ends = (part.start or 0, part.stop) if isinstance(part, slice) else (0, 0)
+    return isinstance(ends[0], int) and isinstance(ends[1], int) and ends[1] - ends[0] == 1
+
+
+def _is_weight_of(node: fx.Node, given: Collection[fx.Node]) -> bool:
+    """Whether a `torch.einsum` multiplies one of some values with another that has all of its axes and
+    more."""
+    if node.target is not torch.einsum or not isinstance(node.args[0], str):
+        return False
+    terms = node.args[0].replace(" ", "").partition("->")[0].split(",")
+    operands = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+    axes = list(zip(map(set, terms), operands, strict=False))
+    return any(a < b for a, mine in axes if mine in given for b, other in axes if other not in given)
 
 
 def _beyond(node: fx.Node, up: bool) -> Iterable[fx.Node]:

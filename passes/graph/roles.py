@@ -2,8 +2,9 @@
 
 Where a graph shows what surrounds a linear, the graph says it (`act24.passes.graph.flow`): what feeds or
 follows attention's products is attention, what feeds or follows an activation is a feed-forward network, what
-ends in a choice of the largest, or in a softmax over a few, is a router. A linear that is a region of its own
-shows nothing, so there the names and classes around it are asked, from the inside out.
+ends in a choice of the largest, in a softmax over a few, or as the weight of what other branches give, is a
+router, and so is what feeds that alone. A linear that is a region of its own shows nothing, so there the
+names and classes around it are asked, from the inside out.
 """
 
 from __future__ import annotations
@@ -79,12 +80,19 @@ def roles_of(
         fqn: where it stands.
         around: the model's modules by name.
     """
-    shown = roles_in_graph(graph, module)
+    paths = {
+        name: ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
+        for names in linears_in(graph, module).values()
+        for name in names
+    }
+    hints: dict[str, Role] = {
+        name: "lora" if is_adapters(name) else role_by_name(path, around) for name, path in paths.items()
+    }
+    shown = roles_in_graph(graph, module, hints=hints)
     roles: dict[str, Role] = {}
     head = head_of(around[""])
-    for name in dict.fromkeys(name for names in linears_in(graph, module).values() for name in names):
-        path = ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
-        named = role_by_name(path, around)
+    for name, path in paths.items():
+        named = hints[name]
         roles[name] = named if named == "lora" else shown.get(name, named)
         if head is not None and around.get(path) is head:
             roles[name] = "head"
@@ -140,13 +148,17 @@ def roles_beside(graph: fx.Graph, module: nn.Module) -> dict[str, Role]:
 
 
 def roles_in_graph(
-    graph: fx.Graph, module: nn.Module, beside: Mapping[fx.Node, list[str]] | None = None
+    graph: fx.Graph,
+    module: nn.Module,
+    beside: Mapping[fx.Node, list[str]] | None = None,
+    hints: Mapping[str, Role] | None = None,
 ) -> dict[str, Role]:
     """The roles that a graph shows, by the weight's name. Around a linear alone there is little to see: no
     network, which has two.
 
     Args:
         beside: what else counts as linears, each with its parameters.
+        hints: what names say: of two matrices of a router alone the graph shows that the first feeds it.
     """
     found: dict[str, Role] = {}
     calls = linears_in(graph, module) | dict(beside or {})
@@ -154,7 +166,8 @@ def roles_in_graph(
     for node, names in calls.items():
         seen, ends = flow.walk(node)
         before, sources = flow.walk(node, up=True)
-        if node in flow.routers:
+        first = node in flow.leading and all((hints or {}).get(name) == "router" for name in names)
+        if node in flow.routers or first:
             found |= dict.fromkeys(names, "router")
         elif any(n in flow.scores for n in (*seen, *before)):
             found |= dict.fromkeys(names, "attn")
@@ -176,6 +189,11 @@ def _behind(node: fx.Node, flow: Flow, roles: Mapping[str, Role]) -> list[Role |
     if not any(activates(n, flow.module) or is_product(n) for n in seen):
         return []
     return [roles.get(name) for end in ends for name in flow.linears.get(end, ())]
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter is a factor of LoRA's by its name, as a module's weight or as it is."""
+    return _LORA.search(name.removesuffix(".weight")) is not None
 
 
 def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:

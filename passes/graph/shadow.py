@@ -51,6 +51,8 @@ class Shadow:
         uncopied: what a double shares with its module because it cannot be copied, as text; or None.
         remade: the call that makes a parameter of it (`act24.passes.graph.remade`), or the empty string.
         observer: who looks; None: nobody, and the double is a module like others.
+        settings: (double, name) of the plain values that were read of modules without parts while somebody
+            looked.
     """
 
     def __init__(self, module: nn.Module, buffers: bool = False, kept: Iterable[Tensor] = ()) -> None:
@@ -61,6 +63,7 @@ class Shadow:
             kept: other tensors that the double has as they are, wherever its module holds them.
         """
         self.observer: Observer | None = None
+        self.settings = set[tuple[nn.Module, str]]()
         self.uncopied: str | None = None
         self.remade = ""
         self._classes: dict[type, type] = {}
@@ -79,8 +82,10 @@ class Shadow:
     def _empty(self, module: nn.Module) -> nn.Module:
         cls = type(module)
         if cls not in self._classes:
-            names = ("__module__", "__qualname__", "__doc__")
-            self._classes[cls] = type(cls)(cls.__name__, (_Double, cls), {n: getattr(cls, n) for n in names})
+            members: dict[str, Any] = {n: getattr(cls, n) for n in ("__module__", "__qualname__", "__doc__")}
+            if not module._modules:
+                members["__getattribute__"] = _setting
+            self._classes[cls] = type(cls)(cls.__name__, (_Double, cls), members)
         return object.__new__(self._classes[cls])
 
     def _copied(self, module: nn.Module, name: str, value: Any, memo: dict[int, Any]) -> Any:
@@ -163,6 +168,16 @@ class _Double:
     @training.setter
     def training(self, value: bool) -> None:
         vars(self)["training"] = value
+
+
+def _setting(self: Any, name: str) -> Any:
+    """An attribute of a double without parts, which is noted if it is a plain value."""
+    value = super(_Double, self).__getattribute__(name)
+    if isinstance(value, _PLAIN) and name[:2] != "__":
+        shadow = object.__getattribute__(self, "__dict__").get("_shadow")
+        if shadow is not None and shadow.observer is not None:
+            shadow.settings.add((self, name))
+    return value
 
 
 def plain_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

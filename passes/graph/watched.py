@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import PassError
+from act24.passes.graph.named import named
 from act24.passes.graph.surroundings import FOREIGN
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -177,51 +178,28 @@ def is_known(module: str) -> bool:
     return made_up or module.partition(".")[0] in FOREIGN
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What the code of functions names."""
-
-    names: frozenset[str] = frozenset()  # of globals and attributes, and strings that may be such
-    asked: frozenset[str] = frozenset()  # those that getattr or hasattr may ask for
-    constants: frozenset[Any] = frozenset()
-    dynamic: bool = False  # it makes up names
-
-    def __or__(self, other: _Named) -> _Named:
-        return _Named(
-            self.names | other.names,
-            self.asked | other.asked,
-            self.constants | other.constants,
-            self.dynamic or other.dynamic,
-        )
-
-
-@functools.lru_cache(maxsize=4096)
-def _named(code: CodeType) -> _Named:
-    flat = [c for held in code.co_consts for c in (held if isinstance(held, tuple) else (held,))]
-    constants = frozenset(c for c in flat if isinstance(c, int | str))
-    words = frozenset(c for c in constants if isinstance(c, str) and c.isidentifier())
-    asks = bool({"getattr", "hasattr"} & {*code.co_names})
-    dynamic = (asks and not words) or "__dict__" in code.co_names
-    return _Named(words.union(code.co_names), words if asks else frozenset(), constants, dynamic)
-
-
-def frozen_values(module: nn.Module, ran: Ran, closed: Iterable[str]) -> Frozen:
+def frozen_values(
+    module: nn.Module, ran: Ran, closed: Iterable[str], settings: Iterable[tuple[nn.Module, str]] = ()
+) -> Frozen:
     """What the graph of a module has in it of what its functions name.
 
     Args:
         ran: the functions.
         closed: the paths of the modules in it that stay what they are.
+        settings: (module, name of a plain value) that was read of modules in it.
     """
     search = _Search(module, ran)
     stays = tuple(f"{path}." for path in closed)
     for path, child in module.named_modules():
         if not f"{path}.".startswith(stays):
             search.opened(path, child)
+        else:  # called by the graph, which reads its settings no more
+            search.settings(path, child, [name for owner, name in settings if owner is child])
     for code, scope in ran.codes.items():
         search.globals(code, scope)
     search.closures()
-    named = search.named
-    return Frozen(tuple(search.found.values()), tuple(search.unwatched), named.names, named.dynamic)
+    said = search.named
+    return Frozen(tuple(search.found.values()), tuple(search.unwatched), said.names, said.dynamic)
 
 
 class _Search:
@@ -234,7 +212,7 @@ class _Search:
     """
 
     def __init__(self, module: nn.Module, ran: Ran) -> None:
-        self.named = functools.reduce(_Named.__or__, map(_named, ran.codes), _Named())
+        self.named = named(ran.codes)
         self.found: dict[tuple[Any, ...], Fact] = {}
         self.unwatched: dict[str, None] = {}
         self._ran, self._own = ran, {*module.modules()}
@@ -251,6 +229,12 @@ class _Search:
             self._class(
                 cls, cls, (), {*vars(module), *module._modules, *module._parameters, *module._buffers}
             )
+
+    def settings(self, path: str, module: nn.Module, names: Iterable[str]) -> None:
+        """Plain values of a module that the code around it has read."""
+        for name in names:
+            if name not in INTERNAL and isinstance(value := _taken(module, "attribute", name), PLAIN):
+                self._add(f"{path}.{name}", module, (("attribute", name),), value)
 
     def globals(self, code: CodeType, scope: dict[str, Any]) -> None:
         for name in code.co_names:
@@ -303,11 +287,23 @@ class _Search:
                 self.unwatched[text] = None
             for part in ("func", "args", "keywords"):
                 self._value(f"{text}.{part}", root, (*steps, ("attribute", part)), getattr(value, part))
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._cached(text, root, steps, value)
         elif isinstance(value, ModuleType):
             if not is_known(value.__name__):
                 self._attributes(text, root, steps, value)
         elif not isinstance(value, _SAME):
             self._object(text, root, steps, value)
+
+    def _cached(self, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
+        """What a function that is called once gives."""
+        if is_known(value.__module__ or "?"):
+            return
+        self._value(text, root, (*steps, ("attribute", "__wrapped__")), value.__wrapped__)
+        if inspect.signature(value).parameters:
+            self.unwatched[f"what {text} gives"] = None
+        elif value.cache_info().currsize:
+            self._value(f"{text}()", root, (*steps, ("call", "")), value())
 
     def _object(self, text: str, root: Any, steps: tuple[Step, ...], value: Any) -> None:
         """What a container or any other object holds, and its methods."""

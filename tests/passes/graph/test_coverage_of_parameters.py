@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from toys import features, llama
 
 from act24.passes import Cola, Lora, PassError, Weight24, plan
 
-RANKS = {"attn_rank": 4, "mlp_rank": 4}
+RANKS: dict[str, Any] = {"attn_rank": 4, "mlp_rank": 4}
 
 
 class Raw(nn.Module):
@@ -163,3 +166,72 @@ def test_a_linear_that_another_pass_has_made_factors_of_gives_that_reason() -> N
     assert "ot traced" not in str(refused.value)
     (reach,) = plan(model, [Cola(attn_rank=4, scope="attn"), Lora(targets=("*",))]).partial
     assert "factors that another pass has made" in reach.left[0][2]
+
+
+def test_what_targets_name_and_a_pass_leaves_is_less_than_promised() -> None:
+    tied: Any = llama(1)
+    own = llama(1)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    (reach,) = plan(tied, [Weight24(targets=("lm_head", "*.q_proj"), method="ste")], check=False).partial
+    assert (reach.reached, reach.total) == (32 * 32, 32 * 32 + 97 * 32)
+    assert reach.left[0][0] == "lm_head"
+    assert "tied to model.embed_tokens.weight" in reach.left[0][2]
+    for target, idle in {
+        "model.embed_tokens": "model.embed_tokens",
+        "model.norm": "model.norm",
+        "class:Embedding": "class:Embedding",
+        "re:.*(embed_tokens|k_proj)": "model.embed_tokens",
+        "*.rotary*": "",
+    }.items():
+        report = plan(own, [Weight24(targets=(target, "*.q_proj"), method="ste")], check=False)
+        (reach,) = report.partial  # of what is not there at all too
+        assert reach.idle == ((idle,) if idle else ())
+    assert "nothing is taken of model.norm: take it out of targets" in str(
+        plan(own, [Weight24(targets=("model.norm", "*.q_proj"), method="ste")], check=False)
+    )
+    for targets in (("re:.*",), ("model.*",), ("class:LlamaForCausalLM", "*.mlp"), ("*_proj", "lm_*")):
+        assert not plan(own, [Weight24(targets=targets, method="ste")], check=False).partial
+    (reach,) = plan(own, [Cola(scope="mlp", mlp_rank=4, targets=("*.mlp", "*.q_proj"))], check=False).partial
+    assert reach.idle == ("*.q_proj",)
+
+
+class Adapted(nn.Linear):
+    """As loralib has it, by F.linear or by products: its factors are parameters."""
+
+    def __init__(self, rows: int, columns: int, by_linear: bool) -> None:
+        super().__init__(columns, rows, bias=False)
+        self.weight.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(8, columns) / 8)
+        self.lora_B = nn.Parameter(torch.zeros(rows, 8))
+        self.by_linear = by_linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.by_linear:
+            return super().forward(input) + F.linear(F.linear(input, self.lora_A), self.lora_B)
+        return F.linear(input, self.weight) + (input @ self.lora_A.transpose(0, 1) @ self.lora_B.T) * 2
+
+
+@pytest.mark.parametrize("by_linear", [True, False])
+def test_adapters_that_are_parameters_are_left_alone(by_linear: bool) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = Adapted(32, 16, by_linear), Adapted(16, 32, by_linear)
+            self.last = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.last(F.gelu(self.down(F.gelu(self.up(x)))))
+
+    model = nn.Sequential(Layer(), Layer())
+    for one in (Weight24(method="ste"), Cola(**RANKS)):
+        (reach,) = plan(model, [one], check=False).coverage
+        assert (reach.reached, reach.total) == (2 * 16 * 16, 2 * (16 * 16 + 2 * 16 * 32))
+        ((names, _, why),) = [group for group in reach.left if group[1]]
+        assert (names, why.partition(":")[0]) == ("*.{up,down}", "frozen")
+        with pytest.raises(PassError) as refused:
+            plan(model, [replace(one, ignore=("*.last",))], check=False)
+        assert "0.up and 3 more: frozen" in str(refused.value)
+        assert "no linear" not in str(refused.value)
+    if by_linear:
+        (reach,) = plan(model, [Weight24(method="ste", targets=("*.lora_A",))], check=False).coverage
+        assert (reach.reached, reach.total, reach.partial) == (2 * (8 * 16 + 8 * 32),) * 2 + (False,)

@@ -18,13 +18,13 @@ Forward = Callable[[Any, Tensor], Tensor]
 
 
 class Lettered(nn.Module):
-    """Linears 16 → 16 under single letters, but `r` 16 → 4 and `w` 4 → 16, and a forward from outside."""
+    """Linears 16 → 16 under letters, but `r` and `r2` 16 → 4 and `w` 4 → 16, and a forward from outside."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
         for name in "abcdef":
             setattr(self, name, nn.Linear(16, 16))
-        self.r, self.w = nn.Linear(16, 4), nn.Linear(4, 16)
+        self.r, self.r2, self.w = nn.Linear(16, 4), nn.Linear(16, 4), nn.Linear(4, 16)
         self.run = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,10 +205,81 @@ def dispatched(m: Any, x: Tensor) -> Tensor:
     return torch.einsum("bte,bed->btd", mask * weight, outside)
 
 
-@pytest.mark.parametrize("forward", [chosen, biased, noisy, one_of_all, all_of_them, stacked, dispatched])
+def positive(m: Any, x: Tensor) -> Tensor:
+    """arXiv 2412.14711: a relu decides how many."""
+    weight = F.relu(m.r(x))
+    return network(m, x) * weight[..., :1] + m.b(F.silu(m.a(x))) * weight[..., 1].unsqueeze(-1)
+
+
+def normalised(m: Any, x: Tensor) -> Tensor:
+    weight = torch.sigmoid(m.r(x))
+    experts = torch.stack([network(m, x), m.b(F.silu(m.a(x))), x, x], -2)
+    return torch.einsum("bte,bted->btd", weight / weight.sum(-1, keepdim=True), experts)
+
+
+ROUTERS = [chosen, biased, noisy, one_of_all, all_of_them, stacked, dispatched, positive, normalised]
+
+
+@pytest.mark.parametrize("forward", ROUTERS)
 def test_routers_are_told_by_what_they_choose(forward: Forward) -> None:
     found = roles(forward)
     assert {name: found[name] for name in "rabef"} == {"r": "router", "a": "mlp", "b": "mlp", **NETWORK}
+
+
+def of_two(m: Any, x: Tensor) -> Tensor:
+    logits = m.r(F.relu(m.c(x)))
+    weight, place = logits.topk(2, -1)
+    full = torch.zeros_like(logits).scatter(-1, place, weight.softmax(-1))
+    return network(m, x) * full[..., :1] + m.b(F.silu(m.a(x))) * full[..., 1:2]
+
+
+def of_two_relus(m: Any, x: Tensor) -> Tensor:
+    weight = F.relu(m.r(torch.tanh(m.c(x))))
+    return network(m, x) * weight[..., :1] + m.b(F.silu(m.a(x))) * weight[..., 1:2]
+
+
+@pytest.mark.parametrize("forward", [of_two, of_two_relus])
+def test_the_first_matrix_of_a_router_is_one(forward: Forward) -> None:
+    found = roles(forward)
+    assert found == {"r": "router", "c": "router", "a": "mlp", "b": "mlp", **NETWORK}
+
+
+def narrow_gate(m: Any, x: Tensor) -> Tensor:
+    """A gated network as wide as a router has features."""
+    return network(m, x) + m.w(F.silu(m.r(x)) * m.r2(x))
+
+
+def narrow_halves(m: Any, x: Tensor) -> Tensor:
+    gate, up = m.r(x).chunk(2, -1)
+    return network(m, x) + m.w(torch.cat([F.relu(gate) * up, up * gate], -1))
+
+
+def bottleneck(m: Any, x: Tensor) -> Tensor:
+    """Squeezed and spread again, to weigh every feature."""
+    return network(m, x) * torch.sigmoid(m.w(F.relu(m.r(x))))
+
+
+def gated_attention(m: Any, x: Tensor) -> Tensor:
+    """A gate for each of four heads of what attention gives."""
+    mixed = F.scaled_dot_product_attention(m.a(x), m.b(x), m.c(x)).unflatten(-1, (4, 4))
+    return network(m, x + m.d((mixed * torch.sigmoid(m.r(x)).unsqueeze(-1)).flatten(-2)))
+
+
+@pytest.mark.parametrize("forward", [narrow_gate, narrow_halves, bottleneck, gated_attention])
+def test_what_does_not_only_weigh_is_no_router(forward: Forward) -> None:
+    assert "router" not in roles(forward).values()
+
+
+def test_the_relu_of_a_router_is_no_site() -> None:
+    for forward, first in ((positive, "0.r"), (of_two, "0.c")):
+        model = nn.ModuleList([Lettered(forward)])
+        with pytest.raises(PassError, match="its relu is a router's: name it in targets to take it"):
+            plan(model, [Activation24()])
+        (row,) = plan(model, [Activation24(targets=(first, "0.r"))]).rows
+        assert row.before.startswith("linear · relu")
+    beside = nn.ModuleList([Lettered(lambda m, x: of_two(m, x) + m.w(F.relu(m.r2(x))))])
+    (row,) = plan(beside, [Activation24()]).rows
+    assert row.reaches == ("0.r2.weight", "0.w.weight")
 
 
 class Gate(nn.Module):
