@@ -207,7 +207,8 @@ class Pipeline(Rewriting):
                 model takes them: a tensor, a sequence of tensors, or a mapping of keyword arguments.
                 Methods that measure a scale run a fixed number of these rows without gradients, under the
                 autocast of the caller, so a scale does not depend on how the update is split into
-                micro-batches; the others do not look at it.
+                micro-batches; the others do not look at it. Buffers and generators are put back
+                afterwards; what a forward counts in plain attributes, it counts then too.
             reduce: sums a tensor over the processes and returns it; None: there is one.
             forward: runs the rows; None: the model. For models that only a wrapper can run.
             rank: of this process, which draws apart from the others; None: there is one.
