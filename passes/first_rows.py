@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from act24.errors import Act24Error
 from act24.passes.activation24 import Activation24
 from act24.passes.rewriting import Rewriting
-from act24.passes.state import Due, new_places
+from act24.passes.state import Due, Reduce, new_places
+from act24.passes.weight24 import Weight24
 
 #: What a loop hands in to measure on: the arguments of a forward.
 Rows = Tensor | Sequence[Tensor] | Mapping[str, Any]
@@ -72,3 +74,21 @@ def call_with(forward: Callable[..., object], rows: Rows) -> object:
     if isinstance(rows, Mapping):
         return forward(**rows)
     return forward(rows) if isinstance(rows, Tensor) else forward(*rows)
+
+
+def refuse_to_guess(pipeline: Rewriting, reduce: Reduce | None, rank: int | None) -> None:
+    """Among several processes, what they have to do together is handed in: each of them alone would measure
+    a scale of its own, and all would draw the same."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several or torch.distributed.get_world_size() == 1:
+        return
+    wanted = []
+    if reduce is None and any(isinstance(p, Activation24) and p.record.scaled for p in pipeline.passes):
+        wanted.append("reduce=, which sums a tensor over the processes that train on the same weights")
+    if rank is None and any(isinstance(p, Activation24 | Weight24) and p.draws for p in pipeline.passes):
+        wanted.append("rank=, by which they draw apart")
+    if wanted:
+        raise Act24Error(
+            f"begin_update_: there are {torch.distributed.get_world_size()} processes; hand in "
+            + " and ".join(wanted)
+        )

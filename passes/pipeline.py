@@ -207,7 +207,8 @@ class Pipeline(Rewriting):
                 model takes them: a tensor, a sequence of tensors, or a mapping of keyword arguments.
                 Methods that measure a scale run a fixed number of these rows without gradients, under the
                 autocast of the caller, so a scale does not depend on how the update is split into
-                micro-batches; the others do not look at it.
+                micro-batches; the others do not look at it. Buffers and generators are put back
+                afterwards; what a forward counts in plain attributes, it counts then too.
             reduce: sums a tensor over the processes and returns it; None: there is one.
             forward: runs the rows; None: the model. For models that only a wrapper can run.
             rank: of this process, which draws apart from the others; None: there is one.
@@ -248,7 +249,8 @@ class Pipeline(Rewriting):
         the weights as they are. Afterwards all state is as before, at the same addresses.
 
         A forward in evaluation mode (`model.eval()`) has that function without this context too; with it
-        masks are made once for many forwards. Collective where parameters are sharded.
+        masks are made once for many forwards. To export or trace it, take a copy that is made here:
+        `copy.deepcopy(model)`. Collective where parameters are sharded.
 
         Args:
             without: names of operational passes to leave out, to see the same weights without 2:4.
@@ -259,7 +261,7 @@ class Pipeline(Rewriting):
             reduce: as for `begin_update_`.
         """
         made = self.updates_made if step is None else step
-        with evaluation(self, without, step, made, forward, pads, reduce):
+        with self._updates.lent(), evaluation(self, without, step, made, forward, pads, reduce):
             yield
 
     def measure_scales_(

@@ -39,7 +39,7 @@ from act24.passes.graph.kept import kept_for_backward, widths
 from act24.passes.graph.linear_sites import roles_in
 from act24.passes.graph.normal_form import is_identity, is_linear, parameter_name, replace_node
 from act24.passes.graph.region import Factor, Region
-from act24.passes.graph.writes import buffer_writes
+from act24.passes.graph.writes import also_writes, buffer_writes
 from act24.sparse24.feed_forward.operation import activation24
 from act24.words import counted
 
@@ -103,6 +103,9 @@ class Recompute(OperationalPass):
                 return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ: {todo}"),))
         if read := _read_buffers(region):
             return Plan(misses=(("", f"forward writes into {read}, which it also reads: {_OTHERWISE}"),))
+        if name := _renewed(region):
+            reason = f"a second call of {name} would write into its arguments again: leave it out with ignore"
+            return Plan(misses=(("", reason),))
         opened = region.copy()
         _open_modules(opened)
         if not any(map(_is_repeated, _by_level(_levels(opened)))):
@@ -216,6 +219,12 @@ def _open_function(graph: fx.Graph, node: fx.Node, module: nn.Module) -> fx.Node
         opened = graph.graph_copy(body, {given: node.all_input_nodes[0]})
     assert isinstance(opened, fx.Node)
     return opened
+
+
+def _renewed(region: Region) -> str:
+    """A function that the graph calls and that writes into its arguments."""
+    beside = buffer_writes(region.graph, region.module)
+    return next((node.name for node in region.graph.nodes if node not in beside and also_writes(node)), "")
 
 
 def _read_buffers(region: Region) -> str:

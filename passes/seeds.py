@@ -3,6 +3,9 @@
 A seed lies in a buffer, which the graph reads, and a backward reads it again. So seeds change in place from
 one micro-batch to the next only if the backward of the former is behind; where forwards overlap, as two
 losses that are added up, the next one's seeds are tensors of their own.
+
+A module that one forward calls several times draws the same in each call: its graph reads one buffer, and a
+backward reads it again.
 """
 
 from __future__ import annotations

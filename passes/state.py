@@ -29,6 +29,7 @@ from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.linear_sites import LinearSite
 from act24.passes.graph.normal_form import nodes_of, parameter_name
 from act24.passes.graph.region import RegionModule, buffers_of, joined
+from act24.passes.graph.restored import restored
 from act24.passes.left_out import check_left_out, left_out
 from act24.passes.rewriting import Rewriting
 from act24.passes.weight24 import Weight24, stored_mask
@@ -83,9 +84,9 @@ def calibrate_(
     for buffer in sums.values():
         buffer.zero_()
     measuring = [ActivationCalibration(of=one.of, places=one.places) for one in due]
-    # Other sites run as in evaluation, which draws nothing: seeds are those of the micro-batch before, and a
-    # run that resumes has none yet.
-    with torch.no_grad(), pipeline.lowered([*as_evaluated(pipeline.active), *measuring]):
+    # Other sites run as in evaluation, which draws nothing: a run that resumes has no seeds yet.
+    lowered = pipeline.lowered([*as_evaluated(pipeline.active), *measuring])
+    with torch.no_grad(), lowered, restored(pipeline.model, pipeline.regions):
         forward()
     table = (reduce or _alone)(torch.stack(list(sums.values())))
     measured = scale_from_sums(table[:, -2:])

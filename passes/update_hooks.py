@@ -35,6 +35,9 @@ class Watcher(Protocol):
     def after_forward(self, module: nn.Module, output: object) -> None:
         """It has ended, also by an error; then there is no output."""
 
+    def before_export(self) -> None:
+        """The model's graph is exported without a forward."""
+
     def settle(self) -> None:
         """State is to be read: it has to be what it is between forwards."""
 
@@ -139,8 +142,8 @@ _PART = (
 
 #: Why nothing that has to be one graph goes through a hook.
 _HIDDEN = (
-    "masks, scales and seeds are renewed beside the graph: torch.export with strict=False inside `with "
-    "pipeline.evaluation():`, torch.compile without fullgraph=True"
+    "masks, scales and seeds are renewed beside the graph: torch.export of copy.deepcopy(model), made inside "
+    "`with pipeline.evaluation():`, torch.compile without fullgraph=True"
 )
 
 
@@ -149,8 +152,20 @@ def refuse_to_export() -> None:
     if torch.compiler.is_exporting():
         raise Act24Error(
             "torch.export of a model whose masks, scales or seeds are renewed beside its forward: call "
-            "model.eval() and export inside `with pipeline.evaluation():`, where they are those of the "
-            "weights as they are"
+            "model.eval(), and export copy.deepcopy(model), made inside `with pipeline.evaluation():`, which "
+            "has those of the weights as they are"
+        )
+
+
+def refuse_to_record() -> None:
+    """To be called where a forward reads state that is only lent: a program would hold the model's tensors,
+    which have other values later."""
+    traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
+    if torch.compiler.is_exporting() or torch._C._is_tracing() or traced:
+        raise Act24Error(
+            "this program would hold the model's own masks and scales, which are those of its weights only "
+            "inside `with pipeline.evaluation():`: export or trace a copy that is made there, "
+            "copy.deepcopy(model)"
         )
 
 
@@ -185,6 +200,9 @@ class _Before(_Hook):
 
     def as_served(self) -> AbstractContextManager[None] | None:
         return self.watcher.as_served()
+
+    def before_export(self) -> None:
+        self.watcher.before_export()
 
 
 class _Harmless(_Hook):

@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 
 from act24.errors import Act24Error
 from act24.operation import in_functorch
-from act24.passes.activation24 import SCALE, Activation24
+from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.changed_weights import Replaced, Unchanged
-from act24.passes.first_rows import Rows, call_with, first_rows, measured_at
+from act24.passes.first_rows import Rows, call_with, first_rows, measured_at, refuse_to_guess
 from act24.passes.forwards import Forward, Forwards, Kind
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.region import buffers_of
@@ -54,6 +54,7 @@ from act24.passes.update_hooks import (
     forget_orphans_,
     parameters_of,
     refuse_to_export,
+    refuse_to_record,
     takes_attention_mask,
     watch_forwards_,
     watch_optimizers_,
@@ -73,7 +74,7 @@ class Updates:
         self._begun = False
         self._stepped = False  # an optimizer, since the model was lowered for a step
         self._lowered_for = pipeline.step
-        self._held = False
+        self._held = self._lent = False
         self.serves = False  # what was read is lowered and renewed to be served, and trained no further
         #: Updates already made, where somebody has said so and none was begun since.
         self.made = pipeline.step or None
@@ -208,7 +209,7 @@ class Updates:
         self.settle()
         self.serves = False
         pipeline = self.pipeline
-        _refuse_to_guess(pipeline, reduce, rank)
+        refuse_to_guess(pipeline, reduce, rank)
         pipeline.lower_(step, without)
         for p in pipeline.active:
             if isinstance(p, Weight24):
@@ -256,6 +257,15 @@ class Updates:
             self._held = before
 
     @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Masks and scales are those of evaluation, in the tensors of the update's."""
+        before, self._lent = self._lent, True
+        try:
+            yield
+        finally:
+            self._lent = before
+
+    @contextmanager
     def _as_served(self, cache: Any) -> Iterator[None]:
         """`Pipeline.evaluation` for one forward."""
         served = Rewriting.lowered(self.pipeline, as_evaluated(self.pipeline.active))
@@ -267,6 +277,7 @@ class Updates:
             this, outer = self._forwards.begin(module)
             if outer is None:
                 self._read_attention_mask(kwargs.get("attention_mask"))
+            self._refuse_to_record()
             if self._held or _in_backward():
                 return
             kind = "served" if not module.training else "trains" if torch.is_grad_enabled() else "runs"
@@ -277,6 +288,15 @@ class Updates:
                 if kind == "trains":
                     self._begin_micro_batch()
                 this.kind = kind  # not before: of what was refused there is no backward
+
+    def before_export(self) -> None:
+        self._refuse_to_record()
+        if self.as_served() is not None:
+            refuse_to_export()
+
+    def _refuse_to_record(self) -> None:
+        if self._lent and not self.serves and any(p.renews for p in self.pipeline.active):
+            refuse_to_record()
 
     def _serve(self, this: Forward, cache: Any) -> None:
         """The first of several forwards in evaluation mode, within each other or in threads, exchanges what
@@ -405,24 +425,6 @@ class Updates:
         if not self.renews and self._waiting() is None:
             return None
         return "" if self._held else COPIED
-
-
-def _refuse_to_guess(pipeline: Rewriting, reduce: Reduce | None, rank: int | None) -> None:
-    """Among several processes, what they have to do together is handed in: each of them alone would measure
-    a scale of its own, and all would draw the same."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several or torch.distributed.get_world_size() == 1:
-        return
-    wanted = []
-    if reduce is None and any(isinstance(p, Activation24) and p.record.scaled for p in pipeline.passes):
-        wanted.append("reduce=, which sums a tensor over the processes that train on the same weights")
-    if rank is None and any(isinstance(p, Activation24 | Weight24) and p.draws for p in pipeline.passes):
-        wanted.append("rank=, by which they draw apart")
-    if wanted:
-        raise Act24Error(
-            f"begin_update_: there are {torch.distributed.get_world_size()} processes; hand in "
-            + " and ".join(wanted)
-        )
 
 
 def updates_of(model: nn.Module) -> Updates | None:

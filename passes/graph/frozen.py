@@ -191,6 +191,23 @@ class Remains(nn.Module):
         vars(self)["_lists"] = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
+class Interpreted(fx.GraphModule):
+    """A graph module that says so where torch.export, of which it is the model, runs its graph: it calls no
+    hook then."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        if torch.compiler.is_exporting():
+            for hook in self._forward_pre_hooks.values():
+                if hasattr(hook, "before_export"):
+                    hook.before_export()
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        fx.GraphModule.graph.__set__(self, graph)
+
+
 class _Parameters(dict[str, nn.Parameter | None]):
     """Those of what remains of a module: taken away by their names as attributes, or not at all."""
 

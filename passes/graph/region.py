@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import SIZES, Inside, Remains, as_copied, remember, standing
+from act24.passes.graph.frozen import SIZES, Inside, Interpreted, Remains, as_copied, remember, standing
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
@@ -228,7 +228,7 @@ class Region:
         self.buffers[name] = BufferSpec(shape, dtype, persistent, initial, kind, of)
 
 
-class RegionModule(Remains, fx.GraphModule):
+class RegionModule(Remains, Interpreted):
     """The graph module that stands where a region was traced.
 
     Regions with equal code share one class (`share_class`), so that torch.compile sees one function and

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 from act24.passes.graph.normal_form import is_adapter
 from act24.passes.graph.proxies import AUGMENTED, OWN, Unclean
@@ -51,6 +53,9 @@ _FRESH_MODULES = {
 _FACTS = {"shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "is_cuda", "is_meta"}
 _FACTS |= {"requires_grad", "names"}
 _COUNTS = {"size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_floating_point"}
+
+#: What normalisations call it that statistics are those of the batch, and running ones are renewed.
+_RENEWS = ("training", "train", "use_input_stats")
 
 _INSTEAD = "make a new value, h = h + y and not h += y"
 
@@ -103,6 +108,34 @@ def buffer_writes(graph: fx.Graph, module: nn.Module) -> set[fx.Node]:
         if root.op == "get_attr"
     }
     return {node for root in roots for node in shares.overlapping(root)}
+
+
+def also_writes(node: fx.Node) -> bool:
+    """Whether a function that gives a value of its own also writes into what it is given: running statistics,
+    the rows of an embedding above `max_norm`, or whatever an operator's schema says."""
+    if node.op != "call_function":
+        return False
+    schema, named = _schema(node.target), dict[str, Any]()
+    try:
+        parameters = {} if schema else inspect.signature(node.target).parameters  # type: ignore[arg-type]
+        named = {name: p.default for name, p in parameters.items()}
+    except (TypeError, ValueError):  # of torch's C++ side
+        schema = _schema(getattr(torch.ops.aten, _name(node), None))
+    if schema is not None:
+        if any(a.alias_info and a.alias_info.is_write for a in schema.arguments):
+            return True
+        named = {argument.name: argument.default_value for argument in schema.arguments}
+    named |= {**dict(zip(named, node.args, strict=False)), **node.kwargs}
+    renews = all(named.get(flag, True) is not False for flag in _RENEWS)
+    running = any(isinstance(value, fx.Node) and name.startswith("running_") for name, value in named.items())
+    return (running and renews) or (named.get("max_norm") is not None and "weight" in named)
+
+
+def _schema(function: Any) -> Any:
+    """That of an operator of torch; None: it is none."""
+    if isinstance(function, OpOverloadPacket):
+        function = getattr(function, function.overloads()[0])
+    return function._schema if isinstance(function, OpOverload) else None
 
 
 def written(node: fx.Node, module: nn.Module) -> fx.Node | None:
@@ -279,4 +312,7 @@ def _package(function: Any) -> str:
 
 
 def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(node.target, str):
+        return node.target
+    name = getattr(node.target, "__name__", "")
+    return name.partition(".")[0] if isinstance(node.target, OpOverload) else name

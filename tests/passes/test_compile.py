@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from slow import slow_after, slow_but
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.fx.experimental.proxy_tensor import make_fx
 from toys import Relu2MLP, SwiGLU, Trunk, features, llama, tokens
 
 from act24.errors import Act24Error
@@ -193,14 +194,42 @@ def test_what_is_renewed_beside_a_forward_is_not_exported_with_it(training: bool
     model, x = Trunk(SwiGLU).eval(), features(2, 8, 16)
     pipeline = apply_(model, [Weight24()])
     expected = model(x)
-    with pytest.raises(Act24Error, match=r"export inside `with pipeline\.evaluation\(\):`"):
+    copied = r"copy\.deepcopy\(model\), made inside `with pipeline\.evaluation\(\):`"
+    with pytest.raises(Act24Error, match=copied):
         torch.export.export(model.train(training), (x,), strict=False)
-    with pytest.raises(Exception, match=r"strict=False inside `with pipeline\.evaluation\(\):`"):
+    with pytest.raises(Exception, match=copied):
         torch.export.export(model, (x,), strict=True)
     model.eval()
     assert torch.equal(model(x), expected)
     if not training:
         with pipeline.evaluation():
-            program = torch.export.export(model, (x,), strict=False)
+            program = torch.export.export(copy.deepcopy(model), (x,), strict=False)
         assert not any("argmax" in str(node.target) for node in program.graph.nodes)
         assert torch.equal(program.module()(x), expected)
+
+
+def test_a_program_holds_masks_that_nobody_changes() -> None:
+    """Those of a live model are the last update's again, once the context is left."""
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).eval(), features(4, 16)
+    pipeline = apply_(model, [Weight24()])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+        expected = model(x)
+    ways: dict[str, Callable[[nn.Module], Any]] = {
+        "export": lambda m: torch.export.export(m, (x,)).module(),
+        "trace": lambda m: torch.jit.trace(m, (x,), check_trace=False),
+        "make_fx": lambda m: make_fx(m)(x),
+    }
+    with pytest.raises(Act24Error, match="made inside"):  # it runs the graph itself, without hooks
+        ways["export"](model)
+    for name, way in ways.items():
+        with pipeline.evaluation(), torch.no_grad():
+            with pytest.raises(Act24Error, match="trace a copy that is made there"):
+                way(model)
+            program = way(copy.deepcopy(model))
+            with pipeline.evaluation(without=["weight24"]):
+                assert torch.equal(model(x), way(model)(x))
+        pipeline.begin_update_(0)
+        assert torch.equal(program(x), expected), name
+        assert torch.equal(model(x), expected), name

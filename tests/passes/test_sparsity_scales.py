@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from rewritten_llama import IDS, llama, rewritten, scales
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import Relu2MLP, Trunk, features
 
 from act24.llama import LlamaForCausalLM
 from act24.passes import Activation24, ActivationStatistics, Cola, LowRank, Relu2FFN, Weight24, apply_
@@ -193,3 +195,30 @@ def test_calibration_sums_of_nothing_leave_the_scale() -> None:
     pipeline.begin_update_(2, IDS)
     assert scales(model) == [1.25, 1.25]
     assert calibration_sums(torch.zeros(4, 8), None, "activation", 4, "relu2").tolist() == [0.0] * 6
+
+
+def test_measuring_leaves_buffers_and_generators_as_they_were() -> None:
+    """As if it had not run: what the update's own forwards write and draw is what they do without it."""
+
+    class Counting(Trunk):
+        def __init__(self) -> None:
+            super().__init__(lambda: Relu2MLP(dropout=0.5))
+            self.norm = nn.BatchNorm1d(16)
+            self.register_buffer("last", torch.zeros(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x.mean(0)
+            return super().forward(self.norm(F.dropout(x)))
+
+    model, x = Counting(), features(6, 16)
+    pipeline = apply_(model, [Activation24(method="soft_dynamic")], probe=x)
+    kept = {name: b for name, b in model.named_buffers() if name.startswith(("norm", "last"))}
+    before = {name: b.clone() for name, b in kept.items()}
+    state = torch.get_rng_state()
+    assert pipeline.begin_update_(0, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, buffer in kept.items():
+        assert torch.equal(buffer, before[name]), name
+        assert model.get_buffer(name) is buffer, "CUDA graphs read it there"
+    model(x)
+    assert model.norm.num_batches_tracked == 1
