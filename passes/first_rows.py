@@ -1,4 +1,4 @@
-"""The rows of an update on which its scales are measured."""
+"""The scales that an update measures, and the rows that it measures them on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,34 @@ from typing import Any
 from torch import Tensor
 
 from act24.errors import Act24Error
-from act24.passes.state import Due
+from act24.passes.activation24 import Activation24
+from act24.passes.rewriting import Rewriting
+from act24.passes.state import Due, new_places
 
 #: What a loop hands in to measure on: the arguments of a forward.
 Rows = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
 #: Token rows that run for each one that is measured: neighbours in a text say much the same.
 _RUN_FOR_ONE = 16
+
+
+def measured_at(pipeline: Rewriting, step: int) -> list[Due]:
+    """The scales that are due once `step` updates are made: those of a pass, or of what another has left to
+    it."""
+    found, in_force = [], pipeline.in_force(step)
+    for p in in_force:
+        if isinstance(p, Activation24) and p.soft:
+            if p.calibrates(step):
+                found.append(Due(p))
+            elif new := new_places(pipeline, p, step, in_force):
+                found.append(Due(p, frozenset(new)))
+    return found
+
+
+def first_measured_at(pipeline: Rewriting, step: int) -> list[Due]:
+    """Those of `measured_at` that no update has measured before."""
+    in_force = pipeline.in_force(step)
+    return [one for one in measured_at(pipeline, step) if new_places(pipeline, one.of, step, in_force)]
 
 
 def first_rows(batch: Rows, due: Sequence[Due]) -> Rows:

@@ -22,6 +22,7 @@ from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
 from act24.passes.state import Reduce, Replayed, evaluation, set_pads_
 from act24.passes.stock_form import as_multiplied, without_operational_state
+from act24.passes.update_hooks import trunks_of
 from act24.passes.updates import Updates, updates_of
 
 
@@ -110,6 +111,8 @@ class Pipeline(Rewriting):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = super().__deepcopy__(memo)
         twin._updates = self._updates.of_copy(twin)
+        if twin.modules:
+            twin._watch_facts()
         return twin
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
@@ -129,7 +132,12 @@ class Pipeline(Rewriting):
         stock = dict(self.model.named_parameters())
         super().commit_(measured)
         self._updates.watch_(stock)
-        watch_(self.model, self.facts)
+        self._watch_facts()
+
+    def _watch_facts(self) -> None:
+        """At the model's calls, and at those of the module that calls the regions, as who takes hidden states
+        does."""
+        watch_({self.model, *trunks_of(self.model, list(self.regions))}, self.facts)
 
     @property
     def updates_made(self) -> int | None:

@@ -144,7 +144,8 @@ class Rewriting(Planned):
                     here = {site.base.name(n): new[n] for n in creation.names if n in site.base.parameters}
                     made.setdefault(site.traced.fqn or "the model", {}).update(here)
         same = not self._active and not any(site.claims for site in self._sites)
-        self._check.rewritten(self._model, regions, made, replaced, same)
+        stock = {module: site.traced.module for site, module in built}
+        self._check.rewritten(self._model, regions, made, replaced, stock, same)
         self.report = replace(self.report, checked=str(self._check))
 
     def lower_(self, step: int, without: Sequence[str] = ()) -> bool:

@@ -63,6 +63,10 @@ class Seeds:
         self._own: list[Tensor] = []
         self._pending: list[weakref.ref[_Pending]] = []
 
+    def __bool__(self) -> bool:
+        """Whether forwards of this update draw."""
+        return bool(self._slots)
+
     def begin_(self, step: int, rank: int) -> None:
         """Seeds of an update."""
         self._slots = [slot for *_, slot in _places(self._pipeline)]

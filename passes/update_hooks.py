@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
 
 from act24.errors import Act24Error
 from act24.passes.graph.frozen import Remains
+from act24.passes.graph.region import RegionModule
 from act24.passes.graph.roles import head_of
 
 
@@ -48,12 +49,9 @@ class Watcher(Protocol):
 
 
 def watch_forwards_(model: nn.Module, regions: Sequence[str], watcher: Watcher) -> None:
-    """Hook the module that calls the regions, outside of them. Where the head is one of them, that which
-    calls the others too: a loss may read hidden states and multiply with the head's weight itself."""
+    """Hook the modules that call the regions (`trunks_of`)."""
     _Before.hide()
-    head = head_of(model)
-    others = [fqn for fqn in regions if model.get_submodule(fqn) is not head]
-    trunks = dict.fromkeys((_trunk(model, regions), _trunk(model, others)))
+    trunks = trunks_of(model, regions)
     for trunk in trunks:
         trunk.register_forward_pre_hook(_Before(watcher), with_kwargs=True)
         trunk.register_forward_hook(_After(watcher), always_call=True)
@@ -108,9 +106,15 @@ def watcher_of(model: nn.Module) -> Watcher | None:
     return next((hook.watcher for hook in hooks if isinstance(hook, _Before)), None)
 
 
-def forget_orphans_(model: nn.Module) -> None:
-    """Take the hooks from a copy that stand there in the place of a watcher's: it has one of its own."""
+def forget_orphans_(model: nn.Module, regions: Collection[nn.Module]) -> None:
+    """Take the hooks from a copy that stand there in the place of a watcher's: it has one of its own.
+
+    Args:
+        regions: that it watches; others are copies that were put there.
+    """
     for module in model.modules():
+        if isinstance(module, RegionModule) and module not in regions:
+            continue
         for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Orphan | _Nothing)]:
                 del hooks[key]
@@ -127,7 +131,11 @@ _UNTRAINED = (
     "to train it, copy both, copy.deepcopy((model, pipeline)), or apply the same passes to a stock model and "
     "load_state_dict()"
 )
-
+_PART = (
+    "this block is a copy, and no pipeline renews its masks, scales and seeds and knows its steps: give the "
+    "stock model all its blocks, apply the same passes and load_state_dict(); to evaluate it alone, copy it "
+    "inside `with pipeline.evaluation():`"
+)
 
 #: Why nothing that has to be one graph goes through a hook.
 _HIDDEN = (
@@ -200,6 +208,11 @@ class _Reads(_Harmless):
     def __call__(self, *_: Any) -> None:
         self.watcher.settle()
 
+    def of_copy(self) -> _Orphan | None:
+        """What a copy of the region has: it may be put where no copy of the model is around it."""
+        why = self.watcher.copied()
+        return None if why is None else _Orphan(why and _PART, _PART)
+
 
 class _Nothing:
     def __call__(self, *_: Any) -> None:
@@ -209,14 +222,22 @@ class _Nothing:
 class _Orphan:
     """Refuses what a copy of a model cannot do."""
 
-    def __init__(self, why: str) -> None:
-        self._why = why
+    def __init__(self, why: str, untrained: str = _UNTRAINED) -> None:
+        self._why, self._untrained = why, untrained
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            raise Act24Error(_UNTRAINED)
+            raise Act24Error(self._untrained)
         if self._why and not module.training:
             raise Act24Error(self._why)
+
+
+def trunks_of(model: nn.Module, regions: Sequence[str]) -> tuple[nn.Module, ...]:
+    """The module that calls the regions, outside of them. Where the head is one of them, that which calls
+    the others too: a loss may read hidden states and multiply with the head's weight itself."""
+    head = head_of(model)
+    others = [fqn for fqn in regions if model.get_submodule(fqn) is not head]
+    return tuple(dict.fromkeys((_trunk(model, regions), _trunk(model, others))))
 
 
 def _trunk(model: nn.Module, regions: Sequence[str]) -> nn.Module:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,14 +28,14 @@ from act24.operation import in_functorch
 from act24.passes.activation24 import SCALE, Activation24
 from act24.passes.base import OperationalPass, Pass
 from act24.passes.changed_weights import Replaced, Unchanged
-from act24.passes.first_rows import Rows, call_with, first_rows
+from act24.passes.first_rows import Rows, call_with, first_rows, measured_at
+from act24.passes.forwards import Forward, Forwards, Kind
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.region import buffers_of
 from act24.passes.read_weights import ReadWeights
 from act24.passes.rewriting import Rewriting
 from act24.passes.seeds import Seeds
 from act24.passes.state import (
-    Due,
     Reduce,
     Replayed,
     SparseWeight,
@@ -82,8 +82,7 @@ class Updates:
         self._seeds = Seeds(pipeline)
         self._unchanged: Unchanged | None = None  # the weights, since the update began
         self._replaced = Replaced(pipeline.model, {})
-        self._entered: ExitStack | None = None  # by a forward in evaluation mode
-        self._running: nn.Module | None = None  # whose forward this is, of modules within each other
+        self._forwards = Forwards()
         self._masked = False  # the padding is that of an attention mask
         self._decaying: dict[int, tuple[SparseWeight, float]] = {}  # in whose gradient decay is, by id
         self._decayed: set[int] = set()  # parameters, by id, whose gradient of this update has its decay
@@ -112,7 +111,7 @@ class Updates:
         twin._begun, twin._last, twin.made = self._begun, self._last, self.made
         twin._lowered_for, twin._stepped = self._lowered_for, self._stepped
         if pipeline.modules:
-            forget_orphans_(pipeline.model)
+            forget_orphans_(pipeline.model, {*pipeline.modules})
             twin.watch_({})
         return twin
 
@@ -259,44 +258,68 @@ class Updates:
     @contextmanager
     def _as_served(self, cache: Any) -> Iterator[None]:
         """`Pipeline.evaluation` for one forward."""
-        with self.pipeline.lowered(as_evaluated(self.pipeline.active)), self._read.in_place(self.made, cache):
+        served = Rewriting.lowered(self.pipeline, as_evaluated(self.pipeline.active))
+        with served, self._read.in_place(self.made, cache):
             yield
 
     def before_forward(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        if self._running is not None and self._running is not module:
-            return
-        self._read_attention_mask(kwargs.get("attention_mask"))
-        if self._held or _in_backward():
-            return
-        self.settle()
-        if not module.training:
-            if any(isinstance(p, Weight24) for p in self.pipeline.active):
-                refuse_to_export()
-            entered = ExitStack()
-            entered.enter_context(self._as_served(kwargs.get("past_key_values")))
-            self._entered = entered
-        elif torch.is_grad_enabled():
-            renewing, waiting = [p for p in self.pipeline.passes if self._trains(p)], self._waiting()
-            if renewing or waiting is not None:
-                refuse_to_export()
-            if renewing and not self._begun:
-                raise Act24Error(
-                    f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
-                    "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
-                )
-            if waiting is not None and self._stepped:
-                raise Act24Error(
-                    f"{waiting.name} comes and goes at steps, and nobody has said that step "
-                    f"{self._lowered_for} is over: call pipeline.begin_update_(step, batch=…) before the "
-                    "first forward of every update"
-                )
-            if waiting is not None and self._last == self._lowered_for:
-                renewing.append(waiting)
-            if renewing:
-                self._refuse_other_weights(renewing[0])
-            self._refuse_scaled_gradients()
-            self._seeds.next_()
-        self._running = module  # not before: what is entered settles first
+        with self._forwards.lock:
+            this, outer = self._forwards.begin(module)
+            if outer is None:
+                self._read_attention_mask(kwargs.get("attention_mask"))
+            if self._held or _in_backward():
+                return
+            kind = "served" if not module.training else "trains" if torch.is_grad_enabled() else "runs"
+            if kind == "served":
+                self._serve(this, kwargs.get("past_key_values"))
+            elif outer is None:
+                self._refuse_threads(kind)
+                if kind == "trains":
+                    self._begin_micro_batch()
+                this.kind = kind  # not before: of what was refused there is no backward
+
+    def _serve(self, this: Forward, cache: Any) -> None:
+        """The first of several forwards in evaluation mode, within each other or in threads, exchanges what
+        they read, and the last one puts it back."""
+        if any(isinstance(p, Weight24) for p in self.pipeline.active):
+            refuse_to_export()
+        self._refuse_threads("served")
+        self._forwards.serve(self._as_served(cache))
+        this.kind = "served"
+
+    def _refuse_threads(self, kind: Kind) -> None:
+        """Threads share the model's state, which one of them would change under the others."""
+        elsewhere = self._forwards.elsewhere()
+        mixed = elsewhere and (kind == "served") != ("served" in elsewhere)
+        if mixed or ("trains" in elsewhere and self._seeds):
+            raise Act24Error(
+                "two threads run this model at once, one of them in training mode: masks and seeds are the "
+                "model's, not a thread's. Let them wait for each other, or give each a copy, "
+                "copy.deepcopy((model, pipeline))"
+            )
+
+    def _begin_micro_batch(self) -> None:
+        """A forward that is trained on, in no other."""
+        renewing, waiting = [p for p in self.pipeline.passes if self._trains(p)], self._waiting()
+        if renewing or waiting is not None:
+            refuse_to_export()
+        if renewing and not self._begun:
+            raise Act24Error(
+                f"{renewing[0].name} trains on masks, scales or seeds of an update that nobody began: "
+                "call pipeline.begin_update_(step, batch=…) before the first forward of every update"
+            )
+        if waiting is not None and self._stepped:
+            raise Act24Error(
+                f"{waiting.name} comes and goes at steps, and nobody has said that step "
+                f"{self._lowered_for} is over: call pipeline.begin_update_(step, batch=…) before the "
+                "first forward of every update"
+            )
+        if waiting is not None and self._last == self._lowered_for:
+            renewing.append(waiting)
+        if renewing:
+            self._refuse_other_weights(renewing[0])
+        self._refuse_scaled_gradients()
+        self._seeds.next_()
 
     def _refuse_other_weights(self, p: Pass) -> None:
         """An update that no optimizer made ends none here."""
@@ -341,19 +364,20 @@ class Updates:
         return isinstance(p, OperationalPass) and p.renews and (p in active or p.in_evaluation() in active)
 
     def after_forward(self, module: nn.Module, output: object) -> None:
-        if module is not self._running:
-            return
-        if module.training and torch.is_grad_enabled():
-            self._seeds.forwarded(output)
-        self.settle()
+        with self._forwards.lock:
+            this = self._forwards.end(module)
+            if this is not None and this.kind == "trains":
+                self._seeds.forwarded(output)
 
     def settle(self) -> None:
         """What a forward in evaluation mode exchanged is put back. Also where the next thing begins, and
-        before state is read: PyTorch calls no hooks behind a forward that Ctrl-C ended."""
-        self._running = None
-        if self._entered is not None:
-            self._entered.close()
-            self._entered = None
+        before state is read: PyTorch calls no hooks behind a forward that Ctrl-C ended.
+
+        Raises:
+            Act24Error: such a forward has not ended.
+        """
+        with self._forwards.lock:
+            self._forwards.settle()
 
     def _read_attention_mask(self, mask: object) -> None:
         """Padding as `transformers` marks it, `[B, S]` with zeros."""
@@ -405,25 +429,6 @@ def updates_of(model: nn.Module) -> Updates | None:
     """Who watches a model; None where no call an update is owed, and for a copy."""
     found = watcher_of(model)
     return found if isinstance(found, Updates) and found.owed else None
-
-
-def measured_at(pipeline: Rewriting, step: int) -> list[Due]:
-    """The scales that are due once `step` updates are made: those of a pass, or of what another has left to
-    it."""
-    found, in_force = [], pipeline.in_force(step)
-    for p in in_force:
-        if isinstance(p, Activation24) and p.soft:
-            if p.calibrates(step):
-                found.append(Due(p))
-            elif new := new_places(pipeline, p, step, in_force):
-                found.append(Due(p, frozenset(new)))
-    return found
-
-
-def first_measured_at(pipeline: Rewriting, step: int) -> list[Due]:
-    """Those of `measured_at` that no update has measured before."""
-    in_force = pipeline.in_force(step)
-    return [one for one in measured_at(pipeline, step) if new_places(pipeline, one.of, step, in_force)]
 
 
 def _in_backward() -> bool:

@@ -23,6 +23,7 @@ DOORS = ("act24/__init__.py", "act24/__main__.py", "act24/run_c4.py")
 BINDING = "act24/sparse24/format/cusparselt.py"
 TRACER = "passes/graph/tracer.py"
 SURROUNDINGS = "passes/graph/surroundings.py"
+FORWARDS = "passes/forwards.py"
 
 #: What touches files, the network, processes or the terminal; in the core and the passes these have no place.
 WORLD = """
@@ -149,6 +150,8 @@ def test_core_and_passes_import_nothing_of_the_world():
                 continue
             if source == SURROUNDINGS and head in ("sys", "random"):
                 continue  # tracing sees what a forward calls, and takes back what it draws
+            if source == FORWARDS and head in ("sys", "threading"):
+                continue  # which forward runs on whose stack
             known = head in ("act24", "torch", "triton") or head in sys.stdlib_module_names
             process_groups = module.startswith(("torch.distributed", "torch.multiprocessing"))
             if not known or head in WORLD or (process_groups and module != "torch.distributed.tensor"):

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 
 from act24.errors import PassError
 from act24.fp8.linear import linear_fp8
-from act24.passes.graph.flow import PRODUCTS, mixing_products
+from act24.passes.graph.flow import PRODUCTS, mixing_products, of_inputs
+from act24.passes.graph.last_dimension import keeps_last, meets_features
 from act24.passes.graph.normal_form import (
     common_path,
     is_adapter,
@@ -48,9 +49,6 @@ OF_ATTENTION = "its relu is of what attention multiplies, and no network's: leav
 
 #: Why the relu of a router is left alone.
 OF_ROUTER = "its relu is a router's: name it in targets to take it"
-
-#: What puts dimensions in another order, by name.
-_MOVES = ("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH")
 
 _FUNCTIONS: dict[object, Function] = {relu2: "relu2", F.relu: "relu"}
 
@@ -227,13 +225,14 @@ def pads_node(region: Region) -> fx.Node:
 def obstacle(region: Region, node: fx.Node) -> str:
     """Why an activation is no site, or the empty string: its last dimension has to be a linear's features.
     So no convolution and no product of attention's comes first on either side, and on one a linear."""
-    mixing, reached = mixing_products(region.graph), False
+    mixing, made, reached = mixing_products(region.graph), of_inputs(region.graph), False
+    widths = {width for n in region.graph.nodes for width in _widths(region, n)}
     for up in (True, False):
         frontier, seen = [(node, True)], {(node, True)}
         while frontier:
             current, straight = frontier.pop()
             for other in current.all_input_nodes if up else current.users:
-                step = (other, straight and not _moves_dimensions(other))
+                step = (other, straight and keeps_last(other, region.module, widths))
                 if step in seen or other.op in ("placeholder", "get_attr", "output"):
                     continue
                 if _is_convolution(region, other):
@@ -241,16 +240,12 @@ def obstacle(region: Region, node: fx.Node) -> str:
                 if other in mixing:
                     return OF_ATTENTION
                 seen.add(step)
-                if _reads_weight(region, other):
-                    reached |= straight
+                turned = other.target in PRODUCTS and made.issuperset(other.all_input_nodes)
+                if not turned and _reads_weight(region, other):
+                    reached |= straight and meets_features(other, None if up else current, made)
                 else:
                     frontier.append(step)
     return "" if reached else "its relu stands at no linear whose features it has: leave it"
-
-
-def _moves_dimensions(node: fx.Node) -> bool:
-    name = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
-    return name in _MOVES
 
 
 def _reads_weight(region: Region, node: fx.Node) -> bool:
@@ -307,6 +302,11 @@ def _adapted(region: Region, node: fx.Node) -> int | None:
         return None
     module: Any = region.module.get_submodule(str(node.target))
     return module.out_features if is_adapter(module) else None
+
+
+def _widths(region: Region, node: fx.Node) -> list[int]:
+    sides = [_features(region, node, side) for side in (0, 1)] if is_call(node, F.linear) else []
+    return [side for side in sides if side is not None]
 
 
 def _features(region: Region, linear: fx.Node, dimension: int) -> int | None:

@@ -4,27 +4,27 @@ The stock model runs once, as a double, on a small input; a region's module and 
 region was given there, in evaluation mode, in training mode with gradients, and under autocast, and have to
 agree bit for bit (gradients to rounding: some kernels of GPUs add in any order). After a rewrite the model
 runs on the same input again: what passes made is read, nothing that they replaced is, and nothing runs past
-what was rewritten.
+what was rewritten. And it runs with the stock forwards in rewritten regions: the numbers are the stock
+model's, unless something outside asks what stands there.
 
-That costs four forwards of the model, and of each region six and two backwards, on the few tokens of the
+That costs six forwards of the model, and of each region six and two backwards, on the few tokens of the
 probe; of memory, what those tokens need and a copy of the buffers. No module, buffer or generator of the
 model is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_leaves
 
 from act24.errors import PassError
-from act24.passes.graph.normal_form import is_linear
+from act24.passes.graph.normal_form import is_known_linear, is_linear
+from act24.passes.graph.outcomes import Outcome, difference_of, has_nothing_finite, outline_of
 from act24.passes.graph.probe import (
     Arguments,
     Probe,
@@ -36,10 +36,22 @@ from act24.passes.graph.probe import (
     wanted_text,
 )
 from act24.passes.graph.proxies import PLAIN, Unclean
-from act24.passes.graph.readings import Readings, Reads, Recorder, Writes, cloned, detached, storage_of
+from act24.passes.graph.readings import (
+    Readings,
+    Reads,
+    Recorder,
+    StandIns,
+    Writes,
+    cloned,
+    detached,
+    storage_of,
+)
 from act24.passes.graph.shadow import Shadow
 from act24.passes.graph.surroundings import random_state, set_random_state
 from act24.passes.graph.writes import buffer_writes
+
+#: For a linear that computes something else.
+_LINEAR = "write it as an nn.Linear, and what it does besides in the module around it"
 
 
 class Check:
@@ -126,8 +138,8 @@ class Check:
         Raises:
             Unclean: the two do not agree.
         """
-        if is_linear(module):
-            return  # the function that nn.Linear is
+        if is_known_linear(module):
+            return
         kind = type(module).__name__
         arguments = self._given.get(module) or features(module, graph)
         if arguments is None or obstacle(module):
@@ -146,7 +158,7 @@ class Check:
                 else:
                     self.unchecked[kind] = f"no input was found that it takes ({_line(error)}): give a probe"
                 return
-            if _has_nothing_finite(expected):
+            if has_nothing_finite(expected):
                 self.unchecked[kind] = f"it gives no finite number in {mode}"
                 return
             try:
@@ -155,8 +167,9 @@ class Check:
                 raise
             except Exception as error:
                 raise Unclean(f"its graph fails where it runs ({mode}): {_line(error)}: {PLAIN}") from error
-            if difference := _difference(expected, found):
-                raise Unclean(f"its graph {difference} in {mode}: {PLAIN}")
+            if difference := difference_of(expected, found):
+                remedy = _LINEAR if is_linear(module) else PLAIN
+                raise Unclean(f"its graph {difference} in {mode}: {remedy}")
         self.agreeing += 1
 
     def forget_inputs(self) -> None:
@@ -178,6 +191,7 @@ class Check:
         regions: Mapping[str, nn.Module],
         made: Mapping[str, Mapping[str, Tensor]],
         replaced: Mapping[str, Tensor],
+        stock: Mapping[nn.Module, nn.Module],
         same: bool,
     ) -> None:
         """Run the rewritten model.
@@ -187,6 +201,7 @@ class Check:
             made: by the name of a region and the full name, what passes made and the region has to read
                 where the probe enters it. A router may send the probe to other experts than before.
             replaced: by full name, what it may read no more.
+            stock: what stood where a new module stands.
             same: nothing changes the function yet, so that it has to give the same numbers.
 
         Raises:
@@ -225,25 +240,38 @@ class Check:
                     "it out with ignore=[…], or apply passes before that is made"
                 )
         self.not_entered = tuple(fqn for fqn, region in regions.items() if region not in readings.entered)
-        if same and (difference := _difference(_Outcome(self._output), _Outcome(output))):
+        self._check_outside(model, regions, stock, replaced)
+        if same and (difference := difference_of(Outcome(self._output), Outcome(output))):
             raise PassError(f"no pass is in force, and the rewritten model {difference}: please report this")
 
+    def _check_outside(
+        self,
+        model: nn.Module,
+        regions: Mapping[str, nn.Module],
+        stock: Mapping[nn.Module, nn.Module],
+        replaced: Mapping[str, Tensor],
+    ) -> None:
+        """Run the rewritten model with the forwards of what stood in it.
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What a forward gives.
-
-    Attributes:
-        outputs: the tensors in what it returns.
-        gradients: in training, of its inputs.
-        left: what its arguments and buffers are afterwards.
-        outline: what it returns beside tensors.
-    """
-
-    outputs: Sequence[Tensor]
-    gradients: Sequence[Tensor | None] = ()
-    left: Sequence[Tensor] = ()
-    outline: Any = None
+        Raises:
+            PassError: it gives other numbers than the stock model.
+        """
+        new = [fqn for fqn, region in regions.items() if region in stock and region is not model]
+        if not new or self._probe is None:
+            return
+        try:
+            output, _ = _run(model, self._probe, StandIns(stock, regions.values()), replaced.values())
+            difference = difference_of(Outcome(self._output), Outcome(output)).partition(" than")[0]
+        except Exception as error:  # whatever a foreign model raises
+            difference = f"fails ({_line(error)[:80]})"
+        if difference:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            raise PassError(
+                f"the model asks what stands at {new[0]} [{type(stock[regions[new[0]]]).__name__}]{more} "
+                "(isinstance, hasattr, getattr, len, a count of modules), and a graph in its place gives "
+                f"another answer: the model {difference}. Ask where the model is made, or leave that out "
+                "with ignore=[…]"
+            )
 
 
 class _Shares(Exception):
@@ -253,8 +281,8 @@ class _Shares(Exception):
 def _run(
     model: nn.Module, arguments: Arguments, readings: Readings, kept: Iterable[Tensor] = ()
 ) -> tuple[Any, set[int]]:
-    """What the double of a model returns in evaluation mode, and the storages that it reads; in training mode
-    it runs too, as what happens between the modes shows only there."""
+    """What the double of a model returns in evaluation mode and in training mode, and the storages that it
+    reads. What happens between the modes shows only there."""
     shadow = Shadow(model, buffers=True, kept=kept)
     if shadow.uncopied:
         raise _Shares(shadow.uncopied)
@@ -265,11 +293,12 @@ def _run(
         output = shadow.root(*given.args, **given.kwargs)
         _set_mode(shadow.root, True)
         given = arguments.map(detached)
-        shadow.root(*given.args, **given.kwargs)
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], reads.storages
+        trained = shadow.root(*given.args, **given.kwargs)
+    leaves = tree_leaves((output, trained))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], reads.storages
 
 
-def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> _Outcome:
+def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mode: str) -> Outcome:
     """What a module or its graph gives."""
     shadow = Shadow(module, buffers=True)
     training = mode == "training"
@@ -298,13 +327,7 @@ def _outcome(module: nn.Module, graph: fx.Graph | None, arguments: Arguments, mo
             total = sum(v.float().sin().sum() for v in differentiable)
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)  # type: ignore[arg-type]
     held = [leaf for leaf in tree_leaves((given.args, given.kwargs)) if isinstance(leaf, Tensor)]
-    return _Outcome(outputs, gradients, [*held, *shadow.root.buffers()], _outline(output))
-
-
-def _has_nothing_finite(outcome: _Outcome) -> bool:
-    """Whether there is a tensor of infinities and nan alone, which would agree with any other such."""
-    tensors = [t for t in (*outcome.outputs, *outcome.gradients) if t is not None and t.is_floating_point()]
-    return any(t.numel() and not bool(t.isfinite().any()) for t in tensors)
+    return Outcome(outputs, gradients, [*held, *shadow.root.buffers()], outline_of(output))
 
 
 class _Interpreter(fx.Interpreter):
@@ -320,6 +343,13 @@ class _Interpreter(fx.Interpreter):
         self.writes = ""
         self._own = buffer_writes(graph, module)
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What a module holds, as it will be held in a region: past a property or a `__getattr__` of its
+        own."""
+        path, _, name = target.rpartition(".")
+        owner = self.module.get_submodule(path)
+        return (owner._parameters if name in owner._parameters else owner._buffers)[name]
+
     def run_node(self, n: fx.Node) -> Any:
         read = (i for i in n.all_input_nodes if i not in self._own and i.target != "clone")
         given = [v for v in tree_leaves([self.env[i] for i in read]) if isinstance(v, Tensor)]
@@ -328,52 +358,6 @@ class _Interpreter(fx.Interpreter):
         if any(tensor._version != version for tensor, version in before):
             self.writes = self.writes or n.name
         return result
-
-
-def _difference(expected: _Outcome, found: _Outcome) -> str:
-    """In what two outcomes differ, or the empty string."""
-    if len(expected.outputs) != len(found.outputs):
-        return "returns another number of tensors"
-    if expected.outline != found.outline:
-        return "returns another container, or other values beside the tensors in it,"
-    for a, b in zip(expected.outputs, found.outputs, strict=True):
-        if a.dtype != b.dtype:
-            return f"returns {b.dtype} where the module returns {a.dtype}"
-        if not _equal(a, b):
-            return "gives other numbers than the module"
-    if len(expected.gradients) != len(found.gradients):
-        return "has no gradient, or one too many"
-    for a, b in zip(expected.gradients, found.gradients, strict=True):
-        if (a is None) != (b is None):
-            return "gives an input no gradient, or one too many"
-        if a is not None and b is not None:
-            # Half precision rounds by 1/256; what is dropped or added is off by its whole size.
-            close = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
-            size = a[a.isfinite()].abs()  # an infinite tolerance would let anything pass, and nan is none
-            largest = float(size.max()) if size.numel() else 0.0
-            if not torch.allclose(a, b, rtol=close, atol=close * largest, equal_nan=True):
-                return "gives other gradients than the module"
-    if not all(map(_equal, expected.left, found.left)):
-        return "leaves other numbers in its arguments or buffers than the module"
-    return ""
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _outline(value: Any) -> Any:
-    """What a value is beside the tensors in it, as data that compares. fx has lists and dictionaries of its
-    own."""
-    kind = next((k for k in (list, dict) if type(value) in (k, _OF_FX[k])), type(value))
-    if isinstance(value, Mapping):
-        return kind, [(key, _outline(part)) for key, part in value.items()]
-    if isinstance(value, list | tuple):
-        return kind, [_outline(part) for part in value]
-    return kind, value if isinstance(value, bool | int | float | str) else None
-
-
-_OF_FX = {list: immutable_list, dict: immutable_dict}
 
 
 def _set_mode(root: nn.Module, training: bool) -> None:

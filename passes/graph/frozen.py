@@ -10,20 +10,22 @@ the graph. A copy of the model compares nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from act24.errors import PassError
 from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
 
 
-def watch_(model: nn.Module, watched: Sequence[Fact]) -> None:
-    """Compare facts whenever a model is called."""
-    if watched:
-        model.register_forward_pre_hook(_Compares(tuple(watched)))
+def watch_(modules: Iterable[nn.Module], watched: Sequence[Fact]) -> None:
+    """Compare facts whenever one of some modules is called."""
+    for module in modules if watched else ():
+        module.register_forward_pre_hook(_Compares(tuple(watched)))
 
 
 class _Compares:
@@ -43,6 +45,20 @@ class _Compares:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Compares, ()
+
+
+def as_copied(held: Mapping[str, Any]) -> dict[str, Any]:
+    """What a copy of a region holds: where a hook of its state has one that follows a copy (`of_copy`), it
+    comes before every forward.
+
+    Args:
+        held: what the region itself holds, by name.
+    """
+    before = OrderedDict(held["_forward_pre_hooks"])
+    for hook in held["_state_dict_pre_hooks"].values():
+        if (instead := hook.of_copy() if hasattr(hook, "of_copy") else None) is not None:
+            before[RemovableHandle(before).id] = instead
+    return {**held, "_forward_pre_hooks": before}
 
 
 def plain_values(module: nn.Module) -> dict[str, Any]:

@@ -33,6 +33,13 @@ def is_linear(module: nn.Module) -> bool:
     return plain and stored and "forward" not in vars(module)  # as frameworks that offload replace it
 
 
+def is_known_linear(module: nn.Module) -> bool:
+    """Whether the module's class is torch's or transformers' own, of which no doubt is possible. Others that
+    `is_linear` names may compute their weight, or do more than a Conv1D of that name."""
+    known = ("torch.nn.modules.linear", "transformers.pytorch_utils")
+    return is_linear(module) and type(module).__module__ in known
+
+
 def is_identity(module: nn.Module) -> bool:
     """Whether the module gives what it is given, in training too, as long as nobody sets its p."""
     return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)

@@ -99,6 +99,36 @@ class Recorder(Readings):
         return super().on_call(module, args, kwargs)
 
 
+class StandIns(Readings):
+    """Lets what stood where regions stand compute in their place."""
+
+    def __init__(self, stock: Mapping[nn.Module, nn.Module], regions: Collection[nn.Module]) -> None:
+        super().__init__(regions)
+        self._stock = stock
+
+    def observe(self, shadow: Shadow) -> None:
+        super().observe(shadow)
+        self._put_in(shadow)
+
+    def _put_in(self, shadow: Shadow) -> None:
+        for double, original in shadow.originals.items():
+            if original in self._stock:
+                inside = Shadow(self._stock[original], buffers=True)
+                for name, buffer in double.named_buffers(remove_duplicate=False):
+                    path, _, leaf = name.rpartition(".")
+                    owners = dict(inside.root.named_modules())
+                    if path in owners and leaf in owners[path]._buffers:
+                        dict.__setitem__(owners[path]._buffers, leaf, buffer)  # one, as they were
+                self._put_in(inside)  # a layer of PEFT's, in which regions are too
+                vars(double)["forward"] = functools.partial(_in_mode_of, double, inside.root)
+
+
+def _in_mode_of(double: nn.Module, stands_in: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    for module in stands_in.modules():
+        vars(module)["training"] = vars(double)["training"]
+    return stands_in(*args, **kwargs)
+
+
 class Writes(Exception):
     """A parameter would be written to; its name."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.package.importer import ObjNotFoundError
 
 from act24.errors import PassError
-from act24.passes.graph.frozen import SIZES, Inside, Remains, remember, standing
+from act24.passes.graph.frozen import SIZES, Inside, Remains, as_copied, remember, standing
 from act24.passes.graph.measurements import Measurement
 from act24.passes.graph.normal_form import asks_kind
 from act24.passes.graph.roles import Role
@@ -257,20 +257,20 @@ class RegionModule(Remains, fx.GraphModule):
         # makes every buffer persistent.
         duplicate = nn.Module.__new__(type(self))
         memo[id(self)] = duplicate
-        vars(duplicate).update(copy.deepcopy(self.__getstate__(), memo))
+        vars(duplicate).update(copy.deepcopy(as_copied(self.__getstate__()), memo))
         duplicate._graph.owning_module = duplicate
         return duplicate
 
     def __reduce__(self) -> tuple[Any, ...]:
         made = [node.target.made_by for node in self._graph.nodes if hasattr(node.target, "made_by")]
         try:
-            rebuild, arguments = super().__reduce__()
+            rebuild, (held, imports) = super().__reduce__()
         except ObjNotFoundError as error:
             raise PassError(
                 f"the graph of this region calls what no other process can import ({error}): save the "
                 "state_dict() of the model instead"
             ) from error
-        return _rebuilt, (tuple(made), rebuild, arguments, vars(type(self)).get("_stock"))
+        return _rebuilt, (tuple(made), rebuild, (as_copied(held), imports), vars(type(self)).get("_stock"))
 
     def recompile(self) -> Any:
         if vars(type(self)).get("_shared", False):

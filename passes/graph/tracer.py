@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from act24.passes.graph import outside
+from act24.passes.graph.handlers import Tries
 from act24.passes.graph.identity import asks_any, asks_which, identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.outside import Outside
@@ -89,7 +90,7 @@ class Tracer(fx.Tracer):
         self._compares, self._made_nodes = set[CodeType](), set[CodeType]()
         self._equal: int | None = None
         self._before_draw: tuple[Any, ...] | None = None
-        self._raised = ""
+        self._raised, self._tries = "", Tries()
         self._asking: dict[int, tuple[str, tuple[type, ...]]] = {}
         self._imports: FrameType | None = None
 
@@ -123,6 +124,11 @@ class Tracer(fx.Tracer):
                 self.refuse(
                     f"catches {self._raised}, which tracing raises and a tensor may not: take the try: away, "
                     f"or {OWN}"
+                )
+            if self._tries.found and not self.refused:
+                self.refuse(
+                    "computes in a try: or under suppress(), and its graph would go no other way where that "
+                    f"raises: ask for the shape where the model is made, or {OWN}"
                 )
             self.create_node("output", "output", (self.create_arg(result),), {})
         except Exception:
@@ -199,6 +205,7 @@ class Tracer(fx.Tracer):
     def _begins(self, frame: FrameType) -> None:
         """A function in Python begins."""
         self._note(frame)
+        self._tries.begins(frame)
         if sys.gettrace() != self._on_raise and (local := self._on_raise(frame, "call", None)):
             sys.settrace(self._on_raise)
             frame.f_trace = local
@@ -312,6 +319,7 @@ class Tracer(fx.Tracer):
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not _RECORD:
             self._made_nodes.add(frame.f_code)
+            self._tries.computes(frame, args[0])
             frame = frame.f_back
         if modes() != self._modes:
             self.refuse(

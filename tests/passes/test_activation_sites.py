@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import Relu2MLP, Trunk, features
 
-from act24.passes import Activation24, ActivationStatistics, PassError, apply_
+from act24.passes import Activation24, ActivationStatistics, PassError, apply_, plan
 from act24.passes.activation24 import SCALE, SEED
 from act24.passes.activation_statistics import BUFFER
 from act24.passes.graph.region import buffers_of
@@ -134,3 +134,57 @@ def test_regions_know_buffers_by_kind_not_by_the_end_of_a_name(copied: bool) -> 
     model = copy.deepcopy(model) if copied else model
     found = buffers_of(dict(model.named_modules()), SCALE)
     assert [*found] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+ALONG_TOKENS = [
+    "torch.einsum('btf->bft', {})",
+    "{}.adjoint()",
+    "{}.rot90(1, (1, 2))",
+    "{}.mT",
+    "{}.unsqueeze(-1)",
+    "{}.reshape(2, 16, 5)",
+    "{}.reshape(2, -1)",
+    "{}[:, :, 0]",
+    "torch.einsum('btf,st->bsf', {}, self.mix.weight).mT",
+]
+STAY = ["F.dropout({} * 2 + 1, 0.0)", "{}.view(2, 5, 4, 4).flatten(1, 2)", "torch.einsum('btf->tbf', {})"]
+STAY += ["torch.cat({}.chunk(2, -1), 1)", "F.pad({}[:, 1:], (0, 4)).to(torch.float32)", "self.norm({})"]
+
+
+def test_a_relu_is_a_site_only_where_features_are_known_to_be_last() -> None:
+    """Along the tokens 2:4 would let each see the ones behind it."""
+
+    class Moved(nn.Module):
+        move = "{}"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.mix, self.norm = nn.Linear(8, 16), nn.Linear(5, 5), nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = eval(self.move.format("self.up(x)"))
+            return torch.tanh(F.relu(h).square())
+
+    for moves, taken in ((ALONG_TOKENS, False), (STAY, True)):
+        for move in moves:
+            kind = type("Moved", (Moved,), {"move": move})
+            rows = plan(kind(), [Activation24(optional=True)], check=False).rows
+            assert bool(rows) is taken, move
+
+
+def test_a_product_with_a_weight_tells_where_its_features_are() -> None:
+    class Product(nn.Module):
+        equation = ""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(features(16, 8))
+            self.head = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(torch.einsum(self.equation, self.head(x).tanh(), self.weight)).mean()
+
+    for equation, taken in (("btd,fd->btf", True), ("btd,fd->bft", False), ("btd,ft->bfd", False)):
+        kind = type("Product", (Product,), {"equation": equation})
+        rows = plan(kind(), [Activation24(optional=True)], check=False).rows
+        assert bool(rows) is taken, equation

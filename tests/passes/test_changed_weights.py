@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,57 @@ def test_copies_that_have_no_step_to_come_run() -> None:
     sparse = copy.deepcopy(model)
     assert torch.equal(sparse.train()(IDS), model(IDS))
     assert not torch.equal(model(IDS), before)
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("name", slow_after(1, ["masks", "begins", "seeds"]))
+def test_copies_of_blocks_say_that_no_pipeline_knows_them(name: str) -> None:
+    """However they come about: of a block, of a list, or out of a copy of the whole model."""
+    passes = NEEDING.get(name) or WAITING[name]
+    model, pipeline = rewritten(*passes)
+    pipeline.begin_update_(0, IDS)
+    layers = model.model.layers
+    blocks = {
+        "deepcopy": copy.deepcopy(layers[1]),
+        "pickle": pickled(layers[1]),
+        "list": copy.deepcopy(layers)[1],
+        "whole": copy.deepcopy(model).model.layers[1],
+    }
+    for block in blocks.values():
+        layers.append(block)
+        for mode in (True, False):
+            with pytest.raises(Act24Error, match="this block is a copy, and no pipeline renews"):
+                model.train(mode)(IDS)
+        twin, its = copy.deepcopy((model, pipeline))  # whose own blocks it knows
+        with pytest.raises(Act24Error, match="this block is a copy"):
+            twin(IDS)
+        del twin.model.layers[2]
+        assert torch.equal(twin(IDS), model_without(model, 2)(IDS))
+        assert its.modules[0] is twin.model.layers[0]
+    model.train()
+    loss_of(model).backward()
+
+
+def model_without(model: Any, block: int) -> Any:
+    """The same model, less a block."""
+    del model.model.layers[block]
+    return model
+
+
+def test_copies_of_blocks_that_are_served_run() -> None:
+    model, pipeline = rewritten(*NEEDING["masks"])
+    with pipeline.evaluation():
+        block = copy.deepcopy(model.model.layers[1])
+    expected = model.eval()(IDS)
+    stood, model.model.layers[1] = model.model.layers[1], block.eval()
+    assert torch.equal(model(IDS), expected)
+    model.model.layers[1] = stood
+    dense, _ = rewritten(Relu2FFN())
+    dense.model.layers.append(copy.deepcopy(dense.model.layers[0]))
+    loss_of(dense).backward()
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, None, "3", True])

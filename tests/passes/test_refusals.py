@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import SwiGLU, Trunk, llama
+from toys import Relu2MLP, SwiGLU, Trunk, features, llama
 from transformers import GPT2Config, GPT2Model
 
 from act24.passes import (
@@ -28,6 +28,7 @@ from act24.passes import (
     Recompute,
     Relu2FFN,
     Weight24,
+    apply_,
     plan,
 )
 from act24.passes.graph import linear_sites, proxies
@@ -250,3 +251,42 @@ def test_recompute_says_in_one_line_what_to_do() -> None:
             plan(GPT2Model(gpt2()), [*passes, Recompute()])
         assert len(str(error.value)) < 200
     assert plan(GPT2Model(gpt2(resid_pdrop=0.0)), [low_rank, Recompute()]).rows
+
+
+ASKS: dict[str, Callable[[nn.Module], float]] = {
+    "isinstance": lambda net: 1 + isinstance(net, Relu2MLP),
+    "name": lambda net: len(type(net).__name__),
+    "property": lambda net: getattr(net, "gain", 1),
+    "method": lambda net: 1 + hasattr(net, "scaled"),
+    "count": lambda net: sum(isinstance(child, nn.Linear) for child in net.modules()),
+    "training": lambda net: 1 + (net.training and isinstance(net, Relu2MLP)),
+}
+
+
+class Gained(Relu2MLP):
+    @property
+    def gain(self) -> float:
+        return 2.0
+
+    def scaled(self) -> None: ...
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_what_a_parent_asks_about_its_child_is_no_other_answer_silently(ask: str) -> None:
+    """A graph in the child's place is of another class and has other attributes."""
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets = nn.ModuleList(Gained() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for net in self.nets:
+                x = x + ASKS[ask](net) * net(x)
+            return x
+
+    model = Asking()
+    for passes in ([Activation24()], [LowRank(attn_rank=4, mlp_rank=4)], [Activation24(from_step=1)]):
+        with pytest.raises(PassError, match=r"the model asks what stands at nets\.0 \[Gained\] and 1 more"):
+            apply_(model, passes, probe=features(2, 16))
+        assert type(model.nets[0]) is Gained

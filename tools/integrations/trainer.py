@@ -13,8 +13,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from act24.passes import Pipeline
+from act24.passes.first_rows import measured_at
 from act24.passes.recovery import check_zeros, keep_zeros_
-from act24.passes.updates import measured_at
 
 
 class TrainerCallback(transformers.TrainerCallback):

@@ -17,13 +17,12 @@ from act24.llama import LlamaForCausalLM
 from act24.loss import CHUNK_TOKENS, cross_entropy_sum
 from act24.passes import OperationalPass, Pipeline
 from act24.passes.document_attention import set_starts_
-from act24.passes.first_rows import rows_to_run
+from act24.passes.first_rows import first_measured_at, measured_at, rows_to_run
 from act24.passes.fp8 import head_arguments
 from act24.passes.graph.roles import head_of
 from act24.passes.recovery import clear_pruned_gradients_, impose_zeros_
 from act24.passes.seeds import set_seeds_
 from act24.passes.state import without_counting
-from act24.passes.updates import first_measured_at, measured_at
 from act24.recipes.schema import Train
 from act24.tools.data import Batch
 from act24.tools.run.graphs import FixedInputs, GraphedCalls, why_not_captured

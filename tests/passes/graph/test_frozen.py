@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import Relu2MLP, SwiGLU, features
+from toys import Relu2MLP, SwiGLU, Trunk, features
 
 from act24.passes import Activation24, Fp8, LowRank, PassError, Relu2FFN, Weight24, apply_
 from act24.passes.graph.region import RegionModule
@@ -194,3 +194,31 @@ def test_values_outside_are_compared_at_every_call_and_lowering(monkeypatch: Any
     monkeypatch.setattr(sys.modules[__name__], "SWITCH", 5.0)
     with pytest.raises(PassError, match=r"SWITCH of .*test_frozen was 2\.0"):
         pipeline.begin_update_(0)
+
+
+def test_values_outside_are_compared_where_a_part_of_the_model_is_called(monkeypatch: Any) -> None:
+    """As who takes hidden states and multiplies with the head does; also of a copy with its pipeline."""
+
+    class Scaled(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * SWITCH
+
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Trunk(Scaled)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.model(x))
+
+    model, x = WithHead(), features(3, 16)
+    pipeline = apply_(model, [Weight24(scope="mlp", from_step=3)], probe=x)
+    twin, its = copy.deepcopy((model, pipeline))
+    assert torch.equal(twin(x), model(x))
+    monkeypatch.setattr(sys.modules[__name__], "SWITCH", 5.0)
+    for call in (model, model.model, model.forward, twin, twin.model, twin.forward):
+        with pytest.raises(PassError, match=r"SWITCH of .*test_frozen was 2\.0"):
+            call(x)
+    with pytest.raises(PassError, match="SWITCH"):
+        its.lower_(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from toys import features
 
 from act24.passes import Pipeline, Region, trace
+from act24.passes.graph.check import Check
 from act24.passes.graph.normal_form import common_path, is_transposed, nodes_of, readers, weight_name
 from act24.relu2 import relu2
 
@@ -214,6 +216,51 @@ def test_conv1d_is_a_linear_with_a_transposed_weight() -> None:
     assert all(is_transposed(node) for node in linears)
     x = features(2, 5, 8)
     torch.testing.assert_close(stands(mlp)(x), mlp(x))
+
+
+class Scaled(Conv1D):
+    """What a fork may make of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.5
+
+
+Scaled.__name__ = "Conv1D"
+
+
+class Rounding(nn.Linear):
+    """The forward is nn.Linear's; what it reads is rounded."""
+
+    def __init__(self, wide: int, narrow: int) -> None:
+        super().__init__(wide, narrow)
+        nn.init.normal_(self._parameters["weight"])
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return value.round(decimals=1) if name == "weight" else value
+
+
+def test_linears_of_other_classes_are_compared_with_what_they_compute() -> None:
+    """A name and a forward that is nn.Linear's say nothing of a multiplier or of the weight that is read."""
+
+    class MLP(nn.Module):
+        def __init__(self, kind: type) -> None:
+            super().__init__()
+            self.up, self.down = kind(8, 8), kind(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.gelu(self.up(x)))
+
+    for kind in (Scaled, Rounding):
+        model = nn.Sequential(MLP(kind), MLP(kind))
+        found, unclean = trace(model, Check(model, features(2, 8)))
+        assert not found
+        assert (
+            "gives other numbers than the module in evaluation: write it as an nn.Linear"
+            in unclean[f"0.up [{kind.__name__}]"]
+        )
+    model = nn.Sequential(MLP(Conv1D), MLP(Conv1D))
+    assert trace(model, Check(model, features(2, 8)))[0]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress  # noqa: F401 - named in forwards below
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function  # noqa: F401 - named in forwards below
 from toys import Net, SwiGLU, features
 
 from act24.passes import LowRank, PassError, Relu2FFN, apply_, plan, trace
@@ -43,9 +46,34 @@ class Meter:
 METER = Meter()
 LOG = logging.getLogger(__name__)
 _MODULES = (datetime, logging, operator, os, pathlib, platform, sys, threading, warnings)
+
+
+@contextmanager
+def swallowing() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:
+        return
+
+
+class Swallows:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *raised: object) -> bool:
+        return True
+
+
+def tried(x: Tensor) -> Tensor:
+    try:
+        return x.view(-1, 2, 4)
+    except Exception:
+        return x
+
+
 _OUTSIDE = {**globals(), **{module.__name__: module for module in _MODULES}}
 
 
+_IN_TRY = "computes in a try: or under suppress()"
 _TRIED = "n = 3; try:;     "
 _ELSE = "except Exception:;     pass; return self.b(self.a(x)) * n"
 
@@ -218,6 +246,19 @@ def test_a_write_into_slots_or_an_array_is_a_write(lines: str, reason: str) -> N
         (f"{_TRIED} n = len(x.shape); {_ELSE}", "catches a RuntimeError"),
         (f"{_TRIED} n = getattr(torch, x.device.type); {_ELSE}", "catches a TypeError"),
         (f"{_TRIED} n = self.c; {_ELSE}", ""),
+        (
+            "try:;     x = x.view(-1, 2, 4); except RuntimeError:;     x = x * 2; return self.b(self.a(x))",
+            _IN_TRY,
+        ),
+        ("try:;     x = x.view(-1, 2, 4); except:;     x = x * 2; return self.b(self.a(x))", _IN_TRY),
+        ("with suppress(RuntimeError):;     x = x.view(-1, 2, 4); return self.b(self.a(x))", _IN_TRY),
+        ("with swallowing():;     x = x.view(-1, 2, 4); return self.b(self.a(x))", _IN_TRY),
+        ("with Swallows():;     x = x.view(-1, 2, 4); return self.b(self.a(x))", _IN_TRY),
+        ("return self.b(self.a(tried(x)))", _IN_TRY),
+        ("try:;     x = self.a(x); except (KeyError, AttributeError):;     pass; return self.b(x)", ""),
+        ("try:;     x = self.a(x); finally:;     n = 1; return self.b(x)", ""),
+        ("with suppress(ValueError):;     n = 1; return self.b(self.a(x))", ""),
+        ("with nullcontext(), record_function('f'):;     x = self.a(x); return self.b(x)", ""),
         ("return self.b(self.a(x)) * torch.iinfo(x.dtype).bits", "iinfo() of 'x'"),
         ("return self.b(self.a(x)) * torch.finfo(x.dtype).eps", "finfo() of 'x'"),
         ("return self.b(self.a(x)) * torch.finfo(torch.half).eps", ""),
@@ -262,10 +303,10 @@ def test_what_attributes_of_all_tensors_have_in_common_is_answered(question: str
         ("(1 if isinstance(x.real, Tensor) else 2)", "asks what kind of value real"),
         ("(1 if hasattr(x, '__array__') else 2)", "__array__, which some values have"),
         ("(1 if hasattr(x, 'bit_length') else 2)", "bit_length, which some values have"),
-        ("(1 if x.dtype.is_floating_point else 2)", "control flow on a value"),
-        ("(1 if x.dtype.itemsize == 4 else 2)", "control flow on a value"),
-        ("(1 if x.device.type == 'cpu' else 2)", "control flow on a value"),
-        ("(1 if x.layout == torch.strided else 2)", "control flow on a value"),
+        ("(1 if x.dtype.is_floating_point else 2)", "control flow on what is no tensor"),
+        ("(1 if x.dtype.itemsize == 4 else 2)", "control flow on what is no tensor"),
+        ("(1 if x.device.type == 'cpu' else 2)", "control flow on what is no tensor"),
+        ("(1 if x.layout == torch.strided else 2)", "control flow on what is no tensor"),
     ],
 )
 def test_what_hangs_off_an_attribute_and_differs_is_refused(question: str, reason: str) -> None:
