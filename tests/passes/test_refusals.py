@@ -241,7 +241,7 @@ def test_recompute_says_in_one_line_what_to_do() -> None:
     gpt2 = partial(GPT2Config, n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=8)
     low_rank = LowRank(attn_rank=4, mlp_rank=4)
     with pytest.raises(
-        PassError, match="no bottleneck to keep: put low_rank, cola or lost in front$"
+        PassError, match=r"no bottleneck to keep: put low_rank, cola or lost in front$"
     ) as error:
         plan(GPT2Model(gpt2()), [Recompute()])
     assert len(str(error.value)) < 200
