@@ -97,10 +97,10 @@ class Recompute(OperationalPass):
             if node.op != "call_module":
                 continue
             module = _module(region, node.target)
-            if not (_is_norm(module) or is_identity(module) or type(module) in _FUNCTIONS):
+            if not (_is_norm(module) or is_identity(module) or type(module) in (*_FUNCTIONS, nn.Dropout)):
                 kind = type(module).__name__
-                todo = f"set its p = 0, {_OTHERWISE}" if kind == "Dropout" else _OTHERWISE
-                return Plan(misses=(("", f"a second call of {node.target} [{kind}] may differ: {todo}"),))
+                why = f"a second call of {node.target} [{kind}] may differ: {_OTHERWISE}"
+                return Plan(misses=(("", why),))
         if read := _read_buffers(region):
             return Plan(misses=(("", f"forward writes into {read}, which it also reads: {_OTHERWISE}"),))
         if name := _renewed(region):
@@ -195,6 +195,8 @@ def _open_modules(region: Region) -> None:
                 (opened,) = node.all_input_nodes
             elif _is_norm(module):
                 opened = _open_norm(graph, node, module)
+            elif isinstance(module, nn.Dropout):
+                opened = _open_dropout(graph, node, module)
             else:
                 opened = _open_function(graph, node, module)
             replace_node(graph, node, opened)
@@ -207,6 +209,13 @@ def _open_norm(graph: fx.Graph, node: fx.Node, norm: Any) -> fx.Node:
         function = F.rms_norm if isinstance(norm, nn.RMSNorm) else F.layer_norm
         arguments = (*node.args, *node.kwargs.values(), norm.normalized_shape)
         return graph.call_function(function, arguments, {**parameters, "eps": norm.eps})
+
+
+def _open_dropout(graph: fx.Graph, node: fx.Node, dropout: nn.Dropout) -> fx.Node:
+    """It draws in training alone, which the module is asked for in every forward."""
+    with graph.inserting_before(node):
+        training = graph.get_attr(f"{node.target}.training")
+        return graph.call_function(F.dropout, (node.all_input_nodes[0], dropout.p, training))
 
 
 def _open_function(graph: fx.Graph, node: fx.Node, module: nn.Module) -> fx.Node:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
-from act24.passes.graph.roles import Role, computed, is_adapters, role_by_name, roles_beside
+from act24.passes.graph.roles import Role, computed, head_of, is_adapters, role_by_name, roles_beside
 from act24.passes.graph.selectors import names, takes
 
+_SCOPES = ("attn", "mlp")
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
 
 #: The beginning of the reason why a module that has an activation is not traced.
@@ -26,7 +28,7 @@ STACKED = "stacked parameters, which no pass takes apart: make linears of them, 
 _COMPUTED = "its weight is computed in forward, not read"
 _POINTWISE = "a convolution, which no pass takes: make a linear of it, or leave it out with ignore"
 _UNREAD = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
-_ROUTER = "a router"
+_OTHER_ROLES = {"router": "a router", "head": "the head", "lora": "LoRA's"}
 _NO_ROLE = "neither attention nor feed-forward"
 _BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
@@ -53,7 +55,8 @@ class Matrix:
         region: it lies in one, by the fully qualified name of that.
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
-        computed: why no linear reads it as it is, and what to do; or the empty string.
+        computed: why no linear reads it as it is, or that an embedding has it too, and what to do; or the
+            empty string.
         linear: its module is a linear.
         read: a linear that is traced reads it.
     """
@@ -144,18 +147,22 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     }
     made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
-    found, shared = [], _of_embeddings(model)
-    for name, parameter in model.named_parameters():
-        name = shared.get(name, name)
+    found, shared, head = [], _of_embeddings(model), head_of(model)
+    for first, parameter in model.named_parameters():
+        name = shared.get(first, first)
         path = name.rpartition(".")[0]
-        if parameter.ndim < 2 or min(parameter.shape[:2]) < 2:
+        if parameter.ndim < 2 or (min(parameter.shape[:2]) < 2 and not is_linear(around[path])):
             continue
         pointwise = _is_pointwise(around[path])
-        if not pointwise and (isinstance(around[path], _OTHERWISE) or min(parameter.shape) < 2):
+        if not pointwise and isinstance(around[path], _OTHERWISE):
+            continue
+        if not is_linear(around[path]) and min(parameter.shape) < 2 and not pointwise:
             continue
         if _BIAS.search(name):
             continue
         role: Role = roles.get(name) or others.get(name) or role_by_name(path, around)
+        if around[path] is head:
+            role = "head"
         if is_adapters(name):
             role = "lora"
         if role == "other":
@@ -170,6 +177,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         hidden = isinstance(owner, nn.Linear) and not stored and name not in inside
         unknown = role == "other" and _calls_linear(owner) and (hidden or not outside.isdisjoint(untraced))
         unknown = unknown and _NEITHER.search(path) is None
+        made_of = _POINTWISE if pointwise else _computed(owner) if hidden or name in made else ""
         stacked, region = parameter.ndim > 2 and not pointwise, inside.get(name)
         found.append(
             Matrix(
@@ -180,7 +188,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 stacked,
                 region,
                 unknown,
-                computed=_POINTWISE if pointwise else _computed(owner) if hidden or name in made else "",
+                computed=made_of if name == first else tied(first),
                 linear=is_linear(owner),
                 read=name in roles,
             )
@@ -331,22 +339,15 @@ def coverage(
     shown = tuple(
         (listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
     )
-    routers = (m for m in matrices if m.role == "router" and selects(m.place))
-    stay = dict.fromkeys(pattern(m.name) for m in routers if not any(_within(m, place) for place in hit))
-    if stay:
-        shown += ((listed(list(stay)), 0.0, _ROUTER),)
-    with_some = {m.region for m in matrices if any(_within(m, place) for place in hit)}
+    inside = {m.name for m in matrices if any(_within(m, place) for place in hit)}
+    regions = {m.region for m in matrices if m.name in inside}
     beside: dict[str, dict[str, None]] = {}
     for m in matrices:
-        if m.role != "other" or not selects(m.place) or _meant(m, roles, selects, named):
+        if m.role in _SCOPES or m.name in gone or m.name in inside or not selects(m.place):
             continue
-        if not (m.linear or m.region in with_some) or _NEITHER.search(m.path) is not None:
-            continue
-        if any(_within(m, place) for place in hit):
-            continue
-        taken = _BESIDE if takes_named else _NO_ROLE
-        reason = taken if m.linear or m.read else _reason(m, reasons, otherwise)[1]
-        beside.setdefault(reason, {})[pattern(m.name)] = None
+        if (m.linear or m.role == "router" or m.region in regions) and not _meant(m, roles, selects, named):
+            why = _beside(m, takes_named) or _reason(m, reasons, otherwise)[1]
+            beside.setdefault(why, {})[pattern(m.name)] = None
     shown += tuple((listed(list(names)), 0.0, reason) for reason, names in beside.items())
     *first, last = (text for role, text in _NAMES.items() if role in roles or role in seen)
     words = f"{', '.join(first)} and {last}" if first else last
@@ -376,6 +377,19 @@ def of_weights(reasons: Mapping[str, str], matrices: Iterable[Matrix]) -> dict[s
     return {
         weight if (weight := f"{place}.weight") in weights else place: why for place, why in reasons.items()
     }
+
+
+def _beside(matrix: Matrix, takes_named: bool) -> str:
+    """What a matrix is that is no part of a scope, or the empty string: it has a reason.
+
+    Args:
+        takes_named: the pass would take it by its name.
+    """
+    if matrix.role in _OTHER_ROLES:
+        return _OTHER_ROLES[matrix.role]
+    if matrix.computed or not (matrix.linear or matrix.read):
+        return ""
+    return _BESIDE if takes_named else _NO_ROLE
 
 
 def _meant(

@@ -85,9 +85,8 @@ def roles_of(
         for names in linears_in(graph, module).values()
         for name in names
     }
-    hints: dict[str, Role] = {
-        name: "lora" if is_adapters(name) else role_by_name(path, around) for name, path in paths.items()
-    }
+    hints: dict[str, Role] = {name: role_by_name(path, around) for name, path in paths.items()}
+    hints.update((name, "lora") for name in paths if is_adapters(name))
     shown = roles_in_graph(graph, module, hints=hints)
     roles: dict[str, Role] = {}
     head = head_of(around[""])

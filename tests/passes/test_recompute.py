@@ -133,21 +133,45 @@ def test_without_bottlenecks_it_says_so():
         plan(llama(), [Recompute()])
 
 
+class Drops(nn.Module):
+    def __init__(self, kind=nn.Dropout):
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(16, 32), nn.Linear(32, 16), kind(0.4)
+
+    def forward(self, x):
+        return self.dropout(self.down(self.dropout(torch.tanh(self.up(x)))))
+
+
 def test_a_module_that_may_differ_the_second_time_is_refused():
-    class MLP(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down, self.dropout = nn.Linear(16, 32), nn.Linear(32, 16), nn.Dropout()
+    passes = [LowRank(scope="mlp", mlp_rank=4), Recompute()]
+    with pytest.raises(PassError, match=r"mlp\.dropout \[AlphaDropout\] may differ: leave"):
+        plan(Trunk(lambda: Drops(nn.AlphaDropout)), passes)
 
-        def forward(self, x):
-            return self.dropout(self.down(torch.tanh(self.up(x))))
 
-    model, passes = Trunk(MLP), [LowRank(scope="mlp", mlp_rank=4), Recompute()]
-    with pytest.raises(PassError, match=r"mlp\.dropout \[Dropout\] may differ: set its p = 0, leave"):
-        plan(model, passes)
-    for block in model.blocks:
-        block.mlp.dropout.p = 0.0
-    assert [row.pass_name for row in plan(model, passes).rows].count("recompute") == 2
+def test_dropout_draws_the_same_again_and_heeds_what_it_is_set_to():
+    """Against autograd without the pass: in training, in evaluation, and where a part is in evaluation."""
+    found = []
+    for passes in ((), (Recompute(),)):
+        torch.manual_seed(0)
+        model = Trunk(Drops).double()
+        apply_(model, [LowRank(scope="mlp", mlp_rank=4), *passes])
+        values = []
+        for part in (None, model, model.blocks[0].mlp.dropout):
+            model.train()
+            if part is not None:
+                part.eval()
+            torch.manual_seed(1)
+            output = model(features(5, 16).double())
+            gradients = torch.autograd.grad(output.square().sum(), list(model.parameters()))
+            values += [output, *gradients]
+        found.append(values)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(found[0][0], found[0][len(found[0]) // 3])
+    assert not torch.equal(found[0][0], found[0][2 * len(found[0]) // 3])
+    model.blocks[1].mlp.dropout.p = 0.1
+    with pytest.raises(PassError, match=r"dropout\.p was 0\.4"):
+        model(features(5, 16).double())
 
 
 def test_layer_norms_are_computed_again_too():

@@ -241,17 +241,12 @@ def test_what_to_do_where_another_pass_was_there_or_nothing_is_left_to_ignore() 
 def test_recompute_says_in_one_line_what_to_do() -> None:
     gpt2 = partial(GPT2Config, n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=8)
     low_rank = LowRank(attn_rank=4, mlp_rank=4)
-    for passes, said in (
-        ([], "no bottleneck to keep: put low_rank, cola or lost in front$"),
-        (
-            [low_rank],
-            r"0.mlp: a second call of dropout \[Dropout\] may differ: set its p = 0, leave the pass",
-        ),
-    ):
-        with pytest.raises(PassError, match=said) as error:
-            plan(GPT2Model(gpt2()), [*passes, Recompute()])
-        assert len(str(error.value)) < 200
-    assert plan(GPT2Model(gpt2(resid_pdrop=0.0)), [low_rank, Recompute()]).rows
+    with pytest.raises(
+        PassError, match=r"no bottleneck to keep: put low_rank, cola or lost in front$"
+    ) as error:
+        plan(GPT2Model(gpt2()), [Recompute()])
+    assert len(str(error.value)) < 200
+    assert plan(GPT2Model(gpt2()), [low_rank, Recompute()]).rows  # with its dropout
 
 
 ASKS: dict[str, Callable[[nn.Module], float]] = {

@@ -41,8 +41,8 @@ def test_printed_table() -> None:
         "activation24  mlp     linear · relu2 · linear  2:4 naive, dense backward",
         "              from step 10 until 100",
         "parameters 23,776 → 30,944, FLOPs per token, forward 41,024 → 47,168",
-        "relu2_ffn reaches 100% of the feed-forward matrices",
-        "activation24 reaches 100% of the feed-forward matrices",
+        "relu2_ffn reaches 100% of the feed-forward matrices; left: lm_head (the head)",
+        "activation24 reaches 100% of the feed-forward matrices; left: lm_head (the head)",
         "checked on input_ids [2, 8]: 2 regions compute what their modules do, before passes change them",
     ]
 
@@ -122,7 +122,8 @@ LINEAR: list[Pass] = [Weight24(), LowRank(attn_rank=4, mlp_rank=4), Fp8()]
 def test_linears_of_which_nobody_knows_what_they_are_for_are_counted_and_named(p: Pass) -> None:
     (covered,) = plan(Both(), [p]).coverage
     assert (covered.reached, covered.total) == (GATED, GATED + ODD)
-    ((names, share, reason),) = covered.left
+    (names, share, reason), head = covered.left
+    assert head == ("lm_head", 0.0, "the head")
     assert (names, share) == ("odd.*.{a,b}", ODD / (GATED + ODD))
     assert reason.startswith(
         "not traced: argument 'flag' of its forward has a default: take the default away"
@@ -133,7 +134,7 @@ def test_linears_of_which_nobody_knows_what_they_are_for_are_counted_and_named(p
 def test_matrices_that_are_read_by_a_function_are_counted_too() -> None:
     (covered,) = plan(Both(ByFunction), [Weight24()]).coverage
     assert covered.total == GATED + ODD + 2 * 16 * 32  # and no embedding
-    assert [names for names, *_ in covered.left] == ["odd.*.{c,a,b}"]
+    assert [names for names, *_ in covered.left] == ["odd.*.{c,a,b}", "lm_head"]
 
 
 def test_linears_that_targets_name_are_counted() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import features, llama
 
-from act24.passes import Cola, Lora, PassError, Weight24, plan
+from act24.passes import Activation24, Cola, Fp8, Lora, PassError, Weight24, plan
 
 RANKS: dict[str, Any] = {"attn_rank": 4, "mlp_rank": 4}
 
@@ -235,3 +235,31 @@ def test_adapters_that_are_parameters_are_left_alone(by_linear: bool) -> None:
     if by_linear:
         (reach,) = plan(model, [Weight24(method="ste", targets=("*.lora_A",))], check=False).coverage
         assert (reach.reached, reach.total, reach.partial) == (2 * (8 * 16 + 8 * 32),) * 2 + (False,)
+
+
+def test_every_matrix_that_a_pass_does_not_reach_is_named() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(2)]
+            self.layers, self.embed_out = nn.Sequential(*layers), nn.Linear(16, 16)
+            self.one, self.pooler = nn.Linear(1, 16), nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+            self.words, self.lm_head = nn.Embedding(11, 16), nn.Linear(16, 11)
+            self.adapter = nn.ModuleDict({"lora_A": nn.Linear(16, 2), "lora_B": nn.Linear(2, 16)})
+            self.gate, self.norm = nn.Linear(16, 1), nn.LayerNorm(16)
+            self.lm_head.weight = self.words.weight
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            hidden = self.layers(self.norm(self.words(x) + self.one(x[..., None].float())))
+            hidden = self.adapter["lora_B"](self.adapter["lora_A"](hidden)) + self.embed_out(hidden)
+            return self.lm_head(self.pooler(hidden) * self.gate(hidden).sigmoid())
+
+    for one in (Weight24(method="ste"), Cola(**RANKS), Activation24(), Fp8()):
+        (reach,) = plan(Model(), [one], check=False).coverage
+        assert reach.reached == reach.total == 4 * 16 * 16
+        beside = {names: why.partition(":")[0] for names, share, why in reach.left if not share}
+        assert beside == {
+            "embed_out, one, gate, pooler.*": "neither attention nor feed-forward",
+            "lm_head": "the head",
+            "adapter.{lora_A,lora_B}": "LoRA's",
+        }

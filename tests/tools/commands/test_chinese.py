@@ -57,7 +57,7 @@ SOURCES = {
         "_computed",
         "_NO_ROLE",
         "_BESIDE",
-        "_ROUTER",
+        "_OTHER_ROLES",
         "listed",
     ),
     "passes/base.py": ("split",),
