@@ -102,6 +102,9 @@ class Forwards:
             tops = sys._current_frames()
             stacks = {one.thread: {*_stack(tops.get(one.thread))} for one in self._running}
             self._running = [one for one in self._running if one.frame in stacks[one.thread]]
+            # This frame is among them. What holds itself is left to the garbage collector, and with it all
+            # that the frames around it hold: activations, on a GPU.
+            del tops, stacks
         if self._served is not None and not any(one.kind == "served" for one in self._running):
             served, self._served = self._served, None
             served.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +167,19 @@ def test_threads_do_not_train_and_evaluate_one_model_at_once() -> None:
     assert errors[0].startswith("two threads run this model at once")
     with torch.no_grad():
         assert torch.equal(model(X), model(X))
+
+
+def test_what_a_forward_computed_is_freed_with_its_result() -> None:
+    """And not when the garbage collector comes: until then a GPU would have no room for the next."""
+    model, pipeline = trained("masks")
+    pipeline.begin_update_(1)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = weakref.ref(model(X, 1))
+        assert seen() is None
+        model(X, 1).sum().backward()
+        seen = weakref.ref(model.eval()(X, 1))
+        assert seen() is None
+    finally:
+        gc.enable()

@@ -39,7 +39,7 @@ PASSES = Path(linear_sites.__file__).parents[1]
 
 #: What a user is told to do: an imperative at the beginning of the text or of a part of it.
 VERBS = (
-    "apply call compile compute decide derive draw give go hand keep leave loop make measure merge multiply "
+    "apply call compile compute decide derive draw export give go hand keep leave loop make measure merge multiply "
     "name please put register rename remove resize run save set switch take train unfreeze untie use widen "
     "wrap write"
 )
@@ -80,8 +80,9 @@ _HELD = {**vars(linear_sites), **vars(proxies)}
 CONSTANTS = {name: value for name, value in _HELD.items() if isinstance(value, str)}
 
 
-def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
-    """What an expression may be, as far as the file says it."""
+def _texts(value: ast.expr, tree: ast.Module, inside: tuple[str, ...] = ()) -> list[str]:
+    """What an expression may be, as far as the file says it. `inside` are names that it is part of: what is
+    made of itself (`reason = reason or …`) is told by its other parts."""
     if isinstance(value, ast.Constant):
         return [value.value] if value.value else []
     if isinstance(value, ast.JoinedStr):
@@ -89,25 +90,29 @@ def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
         for part in value.values:
             inner = part.value if isinstance(part, ast.FormattedValue) else part
             plain = isinstance(inner, ast.Constant | ast.Name | ast.Call | ast.Subscript)
-            found = (_texts(inner, tree) if plain else []) or ["…"]
+            found = (_texts(inner, tree, inside) if plain else []) or ["…"]
             texts = [text + more for text in texts for more in found]
         return texts
     if isinstance(value, ast.BinOp):
-        ends = _texts(value.right, tree) or ["…"]
-        return [text + end for text in _texts(value.left, tree) or ["…"] for end in ends]
+        ends = _texts(value.right, tree, inside) or ["…"]
+        return [text + end for text in _texts(value.left, tree, inside) or ["…"] for end in ends]
     if isinstance(value, ast.BoolOp):
-        return [text for part in value.values for text in _texts(part, tree)]
+        return [text for part in value.values for text in _texts(part, tree, inside)]
     if isinstance(value, ast.IfExp):
-        return _texts(value.body, tree) + _texts(value.orelse, tree)
+        return _texts(value.body, tree, inside) + _texts(value.orelse, tree, inside)
     if isinstance(value, ast.Call):
         name = getattr(value.func, "attr", getattr(value.func, "id", ""))
+        if (call := f"{name}()") in inside:
+            return []
         nodes = [*ast.walk(tree), *ast.walk(SHARED)]
         if name == "missing":  # each pass says it for itself
             nodes += [node for file in PASSES.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
         made = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
         returned = [node.value for f in made for node in ast.walk(f) if isinstance(node, ast.Return)]
-        return [text for r in returned if r is not None for text in _texts(r, tree)]
+        return [text for r in returned if r is not None for text in _texts(r, tree, (*inside, call))]
     if isinstance(value, ast.Name):
+        if value.id in inside:
+            return []
         if value.id in CONSTANTS:
             return [CONSTANTS[value.id]]
         set_here = [
@@ -120,9 +125,10 @@ def _texts(value: ast.expr, tree: ast.Module) -> list[str]:
             for node in ast.walk(tree)
             if isinstance(node, ast.NamedExpr) and node.target.id == value.id
         ]
-        return [text for v in set_here if not isinstance(v, ast.Name) for text in _texts(v, tree)]
+        made_of = [v for v in set_here if not isinstance(v, ast.Name)]
+        return [text for v in made_of for text in _texts(v, tree, (*inside, value.id))]
     if isinstance(value, ast.Dict):
-        return [text for v in value.values for text in _texts(v, tree)]
+        return [text for v in value.values for text in _texts(v, tree, inside)]
     if (
         isinstance(value, ast.Subscript) and getattr(value.value, "id", "").isupper()
     ):  # of a table in the file

@@ -55,7 +55,8 @@ def test_scope(scope: Any, count: int) -> None:
     report = plan(llama(1), [Weight24(scope=scope)])
     assert len(report.rows) == count
     assert all(("self_attn" in row.fqn) == (scope == "attn") for row in report.rows) or scope == "all"
-    assert "lm_head" not in str(report)
+    assert not any("lm_head" in row.fqn for row in report.rows)
+    assert "left: lm_head (the head)" in str(report)
 
 
 def test_the_head_has_to_be_named() -> None:

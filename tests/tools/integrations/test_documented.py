@@ -19,7 +19,7 @@ def blocks(path: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-_, _, TRAINER, ACCELERATE, LIGHTNING = blocks("docs/own-training-loop.md")
+*_, TRAINER, ACCELERATE, LIGHTNING = blocks("docs/own-training-loop.md")
 ROWS = torch.randint(97, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
