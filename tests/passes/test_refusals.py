@@ -39,9 +39,9 @@ PASSES = Path(linear_sites.__file__).parents[1]
 
 #: What a user is told to do: an imperative at the beginning of the text or of a part of it.
 VERBS = (
-    "apply call compile compute decide derive draw export give go hand keep leave loop make measure merge multiply "
-    "name please put register rename remove resize run save set switch take train unfreeze untie use widen "
-    "wrap write"
+    "apply call compile compute decide derive draw export give go hand keep leave loop make measure merge "
+    "multiply name please put register rename remove resize run save set switch take train unfreeze untie "
+    "use widen wrap write"
 )
 REMEDY = re.compile(rf"(^|[:;,.(] ?|\bor |\band )({'|'.join(VERBS.split())})\b", re.IGNORECASE)
 
