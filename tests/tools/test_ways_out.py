@@ -185,7 +185,8 @@ def follow(recipe: Any, name: str, folder: Path) -> dict[int, Seen]:
                     if likeliest == tokenizer.eos_id:
                         break
                     told.append(likeliest)
-            with pipeline.evaluation(("activation24",), step=step):
+            in_2_4 = [p.name for p in pipeline.passes if p.name == "activation24"]
+            with pipeline.evaluation(in_2_4, step=step):
                 dense = lm(IDS)
         lm.train()
         assert all(torch.equal(t, before[n]) for n, t in lm.state_dict().items()), "evaluation moves no state"
