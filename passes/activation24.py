@@ -31,15 +31,14 @@ from act24.passes.base import PYTHON_ONLY, Match, OperationalPass, Pass, Plan
 from act24.passes.fp8 import PARTS, Fp8, add_cast_buffers, by_shape
 from act24.passes.graph.activation_sites import (
     OF_ATTENTION,
-    OF_ROUTER,
     ActivationSite,
     activation_sites,
     adapters_beside,
     add_site_buffer,
+    by_name_only,
     keep_site,
     obstacle,
     pads_node,
-    routers_before,
 )
 from act24.passes.graph.around_activation import spared
 from act24.passes.graph.linear_sites import RESIZE
@@ -189,7 +188,7 @@ class Activation24(OperationalPass):
         return tuple(found)
 
     def plan(self, region: Region) -> Plan:
-        matches, misses, of_routers = [], [], False
+        matches, misses, left = [], [], ""
         sites = list(activation_sites(region))
         taken = {linear for site in sites for linear in (site.before, site.after) if linear}
         for site in sites:
@@ -201,9 +200,9 @@ class Activation24(OperationalPass):
             whole = () if any(region.parameters[name].factor for name in weights) else weights
             if not self.selects(region, site.path, whole):
                 continue
-            routers = [place_of(name) for name in routers_before(region, site)]
-            if routers and not any(self.names(region, path) for path in (site.path, *routers)):
-                of_routers = True
+            weights_before, why = by_name_only(region, site)
+            if why and not any(self.names(region, p) for p in (site.path, *map(place_of, weights_before))):
+                left = why
                 continue
             if reason := self.split(region, whole):
                 misses.append((site.path, reason))
@@ -230,7 +229,7 @@ class Activation24(OperationalPass):
         obstacles = dict.fromkeys(filter(None, (obstacle(region, node) for node in dense)))
         if "mlp" in region.roles.values():  # of which it says nothing
             obstacles.pop(OF_ATTENTION, None)
-        absent = OF_ROUTER if of_routers else next(iter(obstacles), _NO_RELU[gate_in(region)])
+        absent = left or next(iter(obstacles), "") or _NO_RELU[gate_in(region)]
         return Plan(tuple(matches), tuple(misses), absent=absent)
 
     def _note(self, region: Region, site: ActivationSite) -> str:

@@ -47,8 +47,9 @@ _SITE = "activation_site"
 #: Why the relu in attention without softmax is no site.
 OF_ATTENTION = "its relu is of what attention multiplies, and no network's: leave it"
 
-#: Why the relu of a router is left alone.
+#: Why the relu of a router is left alone, and of what biases attention's scores.
 OF_ROUTER = "its relu is a router's: name it in targets to take it"
+OF_BIAS = "its relu is of a bias of attention's scores: name it in targets to take it"
 
 _FUNCTIONS: dict[object, Function] = {relu2: "relu2", F.relu: "relu"}
 
@@ -284,10 +285,13 @@ def _reach(node: fx.Node, up: bool) -> list[str]:
     return found
 
 
-def routers_before(region: Region, site: ActivationSite) -> list[str]:
-    """The weights of the nearest linears in front of an activation, by local name, if all are routers'."""
+def by_name_only(region: Region, site: ActivationSite) -> tuple[list[str], str]:
+    """The weights of the nearest linears in front of an activation, by local name, and why it is left unless
+    it is named, if all are routers' or of biases."""
     weights = _around(site.node)[0]
-    return weights if all(region.roles.get(name) == "router" for name in weights) else []
+    roles = {str(region.roles.get(name)) for name in weights}
+    why = OF_ROUTER if roles == {"router"} else OF_BIAS if roles == {"bias"} else ""
+    return (weights, why) if why else ([], "")
 
 
 def adapters_beside(region: Region, site: ActivationSite) -> list[str]:

@@ -28,7 +28,12 @@ STACKED = "stacked parameters, which no pass takes apart: make linears of them, 
 _COMPUTED = "its weight is computed in forward, not read"
 _POINTWISE = "a convolution, which no pass takes: make a linear of it, or leave it out with ignore"
 _UNREAD = "no linear that is traced reads it: multiply with it in F.linear, or leave it out with ignore"
-_OTHER_ROLES = {"router": "a router", "head": "the head", "lora": "LoRA's"}
+_OTHER_ROLES = {
+    "router": "a router",
+    "bias": "a bias of attention's scores",
+    "head": "the head",
+    "lora": "LoRA's",
+}
 _NO_ROLE = "neither attention nor feed-forward"
 _BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
@@ -160,7 +165,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
             continue
         if _BIAS.search(name):
             continue
-        role: Role = roles.get(name) or others.get(name) or role_by_name(path, around)
+        role: Role = roles.get(name) or others.get(name) or role_by_name(path, around, name)
         if around[path] is head:
             role = "head"
         if is_adapters(name):
@@ -345,7 +350,9 @@ def coverage(
     for m in matrices:
         if m.role in _SCOPES or m.name in gone or m.name in inside or not selects(m.place):
             continue
-        if (m.linear or m.role == "router" or m.region in regions) and not _meant(m, roles, selects, named):
+        if (m.linear or m.role in ("router", "bias") or m.region in regions) and not _meant(
+            m, roles, selects, named
+        ):
             why = _beside(m, takes_named) or _reason(m, reasons, otherwise)[1]
             beside.setdefault(why, {})[pattern(m.name)] = None
     shown += tuple((listed(list(names)), 0.0, reason) for reason, names in beside.items())

@@ -1,5 +1,6 @@
 """What lies between the linears of a graph: products of two values that come from inputs, as attention has
-them, and choices of a few or weights of what other branches give, as routers make them."""
+them, what is added to its scores, and choices of a few or weights of what other branches give, as routers
+make them."""
 
 from __future__ import annotations
 
@@ -34,6 +35,9 @@ _APART = (torch.unsqueeze, torch.unbind, torch.select, "unsqueeze", "unbind", "s
 #: What takes some entries of its first argument, or writes there, by the places that another one gives.
 _BY_PLACE = (operator.getitem, torch.gather, torch.index_select, torch.take_along_dim, torch.scatter)
 _BY_PLACE += ("gather", "index_select", "scatter", "index_add", "index_add_", "scatter_add", "scatter_add_")
+#: What takes the shape and dtype of a value, and none of its numbers.
+_LIKE = (torch.full_like, torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like)
+_LIKE += (torch.randn_like, "new_zeros", "new_ones", "new_full", "new_empty")
 _ATTENTION = re.compile(r"attention|attn", re.I)
 
 #: How much narrower than what it reads a linear is whose softmax tells a few alternatives apart.
@@ -50,6 +54,7 @@ class Flow:
         routers: the linears that choose, those of few features that only weigh what other branches give, and
             what feeds such alone.
         leading: linears that feed routers alone, whatever becomes of these.
+        biases: linears whose numbers only bias attention's scores, and what feeds such alone.
     """
 
     def __init__(self, graph: fx.Graph, module: nn.Module, linears: Mapping[fx.Node, list[str]]) -> None:
@@ -66,6 +71,8 @@ class Flow:
         weighing = {node for node in self.routers if self._only_weighs(node)}
         self.routers |= self._before(weighing)
         self.leading = self._before(self.routers)
+        self.biases = {node for node in linears if node not in self.routers and self._only_biases(node)}
+        self.biases |= self._before(self.biases)
 
     def walk(
         self, linear: fx.Node, up: bool = False, stop: Collection[fx.Node] = ()
@@ -93,8 +100,23 @@ class Flow:
         """Whether a node adds two computed values, other than into an activation or a choice alone."""
         if node.target not in _SUMS or sum(arg in self._made for arg in node.args) < 2:
             return False
-        into = (activates(u, self.module) or self._is_softmax(u) or is_choice(u) for u in node.users)
-        return not (node.users and all(into))
+        return not self._decides(node, {})
+
+    def _decides(self, value: fx.Node, known: dict[fx.Node, bool]) -> bool:
+        """Whether whatever reads a value's numbers leads into an activation, a softmax or a choice before it
+        leads to a linear, a product of two values or out, as logits that are made of several parts do."""
+        if value not in known:
+            known[value] = False
+            reading = [user for user in value.users if not _asks_size(user) and user.target not in _LIKE]
+            known[value] = bool(reading) and all(self._is_decided(user, known) for user in reading)
+        return known[value]
+
+    def _is_decided(self, node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+        if activates(node, self.module) or self._is_softmax(node) or is_choice(node):
+            return True
+        if node.op == "output" or node in self.linears or node in self.mixing or node.op == "call_module":
+            return False
+        return self._decides(node, known)
 
     def _chooses(self, linear: fx.Node) -> bool:
         """Whether the largest of what a linear gives are chosen. Scores are products of what linears give."""
@@ -108,7 +130,58 @@ class Flow:
             return False
         seen, _ = self.walk(linear, stop=self.mixing)
         behind, _ = self.walk(linear)
+        _, before = self.walk(linear, up=True)
+        if any(map(self._is_of_scores, (linear, *before))):  # it mixes heads, and the softmax is attention's
+            return False
         return any(map(self._is_softmax, seen)) and self.scores.isdisjoint(behind)
+
+    def _only_biases(self, linear: fx.Node) -> bool:
+        """Whether all that becomes of a linear is added to scores, or scales them in front of their
+        softmax."""
+        frontier, seen, biases = [linear], {linear}, False
+        while frontier:
+            current = frontier.pop()
+            for user in current.users:
+                if user in seen or _asks_size(user):
+                    continue
+                seen.add(user)
+                if user.op == "output" or user in self.linears:
+                    return False
+                if _is_biased(user, current) or self._joins_scores(user, current):
+                    biases = True
+                elif user in self.mixing:
+                    return False
+                else:
+                    frontier.append(user)
+        return biases
+
+    def _is_of_scores(self, value: fx.Node) -> bool:
+        """Whether a value, or what a linear reads, is made of products that nothing has weighed yet."""
+        made = self._made_of(value)
+        made |= {value} - self.linears.keys()
+        products = made & self.mixing
+        if any(self._is_softmax(n) or is_choice(n) or _is_whole(n) for n in made):
+            return False
+        return bool(products) and all(self.mixing.isdisjoint(self._made_of(n)) for n in products)
+
+    def _joins_scores(self, node: fx.Node, given: fx.Node) -> bool:
+        """Whether a node adds a value to scores, or multiplies them with it, before what they weigh."""
+        adds = node.target in _SUMS
+        if not adds and not is_product(node):
+            return False
+        if not any(self._is_of_scores(n) for n in node.all_input_nodes if n is not given):
+            return False
+        return any(map(self._is_softmax, self._behind([node]))) or (adds and self._decides(node, {}))
+
+    def _made_of(self, value: fx.Node) -> set[fx.Node]:
+        """What a value is made of, up to the linears before it."""
+        found, frontier = set[fx.Node](), [value]
+        while frontier:
+            for node in frontier.pop().all_input_nodes:
+                if node not in found and node not in self.linears:
+                    found.add(node)
+                    frontier.append(node)
+        return found
 
     def _only_weighs(self, linear: fx.Node) -> bool:
         """Whether what a linear of few features gives is multiplied with what other branches give, one
@@ -224,6 +297,16 @@ def _is_whole(node: fx.Node) -> bool:
     """Whether a node is attention by itself: torch's function, or another library's."""
     name = str(getattr(node.target, "__name__", ""))
     return node.op == "call_function" and _ATTENTION.search(name) is not None
+
+
+def _is_biased(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a value is what a node that makes scores adds to them."""
+    if node.target in (torch.baddbmm, "baddbmm"):
+        return bool(node.args) and value is node.args[0] and value not in node.args[1:]
+    if not _is_whole(node):
+        return False
+    multiplied = (*node.args[:3], *(node.kwargs.get(name) for name in ("query", "key", "value")))
+    return value not in multiplied
 
 
 def _is_outer(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """The linears that a low-rank pass replaces: which, of what rank, and the options that all such passes share.
 
 A linear belongs to attention or to an MLP by what surrounds it (`act24.passes.graph.roles`). Others (a head,
-a router, LoRA's own factors) are left alone unless `targets` names them.
+a router, a bias of attention's scores, LoRA's own factors) are left alone unless `targets` names them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from act24.passes.graph.roles import Role
 Scope = Literal["all", "attn", "mlp"]
 
 #: What a pass leaves alone unless its targets name it.
-_BY_NAME_ONLY = ("other", "router", "lora", "head")
+_BY_NAME_ONLY = ("other", "router", "bias", "lora", "head")
 
 
 @dataclass(frozen=True)
@@ -296,11 +296,13 @@ class FactorisingPass(StructuralPass):
         return rank
 
     def _without(self, region: Region, kind: str, rank: int) -> str:
-        """How linears are left out that are smaller than their rank: with their kind, if all of it are."""
+        """How linears are left out that are smaller than their rank: with their kind, if all of it in a block
+        are. A region that is no block shows only some of them."""
         alike = [site for site in linear_sites(region) if site.kind == kind]
         smaller = [site for site in alike if min(site.shape) < rank]
         other = {"attn": "mlp", "mlp": "attn"}.get(kind)
-        if other and len(alike) > 1 and len(smaller) == len(alike):
+        block = other in region.roles.values()
+        if block and len(alike) > 1 and len(smaller) == len(alike):
             return f'set scope = "{other}"' if self.scope == "all" else "leave the pass out"
         taken = [site for site in smaller if self.selects(region, site.path)]
         return f"leave it out with {_named(region, *taken, key='ignore')}"

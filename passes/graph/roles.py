@@ -3,8 +3,9 @@
 Where a graph shows what surrounds a linear, the graph says it (`act24.passes.graph.flow`): what feeds or
 follows attention's products is attention, what feeds or follows an activation is a feed-forward network, what
 ends in a choice of the largest, in a softmax over a few, or as the weight of what other branches give, is a
-router, and so is what feeds that alone. A linear that is a region of its own shows nothing, so there the
-names and classes around it are asked, from the inside out.
+router, and so is what feeds that alone; what is only added to attention's scores is a bias of them. A linear
+that is a region of its own shows nothing, so there the names and classes around it are asked, from the inside
+out; and of a network that is one and stands in attention, whether it reads and gives as many features.
 """
 
 from __future__ import annotations
@@ -18,15 +19,23 @@ from torch import fx, nn
 
 from act24.passes.graph.activation_kinds import activates
 from act24.passes.graph.flow import PRODUCTS, Flow
-from act24.passes.graph.normal_form import asks_kind, is_call, is_product, weight_name
+from act24.passes.graph.normal_form import asks_kind, is_call, is_product, is_transposed, weight_name
 
-Role = Literal["attn", "mlp", "router", "lora", "head", "other"]
+Role = Literal["attn", "mlp", "router", "bias", "lora", "head", "other"]
 
 _ATTENTION = re.compile(r"attn|attention|Attention")
 _MLP = re.compile(
     r"mlp|MLP|ffn|FFN|feed_?forward|FeedForward|dense_?relu_?dense|DenseAct|DenseGated|^ff$", re.I
 )
-_ROUTER = re.compile(r"router|Router|TopK\w*Gate|MoEGate|MoeGate")
+_ROUTER = re.compile(r"[Rr]out(er|e|ing)|TopK\w*Gate|MoEGate|MoeGate")
+_NOISE = re.compile(r"(^|_)nois(e|y)", re.I)
+_CHOOSES = re.compile(r"gat(e|ing)|rout", re.I)
+#: What makes a bias of attention's scores, mostly of positions.
+_BIAS = re.compile(
+    r"pos(ition)?(al)?_?bias|rel(ative)?_?bias|bias_?(mlp|net)|rel(ative)?_?pos(ition)?(al)?_?(mlp|net)|"
+    r"(^|_)(cpb|rpe|dpb)(_|$)",
+    re.I,
+)
 _LORA = re.compile(r"(^|\.)lora_[A-Za-z_]+(\.|$)")
 _ATTENTION_LEAVES = {
     "q_proj",
@@ -80,12 +89,15 @@ def roles_of(
         fqn: where it stands.
         around: the model's modules by name.
     """
+    linears = linears_in(graph, module)
     paths = {
         name: ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
-        for names in linears_in(graph, module).values()
+        for names in linears.values()
         for name in names
     }
-    hints: dict[str, Role] = {name: role_by_name(path, around) for name, path in paths.items()}
+    hints: dict[str, Role] = {name: role_by_name(path, around, name) for name, path in paths.items()}
+    if len(linears) > 1 and _is_of_other_widths(linears, module, fqn, around):
+        hints.update((name, "bias") for name, role in hints.items() if role in ("attn", "mlp", "other"))
     hints.update((name, "lora") for name in paths if is_adapters(name))
     shown = roles_in_graph(graph, module, hints=hints)
     roles: dict[str, Role] = {}
@@ -168,6 +180,8 @@ def roles_in_graph(
         first = node in flow.leading and all((hints or {}).get(name) == "router" for name in names)
         if node in flow.routers or first:
             found |= dict.fromkeys(names, "router")
+        elif node in flow.biases:
+            found |= dict.fromkeys(names, "bias")
         elif any(n in flow.scores for n in (*seen, *before)):
             found |= dict.fromkeys(names, "attn")
         elif len(calls) > 1 and (
@@ -175,7 +189,10 @@ def roles_in_graph(
             or any(activates(n, module, gates=bool(sources)) for n in before)
             or (ends and any(map(is_product, seen)))
         ):
-            found |= dict.fromkeys((name for name in names if name not in found), "mlp")
+            # Attention around a network alone is not seen, and whose bias it makes its name says.
+            alone = not flow.mixing and all((hints or {}).get(name) == "bias" for name in names)
+            role: Role = "bias" if alone else "mlp"
+            found |= dict.fromkeys((name for name in names if name not in found), role)
     for node, names in calls.items():  # a gate of what attention gives belongs to attention
         if any(found.get(name) == "mlp" for name in names) and "attn" in _behind(node, flow, found):
             found |= dict.fromkeys((name for name in names if found.get(name) == "mlp"), "attn")
@@ -195,12 +212,44 @@ def is_adapters(name: str) -> bool:
     return _LORA.search(name.removesuffix(".weight")) is not None
 
 
-def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:
+def _is_of_other_widths(
+    linears: Mapping[fx.Node, list[str]], module: nn.Module, fqn: str, around: Mapping[str, nn.Module]
+) -> bool:
+    """Whether a region stands in a module that holds linears of queries or keys, and neither reads nor gives
+    as many features as those do: a network of the block's would do both."""
+    parts = fqn.split(".")
+    for end in range(len(parts) - 1, -1, -1) if fqn else ():
+        held = around[".".join(parts[:end])]._modules
+        beside = [held[name] for name in held if name in _ATTENTION_LEAVES]
+        widths = {
+            size
+            for one in beside
+            if one is not None
+            for p in one.parameters()
+            if p.ndim == 2
+            for size in p.shape
+        }
+        if not widths:
+            continue
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        first, *_, last = linears
+        (reads, _), (_, gives) = (
+            [*parameters[linears[node][0]].shape][
+                :: 1 if is_call(node, F.linear) and is_transposed(node) else -1
+            ]
+            for node in (first, last)
+        )
+        return not {reads, gives} <= widths
+    return False
+
+
+def role_by_name(fqn: str, around: Mapping[str, nn.Module], parameter: str = "") -> Role:
     """What the names and classes around a module say that it is for, from the inside out.
 
     Args:
         fqn: of the module.
         around: the model's modules by name.
+        parameter: the name of its parameter, which says something if it is not `weight`.
     """
     if _LORA.search(fqn):
         return "lora"
@@ -210,7 +259,8 @@ def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:
     if (
         _ROUTER.search(leaf)
         or _ROUTER.search(_class(fqn, around))
-        or ("gate" in leaf and "experts" in beside)
+        or (_CHOOSES.search(leaf) and "experts" in beside)
+        or _is_noisy(parts, parameter, around)
     ):
         return "router"
     for end in range(len(parts), 0, -1):
@@ -218,6 +268,8 @@ def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:
         for text in (parts[end - 1], _class(path, around)):
             if _ROUTER.search(text):
                 return "router"
+            if _BIAS.search(text):
+                return "bias"
             if _MLP.search(text) and not _ATTENTION.search(text):
                 return "mlp"
             if _ATTENTION.search(text):
@@ -230,6 +282,15 @@ def role_by_name(fqn: str, around: Mapping[str, nn.Module]) -> Role:
     if leaf in _ATTENTION_LEAVES or (leaf in _BESIDE_QUERIES and beside & _ATTENTION_LEAVES):
         return "attn"
     return "mlp" if leaf in _MLP_LEAVES else "other"
+
+
+def _is_noisy(parts: Sequence[str], parameter: str, around: Mapping[str, nn.Module]) -> bool:
+    """Whether a matrix is one of the two of noisy top-k gating (arXiv 1701.06538), by their names."""
+    place = [*parts, own] if (own := parameter.rpartition(".")[2]) not in ("", "weight") else [*parts]
+    owner = around.get(".".join(place[:-1]))
+    beside = {*owner._modules, *owner._parameters} - {place[-1]} if owner is not None else set[str]()
+    told = (_NOISE, _CHOOSES) if _NOISE.search(place[-1]) else (_CHOOSES, _NOISE)
+    return told[0].search(place[-1]) is not None and any(map(told[1].search, beside))
 
 
 def _class(fqn: str, around: Mapping[str, nn.Module]) -> str:

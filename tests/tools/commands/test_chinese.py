@@ -46,7 +46,7 @@ SOURCES = {
     "passes/report.py": ("Report", "row", "coverages", "_untraced", "_parameters", "_where", "untrained"),
     "passes/planning.py": ("__init__",),
     "passes/graph/around_activation.py": (),
-    "passes/graph/activation_sites.py": ("obstacle", "OF_ATTENTION", "OF_ROUTER"),
+    "passes/graph/activation_sites.py": ("obstacle", "OF_ATTENTION", "OF_ROUTER", "OF_BIAS"),
     "passes/graph/coverage.py": (
         "Coverage",
         "_NAMES",
