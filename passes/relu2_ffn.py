@@ -16,12 +16,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from act24.options import Range
 from act24.passes.base import Match, Plan, StateMap, StructuralPass
 from act24.passes.graph.activation_kinds import activates, activation_kind, activations
-from act24.passes.graph.halves import half_of
+from act24.passes.graph.gated import Gated, end_of, gated_networks
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import (
     bias_name,
@@ -42,33 +42,9 @@ from act24.relu2 import relu2
 _MULTIPLE = 128
 _LEAVE = "leave it out with ignore"
 _NOT_GATED = 'give it relu² (transformers: its activation "relu2"), and use activation24 alone'
+#: The activations of the gates that the pass takes.
+_TAKEN = ("silu", "gelu")
 _FUNCTIONS = {"relu2": relu2, "relu": F.relu}
-
-
-@dataclass(frozen=True)
-class _SwiGLU:
-    """The three linears of a gated network, and the product between them.
-
-    Attributes:
-        gate, up: two linears, or twice the one that computes both, the gate in its first half.
-        kind: the activation of the gate.
-        between: the nodes between these linears and the product, which goes away with them.
-    """
-
-    product: fx.Node
-    gate: fx.Node
-    up: fx.Node
-    down: fx.Node
-    kind: str
-    between: frozenset[fx.Node]
-
-    @property
-    def fused(self) -> bool:
-        return self.gate is self.up
-
-    def width(self, region: Region) -> int:
-        """F."""
-        return region.parameters[weight_name(self.up) or ""].shape[0] // (2 if self.fused else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +80,8 @@ class Relu2FFN(StructuralPass):
 
     def plan(self, region: Region) -> Plan:
         matches, misses = [], []
-        for node in list(region.graph.nodes):
-            found = _find(region, node)
-            if found is None:
+        for found in gated_networks(region):
+            if found.kind not in _TAKEN:
                 continue
             linears = (found.gate, found.up, found.down)
             names = [name for linear in linears if (name := weight_name(linear))]
@@ -128,12 +103,12 @@ class Relu2FFN(StructuralPass):
         absent = self.spares if matches or misses else _describe(region)
         return Plan(tuple(matches), tuple(misses), absent)
 
-    def _other_gate(self, found: _SwiGLU) -> str:
+    def _other_gate(self, found: Gated) -> str:
         """Why a network of this gate is none of those that are taken, or the empty string."""
         taken = self.gate in ("any", found.kind)
         return "" if taken else f'gated by {found.kind}: set gate = "{found.kind}" to take it'
 
-    def _unfit(self, region: Region, found: _SwiGLU) -> str:
+    def _unfit(self, region: Region, found: Gated) -> str:
         """Why F cannot become what `width` says, or the empty string."""
         new = self._width(found.width(region))
         unfit = self.width == "exact" and new % 4
@@ -144,7 +119,7 @@ class Relu2FFN(StructuralPass):
     def _width(self, width: int) -> int:
         return {"keep": width, "exact": 3 * width // 2, "parity": parity_width(width)}[self.width]
 
-    def _match(self, region: Region, path: str, found: _SwiGLU) -> Match:
+    def _match(self, region: Region, path: str, found: Gated) -> Match:
         width = found.width(region)
         new = self._width(width)
         removed = _parameters(found.gate, found.up, found.down)
@@ -219,54 +194,12 @@ def parity_width(width: int) -> int:
     return max(1, (3 * width + _MULTIPLE) // (2 * _MULTIPLE)) * _MULTIPLE
 
 
-def _find(region: Region, product: fx.Node) -> _SwiGLU | None:
-    """The gated network around a product, in either order of it."""
-    if not is_product(product):
-        return None
-    for gated, other in (product.args, product.args[::-1]):
-        activation = activation_kind(gated, region.module)
-        if activation is None:
-            continue
-        gate, gate_half, chunk = half_of(region, activation.source)
-        up, up_half, other_chunk = half_of(region, other)
-        end = _end(region, product)
-        down = next(iter(end.users), None)
-        if not (is_call(gate, F.linear) and is_call(up, F.linear) and is_call(down, F.linear)):
-            return None
-        halves = (gate_half, up_half)  # in any order, for a fused linear starts fresh
-        if halves not in (((0, 1), (1, 0)) if gate is up else ((None, None),)) or chunk is not other_chunk:
-            return None
-        if len(end.users) != 1 or down.args[0] is not end:
-            return None
-        between: set[Any] = {*activation.nodes, product}
-        if chunk is not None:
-            between.update((activation.source, other, chunk))
-        return _SwiGLU(product, gate, up, down, activation.kind, frozenset(between))
-    return None
-
-
-def _end(region: Region, product: fx.Node) -> fx.Node:
-    """The last of what stands between a product and its linear and does the same to any activation: dropout,
-    and a cast to the dtype of the weight."""
-    end = product
-    while len(end.users) == 1:
-        (user,) = end.users
-        dropout = (
-            user.op == "call_module" and type(region.module.get_submodule(str(user.target))) is nn.Dropout
-        )
-        cast = user.op == "call_method" and user.target == "to" and user.args[0] is end
-        if not (dropout or cast):
-            break
-        end = user
-    return end
-
-
 def gate_in(region: Region) -> str:
     """The activation of the first gated network in a region, or the empty string."""
-    return next((found.kind for node in region.graph.nodes if (found := _find(region, node))), "")
+    return next((found.kind for found in gated_networks(region) if found.kind in _TAKEN), "")
 
 
-def _obstacle(region: Region, found: _SwiGLU) -> str:
+def _obstacle(region: Region, found: Gated) -> str:
     """Why a gated network that was found cannot be rewritten, or the empty string."""
     linears = (found.gate, found.up, found.down)
     if found.gate.args[0] is not found.up.args[0]:
@@ -280,17 +213,18 @@ def _obstacle(region: Region, found: _SwiGLU) -> str:
         if name is None or name not in region.parameters or is_transposed(linear):
             return f"a weight is not a plain parameter stored [out, in]: make it one, or {_LEAVE}"
     names = _parameters(*linears)
+    own = {*linears, *(node for node in found.between if is_call(node, F.linear))}
     if not any(region.parameters[name].requires_grad for name in names):
         return "frozen, and what takes its place would never train: unfreeze it, or leave it out with ignore"
     for name in names:
         if shared := region.parameters[name].shared:
             return f"{region.name(name)} is {tied(shared[0])}"
-        if readers(region.graph, name) > 1:
+        if readers(region.graph, name) > sum(name in _parameters(linear) for linear in own):
             return f"{region.name(name)} is used more than once: {_LEAVE}"
     return ""
 
 
-def _partly_frozen(region: Region, found: _SwiGLU) -> str:
+def _partly_frozen(region: Region, found: Gated) -> str:
     """Why a network that nobody has named stays as it is: the first of its parameters that is frozen."""
     frozen = (
         name
@@ -308,7 +242,7 @@ def _parameters(*linears: fx.Node) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _resized(region: Region, found: _SwiGLU, width: int) -> dict[str, ParameterSpec]:
+def _resized(region: Region, found: Gated, width: int) -> dict[str, ParameterSpec]:
     """The parameters of up and down for another F: rows of up, columns of down."""
     specs = {}
     for linear, dimension in ((found.up, 0), (found.down, 1)):
@@ -323,10 +257,10 @@ def _resized(region: Region, found: _SwiGLU, width: int) -> dict[str, ParameterS
 
 def _foreign_gate(region: Region, product: fx.Node) -> str:
     """The activation, none of silu and gelu, that gates a network with this product; or the empty string."""
-    if not is_call(next(iter(_end(region, product).users), None), F.linear):
+    if not is_call(next(iter(end_of(region, product).users), None), F.linear):
         return ""
     for gate in product.all_input_nodes:
-        if activates(gate, region.module) and is_call(half_of(region, gate.all_input_nodes[0])[0], F.linear):
+        if activates(gate, region.module) and is_call(gate.all_input_nodes[0], F.linear):
             called = region.module.get_submodule(str(gate.target)) if gate.op == "call_module" else None
             kind = str(getattr(gate.target, "__name__", gate.target))
             return "" if activation_kind(gate, region.module) else type(called).__name__ if called else kind
@@ -335,8 +269,8 @@ def _foreign_gate(region: Region, product: fx.Node) -> str:
 
 def _between(region: Region, product: fx.Node, *factors: Any) -> str:
     """What keeps a gated product from the linears that its network would have, by name."""
-    behind = next(iter(_end(region, product).users), None)
-    for node in (*(half_of(region, factor)[0] for factor in factors), behind):
+    behind = next(iter(end_of(region, product).users), None)
+    for node in (*factors, behind):
         if isinstance(node, fx.Node) and not is_call(node, F.linear):
             return str(getattr(node.target, "__name__", node.target))
     return "another use of one of them"
@@ -349,7 +283,8 @@ def _describe(region: Region) -> str:
         if call := remade(region.module.get_submodule(name)):
             return f"the weight of {name} is computed in forward: call {call} first, or {_LEAVE}"
     products = [n for n in region.graph.nodes if is_product(n) and len(n.all_input_nodes) == 2]
-    if kind := next(filter(None, (_foreign_gate(region, node) for node in products)), ""):
+    foreign = (found.kind for found in gated_networks(region) if found.kind not in _TAKEN)
+    if kind := next(filter(None, (*foreign, *(_foreign_gate(region, node) for node in products))), ""):
         return f"gated by {kind}: give the gate silu or gelu, which this pass takes, or {_LEAVE}"
     if any(True for _ in nodes_of(region.graph, relu2)):
         return "already relu²: use activation24 alone"

@@ -107,7 +107,7 @@ class Flow:
         leads to a linear, a product of two values or out, as logits that are made of several parts do."""
         if value not in known:
             known[value] = False
-            reading = [user for user in value.users if not _asks_size(user) and user.target not in _LIKE]
+            reading = [user for user in value.users if not asks_size(user) and user.target not in _LIKE]
             known[value] = bool(reading) and all(self._is_decided(user, known) for user in reading)
         return known[value]
 
@@ -142,7 +142,7 @@ class Flow:
         while frontier:
             current = frontier.pop()
             for user in current.users:
-                if user in seen or _asks_size(user):
+                if user in seen or asks_size(user):
                     continue
                 seen.add(user)
                 if user.op == "output" or user in self.linears:
@@ -192,7 +192,7 @@ class Flow:
         made, weighs = {linear: shape[0] == 1}, False  # whether a value is one feature, or chosen
         for node in self._graph.nodes:
             given = [n for n in node.all_input_nodes if n in made]
-            if node.op == "output" or not given or _asks_size(node):
+            if node.op == "output" or not given or asks_size(node):
                 continue
             if node in self.linears or node.target is F.linear or node in self.scores:
                 return False
@@ -334,7 +334,7 @@ def is_choice(node: fx.Node) -> bool:
     return node.target in _CHOICES
 
 
-def _asks_size(node: fx.Node) -> bool:
+def asks_size(node: fx.Node) -> bool:
     """Whether a node asks a value for its shape, dtype or device, and for no numbers."""
     return (
         asks_kind(node)

@@ -138,6 +138,8 @@ class Proxy(_Written, fx.Proxy):
         return self._attribute(name, self.node.name)
 
     def __len__(self) -> int:
+        if count := self.tracer.parts(self.node):
+            return count
         return self.tracer.refuse("asks a value for its length: write x.shape[0], and do not branch on it")
 
     def __contains__(self, _: object) -> bool:

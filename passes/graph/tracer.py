@@ -31,6 +31,7 @@ from act24.passes.graph.handlers import Tries
 from act24.passes.graph.identity import asks_any, asks_which, identity_questions
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.outside import Outside
+from act24.passes.graph.parts import parts_of
 from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal, is_number
 from act24.passes.graph.shadow import Shadow
 from act24.passes.graph.surroundings import (
@@ -342,7 +343,13 @@ class Tracer(fx.Tracer):
             raise Unclean(self.refused)
 
     def iter(self, obj: fx.Proxy) -> Any:
+        if count := self.parts(obj.node):
+            return iter([obj[place] for place in range(count)])  # type: ignore[index]
         self.refuse(f"loops over {obj.node.name}: loop over a fixed number, and index it")
+
+    def parts(self, node: fx.Node) -> int:
+        """How many parts a node splits its input in, whatever that is; 0 where nobody knows."""
+        return parts_of(node, self._parameters)
 
     def keys(self, obj: fx.Proxy) -> Any:
         self.refuse(f"unpacks {obj.node.name} as keyword arguments: write them out")
