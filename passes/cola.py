@@ -48,6 +48,7 @@ class Cola(FactorisingPass):
     """
 
     name: ClassVar[str] = "cola"
+    keeps_casts: ClassVar[bool] = True
 
     init: str = "cola"
     bottleneck: Literal["silu", "relu2"] = "silu"

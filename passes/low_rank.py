@@ -39,6 +39,7 @@ class LowRank(FactorisingPass):
     """
 
     name: ClassVar[str] = "low_rank"
+    keeps_casts: ClassVar[bool] = True
 
     init: str = "xavier"
     initializer_range: Annotated[float, Range(gt=0)] = 0.02

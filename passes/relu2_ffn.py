@@ -24,7 +24,6 @@ from act24.passes.graph.activation_kinds import activates, activation_kind, acti
 from act24.passes.graph.gated import Gated, end_of, gated_networks
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import (
-    bias_name,
     common_path,
     is_adapter,
     is_call,
@@ -33,7 +32,8 @@ from act24.passes.graph.normal_form import (
     nodes_of,
     readers,
     replace_node,
-    weight_name,
+    source_name,
+    weight_source,
 )
 from act24.passes.graph.region import ParameterSpec, Region
 from act24.passes.graph.remade import remade
@@ -84,7 +84,7 @@ class Relu2FFN(StructuralPass):
             if found.kind not in _TAKEN:
                 continue
             linears = (found.gate, found.up, found.down)
-            names = [name for linear in linears if (name := weight_name(linear))]
+            names = [name for linear in linears if (name := weight_source(linear))]
             path = common_path(*names)
             if not self.selects(region, path, names):
                 continue
@@ -147,7 +147,7 @@ class Relu2FFN(StructuralPass):
                 from_stock=None if fresh else lambda removed: {},
                 why=f"{'SwiGLU' if found.kind == 'silu' else 'GEGLU'} and relu² are different functions",
             ),
-            reaches=tuple(n for linear in (found.gate, found.up, found.down) if (n := weight_name(linear))),
+            reaches=tuple(n for linear in (found.gate, found.up, found.down) if (n := weight_source(linear))),
             note=_note(region, path, carried, fresh),
         )
 
@@ -207,9 +207,9 @@ def _obstacle(region: Region, found: Gated) -> str:
     for linear in (found.gate, found.up):
         inside = {node for node in found.between if node is not found.product} | {linear}
         if any(user not in found.between for node in inside for user in node.users):
-            return f"the output of {weight_name(linear)} is used elsewhere too: {_LEAVE}"
+            return f"the output of {weight_source(linear)} is used elsewhere too: {_LEAVE}"
     for linear in linears:
-        name = weight_name(linear)
+        name = weight_source(linear)
         if name is None or name not in region.parameters or is_transposed(linear):
             return f"a weight is not a plain parameter stored [out, in]: make it one, or {_LEAVE}"
     names = _parameters(*linears)
@@ -238,7 +238,7 @@ def _partly_frozen(region: Region, found: Gated) -> str:
 
 
 def _parameters(*linears: fx.Node) -> tuple[str, ...]:
-    names = [name for linear in linears for name in (weight_name(linear), bias_name(linear))]
+    names = [name for linear in linears for name in (weight_source(linear), source_name(linear.args[2]))]
     return tuple(dict.fromkeys(name for name in names if name))
 
 

@@ -23,13 +23,16 @@ from act24.fp8.linear import linear_fp8
 from act24.passes.graph.flow import PRODUCTS, mixing_products, of_inputs
 from act24.passes.graph.last_dimension import keeps_last, meets_features
 from act24.passes.graph.normal_form import (
+    casts_weight,
     common_path,
     is_adapter,
     is_call,
     is_identity,
     is_transposed,
     parameter_name,
-    weight_name,
+    readers_of,
+    source_name,
+    weight_source,
 )
 from act24.passes.graph.region import Region
 from act24.relu2 import relu2
@@ -103,9 +106,9 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
             source = source.all_input_nodes[0]
         while len(last.users) == 1 and drops_nothing(region, user := next(iter(last.users))):
             last = user
-        users = list(last.users)
-        before = source if is_call(source, F.linear) and len(source.users) == 1 else None
-        after = users[0] if len(users) == 1 and is_call(users[0], F.linear) else None
+        users = readers_of(last)
+        before = source if _is_plain(source) and len(source.users) == 1 else None
+        after = users[0] if len(users) == 1 and _is_plain(users[0]) else None
         if after is not None and after.args[0] is not last:
             after = None
         width = _features(region, source, 0) if is_call(source, F.linear) else _adapted(region, source)
@@ -122,6 +125,11 @@ def activation_sites(region: Region) -> Iterator[ActivationSite]:
         yield ActivationSite(
             site_path(node), node, function, before, after, width, width_in, width_out, parameters
         )
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node is a linear that the operation can take: it reads weights as they are."""
+    return is_call(node, F.linear) and not casts_weight(node)
 
 
 def drops_nothing(region: Region, node: Any) -> bool:
@@ -232,7 +240,7 @@ def obstacle(region: Region, node: fx.Node) -> str:
         frontier, seen = [(node, True)], {(node, True)}
         while frontier:
             current, straight = frontier.pop()
-            for other in current.all_input_nodes if up else current.users:
+            for other in current.all_input_nodes if up else readers_of(current):
                 step = (other, straight and keeps_last(other, region.module, widths))
                 if step in seen or other.op in ("placeholder", "get_attr", "output"):
                     continue
@@ -266,7 +274,7 @@ def _is_convolution(region: Region, node: fx.Node) -> bool:
 def read_weights(node: fx.Node) -> list[str]:
     """The weights that a linear, or the fused operation, reads."""
     positions = {F.linear: (1,), linear24: (1,), activation24: (1, 3)}.get(node.target, ())  # type: ignore[arg-type]
-    return [name for position in positions if (name := parameter_name(node.args[position]))]
+    return [name for position in positions if (name := source_name(node.args[position]))]
 
 
 def _reach(node: fx.Node, up: bool) -> list[str]:
@@ -314,7 +322,7 @@ def _widths(region: Region, node: fx.Node) -> list[int]:
 
 
 def _features(region: Region, linear: fx.Node, dimension: int) -> int | None:
-    name = weight_name(linear)
+    name = weight_source(linear)
     if name not in region.parameters:
         return None
     shape = region.parameters[name].shape

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from torch import fx
 
 from act24.passes.graph.activation_sites import ActivationSite, drops_nothing, read_weights
-from act24.passes.graph.normal_form import common_path, is_product, place_of
+from act24.passes.graph.linear_sites import CAST
+from act24.passes.graph.normal_form import casts_weight, common_path, is_product, place_of
 from act24.passes.graph.region import Region
 from act24.sparse24.weight.linear24 import linear24
 
@@ -54,6 +55,8 @@ def spared(region: Region, site: ActivationSite, taken: Collection[fx.Node]) -> 
 
 
 def _reason(region: Region, linear: fx.Node, weight: str, between: fx.Node | None, up: bool) -> str:
+    if casts_weight(linear):
+        return CAST
     if linear.target is linear24:
         return _WEIGHT24
     if weight in region.parameters and region.parameters[weight].factor:

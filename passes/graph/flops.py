@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from act24.fp8.linear import linear_fp8
-from act24.passes.graph.normal_form import parameter_name
+from act24.passes.graph.normal_form import source_name
 from act24.passes.graph.region import Region
 from act24.passes.graph.roles import linears_in
 from act24.pruning.adapters import masked_adapter_weight
@@ -48,7 +48,7 @@ def _node_flops(region: Region, node: fx.Node) -> int:
 def _numel(region: Region, weight: object) -> int:
     if isinstance(weight, fx.Node) and weight.target is masked_adapter_weight:
         weight = weight.args[0]  # made once a forward, whatever the tokens
-    name = parameter_name(weight)
+    name = source_name(weight)
     if name in region.parameters:
         return region.parameters[name].numel()
     try:

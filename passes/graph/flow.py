@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from act24.passes.graph.activation_kinds import activates
-from act24.passes.graph.normal_form import asks_kind, is_call, is_product
+from act24.passes.graph.normal_form import asks_kind, is_call, is_cast, is_product
 
 #: Matrix products, as functions and methods.
 PRODUCTS: tuple[Any, ...] = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul)
@@ -277,7 +277,8 @@ def of_inputs(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that depend on what the graph is given, and not on parameters and constants alone."""
     found = set[fx.Node]()
     for node in graph.nodes:
-        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+        given = node.all_input_nodes[:1] if is_cast(node) else node.all_input_nodes
+        if node.op == "placeholder" or any(n in found for n in given if not asks_kind(node)):
             found.add(node)
     return found
 

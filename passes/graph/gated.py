@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from act24.passes.graph.flow import asks_size
-from act24.passes.graph.normal_form import bias_name, is_call, is_transposed, weight_name
+from act24.passes.graph.normal_form import is_call, is_transposed, readers_of, source_name, weight_source
 from act24.passes.graph.region import Region
 
 #: What gates a network, and how far a form of it may be: `x · sigmoid(1.702 x)` is 0.0203 from GELU.
@@ -66,7 +66,7 @@ class Gated:
 
     def width(self, region: Region) -> int:
         """F."""
-        return region.parameters[weight_name(self.up) or ""].shape[0] // (2 if self.fused else 1)
+        return region.parameters[weight_source(self.up) or ""].shape[0] // (2 if self.fused else 1)
 
 
 def gated_networks(region: Region) -> Iterator[Gated]:
@@ -80,7 +80,7 @@ def end_of(region: Region, product: fx.Node) -> fx.Node:
     """The last of what stands between a product and its linear and does the same to any activation: dropout,
     and a cast to the dtype of the weight."""
     end = product
-    while len(end.users) == 1 and _passes_on(region, user := next(iter(end.users)), end):
+    while len(readers_of(end)) == 1 and _passes_on(region, user := readers_of(end)[0], end):
         end = user
     return end
 
@@ -93,12 +93,12 @@ def _passes_on(region: Region, node: fx.Node, given: fx.Node) -> bool:
 
 def _gated(region: Region, down: fx.Node) -> Gated | None:
     product: Any = down.args[0]
-    while isinstance(product, fx.Node) and product.args and len(product.users) == 1:
+    while isinstance(product, fx.Node) and product.args and len(readers_of(product)) == 1:
         given: Any = product.args[0]
         if not isinstance(given, fx.Node) or not _passes_on(region, product, given):
             break
         product = given
-    if not isinstance(product, fx.Node) or len(product.users) != 1:
+    if not isinstance(product, fx.Node) or len(readers_of(product)) != 1:
         return None
     between = _between(region, product)
     if between is None:
@@ -134,7 +134,7 @@ def _gated(region: Region, down: fx.Node) -> Gated | None:
 
 def _what(linear: fx.Node) -> tuple[Any, ...]:
     """What a linear computes."""
-    return (linear.args[0], weight_name(linear) or linear, bias_name(linear))
+    return (linear.args[0], weight_source(linear) or linear, source_name(linear.args[2]))
 
 
 def _between(region: Region, product: fx.Node) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]] | None:
@@ -178,7 +178,7 @@ def _runs(region: Region, node: fx.Node) -> bool:
 
 def _sizes(region: Region, linear: fx.Node) -> tuple[int | None, int | None]:
     """`(out, in)`, each None where no plain parameter says it."""
-    name = weight_name(linear)
+    name = weight_source(linear)
     if name not in region.parameters:
         return None, None
     rows, columns = region.parameters[name].shape

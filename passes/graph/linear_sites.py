@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,16 @@ from act24.options import Width
 from act24.passes.base import Match, Pass, Plan, StructuralPass
 from act24.passes.graph.normal_form import (
     asks_kind,
-    bias_name,
+    cast_alike,
+    casts_weight,
+    is_cast,
     is_reserved,
     is_transposed,
     nodes_of,
     place_of,
     replace_node,
-    weight_name,
+    source_name,
+    weight_source,
 )
 from act24.passes.graph.region import Factor, ParameterSpec, Region
 from act24.passes.graph.roles import Role
@@ -90,7 +93,7 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
     """
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes_of(region.graph, F.linear):
-        name = weight_name(node)
+        name = weight_source(node)
         if name in region.parameters and not is_reserved(node):
             calls.setdefault(name, []).append(node)
     for name, nodes in calls.items():
@@ -105,6 +108,13 @@ def linear_sites(region: Region, factors: bool = False) -> Iterator[LinearSite]:
         yield LinearSite(path, name, tuple(nodes), shape, transposed, role, spec.factor, obstacle)
 
 
+#: Why a pass leaves a linear whose weight is cast where it is read.
+CAST = (
+    "its weight is cast in forward, which this pass does not keep: read it as it is, with the model in that "
+    "dtype or under autocast, or leave it out with ignore"
+)
+
+
 def _obstacle(region: Region, name: str, nodes: list[fx.Node]) -> str:
     """Why a weight cannot become anything else in these linears, or the empty string."""
     if not (dtype := region.parameters[name].dtype).is_floating_point:
@@ -114,9 +124,9 @@ def _obstacle(region: Region, name: str, nodes: list[fx.Node]) -> str:
         return f"a {reader} around it reads its weight past the linear: {_OWN}"
     if len({is_transposed(node) for node in nodes}) > 1:
         return f"one product reads it as it is and another transposed, tied: {_OWN}"
-    return (
-        f"something else than linears reads it too: {_OWN}" if _reads(region.graph, name) > len(nodes) else ""
-    )
+    if _reads(region.graph, name) > len(nodes):
+        return f"something else than linears reads it too: {_OWN}"
+    return CAST if any(map(casts_weight, nodes)) else ""
 
 
 #: What to do about a weight whose numbers no pass takes.
@@ -127,15 +137,16 @@ _OWN = "give each a weight of its own, or leave it out with ignore"
 
 
 def _reads(graph: fx.Graph, name: str) -> int:
-    """How many nodes read a parameter's values, directly or transposed; a cast to its dtype reads none."""
-    readers = [
-        user
-        for node in graph.nodes
-        if node.op == "get_attr" and node.target == name
-        for user in node.users
-        if not asks_kind(user)
-    ]
-    return sum(len(n.users) if n.op == "call_method" and n.target == "t" else 1 for n in readers)
+    """How many nodes read a parameter's values, as it is, transposed or cast; a cast to its dtype none."""
+    frontier = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+    reads = 0
+    while frontier:
+        node = frontier.pop()
+        of_it = [user for user in node.users if not asks_kind(user) and user.all_input_nodes[0] is node]
+        passing = [user for user in of_it if is_cast(user) or user.target == "t"]
+        reads += sum(not asks_kind(user) for user in node.users) - len(passing)
+        frontier += passing
+    return reads
 
 
 def takes(p: Pass, scope: Scope, region: Region, site: LinearSite) -> bool:
@@ -236,10 +247,13 @@ class FactorisingPass(StructuralPass):
     """Options of the passes that factorise linears.
 
     Attributes:
+        keeps_casts: factors are cast as their weight is, where a forward casts it.
         scope: linears of attention (`"attn"`), of the MLPs (`"mlp"`), or both.
         attn_rank: rank R of attention's linears, 1 or more. It must be given if they are in scope.
         mlp_rank: the same for the MLPs' linears, and for linears outside both that `targets` names.
     """
+
+    keeps_casts: ClassVar[bool] = False
 
     scope: Scope = "all"
     attn_rank: Width | None = None
@@ -261,7 +275,7 @@ class FactorisingPass(StructuralPass):
         sites = [site for site in linear_sites(region) if takes(self, self.scope, region, site)]
         misses = []
         for site in sites:
-            if site.obstacle:
+            if site.obstacle and not (site.obstacle == CAST and self.keeps_casts):
                 misses.append((site.path, site.obstacle))
             elif shared := region.parameters[site.weight].shared:
                 if site.kind in _BY_NAME_ONLY:  # asked for by name
@@ -349,7 +363,7 @@ def bottleneck(region: Region, site: LinearSite, call: fx.Node, activation: Targ
         activation: None for the linear alone.
     """
     graph = region.graph
-    weight = graph.get_attr(site.part("in"))
+    weight = cast_alike(graph, call, graph.get_attr(site.part("in")))
     hidden = graph.call_function(F.linear, (call.args[0], weight, None))
     return hidden if activation is None else graph.call_function(activation, (hidden,))  # type: ignore[arg-type]
 
@@ -359,12 +373,12 @@ def factorise(region: Region, site: LinearSite, activation: Target | None) -> No
     for call in site.nodes:
         with region.graph.inserting_before(call):
             hidden = bottleneck(region, site, call, activation)
-            weight = region.graph.get_attr(site.part("out"))
+            weight = cast_alike(region.graph, call, region.graph.get_attr(site.part("out")))
             output = region.graph.call_function(F.linear, (hidden, weight, call.args[2]))
         replace_node(region.graph, call, output)
 
 
 def parameters_before(region: Region, site: LinearSite) -> int:
     """Elements in the weight and the bias."""
-    names = (site.weight, bias_name(site.nodes[0]))
+    names = (site.weight, source_name(site.nodes[0].args[2]))
     return sum(region.parameters[name].numel() for name in names if name in region.parameters)

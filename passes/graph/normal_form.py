@@ -1,7 +1,8 @@
 """The normal form of a region's graph, and how to read it.
 
 Every linear is a node `linear(x, weight, bias)` whose weight is a `get_attr` node under the parameter's own
-name, or the transpose of one. SiLU is `silu(x)`, ReLU `relu(x)`, relu squared in any spelling `relu2(x)`.
+name, or the transpose or a cast of one. SiLU is `silu(x)`, ReLU `relu(x)`, relu squared in any spelling
+`relu2(x)`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from act24.relu2 import relu2
 
 _MULTIPLY = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
 _MATMUL = (operator.matmul, torch.matmul, "matmul", "__matmul__")
+#: Methods that give the same numbers in another dtype.
+_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
+#: The dtypes in which a weight stays what it is; a cast to others quantises it.
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SQUARE = (torch.square, "square")
 _POWER = (operator.pow, torch.pow, "pow")
 _RELU = (F.relu, torch.relu, "relu")
@@ -110,14 +115,27 @@ def _open_product(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
     x, weight = (*node.args, None, None)[:2]
     if node.kwargs or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or x.op == "get_attr":
         return
-    turned = (weight.target is getattr and weight.args[1] == "T") or weight.target == "t"
-    source: Any = weight.args[0] if turned else weight
-    if source.op != "get_attr" or _ndim(module, source.target) != 2:
+    source, turned, casts = weight, False, list[fx.Node]()
+    while isinstance(source, fx.Node) and (_turns(source) or is_cast(source)):
+        turned ^= _turns(source)
+        casts += [source] if is_cast(source) else []
+        source = source.args[0]  # type: ignore[assignment]
+    if not isinstance(source, fx.Node) or source.op != "get_attr" or _ndim(module, str(source.target)) != 2:
         return
     with graph.inserting_before(node):
-        stored = source if turned else graph.call_method("t", (source,))
+        stored = source
+        for cast in reversed(casts):
+            stored = graph.call_method(str(cast.target), (stored, *cast.args[1:]), cast.kwargs)
+        stored = stored if turned else graph.call_method("t", (stored,))
         replacement = graph.call_function(F.linear, (x, stored, None))
     replace_node(graph, node, replacement)
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a node is the transpose of a matrix."""
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    return node.target in ("t", torch.t) and len(node.args) == 1
 
 
 def _ndim(module: nn.Module, name: str) -> int:
@@ -200,6 +218,53 @@ def parameter_name(argument: Any) -> str | None:
     return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
 
 
+def is_cast(node: Any) -> TypeGuard[fx.Node]:
+    """Whether something is a node that gives the numbers of its first argument in another dtype."""
+    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target not in _CASTS:
+        return False
+    given = (*node.args[1:], *node.kwargs.values())
+    named = node.target == "type" and any(isinstance(one, str) for one in given)
+    return not named and all(one in _DTYPES for one in given if isinstance(one, torch.dtype))
+
+
+def _is_turned(node: Any) -> TypeGuard[fx.Node]:
+    """Whether something is a node by which the normal form transposes."""
+    return isinstance(node, fx.Node) and node.op == "call_method" and node.target == "t"
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """The users of a value that read its numbers, and not only its dtype or device."""
+    return [u for u in node.users if not asks_kind(u) and (not is_cast(u) or u.args[0] is node)]
+
+
+def source_name(argument: Any) -> str | None:
+    """The local name of the parameter that an argument is, or is a cast or the transpose of, or None."""
+    while is_cast(argument) or _is_turned(argument):
+        argument = argument.args[0]
+    return parameter_name(argument)
+
+
+def weight_source(linear: fx.Node) -> str | None:
+    """The parameter that a linear's weight is, or is a cast of."""
+    return source_name(linear.args[1])
+
+
+def casts_weight(linear: fx.Node) -> bool:
+    """Whether a linear's weight is a cast of a parameter."""
+    return weight_name(linear) is None and weight_source(linear) is not None
+
+
+def cast_alike(graph: fx.Graph, linear: fx.Node, weight: fx.Node) -> fx.Node:
+    """A parameter in the dtype that a linear's own weight is cast to, at the graph's point of insertion."""
+    casts, argument = list[fx.Node](), linear.args[1]
+    while is_cast(argument) or _is_turned(argument):
+        casts += [argument] if is_cast(argument) else []
+        argument = argument.args[0]
+    for cast in reversed(casts):
+        weight = graph.call_method(str(cast.target), (weight, *cast.args[1:]), cast.kwargs)
+    return weight
+
+
 def asks_kind(node: fx.Node) -> bool:
     """Whether a node asks a value for its dtype or device, and for no numbers."""
     return node.target is getattr and node.args[1] in ("dtype", "device")
@@ -228,8 +293,11 @@ def bias_name(linear: fx.Node) -> str | None:
 
 def is_transposed(linear: fx.Node) -> bool:
     """Whether the parameter holds the transpose of the weight."""
-    weight = linear.args[1]
-    return isinstance(weight, fx.Node) and weight.op == "call_method"
+    weight, turned = linear.args[1], False
+    while is_cast(weight) or _is_turned(weight):
+        turned ^= _is_turned(weight)
+        weight = weight.args[0]
+    return turned
 
 
 def common_path(*names: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from act24.errors import PassError
+from act24.passes.graph.normal_form import is_transposed, weight_source
 
 #: What a model is called with: a tensor, positional arguments, or keyword arguments.
 Probe = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -230,8 +231,7 @@ def features(module: nn.Module, graph: fx.Graph) -> Arguments | None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     if len(names) != 1 or linear is None:
         return None
-    transposed = linear.args[1].op == "call_method"
-    name = linear.args[1].args[0].target if transposed else linear.args[1].target
+    transposed, name = is_transposed(linear), weight_source(linear)
     if name not in parameters:
         return None
     weight = parameters[name]

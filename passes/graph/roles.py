@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from act24.passes.graph.activation_kinds import activates
 from act24.passes.graph.flow import PRODUCTS, Flow
-from act24.passes.graph.normal_form import asks_kind, is_call, is_product, is_transposed, weight_name
+from act24.passes.graph.normal_form import asks_kind, is_call, is_product, is_transposed, weight_source
 
 Role = Literal["attn", "mlp", "router", "bias", "lora", "head", "other"]
 
@@ -113,7 +113,7 @@ def roles_of(
 def computed(graph: fx.Graph, module: nn.Module) -> set[str]:
     """The parameters that linears read by way of something else, which makes their weight in forward."""
     linears = linears_in(graph, module)
-    read = {name for node in linears if node.op != "call_module" and (name := weight_name(node))}
+    read = {name for node in linears if node.op != "call_module" and (name := weight_source(node))}
     return {name for names in linears.values() for name in names} - read
 
 
@@ -129,7 +129,7 @@ def linears_in(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[str]]:
 
 def _weights_of(linear: fx.Node) -> list[str]:
     """The parameters that the weight of a linear is, or is made of."""
-    if name := weight_name(linear):
+    if name := weight_source(linear):
         return [name]
     return _made_of(linear.args[1])
 

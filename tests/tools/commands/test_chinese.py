@@ -65,6 +65,7 @@ SOURCES = {
     "passes/graph/probe.py": ("obstacle",),
     "passes/graph/linear_sites.py": (
         "RESIZE",
+        "CAST",
         "FROZEN",
         "no_linear",
         "tied",
