@@ -32,7 +32,7 @@ _NOISE = re.compile(r"(^|_)nois(e|y)", re.I)
 _CHOOSES = re.compile(r"gat(e|ing)|rout", re.I)
 #: What makes a bias of attention's scores, mostly of positions.
 _BIAS = re.compile(
-    r"pos(ition)?(al)?_?bias|rel(ative)?_?bias|bias_?(mlp|net)|rel(ative)?_?pos(ition)?(al)?_?(mlp|net)|"
+    r"pos(ition)?(al)?(_[xyz])?_?bias|rel(ative)?_?bias|bias_?(mlp|net)|rel(ative)?_?pos(ition)?(al)?_?(mlp|net)|"
     r"(^|_)(cpb|rpe|dpb)(_|$)",
     re.I,
 )
