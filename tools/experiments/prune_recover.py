@@ -350,9 +350,9 @@ def _report(table: dict[str, dict[str, dict[str, Any]]], budget: Budget) -> str:
     if len(table) > 1:
         lines += [
             "",
-            "A column is of a CPU that computes with these instructions. They round otherwise, and pruning block "
-            "after block makes something of it: where two scores nearly tie, another weight stays, and the next "
-            "block reads other inputs.",
+            "A column is of a CPU that computes with these instructions. They round otherwise, and pruning "
+            "block after block makes something of it: where two scores nearly tie, another weight stays, and "
+            "the next block reads other inputs.",
         ]
     lines += [
         "",
