@@ -16,7 +16,7 @@ import numbers
 import weakref
 from collections import UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import chain
 from types import (
@@ -154,6 +154,15 @@ class Frozen:
     names: frozenset[str] = frozenset()
     dynamic: bool = False
     sized: frozenset[str] = frozenset()
+
+    def of_copy(self, memo: Mapping[int, Any]) -> Frozen:
+        """The same of a copy of the module.
+
+        Args:
+            memo: what was copied, by id, as `copy.deepcopy` keeps it.
+        """
+        facts = tuple(replace(fact, root=memo.get(id(fact.root), fact.root)) for fact in self.facts)
+        return replace(self, facts=facts)
 
 
 #: Of a linear alone.
