@@ -58,7 +58,6 @@ SOURCES = {
         "_NO_ROLE",
         "_BESIDE",
         "_OTHER_ROLES",
-        "listed",
     ),
     "passes/base.py": ("split",),
     "passes/graph/check.py": ("Check",),
