@@ -60,6 +60,7 @@ class Matrix:
             empty string.
         linear: its module is a linear.
         read: a linear that is traced reads it.
+        adapts: of a factor of LoRA's that the graph shows, what it is an adapter of.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Matrix:
     computed: str = ""
     linear: bool = False
     read: bool = False
+    adapts: str = ""
 
     @property
     def place(self) -> str:
@@ -148,6 +150,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     }
     made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
+    adapters = {joined(fqn, name): of for r in regions for fqn in r.fqns for name, of in r.adapters.items()}
     found, shared, head = [], _of_embeddings(model), head_of(model)
     for first, parameter in model.named_parameters():
         name = shared.get(first, first)
@@ -164,7 +167,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         role: Role = roles.get(name) or others.get(name) or role_by_name(path, around)
         if around[path] is head:
             role = "head"
-        if is_adapters(name):
+        if is_adapters(name) or name in adapters:
             role = "lora"
         if role == "other":
             role = _role_beside(path, around, regions, untraced)
@@ -192,6 +195,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 computed=made_of if name == first else tied(first),
                 linear=is_linear(owner),
                 read=name in roles,
+                adapts="" if is_adapters(name) else adapters.get(name, ""),
             )
         )
     return found
@@ -352,7 +356,8 @@ def coverage(
     for m in matrices:
         if m.role in _SCOPES or m.name in gone or m.name in inside or not selects(m.place):
             continue
-        if (m.linear or m.role == "router" or m.region in regions) and not _meant(m, roles, selects, named):
+        alone = m.linear or m.role in ("router", "lora") or m.region in regions
+        if alone and not _meant(m, roles, selects, named):
             why = _beside(m, takes_named) or _reason(m, reasons, otherwise)[1]
             beside.setdefault(why, {})[m.place or m.name] = None
     shown += tuple((", ".join(texts(names)), 0.0, reason) for reason, names in beside.items())
@@ -392,6 +397,8 @@ def _beside(matrix: Matrix, takes_named: bool) -> str:
     Args:
         takes_named: the pass would take it by its name.
     """
+    if matrix.adapts:
+        return f"adapter of {matrix.adapts}"
     if matrix.role in _OTHER_ROLES:
         return _OTHER_ROLES[matrix.role]
     if matrix.computed or not (matrix.linear or matrix.read):
