@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -129,6 +129,18 @@ class Remains(nn.Module):
         """
         self._refuse_to_hold(name, module)
         super().add_module(name, module)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """As nn.DataParallel calls it.
+
+        Raises:
+            PassError: no pipeline would know the replicas, which are others in every forward.
+        """
+        kind = vars(self).get("_kind", "module")
+        raise PassError(
+            f"nn.DataParallel copies a {kind} of a model that passes have rewritten in every forward, and no "
+            "pipeline knows the copies: take torch.nn.parallel.DistributedDataParallel, one process a GPU"
+        )
 
     def _refuse_to_hold(self, name: str, value: Any) -> None:
         """Check that a graph sees what is to have a name here."""
