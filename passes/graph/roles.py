@@ -10,13 +10,14 @@ names and classes around it are asked, from the inside out.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import fx, nn
 
 from act24.passes.graph.activation_kinds import activates
+from act24.passes.graph.adapters import adapters_in
 from act24.passes.graph.flow import PRODUCTS, Flow
 from act24.passes.graph.normal_form import asks_kind, is_call, is_product, weight_name
 
@@ -71,7 +72,11 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 def roles_of(
-    graph: fx.Graph, module: nn.Module, fqn: str, around: Mapping[str, nn.Module]
+    graph: fx.Graph,
+    module: nn.Module,
+    fqn: str,
+    around: Mapping[str, nn.Module],
+    adapters: Collection[str] = (),
 ) -> dict[str, Role]:
     """The roles of the weights of the linears in a region, by the weight's local name.
 
@@ -79,6 +84,7 @@ def roles_of(
         module: what was traced.
         fqn: where it stands.
         around: the model's modules by name.
+        adapters: weights that are factors of LoRA's by the graph (`act24.passes.graph.adapters`).
     """
     paths = {
         name: ".".join(part for part in (fqn, name.rpartition(".")[0]) if part)
@@ -86,7 +92,7 @@ def roles_of(
         for name in names
     }
     hints: dict[str, Role] = {name: role_by_name(path, around) for name, path in paths.items()}
-    hints.update((name, "lora") for name in paths if is_adapters(name))
+    hints.update((name, "lora") for name in paths if is_adapters(name) or name in adapters)
     shown = roles_in_graph(graph, module, hints=hints)
     roles: dict[str, Role] = {}
     head = head_of(around[""])
@@ -161,7 +167,7 @@ def roles_in_graph(
     """
     found: dict[str, Role] = {}
     calls = linears_in(graph, module) | dict(beside or {})
-    flow = Flow(graph, module, calls)
+    flow = Flow(graph, module, calls, adapters_in(graph, module).sums)
     for node, names in calls.items():
         seen, ends = flow.walk(node)
         before, sources = flow.walk(node, up=True)
