@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act24.fp8.casts import CastE4m3, Scaling
-from act24.fp8.linear import cast_weight, linear_fp8, uses_kernels
+from act24.fp8.linear import cast_weight, linear_fp8, underflow_counts, uses_kernels
 from act24.options import Range
 from act24.sparse24.feed_forward.methods import METHODS
 from act24.sparse24.feed_forward.operation import activation24
@@ -80,6 +80,7 @@ class Conditions(NamedTuple):
         compiled: whether the layer is.
         kept: weights are packed or cast once an update, not where they are read.
         micro_batches: of an update.
+        counted: every step counts zeros and what 2:4 and e4m3 drop (`activation_statistics`).
     """
 
     rows: int
@@ -88,6 +89,7 @@ class Conditions(NamedTuple):
     compiled: bool
     kept: bool
     micro_batches: int
+    counted: bool
 
 
 class Side(NamedTuple):
@@ -130,14 +132,18 @@ def linears(
         return [cast_weight(weight.detach().bfloat16(), scaling, kernels=on) for weight in weights]
 
     ready, exact = cast() if conditions.kept else [()] * len(weights), layer.kind == "head"
+    counters = [_counter(conditions, device) for _ in weights]
 
     def plain(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(F.linear(x, weight) for weight in weights)
 
     def narrow(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        options = {"scaling": scaling, "kernels": kernels, "exact_grad_x": exact}
+        for counter in counters:
+            _count_(counter, x, scaling)
         return tuple(
-            linear_fp8(x, weight, None, *made, scaling=scaling, kernels=kernels, exact_grad_x=exact)
-            for weight, made in zip(weights, ready, strict=True)
+            linear_fp8(x, weight, None, *made, **options, counter=counter)
+            for weight, made, counter in zip(weights, ready, counters, strict=True)
         )
 
     leaves = (x, *weights)
@@ -166,11 +172,13 @@ def network(
     ready = {"bfloat16": (), "fp8": cast() if conditions.kept else ()}
 
     def side(precision: Precision) -> Side:
-        given, casts = options._replace(precision=precision), ready[precision]
+        given = options._replace(precision=precision, statistics=conditions.counted)
+        casts, counter = ready[precision], _counter(conditions, device) if precision == "fp8" else None
 
         def run(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> tuple[Tensor, ...]:
             arguments = (x, weight_in, None, weight_out, None, scale, seed, None, given)
-            return activation24(*arguments, casts=casts)[:1]
+            _count_(counter, x, "rowwise")
+            return activation24(*arguments, casts=casts, counter=counter)[:1]
 
         return Side(_step(run, (x, weight_in, weight_out), conditions), cast if casts else None)
 
@@ -208,13 +216,25 @@ def sparse_linear(
 
     def side(precision: Precision) -> Side:
         given, (packed, transposed) = options._replace(precision=precision), ready[precision]
+        counter = _counter(conditions, device) if precision == "fp8" else None
 
         def run(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            return (linear24(x, weight, None, mask, scale, seed, packed, transposed, given),)
+            _count_(counter, x, "rowwise")
+            return (linear24(x, weight, None, mask, scale, seed, packed, transposed, given, counter=counter),)
 
         return Side(_step(run, (x, weight), conditions), None if packed is None else pack)
 
     return {"bfloat16": side("bfloat16"), "fp8": side("fp8")}
+
+
+def _counter(conditions: Conditions, device: torch.device) -> Tensor | None:
+    return torch.zeros(2, device=device) if conditions.counted else None
+
+
+def _count_(counter: Tensor | None, x: Tensor, scaling: Scaling) -> None:
+    """What `activation_statistics` does beside a layer in e4m3."""
+    if counter is not None:
+        counter.add_(underflow_counts(x, scaling))
 
 
 def _draw(

@@ -110,6 +110,27 @@ class Forwards:
             served.close()
 
 
+class OneCall:
+    """Of each thread, the outermost call of a model."""
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+
+    def begin(self) -> None:
+        """It begins: asked by a hook before it."""
+        self._here.frame = _caller()
+
+    def goes_on(self) -> bool:
+        """Whether it has begun and not ended."""
+        call: FrameType | None = getattr(self._here, "frame", None)
+        return call is not None and any(frame is call for frame in _stack(sys._getframe()))
+
+    def end(self) -> None:
+        """A call has ended, this one or another within it: asked by a hook behind it."""
+        if self._here.__dict__.get("frame") is _caller() or not self.goes_on():
+            self._here.frame = None  # or it would keep what it computed
+
+
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from act24.errors import PassError
 from act24.passes.activation24 import SCALE
 from act24.passes.base import OperationalPass, Pass
+from act24.passes.compared import watch_
 from act24.passes.first_rows import Rows
 from act24.passes.graph.activation_sites import PADS
 from act24.passes.graph.check import Probe
-from act24.passes.graph.frozen import watch_
 from act24.passes.graph.region import buffers_of
 from act24.passes.report import Report
 from act24.passes.rewriting import Rewriting
@@ -135,9 +135,10 @@ class Pipeline(Rewriting):
         self._watch_facts()
 
     def _watch_facts(self) -> None:
-        """At the model's calls, and at those of the module that calls the regions, as who takes hidden states
-        does."""
-        watch_({self.model, *trunks_of(self.model, list(self.regions))}, self.facts)
+        """At the model's calls, at those of the module that calls the regions, as who takes hidden states
+        does, and at those of a region by itself."""
+        callers = {self.model, *trunks_of(self.model, list(self.regions))}
+        watch_(callers, self.facts, self._facts_of_regions)
 
     @property
     def updates_made(self) -> int | None:

@@ -62,6 +62,7 @@ class Planned:
         self._lowered: dict[tuple[OperationalPass, ...], list[Lowered]] = {}
         self._rows: list[Row] = []
         self._facts: dict[tuple[Any, ...], Fact] = {}
+        self._facts_of_regions: dict[nn.Module, list[Fact]] = {}
         self._misses: list[tuple[str, str, str]] = []
         self._absent: list[tuple[str, str, str]] = []
         self._structural = [p for p in self._passes if isinstance(p, StructuralPass)]

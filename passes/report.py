@@ -16,16 +16,14 @@ from act24.passes.graph.coverage import (
     coverage,
     idle_targets,
     left_alone,
-    listed,
     matrices_of,
     of_weights,
-    pattern,
 )
 from act24.passes.graph.flops import region_flops, uncounted
 from act24.passes.graph.normal_form import is_linear, place_of
+from act24.passes.graph.places import Pattern, every, patterns, renamed, shared, text, texts
 from act24.passes.graph.region import Factor, Region, joined
 from act24.passes.graph.selectors import names, takes
-from act24.passes.places import Pattern, patterns, shared, text
 from act24.words import counted
 
 Key = TypeVar("Key")
@@ -122,7 +120,8 @@ class Report:
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}, "
             f"FLOPs per token, forward {self.flops_before:,} → {self.flops_after:,}"
         )
-        uncounted = [f"FLOPs leave out {listed(self.uncounted)}: no linear that is traced reads it as it is"]
+        missing = ", ".join(self.uncounted)
+        uncounted = [f"FLOPs leave out {missing}: no linear that is traced reads it as it is"]
         figures_and_rest = [figures, *(uncounted if self.uncounted else ())]
         unwatched = [f"frozen by tracing, and not watched: {what}" for what in self.unwatched]
         untrained = [self.untrained] if self.untrained else []
@@ -156,17 +155,15 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> Iterable[tuple[K
 
 
 def _alike(misses: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Misses that differ in the number of their layer alone, also where the reason names the place, as
-    one."""
-    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    """Misses of one reason as one, where it names the place too."""
+    groups: dict[tuple[str, str], dict[str, str]] = {}
     for name, fqn, reason in misses:
-        like = reason.replace(fqn, pattern(fqn)) if fqn else reason
-        groups.setdefault((name, like), []).append((fqn, reason))
+        groups.setdefault((name, renamed(fqn, reason, "*")), {})[fqn] = reason
     found = []
-    for (name, like), alike in groups.items():
-        reasons = {reason for _, reason in alike}
-        reason = like if len(reasons) > 1 else alike[0][1]
-        found += [(name, text(places), reason) for places in patterns(list(dict(alike)))]
+    for (name, _), alike in groups.items():
+        for places in patterns([*alike]):
+            where, first = text(places), next(every(places))
+            found.append((name, where, renamed(first, alike[first], where)))
     return found
 
 
@@ -229,7 +226,7 @@ def figures(
         if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding | nn.EmbeddingBag)
     )
     return {
-        "uncounted": tuple(dict.fromkeys(pattern(name) if name.count(".") > 1 else name for name in others)),
+        "uncounted": tuple(texts(place_of(name) or name for name in others)),
         "parameters_before": before,
         "parameters_after": before + change,
         "flops_before": sum(region_flops(region) * len(region.fqns) for region in traced),

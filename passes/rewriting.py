@@ -46,7 +46,7 @@ class Rewriting(Planned):
         memo[id(self)] = twin
         vars(twin).update(vars(self))
         twin._model = copy.deepcopy(self._model, memo)
-        twin._check, twin._lowered = None, {}  # made again when they are needed
+        twin._check, twin._lowered, twin._facts_of_regions = None, {}, {}  # made again when they are needed
         twin._sites = [site.twin(memo) for site in self._sites]
         if twin.modules:
             twin._lower()
@@ -111,11 +111,14 @@ class Rewriting(Planned):
     def _watched(self) -> dict[tuple[Any, ...], Fact]:
         """What the graphs no longer read, by place: of what lies outside of the modules, and of those that a
         pass in force at some step has opened."""
+        self._facts_of_regions.clear()
         watched = dict[tuple[Any, ...], Fact]()
         for site in self._sites:
             if site.module is not None:
                 opened = [opened_values(site.module, path, site.base.name(path)) for path in site.opened]
-                watched |= {f.key: f for f in chain(site.traced.frozen.facts, *opened)}
+                own = {f.key: f for f in chain(site.traced.frozen.facts, *opened)}
+                watched |= own
+                self._facts_of_regions[site.module] = [*own.values()]
         return watched
 
     @property

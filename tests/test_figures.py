@@ -233,3 +233,56 @@ def test_the_first_edition_beside_this_one_is_of_the_rows():
     ours = [r for name, r in ratios.items() if name.startswith("pack") and "PyTorch" not in name]
     ours = sorted(float(ratio) for ratio in ours)
     assert f"{ours[0]:.3f} to {ours[-3]:.3f}, and {ours[-1]:.2f} where MVUE draws" in text
+
+
+def test_what_fp8_costs_in_loss_is_what_the_runs_said():
+    runs = json.loads(read("docs/results/fp8-loss.json"))["runs"]
+    losses = {(run["name"], run["seed"]): run["heldout_loss"] for run in runs}
+    ours, dense = ([losses[name, seed] for seed in (0, 1)] for name in ("fp8 everywhere, 2:4", "dense relu2"))
+    told, kernels = (
+        (" and ".join(f"{loss:.4f}" for loss in each) for each in (ours, dense)),
+        read("docs/results/kernels.md"),
+    )
+    for text in told:
+        assert text in kernels
+        assert text in read("README.md")
+        assert text.replace(" and ", " 和 ") in re.sub(r"\s+", " ", read("README.zh.md"))
+    changes = " and ".join(f"−{100 - 100 * a / b:.2f}%" for a, b in zip(ours, dense, strict=True))
+    assert f"so {changes}: the bar is +0.5%" in kernels
+
+
+def test_precision_that_was_timed_is_told_as_it_was():
+    page = read("docs/results/kernels.md")
+    timed = [row for row in ROWS if (row["note"] or "").startswith("taken:")]
+    cells = {"60m": [], "130m": []}
+    for row in timed:
+        taken, by_shape = re.fullmatch(r"taken: (\w+) \(.*\), by its shape (\w+).*", row["note"]).groups()
+        assert taken == by_shape
+        text = f"{row['ours']:.2f} / {row['other']:.2f}"
+        cells[row["name"].partition(",")[0]].append(text + ", taken" * (taken == "fp8"))
+    for title, small, large in zip(
+        ("network", "q, k and v", "o", "head, a chunk"), cells["60m"], cells["130m"], strict=True
+    ):
+        assert f"| {title} | {small} | {large} |" in page
+    loops = json.loads(read("docs/results/training-speed.json"))["runs"]
+    sides = [side for run in loops for side in run["sides"]]
+    ratios = {
+        size: [f"{side['ratio']:.3f}" for side in sides if side["name"] == f"{size}.toml"]
+        for size in ("130m-auto", "60m-auto", "60m-same")
+    }
+    (wide,), (one, other), (same,) = ratios.values()
+    text = " ".join(page.split())
+    assert f"{wide} of the tokens/s of the same in bfloat16 at 130m and {one} and {other} at 60m" in text
+    assert f"where the same recipe twice made {same}" in text
+
+
+def test_1b_under_autocast_is_told_as_it_was_timed():
+    page = " ".join(read("docs/results/kernels.md").split())
+    side = "step, 1b, autocast, 64 rows, act24"
+    ours, *_ = (
+        r for r in ROWS if r["name"] == f"{side} relu², 2:4, fp8 with head" and r["commit"] == "c195164"
+    )
+    assert f"(commit c195164): {ours['other']:.1f} and {ours['ours']:.1f} ms, **{ours['ratio']:.3f}**" in page
+    for name in ("", ", fp8 where faster, with head", ", fp8 with head"):
+        (row,) = (r for r in ROWS if r["name"] == f"{side} CoLA relu², 2:4{name}")
+        assert re.search(rf"{row['ours']:.1f}( ms)?, \**{row['ratio']:.3f}", page)

@@ -68,7 +68,7 @@ def clean_trace(module: nn.Module) -> Trace:
     if is_linear(module):
         return Trace(_trace_linear(module))
     _check_signature(module)
-    shadow = Shadow(module)
+    shadow = Shadow(module, stays=lambda m: not m._modules or _stays(m))
     if shadow.remade:
         raise Unclean(f"a weight in it is computed before every forward: call {shadow.remade} first")
     if shadow.uncopied:
@@ -161,10 +161,10 @@ def _is_leaf(module: nn.Module) -> bool:
     Raises:
         Unclean: it would, and holds linears.
     """
+    if not _stays(module):
+        return False
     if is_adapter(module):
         return True
-    if not (_reads_training(type(module)) or is_closed(module)):
-        return False
     if matrices(module) or any(is_linear(child) for child in module.modules()):
         kind = type(module).__name__
         raise Unclean(
@@ -172,6 +172,10 @@ def _is_leaf(module: nn.Module) -> bool:
             "nn.Dropout, and write nn.Linear"
         )
     return True
+
+
+def _stays(module: nn.Module) -> bool:
+    return is_adapter(module) or _reads_training(type(module)) or is_closed(module)
 
 
 def _trace_linear(module: nn.Module) -> fx.Graph:

@@ -10,6 +10,7 @@ from torch import nn
 
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import is_linear, place_of
+from act24.passes.graph.places import texts
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
 from act24.passes.graph.roles import Role, computed, head_of, is_adapters, role_by_name, roles_beside
@@ -64,6 +65,7 @@ class Matrix:
             empty string.
         linear: its module is a linear.
         read: a linear that is traced reads it.
+        adapts: of a factor of LoRA's that the graph shows, what it is an adapter of.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Matrix:
     computed: str = ""
     linear: bool = False
     read: bool = False
+    adapts: str = ""
 
     @property
     def place(self) -> str:
@@ -124,9 +127,9 @@ class Coverage:
             share = f"{min(round(100 * self.reached / self.total), 100 - (self.reached < self.total))}%"
             text = f"{self.pass_name} reaches {share} of the {self.scope} matrices{self.where}"
         if self.unmet:
-            text += f"; no module is named {listed(self.unmet)}: correct that, or leave it out"
+            text += f"; no module is named {', '.join(self.unmet)}: correct that, or leave it out"
         if self.idle:
-            text += f"; nothing is taken of {listed(self.idle)}: take it out of targets"
+            text += f"; nothing is taken of {', '.join(self.idle)}: take it out of targets"
         if self.left:
             text += "; left: " + "; ".join(
                 f"{names} {f'{share:.0%} ' if share else ''}({reason})" for names, share, reason in self.left
@@ -152,6 +155,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
     }
     made = {joined(r.fqn, name) for r in regions for name in computed(r.graph, r.module)}
     inside = {joined(fqn, name): fqn for r in regions for fqn in r.fqns for name in r.parameters}
+    adapters = {joined(fqn, name): of for r in regions for fqn in r.fqns for name, of in r.adapters.items()}
     found, shared, head = [], _of_embeddings(model), head_of(model)
     for first, parameter in model.named_parameters():
         name = shared.get(first, first)
@@ -168,7 +172,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         role: Role = roles.get(name) or others.get(name) or role_by_name(path, around, name)
         if around[path] is head:
             role = "head"
-        if is_adapters(name):
+        if is_adapters(name) or name in adapters:
             role = "lora"
         if role == "other":
             role = _role_beside(path, around, regions, untraced)
@@ -196,6 +200,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 computed=made_of if name == first else tied(first),
                 linear=is_linear(owner),
                 read=name in roles,
+                adapts="" if is_adapters(name) else adapters.get(name, ""),
             )
         )
     return found
@@ -250,16 +255,21 @@ def _is_pointwise(module: nn.Module) -> bool:
     return module.groups == 1 and set(module.kernel_size) == {1}
 
 
-def _stacked(matrix: Matrix, matrices: Sequence[Matrix]) -> str:
-    """`STACKED`, with what to ignore: the module that holds such alone, or the parameter."""
+def _stacked(places: Iterable[str]) -> str:
+    """`STACKED`, with what to ignore."""
+    named = '", "'.join(texts(places))
+    return (
+        "stacked parameters, which no pass takes apart: make linears of them, or leave it out with "
+        f'ignore = ["{named}"]'
+    )
+
+
+def _holder(matrix: Matrix, matrices: Sequence[Matrix]) -> str:
+    """What to ignore for a stacked matrix to be left out: the module that holds such alone, or itself."""
     inside = f"{matrix.path}."
     others = any(not m.stacked and f"{m.path}.".startswith(inside) for m in matrices)
     layer = matrix.path.rpartition(".")[2].isdigit()
-    place = matrix.place if others or layer or not matrix.path else matrix.path
-    return (
-        "stacked parameters, which no pass takes apart: make linears of them, or leave it out with "
-        f'ignore = ["{pattern(place)}"]'
-    )
+    return matrix.place if others or layer or not matrix.path else matrix.path
 
 
 def _computed(owner: nn.Module) -> str:
@@ -321,8 +331,8 @@ def coverage(
     """
     roles = tuple(scope)
     hit = tuple(reached)
-    done, left, seen = 0, dict[tuple[str, str], int](), set[Role]()
-    alike: dict[tuple[str, str], list[str]] = {}
+    done, left, seen = 0, dict[tuple[str, str], dict[str, int]](), set[Role]()
+    stacked: dict[str, dict[str, None]] = {}
     for matrix in matrices:
         if not _meant(matrix, roles, selects, named):
             continue
@@ -332,17 +342,18 @@ def coverage(
             continue
         if matrix.name in gone:
             continue
-        why = _stacked(matrix, matrices) if matrix.stacked else _reason(matrix, reasons, otherwise)[1]
-        key = (pattern(matrix.name), why)
-        left[key] = left.get(key, 0) + matrix.numel
-        alike.setdefault(key, []).append(matrix.name.removesuffix(".weight"))
-    total = done + sum(left.values())
+        why = _reason(matrix, reasons, otherwise)[1]
+        if matrix.stacked:
+            place = _holder(matrix, matrices)
+            stacked.setdefault(why := pattern(place), {})[place] = None
+        left.setdefault((pattern(matrix.name), why), {})[matrix.place or matrix.name] = matrix.numel
+    total = done + sum(sum(alike.values()) for alike in left.values())
     groups: dict[str, dict[str, int]] = {}
-    for (like, reason), numel in sorted(left.items(), key=lambda item: -item[1]):
-        own = alike[like, reason]
-        groups.setdefault(reason, {})[like if len(own) > 1 else own[0]] = numel
+    for (_, why), alike in sorted(left.items(), key=lambda item: -sum(item[1].values())):
+        groups.setdefault(why, {}).update(alike)
+    named = {why: _stacked(stacked[why]) if why in stacked else why for why in groups}
     shown = tuple(
-        (listed(list(group)), sum(group.values()) / total, reason) for reason, group in groups.items()
+        (", ".join(texts(group)), sum(group.values()) / total, named[why]) for why, group in groups.items()
     )
     inside = {m.name for m in matrices if any(_within(m, place) for place in hit)}
     regions = {m.region for m in matrices if m.name in inside}
@@ -350,12 +361,11 @@ def coverage(
     for m in matrices:
         if m.role in _SCOPES or m.name in gone or m.name in inside or not selects(m.place):
             continue
-        if (m.linear or m.role in ("router", "bias") or m.region in regions) and not _meant(
-            m, roles, selects, named
-        ):
+        alone = m.linear or m.role in ("router", "bias", "lora") or m.region in regions
+        if alone and not _meant(m, roles, selects, named):
             why = _beside(m, takes_named) or _reason(m, reasons, otherwise)[1]
-            beside.setdefault(why, {})[pattern(m.name)] = None
-    shown += tuple((listed(list(names)), 0.0, reason) for reason, names in beside.items())
+            beside.setdefault(why, {})[m.place or m.name] = None
+    shown += tuple((", ".join(texts(names)), 0.0, reason) for reason, names in beside.items())
     *first, last = (text for role, text in _NAMES.items() if role in roles or role in seen)
     words = f"{', '.join(first)} and {last}" if first else last
     return Coverage(pass_name, words, done, total, shown, promised)
@@ -392,6 +402,8 @@ def _beside(matrix: Matrix, takes_named: bool) -> str:
     Args:
         takes_named: the pass would take it by its name.
     """
+    if matrix.adapts:
+        return f"adapter of {matrix.adapts}"
     if matrix.role in _OTHER_ROLES:
         return _OTHER_ROLES[matrix.role]
     if matrix.computed or not (matrix.linear or matrix.read):
@@ -434,17 +446,3 @@ def _reason(matrix: Matrix, reasons: Mapping[str, str], otherwise: Mapping[str, 
 def pattern(name: str) -> str:
     """A name with its numbers as stars: the same matrix of all layers."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name).removesuffix(".weight")
-
-
-def listed(patterns: Sequence[str]) -> str:
-    """The first few of some names, those of one module in braces."""
-    leaves: dict[str, list[str]] = {}
-    for name in patterns:
-        path, dot, leaf = name.rpartition(".")
-        leaves.setdefault(path + dot, []).append(leaf)
-    texts = [
-        path + (f"{{{','.join(own)}}}" if path and len(own) > 1 else ", ".join(own))
-        for path, own in leaves.items()
-    ]
-    more = sum(map(len, [*leaves.values()][3:]))
-    return ", ".join(texts[:3]) + (f" and {more} more" if more else "")

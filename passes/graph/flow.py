@@ -19,7 +19,8 @@ from act24.passes.graph.normal_form import asks_kind, is_call, is_cast, is_produ
 #: Matrix products, as functions and methods.
 PRODUCTS: tuple[Any, ...] = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul)
 PRODUCTS += ("matmul", "bmm", "baddbmm", "__matmul__")
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+#: Sums of two values, as functions and methods.
+SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SOFTMAX = (F.softmax, torch.softmax, "softmax")
 _CHOICES: tuple[Any, ...] = (
     torch.topk,
@@ -57,8 +58,19 @@ class Flow:
         biases: linears whose numbers only bias attention's scores, and what feeds such alone.
     """
 
-    def __init__(self, graph: fx.Graph, module: nn.Module, linears: Mapping[fx.Node, list[str]]) -> None:
-        self._graph, self.module, self.linears = graph, module, linears
+    def __init__(
+        self,
+        graph: fx.Graph,
+        module: nn.Module,
+        linears: Mapping[fx.Node, list[str]],
+        joined: Collection[fx.Node] = (),
+    ) -> None:
+        """Look.
+
+        Args:
+            joined: sums that are what one linear gives, as that of a linear and its adapter.
+        """
+        self._graph, self.module, self.linears, self._joined = graph, module, linears, joined
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._made, self.mixing = of_inputs(graph), mixing_products(graph)
         self.routers = {node for node in linears if self._chooses(node)}
@@ -98,7 +110,7 @@ class Flow:
 
     def _is_sum(self, node: fx.Node) -> bool:
         """Whether a node adds two computed values, other than into an activation or a choice alone."""
-        if node.target not in _SUMS or sum(arg in self._made for arg in node.args) < 2:
+        if node in self._joined or node.target not in SUMS or sum(arg in self._made for arg in node.args) < 2:
             return False
         return not self._decides(node, {})
 
@@ -166,7 +178,7 @@ class Flow:
 
     def _joins_scores(self, node: fx.Node, given: fx.Node) -> bool:
         """Whether a node adds a value to scores, or multiplies them with it, before what they weigh."""
-        adds = node.target in _SUMS
+        adds = node.target in SUMS
         if not adds and not is_product(node):
             return False
         if not any(self._is_of_scores(n) for n in node.all_input_nodes if n is not given):
@@ -208,7 +220,7 @@ class Flow:
                     continue
                 if node in self.mixing:
                     return False
-            elif others and node.target in _SUMS:
+            elif others and node.target in SUMS:
                 return False
             made[node] = any(made[n] for n in given) or _is_apart(node) or is_choice(node)
         return weighs

@@ -3,16 +3,16 @@
 Plain values of a module stay readable where the module stood. To write them raises, since nothing would come
 of it; those that lie elsewhere, in an object that a module holds, in its class, in a closure or in a global
 (`act24.passes.graph.watched`), or in a module that stands where it was and that a pass computes as a function
-(`opened_values`), are compared whenever the model is called or lowered or an update begins. A model that
-torch.compile made one graph of compares when it is lowered or an update begins, for a comparison would break
-the graph. A copy of the model compares nothing.
+(`opened_values`), are compared whenever the model or a region is called (`act24.passes.compared`), the
+model lowered, or an update begun. A model that torch.compile made one graph of compares when it is lowered or
+an update begins, for a comparison would break the graph. A copy of the model compares nothing.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,31 +20,6 @@ from torch.utils.hooks import RemovableHandle
 
 from act24.errors import PassError
 from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
-
-
-def watch_(modules: Iterable[nn.Module], watched: Sequence[Fact]) -> None:
-    """Compare facts whenever one of some modules is called."""
-    for module in modules if watched else ():
-        module.register_forward_pre_hook(_Compares(tuple(watched)))
-
-
-class _Compares:
-    """A hook of a model. Where a copy's values lie nobody knows."""
-
-    def __init__(self, watched: tuple[Fact, ...] = ()) -> None:
-        self._watched = watched
-
-    def __call__(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for fact in self._watched:
-            fact.check()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Compares:
-        return _Compares()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Compares, ()
 
 
 def as_copied(held: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,6 +129,18 @@ class Remains(nn.Module):
         """
         self._refuse_to_hold(name, module)
         super().add_module(name, module)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """As nn.DataParallel calls it.
+
+        Raises:
+            PassError: no pipeline would know the replicas, which are others in every forward.
+        """
+        kind = vars(self).get("_kind", "module")
+        raise PassError(
+            f"nn.DataParallel copies a {kind} of a model that passes have rewritten in every forward, and no "
+            "pipeline knows the copies: take torch.nn.parallel.DistributedDataParallel, one process a GPU"
+        )
 
     def _refuse_to_hold(self, name: str, value: Any) -> None:
         """Check that a graph sees what is to have a name here."""

@@ -12,7 +12,9 @@ from types import CodeType
 from typing import Any
 
 #: Functions that ask for an attribute by its name, by the position of that among their arguments.
-_ASK = {"getattr": 1, "hasattr": 1, "attrgetter": 0, "methodcaller": 0}
+_ASK = {"getattr": 1, "hasattr": 1, "attrgetter": 0, "methodcaller": 0, "getattr_static": 1}
+#: What reads an attribute past the object that has it.
+PAST = {"__getattribute__", "getattr_static"}
 #: What reads all that an object holds.
 _ALL = {"__dict__", "vars", "dir", "asdict", "_asdict", "astuple", "fields", "getmembers", "__getattribute__"}
 _WORD = re.compile(r"[^\W\d]\w*")

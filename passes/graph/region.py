@@ -85,8 +85,7 @@ class NewParameters:
     Attributes:
         sources: parameters that go, local names.
         names: parameters that come.
-        initialise: makes the values of `names`, and of persistent buffers if it likes, from those of
-            `sources`. It finds the results of `measured` beside them.
+        initialise: makes the values of `names`, and of persistent buffers, from `sources` and `measured`.
         measured: by a local name of the pass's choice.
     """
 
@@ -108,8 +107,8 @@ class Region:
         created: what to build, in order.
         buffers: by local name, those that passes add.
         classes, modules: the classes of the model's modules by full name; what makes those that passes add.
-        frozen: what its graph has in it of plain values, and what its forward names.
-        roles: what its linears are for, by the local name of the weight.
+        frozen: the plain values in its graph, and what its forward names.
+        roles, adapters: by local name, what a weight is for, and what a factor of LoRA's adapts, in a word.
     """
 
     fqns: tuple[str, ...]
@@ -122,6 +121,7 @@ class Region:
     modules: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
     frozen: Frozen = NOTHING
     roles: dict[str, Role] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fqn(self) -> str:

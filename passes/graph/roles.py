@@ -11,13 +11,14 @@ out; and of a network that is one and stands in attention, whether it reads and 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import fx, nn
 
 from act24.passes.graph.activation_kinds import activates
+from act24.passes.graph.adapters import adapters_in
 from act24.passes.graph.flow import PRODUCTS, Flow
 from act24.passes.graph.normal_form import asks_kind, is_call, is_product, is_transposed, weight_source
 
@@ -80,7 +81,11 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 def roles_of(
-    graph: fx.Graph, module: nn.Module, fqn: str, around: Mapping[str, nn.Module]
+    graph: fx.Graph,
+    module: nn.Module,
+    fqn: str,
+    around: Mapping[str, nn.Module],
+    adapters: Collection[str] = (),
 ) -> dict[str, Role]:
     """The roles of the weights of the linears in a region, by the weight's local name.
 
@@ -88,6 +93,7 @@ def roles_of(
         module: what was traced.
         fqn: where it stands.
         around: the model's modules by name.
+        adapters: weights that are factors of LoRA's by the graph (`act24.passes.graph.adapters`).
     """
     linears = linears_in(graph, module)
     paths = {
@@ -98,7 +104,7 @@ def roles_of(
     hints: dict[str, Role] = {name: role_by_name(path, around, name) for name, path in paths.items()}
     if len(linears) > 1 and _is_of_other_widths(linears, module, fqn, around):
         hints.update((name, "bias") for name, role in hints.items() if role in ("attn", "mlp", "other"))
-    hints.update((name, "lora") for name in paths if is_adapters(name))
+    hints.update((name, "lora") for name in paths if is_adapters(name) or name in adapters)
     shown = roles_in_graph(graph, module, hints=hints)
     roles: dict[str, Role] = {}
     head = head_of(around[""])
@@ -173,7 +179,7 @@ def roles_in_graph(
     """
     found: dict[str, Role] = {}
     calls = linears_in(graph, module) | dict(beside or {})
-    flow = Flow(graph, module, calls)
+    flow = Flow(graph, module, calls, adapters_in(graph, module).sums)
     for node, names in calls.items():
         seen, ends = flow.walk(node)
         before, sources = flow.walk(node, up=True)

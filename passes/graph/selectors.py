@@ -1,6 +1,7 @@
 """The one language that says where: used by every pass, and by whatever else names modules.
 
 model.layers.*.mlp      glob over the fully qualified name; `*` crosses dots, `?` and `[0-9]` work
+layers.{0..3}.{q,k}_proj  alternatives, and numbers from one to another, as reports write names
 re:layers\\.(0|1)\\..*   regular expression over the whole name
 class:LlamaMLP          class of the module that stood there before tracing
 
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 
 from act24.errors import nearest
 from act24.options import OptionError
 
 _PREFIXES = ("re:", "class:")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 
 
 class SelectorError(OptionError):
@@ -67,7 +71,28 @@ def matches(selector: str, fqn: str, class_name: str) -> bool:
         return re.fullmatch(selector[3:], fqn) is not None
     if selector.startswith("class:"):
         return selector[6:] == class_name
-    return fnmatchcase(fqn, selector)
+    return _glob(selector).fullmatch(fqn) is not None
+
+
+@lru_cache(maxsize=4096)
+def _glob(selector: str) -> re.Pattern[str]:
+    """A glob with alternatives as a regular expression."""
+    parts = _BRACES.split(selector)  # text and what stands in braces, in turn
+    found = [_regex(text) for text in parts]
+    found[1::2] = ("|".join(_regex(one) for one in _alternatives(inside)) for inside in parts[1::2])
+    return re.compile("".join(f"(?:{one})" for one in found))
+
+
+def _regex(glob: str) -> str:
+    return translate(glob).removesuffix("\\Z").removesuffix("\\z")
+
+
+def _alternatives(inside: str) -> Iterator[str]:
+    for one in inside.split(","):
+        if (numbers := _RANGE.fullmatch(one)) is not None:
+            yield from map(str, range(int(numbers[1]), int(numbers[2]) + 1))
+        else:
+            yield one
 
 
 def names(selectors: Iterable[str], fqn: str, classes: Mapping[str, str]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
@@ -23,6 +23,9 @@ from act24.passes.graph.surroundings import FOREIGN
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, FunctionType, BuiltinFunctionType)
 _PLAIN += (torch.dtype, torch.device, torch.Size)
+
+#: What a graph has itself of what modules hold.
+_PARTS = (Tensor, nn.Module, fx.Proxy)
 
 #: What nn.Module keeps about hooks: a double has none, so that nothing outside hears of its forwards.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
@@ -51,22 +54,30 @@ class Shadow:
         uncopied: what a double shares with its module because it cannot be copied, as text; or None.
         remade: the call that makes a parameter of it (`act24.passes.graph.remade`), or the empty string.
         observer: who looks; None: nobody, and the double is a module like others.
-        settings: (double, name) of the plain values that were read of modules without parts while somebody
-            looked.
+        settings: (double, name) of what was read of modules that stay, tensors and modules aside, or asked
+            for there and absent, while somebody looked.
     """
 
-    def __init__(self, module: nn.Module, buffers: bool = False, kept: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        buffers: bool = False,
+        kept: Iterable[Tensor] = (),
+        stays: Callable[[nn.Module], bool] = lambda m: not m._modules,
+    ) -> None:
         """Make it.
 
         Args:
             buffers: copy the buffers too, for a forward on numbers, which may write to them.
             kept: other tensors that the double has as they are, wherever its module holds them.
+            stays: whether a module may stay what it is, with all in it, where the others are opened.
         """
         self.observer: Observer | None = None
         self.settings = set[tuple[nn.Module, str]]()
         self.uncopied: str | None = None
         self.remade = ""
-        self._classes: dict[type, type] = {}
+        self._classes: dict[tuple[type, bool], type] = {}
+        self._noted = {inner for m in module.modules() if stays(m) for inner in m.modules()}
         doubles = {m: self._empty(m) for m in module.modules()}
         self.root: Any = doubles[module]
         self.originals: dict[nn.Module, nn.Module] = {double: m for m, double in doubles.items()}
@@ -80,13 +91,23 @@ class Shadow:
             vars(double)["_shadow"] = self
 
     def _empty(self, module: nn.Module) -> nn.Module:
-        cls = type(module)
-        if cls not in self._classes:
+        cls: Any = type(module)
+        noted = module in self._noted
+        key = (cls, noted)
+        if key not in self._classes:
             members: dict[str, Any] = {n: getattr(cls, n) for n in ("__module__", "__qualname__", "__doc__")}
-            if not module._modules:
+            if noted:
                 members["__getattribute__"] = _setting
-            self._classes[cls] = type(cls)(cls.__name__, (_Double, cls), members)
-        return object.__new__(self._classes[cls])
+            self._classes[key] = type(cls)(cls.__name__, (_Double, cls), members)
+        double = object.__new__(self._classes[key])
+        if noted:
+            object.__setattr__(double, "__dict__", _Attributes(self, double))
+        return double
+
+    def note(self, double: nn.Module, name: str, value: object) -> None:
+        """An attribute is read, or asked for and `ABSENT`."""
+        if self.observer is not None and name[:2] != "__" and not issubclass(type(value), _PARTS):
+            self.settings.add((double, name))
 
     def _copied(self, module: nn.Module, name: str, value: Any, memo: dict[int, Any]) -> Any:
         if name == "_compiled_call_impl":  # which is bound to the module
@@ -170,14 +191,71 @@ class _Double:
         vars(self)["training"] = value
 
 
+#: What is asked for and not there.
+ABSENT = object()
+
+
+class _Attributes(dict[str, Any]):
+    """The `__dict__` of a double: Python finds attributes in it as in any other, and who reads it by itself,
+    as `vars(module)["p"]`, is noted."""
+
+    __slots__ = ("_double", "_shadow")
+
+    def __init__(self, shadow: Shadow, double: nn.Module) -> None:
+        super().__init__()
+        self._shadow, self._double = shadow, double
+
+    def __iter__(self) -> Iterator[str]:  # or dict() and ** take the entries past the methods here
+        return super().__iter__()
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        self._shadow.note(self._double, name, value)
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._shadow.note(self._double, name, super().get(name, ABSENT))
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self.get(str(name))
+        return super().__contains__(name)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        self.get(name)
+        return super().setdefault(name, default)
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return dict(self.items()).values()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
+
+
 def _setting(self: Any, name: str) -> Any:
-    """An attribute of a double without parts, which is noted if it is a plain value."""
-    value = super(_Double, self).__getattribute__(name)
-    if isinstance(value, _PLAIN) and name[:2] != "__":
-        shadow = object.__getattribute__(self, "__dict__").get("_shadow")
-        if shadow is not None and shadow.observer is not None:
-            shadow.settings.add((self, name))
+    """An attribute of a double that may stay, which is noted, also if it is absent."""
+    try:
+        value = super(_Double, self).__getattribute__(name)
+    except AttributeError:
+        _note(self, name, ABSENT)
+        raise
+    _note(self, name, value)
     return value
+
+
+def _note(double: Any, name: str, value: object) -> None:
+    shadow = dict.get(object.__getattribute__(double, "__dict__"), "_shadow")
+    if shadow is not None:
+        shadow.note(double, name, value)
 
 
 def plain_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -41,6 +41,7 @@ class Site:
         """A site of a copy of the model."""
         traced, base = self.traced.copy(), self.base.copy()
         traced.module, base.module = copy.deepcopy((traced.module, base.module), memo)
+        traced.frozen = traced.frozen.of_copy(memo)
         return replace(self, traced=traced, base=base, module=copy.deepcopy(self.module, memo))
 
 

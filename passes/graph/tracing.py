@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from act24.errors import PassError
+from act24.passes.graph.adapters import adapted, adapters_beside, adapters_in
 from act24.passes.graph.check import Check
 from act24.passes.graph.clean_trace import Trace, clean_trace, is_closed, matrices
 from act24.passes.graph.coverage import HIDES, STACKED
@@ -194,5 +196,9 @@ def _region(
             tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared, read_by=read_by
         )
     graph, frozen = traced.graph, traced.frozen
-    roles = roles_of(graph, module, fqns[0], around)
-    return Region(tuple(fqns), module, graph, parameters, classes=classes, frozen=frozen, roles=roles)
+    shown = adapters_in(graph, module).of.items()
+    adapters = {name: adapted(joined(fqns[0], name), joined(fqns[0], weight)) for name, weight in shown}
+    adapters |= adapters_beside(fqns[0], around)
+    roles = roles_of(graph, module, fqns[0], around, adapters)
+    region = Region(tuple(fqns), module, graph, parameters, classes=classes, frozen=frozen, roles=roles)
+    return replace(region, adapters=adapters)

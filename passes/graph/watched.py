@@ -16,7 +16,7 @@ import numbers
 import weakref
 from collections import UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import chain
 from types import (
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import PassError
-from act24.passes.graph.named import named
+from act24.passes.graph.named import PAST, named
 from act24.passes.graph.surroundings import FOREIGN
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -155,6 +155,15 @@ class Frozen:
     dynamic: bool = False
     sized: frozenset[str] = frozenset()
 
+    def of_copy(self, memo: Mapping[int, Any]) -> Frozen:
+        """The same of a copy of the module.
+
+        Args:
+            memo: what was copied, by id, as `copy.deepcopy` keeps it.
+        """
+        facts = tuple(replace(fact, root=memo.get(id(fact.root), fact.root)) for fact in self.facts)
+        return replace(self, facts=facts)
+
 
 #: Of a linear alone.
 NOTHING = Frozen()
@@ -186,15 +195,17 @@ def frozen_values(
     Args:
         ran: the functions.
         closed: the paths of the modules in it that stay what they are.
-        settings: (module, name of a plain value) that was read of modules in it.
+        settings: (module, name) of what was read of those.
     """
     search = _Search(module, ran)
+    past = any(not PAST.isdisjoint(code.co_names) for code in ran.codes)  # of which no double is told
     stays = tuple(f"{path}." for path in closed)
     for path, child in module.named_modules():
         if not f"{path}.".startswith(stays):
             search.opened(path, child)
         else:  # called by the graph, which reads its settings no more
-            search.settings(path, child, [name for owner, name in settings if owner is child])
+            read = [name for owner, name in settings if owner is child]
+            search.settings(path, child, [*read, *(vars(child) if past else ())])
     for code, scope in ran.codes.items():
         search.globals(code, scope)
     search.closures()
@@ -231,10 +242,13 @@ class _Search:
             )
 
     def settings(self, path: str, module: nn.Module, names: Iterable[str]) -> None:
-        """Plain values of a module that the code around it has read."""
+        """What the code around a module has read of it, or asked for and not found."""
         for name in names:
-            if name not in INTERNAL and isinstance(value := _taken(module, "attribute", name), PLAIN):
-                self._add(f"{path}.{name}", module, (("attribute", name),), value)
+            value, way = _taken(module, "attribute", name), (("attribute", name),)
+            if value is GONE:
+                self._add(f"{path}.{name}", module, way, value)
+            elif name not in INTERNAL and not isinstance(value, Tensor | nn.Module):
+                self._value(f"{path}.{name}", module, way, value)
 
     def globals(self, code: CodeType, scope: dict[str, Any]) -> None:
         for name in code.co_names:

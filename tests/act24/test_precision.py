@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from act24 import precision
 from act24.precision import (
     MARGIN,
     Conditions,
@@ -25,7 +26,7 @@ from act24.sparse24.feed_forward.options import Options24, Precision
 from act24.sparse24.weight.forms import LinearOptions24
 
 CPU = torch.device("cpu")
-CONDITIONS = Conditions(2, 64, "bfloat16_autocast", compiled=False, kept=True, micro_batches=4)
+CONDITIONS = Conditions(2, 64, "bfloat16_autocast", compiled=False, kept=True, micro_batches=4, counted=False)
 LINEARS = Layer("linears", (32, 64, 48), "rowwise")
 NETWORK = Layer("network", (64, 128, 32), "relu2, naive, dense")
 SPARSE = Layer("weight24", (64, 32), "transposable, mvue")
@@ -70,6 +71,25 @@ def test_both_sides_are_the_same_layer(kind: str) -> None:
             assert (sides["fp8"].renew is not None) == (kept and "weight24" not in kind)
             found.append(narrow)
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_what_a_run_counts_is_timed_with_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In e4m3 the kernels that cast count too, which costs time and changes no number."""
+    counters: list[Any] = []
+    make = precision._counter
+    monkeypatch.setattr(precision, "_counter", lambda *given: counters.append(make(*given)) or counters[-1])
+    found = []
+    for counted in (False, True):
+        counters.clear()
+        sides = sides_of(kind, CONDITIONS._replace(counted=counted))
+        found.append([sides[name].step() for name in ("bfloat16", "fp8")])
+        if not counted:
+            assert counters == [None] * len(counters)
+    assert all((counter > 0).any() for counter in counters)
+    assert len(counters) == (2 if kind == "linears" else 1)
+    for wide, narrow in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
 
 
 def test_the_faster_one_by_a_margin() -> None:

@@ -66,8 +66,12 @@ OURS = {
     "act24 relu², 2:4": ("relu2-act24", None),
     "act24 relu², 2:4, fp8": ("relu2-act24", Fp8()),
     "act24 relu², 2:4, fp8 with head": ("relu2-act24", Fp8(head=True)),
-    "act24 CoLA relu², 2:4, fp8": ("cola-relu2-act24", Fp8()),
-    "act24 CoLA relu², 2:4, fp8 with head": ("cola-relu2-act24", Fp8(head=True)),
+    "act24 CoLA relu², 2:4": ("cola-relu2-act24", None),
+    # Factors of rank 512 are slower in e4m3 than in bfloat16.
+    "act24 CoLA relu², 2:4, fp8 where faster, with head": (
+        "cola-relu2-act24",
+        Fp8(precision="auto", head=True),
+    ),
 }
 
 #: Builds a side, and returns its step.

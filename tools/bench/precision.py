@@ -59,7 +59,6 @@ def _rows(size: str, precision: str, rows: int, device: torch.device) -> Iterato
     # Without what comes before 2:4 begins, which is timed for nothing here.
     one_block = (
         "model.num_hidden_layers=1",
-        "log.activation_statistics=false",
         "passes.activation24.from_step=0",
     )
     of_rows = (f"train.batch_size={rows}", f"train.total_batch_size={rows}")
@@ -71,7 +70,8 @@ def _rows(size: str, precision: str, rows: int, device: torch.device) -> Iterato
     for fields, timed in decided.items():
         layer, one = Layer(*fields), Timed(*timed)
         told = f"taken: {one.precision} (from {MARGIN} on), by its shape {' '.join(_by_shape(layer))}"
-        name = f"{size}, {precision}, {layer.kind} {layer}, {rows} rows of {recipe.data.max_length}"
+        counted = ", counted" if recipe.log.activation_statistics else ""
+        name = f"{size}, {precision}, {layer.kind} {layer}, {rows} rows of {recipe.data.max_length}{counted}"
         yield Row(name, one.fp8, one.bfloat16, "ms", note=told)
 
 

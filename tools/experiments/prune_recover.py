@@ -14,6 +14,11 @@ file are all of one page. Evaluation reads the last twentieth: perplexity at 512
 Each finished row is kept in a file beside the page, with a hash of the code that made it: a row is not made
 again unless the budget or that code changed. Models are kept in WORK, and made again where a missing row
 begins with one.
+
+Rows are kept by the instructions that the CPU computes with, since they round otherwise, and pruning makes
+something of it: a near tie that falls the other way changes what the next block reads. The page has a column
+for each. ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 makes those of a
+smaller CPU on a larger one.
 """
 
 from __future__ import annotations
@@ -174,7 +179,8 @@ def run(texts: Path, work: Path, report: Path, budget: Budget) -> None:
     heldout.write_text(whole[-(len(whole) // HELD_OUT) :], encoding="utf-8")
     source = str(model_file())
     kept = report.with_suffix(".json")
-    rows = _kept_rows(kept, budget)
+    table = _kept_rows(kept, budget)
+    rows = table.setdefault(instructions(), {})
     for name in STEPS:
         if name in rows:
             print(f"{name}: {rows[name]['perplexity']:.2f}, found in {kept}", flush=True)
@@ -184,27 +190,35 @@ def run(texts: Path, work: Path, report: Path, budget: Budget) -> None:
         print(f"{name}: {found} ({seconds:.0f} s)", flush=True)
         row = {"perplexity": found.perplexity, "seconds": seconds, "text": found.text}
         rows[name] = {**row, "budget": asdict(budget), "code": code_of(name)}
-        if len({own["text"] for own in rows.values()}) > 1:
+        if len({own["text"] for column in table.values() for own in column.values()}) > 1:
             raise Act24Error(
                 f"{kept} has rows of another evaluation text: move it away to measure on this one"
             )
+        ordered = {cpu: {n: column[n] for n in STEPS if n in column} for cpu, column in table.items()}
         with whole_file(kept) as file:
-            file.write_text(json.dumps({n: rows[n] for n in STEPS if n in rows}, indent=1) + "\n", "utf-8")
-        report.write_text(_report(rows, budget), encoding="utf-8")
-    report.write_text(_report(rows, budget), encoding="utf-8")
+            file.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
+        report.write_text(_report(table, budget), encoding="utf-8")
+    report.write_text(_report(table, budget), encoding="utf-8")
 
 
-def _kept_rows(file: Path, budget: Budget) -> dict[str, dict[str, Any]]:
-    """The rows that need not be made again."""
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    kept = {}
-    for name, row in rows.items():
-        if row["budget"] != asdict(budget):
-            print(f"{name}: of another budget, made again", flush=True)
-        elif row["code"] != code_of(name):
-            print(f"{name}: the code of its method changed, made again", flush=True)
-        else:
-            kept[name] = row
+def instructions() -> str:
+    """What this CPU computes with: "AVX2", "AVX512", …"""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _kept_rows(file: Path, budget: Budget) -> dict[str, dict[str, dict[str, Any]]]:
+    """By instructions and name, the rows that need not be made again."""
+    table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept: dict[str, dict[str, dict[str, Any]]] = {}
+    for cpu, rows in table.items():
+        for name, row in rows.items():
+            again = "made again" if cpu == instructions() else f"and this CPU has no {cpu}: left out"
+            if row["budget"] != asdict(budget):
+                print(f"{cpu}, {name}: of another budget, {again}", flush=True)
+            elif row["code"] != code_of(name):
+                print(f"{cpu}, {name}: the code of its method changed, {again}", flush=True)
+            else:
+                kept.setdefault(cpu, {})[name] = row
     return kept
 
 
@@ -236,10 +250,12 @@ def _statements(source: str, names: str) -> str:
 
 def _made(name: str, source: str, work: Path, heldout: Path, budget: Budget) -> tuple[str, float]:
     """Where the model of a row is, and the seconds of processor time that it took; NaN where an earlier call
-    had a part in it. Folders are named after code and budget, so that none is taken for another's."""
+    had a part in it. Folders are named after code, budget and instructions, so that none is taken
+    for another's."""
     if name == "dense":
         return source, 0.0
-    key = hashlib.sha256(json.dumps([code_of(name), asdict(budget)]).encode()).hexdigest()[:8]
+    made_by = [code_of(name), asdict(budget), instructions()]
+    key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
     out = work / f"{name} {key}"
     data = _shards(source, work, heldout)
     recovers = name in RECIPES or name == "blockwise"
@@ -311,8 +327,9 @@ _TITLES = {
 }
 
 
-def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
+def _report(table: dict[str, dict[str, dict[str, Any]]], budget: Budget) -> str:
     tokens = budget.steps * budget.rows * budget.length
+    names = sorted({name for rows in table.values() for name in rows}, key=_order)
     lines = [
         "# Pruning SmolLM2-135M and winning its accuracy back",
         "",
@@ -323,15 +340,20 @@ def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
         f"{budget.windows} windows of {SEQLEN} tokens of the last twentieth "
         f"(`act24 eval --protocol wikitext --seqlen {SEQLEN}`, float32).",
         "",
-        "| model | perplexity | elsewhere | seconds |",
-        "|---|---|---|---|",
+        f"| perplexity of | {''.join(f'{cpu} | seconds | ' for cpu in table)}elsewhere |",
+        f"|---|{'---|' * (2 * len(table) + 1)}",
     ]
-    for name in sorted(rows, key=_order):
-        row = rows[name]
-        title = _TITLES.get(name, name.replace("of", ":"))
-        spent = "interrupted" if math.isnan(row["seconds"]) else f"{row['seconds']:.0f}"
+    for name in names:
+        cells = "".join(_cells(name, rows.get(name)) for rows in table.values())
         anchor = f"{ANCHORS[name]:g}" if name in ANCHORS else ""
-        lines.append(f"| {title} | {row['perplexity']:.2f} | {anchor} | {'' if name == 'dense' else spent} |")
+        lines.append(f"| {_title(name)} | {cells}{anchor} |")
+    if len(table) > 1:
+        lines += [
+            "",
+            "A column is of a CPU that computes with these instructions. They round otherwise, and pruning "
+            "block after block makes something of it: where two scores nearly tie, another weight stays, and "
+            "the next block reads other inputs.",
+        ]
     lines += [
         "",
         "“Elsewhere” is what another implementation measured on this model and these texts, windows drawn "
@@ -352,10 +374,22 @@ def _report(rows: dict[str, dict[str, Any]], budget: Budget) -> str:
         "begins again when that or the budget changes is that row alone.",
         "",
     ]
-    if missing := [name for name in STEPS if name not in rows]:
-        named = ", ".join(_TITLES.get(name, name.replace("of", ":")) for name in missing)
-        lines += [f"Not run yet: {named}.", ""]
+    for cpu, rows in table.items():
+        if missing := [name for name in STEPS if name not in rows]:
+            lines += [f"Not run yet with {cpu}: {', '.join(map(_title, missing))}.", ""]
     return "\n".join(lines)
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(name, name.replace("of", ":"))
+
+
+def _cells(name: str, row: dict[str, Any] | None) -> str:
+    """A model's perplexity and the seconds that it took."""
+    if row is None:
+        return " | | "
+    spent = "interrupted" if math.isnan(row["seconds"]) else f"{row['seconds']:.0f}"
+    return f"{row['perplexity']:.2f} | {'' if name == 'dense' else spent} | "
 
 
 def _order(name: str) -> tuple[int, int, str]:

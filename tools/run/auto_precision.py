@@ -90,6 +90,7 @@ def conditions_of(recipe: Recipe, world_size: int, device: torch.device) -> Cond
         compiled=uses_compile(train, device),
         kept=not (train.parallel == "fsdp" and world_size > 1),
         micro_batches=accumulation(train, world_size),
+        counted=recipe.log.activation_statistics and recipe.log.activation_statistics_every == 1,
     )
 
 

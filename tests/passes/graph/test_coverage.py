@@ -133,7 +133,7 @@ def test_linears_that_are_added_into_an_activation_are_a_feed_forward_network() 
 def test_a_linear_beside_is_named_and_not_counted() -> None:
     report = plan(nn.Sequential(Mixed(), Mixed()), [LowRank(**RANKS)])
     (coverage,) = report.coverage
-    assert coverage.left == (("*.mix", 0.0, coverage.left[0][2]),)
+    assert coverage.left == (("{0..1}.mix", 0.0, coverage.left[0][2]),)
     assert coverage.left[0][2].startswith("neither attention nor feed-forward")
     assert not report.partial
     (coverage,) = plan(
@@ -168,7 +168,7 @@ def test_linears_of_no_role_and_routers_are_named_by_every_pass(one: Any) -> Non
     (*_, coverage) = plan(Projected(), passes).coverage
     said = {names: (share, reason) for names, share, reason in coverage.left}
     if one.name != "recompute":  # which takes whole regions
-        assert said["layers.*.choice"] == (0.0, "a router")
+        assert said["layers.{0..1}.choice"] == (0.0, "a router")
     share, reason = said["project_in"]
     assert share == 0.0
     assert reason.startswith("neither attention nor feed-forward")

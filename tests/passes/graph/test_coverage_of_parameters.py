@@ -37,11 +37,11 @@ def test_one_matrix_of_a_module_does_not_count_for_another() -> None:
     taken, total = 2 * 64 * 32, 2 * (64 * 32 + 30 * 64)
     (reach,) = plan(nn.Sequential(Raw(), Raw()), [Weight24()]).partial
     assert (reach.reached, reach.total) == (taken, total)
-    assert reach.left[0][0] == "*.v"
+    assert reach.left[0][0] == "{0..1}.v"
     assert reach.left[0][2].startswith("its weight is 30 × 64")
     (reach,) = plan(nn.Sequential(Multiplied(), Multiplied()), [Weight24(scope="mlp")]).coverage
     why = {names: reason for names, _, reason in reach.left}
-    assert why["*.v"].startswith("no linear that is traced reads it")
+    assert why["{0..1}.v"].startswith("no linear that is traced reads it")
     # What is left out by name is, and a pass that makes factors does not count for what it leaves either.
     report = plan(nn.Sequential(Raw(), Raw()), [Weight24(ignore=("*.v",))])
     assert report.coverage[0].reached == report.coverage[0].total == taken
@@ -80,7 +80,7 @@ class Heads(nn.Module):
 def test_the_remedy_for_what_no_linear_reads_is_not_to_name_it() -> None:
     model, probe = nn.Sequential(Heads(), Heads()), features(2, 8, 16)
     (reach,) = plan(model, [Weight24()], probe=probe).partial
-    assert reach.left == (("*.wq", 1 / 4, reach.left[0][2]),)  # of attention, as the graph shows
+    assert reach.left == (("{0..1}.wq", 1 / 4, reach.left[0][2]),)  # of attention, as the graph shows
     assert reach.left[0][2].startswith("stacked parameters")
     assert not reach.unmet
     with pytest.raises(
@@ -124,8 +124,8 @@ class Pointwise(nn.Module):
 def test_matrices_that_other_products_read_are_of_what_the_graph_shows() -> None:
     network = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))  # of 8 · 16 · 16
     for kind, names, share, why in (
-        (Experts, "*.up", 8 / 24, "stacked parameters"),
-        (Pointwise, "*.{query,key,value}", 6 / 16, "a convolution"),
+        (Experts, "{0..1}.up", 8 / 24, "stacked parameters"),
+        (Pointwise, "{0..1}.{query,key,value}", 6 / 16, "a convolution"),
     ):
         model = nn.Sequential(kind(), kind(), network)
         (reach,) = plan(model, [Weight24()], probe=features(2, 8, 16), check=False).partial
@@ -145,7 +145,7 @@ class Both(nn.Module):
 def test_a_bilinear_is_no_linear_whatever_targets_say() -> None:
     model = nn.Sequential(Both(), Both())
     (reach,) = plan(model, [Weight24()]).coverage
-    assert reach.left[0][0] == "*.mix"
+    assert reach.left[0][0] == "{0..1}.mix"
     assert "name it in targets" not in str(reach)
     with pytest.raises(PassError, match=r"0\.mix \[Bilinear\] and 1 more: stacked parameters"):
         plan(model, [Weight24(targets=("*.mix",))])
@@ -227,7 +227,7 @@ def test_adapters_that_are_parameters_are_left_alone(by_linear: bool) -> None:
         (reach,) = plan(model, [one], check=False).coverage
         assert (reach.reached, reach.total) == (2 * 16 * 16, 2 * (16 * 16 + 2 * 16 * 32))
         ((names, _, why),) = [group for group in reach.left if group[1]]
-        assert (names, why.partition(":")[0]) == ("*.{up,down}", "frozen")
+        assert (names, why.partition(":")[0]) == ("{0..1}.{up,down}", "frozen")
         with pytest.raises(PassError) as refused:
             plan(model, [replace(one, ignore=("*.last",))], check=False)
         assert "0.up and 3 more: frozen" in str(refused.value)
@@ -259,7 +259,7 @@ def test_every_matrix_that_a_pass_does_not_reach_is_named() -> None:
         assert reach.reached == reach.total == 4 * 16 * 16
         beside = {names: why.partition(":")[0] for names, share, why in reach.left if not share}
         assert beside == {
-            "embed_out, one, gate, pooler.*": "neither attention nor feed-forward",
+            "embed_out, one, gate, pooler.0": "neither attention nor feed-forward",
             "lm_head": "the head",
             "adapter.{lora_A,lora_B}": "LoRA's",
         }

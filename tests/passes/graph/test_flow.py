@@ -306,7 +306,7 @@ def test_a_router_that_is_a_region_is_left_and_named() -> None:
     for one in (LowRank(attn_rank=2, mlp_rank=2), Weight24()):
         report = plan(nn.Sequential(Layer(), Layer()), [one])
         assert {row.fqn for row in report.rows} == {"0.mlp.up", "1.mlp.up"}
-        assert ("*.mlp.choice.proj", 0.0, "a router") in report.coverage[0].left
+        assert ("{0..1}.mlp.choice.proj", 0.0, "a router") in report.coverage[0].left
 
 
 def test_a_relu_between_convolutions_is_no_site() -> None:

@@ -54,6 +54,61 @@ def test_a_parent_that_reads_a_weight_of_its_child_is_found() -> None:
     assert type(model[0].child) is SwiGLU
 
 
+class Methods(SwiGLU):
+    def project(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+    def weigh(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.up.weight)
+
+    @property
+    def first(self) -> nn.Module:
+        return self.up
+
+
+#: What a parent calls of its child besides its forward.
+CALLS: dict[str, Any] = {
+    "a method": lambda child, x: child.project(x),
+    "a method that reads": lambda child, x: child.weigh(x),
+    "a method of the class": lambda child, x: Methods.project(child, x),
+    "a part": lambda child, x: child.first(x),
+}
+
+
+class Calling(nn.Module):
+    def __init__(self, how: str, traced: bool) -> None:
+        super().__init__()
+        self.child, self.last, self.how, self.traced = Methods(4, 8), nn.Linear(8, 4), how, traced
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traced and x.sum() > 1e9:
+            return x
+        return self.child(x) + self.last(CALLS[self.how](self.child, x))
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_another_method_of_a_child_is_computed_as_it_was_or_refused_by_name(how: str) -> None:
+    ranks = {"attn_rank": 4, "mlp_rank": 4, "init": "svd"}  # full, so that the numbers are the same
+    x = features(3, 4)
+    model = nn.Sequential(Calling(how, traced=True), Calling(how, traced=True))
+    expected = model(x)
+    apply_(model, [LowRank(**ranks)])  # type: ignore[arg-type]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    model = nn.Sequential(Calling(how, traced=False), Calling(how, traced=False))
+    expected = model(x)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    said = {
+        "a method of the class": "a Linear that a pass has opened cannot be called",
+        "a part": "first of a",
+    }
+    with pytest.raises(PassError, match=f"{said.get(how, r'(project|weigh) of a')}.*ignore"):
+        apply_(model, [LowRank(**ranks)])  # type: ignore[arg-type]
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert torch.equal(model(x), expected)
+    apply_(model, [LowRank(**ranks, targets=("*.last",), ignore=("*.child",))])  # type: ignore[arg-type]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_no_longer_there_says_so() -> None:
     class Block(SwiGLU):
         def __init__(self) -> None:

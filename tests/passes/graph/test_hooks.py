@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 
@@ -137,3 +138,26 @@ def test_a_sharded_model_is_told_to_take_passes_first() -> None:
     model.blocks[0].mlp.__class__ = type("FSDPSwiGLU", (sharding, SwiGLU), {})
     with pytest.raises(PassError, match=r"blocks\.0\.mlp \[FSDPSwiGLU\] is sharded: apply the passes first"):
         apply_(model, [Relu2FFN()])
+
+
+def test_data_parallel_is_refused_where_it_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `nn.DataParallel` makes replicas in every forward, with copies on a processor for those on GPUs."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    copies = lambda tensors, devices, **_: [[t.clone() for t in tensors] for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda t, d, detach=False: copies(t, d))
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, _: device)
+    stock = Trunk(SwiGLU)
+    one, two = replicate.replicate(stock, [0, 1])
+    x = features(2, 16)
+    assert torch.equal(one(x), stock(x))
+    assert torch.equal(two(x), stock(x))
+    for passes in ([LowRank(attn_rank=4, mlp_rank=4)], [Weight24(scope="mlp")]):
+        model = Trunk(SwiGLU)
+        apply_(model, passes)
+        with pytest.raises(PassError, match=r"nn\.DataParallel copies a Block .*DistributedDataParallel"):
+            replicate.replicate(model, [0, 1])
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    apply_(model, [LowRank(attn_rank=4, mlp_rank=4)])
+    with pytest.raises(PassError, match=r"nn\.DataParallel copies a Sequential"):
+        replicate.replicate(model, [0, 1])
+    assert nn.DataParallel(model, device_ids=[])(x).shape == x.shape  # which copies nothing

@@ -77,7 +77,9 @@ def test_routers_are_left_alone_unless_named() -> None:
     model = nn.Sequential(Choice(), Choice())
     report = plan(model, [LowRank(scope="mlp", mlp_rank=8)])
     assert {row.fqn.rpartition(".")[2] for row in report.rows} == {"second", "third"}
-    assert str(report.coverage[0]).endswith("100% of the feed-forward matrices; left: *.first (a router)")
+    assert str(report.coverage[0]).endswith(
+        "100% of the feed-forward matrices; left: {0..1}.first (a router)"
+    )
     assert {row.fqn for row in plan(model, [Weight24(targets=("*.first",))]).rows} == {"0.first", "1.first"}
     with pytest.raises(PassError, match=r"mlp_rank = 8 is above 4.*ignore = \[\"\*\.first\"\]"):
         plan(model, [LowRank(scope="mlp", mlp_rank=8, targets=("*.first", "*.second"))])
@@ -137,10 +139,10 @@ def test_the_report_says_what_is_left_and_why() -> None:
     total, reached = 2 * (3 * 16 * 32 + 3 * 16 * 16 + 16 * 16), 2 * 3 * 16 * 32
     assert (line.reached, line.total) == (reached, total)
     assert str(line) == (
-        "relu2_ffn reaches 60% of the feed-forward matrices; left: *.experts.stacked 30% (stacked "
+        "relu2_ffn reaches 60% of the feed-forward matrices; left: {0..1}.experts.stacked 30% (stacked "
         "parameters, which no pass takes apart: make linears of them, or leave it out with ignore = "
-        '["*.experts"]); '
-        "*.ffn.* 10% (its activation is gelu, and nothing gates it: give it relu² (transformers: its "
+        '["{0..1}.experts"]); '
+        "{0..1}.ffn.0 10% (its activation is gelu, and nothing gates it: give it relu² (transformers: its "
         'activation "relu2"), and use activation24 alone)'
     )
     ignored = Relu2FFN(ignore=["*.experts"])  # type: ignore[arg-type]

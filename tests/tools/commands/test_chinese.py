@@ -58,7 +58,7 @@ SOURCES = {
         "_NO_ROLE",
         "_BESIDE",
         "_OTHER_ROLES",
-        "listed",
+        "_beside",
     ),
     "passes/base.py": ("split",),
     "passes/graph/check.py": ("Check",),

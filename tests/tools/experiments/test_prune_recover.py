@@ -49,14 +49,15 @@ def test_rows_are_made_once(made, tmp_path, monkeypatch, capsys):
     assert made() == [*STEPS]
     assert made() == []
     content = json.loads(rows.read_text())
-    del content["masked_lora"]
+    (cpu,) = content
+    del content[cpu]["masked_lora"]
     rows.write_text(json.dumps(content))
     assert made() == ["masked_lora"]
     monkeypatch.setattr(prune_recover, "code_of", lambda name: "new" if name == "lora" else code_of(name))
     capsys.readouterr()
     assert made() == ["lora"]
-    assert "lora: the code of its method changed, made again" in capsys.readouterr().out
-    assert "| `masked_lora`, merged | 20.00 |  | 3 |" in (tmp_path / "page.md").read_text()
+    assert f"{cpu}, lora: the code of its method changed, made again" in capsys.readouterr().out
+    assert "| `masked_lora`, merged | 20.00 | 3 |  |" in (tmp_path / "page.md").read_text()
     assert made(Budget(8, 16, 24, 4, 512, 40, 1)) == [*STEPS]
 
 
@@ -64,12 +65,33 @@ def test_rows_of_other_texts_do_not_stand_in_one_table(made, tmp_path):
     made()
     rows = tmp_path / "page.json"
     content = json.loads(rows.read_text())
-    del content["lora"]
+    (column,) = content.values()
+    del column["lora"]
     rows.write_text(json.dumps(content))
     page = (tmp_path / "page.md").read_text()
     with pytest.raises(Act24Error, match=r"page\.json has rows of another evaluation text"):
         made(evaluated="another")
     assert (json.loads(rows.read_text()), (tmp_path / "page.md").read_text()) == (content, page)
+
+
+def test_each_kind_of_cpu_has_a_column(made, tmp_path, monkeypatch, capsys):
+    """Instructions round otherwise. Rows of others stay, and go when they are old."""
+    monkeypatch.setattr(prune_recover, "instructions", lambda: "AVX512")
+    made()
+    monkeypatch.setattr(prune_recover, "instructions", lambda: "AVX2")
+    assert made() == [*STEPS]
+    page = (tmp_path / "page.md").read_text()
+    assert "| perplexity of | AVX512 | seconds | AVX2 | seconds | elsewhere |" in page
+    assert "| wanda 2:4 | 11.00 | 3 | 11.00 | 3 | 179.5 |" in page
+    assert "Not run yet" not in page
+    monkeypatch.setattr(prune_recover, "code_of", lambda name: "new" if name == "lora" else code_of(name))
+    capsys.readouterr()
+    assert made() == ["lora"]
+    said = capsys.readouterr().out
+    assert "AVX512, lora: the code of its method changed, and this CPU has no AVX512: left out" in said
+    page = (tmp_path / "page.md").read_text()
+    assert "| `lora`, unmerged |  | | 14.00 | 3 | 82.1 |" in page
+    assert "Not run yet with AVX512: `lora`, unmerged." in page
 
 
 def test_code_is_what_is_done():

@@ -86,6 +86,16 @@ def narrow(pipeline: Pipeline, step: int) -> list[str]:
     return sorted(name.removesuffix(".weight").rpartition(".")[2] for name in found)
 
 
+def test_counting_is_timed_where_every_step_counts(tiny: Tiny) -> None:
+    for overrides, counted in (
+        ([], True),
+        (["log.activation_statistics=false"], False),
+        (["log.activation_statistics_every=10"], False),
+    ):
+        recipe = tiny(*RECIPE, *overrides)
+        assert auto_precision.conditions_of(recipe, 1, ALONE.device).counted is counted
+
+
 def test_every_layer_is_timed_once_and_decided_for_all_intervals(tiny: Tiny, timer: Timer) -> None:
     recipe = tiny(*RECIPE)
     built = build(recipe, ALONE.device)
@@ -93,7 +103,7 @@ def test_every_layer_is_timed_once_and_decided_for_all_intervals(tiny: Tiny, tim
     found = json.loads(json.dumps(tuning.tune_(built.pipeline, recipe, ALONE)))
     assert sorted(sizes for sizes, _ in timer.asked) == sorted(SIZES)
     assert {given for _, given in timer.asked} == {
-        Conditions(4, 16, "bfloat16_autocast", compiled=False, kept=True, micro_batches=2)
+        Conditions(4, 16, "bfloat16_autocast", compiled=False, kept=True, micro_batches=2, counted=True)
     }
     attention = ["k_proj", "q_proj", "v_proj"]
     assert narrow(built.pipeline, 0) == attention

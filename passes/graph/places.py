@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 #: A name by its components, each with all that stand there.
 Pattern = tuple[tuple[str, ...], ...]
@@ -25,6 +26,11 @@ def patterns(names: Sequence[str]) -> list[Pattern]:
     return found
 
 
+def every(pattern: Pattern) -> Iterator[str]:
+    """The names that a pattern stands for."""
+    return map(".".join, itertools.product(*pattern))
+
+
 def shared(found: Sequence[Pattern]) -> int:
     """How many components they all begin with, of which each has more."""
     same = (len({*component}) == 1 for component in zip(*(one[:-1] for one in found), strict=False))
@@ -34,6 +40,18 @@ def shared(found: Sequence[Pattern]) -> int:
 def text(pattern: Pattern) -> str:
     """As a shell would write it."""
     return ".".join(map(_component, pattern))
+
+
+def texts(names: Iterable[str]) -> list[str]:
+    """Some names, and no others, in few words; selectors read them (`act24.passes.graph.selectors`)."""
+    found = patterns([*names])
+    return [one for pattern in found for one in (pattern[0] if len(pattern) == 1 else [text(pattern)])]
+
+
+def renamed(name: str, sentence: str, other: str) -> str:
+    """A sentence with another name in the place of one."""
+    pattern = rf"(?<![\w.]){re.escape(name)}(?!\w)"
+    return re.sub(pattern, lambda _: other, sentence) if name else sentence
 
 
 def _component(parts: tuple[str, ...]) -> str:

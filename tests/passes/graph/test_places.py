@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act24.passes.places import Pattern, patterns, shared, text
+from act24.passes.graph.places import Pattern, patterns, shared, text
 
 NAMES = st.lists(st.lists(st.sampled_from(["0", "1", "2", "a", "b_x"]), min_size=1, max_size=4).map(".".join))
 
