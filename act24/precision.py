@@ -138,7 +138,7 @@ def linears(
         return tuple(F.linear(x, weight) for weight in weights)
 
     def narrow(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        options = {"scaling": scaling, "kernels": kernels, "exact_grad_x": exact}
+        options: dict[str, Any] = {"scaling": scaling, "kernels": kernels, "exact_grad_x": exact}
         for counter in counters:
             _count_(counter, x, scaling)
         return tuple(
