@@ -301,13 +301,13 @@ def test_a_plan_is_chinese(recipe: str, overrides: list[str]) -> None:
 def test_a_line_of_several_messages_is_taken_apart() -> None:
     line = (
         "low_rank reaches 60% of the attention and feed-forward matrices; "
-        "left: a.*.b, c and 2 more 30% (F is 6, not a multiple of 4: leave it out with ignore); "
-        "f 10% (not traced: its forward is decorated)"
+        "left: l.{0..1,4}.{a,b}, c 30% (F is 6, not a multiple of 4: leave it out with ignore); "
+        "f 10% (not traced: its forward is decorated); l.{0..1}.up.{A,B} (adapter of up); g, h (a router)"
     )
     assert chinese(line) == (
         "low_rank 覆盖注意力和前馈矩阵的 60%；"
-        "未覆盖：a.*.b, c，另外还有 2 个 30%（F 是 6，不是 4 的倍数：用 ignore 排除）；"
-        "f 10%（没有追踪：its forward is decorated）"
+        "未覆盖：l.{0..1,4}.{a,b}, c 30%（F 是 6，不是 4 的倍数：用 ignore 排除）；"
+        "f 10%（没有追踪：its forward is decorated）；l.{0..1}.up.{A,B}（up 的适配器）；g, h（路由器）"
     )
     resets = (
         "moments are reset every 200 updates, but the learning rate does not warm up again at step 200, 400 "
