@@ -138,13 +138,12 @@ def linears(
         return tuple(F.linear(x, weight) for weight in weights)
 
     def narrow(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"scaling": scaling, "kernels": kernels, "exact_grad_x": exact}
-        for counter in counters:
+        results = []
+        for weight, made, counter in zip(weights, ready, counters, strict=True):
             _count_(counter, x, scaling)
-        return tuple(
-            linear_fp8(x, weight, None, *made, **options, counter=counter)
-            for weight, made, counter in zip(weights, ready, counters, strict=True)
-        )
+            given: dict[str, Any] = {"kernels": kernels, "counter": counter, "exact_grad_x": exact}
+            results.append(linear_fp8(x, weight, None, *made, scaling=scaling, **given))
+        return tuple(results)
 
     leaves = (x, *weights)
     renew = cast if conditions.kept else None
