@@ -124,7 +124,7 @@ def train(
 
             loaded = load_recipe(recipe, set_ or (), scale_steps)
         if run_dir is None:
-            run_dir, plain = default_run_dir(recipe, set_ or ()), default_run_dir(recipe)
+            run_dir, plain = default_run_dir(recipe, set_ or (), scale_steps), default_run_dir(recipe)
             if resume == "auto" and plain.exists() and not run_dir.exists():
                 line = f"warning: a variant begins in {run_dir}; to go on with {plain}: --run-dir {plain}"
                 print(line, file=sys.stderr)

@@ -83,14 +83,15 @@ class Start:
     is_last: bool
 
 
-def default_run_dir(reference: str, overrides: Sequence[str] = ()) -> Path:
+def default_run_dir(reference: str, overrides: Sequence[str] = (), scale_steps: bool = False) -> Path:
     """`runs/<recipe>` below the working directory, and of a variant `runs/<recipe>,lr=0.001`: two settings of
-    one recipe do not share a folder."""
+    one recipe do not share a folder. `scale_steps` is a setting too."""
     name = reference.removesuffix(".toml").strip("./").replace("/", "-")
     for override in overrides:
         key, _, value = override.partition("=")
         plain = re.sub(r"[^\w.+-]+", "_", value).strip("_")
         name += f",{short(key.strip())}={plain}"
+    name += ",scaled" * scale_steps
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("runs") / name

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from act24.errors import Act24Error
 from act24.recipes.schema import Data
-from act24.tools.data.documents import Documents, open_documents
+from act24.tools.data.documents import Documents, builtin_files, open_documents
 from act24.tools.data.shard import is_heldout
 
 
@@ -165,3 +165,10 @@ def test_a_moved_folder_is_the_same_data_and_a_changed_file_is_not(tmp_path):
     assert fingerprint("there/below") == same
     (tmp_path / "here/b.txt").write_text("bb")
     assert fingerprint("here") != same
+
+
+def test_the_builtin_text_has_no_empty_files() -> None:
+    """So that nobody's first run warns of text that is not theirs."""
+    files = builtin_files()
+    assert len(files) > 100
+    assert all(file.stat().st_size for file in files)

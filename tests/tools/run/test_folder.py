@@ -292,6 +292,9 @@ def test_all_processes_hear_of_a_folder_that_is_taken(tiny_file, a_run):
 def test_variants_have_folders_of_their_own():
     assert default_run_dir("c4/130m-dense") == Path("runs/c4-130m-dense")
     assert default_run_dir("my.toml", ["optimizer.lr=1e-3", "train.seed=2"]) == Path("runs/my,lr=1e-3,seed=2")
+    steps = ["train.steps=99"]
+    assert default_run_dir("demo", steps, scale_steps=True) == Path("runs/demo,steps=99,scaled")
+    assert default_run_dir("demo", steps) == Path("runs/demo,steps=99")
     assert default_run_dir("my.toml", ['data.train_files=["a/*.txt"]']) == Path("runs/my,train_files=a_.txt")
     alike = ["eval.every=5", "log.every=5", "passes.cola.mlp_rank=5", "passes.lost.mlp_rank=5"]
     names = [f"runs/my,{end}=5" for end in ("eval.every", "log.every", "cola.mlp_rank", "lost.mlp_rank")]
