@@ -18,7 +18,14 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from act24.passes.graph.flow import asks_size
-from act24.passes.graph.normal_form import is_call, is_transposed, readers_of, source_name, weight_source
+from act24.passes.graph.normal_form import (
+    is_call,
+    is_product,
+    is_transposed,
+    readers_of,
+    source_name,
+    weight_source,
+)
 from act24.passes.graph.region import Region
 
 #: What gates a network, and how far a form of it may be: `x · sigmoid(1.702 x)` is 0.0203 from GELU.
@@ -32,6 +39,8 @@ _GATES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "hardswish": (F.hardswish, 1e-3),
     "mish": (F.mish, 1e-3),
 }
+#: What needs no numbers to be known.
+_USUAL: dict[Any, str] = {F.silu: "silu", nn.SiLU: "silu", F.gelu: "gelu", nn.GELU: "gelu"}
 #: Rounding of the few steps that may be in bfloat16.
 _ROUNDING = 0.02
 
@@ -114,6 +123,9 @@ def _gated(region: Region, down: fx.Node) -> Gated | None:
     if len(widths) != 1 or (len(linears) == 1 and rows == [None]):
         return None
     (width,), first = widths, linears[0]
+    if plain := _as_usual(region, product, linears, nodes):
+        gate, up, kind = plain
+        return Gated(product, gate, up, down, kind, frozenset({*nodes, product}))
     for tokens in _TOKENS:
         values = _numbers(tokens, width, len(linears))
         bound = {node: values[min(place, len(values) - 1)] for place, node in enumerate(called)}
@@ -130,6 +142,26 @@ def _gated(region: Region, down: fx.Node) -> Gated | None:
                 again = (node for node in called if node not in linears)
                 return Gated(product, gated, other, down, kind, frozenset({*nodes, *again, product}))
     return None
+
+
+def _as_usual(
+    region: Region, product: fx.Node, linears: list[fx.Node], nodes: list[fx.Node]
+) -> tuple[fx.Node, fx.Node, str] | None:
+    """`(gate, up, kind)` where it is spelled as everyone does, act(gate) * up, for which no number is needed:
+    to plan a model of any width allocates nothing."""
+    if len(nodes) != 2 or len(linears) != 2 or not is_product(product):
+        return None
+    (activation,) = (node for node in nodes if node is not product)
+    gate = activation.args[0] if activation.args else None
+    others = [node for node in linears if node is not gate]
+    factors: Any = product.args
+    if gate not in linears or {*factors} != {activation, *others}:
+        return None
+    called: Any = activation.target
+    if activation.op == "call_module":
+        called = type(region.module.get_submodule(str(called)))
+    kind = _USUAL.get(called) if activation.op != "call_method" else None
+    return (gate, others[0], kind) if isinstance(gate, fx.Node) and kind else None
 
 
 def _what(linear: fx.Node) -> tuple[Any, ...]:
