@@ -9,6 +9,7 @@ in another encoding: a model would learn characters that nobody wrote, and its l
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import re
 import unicodedata
@@ -75,6 +76,8 @@ def decoded(content: bytes, encoding: str | None, name: str, tally: Tally) -> st
     Raises:
         Act24Error: too much of it is no text in that encoding, or in any that can be detected.
     """
+    if encoding:
+        _check_given(encoding, content, name)
     codec = encoding or _encoding_of(content, name, tally)
     text = content.decode(codec, "replace")
     implausible = 0 if encoding else implausible_characters(text, codec, content)
@@ -86,6 +89,7 @@ def decoded(content: bytes, encoding: str | None, name: str, tally: Tally) -> st
         held = Records(name, False, tally, refuses=encoding is None)
         held.good(text)
         held.check_replaced()
+    implausible = min(implausible, len(text))  # some may be both
     tally.replaced += implausible
     check_replaced(implausible, len(text), codec, name, given=encoding is not None)
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
@@ -99,6 +103,8 @@ def open_text(file: BinaryIO, encoding: str | None, name: str, tally: Tally) -> 
     """
     buffered = io.BufferedReader(file, SAMPLE)  # type: ignore[arg-type]  # read-only streams of any library
     sample = buffered.peek(SAMPLE)[:SAMPLE]
+    if encoding:
+        _check_given(encoding, sample, name, whole=False)
     codec = encoding or _encoding_of(sample, name, tally, whole=False)
     errors = "replace" if codec.startswith(_WIDE) else "surrogateescape"
     if sample.startswith(codecs.BOM_UTF8) and codec.lower() in ("utf-8", "utf8", "utf_8"):
@@ -209,6 +215,33 @@ def _is_in(codec: str, block: bytes) -> bool:
     )
 
 
+def _check_given(encoding: str, content: bytes, name: str, whole: bool = True) -> None:
+    """
+    Raises:
+        Act24Error: a byte-order mark, or bytes that only UTF-8 writes, or that are no text in an encoding
+            though it takes them, show that it is another.
+    """
+    given = codecs.lookup(encoding).name.replace("_", "-")
+    for mark, marked in _MARKS:
+        if content.startswith(mark):
+            if not given.startswith(marked[:6].removesuffix("-")):
+                raise Act24Error(_GIVEN.format(name, encoding, f"its byte-order mark says {marked[:6]}"))
+            return
+    wide, text = given.startswith(_WIDE), content.decode(encoding, "replace")
+    shows = len(content) if wide else _bytes_not_ascii(content)
+    if not given.startswith("utf-8") and b"\0" not in content and shows >= LEAST:
+        with contextlib.suppress(UnicodeDecodeError):
+            if codecs.getincrementaldecoder("utf-8")().decode(content, final=whole) != text:
+                raise Act24Error(_GIVEN.format(name, encoding, "its bytes are UTF-8"))
+    odd = sum(c == "\0" or "\x80" <= c <= "\x9f" for c in text)
+    if odd > LIMIT * len(text):
+        said = f"{odd / len(text):.1%} of its characters are control characters in that"
+        raise Act24Error(_GIVEN.format(name, encoding, said))
+
+
+_GIVEN = '{}: data.encoding = "{}", and {}: set it to the one that it is in, or leave it out to detect it'
+
+
 def _encoding_of(content: bytes, name: str, tally: Tally, whole: bool = True) -> str:
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -264,6 +297,8 @@ def _detected(content: bytes, whole: bool = False) -> str | None:
                 break
         if best is not None:
             break
+    if best is None and not wide:  # among words of many kinds ASCII tells what the others are
+        best = charset_normalizer.from_bytes(content[:SAMPLE], cp_exclusion=_UNUSUAL).best()
     if wide:
         return best.encoding if best is not None and best.encoding.startswith(_WIDE) else None
     if best is None:

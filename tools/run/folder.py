@@ -84,11 +84,10 @@ class Start:
 
 
 def default_run_dir(reference: str, overrides: Sequence[str] = (), scale_steps: bool = False) -> Path:
-    """`runs/<recipe>` below the working directory, and of a variant `runs/<recipe>,lr=0.001`: two settings of
-    one recipe do not share a folder. `scale_steps` is a setting too."""
+    """`runs/<recipe>` below the working directory, and of a variant, of which `scale_steps` makes one too,
+    `runs/<recipe>,lr=0.001`: two settings of one recipe do not share a folder."""
     name = reference.removesuffix(".toml").strip("./").replace("/", "-")
-    for override in overrides:
-        key, _, value = override.partition("=")
+    for key, _, value in (override.partition("=") for override in overrides):
         plain = re.sub(r"[^\w.+-]+", "_", value).strip("_")
         name += f",{short(key.strip())}={plain}"
     name += ",scaled" * scale_steps
