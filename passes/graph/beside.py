@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from act24.passes.graph.named import global_names
 from act24.passes.graph.shadow import can_be_written, content
 from act24.passes.graph.watched import GONE, PLAIN, is_known
 
@@ -81,7 +82,7 @@ class Beside:
         self._codes.add(code)
         stores = _stores(code)
         self._places += [_Place(f"{n} of {module}", scope, n, scope.get(n, GONE)) for n in stores.globals]
-        for name in code.co_names:
+        for name in global_names(code):
             if name in scope and not name.startswith("__"):
                 self._note(f"{name} of {module}", scope[name], stores.attributes)
         for name, value in frame.f_locals.items() if code.co_freevars else ():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.backends import cuda
 
+from act24.passes.graph.named import global_names
 from act24.passes.graph.proxies import is_internal
 
 #: Packages whose functions read nothing that a user sets.
@@ -140,7 +141,7 @@ def names_numpy(frame: FrameType) -> bool:
     """Whether a function that begins, none of torch's or Python's own, names numpy, whose draws nobody is
     told of."""
     return package(frame) not in FOREIGN and any(
-        _is_numpy(frame.f_globals.get(name)) for name in frame.f_code.co_names
+        _is_numpy(frame.f_globals.get(name)) for name in global_names(frame.f_code)
     )
 
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import PassError
-from act24.passes.graph.named import PAST, named
+from act24.passes.graph.named import PAST, global_names, named
 from act24.passes.graph.surroundings import FOREIGN
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -251,7 +251,7 @@ class _Search:
                 self._value(f"{path}.{name}", module, way, value)
 
     def globals(self, code: CodeType, scope: dict[str, Any]) -> None:
-        for name in code.co_names:
+        for name in global_names(code):
             if name in scope and not name.startswith("__"):
                 text = f"{name} of {scope.get('__name__', '?')}"
                 self._value(text, scope, (("item", name),), scope[name])
