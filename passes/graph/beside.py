@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from act24.passes.graph.classes import is_known
 from act24.passes.graph.named import global_names
 from act24.passes.graph.shadow import can_be_written, content
-from act24.passes.graph.watched import GONE, PLAIN, is_known
+from act24.passes.graph.watched import GONE, PLAIN
 
 #: Functions by which code writes under names that are strings in it.
 _BY_NAME = {"setattr", "delattr", "globals", "vars", "__dict__"}
