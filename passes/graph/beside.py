@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, MutableSet
 from types import CodeType, FrameType, ModuleType
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from act24.passes.graph.classes import is_known
+from act24.passes.graph.imported import held_by, imported
 from act24.passes.graph.named import global_names
 from act24.passes.graph.shadow import can_be_written, content
 from act24.passes.graph.watched import GONE, PLAIN
@@ -86,6 +88,9 @@ class Beside:
         for name in global_names(code):
             if name in scope and not name.startswith("__"):
                 self._note(f"{name} of {module}", scope[name], stores.attributes)
+        for module, name in imported(code, scope):
+            value = held_by(module).get(name) if name else sys.modules[module]
+            self._note(f"{name} of {module}" if name else module, value, stores.attributes)
         for name, value in frame.f_locals.items() if code.co_freevars else ():
             if name in code.co_freevars:
                 self._note(f"{name} in the closure of {code.co_name}", value, stores.attributes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
+import sys
 import weakref
 from collections import UserList, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from act24.errors import PassError
 from act24.passes.graph.classes import class_attributes, class_places, functions_in, is_known, slots
+from act24.passes.graph.imported import asked_for, held_by, imported, makes_up
 from act24.passes.graph.named import PAST, global_names, named
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -202,6 +204,7 @@ def frozen_values(
             search.settings(path, child, [*read, *(vars(child) if past else ())])
     for code, scope in ran.codes.items():
         search.globals(code, scope)
+        search.imports(code, scope)
     search.closures()
     said = search.named
     return Frozen(tuple(search.found.values()), tuple(search.unwatched), said.names, said.dynamic)
@@ -249,6 +252,24 @@ class _Search:
             if name in scope and not name.startswith("__"):
                 text = f"{name} of {scope.get('__name__', '?')}"
                 self._value(text, scope, (("item", name),), scope[name])
+
+    def imports(self, code: CodeType, scope: dict[str, Any]) -> None:
+        """What a function imports as it runs, and which modules it asks for."""
+        modules = sys.modules
+        for module, name in imported(code, scope):
+            value, way = modules[module], (("item", module),)
+            if not name:
+                self._value(module, modules, way, value)
+            elif name in (held := held_by(module)):
+                self._value(f"{name} of {module}", modules, (*way, ("attribute", name)), held[name])
+            elif "__getattr__" in held and not is_known(module):  # which may give another one at any time
+                self.unwatched[f"{name} of {module}"] = None
+        for module in asked_for(code, scope) or ():
+            self._add(f"{module} in sys.modules", modules, (("item", module),), modules.get(module, GONE))
+            if module in modules:
+                self._value(module, modules, (("item", module),), modules[module])
+        if makes_up(code, scope):
+            self.unwatched[f"which modules {code.co_qualname} imports"] = None
 
     def closures(self) -> None:
         """Name the functions that ran, have something in a closure, and were nowhere to be found."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import features
 
-from act24.passes import Weight24, PassError, apply_
+from act24.passes import PassError, Weight24, apply_
 
 
 class Act:
