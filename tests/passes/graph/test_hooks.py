@@ -142,9 +142,7 @@ def test_what_torch_jit_has_traced_and_a_wrapper_of_a_class_of_its_own_are_named
         """As people make them, to reach attributes of the module inside."""
 
     said = {
-        nn.Sequential(
-            script, nn.Linear(16, 16)
-        ): r"0 \[TopLevelTracedModule\] is a script.*it is from",
+        nn.Sequential(script, nn.Linear(16, 16)): r"0 \[TopLevelTracedModule\] is a script.*it is from",
         script: r"the model \[TopLevelTracedModule\] is a script",
         Parallel(row): r"the model \[Parallel\] is wrapped",
     }
