@@ -109,8 +109,8 @@ def asks_in_python(frame: FrameType) -> tuple[str, tuple[type, ...]] | None:
     given = list(frame.f_locals.values())
     of_process = module.startswith("torch.distributed")
     if of_process or all(v is None or type(v) in _NUMBERS for v in given):
-        hardware = module.startswith(_HARDWARE)
-        return f"{module}.{name}()", _ANYTHING if hardware else _NUMBERS
+        settings = module == "torch" or module.startswith(_HARDWARE)  # as torch.get_default_device
+        return f"{module}.{name}()", _ANYTHING if settings else _NUMBERS
     return None
 
 
