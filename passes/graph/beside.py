@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, MutableSet
 from types import CodeType, FrameType, ModuleType
@@ -22,6 +21,7 @@ from act24.passes.graph.classes import is_known
 from act24.passes.graph.imported import held_by, imported
 from act24.passes.graph.named import global_names
 from act24.passes.graph.shadow import can_be_written, content
+from act24.passes.graph.surroundings import MODULES
 from act24.passes.graph.watched import GONE, PLAIN
 
 #: Functions by which code writes under names that are strings in it.
@@ -89,7 +89,7 @@ class Beside:
             if name in scope and not name.startswith("__"):
                 self._note(f"{name} of {module}", scope[name], stores.attributes)
         for module, name in imported(code, scope):
-            value = held_by(module).get(name) if name else sys.modules[module]
+            value = held_by(module).get(name) if name else MODULES[module]
             self._note(f"{name} of {module}" if name else module, value, stores.attributes)
         for name, value in frame.f_locals.items() if code.co_freevars else ():
             if name in code.co_freevars:

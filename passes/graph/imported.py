@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import dis
 import functools
-import importlib
-import sys
 from collections.abc import Iterator, Mapping
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from act24.passes.graph.named import global_names
+from act24.passes.graph.surroundings import MODULES
 
 
 class _Import(NamedTuple):
@@ -34,7 +33,7 @@ def _imports(code: CodeType) -> tuple[_Import, ...]:
 
 def held_by(module: str) -> dict[str, Any]:
     """What a module that is there holds. Not by getattr, for a lazy one would load what was not reached."""
-    return getattr(sys.modules[module], "__dict__", {})
+    return getattr(MODULES[module], "__dict__", {})
 
 
 def imported(code: CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -51,18 +50,18 @@ def imported(code: CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[str, st
             full = ".".join(part for part in (package.rsplit(".", level - 1)[0], name) if part)
         modules = (full,) if taken else tuple(dict.fromkeys((full, full.partition(".")[0])))
         for module in modules:
-            if module in sys.modules:
+            if module in MODULES:
                 yield from ((module, one) for one in taken or ("",))
     if _calls(code, scope, "__import__", "import_module"):
-        yield from ((text, "") for text in _texts(code) if text in sys.modules)
+        yield from ((text, "") for text in _texts(code) if text in MODULES)
 
 
 def asked_for(code: CodeType, scope: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The texts by which code may ask sys.modules for a module; None: it does not ask."""
     names = global_names(code)
-    asks = any(scope.get(name) is sys.modules for name in names)
+    asks = any(scope.get(name) is MODULES for name in names)
     if "modules" in code.co_names:
-        asks = asks or any(scope.get(name) is sys for name in names)
+        asks = asks or any(scope.get(name) is MODULES["sys"] for name in names)
         asks = asks or any(one.module == "sys" for one in _imports(code))
     return _texts(code) if asks else None
 
@@ -74,7 +73,9 @@ def makes_up(code: CodeType, scope: Mapping[str, Any]) -> bool:
 
 
 def _calls(code: CodeType, scope: Mapping[str, Any], *names: str) -> bool:
-    renamed = any(scope.get(name) is importlib.import_module for name in global_names(code))
+    held = [scope.get(name) for name in global_names(code)]
+    own = [value for value in held if isinstance(value, FunctionType) and value.__module__ == "importlib"]
+    renamed = any(value.__name__ == "import_module" for value in own)  # as a global of another name
     return renamed or not {*names}.isdisjoint(code.co_names)
 
 

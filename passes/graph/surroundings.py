@@ -19,6 +19,9 @@ from act24.passes.graph.proxies import is_internal
 #: Packages whose functions read nothing that a user sets.
 FOREIGN = {"torch", *sys.stdlib_module_names}
 
+#: The modules of the process, which a forward may import or ask for.
+MODULES = sys.modules
+
 #: Functions that draw where they are given no value to draw for, of torch and of Python.
 _DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "random"}
 _DRAWS |= {"getrandbits", "uniform_", "normal_", "random_", "bernoulli_", "exponential_", "gauss"}

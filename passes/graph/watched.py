@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-import sys
 import weakref
 from collections import UserList, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +37,7 @@ from act24.errors import PassError
 from act24.passes.graph.classes import class_attributes, class_places, functions_in, is_known, slots
 from act24.passes.graph.imported import asked_for, held_by, imported, makes_up
 from act24.passes.graph.named import PAST, global_names, named
+from act24.passes.graph.surroundings import MODULES
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 PLAIN += (Enum, numbers.Number, range, slice)
@@ -255,7 +255,7 @@ class _Search:
 
     def imports(self, code: CodeType, scope: dict[str, Any]) -> None:
         """What a function imports as it runs, and which modules it asks for."""
-        modules = sys.modules
+        modules = MODULES
         for module, name in imported(code, scope):
             value, way = modules[module], (("item", module),)
             if not name:

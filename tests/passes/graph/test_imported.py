@@ -6,6 +6,7 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
+from importlib import import_module as brings
 from typing import Any
 
 import pytest
@@ -61,6 +62,10 @@ def held(x: Tensor) -> Tensor:
 
 def by_function(x: Tensor) -> Tensor:
     return x * importlib.import_module("made_up_cfg").val
+
+
+def by_function_renamed(x: Tensor) -> Tensor:
+    return x * brings("made_up_cfg").val
 
 
 def by_builtin(x: Tensor) -> Tensor:
@@ -130,7 +135,19 @@ def applied(factor: Callable[[Tensor], Tensor]) -> tuple[nn.Module, Tensor]:
     return model, x
 
 
-READS = [simple, taken, renamed, below, below_renamed, module_taken, held, by_function, by_builtin, by_item]
+READS = [
+    simple,
+    taken,
+    renamed,
+    below,
+    below_renamed,
+    module_taken,
+    held,
+    by_function,
+    by_function_renamed,
+    by_builtin,
+    by_item,
+]
 
 
 @pytest.mark.parametrize("factor", [*READS, in_helper, is_there])
