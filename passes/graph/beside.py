@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from act24.passes.graph.classes import is_known
+from act24.passes.graph.imported import held_by, imported
+from act24.passes.graph.named import global_names
 from act24.passes.graph.shadow import can_be_written, content
-from act24.passes.graph.watched import GONE, PLAIN, is_known
+from act24.passes.graph.surroundings import MODULES
+from act24.passes.graph.watched import GONE, PLAIN
 
 #: Functions by which code writes under names that are strings in it.
 _BY_NAME = {"setattr", "delattr", "globals", "vars", "__dict__"}
@@ -81,9 +85,12 @@ class Beside:
         self._codes.add(code)
         stores = _stores(code)
         self._places += [_Place(f"{n} of {module}", scope, n, scope.get(n, GONE)) for n in stores.globals]
-        for name in code.co_names:
+        for name in global_names(code):
             if name in scope and not name.startswith("__"):
                 self._note(f"{name} of {module}", scope[name], stores.attributes)
+        for module, name in imported(code, scope):
+            value = held_by(module).get(name) if name else MODULES[module]
+            self._note(f"{name} of {module}" if name else module, value, stores.attributes)
         for name, value in frame.f_locals.items() if code.co_freevars else ():
             if name in code.co_freevars:
                 self._note(f"{name} in the closure of {code.co_name}", value, stores.attributes)

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from act24.errors import PassError
-from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen, class_attributes
+from act24.passes.graph.classes import class_attributes
+from act24.passes.graph.watched import INTERNAL, PLAIN, Fact, Frozen
 
 
 def as_copied(held: Mapping[str, Any]) -> dict[str, Any]:

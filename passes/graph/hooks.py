@@ -25,13 +25,13 @@ _HOOKS = (
 )
 
 
-#: Modules that stand around a model, by the name of their class, and what to do about them.
+#: Modules that stand around a model, by the name of their class or of a base, and what to do about them.
 _WRAPPERS = {
     "OptimizedModule": "is compiled: apply the passes to the module inside, and compile it then",
     "DistributedDataParallel": "is wrapped: apply the passes to the module inside, and wrap it then",
     "DataParallel": "is wrapped: apply the passes to the module inside, and wrap it then",
     "FullyShardedDataParallel": "is wrapped: apply the passes first, and wrap the model then",
-    "RecursiveScriptModule": "is a script, which cannot be traced: apply the passes to the module it is from",
+    "ScriptModule": "is a script, which cannot be traced: apply the passes to the module it is from",
 }
 
 
@@ -43,8 +43,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     """
     for fqn, module in model.named_modules():
         cls = type(module)
-        if cls.__module__.startswith("torch.") and cls.__name__ in _WRAPPERS:
-            raise PassError(f"{fqn or 'the model'} [{cls.__name__}] {_WRAPPERS[cls.__name__]}")
+        for base in cls.__mro__:  # torch.jit.trace makes one subclass of a script, torch.jit.script another
+            if base.__module__.startswith("torch.") and base.__name__ in _WRAPPERS:
+                raise PassError(f"{fqn or 'the model'} [{cls.__name__}] {_WRAPPERS[base.__name__]}")
         if any(b.__name__ == "FSDPModule" and b.__module__.startswith("torch.") for b in cls.__mro__):
             raise PassError(
                 f"{fqn or 'the model'} [{cls.__name__}] is sharded: apply the passes first, and fully_shard "

@@ -17,6 +17,10 @@ _ASK = {"getattr": 1, "hasattr": 1, "attrgetter": 0, "methodcaller": 0, "getattr
 PAST = {"__getattribute__", "getattr_static"}
 #: What reads all that an object holds.
 _ALL = {"__dict__", "vars", "dir", "asdict", "_asdict", "astuple", "fields", "getmembers", "__getattribute__"}
+#: Instructions that read a global.
+_GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
+#: Those that read, write or delete an attribute, or import one.
+_ATTRIBUTE = re.compile(r"_ATTR$|^LOAD_METHOD$|^IMPORT_FROM$")
 _WORD = re.compile(r"[^\W\d]\w*")
 
 
@@ -25,7 +29,7 @@ class Named:
     """What the code of functions names.
 
     Attributes:
-        names: of globals and attributes, and strings that may be such.
+        names: of attributes, and strings that may be such; globals are `global_names`.
         asked: those that getattr or hasattr may ask for.
         constants: integers and strings in it.
         dynamic: it makes up names, or reads all that an object holds.
@@ -53,9 +57,19 @@ def named(codes: Mapping[CodeType, Mapping[str, Any]]) -> Named:
     """
     found = functools.reduce(Named.__or__, map(_named, codes), Named())
     renamed = any(
-        _is_renamed(name, scope.get(name)) for code, scope in codes.items() for name in code.co_names
+        _is_renamed(name, scope.get(name)) for code, scope in codes.items() for name in global_names(code)
     )
     return found | Named(dynamic=renamed)
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: CodeType) -> frozenset[str]:
+    """The globals that code reads, by its instructions: its `co_names` are also those of attributes. What a
+    function inside of it reads is that one's own code."""
+    names = {one.argval for one in dis.get_instructions(code) if one.opname in _GLOBAL}
+    if "globals" in names:
+        names |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
+    return frozenset(names)
 
 
 def _is_renamed(name: str, value: Any) -> bool:
@@ -81,7 +95,8 @@ def _named(code: CodeType) -> Named:
         words |= fields
         dynamic = dynamic or not any("{" in text for text in texts)
     asks = bool({"getattr", "hasattr"} & names)
-    return Named(frozenset(words | names), frozenset(words if asks else ()), constants, dynamic)
+    attributes = {one.argval for one in dis.get_instructions(code) if _ATTRIBUTE.search(one.opname)}
+    return Named(frozenset(words | attributes), frozenset(words if asks else ()), constants, dynamic)
 
 
 def _fields(text: str) -> Iterable[str]:

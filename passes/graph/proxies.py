@@ -135,6 +135,12 @@ class Proxy(_Written, fx.Proxy):
             if name in _SIZES:
                 self.tracer.sized.add(str(self.node.target))
             return getattr(parameter, name)
+        held = self.node.op == "get_attr"  # to which anybody may give one, at any time
+        if held and name not in _ATTRIBUTES and not is_internal(self.tracer.asker()):
+            self.tracer.refuse(
+                f"asks for {name} of {self.node.target}, which is no attribute of every tensor, and tracing "
+                f"would freeze: {OUTSIDE}"
+            )
         return self._attribute(name, self.node.name)
 
     def __len__(self) -> int:

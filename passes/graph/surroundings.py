@@ -13,10 +13,14 @@ import torch
 from torch import nn
 from torch.backends import cuda
 
+from act24.passes.graph.named import global_names
 from act24.passes.graph.proxies import is_internal
 
 #: Packages whose functions read nothing that a user sets.
 FOREIGN = {"torch", *sys.stdlib_module_names}
+
+#: The modules of the process, which a forward may import or ask for.
+MODULES = sys.modules
 
 #: Functions that draw where they are given no value to draw for, of torch and of Python.
 _DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "random"}
@@ -108,8 +112,8 @@ def asks_in_python(frame: FrameType) -> tuple[str, tuple[type, ...]] | None:
     given = list(frame.f_locals.values())
     of_process = module.startswith("torch.distributed")
     if of_process or all(v is None or type(v) in _NUMBERS for v in given):
-        hardware = module.startswith(_HARDWARE)
-        return f"{module}.{name}()", _ANYTHING if hardware else _NUMBERS
+        settings = module == "torch" or module.startswith(_HARDWARE)  # as torch.get_default_device
+        return f"{module}.{name}()", _ANYTHING if settings else _NUMBERS
     return None
 
 
@@ -140,7 +144,7 @@ def names_numpy(frame: FrameType) -> bool:
     """Whether a function that begins, none of torch's or Python's own, names numpy, whose draws nobody is
     told of."""
     return package(frame) not in FOREIGN and any(
-        _is_numpy(frame.f_globals.get(name)) for name in frame.f_code.co_names
+        _is_numpy(frame.f_globals.get(name)) for name in global_names(frame.f_code)
     )
 
 

@@ -2,7 +2,7 @@
 otherwise than a tensor does.
 
 A question that is swallowed by a `try:` of the module counts all the same. The exceptions are answered:
-parameters are tensors, no tensor has an attribute that `torch.Tensor` lacks, and the dtypes of a value and of
+parameters are tensors, no value has an attribute that `torch.Tensor` lacks, and the dtypes of a value and of
 a parameter, where a module asks whether they differ in order to cast, do differ. A cast that was not needed
 changes nothing; that there is nothing else in the branch, `clean_trace` finds out.
 """

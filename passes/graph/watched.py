@@ -15,7 +15,7 @@ import inspect
 import numbers
 import weakref
 from collections import UserList, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import chain
@@ -34,8 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from act24.errors import PassError
-from act24.passes.graph.named import PAST, named
-from act24.passes.graph.surroundings import FOREIGN
+from act24.passes.graph.classes import class_attributes, class_places, functions_in, is_known, slots
+from act24.passes.graph.imported import asked_for, held_by, imported, makes_up
+from act24.passes.graph.named import PAST, global_names, named
+from act24.passes.graph.surroundings import MODULES
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 PLAIN += (Enum, numbers.Number, range, slice)
@@ -181,12 +183,6 @@ class Ran:
             self.codes[frame.f_code] = frame.f_globals
 
 
-def is_known(module: str) -> bool:
-    """Whether code is torch's, Python's own or act24's, by the name of its module."""
-    made_up = module.startswith(("act24.passes.", "namedtuple_"))
-    return made_up or module.partition(".")[0] in FOREIGN
-
-
 def frozen_values(
     module: nn.Module, ran: Ran, closed: Iterable[str], settings: Iterable[tuple[nn.Module, str]] = ()
 ) -> Frozen:
@@ -208,6 +204,7 @@ def frozen_values(
             search.settings(path, child, [*read, *(vars(child) if past else ())])
     for code, scope in ran.codes.items():
         search.globals(code, scope)
+        search.imports(code, scope)
     search.closures()
     said = search.named
     return Frozen(tuple(search.found.values()), tuple(search.unwatched), said.names, said.dynamic)
@@ -251,10 +248,28 @@ class _Search:
                 self._value(f"{path}.{name}", module, way, value)
 
     def globals(self, code: CodeType, scope: dict[str, Any]) -> None:
-        for name in code.co_names:
+        for name in global_names(code):
             if name in scope and not name.startswith("__"):
                 text = f"{name} of {scope.get('__name__', '?')}"
                 self._value(text, scope, (("item", name),), scope[name])
+
+    def imports(self, code: CodeType, scope: dict[str, Any]) -> None:
+        """What a function imports as it runs, and which modules it asks for."""
+        modules = MODULES
+        for module, name in imported(code, scope):
+            value, way = modules[module], (("item", module),)
+            if not name:
+                self._value(module, modules, way, value)
+            elif name in (held := held_by(module)):
+                self._value(f"{name} of {module}", modules, (*way, ("attribute", name)), held[name])
+            elif "__getattr__" in held and not is_known(module):  # which may give another one at any time
+                self.unwatched[f"{name} of {module}"] = None
+        for module in asked_for(code, scope) or ():
+            self._add(f"{module} in sys.modules", modules, (("item", module),), modules.get(module, GONE))
+            if module in modules:
+                self._value(module, modules, (("item", module),), modules[module])
+        if makes_up(code, scope):
+            self.unwatched[f"which modules {code.co_qualname} imports"] = None
 
     def closures(self) -> None:
         """Name the functions that ran, have something in a closure, and were nowhere to be found."""
@@ -326,9 +341,9 @@ class _Search:
         if contains:
             self._container(text, root, steps, value)
         self._attributes(text, root, steps, value)
-        for name, method in class_attributes(cls):
-            if any(self._function(function) for function in _functions(method)):
-                self._add(f"{name} of {cls.__name__}", cls, (("class", name),), method)
+        for owner, name, method in class_places(cls):
+            if any([self._function(function) for function in functions_in(method)]):
+                self._add(f"{name} of {owner.__name__}", owner, (("class", name),), method)
         if hasattr(value, "__wrapped__"):
             self._value(text, root, (*steps, ("attribute", "__wrapped__")), value.__wrapped__)
         elif not (contains or cls.__module__ == "torch" or _has_parts(value)):
@@ -364,7 +379,7 @@ class _Search:
         hold though code asks for it."""
         cls = type(owner)
         held = getattr(owner, "__dict__", {})
-        names = {name for name in (*held, *_slots(cls)) if self._reads(name)}
+        names = {name for name in (*held, *slots(cls)) if self._reads(name)}
         if not isinstance(owner, nn.Module | ModuleType):
             names |= {n for n, v in class_attributes(cls) if self._reads(n) and not hasattr(v, "__get__")}
             names |= {n for n in self.named.asked if not hasattr(cls, n)}
@@ -382,14 +397,17 @@ class _Search:
                 self._value(f"{text}.{name}", root, way, value)
 
     def _class(self, cls: type, root: Any, steps: tuple[Step, ...], hidden: Iterable[str] = ()) -> None:
-        """The attributes of a class that code names, those of its bases too, and the methods that ran."""
-        known = {*hidden}
-        for name, value in class_attributes(cls):
-            functions = _functions(value)
+        """The attributes of a class that code names, those of its bases too, and the methods that ran: of
+        those that it overrides where they stand, for they are called by super() or on another object."""
+        for owner, name, value in class_places(cls):
+            functions = functions_in(value)
             ran = [function for function in functions if self._function(function)]
-            if name not in known and (ran if functions else self._reads(name)):
-                known.add(name)
-                self._value(f"{name} of {cls.__name__}", root, (*steps, ("class", name)), value)
+            way: tuple[Step, ...] = (("class", name),)
+            if owner is not cls:
+                if ran:
+                    self._value(f"{name} of {owner.__name__}", owner, way, value)
+            elif ran or (not functions and name not in hidden and self._reads(name)):
+                self._value(f"{name} of {cls.__name__}", root, (*steps, *way), value)
 
     def _function(self, function: FunctionType) -> bool:
         """Whether a function ran; and what lies in its closure, its defaults and its attributes."""
@@ -410,26 +428,7 @@ class _Search:
         return True
 
 
-def class_attributes(cls: type) -> Iterator[tuple[str, Any]]:
-    """What a class and its bases have, from the class down, as it stands there; not that of torch or of
-    Python."""
-    for base in cls.__mro__:
-        if base is not object and not is_known(base.__module__):
-            yield from ((n, v) for n, v in [*vars(base).items()] if not n.startswith("__") or n == "__call__")
-
-
-def _functions(value: Any) -> list[FunctionType]:
-    """The functions in what stands in a class."""
-    parts = (value, *(getattr(value, part, None) for part in ("fget", "fset", "__func__", "func")))
-    return [part for part in parts if isinstance(part, FunctionType)]
-
-
-def _slots(cls: type) -> list[str]:
-    members = [n for base in cls.__mro__ for n, v in [*vars(base).items()] if inspect.ismemberdescriptor(v)]
-    return [name for name in members if not name.startswith("__")]
-
-
 def _has_parts(value: Any) -> bool:
     """Whether what an object holds has names that code may name. In Python's containers it has none."""
     own = type(value).__module__ in ("collections", "queue", "_weakrefset")
-    return not own and (hasattr(value, "__dict__") or bool(_slots(type(value))))
+    return not own and (hasattr(value, "__dict__") or bool(slots(type(value))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from toys import SwiGLU, Trunk, features, fingerprint, llama, tokens
 
-from act24.passes import LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_
+from act24.passes import LowRank, PassError, Pipeline, Relu2FFN, Weight24, apply_, plan
 
 HOOKS = {
     "register_forward_hook": lambda *_: None,
@@ -129,6 +130,26 @@ def test_what_would_not_be_read_is_not_registered() -> None:
             put("3", linear)
     with pytest.raises(PassError, match="register_forward_hook on what is left of a ReLU would never fire"):
         row[1].register_forward_hook(lambda *_: None)
+
+
+def test_what_torch_jit_has_traced_and_a_wrapper_of_a_class_of_its_own_are_named() -> None:
+    row = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.trace(row, features(2, 16))
+
+    class Parallel(nn.DataParallel):
+        """As people make them, to reach attributes of the module inside."""
+
+    said = {
+        nn.Sequential(script, nn.Linear(16, 16)): r"0 \[TopLevelTracedModule\] is a script.*it is from",
+        script: r"the model \[TopLevelTracedModule\] is a script",
+        Parallel(row): r"the model \[Parallel\] is wrapped",
+    }
+    for model, message in said.items():
+        for probe in (None, features(2, 16)):
+            with pytest.raises(PassError, match=message):
+                plan(model, [Weight24()], probe=probe)
 
 
 def test_a_sharded_model_is_told_to_take_passes_first() -> None:
