@@ -14,7 +14,6 @@ from act24.passes.graph.coverage import (
     Coverage,
     Matrix,
     coverage,
-    idle_targets,
     left_alone,
     matrices_of,
     of_weights,
@@ -23,7 +22,7 @@ from act24.passes.graph.flops import region_flops, uncounted
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.places import Pattern, every, patterns, renamed, shared, text, texts
 from act24.passes.graph.region import Factor, Region, joined
-from act24.passes.graph.selectors import names, takes
+from act24.passes.graph.selectors import idle_targets, names, takes
 from act24.words import counted
 
 Key = TypeVar("Key")

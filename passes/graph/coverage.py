@@ -13,8 +13,15 @@ from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.places import texts
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
-from act24.passes.graph.roles import Role, computed, head_of, is_adapters, role_by_name, roles_beside
-from act24.passes.graph.selectors import names, takes
+from act24.passes.graph.roles import (
+    Role,
+    computed,
+    head_of,
+    is_adapters,
+    mixes_tokens,
+    role_by_name,
+    roles_beside,
+)
 
 _SCOPES = ("attn", "mlp")
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
@@ -61,6 +68,7 @@ class Matrix:
         region: it lies in one, by the fully qualified name of that.
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
+        mixes: it stands in a module that mixes tokens, so that it is no part of a feed-forward network.
         computed: why no linear reads it as it is, or that an embedding has it too, and what to do; or the
             empty string.
         linear: its module is a linear.
@@ -75,6 +83,7 @@ class Matrix:
     stacked: bool
     region: str | None
     unknown: bool = False
+    mixes: bool = False
     computed: str = ""
     linear: bool = False
     read: bool = False
@@ -186,6 +195,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         hidden = isinstance(owner, nn.Linear) and not stored and name not in inside
         unknown = role == "other" and _calls_linear(owner) and (hidden or not outside.isdisjoint(untraced))
         unknown = unknown and _NEITHER.search(path) is None
+        mixer = around[linear.rpartition(".")[0]] if is_linear(owner) else owner
         made_of = _POINTWISE if pointwise else _computed(owner) if hidden or name in made else ""
         stacked, region = parameter.ndim > 2 and not pointwise, inside.get(name)
         found.append(
@@ -197,6 +207,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 stacked,
                 region,
                 unknown,
+                mixes_tokens(mixer),
                 computed=made_of if name == first else tied(first),
                 linear=is_linear(owner),
                 read=name in roles,
@@ -218,34 +229,6 @@ def _of_embeddings(model: nn.Module) -> dict[str, str]:
         if isinstance(modules[name.rpartition(".")[0]], _OTHERWISE)
         and any(is_linear(modules[other.rpartition(".")[0]]) for other in names)
     }
-
-
-def idle_targets(
-    targets: Iterable[str], counted: Collection[str], model: nn.Module, spelled: bool
-) -> tuple[str, ...]:
-    """The selectors of a pass that name something, but nothing that it takes or that coverage counts.
-
-    Args:
-        counted: the full names of the places that it takes, and of the matrices that it means.
-        spelled: also modules with parameters of their own that other selectors spell out, as
-            `re:.*(norm|up_proj)` does.
-    """
-    around = dict(model.named_modules(remove_duplicate=False))
-    classes = {name: type(module).__name__ for name, module in around.items()}
-    found = dict[str, None]()
-    for selector in targets:
-        there = [name for name in around if names((selector,), name, classes)]
-        if there and not any(takes((selector,), place, classes) for place in counted):
-            found[selector] = None
-        elif spelled:
-            parts = [name for name in there if around[name]._parameters and _spelled(selector, name, classes)]
-            found |= dict.fromkeys(n for n in parts if not any(f"{c}.".startswith(f"{n}.") for c in counted))
-    return tuple(found)
-
-
-def _spelled(selector: str, name: str, classes: Mapping[str, str]) -> bool:
-    """Whether a selector says in letters what it takes."""
-    return any(word and word in selector for word in (name.rpartition(".")[2], classes[name]))
 
 
 def _is_pointwise(module: nn.Module) -> bool:
@@ -415,7 +398,8 @@ def _meant(
     matrix: Matrix, roles: Collection[str], selects: Callable[[str], bool], named: Collection[str]
 ) -> bool:
     """Whether a pass means a matrix, reached or not."""
-    meant = matrix.role in roles or matrix.unknown or matrix.place in named or matrix.name in named
+    unknown = matrix.unknown and not (matrix.mixes and tuple(roles) == ("mlp",))
+    meant = matrix.role in roles or unknown or matrix.place in named or matrix.name in named
     return meant and selects(matrix.place)
 
 
