@@ -13,6 +13,7 @@ from act24.passes.base import Match, OperationalPass, Pass, Plan, StructuralPass
 from act24.passes.graph.coverage import (
     Coverage,
     Matrix,
+    by_name,
     coverage,
     left_alone,
     matrices_of,
@@ -417,7 +418,9 @@ def no_match(
         for place, why in found
         if why != around.get(place)
     ]
-    there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
+    alone = {m.path.rpartition(".")[0] for m in matrices if m.alone and p.takes_named}
+    told = left | {place: by_name(why) for place, why in left.items() if place in alone}
+    there = [(_shown(model, place, True), told[place]) for place, why in found if why == around.get(place)]
     said = f"{p.name} matches nothing{where}. "
     said += _by_reason(here)
     said += "" if here or there else "The model has no linear: leave the pass out"

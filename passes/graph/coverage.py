@@ -11,6 +11,7 @@ from torch import nn
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.places import texts
+from act24.passes.graph.proxies import OWN
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
 from act24.passes.graph.roles import (
@@ -43,7 +44,8 @@ _OTHER_ROLES = {
     "lora": "LoRA's",
 }
 _NO_ROLE = "neither attention nor feed-forward"
-_BESIDE = "neither attention nor feed-forward: name it in targets to take it"
+_TO_NAME = "name it in targets to take it"
+_BESIDE = f"neither attention nor feed-forward: {_TO_NAME}"
 
 #: Names of modules that are neither attention nor feed-forward networks.
 _NEITHER = re.compile(r"(^|[._])(lm_head|head|classifier|score|pooler|embed\w*)([._]|$)")
@@ -93,6 +95,11 @@ class Matrix:
     def place(self) -> str:
         """What selectors, rows and reasons call it."""
         return place_of(self.name)
+
+    @property
+    def alone(self) -> bool:
+        """Whether a pass that takes linears by name could have it, though not what is around it."""
+        return self.unknown and self.linear and self.read
 
 
 @dataclass(frozen=True)
@@ -247,6 +254,11 @@ def _stacked(places: Iterable[str]) -> str:
     )
 
 
+def by_name(why: str) -> str:
+    """Why a linear that is a module already is left: where nothing else is to be done, naming it is enough."""
+    return why.replace(f"decorated: {OWN}", f"decorated: {_TO_NAME}")
+
+
 def _holder(matrix: Matrix, matrices: Sequence[Matrix]) -> str:
     """What to ignore for a stacked matrix to be left out: the module that holds such alone, or itself."""
     inside = f"{matrix.path}."
@@ -326,6 +338,7 @@ def coverage(
         if matrix.name in gone:
             continue
         why = _reason(matrix, reasons, otherwise)[1]
+        why = by_name(why) if takes_named and matrix.alone else why
         if matrix.stacked:
             place = _holder(matrix, matrices)
             stacked.setdefault(why := pattern(place), {})[place] = None

@@ -300,3 +300,25 @@ def test_mixers_of_bamba_and_falcon_h1_are_not_feed_forward() -> None:
         (reach,) = plan(model, [Relu2FFN()], check=False).coverage
         assert (reach.reached, reach.total, reach.partial) == (3 * 32 * 64, 3 * 32 * 64, False)
         assert "model.layers.0.mamba.{in,out}_proj" in {names for names, share, _ in reach.left if not share}
+
+
+def test_linears_around_which_nothing_is_traced_are_taken_by_name() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        @torch.enable_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.leave(self.enter(x).cumsum(1))
+
+    todo = "its forward is decorated: name it in targets to take it"
+    (reach,) = plan(nn.Sequential(Mixer(), SwiGLU()), [Weight24(method="ste")], check=False).coverage
+    assert [(names, why) for names, _, why in reach.left] == [("0.{enter,leave}", f"not traced: {todo}")]
+    model = nn.Sequential(Mixer(), Mixer())
+    with pytest.raises(PassError, match=todo):
+        plan(model, [Cola(**RANKS)], check=False)
+    taken = plan(model, [Cola(**RANKS, targets=("*.enter", "*.leave"))], check=False)
+    assert [row.fqn for row in taken.rows] == ["0.enter", "0.leave", "1.enter", "1.leave"]
+    with pytest.raises(PassError, match="its forward is decorated: give its linears a module of their own"):
+        plan(model, [Relu2FFN()], check=False)  # which takes no linear by its name
