@@ -45,7 +45,7 @@ _OTHER_ROLES = {
 }
 _NO_ROLE = "neither attention nor feed-forward"
 _TO_NAME = "name it in targets to take it"
-_BESIDE = f"neither attention nor feed-forward: {_TO_NAME}"
+_BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
 #: Names of modules that are neither attention nor feed-forward networks.
 _NEITHER = re.compile(r"(^|[._])(lm_head|head|classifier|score|pooler|embed\w*)([._]|$)")
@@ -255,7 +255,7 @@ def _stacked(places: Iterable[str]) -> str:
 
 
 def by_name(why: str) -> str:
-    """Why a linear that is a module already is left: where nothing else is to be done, naming it is enough."""
+    """Why a linear that is a module already is left: where nothing else is to be done, naming it will do."""
     return why.replace(f"decorated: {OWN}", f"decorated: {_TO_NAME}")
 
 
