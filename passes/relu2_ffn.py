@@ -127,13 +127,15 @@ class Relu2FFN(StructuralPass):
         before = sum(region.parameters[name].numel() for name in removed)
         specs = _resized(region, found, new)
         # Half of what a fused linear held was the gate, also where the new shape happens to be the old one.
-        stale = _parameters(found.up) if found.fused else ()
-        fresh = tuple(n for n in kept if n in stale or specs[n].shape != region.parameters[n].shape)
+        fused = _parameters(found.up) if found.fused else ()
+        changed = tuple(n for n in kept if n in fused or specs[n].shape != region.parameters[n].shape)
+        fresh = () if self.width == "keep" else changed
         specs = {
             n: replace(spec, requires_grad=n in fresh or spec.requires_grad) for n, spec in specs.items()
         }
         after = sum(spec.numel() for spec in specs.values())
         carried = tuple(name for name in kept if name not in fresh)
+        halved = {name: width * (not found.up_first) for name in changed if name not in fresh}
         return Match(
             path=path,
             before=f"{found.kind}(gate)·up, F {width}",
@@ -142,20 +144,21 @@ class Relu2FFN(StructuralPass):
             parameters_before=before,
             parameters_after=after,
             state=StateMap(
-                removes=tuple(name for name in removed if name not in carried),
-                creates=fresh,
-                from_stock=None if fresh else lambda removed: {},
+                removes=tuple(name for name in removed if name in changed or name not in kept),
+                creates=changed,
+                from_stock=None if fresh else lambda removed: _halves(removed, halved, width),
                 why=f"{'SwiGLU' if found.kind == 'silu' else 'GEGLU'} and relu² are different functions",
             ),
             reaches=tuple(n for linear in (found.gate, found.up, found.down) if (n := weight_source(linear))),
-            note=_note(region, path, carried, fresh),
+            note=_note(region, path, carried, fresh, [*halved]),
         )
 
     def _rewrite(self, region: Region, match: Match) -> None:
         found, resized = match.nodes
         assert match.state is not None
-        specs = {name: resized[name] for name in match.state.creates}
-        region.create(specs, self._initialise(specs), replaces=match.state.removes)
+        specs, fill = {name: resized[name] for name in match.state.creates}, match.state.from_stock
+        initialise = self._initialise(specs) if fill is None else lambda old, generator: fill(old)
+        region.create(specs, initialise, replaces=match.state.removes)
         with region.graph.inserting_before(found.product):
             activation = region.graph.call_function(_FUNCTIONS[self.activation], (found.up,))
         replace_node(region.graph, found.product, activation)
@@ -174,7 +177,14 @@ class Relu2FFN(StructuralPass):
         return initialise
 
 
-def _note(region: Region, path: str, carried: Sequence[str], fresh: Sequence[str]) -> str:
+def _halves(old: Mapping[str, Tensor], halved: Mapping[str, int], width: int) -> dict[str, Tensor]:
+    """What up has of the linears that computed gate too, by the row where its half begins."""
+    return {name: old[name].narrow(0, start, width).clone() for name, start in halved.items()}
+
+
+def _note(
+    region: Region, path: str, carried: Sequence[str], fresh: Sequence[str], halved: Sequence[str]
+) -> str:
     """What becomes of the weights of a network, and of those among them that are frozen."""
 
     def listed(names: Sequence[str]) -> str:
@@ -183,7 +193,8 @@ def _note(region: Region, path: str, carried: Sequence[str], fresh: Sequence[str
     def frozen(names: Sequence[str]) -> list[str]:
         return [name for name in names if not region.parameters[name].requires_grad]
 
-    notes = [f"fresh: {listed(fresh)}"] if fresh else ["weights kept"]
+    kept = f"weights kept, up's half of {listed(halved)}" if halved else "weights kept"
+    notes = [f"fresh: {listed(fresh)}" if fresh else kept]
     notes += [f"frozen before, and train: {listed(frozen(fresh))}"] if frozen(fresh) else []
     notes += [f"stay frozen: {listed(frozen(carried))}"] if frozen(carried) else []
     return "; ".join(notes)

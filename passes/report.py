@@ -13,8 +13,8 @@ from act24.passes.base import Match, OperationalPass, Pass, Plan, StructuralPass
 from act24.passes.graph.coverage import (
     Coverage,
     Matrix,
+    by_name,
     coverage,
-    idle_targets,
     left_alone,
     matrices_of,
     of_weights,
@@ -23,7 +23,7 @@ from act24.passes.graph.flops import region_flops, uncounted
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.places import Pattern, every, patterns, renamed, shared, text, texts
 from act24.passes.graph.region import Factor, Region, joined
-from act24.passes.graph.selectors import names, takes
+from act24.passes.graph.selectors import idle_targets, names, takes
 from act24.words import counted
 
 Key = TypeVar("Key")
@@ -418,7 +418,9 @@ def no_match(
         for place, why in found
         if why != around.get(place)
     ]
-    there = [(_shown(model, place, True), left[place]) for place, why in found if why == around.get(place)]
+    alone = {m.path.rpartition(".")[0] for m in matrices if m.alone and p.takes_named}
+    told = left | {place: by_name(why) for place, why in left.items() if place in alone}
+    there = [(_shown(model, place, True), told[place]) for place, why in found if why == around.get(place)]
     said = f"{p.name} matches nothing{where}. "
     said += _by_reason(here)
     said += "" if here or there else "The model has no linear: leave the pass out"

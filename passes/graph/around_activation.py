@@ -50,11 +50,13 @@ def spared(region: Region, site: ActivationSite, taken: Collection[fx.Node]) -> 
                     weight = weights[-1 if up else 0]
                     made = weight in region.parameters and region.parameters[weight].factor
                     place = common_path(weight) if made else place_of(weight)
-                    found.setdefault(place, _reason(region, other, weight, between, up))
+                    found.setdefault(place, _reason(region, site, other, weight, between, up))
     return tuple(found.items())
 
 
-def _reason(region: Region, linear: fx.Node, weight: str, between: fx.Node | None, up: bool) -> str:
+def _reason(
+    region: Region, site: ActivationSite, linear: fx.Node, weight: str, between: fx.Node | None, up: bool
+) -> str:
     if casts_weight(linear):
         return CAST
     if linear.target is linear24:
@@ -63,10 +65,29 @@ def _reason(region: Region, linear: fx.Node, weight: str, between: fx.Node | Non
         return _PARTS
     if between is None:
         return _READ_TOO if up else _READS_TOO
-    if is_product(between) and not up:
+    if is_product(between) and not up and _gates(site.node, between):
         return _GATED
     if between.op != "call_module":
         kind = getattr(between.target, "__name__", between.target)
         return f"{kind} stands between it and the activation: take that out, or leave it out with ignore"
     kind = type(region.module.get_submodule(str(between.target))).__name__
     return f"{between.target} [{kind}] stands between it and the activation: put nn.Identity() there"
+
+
+def _gates(activation: fx.Node, product: fx.Node) -> bool:
+    """Whether a product has a factor that neither the activation nor what it is of makes: a number does not,
+    nor does `h` in `h * relu(h)`."""
+    known = _made_of(activation)
+    return any(one not in known and activation not in _made_of(one) for one in product.all_input_nodes)
+
+
+def _made_of(value: fx.Node) -> set[fx.Node]:
+    """A value and what it is made of, up to the linears before it."""
+    found, frontier = {value}, [value]
+    while frontier:
+        node = frontier.pop()
+        if not read_weights(node):
+            new = {*node.all_input_nodes} - found
+            found |= new
+            frontier += new
+    return found

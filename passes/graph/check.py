@@ -191,12 +191,12 @@ class Check:
         self._given = {}
 
     def read_past(self, module: nn.Module, tensor: Tensor) -> str:
-        """What reads a parameter of a module past the module, by its class, or the empty string."""
+        """What reads a parameter of a module past the module, as `ParameterSpec.read_by` has it."""
         storage = storage_of(tensor)
         for reader in self._readers.get(storage, set()) - {*module.modules()}:
             # Or it reads a parameter of its own that lies on the same memory.
             if storage not in {storage_of(p) for p in reader._parameters.values() if p is not None}:
-                return type(reader).__name__
+                return f"{type(reader).__name__}{'.forward' if 'forward' in vars(reader) else ''}"
         return ""
 
     def was_read(self, tensor: Tensor) -> bool:

@@ -11,10 +11,18 @@ from torch import nn
 from act24.passes.graph.linear_sites import tied
 from act24.passes.graph.normal_form import is_linear, place_of
 from act24.passes.graph.places import texts
+from act24.passes.graph.proxies import OWN
 from act24.passes.graph.region import Region, joined
 from act24.passes.graph.remade import remade
-from act24.passes.graph.roles import Role, computed, head_of, is_adapters, role_by_name, roles_beside
-from act24.passes.graph.selectors import names, takes
+from act24.passes.graph.roles import (
+    Role,
+    computed,
+    head_of,
+    is_adapters,
+    mixes_tokens,
+    role_by_name,
+    roles_beside,
+)
 
 _SCOPES = ("attn", "mlp")
 _NAMES: dict[str, str] = {"attn": "attention", "mlp": "feed-forward", "head": "head", "other": "other"}
@@ -36,6 +44,7 @@ _OTHER_ROLES = {
     "lora": "LoRA's",
 }
 _NO_ROLE = "neither attention nor feed-forward"
+_TO_NAME = "name it in targets to take it"
 _BESIDE = "neither attention nor feed-forward: name it in targets to take it"
 
 #: Names of modules that are neither attention nor feed-forward networks.
@@ -61,6 +70,7 @@ class Matrix:
         region: it lies in one, by the fully qualified name of that.
         unknown: of a linear in a module that is not traced, and whose names do not say what it is for: it may
             be what any pass means.
+        mixes: it stands in a module that mixes tokens, so that it is no part of a feed-forward network.
         computed: why no linear reads it as it is, or that an embedding has it too, and what to do; or the
             empty string.
         linear: its module is a linear.
@@ -75,6 +85,7 @@ class Matrix:
     stacked: bool
     region: str | None
     unknown: bool = False
+    mixes: bool = False
     computed: str = ""
     linear: bool = False
     read: bool = False
@@ -84,6 +95,11 @@ class Matrix:
     def place(self) -> str:
         """What selectors, rows and reasons call it."""
         return place_of(self.name)
+
+    @property
+    def alone(self) -> bool:
+        """Whether a pass that takes linears by name could have it, though not what is around it."""
+        return self.unknown and self.linear and self.read
 
 
 @dataclass(frozen=True)
@@ -186,6 +202,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
         hidden = isinstance(owner, nn.Linear) and not stored and name not in inside
         unknown = role == "other" and _calls_linear(owner) and (hidden or not outside.isdisjoint(untraced))
         unknown = unknown and _NEITHER.search(path) is None
+        mixer = around[linear.rpartition(".")[0]] if is_linear(owner) else owner
         made_of = _POINTWISE if pointwise else _computed(owner) if hidden or name in made else ""
         stacked, region = parameter.ndim > 2 and not pointwise, inside.get(name)
         found.append(
@@ -197,6 +214,7 @@ def matrices_of(model: nn.Module, regions: Sequence[Region], untraced: Mapping[s
                 stacked,
                 region,
                 unknown,
+                mixes_tokens(mixer),
                 computed=made_of if name == first else tied(first),
                 linear=is_linear(owner),
                 read=name in roles,
@@ -220,34 +238,6 @@ def _of_embeddings(model: nn.Module) -> dict[str, str]:
     }
 
 
-def idle_targets(
-    targets: Iterable[str], counted: Collection[str], model: nn.Module, spelled: bool
-) -> tuple[str, ...]:
-    """The selectors of a pass that name something, but nothing that it takes or that coverage counts.
-
-    Args:
-        counted: the full names of the places that it takes, and of the matrices that it means.
-        spelled: also modules with parameters of their own that other selectors spell out, as
-            `re:.*(norm|up_proj)` does.
-    """
-    around = dict(model.named_modules(remove_duplicate=False))
-    classes = {name: type(module).__name__ for name, module in around.items()}
-    found = dict[str, None]()
-    for selector in targets:
-        there = [name for name in around if names((selector,), name, classes)]
-        if there and not any(takes((selector,), place, classes) for place in counted):
-            found[selector] = None
-        elif spelled:
-            parts = [name for name in there if around[name]._parameters and _spelled(selector, name, classes)]
-            found |= dict.fromkeys(n for n in parts if not any(f"{c}.".startswith(f"{n}.") for c in counted))
-    return tuple(found)
-
-
-def _spelled(selector: str, name: str, classes: Mapping[str, str]) -> bool:
-    """Whether a selector says in letters what it takes."""
-    return any(word and word in selector for word in (name.rpartition(".")[2], classes[name]))
-
-
 def _is_pointwise(module: nn.Module) -> bool:
     """Whether a convolution multiplies with one matrix, as a linear does."""
     if not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
@@ -262,6 +252,11 @@ def _stacked(places: Iterable[str]) -> str:
         "stacked parameters, which no pass takes apart: make linears of them, or leave it out with "
         f'ignore = ["{named}"]'
     )
+
+
+def by_name(why: str) -> str:
+    """Why a linear that is a module already is left: where nothing else is to be done, naming it will do."""
+    return why.replace(f"decorated: {OWN}", f"decorated: {_TO_NAME}")
 
 
 def _holder(matrix: Matrix, matrices: Sequence[Matrix]) -> str:
@@ -343,6 +338,7 @@ def coverage(
         if matrix.name in gone:
             continue
         why = _reason(matrix, reasons, otherwise)[1]
+        why = by_name(why) if takes_named and matrix.alone else why
         if matrix.stacked:
             place = _holder(matrix, matrices)
             stacked.setdefault(why := pattern(place), {})[place] = None
@@ -415,7 +411,8 @@ def _meant(
     matrix: Matrix, roles: Collection[str], selects: Callable[[str], bool], named: Collection[str]
 ) -> bool:
     """Whether a pass means a matrix, reached or not."""
-    meant = matrix.role in roles or matrix.unknown or matrix.place in named or matrix.name in named
+    unknown = matrix.unknown and not (matrix.mixes and tuple(roles) == ("mlp",))
+    meant = matrix.role in roles or unknown or matrix.place in named or matrix.name in named
     return meant and selects(matrix.place)
 
 

@@ -60,6 +60,7 @@ class Gated:
         gate, up: two linears, or twice the one that computes both.
         kind: the activation of the gate.
         between: the nodes between these linears and the product, which goes away with them.
+        up_first: of the rows of the one that computes both, the first half gives what is gated.
     """
 
     product: fx.Node
@@ -68,6 +69,7 @@ class Gated:
     down: fx.Node
     kind: str
     between: frozenset[fx.Node]
+    up_first: bool = False
 
     @property
     def fused(self) -> bool:
@@ -140,7 +142,8 @@ def _gated(region: Region, down: fx.Node) -> Gated | None:
                 pair = linears if len(linears) == 2 else [first, first]
                 gated, other = pair[::-1] if which else pair
                 again = (node for node in called if node not in linears)
-                return Gated(product, gated, other, down, kind, frozenset({*nodes, *again, product}))
+                inside = frozenset({*nodes, *again, product})
+                return Gated(product, gated, other, down, kind, inside, up_first=which == 1)
     return None
 
 

@@ -120,7 +120,13 @@ def _obstacle(region: Region, name: str, nodes: list[fx.Node]) -> str:
     if not (dtype := region.parameters[name].dtype).is_floating_point:
         kind = str(dtype).removeprefix("torch.")
         return f"its weight is {kind}, and passes take real floating point: {_REAL}"
-    if reader := region.parameters[name].read_by:
+    reader, _, replaced = region.parameters[name].read_by.partition(".")
+    if replaced:  # it is bound to the modules as they are, and so runs past what takes their place
+        return (
+            f"the forward of a {reader} around it was replaced or compiled, and reads its weight past the "
+            "linear: put back its own (del module.forward), apply the passes, and do that then"
+        )
+    if reader:
         return f"a {reader} around it reads its weight past the linear: {_OWN}"
     if len({is_transposed(node) for node in nodes}) > 1:
         return f"one product reads it as it is and another transposed, tied: {_OWN}"

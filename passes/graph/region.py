@@ -40,7 +40,7 @@ class ParameterSpec:
         shared: other places, fully qualified, that hold the same parameter.
         factor: which part of a dense weight it is, where a pass has made it one: `"in"` and `"out"` are the
             two factors, `"columns"` some columns beside them. None: a parameter of its own.
-        read_by: the class of a module outside that reads the parameter too, or the empty string.
+        read_by: the class of what outside reads it too, with `.forward` if that was replaced; or empty.
     """
 
     shape: torch.Size

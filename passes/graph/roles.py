@@ -290,6 +290,12 @@ def role_by_name(fqn: str, around: Mapping[str, nn.Module], parameter: str = "")
     return "mlp" if leaf in _MLP_LEAVES else "other"
 
 
+def mixes_tokens(module: nn.Module) -> bool:
+    """Whether a module has what mixes tokens, as Mamba's: a convolution along them, or a state's decay."""
+    along = (part for part in module.children() if isinstance(part, nn.Conv1d))
+    return any(max(part.kernel_size) > 1 for part in along) or "A_log" in module._parameters
+
+
 def _is_noisy(parts: Sequence[str], parameter: str, around: Mapping[str, nn.Module]) -> bool:
     """Whether a matrix is one of the two of noisy top-k gating (arXiv 1701.06538), by their names."""
     place = [*parts, own] if (own := parameter.rpartition(".")[2]) not in ("", "weight") else [*parts]

@@ -12,9 +12,11 @@ name of its own, as `mlp.w_in`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import translate
 from functools import lru_cache
+
+from torch import nn
 
 from act24.errors import nearest
 from act24.options import OptionError
@@ -115,3 +117,31 @@ def _around(fqn: str) -> Iterator[str]:
     """A name, and those of the modules around it; the model's own is empty."""
     parts = fqn.split(".") if fqn else []
     return (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+
+
+def idle_targets(
+    targets: Iterable[str], counted: Collection[str], model: nn.Module, spelled: bool
+) -> tuple[str, ...]:
+    """The selectors of a pass that name something, but nothing that it takes or that coverage counts.
+
+    Args:
+        counted: the full names of the places that it takes, and of the matrices that it means.
+        spelled: also modules with parameters of their own that other selectors spell out, as
+            `re:.*(norm|up_proj)` does.
+    """
+    around = dict(model.named_modules(remove_duplicate=False))
+    classes = {name: type(module).__name__ for name, module in around.items()}
+    found = dict[str, None]()
+    for selector in targets:
+        there = [name for name in around if names((selector,), name, classes)]
+        if there and not any(takes((selector,), place, classes) for place in counted):
+            found[selector] = None
+        elif spelled:
+            parts = [name for name in there if around[name]._parameters and _spelled(selector, name, classes)]
+            found |= dict.fromkeys(n for n in parts if not any(f"{c}.".startswith(f"{n}.") for c in counted))
+    return tuple(found)
+
+
+def _spelled(selector: str, name: str, classes: Mapping[str, str]) -> bool:
+    """Whether a selector says in letters what it takes."""
+    return any(word and word in selector for word in (name.rpartition(".")[2], classes[name]))

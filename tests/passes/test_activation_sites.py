@@ -188,3 +188,30 @@ def test_a_product_with_a_weight_tells_where_its_features_are() -> None:
         kind = type("Product", (Product,), {"equation": equation})
         rows = plan(kind(), [Activation24(optional=True)], check=False).rows
         assert bool(rows) is taken, equation
+
+
+@pytest.mark.parametrize(
+    ("hidden", "gates"),
+    [
+        (lambda h, u: 0.5 * F.relu(h) ** 2, False),
+        (lambda h, u: h * F.relu(h), False),
+        (lambda h, u: u * F.relu(h), True),
+        (lambda h, u: F.relu(h) * h.roll(1, -1), True),
+        (lambda h, u: (lambda g, v: torch.cat([F.relu(g) * v, g], -1))(*h.chunk(2, -1)), True),
+    ],
+)
+def test_a_product_gates_where_another_value_is_its_factor(hidden: Any, gates: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.beside, self.back = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.back(hidden(self.wide(x), self.beside(x)))
+
+    ((_, _, reason),) = [
+        group
+        for group in plan(nn.Sequential(Net(), Net()), [Activation24(optional=True)]).coverage[0].left
+        if "back" in group[0]
+    ]
+    assert reason.startswith("the activation gates it" if gates else "mul stands between it"), reason

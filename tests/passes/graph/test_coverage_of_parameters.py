@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import features, llama
+from toys import SwiGLU, features, llama
 
-from act24.passes import Activation24, Cola, Fp8, Lora, PassError, Weight24, plan
+from act24.passes import Activation24, Cola, Fp8, Lora, PassError, Relu2FFN, Weight24, plan
 
 RANKS: dict[str, Any] = {"attn_rank": 4, "mlp_rank": 4}
 
@@ -263,3 +263,62 @@ def test_every_matrix_that_a_pass_does_not_reach_is_named() -> None:
             "lm_head": "the head",
             "adapter.{lora_A,lora_B}": "LoRA's",
         }
+
+
+@pytest.mark.parametrize("by", ["convolution", "decay", "nothing"])
+def test_what_mixes_tokens_is_no_part_of_a_feed_forward_network(by: str) -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(16, 16), nn.Linear(16, 16)
+            if by == "convolution":
+                self.along = nn.Conv1d(16, 16, 3, padding=1, groups=16)
+            if by == "decay":
+                self.A_log = nn.Parameter(torch.zeros(16))
+
+        def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+            hidden = self.enter(x)
+            hidden = self.along(hidden.mT).mT if by == "convolution" else hidden
+            return self.leave(hidden * torch.exp(-self.A_log.exp()) if by == "decay" else hidden)
+
+    model = nn.Sequential(Mixer(), SwiGLU(), Mixer(), SwiGLU())
+    (reach,) = plan(model, [Relu2FFN()], check=False).coverage
+    assert (reach.reached, reach.partial) == (2 * 3 * 16 * 32, by == "nothing")
+    if by != "nothing":  # of which nobody knows what it is
+        assert reach.scope == "feed-forward"
+        assert reach.left == (("{0,2}.{enter,leave}", 0.0, "neither attention nor feed-forward"),)
+
+
+def test_mixers_of_bamba_and_falcon_h1_are_not_feed_forward() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 11}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "mamba_n_groups": 1}
+    sizes |= {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_d_ssm": 64}
+    for name, own in (("Bamba", {"attn_layer_indices": []}), ("FalconH1", {})):
+        config = getattr(transformers, f"{name}Config")(**sizes, **own)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        (reach,) = plan(model, [Relu2FFN()], check=False).coverage
+        assert (reach.reached, reach.total, reach.partial) == (3 * 32 * 64, 3 * 32 * 64, False)
+        assert "model.layers.0.mamba.{in,out}_proj" in {names for names, share, _ in reach.left if not share}
+
+
+def test_linears_around_which_nothing_is_traced_are_taken_by_name() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        @torch.enable_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.leave(self.enter(x).cumsum(1))
+
+    todo = "its forward is decorated: name it in targets to take it"
+    (reach,) = plan(nn.Sequential(Mixer(), SwiGLU()), [Weight24(method="ste")], check=False).coverage
+    assert [(names, why) for names, _, why in reach.left] == [("0.{enter,leave}", f"not traced: {todo}")]
+    model = nn.Sequential(Mixer(), Mixer())
+    with pytest.raises(PassError, match=todo):
+        plan(model, [Cola(**RANKS)], check=False)
+    taken = plan(model, [Cola(**RANKS, targets=("*.enter", "*.leave"))], check=False)
+    assert [row.fqn for row in taken.rows] == ["0.enter", "0.leave", "1.enter", "1.leave"]
+    with pytest.raises(PassError, match="its forward is decorated: give its linears a module of their own"):
+        plan(model, [Relu2FFN()], check=False)  # which takes no linear by its name

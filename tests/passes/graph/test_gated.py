@@ -141,3 +141,45 @@ def test_parts_whose_number_depends_on_the_tokens_are_not_looped_over() -> None:
     ):
         with pytest.raises(PassError, match=r"loops over .*: loop over a fixed number, and index it"):
             plan(network(spelling), [Relu2FFN()], check=False)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "at"),
+    [
+        ("F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]", 32),
+        ("F.silu(h[..., f:]) * h[..., :f]", 0),
+    ],
+)
+def test_a_width_that_is_kept_keeps_the_half_that_is_up(spelling: str, at: int) -> None:
+    kind = type("Kept", (Fused,), {"spelling": spelling})
+    torch.manual_seed(0)
+    net, stock, x = nn.Sequential(kind(), kind()), nn.Sequential(kind(), kind()), features(3, 16)
+
+    def by_hand(state: dict[str, Tensor]) -> Tensor:
+        value = x
+        for i in range(2):
+            rows, bias = (state[f"{i}.wi.{name}"][at : at + 32] for name in ("weight", "bias"))
+            hidden = F.linear(value, rows, bias).relu() ** 2
+            value = F.linear(hidden, state[f"{i}.wo.weight"], state[f"{i}.wo.bias"])
+        return value
+
+    first, others = (
+        by_hand({name: p.detach().clone() for name, p in net.state_dict().items()}),
+        stock.state_dict(),
+    )
+    pipeline = apply_(net, [Relu2FFN(width="keep")], probe=x)
+    assert [row.note for row in pipeline.report.rows] == ["weights kept, up's half of wi.weight, wi.bias"] * 2
+    torch.testing.assert_close(net(x), first)
+    mapped, fresh = pipeline.state_from_stock(others)
+    assert fresh == ()
+    net.load_state_dict(mapped)
+    torch.testing.assert_close(net(x), by_hand(others))
+
+
+def test_a_half_that_is_kept_stays_frozen_where_it_was() -> None:
+    kind = type("Kept", (Fused,), {"spelling": "F.silu(h[..., f:]) * h[..., :f]"})
+    net = nn.Sequential(kind(), kind())
+    net[0].wi.requires_grad_(False)
+    rows = apply_(net, [Relu2FFN(width="keep", targets=("0", "1"))], probe=features(3, 16)).report.rows
+    assert rows[0].note == "weights kept, up's half of wi.weight, wi.bias; stay frozen: wi.weight, wi.bias"
+    assert [net[i].get_parameter("wi.weight").requires_grad for i in (0, 1)] == [False, True]

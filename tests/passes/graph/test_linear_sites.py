@@ -284,3 +284,20 @@ def test_a_complex_linear_is_left_by_name():
         report = plan(Model(), [p(**everything, **ranks)], check=False)
         assert {row.fqn for row in report.rows} == {"mlp.0", "mlp.1"}
         assert "leaves mixing.{0..1} as it is: its weight is complex64, and passes take real" in str(report)
+
+
+@pytest.mark.parametrize("one", [LowRank(**RANKS), Weight24(method="ste")], ids=lambda one: one.name)
+@pytest.mark.parametrize("place", ["", "model.layers.0"])
+def test_a_forward_that_was_replaced_has_to_be_put_back(one, place):
+    """As `m.forward = torch.compile(m.forward)` does, which is bound to the modules that are there."""
+    model = llama(1)
+    held = model.get_submodule(place)
+    bound = held.forward
+    held.forward = lambda *args, **kwargs: bound(*args, **kwargs)
+    with pytest.raises(PassError) as refused:
+        plan(model, [one], probe=tokens())
+    said = f"the forward of a {type(held).__name__} around it was replaced or compiled, and reads its weight"
+    assert said in str(refused.value)
+    assert "put back its own (del module.forward)" in str(refused.value)
+    del held.forward
+    assert not plan(model, [one], probe=tokens()).partial
