@@ -76,3 +76,9 @@ def test_what_does_something_else_where_an_argument_is_none_is_refused(
 )
 def test_what_takes_no_none_is_traced(signature: str, lines: tuple[str, ...]) -> None:
     assert why(net(signature, *lines)) == ""
+
+
+def test_what_is_written_shows_also_where_none_was_there_before() -> None:
+    kind = net("x, mask", "self.last = mask", "h = self.a(x)", ATTENDS.format("mask", "mask is None"))
+    kind.last = None
+    assert "forward writes Asking.last" in why(kind)
