@@ -79,6 +79,6 @@ def test_what_takes_no_none_is_traced(signature: str, lines: tuple[str, ...]) ->
 
 
 def test_what_is_written_shows_also_where_none_was_there_before() -> None:
-    kind = net("x, mask", "self.last = mask", "h = self.a(x)", ATTENDS.format("mask", "mask is None"))
+    kind: Any = net("x, mask", "self.last = mask", "h = self.a(x)", ATTENDS.format("mask", "mask is None"))
     kind.last = None
     assert "forward writes Asking.last" in why(kind)
