@@ -24,6 +24,7 @@ from act24.errors import PassError
 from act24.low_rank.activations import ACTIVATIONS
 from act24.low_rank.columns import select_columns
 from act24.low_rank.lost import kept_columns, low_rank_and_scores, random_columns, top_columns
+from act24.low_rank.truncation import trainable_factors
 from act24.options import Range
 from act24.passes.base import Match, StateMap
 from act24.passes.graph.fused_columns import fuse_columns
@@ -151,6 +152,7 @@ class Lost(FactorisingPass):
         ) -> dict[str, Tensor]:
             dense = site.dense(old)
             weight_in, weight_out, left = low_rank_and_scores(dense[None], rank, self.svd_rank)
+            low = trainable_factors(weight_in[0], weight_out[0], generator(site.part("in")))
             name = site.beside(COLUMN_INDICES)
             if self.method == "random":
                 indices = random_columns(dense.shape[1], count, generator(name)).to(dense.device)
@@ -158,8 +160,8 @@ class Lost(FactorisingPass):
                 scores = left[0] if self.method == "svd" else old[site.beside(COLUMN_SCORES)]
                 indices = top_columns(scores.to(dense.device), count)
             return {
-                site.part("in"): weight_in[0],
-                site.part("out"): weight_out[0],
+                site.part("in"): low[0],
+                site.part("out"): low[1],
                 site.part("columns"): dense[:, indices],
                 name: indices,
             }

@@ -15,8 +15,9 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
+from act24.initialise import generator_for
 from act24.low_rank.initialisation import check_init, initial_factors
-from act24.low_rank.truncation import truncated_factors
+from act24.low_rank.truncation import trainable_factors, truncated_factors
 from act24.options import Range
 from act24.passes.base import Match, StateMap
 from act24.passes.graph.linear_sites import (
@@ -104,10 +105,12 @@ class LowRank(FactorisingPass):
 def _factors_of_stock(site: LinearSite, rank: int) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     def from_stock(removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight_in, weight_out = truncated_factors(site.dense(removed)[None], rank)
+        generator = generator_for(0, site.part("in"))  # for directions that are zero, which train on
+        weight_in, weight_out = trainable_factors(weight_in[0], weight_out[0], generator)
         dtype = removed[site.weight].dtype
         return {
-            site.part("in"): weight_in[0].to(dtype),
-            site.part("out"): weight_out[0].to(dtype),
+            site.part("in"): weight_in.to(dtype),
+            site.part("out"): weight_out.to(dtype),
         }
 
     return from_stock

@@ -31,10 +31,10 @@ def checked_once() -> Iterator[None]:
         if self.agreeing > agreeing:
             _RIGHT.add(key)
 
-    def checked_none(shadow: Shadow, graph: fx.Graph, beside: Any) -> None:
+    def checked_none(shadow: Shadow, graph: fx.Graph, *others: Any) -> None:
         key = (type(shadow.originals[shadow.root]), str(graph))
         if key not in _RIGHT:
-            none(shadow, graph, beside)
+            none(shadow, graph, *others)
             _RIGHT.add(key)
 
     with pytest.MonkeyPatch.context() as patch:

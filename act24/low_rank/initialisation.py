@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from act24.errors import nearest
-from act24.low_rank.truncation import check_rank, truncated_factors
+from act24.low_rank.truncation import check_rank, trainable_factors, truncated_factors
 from act24.options import OptionError, Range, in_range, shown
 
 #: (shape `[out, in]`, rank, initializer_range) -> (standard deviation of weight_in, of weight_out).
@@ -64,7 +64,8 @@ def initial_factors(
     Args:
         init: `xavier`, `auto`, `kaiming` or `cola`, normal entries; `orth`, orthonormal rows and columns;
             `xavorth`, the same scaled to xavier's variance of the entries; `svd`, the best approximation of
-            `dense`; `randn_<std>`; `const_<value>`, of rank one and good for nothing but tests.
+            `dense`, drawn on one side where that is zero; `randn_<std>`; `const_<value>`, of rank one and
+            good for nothing but tests.
         dense: the weight they replace, `[out, in]`; only `svd` reads its values.
         generator_in, generator_out: CPU generators, one a factor.
 
@@ -84,7 +85,7 @@ def initial_factors(
     out_features, in_features = dense.shape
     if init == "svd":
         weight_in, weight_out = truncated_factors(dense[None], rank)
-        return weight_in[0], weight_out[0]
+        return trainable_factors(weight_in[0], weight_out[0], generator_in)
     if match := _NUMBER.fullmatch(init):
         number = float(match[2])
         if match[1] == "const":

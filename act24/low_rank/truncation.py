@@ -72,3 +72,26 @@ def factors_of(dense: Tensor, singular: Tensor, scaled: Tensor, rank: int) -> tu
     weight_out = dense.double() @ (scaled / root**3).mT
     dtype = torch.promote_types(dense.dtype, torch.float32)
     return weight_in.to(dtype), weight_out.to(dtype)
+
+
+def trainable_factors(
+    weight_in: Tensor, weight_out: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The same factors, but for singular directions that are zero: where both factors are, no gradient
+    reaches either, ever. There the rows of weight_in are drawn, normal with xavier's variance 2 / (in + R),
+    and the columns of weight_out are zero, so that the product stays what it is.
+
+    Args:
+        weight_in, weight_out: `[R, in]` and `[out, R]`, of `truncated_factors`. Zero is what float32 cannot
+            tell from it, beside the largest.
+        generator: on the CPU.
+    """
+    (rank, width), (height, _) = weight_in.shape, weight_out.shape
+    singular = weight_in.double().square().sum(dim=1)  # √s on each side
+    rounding = torch.finfo(torch.float32).eps * max(height, width) ** 0.5
+    dead = singular <= singular.max() * rounding
+    if not dead.any():
+        return weight_in, weight_out
+    drawn = torch.empty(rank, width).normal_(std=(2 / (width + rank)) ** 0.5, generator=generator)
+    weight_in = torch.where(dead[:, None], drawn.to(weight_in), weight_in)
+    return weight_in, weight_out.masked_fill(dead, 0)

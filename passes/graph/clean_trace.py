@@ -13,7 +13,7 @@ module is run (`act24.passes.graph.shadow`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx._symbolic_trace import _assert_is_none
-from torch.fx.node import map_arg
 
 from act24.passes.graph.beside import Beside
+from act24.passes.graph.missing import check_none, said
 from act24.passes.graph.normal_form import is_adapter, is_call, is_linear, linear_arguments, normalise
 from act24.passes.graph.proxies import OWN, PLAIN, REGISTER, Unclean
 from act24.passes.graph.shadow import Shadow, contents
@@ -86,7 +85,8 @@ def clean_trace(module: nn.Module) -> Trace:
     tracer = Tracer(shadow, _is_leaf, note)
     try:
         graph = tracer.record()
-        _check_none(shadow, graph, beside)
+        if not beside.written and not _changed(before, contents(shadow.root)):  # or None is put back there
+            _check_none(shadow, graph, tracer, beside)
         _check_casts(shadow, graph, tracer, beside)
     except Unclean:
         raise
@@ -209,24 +209,9 @@ def _check_signature(module: nn.Module) -> None:
             )
 
 
-def _check_none(shadow: Shadow, graph: fx.Graph, beside: Beside) -> None:
-    """Refuse a forward that asks whether an argument is None: tracing has given it a proxy, which never is.
-
-    Traced again with None in its place, it either fails, and so would the graph, or says the same with None.
-    """
-    arguments = [node for node in graph.nodes if node.op == "placeholder"]
-    for argument in arguments[1:]:  # the first is what the module works on
-        try:
-            other = Tracer(shadow, _is_leaf, beside.note).record({argument.target: None})
-        except Unclean:
-            raise
-        except Exception:  # None is no value that it takes
-            continue
-        if _said(other) != _said(graph, absent=argument):
-            raise Unclean(
-                f"does something else where its argument '{argument.target}' is None: make two modules of "
-                f"it, or {OWN}"
-            )
+def _check_none(shadow: Shadow, graph: fx.Graph, tracer: Tracer, beside: Beside) -> None:
+    """Refuse what hangs on an argument being None (`act24.passes.graph.missing`)."""
+    check_none(graph, tracer.asks_none, lambda none: Tracer(shadow, _is_leaf, beside.note).record(none))
 
 
 def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer, beside: Beside) -> None:
@@ -238,7 +223,7 @@ def _check_casts(shadow: Shadow, graph: fx.Graph, tracer: Tracer, beside: Beside
     for number, pair in enumerate(tracer.casts):
         other = Tracer(shadow, _is_leaf, beside.note).record(equal=number)
         needless = {node: node.args[0] for node in graph.nodes if _casts(node, *pair)}
-        if _said(other) != _said(graph, needless=needless):
+        if said(other) != said(graph, needless=needless):
             one, two = (f"that of {of.name}" if isinstance(of, fx.Node) else str(of) for of in pair)
             raise Unclean(
                 f"does something else where two dtypes are one, {one} and {two}, which a graph cannot ask: "
@@ -263,38 +248,6 @@ def _casts(node: fx.Node, a: fx.Node | torch.dtype, b: fx.Node | torch.dtype) ->
 
 #: Casts that name their dtype.
 _NAMED = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def _said(
-    graph: fx.Graph, absent: fx.Node | None = None, needless: Mapping[fx.Node, Any] | None = None
-) -> list[Any]:
-    """A graph as data that compares, whatever its nodes are called.
-
-    Args:
-        absent: an input that is None.
-        needless: nodes that are what the value beside them is.
-    """
-    needless = needless or {}
-    unsaid = {node for node in graph.nodes if node.target is _assert_is_none} | {*needless}
-    unsaid |= {node for node in graph.nodes if node.target is getattr and node.users.keys() <= unsaid}
-    nodes = [node for node in graph.nodes if node not in unsaid and node.op != "get_attr"]
-    places: dict[fx.Node, Any] = {node: place for place, node in enumerate(nodes)}
-    places |= {node: node.target for node in graph.nodes if node.op == "get_attr"}
-
-    def place(node: fx.Node) -> Any:
-        while node in needless:
-            node = needless[node]
-        return None if node is absent else places[node]
-
-    return [
-        (
-            node.op,
-            node.op == "placeholder" or node.target,
-            map_arg(node.args, place),
-            map_arg(node.kwargs, place),
-        )
-        for node in nodes
-    ]
 
 
 def _reads_training(cls: type) -> bool:

@@ -60,6 +60,25 @@ def asks_any(code: CodeType) -> bool:
     return bool(_BY_NAME & {*code.co_names} or _compared(code))
 
 
+@cache
+def asks_none(code: CodeType) -> bool:
+    """Whether code compares with None what is no attribute of `self`."""
+    instructions = list(dis.get_instructions(code))
+    for place, instruction in enumerate(instructions):
+        if instruction.opname == "IS_OP":
+            operands = _before(instructions, place, 2)
+            asks = any(_is_none(operands[end]) for end in (0, -1) if operands)
+            operands = [one for one in operands if not _is_none(one)]
+        elif asks := instruction.opname.endswith(("IF_NONE", "IF_NOT_NONE")):
+            operands = _before(instructions, place, 1)
+        else:
+            continue
+        of_self = [one.opname.startswith("LOAD_ATTR") for one in operands[1:]]
+        if asks and not (of_self and all(of_self) and operands[0].argval == "self"):
+            return True
+    return False
+
+
 def asks_which(frame: FrameType) -> str | None:
     """The question of a function that begins or ends which object something is that a tensor has, and that no
     local is. Where it cannot be followed without a call, it is told by what it is compared with, or by its

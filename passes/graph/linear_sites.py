@@ -336,6 +336,8 @@ class FactorisingPass(StructuralPass):
         """A match with a word on what becomes of its weight, and of one that is frozen."""
         site, specs = match.nodes
         notes = [self.first_values]
+        if not self.starts_fresh and _is_zero(region, site.weight):
+            notes.append("its weight is zero: weight_in is drawn, weight_out is 0")
         if not region.parameters[site.weight].requires_grad:
             trains = any(spec.requires_grad for spec in specs.values())
             notes.append("its weight was frozen, its factors train" if trains else "its factors stay frozen")
@@ -344,6 +346,14 @@ class FactorisingPass(StructuralPass):
     def _match(self, region: Region, site: LinearSite, rank: int) -> Match:
         """The match of a linear; its nodes are the site, and what takes the place of its weight."""
         raise NotImplementedError
+
+
+def _is_zero(region: Region, name: str) -> bool:
+    """Whether a weight that is there holds but zeros, as the last one of a branch often does."""
+    weight = dict(region.module.named_parameters(remove_duplicate=False)).get(name)
+    if weight is None or type(weight) is not torch.nn.Parameter or weight.is_meta:
+        return False
+    return not weight.detach().any()
 
 
 def factor_specs(region: Region, site: LinearSite, rank: int) -> dict[str, ParameterSpec]:

@@ -4,8 +4,8 @@ question that it would answer otherwise than a tensor does to the tracer."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -208,3 +208,26 @@ def is_number(node: object) -> bool:
 def is_internal(frame: FrameType) -> bool:
     """Whether a function is torch's, or of this package."""
     return frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL
+
+
+def dtype_of(value: Any) -> fx.Node | torch.dtype | None:
+    """A dtype, or the node whose dtype something is."""
+    if isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype":
+        return value.args[0]  # type: ignore[return-value]
+    return value if isinstance(value, torch.dtype) else None
+
+
+def forwards(of: type) -> Iterator[CodeType]:
+    """The code of the forwards of all autograd.Functions there are: torch 2.14 calls them from C, where there
+    is no frame of `apply` to be recognised by."""
+    for function in of.__subclasses__():
+        if code := getattr(function.forward, "__code__", None):
+            yield code
+        yield from forwards(function)
+
+
+def asks_itself(frame: FrameType) -> bool:
+    """Whether a question is asked for the module: by its own code, or by torch.is_tensor."""
+    if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
+        return False
+    return not is_internal(frame) or frame.f_code is torch.is_tensor.__code__

@@ -14,7 +14,7 @@ import gc
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from types import CodeType, FrameType
 from typing import Any, NoReturn
@@ -28,11 +28,23 @@ from torch.utils.checkpoint import checkpoint
 
 from act24.passes.graph import outside
 from act24.passes.graph.handlers import Tries
-from act24.passes.graph.identity import asks_any, asks_which, identity_questions
+from act24.passes.graph.identity import asks_any, asks_none, asks_which, identity_questions
+from act24.passes.graph.missing import Path, path_of
 from act24.passes.graph.normal_form import is_linear, linear_arguments
 from act24.passes.graph.outside import Outside
 from act24.passes.graph.parts import parts_of
-from act24.passes.graph.proxies import OUTSIDE, OWN, REGISTER, Proxy, Unclean, is_internal, is_number
+from act24.passes.graph.proxies import (
+    OUTSIDE,
+    OWN,
+    REGISTER,
+    Proxy,
+    Unclean,
+    asks_itself,
+    dtype_of,
+    forwards,
+    is_internal,
+    is_number,
+)
 from act24.passes.graph.shadow import Shadow
 from act24.passes.graph.surroundings import (
     FOREIGN,
@@ -64,6 +76,7 @@ class Tracer(fx.Tracer):
         sized: the parameters whose sizes the module asks for, by name.
         casts: the questions whether two dtypes differ, one of them a value's, that were answered by yes: a
             dtype, or the node that it is of.
+        asks_none: whether the module compares anything with None that may be an argument of it.
         asks: isinstance(), hasattr() or getattr(), where the module calls it at this moment.
     """
 
@@ -82,6 +95,7 @@ class Tracer(fx.Tracer):
         self.casts: list[tuple[fx.Node | torch.dtype, fx.Node | torch.dtype]] = []
         self._note = note
         self.sized = set[str]()
+        self.asks_none, self._absent = False, frozenset[Path]()
         self.asks: Callable[..., Any] | None = None
         self._shadow = shadow
         self._closed = closed
@@ -95,14 +109,15 @@ class Tracer(fx.Tracer):
         self._asking: dict[int, tuple[str, tuple[type, ...]]] = {}
         self._imports: FrameType | None = None
 
-    def record(self, values: dict[str, Any] | None = None, equal: int | None = None) -> fx.Graph:
+    def record(self, absent: frozenset[Path] = frozenset(), equal: int | None = None) -> fx.Graph:
         """The graph of the double's forward.
 
         Args:
-            values: what stands for some arguments instead of a proxy.
+            absent: the arguments, and items of arguments, that are None.
             equal: the number of a question about dtypes that is answered by: they do not differ.
         """
-        self._equal = equal
+        self._equal, self._absent = equal, absent
+        values = {path[0]: None for path in absent if len(path) == 1}
         root = self._shadow.root
         self.root = root
         self.graph = fx.Graph(tracer_cls=RegionTracer)
@@ -115,7 +130,7 @@ class Tracer(fx.Tracer):
         sys.setprofile(None)
         gc.disable()  # what others do when garbage is collected is not asked by the module
         try:
-            function, args = self.create_args_for_root(type(root).forward, True, values)
+            function, args = self.create_args_for_root(type(root).forward, True, values or None)
             self._shadow.observer = self
             with Outside(self):
                 sys.setprofile(self._on_event)
@@ -187,7 +202,7 @@ class Tracer(fx.Tracer):
         if event == "c_call":
             # Parsing the arguments of torch's functions asks too, and is no question of the module's.
             if argument in _QUESTIONS:
-                self.asks = argument if _asks(frame) else None
+                self.asks = argument if asks_itself(frame) else None
                 return
             self._check_draw(argument)
             if name := asks_in_c(argument, frame):
@@ -255,6 +270,7 @@ class Tracer(fx.Tracer):
             self._asked[frame.f_code] = () if internal else identity_questions(frame.f_code)
             if not internal and asks_any(frame.f_code):
                 self._compares.add(frame.f_code)
+            self.asks_none |= not internal and asks_none(frame.f_code)
         for question, names in self._asked[frame.f_code]:
             held = frame.f_locals
             for name in names:
@@ -314,7 +330,11 @@ class Tracer(fx.Tracer):
         sys.setprofile(None)  # nothing of the module's runs below, and each call would be looked at
         sys.settrace(None)
         try:
-            return super().create_proxy(*args, **kwargs)
+            made = super().create_proxy(*args, **kwargs)
+            if made.node.op != "placeholder" and path_of(made.node) in self._absent:
+                self.graph.erase_node(made.node)
+                return None  # type: ignore[return-value]
+            return made
         finally:
             sys.settrace(tracing)
             sys.setprofile(watching)
@@ -335,7 +355,7 @@ class Tracer(fx.Tracer):
     def _refuse_functions(self) -> None:
         """Refuse if a node was made in the forward of an autograd.Function; looked at once, at the end, for
         there may be hundreds of them."""
-        if not self._made_nodes.isdisjoint(_forwards(Function)):
+        if not self._made_nodes.isdisjoint(forwards(Function)):
             self.refused = (
                 "calls an autograd.Function, whose backward tracing would drop: make a function with it one "
                 "node (act24.operation.operation)"
@@ -367,7 +387,7 @@ class Tracer(fx.Tracer):
 
     def _differ(self, a: Any, b: Any) -> bool | None:
         """Whether two dtypes differ; None: neither is one, or it cannot be said."""
-        a, b = _dtype_of(a), _dtype_of(b)
+        a, b = dtype_of(a), dtype_of(b)
         if a is None or b is None:
             return None
         fixed, other = self._held_dtype(a), self._held_dtype(b)
@@ -402,13 +422,6 @@ def _written(value: Any) -> Any:
     return value if plain is None or isinstance(value, bool | Enum) else plain(value)
 
 
-def _dtype_of(value: Any) -> fx.Node | torch.dtype | None:
-    """A dtype, or the node whose dtype something is."""
-    if isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype":
-        return value.args[0]  # type: ignore[return-value]
-    return value if isinstance(value, torch.dtype) else None
-
-
 class RegionTracer(fx.Tracer):
     """Whom fx asks to make a graph again, as when it is unpickled: buffers are nodes there too."""
 
@@ -417,22 +430,6 @@ class RegionTracer(fx.Tracer):
 
 def _imports(frame: FrameType) -> bool:
     return frame.f_code.co_name == "_find_and_load" and package(frame) == "importlib"
-
-
-def _asks(frame: FrameType) -> bool:
-    """Whether a question is asked for the module: by its own code, or by torch.is_tensor."""
-    if frame.f_code.co_name == "__torch_function__":  # a mode that the caller of apply_ has set looks on
-        return False
-    return not is_internal(frame) or frame.f_code is torch.is_tensor.__code__
-
-
-def _forwards(of: type) -> Iterator[CodeType]:
-    """The code of the forwards of all autograd.Functions there are: torch 2.14 calls them from C, where there
-    is no frame of `apply` to be recognised by."""
-    for function in of.__subclasses__():
-        if code := getattr(function.forward, "__code__", None):
-            yield code
-        yield from _forwards(function)
 
 
 def _profile_with(profiler: Any) -> None:

@@ -166,3 +166,19 @@ def test_random_columns_are_distinct_ascending_and_seeded():
 def test_numbers_out_of_range_are_refused(call):
     with pytest.raises(Act24Error):
         call()
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_directions_of_a_weight_that_are_zero_can_train(shape, rank):
+    """Of float32 weights of lower rank than asked, in float64 autograd: all rows of both factors move."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(side, rank, generator=generator) for side in shape)
+    dense = left @ right.mT
+    factors = initial_factors("svd", dense, 5, generator_for(0, "a"), generator_for(0, "b"))
+    weight_in, weight_out = (factor.double().requires_grad_() for factor in factors)
+    torch.testing.assert_close(weight_out @ weight_in, dense.double(), rtol=0, atol=1e-5)
+    assert not weight_out[:, rank:].any()
+    assert (weight_in.norm(dim=1) > 0.1).all()
+    (weight_out @ weight_in).sin().sum().backward()
+    assert (weight_out.grad.norm(dim=0) > 1e-3).all()

@@ -311,3 +311,50 @@ def test_the_report_says_what_becomes_of_trained_weights() -> None:
         near = float((model(x).detach() - before).norm() / before.norm()) < 0.2
         assert near == (said == "starts as its weight's best approximation"), passed
         assert report.checked.endswith("before passes change it")
+
+
+class ZeroBranch(nn.Module):
+    """A residual branch whose last linear starts at zero, as in DiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x):
+        return x + self.down(F.relu(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    "passed", [LowRank(scope="mlp", mlp_rank=4, init="svd"), Lost(scope="mlp", mlp_rank=4)]
+)
+def test_a_linear_that_starts_at_zero_computes_that_and_trains(passed):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ZeroBranch(), ZeroBranch()), features(32, 8)
+    biases = model[0].down.bias.detach().clone()
+    report = apply_(model, [passed]).report
+    notes = {row.fqn: row.note for row in report.rows}
+    assert notes["0.down"].endswith("; its weight is zero: weight_in is drawn, weight_out is 0")
+    assert "zero" not in notes["0.up"]
+    assert torch.equal(model[0](x), x + biases)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).sin().sum().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert "down" not in name or not torch.equal(p, before[name]), name
+    assert not torch.equal(model[0].down.weight_in[0], model[1].down.weight_in[0])
+
+
+def test_what_a_checkpoint_of_lower_rank_leaves_of_the_factors_trains():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
+    pipeline = apply_(model, [LowRank(attn_rank=4, mlp_rank=4)])
+    dense = features(8, 2) @ features(2, 8)
+    mapped, _ = pipeline.state_from_stock({"0.weight": dense, "2.weight": torch.zeros(8, 8)})
+    for name, weight, rank in (("0", dense, 2), ("2", torch.zeros(8, 8), 0)):
+        weight_in, weight_out = mapped[f"{name}.weight_in"], mapped[f"{name}.weight_out"]
+        torch.testing.assert_close(weight_out @ weight_in, weight, rtol=0, atol=1e-5)
+        assert (weight_in.norm(dim=1) > 0.1).all()
+        assert not weight_out[:, rank:].any()
