@@ -130,7 +130,25 @@ class Shadow:
             return value
 
 
-class _Tensors(dict[str, Any]):
+class _Read(dict[str, Any]):
+    """A dict that gives each of its entries by `__getitem__`, whoever reads it in what way."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[str]:  # or dict() and ** take the entries past the methods here
+        return super().__iter__()
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return dict(self.items()).values()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+
+class _Tensors(_Read):
     """The parameters or buffers of a double. Who reads them, by whatever way, is given what the observer has
     for them."""
 
@@ -146,23 +164,11 @@ class _Tensors(dict[str, Any]):
             return value
         return observer.on_tensor(self._module, name, value)
 
-    def __iter__(self) -> Iterator[str]:  # or dict() and ** take the entries past the methods here
-        return super().__iter__()
-
     def __getitem__(self, name: str) -> Any:
         return self._seen(name, super().__getitem__(name))
 
     def get(self, name: str, default: Any = None) -> Any:
         return self._seen(name, super().get(name, default))
-
-    def items(self) -> Any:
-        return {name: self[name] for name in self}.items()
-
-    def values(self) -> Any:
-        return dict(self.items()).values()
-
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
 
 
 class _Double:
@@ -195,7 +201,7 @@ class _Double:
 ABSENT = object()
 
 
-class _Attributes(dict[str, Any]):
+class _Attributes(_Read):
     """The `__dict__` of a double: Python finds attributes in it as in any other, and who reads it by itself,
     as `vars(module)["p"]`, is noted."""
 
@@ -204,9 +210,6 @@ class _Attributes(dict[str, Any]):
     def __init__(self, shadow: Shadow, double: nn.Module) -> None:
         super().__init__()
         self._shadow, self._double = shadow, double
-
-    def __iter__(self) -> Iterator[str]:  # or dict() and ** take the entries past the methods here
-        return super().__iter__()
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -224,15 +227,6 @@ class _Attributes(dict[str, Any]):
     def setdefault(self, name: str, default: Any = None) -> Any:
         self.get(name)
         return super().setdefault(name, default)
-
-    def items(self) -> Any:
-        return {name: self[name] for name in self}.items()
-
-    def values(self) -> Any:
-        return dict(self.items()).values()
-
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
 
     def __or__(self, other: Any) -> Any:
         return self.copy() | other

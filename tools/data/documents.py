@@ -383,9 +383,8 @@ def builtin_files() -> list[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in elsewhere]  # not to walk all that is installed
         files += [Path(folder, name) for name in names if name.endswith(".py")]
-    files = [
-        file for file in files if file.is_file() and file.stat().st_size
-    ]  # a package may begin with an empty file
+    # A package may begin with an empty file, of which a first run would warn.
+    files = [file for file in files if file.is_file() and file.stat().st_size]
     if not files:
         raise Act24Error(f"no Python source beneath {root}; use data.source = 'files'")
     return sorted(files)

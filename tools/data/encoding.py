@@ -32,6 +32,7 @@ _MARKS = (  # UTF-32's begins like UTF-16's
 )
 _WIDE = ("utf-16", "utf_16", "utf-32", "utf_32")
 _STRAY = re.compile("[\udc80-\udcff]")  # how "surrogateescape" spells a byte that is no text
+_CONTROL = re.compile("[\0\x80-\x9f]")
 _ISO2022_JP = re.compile(rb"\x1b\$[@B]")  # which is UTF-8 by the letter
 _WORDS = re.compile(rb"[^\s]*[\x80-\xff][^\s]*")
 #: Those in which nobody wrote text files; they read much that is something else.
@@ -77,7 +78,7 @@ def decoded(content: bytes, encoding: str | None, name: str, tally: Tally) -> st
         Act24Error: too much of it is no text in that encoding, or in any that can be detected.
     """
     if encoding:
-        _check_given(encoding, content, name)
+        _check_given(encoding, content[:SAMPLE], name, len(content) <= SAMPLE)
     codec = encoding or _encoding_of(content, name, tally)
     text = content.decode(codec, "replace")
     implausible = 0 if encoding else implausible_characters(text, codec, content)
@@ -104,7 +105,7 @@ def open_text(file: BinaryIO, encoding: str | None, name: str, tally: Tally) -> 
     buffered = io.BufferedReader(file, SAMPLE)  # type: ignore[arg-type]  # read-only streams of any library
     sample = buffered.peek(SAMPLE)[:SAMPLE]
     if encoding:
-        _check_given(encoding, sample, name, whole=False)
+        _check_given(encoding, sample, name, False)
     codec = encoding or _encoding_of(sample, name, tally, whole=False)
     errors = "replace" if codec.startswith(_WIDE) else "surrogateescape"
     if sample.startswith(codecs.BOM_UTF8) and codec.lower() in ("utf-8", "utf8", "utf_8"):
@@ -215,8 +216,12 @@ def _is_in(codec: str, block: bytes) -> bool:
     )
 
 
-def _check_given(encoding: str, content: bytes, name: str, whole: bool = True) -> None:
+def _check_given(encoding: str, content: bytes, name: str, whole: bool) -> None:
     """
+    Args:
+        content: from the beginning.
+        whole: it does not end within a character.
+
     Raises:
         Act24Error: a byte-order mark, or bytes that only UTF-8 writes, or that are no text in an encoding
             though it takes them, show that it is another.
@@ -224,8 +229,9 @@ def _check_given(encoding: str, content: bytes, name: str, whole: bool = True) -
     given = codecs.lookup(encoding).name.replace("_", "-")
     for mark, marked in _MARKS:
         if content.startswith(mark):
-            if not given.startswith(marked[:6].removesuffix("-")):
-                raise Act24Error(_GIVEN.format(name, encoding, f"its byte-order mark says {marked[:6]}"))
+            marked = marked[:6].removesuffix("-")
+            if not given.startswith(marked):
+                raise Act24Error(_GIVEN.format(name, encoding, f"its byte-order mark says {marked}"))
             return
     wide, text = given.startswith(_WIDE), content.decode(encoding, "replace")
     shows = len(content) if wide else _bytes_not_ascii(content)
@@ -233,7 +239,7 @@ def _check_given(encoding: str, content: bytes, name: str, whole: bool = True) -
         with contextlib.suppress(UnicodeDecodeError):
             if codecs.getincrementaldecoder("utf-8")().decode(content, final=whole) != text:
                 raise Act24Error(_GIVEN.format(name, encoding, "its bytes are UTF-8"))
-    odd = sum(c == "\0" or "\x80" <= c <= "\x9f" for c in text)
+    odd = len(_CONTROL.findall(text))
     if odd > LIMIT * len(text):
         said = f"{odd / len(text):.1%} of its characters are control characters in that"
         raise Act24Error(_GIVEN.format(name, encoding, said))

@@ -212,7 +212,7 @@ def _kept_rows(file: Path, budget: Budget) -> dict[str, dict[str, dict[str, Any]
     kept: dict[str, dict[str, dict[str, Any]]] = {}
     for cpu, rows in table.items():
         for name, row in rows.items():
-            again = "made again" if cpu == instructions() else f"and this CPU has no {cpu}: left out"
+            again = "made again" if cpu == instructions() else f"and {instructions()} makes none: left out"
             if row["budget"] != asdict(budget):
                 print(f"{cpu}, {name}: of another budget, {again}", flush=True)
             elif row["code"] != code_of(name):

@@ -24,8 +24,8 @@ CHINESE = (
         ("utf-8", "cp437", "its bytes are UTF-8"),
         ("utf-8", "gb18030", "its bytes are UTF-8"),
         ("utf-8", "utf-16-le", "its bytes are UTF-8"),
-        ("utf-16", "latin-1", "its byte-order mark says utf-16"),
-        ("utf-8-sig", "gbk", "its byte-order mark says utf-8"),
+        ("utf-16", "latin-1", "its byte-order mark says utf-16:"),
+        ("utf-8-sig", "gbk", "its byte-order mark says utf-8:"),
         ("cp1252", "latin-1", "of its characters are control characters"),
     ],
 )
